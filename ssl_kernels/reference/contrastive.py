@@ -1,0 +1,55 @@
+"""`contrastive` by its definition, with the N × M matrix of logits in memory and PyTorch's own autograd."""
+
+import torch
+import torch.nn.functional as F
+
+
+def contrastive(
+    rows,
+    columns,
+    scale,
+    positives=None,
+    row_ids=None,
+    column_ids=None,
+    normalize_rows=True,
+    normalize_columns=True,
+    keep_diagonal=False,
+    both_directions=False,
+):
+    """Log-sum-exp of each row's allowed logits, and the logits at `positives`; docs/contrastive.md is the contract.
+
+    Args:
+        rows: (N, D) floating.
+        columns: (M, D), dtype of rows, or None: the rows themselves, and no row meets itself.
+        scale: 0-d tensor, 1 / temperature.
+        positives: (N, P) int64 column indices, or None.
+        row_ids, column_ids: (N,) and (M,) int64, or None. Entries with equal ids are left out of the sums.
+        normalize_rows, normalize_columns: L2-normalise first.
+        keep_diagonal: (i, i) stays in the sums although its ids are equal.
+        both_directions: also the log-sum-exp over rows for each column.
+
+    Returns:
+        lse (N,), column_lse (M,) or (0,), positive_logits (N, P) or (0,). Any of them differentiates twice.
+    """
+    square = columns is None
+    row_vectors = F.normalize(rows, dim=1) if normalize_rows else rows
+    if square:
+        column_vectors, column_ids = row_vectors, row_ids
+    else:
+        column_vectors = F.normalize(columns, dim=1) if normalize_columns else columns
+    logits = scale * (row_vectors @ column_vectors.T)  # (N, M)
+
+    excluded = torch.zeros_like(logits, dtype=torch.bool)
+    if row_ids is not None:
+        excluded |= row_ids[:, None] == column_ids[None, :]
+    diagonal = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)
+    if square:
+        excluded |= diagonal
+    elif keep_diagonal:
+        excluded &= ~diagonal
+    allowed_logits = logits.masked_fill(excluded, -torch.inf)
+
+    lse = torch.logsumexp(allowed_logits, dim=1)
+    column_lse = torch.logsumexp(allowed_logits, dim=0) if both_directions else logits.new_empty(0)
+    positive_logits = logits.gather(1, positives) if positives is not None else logits.new_empty(0)
+    return lse, column_lse, positive_logits
