@@ -1,0 +1,76 @@
+"""Where a GPU test runs: on emulated sm_80 or sm_90, or on the card when there is one. Same calls for all."""
+
+import contextlib
+import ctypes
+
+import torch
+
+from . import build, ptx
+from .cuda_runtime import STREAM, CudaError, EmulatedCudaLibrary
+from .triton_driver import emulated_triton
+
+
+class EmulatedGpu:
+    """CPU tensors, kernels executed by the emulator."""
+
+    emulated = True
+    device = torch.device("cpu")
+
+    def __init__(self, arch):
+        self.arch = arch
+        self.name = f"sm_{arch}"
+
+    def cuda_library(self, sources, **options):
+        """`EmulatedCudaLibrary` of .cu files; its `call` runs their launchers."""
+        return EmulatedCudaLibrary(sources, self.arch, **options)
+
+    def triton(self, **options):
+        """Context in which Triton kernels run here; yields the list of launches."""
+        return emulated_triton(self.arch, **options)
+
+
+class RealGpu:
+    """CUDA tensors on the current card. Launches come back as an empty list: a card has no counters to give."""
+
+    emulated = False
+    device = torch.device("cuda")
+
+    def __init__(self):
+        major, minor = torch.cuda.get_device_capability()
+        self.arch = 10 * major + minor
+        self.name = f"card_sm_{self.arch}"
+
+    def cuda_library(self, sources, *, include_dirs=(), defines=(), multiprocessors=None):
+        """The same files compiled for the card; multiprocessors is the card's own."""
+        return _CardLibrary(build.cuda_library(sources, self.arch, include_dirs, defines))
+
+    def triton(self, **options):
+        """Triton's own driver; the emulator's options do not apply."""
+        return contextlib.nullcontext([])
+
+
+class _CardLibrary:
+    def __init__(self, path):
+        self._library = ctypes.CDLL(str(path))
+
+    def call(self, function, *args, buffers=None, read_only=(), stream=None, capturing=False, **options):
+        """As `EmulatedCudaLibrary.call`, on the current stream unless one is given; waits for the end."""
+        handle = torch.cuda.current_stream().cuda_stream if stream is None else stream
+        values = []
+        for arg in args:
+            if ptx.is_buffer(arg):
+                values.append(ctypes.c_void_p(arg.data_ptr()))
+            else:
+                values.append(ctypes.c_void_p(handle) if arg is STREAM else arg)
+        entry = getattr(self._library, function)
+        entry.restype = ctypes.c_int
+        code = entry(*values)
+        torch.cuda.synchronize()
+        if code:
+            raise CudaError(function, code, "")
+        return []
+
+
+def available_gpus():
+    """What tests run on here: the card if torch sees one, else both emulated architectures."""
+    return [RealGpu()] if torch.cuda.is_available() else [EmulatedGpu(80), EmulatedGpu(90)]

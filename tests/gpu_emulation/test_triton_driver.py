@@ -1,0 +1,72 @@
+"""Triton's compiled code runs on CPU tensors through Triton's own launch path."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from tests.gpu_emulation import PtxError, emulated_triton
+from tests.gpu_emulation.kernels.row_lse import row_lse
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_compiled_kernel_is_right(gpu, dtype, seed):
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 48, generator=generator) for n in (130, 77))
+    x, y = (torch.nn.functional.normalize(t, dim=1).to(gpu.device, dtype) for t in (x, y))
+    truth = torch.logsumexp(x.double() @ y.double().T * 10, 1)
+    with gpu.triton(seed=seed) as launches:
+        lse, total, counts = row_lse(x, y)
+    torch.testing.assert_close(lse.double(), truth, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total.double(), truth.sum(0, keepdim=True), rtol=1e-5, atol=1e-5)
+    assert counts.tolist() == [33, 33, 32, 32]
+    if gpu.emulated:
+        (launch,) = launches
+        assert launch.kernel == "row_lse_kernel" and launch.grid == (3, 1, 1)
+        assert (launch.counters.mma > 0) == (dtype != torch.float32)
+
+
+def test_tf32_uses_the_tensor_cores(gpu):
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 64, generator=generator).to(gpu.device) for n in (64, 64))
+    with gpu.triton() as launches:
+        lse, _, _ = row_lse(x, y, scale=0.1, precision="tf32")
+    truth = torch.logsumexp(x.double() @ y.double().T * 0.1, 1)
+    torch.testing.assert_close(lse.double(), truth, rtol=2e-3, atol=2e-3)
+    if gpu.emulated:
+        assert launches[0].counters.mma > 0
+
+
+@triton.jit
+def _unmasked_copy(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_missing_mask_is_noticed(arch):
+    x, y = torch.ones(100), torch.empty(128)
+    with emulated_triton(arch), pytest.raises(PtxError, match="out of bounds"):
+        _unmasked_copy[(1,)](x, y, BLOCK=128)
+
+
+def test_driver_is_restored():
+    from triton.runtime import driver
+
+    before = driver._active
+    with emulated_triton(80):
+        assert driver._active is not before
+    assert driver._active is before
+
+
+def test_interpreter_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), emulated_triton(80):
+        pass
+
+
+def test_untested_version_is_refused(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.0.0")
+    with pytest.raises(RuntimeError, match="this is 3.0.0"), emulated_triton(80):
+        pass
