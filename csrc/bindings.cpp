@@ -1,0 +1,22 @@
+// The Python module ssl_kernels._C: importing it registers the kernels; it tells what was built.
+#include <pybind11/pybind11.h>
+
+#include "cpu/tile_math.h"
+
+#ifndef SSL_KERNELS_CUDA_ARCHITECTURES
+#define SSL_KERNELS_CUDA_ARCHITECTURES ""
+#endif
+
+PYBIND11_MODULE(_C, module) {
+  module.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["torch"] = SSL_KERNELS_TORCH_VERSION;
+        info["compiler"] = __VERSION__;
+        info["cuda_architectures"] = SSL_KERNELS_CUDA_ARCHITECTURES;
+        info["cpu_instruction_set"] = ssl_kernels::cpu::instruction_set();
+        return info;
+      },
+      "What this extension was built with, and the instruction set its CPU kernels use on this machine.");
+}

@@ -1,0 +1,338 @@
+// contrastive on the CPU. x^, y^ the rows and columns (normalised if asked), s_ij = scale * <x^_i, y^_j>,
+//   lse_i = log sum_{j allowed} exp(s_ij), column_lse_j likewise over i, and the logits at `positives`.
+// Tiling: tiles of at most 256 x 256 logits, one product of the BLAS that torch carries each, in a scratch of
+//   256 KB a thread that stays in its L2 cache; N x M never exists. In the square case (columns are the rows)
+//   only tiles on and above the diagonal are made, each serving its rows and, transposed, its columns. Tiles of a
+//   parallel round share no block (schedule.h), so every sum has one owner: no atomics, no buffer
+//   a thread, results independent of the thread count for a given tile size.
+// Work, in units of 2*N*M*D: forward 1 (square: 1/2); backward 1 + 1 for each side that needs a
+//   gradient (square: 1/2 + 1). One exponential an entry, two where rows and columns need shifts of their own.
+// Memory: the rows in acc_t (N*D), the gradient (N*D), 5 numbers a row, the scratch.
+// Numerics: products, softmax and sums over a tile in acc_t (float32, float64 for float64), sums over tiles in double.
+//   Tiles hold s * log2 e, so that exp is 2^x. While |s| <= |scale| * longest row * longest column
+//   stays below kFixedShift, that bound replaces the maximum; above it rows and columns get running maxima.
+#include "contrastive.h"
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "rows.h"
+#include "schedule.h"
+#include "tile_math.h"
+
+namespace ssl_kernels::cpu {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// Largest bound on |s| * log2 e that a fixed shift is used for: every term lies in [2^-86, 1], and a factor
+// of 2^40 in the incoming gradient still fits float32.
+constexpr double kFixedShift = 43;
+
+constexpr int64_t kLargestTile = 256, kSmallestTile = 32;
+
+// Blocks of `n` for `ways` of parallelism, balanced and as large as the cache allows.
+Blocks cut(int64_t n, int64_t ways) {
+  const int64_t wanted = std::min(kLargestTile, std::max(kSmallestTile, (n + ways - 1) / ways));
+  const int64_t count = (n + wanted - 1) / wanted;
+  const int64_t size = (n + count - 1) / count;
+  return {n, std::min(kLargestTile, (size + 15) / 16 * 16)};
+}
+
+// One call: rows and columns in acc_t, how they are cut, and the tile of any pair of blocks.
+template <class scalar_t, class acc_t>
+class Problem {
+ public:
+  explicit Problem(const ContrastiveArgs& args)
+      : square(!args.columns),
+        rows(load_rows<scalar_t, acc_t>(args.rows, args.normalize_rows)),
+        columns(square ? rows : load_rows<scalar_t, acc_t>(*args.columns, args.normalize_columns)),
+        n(rows.values.size(0)),
+        m(columns.values.size(0)),
+        scale(*args.scale.const_data_ptr<acc_t>()),
+        positives_per_row(args.positives ? args.positives->size(1) : 0),
+        args_(args) {
+    const int64_t threads = at::get_num_threads();
+    // The tournament of the square case plays count / 2 tiles at once.
+    row_blocks = cut(n, square ? 2 * threads : threads);
+    column_blocks = square ? row_blocks : cut(m, threads);
+    bound = static_cast<acc_t>(std::abs(scale) * kLog2E * rows.longest * columns.longest);
+    fixed_shift = bound <= kFixedShift;  // false for NaN
+    scratch_ = at::empty({threads, row_blocks.size, column_blocks.size + kPadding}, rows.values.options());
+    if (args.positives) positives_ = args.positives->contiguous();
+    if (args.row_ids) row_ids_ = args.row_ids->contiguous();
+    if (args.column_ids) column_ids_ = args.column_ids->contiguous();
+  }
+
+  // A tile of logits in units of log 2.
+  struct Tile {
+    Block i, j;
+    acc_t* s;
+    int64_t ld;
+    at::Tensor matrix;  // (i.size, j.size) view of s
+    acc_t& at(int64_t row, int64_t column) const { return s[(row - i.begin) * ld + column - j.begin]; }
+  };
+
+  Tile logits(int64_t block_i, int64_t block_j, int thread) const {
+    const Block i = row_blocks[block_i], j = column_blocks[block_j];
+    at::Tensor tile = scratch_.select(0, thread).narrow(0, 0, i.size).narrow(1, 0, j.size);
+    at::addmm_out(tile, tile, slice(rows.values, i), slice(columns.values, j).t(), 0, scale * kLog2E);
+    return {i, j, tile.mutable_data_ptr<acc_t>(), tile.stride(0), tile};
+  }
+
+  static at::Tensor slice(const at::Tensor& values, Block block) {
+    return values.narrow(0, block.begin, block.size);
+  }
+
+  // Entries left out of the sums become -inf.
+  void mask(const Tile& tile) const {
+    constexpr acc_t left_out = -std::numeric_limits<acc_t>::infinity();
+    const int64_t first = std::max(tile.i.begin, tile.j.begin);
+    const int64_t last = std::min(tile.i.begin + tile.i.size, tile.j.begin + tile.j.size);
+    std::vector<acc_t> diagonal;
+    if (row_ids_.defined()) {
+      if (args_.keep_diagonal && !square)
+        for (int64_t k = first; k < last; ++k) diagonal.push_back(tile.at(k, k));
+      const int64_t* of_rows = row_ids_.const_data_ptr<int64_t>();
+      const int64_t* of_columns = square ? of_rows : column_ids_.const_data_ptr<int64_t>();
+      tile_math<acc_t>().mask_equal_ids(tile.s, tile.ld, tile.i.size, tile.j.size, of_rows + tile.i.begin,
+                                        of_columns + tile.j.begin);
+      for (size_t k = 0; k < diagonal.size(); ++k) tile.at(first + k, first + k) = diagonal[k];
+    }
+    if (square)
+      for (int64_t k = first; k < last; ++k) tile.at(k, k) = left_out;
+  }
+
+  // visit(flat index of the positive, its row, its column) for the positives of the rows of `i` that lie in `j`.
+  template <class Visit>
+  void for_each_positive(Block i, Block j, const Visit& visit) const {
+    if (!positives_per_row) return;
+    const int64_t* positives = positives_.const_data_ptr<int64_t>();
+    for (int64_t row = i.begin; row < i.begin + i.size; ++row)
+      for (int64_t k = row * positives_per_row; k < (row + 1) * positives_per_row; ++k)
+        if (positives[k] >= j.begin && positives[k] < j.begin + j.size) visit(k, row, positives[k]);
+  }
+
+  const bool square;
+  const Rows rows, columns;
+  const int64_t n, m;
+  const double scale;
+  const int64_t positives_per_row;
+  Blocks row_blocks, column_blocks;
+  double bound;      // of |s| * log2 e
+  bool fixed_shift;  // whether `bound` serves as the shift of every row and column
+
+ private:
+  // Keeps the rows of a tile off one another's cache sets.
+  static constexpr int64_t kPadding = 16;
+  const ContrastiveArgs& args_;
+  at::Tensor scratch_, positives_, row_ids_, column_ids_;
+};
+
+// Running sum of 2^(s - shift) for each row (or column).
+class LogSumExp {
+ public:
+  LogSumExp(int64_t n, bool fixed_shift, double shift)
+      : fixed_shift_(fixed_shift), shift_(n, fixed_shift ? shift : -kInfinity), sum_(n, 0.) {}
+
+  // Adds the sums of a tile; `shift` holds their shifts, and is not read where the shift is fixed.
+  template <class acc_t>
+  void add(Block block, const acc_t* shift, const acc_t* sum) {
+    for (int64_t k = 0; k < block.size; ++k) {
+      double& total = sum_[block.begin + k];
+      double& top = shift_[block.begin + k];
+      if (sum[k] == 0) continue;
+      if (fixed_shift_ || shift[k] == top) {
+        total += sum[k];
+      } else if (!(shift[k] < top)) {
+        total = sum[k] + (total == 0 ? 0 : total * std::exp2(top - shift[k]));
+        top = shift[k];
+      } else {
+        total += sum[k] * std::exp2(shift[k] - top);
+      }
+    }
+  }
+
+  at::Tensor result(const at::TensorOptions& options) const {
+    at::Tensor lse = at::empty({static_cast<int64_t>(sum_.size())}, options.dtype(at::kDouble));
+    double* out = lse.mutable_data_ptr<double>();
+    for (size_t i = 0; i < sum_.size(); ++i)
+      out[i] = sum_[i] == 0 ? -kInfinity : kLn2 * (shift_[i] + std::log2(sum_[i]));
+    return lse;
+  }
+
+ private:
+  bool fixed_shift_;
+  std::vector<double> shift_, sum_;
+};
+
+template <class acc_t>
+acc_t finite_or_zero_if_nothing(acc_t top) {
+  return top == -std::numeric_limits<acc_t>::infinity() ? acc_t(0) : top;
+}
+
+// Weights for the tile's coefficients: grad_i exp(s - lse_i) = weight_i * 2^(s' - shift_i), with shift_i
+// rounded to acc_t and the rounding taken into the weight.
+template <class acc_t>
+struct SoftmaxWeights {
+  SoftmaxWeights(const at::Tensor& grad, const at::Tensor& lse, bool fixed_shift, double bound)
+      : shift(fixed_shift ? 0 : lse.numel()), weight(lse.numel()) {
+    const at::Tensor contiguous = grad.contiguous();
+    const double* g = contiguous.const_data_ptr<double>();
+    const double* l = lse.const_data_ptr<double>();
+    for (size_t i = 0; i < weight.size(); ++i) {
+      const bool nothing_allowed = l[i] == -kInfinity;
+      const double log2_sum = nothing_allowed ? 0 : l[i] * kLog2E;
+      const double used = fixed_shift ? bound : static_cast<acc_t>(log2_sum);
+      if (!fixed_shift) shift[i] = static_cast<acc_t>(used);
+      weight[i] = nothing_allowed ? acc_t(0) : static_cast<acc_t>(g[i] * std::exp2(used - log2_sum));
+    }
+  }
+  std::vector<acc_t> shift, weight;
+};
+
+template <class scalar_t, class acc_t>
+ContrastiveFwd forward(const ContrastiveArgs& args) {
+  const Problem<scalar_t, acc_t> problem(args);
+  const auto& math = tile_math<acc_t>();
+  const auto options = problem.rows.values.options();
+  const bool by_columns = problem.square || args.both_directions;
+  LogSumExp over_columns(problem.n, problem.fixed_shift, problem.bound);  // for each row
+  LogSumExp over_rows(args.both_directions ? problem.m : 0, problem.fixed_shift, problem.bound);
+  at::Tensor positive_logits =
+      args.positives ? at::empty({problem.n, problem.positives_per_row}, options.dtype(at::kDouble))
+                     : at::empty({0}, options.dtype(at::kDouble));
+  double* positive = positive_logits.mutable_data_ptr<double>();
+
+  const auto visit = [&](int64_t block_i, int64_t block_j, int thread) {
+    const c10::InferenceMode below_autograd;
+    const auto tile = problem.logits(block_i, block_j, thread);
+    const bool mirrored = problem.square && block_i != block_j;
+    problem.for_each_positive(tile.i, tile.j, [&](int64_t k, int64_t row, int64_t column) {
+      positive[k] = kLn2 * tile.at(row, column);
+    });
+    if (mirrored)
+      problem.for_each_positive(tile.j, tile.i, [&](int64_t k, int64_t row, int64_t column) {
+        positive[k] = kLn2 * tile.at(column, row);
+      });
+    problem.mask(tile);
+
+    const int64_t rows = tile.i.size, columns = tile.j.size;
+    const bool columns_too = by_columns && (mirrored || !problem.square);
+    acc_t row_sum[kLargestTile], column_sum[kLargestTile] = {};
+    acc_t row_top[kLargestTile], column_top[kLargestTile];
+    if (problem.fixed_shift) {
+      math.exp_sums(tile.s, tile.ld, rows, columns, static_cast<acc_t>(problem.bound), row_sum,
+                    columns_too ? column_sum : nullptr);
+    } else {
+      std::fill_n(column_top, columns, -std::numeric_limits<acc_t>::infinity());
+      math.maxima(tile.s, tile.ld, rows, columns, row_top, columns_too ? column_top : nullptr);
+      for (int64_t k = 0; k < rows; ++k) row_top[k] = finite_or_zero_if_nothing(row_top[k]);
+      for (int64_t k = 0; k < columns; ++k) column_top[k] = finite_or_zero_if_nothing(column_top[k]);
+      math.exp_sums_shifted(tile.s, tile.ld, rows, columns, row_top, column_top, row_sum,
+                            columns_too ? column_sum : nullptr);
+    }
+    over_columns.add(tile.i, row_top, row_sum);
+    if (columns_too) (problem.square ? over_columns : over_rows).add(tile.j, column_top, column_sum);
+  };
+  if (problem.square)
+    for_each_pair(problem.row_blocks.count(), visit);
+  else
+    for_each_tile(problem.row_blocks.count(), problem.column_blocks.count(),
+                  by_columns ? Owned::kBoth : Owned::kRows, visit);
+
+  const at::Tensor none = at::empty({0}, options);
+  return {over_columns.result(options), over_rows.result(options), positive_logits, problem.rows.rnorm,
+          problem.square ? none : problem.columns.rnorm};
+}
+
+template <class scalar_t, class acc_t>
+ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& saved) {
+  const Problem<scalar_t, acc_t> problem(args);
+  const auto& math = tile_math<acc_t>();
+  const auto options = problem.rows.values.options();
+  const acc_t bound = static_cast<acc_t>(problem.bound);
+  const auto weights = [&](const std::optional<at::Tensor>& grad, const at::Tensor& lse) {
+    return SoftmaxWeights<acc_t>(grad ? *grad : at::zeros_like(lse), lse, problem.fixed_shift, bound);
+  };
+  const SoftmaxWeights<acc_t> of_rows = weights(saved.grad_lse, saved.lse);
+  const SoftmaxWeights<acc_t> of_columns = weights(saved.grad_column_lse, saved.column_lse);
+  const SoftmaxWeights<acc_t>& transposed = problem.square ? of_rows : of_columns;
+  const bool both_terms = problem.square || args.both_directions;
+  at::Tensor grad_positive;
+  if (args.positives && saved.grad_positive_logits) grad_positive = saved.grad_positive_logits->contiguous();
+  const double* q = grad_positive.defined() ? grad_positive.const_data_ptr<double>() : nullptr;
+
+  // The gradient of scale comes out of the row dots of either side, so one side is always made.
+  const bool columns_wanted = saved.columns_need_grad && !problem.square;
+  const bool rows_wanted = saved.rows_need_grad || !columns_wanted;
+  at::Tensor grad_rows = at::zeros({rows_wanted ? problem.n : 0, problem.rows.values.size(1)}, options);
+  at::Tensor grad_columns = at::zeros({columns_wanted ? problem.m : 0, problem.rows.values.size(1)}, options);
+
+  const auto visit = [&](int64_t block_i, int64_t block_j, int thread) {
+    const c10::InferenceMode below_autograd;
+    const auto tile = problem.logits(block_i, block_j, thread);
+    problem.mask(tile);
+    const int64_t i0 = tile.i.begin, j0 = tile.j.begin;
+    const acc_t* column_weight = both_terms ? transposed.weight.data() + j0 : nullptr;
+    if (problem.fixed_shift)
+      math.coefficients(tile.s, tile.ld, tile.i.size, tile.j.size, bound, of_rows.weight.data() + i0, column_weight);
+    else
+      math.coefficients_shifted(tile.s, tile.ld, tile.i.size, tile.j.size, of_rows.shift.data() + i0,
+                                of_rows.weight.data() + i0, both_terms ? transposed.shift.data() + j0 : nullptr,
+                                column_weight);
+    if (q) {
+      problem.for_each_positive(tile.i, tile.j, [&](int64_t k, int64_t row, int64_t column) {
+        tile.at(row, column) += static_cast<acc_t>(q[k]);
+      });
+      if (problem.square)
+        problem.for_each_positive(tile.j, tile.i, [&](int64_t k, int64_t row, int64_t column) {
+          tile.at(column, row) += static_cast<acc_t>(q[k]);
+        });
+    }
+    if (rows_wanted) problem.slice(grad_rows, tile.i).addmm_(tile.matrix, problem.slice(problem.columns.values, tile.j));
+    if (columns_wanted || (problem.square && block_i != block_j))
+      problem.slice(problem.square ? grad_rows : grad_columns, tile.j)
+          .addmm_(tile.matrix.t(), problem.slice(problem.rows.values, tile.i));
+  };
+  if (problem.square)
+    for_each_pair(problem.row_blocks.count(), visit);
+  else
+    for_each_tile(problem.row_blocks.count(), problem.column_blocks.count(),
+                  rows_wanted && columns_wanted ? Owned::kBoth : rows_wanted ? Owned::kRows : Owned::kColumns, visit);
+
+  double grad_scale = 0;
+  if (columns_wanted) grad_scale = finish_gradient<acc_t>(grad_columns, problem.columns, problem.scale);
+  if (rows_wanted) grad_scale = finish_gradient<acc_t>(grad_rows, problem.rows, problem.scale);
+  if (problem.square) grad_scale /= 2;
+  const at::Tensor none = at::empty({0}, args.rows.options());
+  return {saved.rows_need_grad ? store_rows<scalar_t, acc_t>(grad_rows, args.rows) : none,
+          columns_wanted ? store_rows<scalar_t, acc_t>(grad_columns, args.rows) : none,
+          at::full({}, grad_scale, options)};
+}
+
+}  // namespace
+
+ContrastiveFwd contrastive_fwd(const ContrastiveArgs& args) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return SSL_KERNELS_DISPATCH(args.rows.scalar_type(), "contrastive_fwd",
+                              [&] { return forward<scalar_t, acc_t>(args); });
+}
+
+ContrastiveBwd contrastive_bwd(const ContrastiveArgs& args, const ContrastiveSaved& saved) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return SSL_KERNELS_DISPATCH(args.rows.scalar_type(), "contrastive_bwd",
+                              [&] { return backward<scalar_t, acc_t>(args, saved); });
+}
+
+}  // namespace ssl_kernels::cpu

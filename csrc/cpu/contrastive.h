@@ -1,0 +1,40 @@
+// The CPU kernel of `contrastive`. The contract, with every shape, is docs/contrastive.md.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace ssl_kernels::cpu {
+
+struct ContrastiveArgs {
+  const at::Tensor& rows;
+  const std::optional<at::Tensor>& columns;
+  const at::Tensor& scale;
+  const std::optional<at::Tensor>& positives;
+  const std::optional<at::Tensor>& row_ids;
+  const std::optional<at::Tensor>& column_ids;
+  bool normalize_rows, normalize_columns, keep_diagonal, both_directions;
+};
+
+struct ContrastiveSaved {
+  const std::optional<at::Tensor>& grad_lse;
+  const std::optional<at::Tensor>& grad_column_lse;
+  const std::optional<at::Tensor>& grad_positive_logits;
+  const at::Tensor& lse;
+  const at::Tensor& column_lse;
+  const at::Tensor& row_rnorm;
+  const at::Tensor& column_rnorm;
+  bool rows_need_grad, columns_need_grad;
+};
+
+// lse, column_lse, positive_logits, row_rnorm, column_rnorm
+using ContrastiveFwd = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// grad_rows, grad_columns, grad_scale
+using ContrastiveBwd = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+ContrastiveFwd contrastive_fwd(const ContrastiveArgs& args);
+ContrastiveBwd contrastive_bwd(const ContrastiveArgs& args, const ContrastiveSaved& saved);
+
+}  // namespace ssl_kernels::cpu

@@ -1,0 +1,106 @@
+// Row passes before and after the tile loop: normalisation, and the gradient through it.
+#pragma once
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "tile_math.h"
+
+// Dispatches over the four storage types: `scalar_t` is the storage type, `acc_t` what is computed in.
+#define SSL_KERNELS_DISPATCH(dtype, name, ...)                                           \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, name, [&] {           \
+    using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;   \
+    return __VA_ARGS__();                                                                \
+  })
+
+namespace ssl_kernels::cpu {
+
+constexpr double kNormEpsilon = 1e-12;  // as F.normalize
+
+// Rows in acc_t, normalised or as they are, and what came of it.
+struct Rows {
+  at::Tensor values;  // (N, D) acc_t, contiguous
+  at::Tensor rnorm;   // (N,) acc_t, 1 / max(norm, eps); (0,) where nothing is normalised
+  double longest;     // largest row norm of `values`; NaN or inf if a row holds one
+};
+
+inline int64_t rows_per_task(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)); }
+
+template <class scalar_t, class acc_t>
+Rows load_rows(const at::Tensor& x, bool normalize) {
+  const int64_t n = x.size(0), d = x.size(1);
+  const at::Tensor source = d == 1 || x.stride(1) == 1 ? x : x.contiguous();
+  const auto acc = x.options().dtype(c10::CppTypeToScalarType<acc_t>::value);
+  Rows rows{at::empty({n, d}, acc), at::empty({normalize ? n : 0}, acc), normalize ? 1. : 0.};
+  const scalar_t* in = source.const_data_ptr<scalar_t>();
+  acc_t* out = rows.values.template mutable_data_ptr<acc_t>();
+  acc_t* rnorm = rows.rnorm.template mutable_data_ptr<acc_t>();
+  std::vector<double> norms(n);
+  const auto& convert = row_conversion<scalar_t, acc_t>();
+  const auto& math = tile_math<acc_t>();
+  at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      norms[i] = std::sqrt(convert.load(out + i * d, in + i * source.stride(0), d));
+      if (!normalize) continue;
+      rnorm[i] = static_cast<acc_t>(1 / (norms[i] < kNormEpsilon ? kNormEpsilon : norms[i]));
+      math.scale(out + i * d, rnorm[i], d);
+      norms[i] = norms[i] * rnorm[i];
+    }
+  });
+  for (double norm : norms)
+    if (!(norm <= rows.longest) && !std::isnan(rows.longest)) rows.longest = norm;
+  return rows;
+}
+
+// grad (N, D) = A y, the gradient by the rows before `scale` and normalisation, becomes in place the gradient by
+// the input: scale * rnorm * (grad - <grad, x^> x^). Returns sum_i <x^_i, grad_i>.
+template <class acc_t>
+double finish_gradient(at::Tensor& grad, const Rows& rows, double scale) {
+  const int64_t n = grad.size(0), d = grad.size(1);
+  const bool normalize = rows.rnorm.numel() > 0;
+  acc_t* g = grad.mutable_data_ptr<acc_t>();
+  const acc_t* unit = rows.values.template const_data_ptr<acc_t>();
+  const acc_t* rnorm = normalize ? rows.rnorm.template const_data_ptr<acc_t>() : nullptr;
+  const acc_t clamped = static_cast<acc_t>(1 / kNormEpsilon);
+  std::vector<double> dots(n);
+  const auto& math = tile_math<acc_t>();
+  at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      dots[i] = math.dot(g + i * d, unit + i * d, d);
+      const acc_t factor = static_cast<acc_t>(normalize ? scale * rnorm[i] : scale);
+      const bool on_sphere = normalize && rnorm[i] != clamped;
+      if (on_sphere)
+        math.project_out(g + i * d, unit + i * d, factor, static_cast<acc_t>(dots[i]), d);
+      else
+        math.scale(g + i * d, factor, d);
+    }
+  });
+  double sum = 0;
+  for (double dot : dots) sum += dot;
+  return sum;
+}
+
+// As the storage type, rounded once.
+template <class scalar_t, class acc_t>
+at::Tensor store_rows(const at::Tensor& values, const at::Tensor& like) {
+  if constexpr (std::is_same_v<scalar_t, acc_t>) {
+    return values;
+  } else {
+    at::Tensor out = at::empty(values.sizes(), like.options());
+    const auto& convert = row_conversion<scalar_t, acc_t>();
+    const acc_t* from = values.const_data_ptr<acc_t>();
+    scalar_t* to = out.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, values.numel(), 16384, [&](int64_t begin, int64_t end) {
+      convert.store(to + begin, from + begin, end - begin);
+    });
+    return out;
+  }
+}
+
+}  // namespace ssl_kernels::cpu

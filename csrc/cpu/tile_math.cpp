@@ -1,0 +1,127 @@
+#include "tile_math.h"
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace ssl_kernels::cpu {
+namespace {
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// (ln 2)^k / k!, the Taylor series of 2^f: the first term left out is 2e-16 at |f| = 1/2.
+constexpr int kExp2Terms = 13;
+constexpr double kExp2Series[kExp2Terms] = {
+    1.,
+    6.931471805599453e-1,
+    2.402265069591007e-1,
+    5.5504108664821576e-2,
+    9.618129107628477e-3,
+    1.3333558146428441e-3,
+    1.5403530393381606e-4,
+    1.5252733804059838e-5,
+    1.3215486790144305e-6,
+    1.0178086009239696e-7,
+    7.054911620801121e-9,
+    4.44553827187081e-10,
+    2.5678435993488196e-11,
+};
+
+namespace portable {
+#define SSL_KERNELS_TARGET
+#include "tile_math.inc"
+#undef SSL_KERNELS_TARGET
+}  // namespace portable
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SSL_KERNELS_X86 1
+
+namespace avx2 {
+#define SSL_KERNELS_TARGET __attribute__((target("avx2,fma")))
+#include "tile_math.inc"
+#undef SSL_KERNELS_TARGET
+}  // namespace avx2
+
+namespace avx512 {
+#define SSL_KERNELS_TARGET \
+  __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
+#include "tile_math.inc"
+#undef SSL_KERNELS_TARGET
+}  // namespace avx512
+#endif
+
+enum class Isa { kPortable, kAvx2, kAvx512 };
+constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512"};
+
+bool runs_here(Isa isa) {
+#ifdef SSL_KERNELS_X86
+  if (isa == Isa::kAvx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (isa == Isa::kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return isa == Isa::kPortable;
+}
+
+Isa choose_isa() {
+  const char* wanted = std::getenv("SSL_KERNELS_CPU");
+  for (Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kPortable}) {
+    const char* name = kIsaNames[static_cast<int>(isa)];
+    if (runs_here(isa) && (!wanted || std::strcmp(wanted, name) == 0)) return isa;
+  }
+  throw std::invalid_argument("SSL_KERNELS_CPU must be avx512, avx2 or portable and run on this processor, got " +
+                              std::string(wanted));
+}
+
+Isa isa() {
+  static const Isa chosen = choose_isa();
+  return chosen;
+}
+
+}  // namespace
+
+const char* instruction_set() { return kIsaNames[static_cast<int>(isa())]; }
+
+bool has_instruction_set(const char* name) {
+  for (Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kPortable})
+    if (std::strcmp(name, kIsaNames[static_cast<int>(isa)]) == 0) return runs_here(isa);
+  return false;
+}
+
+template <class T>
+const TileMath<T>& tile_math() {
+#ifdef SSL_KERNELS_X86
+  if (isa() == Isa::kAvx512) return avx512::kTileMath<T>;
+  if (isa() == Isa::kAvx2) return avx2::kTileMath<T>;
+#endif
+  return portable::kTileMath<T>;
+}
+
+template <class S, class T>
+const RowConversion<S, T>& row_conversion() {
+#ifdef SSL_KERNELS_X86
+  if (isa() == Isa::kAvx512) return avx512::kRowConversion<S, T>;
+  if (isa() == Isa::kAvx2) return avx2::kRowConversion<S, T>;
+#endif
+  return portable::kRowConversion<S, T>;
+}
+
+template const TileMath<float>& tile_math();
+template const TileMath<double>& tile_math();
+template const RowConversion<float, float>& row_conversion();
+template const RowConversion<double, double>& row_conversion();
+template const RowConversion<c10::BFloat16, float>& row_conversion();
+template const RowConversion<c10::Half, float>& row_conversion();
+
+}  // namespace ssl_kernels::cpu

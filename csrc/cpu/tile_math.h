@@ -1,0 +1,68 @@
+// Elementwise work on one tile of logits and on rows, in a version for each instruction set.
+//
+// A tile is row-major, m x n with leading dimension ld. Its entries are logits in units of log 2
+// (s * log2 e, so that exp(s) is 2^entry), -inf where an entry is left out of the sums.
+// The loops live in tile_math.inc and are compiled three times; tile_math<T>() picks at run time.
+#pragma once
+
+#include <cstdint>
+
+namespace ssl_kernels::cpu {
+
+template <class T>
+struct TileMath {
+  // row_sum[i] = sum_j 2^(s_ij - shift), col_sum[j] += sum_i 2^(s_ij - shift) unless col_sum is null.
+  void (*exp_sums)(const T* s, int64_t ld, int64_t m, int64_t n, T shift, T* row_sum, T* col_sum);
+
+  // row_max[i] = max_j s_ij, col_max[j] = max(col_max[j], max_i s_ij) unless col_max is null.
+  void (*maxima)(const T* s, int64_t ld, int64_t m, int64_t n, T* row_max, T* col_max);
+
+  // As exp_sums with a shift of its own for every row and every column (two exponentials an entry).
+  void (*exp_sums_shifted)(const T* s, int64_t ld, int64_t m, int64_t n, const T* row_shift,
+                           const T* col_shift, T* row_sum, T* col_sum);
+
+  // s_ij <- 2^(s_ij - shift) * (row_weight[i] + col_weight[j]); col_weight may be null.
+  void (*coefficients)(T* s, int64_t ld, int64_t m, int64_t n, T shift, const T* row_weight,
+                       const T* col_weight);
+
+  // s_ij <- row_weight[i] * 2^(s_ij - row_shift[i]) + col_weight[j] * 2^(s_ij - col_shift[j]);
+  // the column term is left out where col_weight is null.
+  void (*coefficients_shifted)(T* s, int64_t ld, int64_t m, int64_t n, const T* row_shift,
+                               const T* row_weight, const T* col_shift, const T* col_weight);
+
+  // s_ij <- -inf where row_ids[i] == col_ids[j].
+  void (*mask_equal_ids)(T* s, int64_t ld, int64_t m, int64_t n, const int64_t* row_ids,
+                         const int64_t* col_ids);
+
+  // sum_i a_i * b_i, summed in double.
+  double (*dot)(const T* a, const T* b, int64_t n);
+
+  // x <- a * x
+  void (*scale)(T* x, T a, int64_t n);
+
+  // g <- a * (g - b * u): the gradient through a normalised row u.
+  void (*project_out)(T* g, const T* u, T a, T b, int64_t n);
+};
+
+// Rows of storage type S as rows of T, and back (round to nearest even).
+template <class S, class T>
+struct RowConversion {
+  // Returns the sum of squares, summed in double.
+  double (*load)(T* out, const S* x, int64_t n);
+  void (*store)(S* out, const T* x, int64_t n);
+};
+
+// The widest instruction set that this processor has, or the one that the environment variable
+// SSL_KERNELS_CPU names ("avx512", "avx2", "portable"); read once.
+const char* instruction_set();
+
+// Whether this build and this processor can run the named one.
+bool has_instruction_set(const char* name);
+
+template <class T>
+const TileMath<T>& tile_math();
+
+template <class S, class T>
+const RowConversion<S, T>& row_conversion();
+
+}  // namespace ssl_kernels::cpu

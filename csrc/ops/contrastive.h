@@ -1,0 +1,38 @@
+// The arguments of the operator `contrastive` as the dispatcher passes them, and the checks without which a kernel
+// would read out of bounds. Everything a user can do wrong is checked in ssl_kernels/ops/contrastive.py.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+
+namespace ssl_kernels {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+inline void check_contrastive(const at::Tensor& rows, const OptionalTensor& columns, const at::Tensor& scale,
+                              const OptionalTensor& positives, const OptionalTensor& row_ids,
+                              const OptionalTensor& column_ids) {
+  const auto n = rows.size(0), m = columns ? columns->size(0) : n;
+  const auto acc = rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto on_device = [&](const at::Tensor& tensor) { return tensor.device() == rows.device(); };
+  const auto are_ids = [&](const at::Tensor& ids, int64_t count) {
+    return ids.scalar_type() == at::kLong && ids.dim() == 1 && ids.size(0) == count && on_device(ids);
+  };
+  TORCH_CHECK(rows.dim() == 2, "contrastive: rows must be 2-d, got ", rows.sizes());
+  TORCH_CHECK(!columns || (columns->dim() == 2 && columns->size(1) == rows.size(1) && on_device(*columns) &&
+                           columns->scalar_type() == rows.scalar_type()),
+              "contrastive: columns must have the width, dtype and device of rows");
+  TORCH_CHECK(scale.numel() == 1 && scale.scalar_type() == acc && on_device(scale),
+              "contrastive: scale must be one number of dtype ", acc, " on the device of rows");
+  TORCH_CHECK(!positives || (positives->scalar_type() == at::kLong && positives->dim() == 2 &&
+                             positives->size(0) == n && on_device(*positives)),
+              "contrastive: positives must be int64 of shape (N, P)");
+  TORCH_CHECK(!row_ids || are_ids(*row_ids, n), "contrastive: row_ids must be int64 of shape (N,)");
+  TORCH_CHECK(!column_ids || are_ids(*column_ids, m), "contrastive: column_ids must be int64 of shape (M,)");
+  TORCH_CHECK(!columns || row_ids.has_value() == column_ids.has_value(),
+              "contrastive: row_ids and column_ids go together");
+}
+
+}  // namespace ssl_kernels

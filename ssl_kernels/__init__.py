@@ -1,0 +1,13 @@
+"""Fused kernels for self-supervised learning: contrastive losses as drop-in replacements.
+
+>>> import torch, ssl_kernels
+>>> z0, z1 = torch.randn(2, 256, 128)
+>>> loss = ssl_kernels.nt_xent_loss(z0, z1, temperature=0.5)
+"""
+
+from ssl_kernels import nn
+from ssl_kernels.backends import backends_for, use_backend
+from ssl_kernels.losses import nt_xent_loss
+
+__version__ = "0.1.0"
+__all__ = ["backends_for", "nn", "nt_xent_loss", "use_backend"]

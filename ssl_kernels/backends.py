@@ -1,0 +1,100 @@
+"""Which backend runs a call: what each one can run, which is preferred, and how to force one.
+
+| name | what | where |
+|---|---|---|
+| `native` | C++ on CPU tensors, CUDA C++ on CUDA tensors | the built extension `ssl_kernels._C` |
+| `triton` | Triton kernels | CUDA tensors |
+| `chunked` | plain PyTorch in row blocks | any device |
+| `reference` | plain PyTorch, the whole matrix of logits in memory | any device; the oracle, never picked by itself |
+"""
+
+import importlib.util
+
+import torch
+
+BACKENDS = ("native", "triton", "chunked", "reference")
+
+try:
+    from ssl_kernels import _C as extension
+
+    extension_missing = None
+except ImportError as error:
+    extension = None
+    extension_missing = f"the extension ssl_kernels._C is not built or does not load ({error})"
+
+triton_missing = None if importlib.util.find_spec("triton") else "the package triton is not installed"
+
+_forced = None
+_operations = {}
+
+
+class use_backend:
+    """Run every later call on one backend, until changed; as a context manager, until the block ends.
+
+        use_backend("chunked")             # from here on
+        with use_backend("reference"):     # inside the block
+            loss = nt_xent_loss(z0, z1)
+
+    Args:
+        name: "native", "triton", "chunked", "reference", or None for the automatic choice. An explicit
+            `backend=` argument of a call goes first.
+
+    Raises:
+        ValueError: name is none of these.
+    """
+
+    def __init__(self, name):
+        global _forced
+        if name is not None and name not in BACKENDS:
+            raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)} or None, got {name!r}")
+        self._previous = _forced
+        _forced = name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        global _forced
+        _forced = self._previous
+
+
+def register_operation(name, unsupported):
+    """Declare an operation. `unsupported(backend, *tensors)` tells why a backend cannot run a call, or None."""
+    _operations[name] = unsupported
+
+
+def backends_for(op, *args):
+    """What can run a call, and for each backend that cannot, the reason.
+
+    Args:
+        op: An operation's name ("contrastive"), or a public function such as `ssl_kernels.nt_xent_loss`.
+        *args: The call's arguments; only tensors are looked at.
+
+    Returns:
+        dict from backend name to None (it can) or the reason why it cannot, in order of preference. The
+        first that can, other than "reference", is what `backend=None` picks.
+
+    Raises:
+        ValueError: op is unknown.
+    """
+    name = getattr(op, "operation", op)
+    if name not in _operations:
+        raise ValueError(f"backends_for: op must be one of {', '.join(_operations)} or a loss, got {op!r}")
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    return {backend: _operations[name](backend, *tensors) for backend in BACKENDS}
+
+
+def choose_backend(op, backend, caller, *tensors):
+    """The backend that runs this call: the one asked for, the one forced by `use_backend`, or the first that can."""
+    unsupported = _operations[op]
+    wanted = backend if backend is not None else _forced
+    if wanted is None:
+        for candidate in BACKENDS:
+            if unsupported(candidate, *tensors) is None:
+                return candidate
+    if wanted not in BACKENDS:
+        raise ValueError(f"{caller}: backend must be one of {', '.join(BACKENDS)} or None, got {wanted!r}")
+    reason = unsupported(wanted, *tensors)
+    if reason is not None:
+        raise ValueError(f'{caller}: backend "{wanted}" cannot run this call: {reason}')
+    return wanted

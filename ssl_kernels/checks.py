@@ -1,0 +1,65 @@
+"""Checks of what a user passes: each names the argument, the rule and the value, before anything runs."""
+
+import math
+
+import torch
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_embeddings(op, **tensors):
+    """Each must be a (N, D) floating tensor, N and D at least 1; all of one dtype, device and width."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{op}: {name} must be float64, float32, float16 or bfloat16, got {_short(tensor.dtype)}"
+            )
+        if tensor.dim() != 2 or 0 in tensor.shape:
+            raise ValueError(f"{op}: {name} must have shape (N, D) with N, D >= 1, got {tuple(tensor.shape)}")
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {name} must be on {first.device} as {first_name} is, got {tensor.device}")
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f"{op}: {name} must be {_short(first.dtype)} as {first_name} is, got {_short(tensor.dtype)}"
+            )
+        if tensor.shape[1] != first.shape[1]:
+            raise ValueError(
+                f"{op}: {name} must have width {first.shape[1]} as {first_name} has, got {tensor.shape[1]}"
+            )
+
+
+def check_same_rows(op, **tensors):
+    """All must have as many rows as the first."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if len(tensor) != len(first):
+            raise ValueError(f"{op}: {name} must have {len(first)} rows as {first_name} has, got {len(tensor)}")
+
+
+def check_reduction(op, reduction):
+    if reduction not in REDUCTIONS:
+        raise ValueError(f'{op}: reduction must be "mean", "sum" or "none", got {reduction!r}')
+
+
+def check_scalar(op, name, value, like, *, positive):
+    """`value` must be a number, or a 0-d floating tensor on the device of `like`. A number must be finite (and > 0)."""
+    if isinstance(value, torch.Tensor):
+        if value.dim() != 0 or not value.is_floating_point():
+            raise ValueError(
+                f"{op}: {name} must be a number or a 0-d floating tensor,"
+                f" got shape {tuple(value.shape)}, {_short(value.dtype)}"
+            )
+        if value.device != like.device:
+            raise ValueError(f"{op}: {name} must be on {like.device}, got {value.device}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number or a 0-d tensor, got {type(value).__name__}")
+    elif not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{op}: {name} must be finite{' and > 0' if positive else ''}, got {value}")
+
+
+def _short(dtype):
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,179 @@
+"""`contrastive` in plain PyTorch, a block of rows at a time. docs/contrastive.md is the contract.
+
+Logits of a block are (block, M) in float32 (float64 for float64 input); nothing larger is made. Positives cost O(N · D).
+"""
+
+import torch
+
+EPSILON = 1e-12  # as F.normalize
+LOGITS_PER_BLOCK = 1 << 22  # 16 MB in float32
+
+
+def _unit_rows(x, normalize):
+    """Rows in the accumulation dtype, normalised if asked, and 1 / max(norm, eps), (0,) if not."""
+    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if not normalize:
+        return x, x.new_empty(0)
+    rnorm = 1 / torch.linalg.vector_norm(x, dim=1).clamp_min(EPSILON)
+    return x * rnorm[:, None], rnorm
+
+
+class _Blocks:
+    """The logits of one call, a block of rows at a time."""
+
+    def __init__(self, rows, columns, scale, row_ids, column_ids, normalize_rows, normalize_columns, keep_diagonal):
+        self.square = columns is None
+        self.rows, self.row_rnorm = _unit_rows(rows, normalize_rows)
+        if self.square:
+            self.columns, self.column_rnorm, column_ids = self.rows, self.rows.new_empty(0), row_ids
+        else:
+            self.columns, self.column_rnorm = _unit_rows(columns, normalize_columns)
+        self.scale = scale
+        self.row_ids, self.column_ids = row_ids, column_ids
+        self.keep_diagonal = keep_diagonal and not self.square
+
+    def __iter__(self):
+        """Yields (slice of rows, their allowed logits): -inf where a pair is left out of the sums."""
+        n, m = len(self.rows), len(self.columns)
+        size = max(1, LOGITS_PER_BLOCK // m)
+        for start in range(0, n, size):
+            block = slice(start, min(start + size, n))
+            logits = self.scale * (self.rows[block] @ self.columns.T)  # (block, M)
+            diagonal = logits.diagonal(offset=start)
+            if self.row_ids is not None:
+                kept = diagonal.clone() if self.keep_diagonal else None
+                logits.masked_fill_(self.row_ids[block, None] == self.column_ids[None, :], -torch.inf)
+                if kept is not None:
+                    diagonal.copy_(kept)
+            if self.square:
+                diagonal.fill_(-torch.inf)
+            yield block, logits
+
+
+def _without_autocast(function):
+    def run(*args):
+        rows = next(arg for arg in args if isinstance(arg, torch.Tensor))
+        with torch.autocast(rows.device.type, enabled=False):
+            return function(*args)
+
+    return run
+
+
+def _finite_max(logits, dim):
+    """The maximum as a shift: 0 where nothing is allowed, so that exp(-inf - shift) is 0 and not NaN."""
+    top = logits.amax(dim)
+    return top.masked_fill(top == -torch.inf, 0)
+
+
+@_without_autocast
+def contrastive_fwd(
+    rows,
+    columns,
+    scale,
+    positives,
+    row_ids,
+    column_ids,
+    normalize_rows,
+    normalize_columns,
+    keep_diagonal,
+    both_directions,
+):
+    blocks = _Blocks(
+        rows, columns, scale, row_ids, column_ids, normalize_rows, normalize_columns, keep_diagonal
+    )
+    n, m = len(blocks.rows), len(blocks.columns)
+    wide = {"dtype": torch.float64, "device": rows.device}
+    lse = torch.empty(n, **wide)
+    column_lse = torch.full((m if both_directions else 0,), -torch.inf, **wide)
+    for block, logits in blocks:
+        shift = _finite_max(logits, 1)
+        lse[block] = shift.double() + (logits - shift[:, None]).exp_().sum(1).double().log()
+        if both_directions:
+            shift = _finite_max(logits, 0)
+            here = shift.double() + (logits - shift).exp_().sum(0).double().log()
+            column_lse = torch.logaddexp(column_lse, here)
+    if positives is None:
+        positive_logits = torch.empty(0, **wide)
+    else:
+        dots = [(blocks.rows * blocks.columns[index]).sum(1) for index in positives.unbind(1)]
+        positive_logits = (scale * torch.stack(dots, 1)).double()
+    return lse, column_lse, positive_logits, blocks.row_rnorm, blocks.column_rnorm
+
+
+def _softmax_weights(grad, lse, dtype):
+    """shift, weight with grad · exp(s − lse) = weight · exp(s − shift), the rounding of shift taken into the weight."""
+    allowed = lse != -torch.inf
+    lse = lse.where(allowed, 0)
+    shift = lse.to(dtype)
+    return shift, (grad * torch.exp(shift.double() - lse)).where(allowed, 0).to(dtype)
+
+
+@_without_autocast
+def contrastive_bwd(
+    grad_lse,
+    grad_column_lse,
+    grad_positive_logits,
+    rows,
+    columns,
+    scale,
+    positives,
+    row_ids,
+    column_ids,
+    lse,
+    column_lse,
+    row_rnorm,
+    column_rnorm,
+    normalize_rows,
+    normalize_columns,
+    keep_diagonal,
+    both_directions,
+    rows_need_grad,
+    columns_need_grad,
+):
+    blocks = _Blocks(
+        rows, columns, scale, row_ids, column_ids, normalize_rows, normalize_columns, keep_diagonal
+    )
+    x, y = blocks.rows, blocks.columns
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+    row_shift, row_weight = _softmax_weights(grad_lse, lse, x.dtype)
+    if blocks.square:
+        column_shift, column_weight = row_shift, row_weight
+    elif both_directions:
+        grad_column_lse = torch.zeros_like(column_lse) if grad_column_lse is None else grad_column_lse
+        column_shift, column_weight = _softmax_weights(grad_column_lse, column_lse, x.dtype)
+
+    # The gradients by the normalised rows and columns, before `scale`.
+    grad_x = torch.empty_like(x)
+    grad_y = None if blocks.square else torch.zeros_like(y)
+    for block, logits in blocks:
+        coefficients = (logits - row_shift[block, None]).exp_() * row_weight[block, None]
+        if blocks.square or both_directions:
+            coefficients += (logits - column_shift).exp_() * column_weight
+        grad_x[block] = coefficients @ y
+        if columns_need_grad and not blocks.square:
+            grad_y += coefficients.T @ x[block]
+    if positives is not None and grad_positive_logits is not None:
+        for index, q in zip(positives.unbind(1), grad_positive_logits.to(x.dtype).unbind(1), strict=True):
+            grad_x += q[:, None] * y[index]
+            # index_put_ sorts on CUDA where index_add_ would use atomics.
+            (grad_x if blocks.square else grad_y).index_put_((index,), q[:, None] * x, accumulate=True)
+
+    grad_scale = (x * grad_x).sum(dtype=torch.float64).to(x.dtype)
+    if blocks.square:
+        grad_scale = grad_scale / 2
+    none = rows.new_empty(0)
+    grad_rows = _input_gradient(scale * grad_x, x, row_rnorm).to(rows.dtype) if rows_need_grad else none
+    if columns_need_grad and not blocks.square:
+        grad_columns = _input_gradient(scale * grad_y, y, column_rnorm).to(rows.dtype)
+    else:
+        grad_columns = none
+    return grad_rows, grad_columns, grad_scale
+
+
+def _input_gradient(grad, unit, rnorm):
+    """Through the normalisation, as F.normalize differentiates it: rows shorter than eps are only scaled."""
+    if not len(rnorm):
+        return grad
+    on_sphere = rnorm < 1 / EPSILON
+    radial = (unit * grad).sum(1).where(on_sphere, 0)
+    return rnorm[:, None] * (grad - radial[:, None] * unit)

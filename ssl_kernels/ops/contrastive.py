@@ -1,0 +1,221 @@
+"""`contrastive`: log-sum-exp of similarities over streamed tiles. docs/contrastive.md has the mathematics."""
+
+import importlib
+from typing import NamedTuple
+
+import torch
+
+from ssl_kernels import backends
+from ssl_kernels.chunked import contrastive as chunked
+from ssl_kernels.ops.library import accumulation_dtype, define, library
+from ssl_kernels.reference import contrastive as reference
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+_OPERANDS = (
+    "Tensor rows, Tensor? columns, Tensor scale, Tensor? positives, Tensor? row_ids, Tensor? column_ids"
+)
+_FLAGS = "bool normalize_rows, bool normalize_columns, bool keep_diagonal, bool both_directions"
+
+
+def _fwd_fake(
+    rows,
+    columns,
+    scale,
+    positives,
+    row_ids,
+    column_ids,
+    normalize_rows,
+    normalize_columns,
+    keep_diagonal,
+    both_directions,
+):
+    n = rows.shape[0]
+    m = n if columns is None else columns.shape[0]
+    results = rows.new_empty
+    acc = accumulation_dtype(rows)
+    return (
+        results(n, dtype=torch.float64),
+        results(m if both_directions else 0, dtype=torch.float64),
+        results((0,) if positives is None else positives.shape, dtype=torch.float64),
+        results(n if normalize_rows else 0, dtype=acc),
+        results(m if normalize_columns and columns is not None else 0, dtype=acc),
+    )
+
+
+def _bwd_fake(
+    grad_lse,
+    grad_column_lse,
+    grad_positive_logits,
+    rows,
+    columns,
+    scale,
+    positives,
+    row_ids,
+    column_ids,
+    lse,
+    column_lse,
+    row_rnorm,
+    column_rnorm,
+    normalize_rows,
+    normalize_columns,
+    keep_diagonal,
+    both_directions,
+    rows_need_grad,
+    columns_need_grad,
+):
+    columns_too = columns is not None and columns_need_grad
+    return (
+        rows.new_empty(rows.shape if rows_need_grad else (0,)),
+        rows.new_empty(columns.shape if columns_too else (0,)),
+        rows.new_empty((), dtype=accumulation_dtype(rows)),
+    )
+
+
+_fwd = define(
+    "contrastive_fwd",
+    f"({_OPERANDS}, {_FLAGS}) -> (Tensor lse, Tensor column_lse, Tensor positive_logits,"
+    " Tensor row_rnorm, Tensor column_rnorm)",
+    _fwd_fake,
+)
+_bwd = define(
+    "contrastive_bwd",
+    f"(Tensor? grad_lse, Tensor? grad_column_lse, Tensor? grad_positive_logits, {_OPERANDS}, Tensor lse,"
+    f" Tensor column_lse, Tensor row_rnorm, Tensor column_rnorm, {_FLAGS}, bool rows_need_grad,"
+    " bool columns_need_grad) -> (Tensor grad_rows, Tensor grad_columns, Tensor grad_scale)",
+    _bwd_fake,
+)
+
+library.impl("contrastive_fwd.chunked", chunked.contrastive_fwd, "CompositeExplicitAutograd")
+library.impl("contrastive_bwd.chunked", chunked.contrastive_bwd, "CompositeExplicitAutograd")
+
+
+def _triton():
+    return importlib.import_module("ssl_kernels.triton.contrastive")
+
+
+library.impl("contrastive_fwd.triton", lambda *args: _triton().contrastive_fwd(*args), "CUDA")
+library.impl("contrastive_bwd.triton", lambda *args: _triton().contrastive_bwd(*args), "CUDA")
+
+
+def unsupported(backend, rows, columns=None):
+    """Why `backend` cannot run this call, or None if it can."""
+    if backend in ("chunked", "reference"):
+        return None
+    device = rows.device.type
+    if backend == "native":
+        if backends.extension is None:
+            return backends.extension_missing
+        if device == "cuda" and not backends.extension.build_info()["cuda_architectures"]:
+            return "the extension was built without CUDA"
+        return None if device in ("cpu", "cuda") else f"it runs on cpu and cuda, not on {device}"
+    if device != "cuda":
+        return f"it runs on cuda, not on {device}"
+    return backends.triton_missing or _triton().unsupported(rows, columns)
+
+
+backends.register_operation("contrastive", unsupported)
+
+
+class _Backward(torch.autograd.Function):
+    """The backward operator inside a graph of its own, so that differentiating it again is an error."""
+
+    @staticmethod
+    def forward(ctx, backend, *args):
+        ctx.backend = backend
+        return _bwd[backend](*args)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f'contrastive: backend "{ctx.backend}" has no second derivative; backend="reference" has one'
+        )
+
+
+class _Contrastive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, rows, columns, scale, positives, row_ids, column_ids, *flags):
+        operands = (rows, columns, scale, positives, row_ids, column_ids)
+        lse, column_lse, positive_logits, row_rnorm, column_rnorm = _fwd[backend](*operands, *flags)
+        ctx.save_for_backward(*operands, lse, column_lse, row_rnorm, column_rnorm)
+        ctx.backend, ctx.flags = backend, flags
+        ctx.set_materialize_grads(False)
+        return lse, column_lse, positive_logits
+
+    @staticmethod
+    def backward(ctx, grad_lse, grad_column_lse, grad_positive_logits):
+        _, rows_need_grad, columns_need_grad, scale_needs_grad = ctx.needs_input_grad[:4]
+        args = (
+            grad_lse,
+            grad_column_lse if ctx.flags[-1] else None,
+            grad_positive_logits,
+            *ctx.saved_tensors,
+            *ctx.flags,
+            rows_need_grad,
+            columns_need_grad,
+        )
+        if torch.is_grad_enabled():
+            grads = _Backward.apply(ctx.backend, *args)
+        else:
+            grads = _bwd[ctx.backend](*args)
+        needed = (rows_need_grad, columns_need_grad, scale_needs_grad)
+        grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+        return None, *grads, *[None] * 7
+
+
+class Contrastive(NamedTuple):
+    """What `contrastive` returns."""
+
+    lse: torch.Tensor  # (N,) float64
+    column_lse: torch.Tensor  # (M,) float64, (0,) unless both_directions
+    positive_logits: torch.Tensor  # (N, P) float64, (0,) without positives
+
+
+def contrastive(
+    rows,
+    columns,
+    scale,
+    *,
+    positives=None,
+    row_ids=None,
+    column_ids=None,
+    normalize_rows=True,
+    normalize_columns=True,
+    keep_diagonal=False,
+    both_directions=False,
+    backend=None,
+    caller="contrastive",
+):
+    """Log-sum-exp of scale · <row, column> over each row's allowed columns, and the logits at `positives`.
+
+    What every loss in `losses.py` is made of. Checks of the user's input are the loss's; docs/contrastive.md is
+    the contract.
+
+    Args:
+        rows: (N, D), float64, float32, float16 or bfloat16, any strides.
+        columns: (M, D) like rows, or None: the rows themselves, and no row meets itself.
+        scale: 0-d tensor, float32 (float64 for float64 rows), on the device of rows. Gets its gradient.
+        positives: (N, P) int64 column indices whose logits are returned, or None.
+        row_ids, column_ids: (N,) and (M,) int64, or None; pairs with equal ids stay out of the sums.
+        normalize_rows, normalize_columns: L2-normalise first, as F.normalize does.
+        keep_diagonal: Pair (i, i) stays in the sums although its ids are equal. Rectangular case only.
+        both_directions: Also the log-sum-exp over rows for each column. Rectangular case only.
+        backend: One of `backends.BACKENDS`, or None.
+        caller: Named in error messages.
+
+    Returns:
+        Contrastive(lse, column_lse, positive_logits).
+    """
+    chosen = backends.choose_backend("contrastive", backend, caller, rows, *([] if columns is None else [columns]))
+    if columns is None:
+        normalize_columns = normalize_rows
+    flags = (normalize_rows, normalize_columns, keep_diagonal, both_directions)
+    if chosen == "reference":
+        with torch.autocast(rows.device.type, enabled=False):
+            acc = accumulation_dtype(rows)
+            rows, columns = rows.to(acc), None if columns is None else columns.to(acc)
+            results = reference.contrastive(rows, columns, scale, positives, row_ids, column_ids, *flags)
+            return Contrastive(*[result.double() for result in results])
+    return Contrastive(
+        *_Contrastive.apply(chosen, rows, columns, scale, positives, row_ids, column_ids, *flags)
+    )

@@ -1,0 +1,20 @@
+"""The operator library `torch.ops.ssl_kernels`. Backends are overloads: `contrastive_fwd.native`, `.chunked`, ..."""
+
+import torch
+
+OVERLOADS = ("native", "triton", "chunked")
+
+library = torch.library.Library("ssl_kernels", "DEF")  # noqa: TOR901 (lives as long as the process)
+
+
+def define(name, signature, fake):
+    """Define one operator with an overload a backend, all of the same signature and fake kernel."""
+    for overload in OVERLOADS:
+        library.define(f"{name}.{overload}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"ssl_kernels::{name}.{overload}", fake, lib=library)
+    return {overload: getattr(getattr(torch.ops.ssl_kernels, name), overload) for overload in OVERLOADS}
+
+
+def accumulation_dtype(tensor):
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
