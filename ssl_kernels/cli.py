@@ -1,0 +1,43 @@
+"""The command line: `python -m ssl_kernels COMMAND [options]`.
+
+A command is a module with two functions: `add_arguments(parser)`, and `run(args, parser)`, which returns
+the exit code and reports a user's mistake by `parser.error`. Its docstring is the text of its --help. It is
+imported when it is called, so that no command pays for the dependencies of another.
+"""
+
+import argparse
+import importlib
+
+import ssl_kernels
+
+# name: (module, one line for --help)
+COMMANDS = {
+    "pretrain": ("ssl_kernels.recipes.pretrain", "pretrain an encoder with SimCLR and judge it"),
+}
+
+
+def main(argv=None):
+    """Run the command in `argv` (default: the process's arguments) and return its exit code."""
+    summaries = [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m ssl_kernels",
+        description=ssl_kernels.__doc__.splitlines()[0],
+        epilog="\n".join(["commands:", *summaries]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"ssl_kernels {ssl_kernels.__version__}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="its own: COMMAND --help lists them")
+    chosen = parser.parse_args(argv)
+    return run_command(chosen.command, chosen.options)
+
+
+def run_command(name, argv):
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser(
+        prog=f"python -m ssl_kernels {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(argv), parser)

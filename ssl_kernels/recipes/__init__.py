@@ -1,0 +1,12 @@
+"""Pretraining recipes and the evaluation of what they train. They need `pip install ssl_kernels[demo]`.
+
+simclr      the training loop, with checkpoints
+data        the image sets and their two augmented views
+encoders    the networks
+evaluation  nearest neighbours and linear probes on frozen features
+baseline    NT-Xent as plain PyTorch code has it, to compare with
+memory      peak memory of a function
+experiment  one whole comparison, from data to report
+report      its table, figures and numbers
+pretrain    the command line over it
+"""

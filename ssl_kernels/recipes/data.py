@@ -1,0 +1,174 @@
+"""The image sets: views to pretrain on, labelled training and held-out images to judge the encoder with."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch.utils.data import DataLoader, Subset
+from torchvision import datasets
+from torchvision.transforms import InterpolationMode, v2
+
+from ssl_kernels.recipes.views import BatchViews, DatasetViews
+
+HELD_OUT = 0.25  # of the images, where a set comes without a split of its own
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, customary for photographs
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageData:
+    """views: `BatchViews` or `DatasetViews` of the training images.
+    train, test: labelled batches (images (B, C, H, W), labels (B,)), to be iterated any number of times."""
+
+    name: str
+    views: BatchViews | DatasetViews
+    train: Iterable
+    test: Iterable
+    image_size: int
+
+
+def load_data(name, batch_size, seed, *, root=None, image_size=None, workers=0):
+    """The image set called `name`.
+
+    Args:
+        name: "digits" (8x8 handwritten digits that scikit-learn carries), "cifar10" (torchvision's, already
+            on disk) or "folder" (torchvision's ImageFolder).
+        batch_size: Images a batch of views, at most the training images.
+        seed: Of the views. The split into training and held-out images does not depend on it.
+        root: Folder of the images, for all but "digits".
+        image_size: Side of the square that "folder" images are cropped to; None is 224.
+        workers: Processes that load and transform "cifar10" and "folder" images.
+
+    Raises:
+        ValueError: root is missing or does not hold the images, or batch_size is over what there is.
+    """
+    if name == "digits":
+        return _digits(batch_size, seed)
+    if root is None:
+        raise ValueError(f"--root must name the folder of the images for --data {name}, got none")
+    if not pathlib.Path(root).is_dir():
+        raise ValueError(f"--root must be a folder, got {root}")
+    if name == "cifar10":
+        training, held_out = _cifar10(root)
+        image_size, resized = 32, 32
+    else:
+        training, held_out = _folder(root)
+        image_size = image_size or 224
+        resized = round(image_size * 8 / 7)
+    _check_batch_size(batch_size, len(training))
+    views = DatasetViews(training, photo_augmentation(image_size), batch_size, seed, workers)
+    plain = _plain_photo(image_size, resized)
+    return ImageData(
+        name, views, _labelled(training, plain, workers), _labelled(held_out, plain, workers), image_size
+    )
+
+
+def _digits(batch_size, seed):
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16  # (1797, 1, 8, 8) in [0, 1]
+    labels = torch.tensor(digits.target)
+    training, held_out = train_test_split(
+        torch.arange(len(labels)), test_size=HELD_OUT, stratify=labels, random_state=0
+    )
+    _check_batch_size(batch_size, len(training))
+    views = BatchViews(images[training], digit_augmentation(), batch_size, seed)
+    train, test = [(images[training], labels[training])], [(images[held_out], labels[held_out])]
+    return ImageData("digits", views, train, test, image_size=8)
+
+
+def digit_augmentation():
+    """What leaves a digit the same digit: small affine maps, a hole, noise; no flip."""
+    return v2.Compose(
+        [
+            v2.RandomAffine(
+                degrees=15,
+                translate=(0.12, 0.12),
+                scale=(0.8, 1.2),
+                shear=10,
+                interpolation=InterpolationMode.BILINEAR,
+            ),
+            v2.RandomErasing(p=0.3, scale=(0.02, 0.15)),
+            v2.GaussianNoise(sigma=0.1, clip=False),
+        ]
+    )
+
+
+def photo_augmentation(size):
+    """SimCLR's views of photographs (arXiv:2002.05709, appendix A), without blur at CIFAR's size as there."""
+    blur = v2.GaussianBlur(kernel_size=size // 20 * 2 + 1, sigma=(0.1, 2.0))
+    return v2.Compose(
+        [
+            v2.ToImage(),
+            v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v2.RandomGrayscale(p=0.2),
+            v2.RandomApply([blur], p=0.5 if size > 32 else 0.0),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def _plain_photo(size, resized):
+    return v2.Compose(
+        [
+            v2.ToImage(),
+            v2.Resize(resized, antialias=True),
+            v2.CenterCrop(size),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def _cifar10(root):
+    try:
+        return datasets.CIFAR10(root, train=True), datasets.CIFAR10(root, train=False)
+    except RuntimeError as error:
+        raise ValueError(
+            f"--root must hold CIFAR-10's folder cifar-10-batches-py, got {root} ({error});"
+            " torchvision.datasets.CIFAR10(root, download=True) fetches it"
+        ) from error
+
+
+def _folder(root):
+    """(training, held out): root/train and root/val where both exist, else a fixed split of root."""
+    root = pathlib.Path(root)
+    try:
+        if (root / "train").is_dir() and (root / "val").is_dir():
+            training, held_out = datasets.ImageFolder(root / "train"), datasets.ImageFolder(root / "val")
+            if training.classes != held_out.classes:
+                raise ValueError(f"--root must have the same classes in train and val, got {root}")
+            return training, held_out
+        images = datasets.ImageFolder(root)
+        training, held_out = train_test_split(
+            range(len(images)), test_size=HELD_OUT, stratify=images.targets, random_state=0
+        )
+    except FileNotFoundError as error:
+        raise ValueError(f"--root must hold one folder of images a class, got {root} ({error})") from error
+    return Subset(images, training), Subset(images, held_out)
+
+
+def _labelled(dataset, transform, workers):
+    return DataLoader(_Transformed(dataset, transform), batch_size=256, num_workers=workers)
+
+
+class _Transformed(torch.utils.data.Dataset):
+    def __init__(self, dataset, transform):
+        self.dataset = dataset
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, label = self.dataset[index]
+        return self.transform(image), label
+
+
+def _check_batch_size(batch_size, images):
+    if batch_size > images:
+        raise ValueError(f"--batch-size must be at most the {images} training images, got {batch_size}")

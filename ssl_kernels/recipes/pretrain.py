@@ -1,0 +1,206 @@
+"""Pretrain an encoder with SimCLR and the loss of this library, then judge it on held-out images.
+
+Prints a table and writes loss.png, embedding.png, results.json and the checkpoints to the output folder.
+With --compare the same run is done first with the loss in plain PyTorch, from the same weights and on the
+same views.
+"""
+
+import argparse
+import functools
+import importlib.util
+import math
+import pathlib
+import time
+
+import torch
+
+import ssl_kernels
+
+DEMO_PACKAGES = {
+    "sklearn": "scikit-learn",
+    "matplotlib": "matplotlib",
+    "tqdm": "tqdm",
+    "torchvision": "torchvision",
+}
+
+DEFAULTS = {
+    "digits": {"epochs": 100, "batch_size": 1024, "temperature": 0.5, "learning_rate": 3e-3},
+    "cifar10": {"epochs": 200, "batch_size": 512, "temperature": 0.5, "learning_rate": 1e-3},
+    "folder": {"epochs": 100, "batch_size": 256, "temperature": 0.1, "learning_rate": 1e-3},
+}
+SHORT = {
+    "digits": {"epochs": 12, "batch_size": 512},
+    "cifar10": {"epochs": 1},
+    "folder": {"epochs": 1},
+}
+
+
+def add_arguments(parser):
+    for_digits = DEFAULTS["digits"]
+    parser.add_argument(
+        "--data",
+        choices=DEFAULTS,
+        default="digits",
+        help="digits: 1797 handwritten digits that scikit-learn carries (default), with a small convolutional"
+        " network; cifar10, folder: CIFAR-10 or one folder of images a class under --root, with a ResNet-18",
+    )
+    parser.add_argument("--root", metavar="DIR", help="where the images of cifar10 or folder are")
+    parser.add_argument(
+        "--epochs", type=_positive_int, metavar="N", help=f"default {for_digits['epochs']} for digits"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=_batch_size,
+        metavar="N",
+        help=f"images a step, each seen in two views; default {for_digits['batch_size']} for digits",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=_positive_float,
+        metavar="T",
+        help=f"default {for_digits['temperature']} for digits",
+    )
+    parser.add_argument(
+        "--learning-rate", type=_positive_float, metavar="R", help="of AdamW, at the top of a cosine schedule"
+    )
+    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="of weights and views; default 0")
+    parser.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="native, triton, chunked or reference; default: the fastest that runs",
+    )
+    parser.add_argument(
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        help="run with the plain PyTorch loss too; default for digits",
+    )
+    parser.add_argument("--short", action="store_true", help="a few epochs only, to see that it works")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+    parser.add_argument(
+        "--image-size",
+        type=_positive_int,
+        metavar="N",
+        help="side of the crops of folder images; default 224",
+    )
+    parser.add_argument(
+        "--workers",
+        type=_count,
+        default=2,
+        metavar="N",
+        help="processes that load cifar10 or folder images; default 2",
+    )
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("out/pretrain"),
+        metavar="DIR",
+        help="default out/pretrain",
+    )
+
+
+def run(args, parser):
+    missing = missing_packages()
+    if missing:
+        parser.error(f"{', '.join(missing)} must be installed for it: pip install ssl_kernels[demo]")
+    from ssl_kernels.recipes import data, experiment, report, simclr
+
+    start = time.perf_counter()
+    choices = DEFAULTS[args.data] | (SHORT[args.data] if args.short else {})
+    choices |= {name: getattr(args, name) for name in choices if getattr(args, name) is not None}
+    compare = args.data == "digits" if args.compare is None else args.compare
+    settings = simclr.Settings(**choices, seed=args.seed)
+    try:
+        device = choose_device(args.device)
+        losses = choose_losses(settings.temperature, args.backend, compare, device)
+        images = data.load_data(
+            args.data,
+            settings.batch_size,
+            args.seed,
+            root=args.root,
+            image_size=args.image_size,
+            workers=args.workers,
+        )
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+    machine = report.describe_machine(device)
+    print(f"{machine}\n{args.data}: {settings}", flush=True)
+    runs = experiment.run_experiment(
+        images, losses, settings, device=device, out=args.out, resume=args.resume
+    )
+
+    trained = [run for run in runs if run.history is not None]
+    print(f"\n{report.format_table(runs)}\n")
+    if compare:
+        print(report.format_gain(*trained))
+    report.draw_losses(trained, args.out / "loss.png")
+    labels = torch.cat([batch_labels for _, batch_labels in images.test])
+    untrained = runs[-len(trained) - 1]
+    report.draw_embeddings([untrained, trained[-1]], labels, args.out / "embedding.png")
+    report.write_results(runs, settings, machine, args.out / "results.json")
+    seconds = time.perf_counter() - start
+    print(f"wrote loss.png, embedding.png and results.json to {args.out}; {seconds:.0f} s in all")
+    return 0
+
+
+def missing_packages():
+    """The packages of the extra `demo` that are not installed."""
+    return [package for module, package in DEMO_PACKAGES.items() if importlib.util.find_spec(module) is None]
+
+
+def choose_device(name):
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device must be one that torch can use, got {name} ({error})") from error
+    return device
+
+
+def choose_losses(temperature, backend, compare, device):
+    """dict from a run's name to its loss. A backend that cannot run raises here, before training."""
+    from ssl_kernels.recipes.baseline import plain_nt_xent_loss
+
+    sample = torch.ones(2, 8, device=device)
+    ssl_kernels.nt_xent_loss(sample, sample, temperature, backend=backend)
+    if backend is None:
+        usable = ssl_kernels.backends_for(ssl_kernels.nt_xent_loss, sample, sample)
+        backend = next(name for name, reason in usable.items() if reason is None)
+    losses = {f"ssl_kernels ({backend})": ssl_kernels.nn.NTXentLoss(temperature, backend=backend)}
+    if compare:
+        losses = {"plain PyTorch": functools.partial(plain_nt_xent_loss, temperature=temperature)} | losses
+    return losses
+
+
+def _positive_int(text):
+    return _number(text, int, lambda value: value >= 1, "a whole number from 1")
+
+
+def _batch_size(text):
+    return _number(text, int, lambda value: value >= 2, "a whole number from 2")
+
+
+def _count(text):
+    return _number(text, int, lambda value: value >= 0, "a whole number from 0")
+
+
+def _seed(text):
+    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
+
+
+def _positive_float(text):
+    return _number(text, float, lambda value: value > 0 and math.isfinite(value), "a finite number over 0")
+
+
+def _number(text, kind, allowed, rule):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not allowed(value):
+        raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
+    return value

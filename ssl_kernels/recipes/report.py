@@ -1,0 +1,155 @@
+"""The report of an experiment: a table, figures, and the numbers as JSON."""
+
+import dataclasses
+import json
+import os
+import platform
+
+import matplotlib
+import numpy as np
+import torch
+from sklearn.manifold import TSNE
+
+from ssl_kernels.recipes.evaluation import FEW_LABELS
+
+matplotlib.use("Agg")  # needs no display
+from matplotlib import pyplot
+
+COLORS = ("#b8b8b8", "#d1495b")  # the loss compared with, then ours
+EMBEDDED = 2000  # held-out images drawn at most
+LARGEST_LEGEND = 10
+
+
+def describe_machine(device):
+    threads = f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _cpu_name()
+    return f"{name}, {threads}, torch {torch.__version__}"
+
+
+def _cpu_name():
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def format_table(runs):
+    """One line a run; a dash where a run has no training."""
+    accuracies = ("kNN", "linear probe", f"{FEW_LABELS} labels/class")
+    header = ("", "loss", *accuracies, "loss time", "total time", "loss memory")
+    lines = [header, *(_table_line(run) for run in runs)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    first, *rest = (_align(line, widths) for line in lines)
+    return "\n".join([first, "-" * len(first), *rest])
+
+
+def _align(line, widths):
+    cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+    cells[0] = line[0].ljust(widths[0])
+    return "  ".join(cells)
+
+
+def _table_line(run):
+    accuracies = [f"{100 * value:.1f} %" for value in dataclasses.astuple(run.accuracy)]
+    if run.history is None:
+        return (run.name, "-", *accuracies, "-", "-", "-")
+    return (
+        run.name,
+        f"{run.final_loss:.4f}",
+        *accuracies,
+        f"{sum(run.history.loss_seconds):.2f} s",
+        f"{run.history.seconds:.1f} s",
+        f"{run.peak_bytes / 1e6:.1f} MB",
+    )
+
+
+def format_gain(plain, ours):
+    """One sentence: what the loss of `ours` saved beside that of `plain`."""
+    time = sum(plain.history.loss_seconds) / sum(ours.history.loss_seconds)
+    memory = plain.peak_bytes / ours.peak_bytes
+    total = plain.history.seconds / ours.history.seconds
+    return (
+        f"{ours.name} against {plain.name}: loss {time:.1f}x as fast in 1/{memory:.1f} of the memory,"
+        f" training {total:.2f}x as fast; first losses {plain.history.losses[0]:.6f} and"
+        f" {ours.history.losses[0]:.6f}"
+    )
+
+
+def draw_losses(trained, path):
+    """Loss curves of the trained runs, and beside them what their loss cost."""
+    figure, panels = pyplot.subplot_mosaic(
+        [["curves", "time"], ["curves", "memory"]],
+        figsize=(10, 4.4),
+        width_ratios=(2.2, 1),
+        layout="constrained",
+    )
+    colors = COLORS[-len(trained) :]
+    for position, (run, color) in enumerate(zip(trained, colors, strict=True)):
+        steps = np.arange(1, len(run.history.losses) + 1)
+        # Equal curves hide each other: the first is drawn wide, the second thin on it.
+        width = 5 if position < len(trained) - 1 else 1.4
+        panels["curves"].plot(steps, run.history.losses, color=color, linewidth=width, label=run.name)
+    panels["curves"].set(xlabel="step", ylabel="NT-Xent loss", title="Pretraining")
+    panels["curves"].legend(frameon=False)
+
+    names = [run.name for run in trained]
+    milliseconds = [1e3 * float(np.median(run.history.loss_seconds)) for run in trained]
+    _draw_bars(panels["time"], names, milliseconds, colors, "Loss, forward and backward (ms, median step)")
+    megabytes = [run.peak_bytes / 1e6 for run in trained]
+    _draw_bars(panels["memory"], names, megabytes, colors, "Peak memory of the loss (MB)")
+    for panel in panels.values():
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _draw_bars(panel, names, values, colors, title):
+    bars = panel.barh(names, values, color=colors, height=0.6)
+    panel.bar_label(bars, fmt="%.1f", padding=3)
+    panel.set_title(title, fontsize=10)
+    panel.set_xlim(0, 1.2 * max(values))
+    panel.invert_yaxis()
+    panel.tick_params(left=False)
+
+
+def draw_embeddings(runs, labels, path):
+    """t-SNE maps of the held-out features of each of `runs`, coloured by class."""
+    chosen = np.random.default_rng(0).permutation(len(labels))[:EMBEDDED]
+    labels = labels.numpy()[chosen]
+    classes = np.unique(labels)
+    size = (4.6 * len(runs) + 0.8, 4.6)
+    figure, panels = pyplot.subplots(1, len(runs), figsize=size, layout="constrained", squeeze=False)
+    colormap = pyplot.get_cmap("tab10" if len(classes) <= LARGEST_LEGEND else "nipy_spectral")
+    for panel, run in zip(panels[0], runs, strict=True):
+        perplexity = min(30, (len(labels) - 1) / 3)
+        points = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=0).fit_transform(
+            run.features.numpy()[chosen]
+        )
+        for rank, label in enumerate(classes):
+            color = colormap(rank if len(classes) <= LARGEST_LEGEND else rank / len(classes))
+            panel.scatter(*points[labels == label].T, s=12, color=color, linewidths=0, label=str(label))
+        panel.set(title=f"{run.name}, kNN {100 * run.accuracy.knn:.1f} %", xticks=[], yticks=[])
+        panel.spines[:].set_visible(False)
+    if len(classes) <= LARGEST_LEGEND:
+        handles, names = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside right center", frameon=False, title="class", markerscale=2)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def write_results(runs, settings, machine, path):
+    """All numbers of the report, with the loss of every step."""
+    results = {"machine": machine, "settings": dataclasses.asdict(settings), "runs": []}
+    for run in runs:
+        entry = {"name": run.name, "accuracy": dataclasses.asdict(run.accuracy)}
+        if run.history is not None:
+            entry |= {
+                "final_loss": run.final_loss,
+                "loss_seconds_total": sum(run.history.loss_seconds),
+                "loss_peak_bytes": run.peak_bytes,
+                **dataclasses.asdict(run.history),
+            }
+        results["runs"].append(entry)
+    path.write_text(json.dumps(results, indent=1) + "\n")
