@@ -40,14 +40,17 @@ class Counters:
     """What one launch did. A warp instruction counts once, a thread instruction for each lane that ran it.
 
     A request is a warp-wide memory instruction, a sector 32 bytes of global memory it touches, a wavefront one pass
-    over the 32 banks of shared memory: without bank conflicts as many as the bytes need. Reads by cp.async
-    count as global loads. mma counts tensor-core instructions.
+    over the 32 banks of shared memory; `shared_wavefronts_ideal` is what the same words need without bank conflicts.
+    Reads by cp.async count as global loads. mma counts tensor-core instructions, mma_flops their 2*m*n*k, fma_flops
+    two for each lane of fma.f32 and fma.f64.
     """
 
     instructions: int = 0
     thread_instructions: int = 0
     divergent_instructions: int = 0
     mma: int = 0
+    mma_flops: int = 0
+    fma_flops: int = 0
     global_load_requests: int = 0
     global_load_sectors: int = 0
     global_load_bytes: int = 0
@@ -56,6 +59,7 @@ class Counters:
     global_store_bytes: int = 0
     shared_requests: int = 0
     shared_wavefronts: int = 0
+    shared_wavefronts_ideal: int = 0
     barriers: int = 0
     atomics: int = 0
     async_copies: int = 0
