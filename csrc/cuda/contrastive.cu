@@ -1,0 +1,348 @@
+// Launchers of contrastive.h. Each direction is written once as a sequence of launches over an arena of
+// scratch memory; the workspace query runs the same sequence without launching.
+#include "contrastive.h"
+
+#include <algorithm>
+
+#include "contrastive.cuh"
+
+namespace ssl_kernels {
+namespace contrastive {
+namespace {
+
+constexpr int kMaxSplits = 256;
+constexpr int kMinTilesPerSplit = 4;
+
+class Launcher {
+ public:
+  Launcher(void* workspace, cudaStream_t stream, bool dry)
+      : base_(static_cast<char*>(workspace)), stream_(stream), dry_(dry) {}
+
+  template <typename T>
+  T* scratch(int64_t count) {
+    const size_t offset = used_;
+    used_ = (used_ + count * sizeof(T) + 255) / 256 * 256;
+    return dry_ ? nullptr : reinterpret_cast<T*>(base_ + offset);
+  }
+
+  template <typename... Params, typename... Args>
+  void launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, Args... args) {
+    if (dry_ || error_ != cudaSuccess) return;
+    if (shared_bytes > 48 * 1024) {
+      error_ = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+      if (error_ != cudaSuccess) return;
+    }
+    kernel<<<grid, threads, shared_bytes, stream_>>>(args...);
+    error_ = cudaGetLastError();
+  }
+
+  size_t used() const { return used_; }
+  int error() const { return error_; }
+
+ private:
+  char* base_;
+  cudaStream_t stream_;
+  bool dry_;
+  size_t used_ = 0;
+  cudaError_t error_ = cudaSuccess;
+};
+
+int64_t round_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b * b;
+}
+unsigned blocks_for(int64_t count, int64_t per_block) {
+  return static_cast<unsigned>((count + per_block - 1) / per_block);
+}
+
+int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return std::max(count, 1);
+}
+
+// Parts of the walk over `tiles` that finish `row_blocks` owners soonest on a card with `slots` blocks at a
+// time: waves of blocks times tiles per block. Fewer parts win ties.
+int pick_splits(int requested, int64_t row_blocks, int64_t tiles, int64_t slots) {
+  if (requested > 0) return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(requested, tiles)));
+  const int64_t most = std::min<int64_t>(kMaxSplits, tiles / kMinTilesPerSplit);
+  int best = 1;
+  int64_t best_cost = 0;
+  for (int parts = 1; parts <= std::max<int64_t>(most, 1); ++parts) {
+    const int64_t waves = (row_blocks * parts + slots - 1) / slots;
+    const int64_t cost = waves * ((tiles + parts - 1) / parts + 1);
+    if (parts == 1 || cost < best_cost) {
+      best = parts;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+// The strided matrix a caller passed.
+template <typename scalar_t>
+struct Matrix {
+  const scalar_t* data;
+  int64_t strides[2];
+  int64_t count;
+  int64_t D;
+
+  static constexpr int64_t kVector = 16 / sizeof(scalar_t);
+  int64_t width() const { return round_up(D, kVector); }
+  // Rows that 16-byte copies can read as they are.
+  bool aligned() const {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides[1] == 1 && D % kVector == 0 &&
+           (strides[0] % kVector == 0 || count == 1);
+  }
+};
+
+// Norms into `rnorm` (unless null) and, where the matrix is not aligned, a packed copy: the operand the
+// kernels read.
+template <typename scalar_t, typename acc_t>
+Side<scalar_t, acc_t> prepare(Launcher& launcher, const Matrix<scalar_t>& matrix, acc_t* rnorm) {
+  const bool aligned = matrix.aligned();
+  scalar_t* packed = aligned ? nullptr : launcher.scratch<scalar_t>(matrix.count * matrix.width());
+  if ((rnorm || !aligned) && matrix.count > 0) {
+    launcher.launch(contrastive_prepare_kernel<scalar_t, acc_t>, blocks_for(matrix.count, kRowWarps),
+                    kRowWarps * kWarpSize, 0, matrix.data, matrix.strides[0], matrix.strides[1], matrix.count,
+                    matrix.D, aligned, rnorm, packed, matrix.width());
+  }
+  Side<scalar_t, acc_t> side = {};
+  side.data = aligned ? matrix.data : packed;
+  side.stride = aligned ? matrix.strides[0] : matrix.width();
+  side.count = matrix.count;
+  return side;
+}
+
+template <typename scalar_t>
+Matrix<scalar_t> rows_matrix(const ContrastiveArgs& args) {
+  return {
+      static_cast<const scalar_t*>(args.rows), {args.row_strides[0], args.row_strides[1]}, args.N, args.D};
+}
+
+template <typename scalar_t>
+Matrix<scalar_t> columns_matrix(const ContrastiveArgs& args) {
+  return {static_cast<const scalar_t*>(args.columns),
+          {args.column_strides[0], args.column_strides[1]},
+          args.M,
+          args.D};
+}
+
+template <typename scalar_t, typename acc_t>
+Problem<scalar_t, acc_t> problem_of(const ContrastiveArgs& args, const Side<scalar_t, acc_t>& own,
+                                    const Side<scalar_t, acc_t>& other) {
+  Problem<scalar_t, acc_t> problem = {};
+  problem.own = own;
+  problem.other = other;
+  problem.width = round_up(args.D, 16 / sizeof(scalar_t));
+  problem.scale = static_cast<const acc_t*>(args.scale);
+  problem.P = args.P;
+  problem.square = args.columns == nullptr;
+  problem.keep_diagonal = args.keep_diagonal != 0 && !problem.square;
+  return problem;
+}
+
+template <typename Engine>
+void forward_pass(Launcher& launcher, const ContrastiveArgs& args,
+                  const Problem<typename Engine::scalar_t, typename Engine::acc_t>& problem, double* lse,
+                  double* positive_logits) {
+  using Shape = FwdShape<Engine>;
+  using acc_t = typename Engine::acc_t;
+  const int64_t rows = problem.own.count;
+  if (rows == 0) return;
+  const int64_t row_blocks = blocks_for(rows, Shape::kBlockM);
+  const int64_t tiles = blocks_for(problem.other.count, Shape::kBlockN);
+  const int parts = pick_splits(args.splits, row_blocks, tiles, int64_t{multiprocessors()} * 2);
+  auto* partial = parts > 1 ? launcher.scratch<OnlineSoftmax<acc_t>>(parts * rows) : nullptr;
+  const int chunks = blocks_for(problem.width, Shape::kChunk);
+  launcher.launch(contrastive_fwd_kernel<Engine>, dim3(row_blocks, parts), Shape::kThreads,
+                  Shape::shared_bytes(std::min(chunks, kOwnerSlots)), problem, lse, positive_logits, partial);
+  if (parts > 1) {
+    launcher.launch(contrastive_merge_kernel<acc_t>, blocks_for(rows, 256), 256, 0,
+                    static_cast<const OnlineSoftmax<acc_t>*>(partial), parts, rows, problem.scale, lse);
+  }
+}
+
+template <typename Engine>
+void forward(Launcher& launcher, const ContrastiveFwdArgs& args) {
+  using scalar_t = typename Engine::scalar_t;
+  using acc_t = typename Engine::acc_t;
+  const ContrastiveArgs& common = args.common;
+  const bool square = common.columns == nullptr;
+  auto* row_rnorm = common.normalize_rows ? static_cast<acc_t*>(args.row_rnorm) : nullptr;
+  auto* column_rnorm = common.normalize_columns && !square ? static_cast<acc_t*>(args.column_rnorm) : nullptr;
+
+  auto rows = prepare(launcher, rows_matrix<scalar_t>(common), row_rnorm);
+  rows.rnorm = row_rnorm;
+  rows.ids = common.row_ids;
+  auto columns = rows;
+  if (!square) {
+    columns = prepare(launcher, columns_matrix<scalar_t>(common), column_rnorm);
+    columns.rnorm = column_rnorm;
+    columns.ids = common.column_ids;
+  }
+  rows.positives = common.positives;
+  forward_pass<Engine>(launcher, common, problem_of(common, rows, columns), args.lse,
+                       common.positives ? args.positive_logits : nullptr);
+  if (!square && common.both_directions) {
+    forward_pass<Engine>(launcher, common, problem_of(common, columns, rows), args.column_lse, nullptr);
+  }
+}
+
+template <typename scalar_t, typename acc_t>
+void add_terms(Launcher& launcher, const double* lse, const double* grad_lse, Side<scalar_t, acc_t>& side) {
+  if (!grad_lse) return;
+  acc_t* base2_lse = launcher.scratch<acc_t>(side.count);
+  acc_t* weight = launcher.scratch<acc_t>(side.count);
+  launcher.launch(contrastive_terms_kernel<acc_t>, blocks_for(side.count, 256), 256, 0, lse, grad_lse,
+                  side.count, base2_lse, weight);
+  side.base2_lse = base2_lse;
+  side.weight = weight;
+}
+
+// One owner's gradient; `matrix` is the owner's as the caller passed it. Writes the dots of its rows.
+template <typename Engine, int kWarpsM, int kSliceChunks>
+void backward_pass(Launcher& launcher, const ContrastiveArgs& args,
+                   const Problem<typename Engine::scalar_t, typename Engine::acc_t>& problem,
+                   const Matrix<typename Engine::scalar_t>& matrix, const double* grad_positive_logits,
+                   typename Engine::scalar_t* grad, typename Engine::acc_t* dots) {
+  using Shape = BwdShape<Engine, kWarpsM, kSliceChunks>;
+  using scalar_t = typename Engine::scalar_t;
+  using acc_t = typename Engine::acc_t;
+  const auto& own = problem.own;
+  const auto& other = problem.other;
+  if (own.count == 0) return;
+  const int64_t row_blocks = blocks_for(own.count, Shape::kBlockM);
+  const int64_t tiles = blocks_for(other.count, Shape::kBlockN);
+  const int chunks = blocks_for(problem.width, Shape::kChunk);
+  const int slices = blocks_for(chunks, Shape::kSliceChunks);
+  const int parts = pick_splits(args.splits, row_blocks * slices, tiles, multiprocessors());
+  auto* partial = launcher.scratch<acc_t>(parts * own.count * problem.width);
+  acc_t* coefficient_scale = nullptr;
+  if constexpr (Shape::kScaled) {
+    coefficient_scale = launcher.scratch<acc_t>(1);
+    launcher.launch(contrastive_coefficient_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, own.weight,
+                    own.count, other.weight, other.rnorm, other.count, grad_positive_logits, args.N * args.P,
+                    args.P, coefficient_scale);
+  }
+  launcher.launch(contrastive_bwd_kernel<Shape, Engine>, dim3(row_blocks, parts, slices), Shape::kThreads,
+                  Shape::shared_bytes(std::min(chunks, kOwnerSlots)), problem, grad_positive_logits,
+                  static_cast<const acc_t*>(coefficient_scale), partial, problem.width);
+  launcher.launch(contrastive_finish_kernel<scalar_t, acc_t>, blocks_for(own.count, kRowWarps),
+                  kRowWarps * kWarpSize, 0, static_cast<const acc_t*>(partial), parts, problem.width,
+                  matrix.data, matrix.strides[0], matrix.strides[1], own.count, args.D, own.rnorm,
+                  problem.scale, static_cast<const acc_t*>(coefficient_scale), grad, dots);
+}
+
+// The narrowest accumulator that holds D, so that s is recomputed once where one block can hold a whole row.
+template <typename Engine, typename... Args>
+void backward_pass_for_width(Launcher& launcher, const ContrastiveArgs& args, const Args&... rest) {
+  if constexpr (sizeof(typename Engine::scalar_t) == 2) {
+    if (args.D <= 128) return backward_pass<Engine, 4, 2>(launcher, args, rest...);
+    if (args.D <= 256) return backward_pass<Engine, 4, 4>(launcher, args, rest...);
+    return backward_pass<Engine, 2, 8>(launcher, args, rest...);
+  } else {
+    return backward_pass<Engine, 4, 8>(launcher, args, rest...);
+  }
+}
+
+template <typename Engine>
+void backward(Launcher& launcher, const ContrastiveBwdArgs& args) {
+  using scalar_t = typename Engine::scalar_t;
+  using acc_t = typename Engine::acc_t;
+  const ContrastiveArgs& common = args.common;
+  const bool square = common.columns == nullptr;
+  const double* grad_positive_logits = common.positives ? args.grad_positive_logits : nullptr;
+
+  const Matrix<scalar_t> row_matrix = rows_matrix<scalar_t>(common);
+  auto rows = prepare<scalar_t, acc_t>(launcher, row_matrix, nullptr);
+  rows.rnorm = common.normalize_rows ? static_cast<const acc_t*>(args.row_rnorm) : nullptr;
+  rows.ids = common.row_ids;
+  add_terms(launcher, args.lse, args.grad_lse, rows);
+  rows.positives = common.positives;
+  auto* row_dots = launcher.scratch<acc_t>(common.N);
+  auto* grad_rows = static_cast<scalar_t*>(args.grad_rows);
+  const acc_t* dots = row_dots;
+  int64_t dot_count = common.N;
+
+  if (square) {
+    backward_pass_for_width<Engine>(launcher, common, problem_of(common, rows, rows), row_matrix,
+                                    grad_positive_logits, grad_rows, row_dots);
+  } else {
+    const Matrix<scalar_t> column_matrix = columns_matrix<scalar_t>(common);
+    auto columns = prepare<scalar_t, acc_t>(launcher, column_matrix, nullptr);
+    columns.rnorm = common.normalize_columns ? static_cast<const acc_t*>(args.column_rnorm) : nullptr;
+    columns.ids = common.column_ids;
+    add_terms(launcher, args.column_lse, args.grad_column_lse, columns);
+    if (grad_rows || !args.grad_columns) {
+      backward_pass_for_width<Engine>(launcher, common, problem_of(common, rows, columns), row_matrix,
+                                      grad_positive_logits, grad_rows, row_dots);
+    }
+    if (args.grad_columns) {
+      auto* column_dots = launcher.scratch<acc_t>(common.M);
+      backward_pass_for_width<Engine>(launcher, common, problem_of(common, columns, rows), column_matrix,
+                                      grad_positive_logits, static_cast<scalar_t*>(args.grad_columns),
+                                      column_dots);
+      if (!grad_rows) {
+        dots = column_dots;
+        dot_count = common.M;
+      }
+    }
+  }
+  launcher.launch(contrastive_grad_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, dots, dot_count,
+                  square ? acc_t(0.5) : acc_t(1), static_cast<acc_t*>(args.grad_scale));
+}
+
+template <typename Engine>
+void run(Launcher& launcher, const ContrastiveFwdArgs& args) {
+  forward<Engine>(launcher, args);
+}
+
+template <typename Engine>
+void run(Launcher& launcher, const ContrastiveBwdArgs& args) {
+  backward<Engine>(launcher, args);
+}
+
+template <typename Args>
+Launcher dispatch(const Args& args, cudaStream_t stream, bool dry) {
+  Launcher launcher(args.common.workspace, stream, dry);
+  switch (args.common.dtype) {
+    case kContrastiveFloat64: run<FmaEngine<double>>(launcher, args); break;
+    case kContrastiveFloat16: run<MmaEngine<__half>>(launcher, args); break;
+    case kContrastiveBFloat16: run<MmaEngine<__nv_bfloat16>>(launcher, args); break;
+    default:
+      if (args.common.allow_tf32) {
+        run<MmaEngine<float>>(launcher, args);
+      } else {
+        run<FmaEngine<float>>(launcher, args);
+      }
+  }
+  return launcher;
+}
+
+template <typename Args>
+int workspace(const Args& args, size_t* bytes) {
+  const Launcher launcher = dispatch(args, nullptr, true);
+  *bytes = launcher.used();
+  return launcher.error();
+}
+
+}  // namespace
+}  // namespace contrastive
+}  // namespace ssl_kernels
+
+int contrastive_fwd_workspace(const ContrastiveFwdArgs* args, size_t* bytes) {
+  return ssl_kernels::contrastive::workspace(*args, bytes);
+}
+
+int contrastive_bwd_workspace(const ContrastiveBwdArgs* args, size_t* bytes) {
+  return ssl_kernels::contrastive::workspace(*args, bytes);
+}
+
+int contrastive_fwd(const ContrastiveFwdArgs* args, cudaStream_t stream) {
+  return ssl_kernels::contrastive::dispatch(*args, stream, false).error();
+}
+
+int contrastive_bwd(const ContrastiveBwdArgs* args, cudaStream_t stream) {
+  return ssl_kernels::contrastive::dispatch(*args, stream, false).error();
+}

@@ -1,0 +1,76 @@
+// Plain C interface of the CUDA kernels of `contrastive` (docs/contrastive.md). Pointers are device pointers
+// on the current device; every call launches on `stream`, never waits for it and can be captured in a CUDA
+// graph.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum ContrastiveDtype {
+  kContrastiveFloat64 = 0,
+  kContrastiveFloat32 = 1,
+  kContrastiveFloat16 = 2,
+  kContrastiveBFloat16 = 3,
+};
+
+// What both directions share. acc_t is float, or double for float64.
+typedef struct {
+  int32_t dtype;           // ContrastiveDtype of rows and columns
+  int32_t normalize_rows;  // the booleans of the operator
+  int32_t normalize_columns;
+  int32_t keep_diagonal;
+  int32_t both_directions;
+  int32_t allow_tf32;  // float32 products may round their operands to TF32
+  int32_t splits;      // parts the columns are walked in at once; 0 picks from the card and the sizes
+  int32_t reserved;
+  int64_t N, M, D, P;      // rows, columns (N in the square case), width, positives per row
+  int64_t row_strides[2];  // in elements
+  int64_t column_strides[2];
+  const void* rows;           // (N, D)
+  const void* columns;        // (M, D), or null: the square case
+  const void* scale;          // one acc_t
+  const int64_t* positives;   // (N, P) contiguous, negative ones count from the end, or null
+  const int64_t* row_ids;     // (N,) contiguous, or null
+  const int64_t* column_ids;  // (M,) contiguous, or null
+  void* workspace;            // contrastive_*_workspace bytes, 16-byte aligned
+} ContrastiveArgs;
+
+// Results are contiguous; null stands for what the operator returns empty.
+typedef struct {
+  ContrastiveArgs common;
+  double* lse;              // (N,)
+  double* column_lse;       // (M,), needed if both_directions
+  double* positive_logits;  // (N, P), needed if positives
+  void* row_rnorm;          // (N,) acc_t, needed if normalize_rows
+  void* column_rnorm;       // (M,) acc_t, needed if normalize_columns and not square
+} ContrastiveFwdArgs;
+
+typedef struct {
+  ContrastiveArgs common;
+  const double* grad_lse;              // (N,) contiguous as all of these, or null: zero
+  const double* grad_column_lse;       // (M,) or null
+  const double* grad_positive_logits;  // (N, P) or null
+  const double* lse;                   // (N,), as the forward wrote it and the next three
+  const double* column_lse;            // (M,), needed with grad_column_lse
+  const void* row_rnorm;
+  const void* column_rnorm;
+  void* grad_rows;     // (N, D) contiguous, or null where not needed
+  void* grad_columns;  // (M, D) contiguous, or null where not needed; null in the square case
+  void* grad_scale;    // one acc_t, always written
+} ContrastiveBwdArgs;
+
+// Each returns 0 or a cudaError_t. Sizes N, M and D are at least 1. The first two tell the bytes of scratch
+// memory that a call with these arguments needs, whose workspace is not set yet; they launch nothing.
+int contrastive_fwd_workspace(const ContrastiveFwdArgs* args, size_t* bytes);
+int contrastive_bwd_workspace(const ContrastiveBwdArgs* args, size_t* bytes);
+int contrastive_fwd(const ContrastiveFwdArgs* args, cudaStream_t stream);
+int contrastive_bwd(const ContrastiveBwdArgs* args, cudaStream_t stream);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,89 @@
+// Arithmetic shared by the kernels for float and double accumulation, and conversions from the storage types.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <math_constants.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace ssl_kernels {
+
+template <typename T>
+struct Math;
+
+template <>
+struct Math<float> {
+  static constexpr float kLog2e = 1.44269504088896341f;
+  static constexpr float kTiny = 1.1754943508222875e-38f;
+  static constexpr float kNormEps = 1e-12f;
+  static __device__ __forceinline__ float infinity() { return CUDART_INF_F; }
+  // Relative error 2^-22; results under 2^-126 become 0.
+  static __device__ __forceinline__ float exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
+  static __device__ __forceinline__ float sqrt(float x) { return __fsqrt_rn(x); }
+  static __device__ __forceinline__ float abs(float x) { return fabsf(x); }
+  static __device__ __forceinline__ float max(float x, float y) { return fmaxf(x, y); }
+  static __device__ __forceinline__ float fma(float x, float y, float z) { return __fmaf_rn(x, y, z); }
+  // A product that the compiler must not fuse with a following addition.
+  static __device__ __forceinline__ float mul(float x, float y) { return __fmul_rn(x, y); }
+};
+
+template <>
+struct Math<double> {
+  static constexpr double kLog2e = 1.44269504088896341;
+  static constexpr double kLn2 = 0.693147180559945309;
+  static constexpr double kTiny = 2.2250738585072014e-308;
+  static constexpr double kNormEps = 1e-12;
+  static __device__ __forceinline__ double infinity() { return CUDART_INF; }
+  static __device__ __forceinline__ double exp2(double x) { return ::exp2(x); }
+  static __device__ __forceinline__ double log2(double x) { return ::log2(x); }
+  static __device__ __forceinline__ double sqrt(double x) { return __dsqrt_rn(x); }
+  static __device__ __forceinline__ double abs(double x) { return ::fabs(x); }
+  static __device__ __forceinline__ double max(double x, double y) { return ::fmax(x, y); }
+  static __device__ __forceinline__ double fma(double x, double y, double z) { return __fma_rn(x, y, z); }
+  static __device__ __forceinline__ double mul(double x, double y) { return __dmul_rn(x, y); }
+};
+
+__device__ __forceinline__ float to_acc(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+__device__ __forceinline__ float to_acc(__half x) {
+  return __half2float(x);
+}
+__device__ __forceinline__ float to_acc(float x) {
+  return x;
+}
+__device__ __forceinline__ double to_acc(double x) {
+  return x;
+}
+
+template <typename scalar_t, typename acc_t>
+__device__ __forceinline__ scalar_t from_acc(acc_t x) {
+  if constexpr (sizeof(scalar_t) == sizeof(acc_t)) {
+    return x;
+  } else if constexpr (std::is_same_v<scalar_t, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return __float2bfloat16_rn(x);
+  }
+}
+
+// 16 bytes of scalar_t, for vector access.
+template <typename scalar_t>
+struct alignas(16) Vector {
+  static constexpr int kSize = 16 / sizeof(scalar_t);
+  scalar_t value[kSize];
+};
+
+// Two neighbours in one access.
+template <typename scalar_t>
+struct alignas(2 * sizeof(scalar_t)) Pair {
+  scalar_t value[2];
+};
+
+}  // namespace ssl_kernels

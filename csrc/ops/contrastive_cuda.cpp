@@ -1,0 +1,163 @@
+// Registers the CUDA kernels as `contrastive_fwd.native` and `contrastive_bwd.native`: allocates results and
+// scratch memory, passes plain pointers to the launchers of csrc/cuda/contrastive.h on the current stream.
+#include <ATen/Context.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "../cuda/contrastive.h"
+#include "contrastive.h"
+
+namespace ssl_kernels {
+namespace {
+
+using Fwd = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Bwd = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+int dtype_code(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble: return kContrastiveFloat64;
+    case at::kFloat: return kContrastiveFloat32;
+    case at::kHalf: return kContrastiveFloat16;
+    case at::kBFloat16: return kContrastiveBFloat16;
+    default:
+      TORCH_CHECK(false, "contrastive: rows must be float64, float32, float16 or bfloat16, got ", dtype);
+  }
+}
+
+at::ScalarType accumulation_dtype(const at::Tensor& rows) {
+  return rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+OptionalTensor contiguous(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
+}
+
+// Null for an absent or empty tensor.
+template <typename T = void>
+T* pointer(const at::Tensor& tensor) {
+  return tensor.numel() ? static_cast<T*>(tensor.data_ptr()) : nullptr;
+}
+
+template <typename T = void>
+T* pointer(const OptionalTensor& tensor) {
+  return tensor ? pointer<T>(*tensor) : nullptr;
+}
+
+// The index tensors are contiguous; those and the operands outlive the launches.
+ContrastiveArgs common_args(const at::Tensor& rows, const OptionalTensor& columns, const at::Tensor& scale,
+                            const OptionalTensor& positives, const OptionalTensor& row_ids,
+                            const OptionalTensor& column_ids, bool normalize_rows, bool normalize_columns,
+                            bool keep_diagonal, bool both_directions) {
+  const at::Tensor& other = columns ? *columns : rows;
+  ContrastiveArgs args = {};
+  args.dtype = dtype_code(rows.scalar_type());
+  args.normalize_rows = normalize_rows;
+  args.normalize_columns = normalize_columns;
+  args.keep_diagonal = keep_diagonal;
+  args.both_directions = both_directions;
+  args.allow_tf32 = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+                    at::Float32Precision::TF32;
+  args.N = rows.size(0);
+  args.M = other.size(0);
+  args.D = rows.size(1);
+  args.P = !positives ? 0 : positives->dim() == 1 ? 1 : positives->size(1);
+  for (int i = 0; i < 2; ++i) {
+    args.row_strides[i] = rows.stride(i);
+    args.column_strides[i] = other.stride(i);
+  }
+  args.rows = rows.data_ptr();
+  args.columns = columns ? columns->data_ptr() : nullptr;
+  args.scale = scale.data_ptr();
+  args.positives = pointer<int64_t>(positives);
+  args.row_ids = pointer<int64_t>(row_ids);
+  args.column_ids = pointer<int64_t>(column_ids);
+  return args;
+}
+
+template <typename Args>
+void launch(Args& args, const at::Tensor& rows, int (*workspace_bytes)(const Args*, size_t*),
+            int (*launcher)(const Args*, cudaStream_t)) {
+  size_t bytes = 0;
+  C10_CUDA_CHECK(static_cast<cudaError_t>(workspace_bytes(&args, &bytes)));
+  const at::Tensor workspace = at::empty({static_cast<int64_t>(bytes)}, rows.options().dtype(at::kByte));
+  args.common.workspace = workspace.data_ptr();
+  const auto stream = c10::cuda::getCurrentCUDAStream(rows.get_device());
+  C10_CUDA_CHECK(static_cast<cudaError_t>(launcher(&args, stream.stream())));
+}
+
+Fwd contrastive_fwd(const at::Tensor& rows, const OptionalTensor& columns, const at::Tensor& scale,
+                    const OptionalTensor& positives, const OptionalTensor& row_ids,
+                    const OptionalTensor& column_ids, bool normalize_rows, bool normalize_columns,
+                    bool keep_diagonal, bool both_directions, bool /*keep_logits*/) {
+  check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
+  const c10::cuda::CUDAGuard guard(rows.device());
+  const auto index = contiguous(positives), row_index = contiguous(row_ids),
+             column_index = contiguous(column_ids);
+  ContrastiveFwdArgs args = {};
+  args.common = common_args(rows, columns, scale, index, row_index, column_index, normalize_rows,
+                            normalize_columns, keep_diagonal, both_directions);
+  const int64_t n = args.common.N, m = args.common.M;
+  const auto wide = rows.options().dtype(at::kDouble), acc = rows.options().dtype(accumulation_dtype(rows));
+  const at::Tensor lse = at::empty({n}, wide);
+  const at::Tensor column_lse = at::empty({both_directions ? m : 0}, wide);
+  const at::Tensor positive_logits = index ? at::empty(index->sizes(), wide) : at::empty({0}, wide);
+  const at::Tensor row_rnorm = at::empty({normalize_rows ? n : 0}, acc);
+  const at::Tensor column_rnorm = at::empty({normalize_columns && columns ? m : 0}, acc);
+  args.lse = pointer<double>(lse);
+  args.column_lse = pointer<double>(column_lse);
+  args.positive_logits = pointer<double>(positive_logits);
+  args.row_rnorm = pointer(row_rnorm);
+  args.column_rnorm = pointer(column_rnorm);
+  launch(args, rows, contrastive_fwd_workspace, ::contrastive_fwd);
+  return {lse, column_lse, positive_logits, row_rnorm, column_rnorm, at::empty({0}, acc)};
+}
+
+Bwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_column_lse,
+                    const OptionalTensor& grad_positive_logits, const at::Tensor& rows,
+                    const OptionalTensor& columns, const at::Tensor& scale, const OptionalTensor& positives,
+                    const OptionalTensor& row_ids, const OptionalTensor& column_ids, const at::Tensor& lse,
+                    const at::Tensor& column_lse, const at::Tensor& row_rnorm, const at::Tensor& column_rnorm,
+                    const at::Tensor& /*kept_logits*/, bool normalize_rows, bool normalize_columns,
+                    bool keep_diagonal, bool both_directions, bool rows_need_grad, bool columns_need_grad) {
+  check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
+  TORCH_CHECK(lse.scalar_type() == at::kDouble && lse.numel() == rows.size(0) && lse.is_contiguous(),
+              "contrastive: lse must be what contrastive_fwd returned");
+  const c10::cuda::CUDAGuard guard(rows.device());
+  const auto index = contiguous(positives), row_index = contiguous(row_ids),
+             column_index = contiguous(column_ids);
+  const auto g = contiguous(grad_lse), h = contiguous(grad_column_lse), q = contiguous(grad_positive_logits);
+  ContrastiveBwdArgs args = {};
+  args.common = common_args(rows, columns, scale, index, row_index, column_index, normalize_rows,
+                            normalize_columns, keep_diagonal, both_directions);
+  const bool columns_too = columns && columns_need_grad;
+  const at::Tensor grad_rows =
+      at::empty(rows_need_grad ? rows.sizes() : at::IntArrayRef({0}), rows.options());
+  const at::Tensor grad_columns =
+      at::empty(columns_too ? columns->sizes() : at::IntArrayRef({0}), rows.options());
+  const at::Tensor grad_scale = at::empty({}, rows.options().dtype(accumulation_dtype(rows)));
+  args.grad_lse = pointer<double>(g);
+  args.grad_column_lse = both_directions ? pointer<double>(h) : nullptr;
+  args.grad_positive_logits = pointer<double>(q);
+  args.lse = pointer<double>(lse);
+  args.column_lse = pointer<double>(column_lse);
+  args.row_rnorm = pointer(row_rnorm);
+  args.column_rnorm = pointer(column_rnorm);
+  args.grad_rows = pointer(grad_rows);
+  args.grad_columns = pointer(grad_columns);
+  args.grad_scale = pointer(grad_scale);
+  launch(args, rows, contrastive_bwd_workspace, ::contrastive_bwd);
+  return {grad_rows, grad_columns, grad_scale};
+}
+
+TORCH_LIBRARY_IMPL(ssl_kernels, CUDA, library) {
+  library.impl("contrastive_fwd.native", &contrastive_fwd);
+  library.impl("contrastive_bwd.native", &contrastive_bwd);
+}
+
+}  // namespace
+}  // namespace ssl_kernels

@@ -1,0 +1,170 @@
+"""Calls csrc/cuda/contrastive.h on tensors, with poisoned results and scratch memory."""
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+
+from tests.gpu_emulation import STREAM
+
+DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+class Common(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_int32) for name in (
+            "dtype", "normalize_rows", "normalize_columns", "keep_diagonal", "both_directions", "allow_tf32",
+            "splits", "reserved",
+        )],
+        *[(name, ctypes.c_int64) for name in ("N", "M", "D", "P")],
+        ("row_strides", ctypes.c_int64 * 2),
+        ("column_strides", ctypes.c_int64 * 2),
+        *[(name, ctypes.c_void_p) for name in (
+            "rows", "columns", "scale", "positives", "row_ids", "column_ids", "workspace",
+        )],
+    ]  # fmt: skip
+
+
+class FwdArgs(ctypes.Structure):
+    _fields_ = [
+        ("common", Common),
+        *[(name, ctypes.c_void_p) for name in (
+            "lse", "column_lse", "positive_logits", "row_rnorm", "column_rnorm",
+        )],
+    ]  # fmt: skip
+
+
+class BwdArgs(ctypes.Structure):
+    _fields_ = [
+        ("common", Common),
+        *[(name, ctypes.c_void_p) for name in (
+            "grad_lse", "grad_column_lse", "grad_positive_logits",
+            "lse", "column_lse", "row_rnorm", "column_rnorm",
+            "grad_rows", "grad_columns", "grad_scale",
+        )],
+    ]  # fmt: skip
+
+
+class Call(NamedTuple):
+    """The operator's operands and flags; None as the operator takes it."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor | None
+    scale: torch.Tensor
+    positives: torch.Tensor | None = None
+    row_ids: torch.Tensor | None = None
+    column_ids: torch.Tensor | None = None
+    normalize_rows: bool = True
+    normalize_columns: bool = True
+    keep_diagonal: bool = False
+    both_directions: bool = False
+
+
+class Fwd(NamedTuple):
+    lse: torch.Tensor
+    column_lse: torch.Tensor | None
+    positive_logits: torch.Tensor | None
+    row_rnorm: torch.Tensor | None
+    column_rnorm: torch.Tensor | None
+
+
+class Bwd(NamedTuple):
+    grad_rows: torch.Tensor | None
+    grad_columns: torch.Tensor | None
+    grad_scale: torch.Tensor
+
+
+def accumulation_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def contrastive_fwd(library, call, *, splits=0, tf32=False, **options):
+    """Runs the forward; returns (Fwd, launches). `options` go to `library.call`."""
+    n, m, square = *_sizes(call), call.columns is None
+    acc = accumulation_dtype(call.rows.dtype)
+    poisoned = _poisoned_on(call.rows.device)
+    results = Fwd(
+        lse=poisoned((n,), torch.float64),
+        column_lse=poisoned((m,), torch.float64) if call.both_directions else None,
+        positive_logits=None if call.positives is None else poisoned(call.positives.shape, torch.float64),
+        row_rnorm=poisoned((n,), acc) if call.normalize_rows else None,
+        column_rnorm=poisoned((m,), acc) if call.normalize_columns and not square else None,
+    )
+    launches = _run(library, "contrastive_fwd", FwdArgs, call, results, {}, splits, tf32, options)
+    return results, launches
+
+
+def contrastive_bwd(
+    library, call, fwd, grad_lse, grad_column_lse=None, grad_positive_logits=None, *,
+    rows_need_grad=True, columns_need_grad=True, splits=0, tf32=False, **options,
+):  # fmt: skip
+    """Runs the backward; returns (Bwd, launches)."""
+    poisoned = _poisoned_on(call.rows.device)
+    with_columns = columns_need_grad and call.columns is not None
+    results = Bwd(
+        grad_rows=poisoned(call.rows.shape, call.rows.dtype) if rows_need_grad else None,
+        grad_columns=poisoned(call.columns.shape, call.rows.dtype) if with_columns else None,
+        grad_scale=poisoned((), accumulation_dtype(call.rows.dtype)),
+    )
+    inputs = {
+        "grad_lse": grad_lse,
+        "grad_column_lse": grad_column_lse,
+        "grad_positive_logits": grad_positive_logits,
+        "lse": fwd.lse,
+        "column_lse": fwd.column_lse,
+        "row_rnorm": fwd.row_rnorm,
+        "column_rnorm": fwd.column_rnorm,
+    }
+    launches = _run(library, "contrastive_bwd", BwdArgs, call, results, inputs, splits, tf32, options)
+    return results, launches
+
+
+def _sizes(call):
+    n = call.rows.shape[0]
+    return n, n if call.columns is None else call.columns.shape[0]
+
+
+def _poisoned_on(device):
+    def poisoned(shape, dtype):
+        return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+    return poisoned
+
+
+def _address(tensor):
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _run(library, function, args_type, call, results, inputs, splits, tf32, options):
+    n, m = _sizes(call)
+    tensors = {name: getattr(call, name) for name in (
+        "rows", "columns", "scale", "positives", "row_ids", "column_ids",
+    )}  # fmt: skip
+    common = Common(
+        dtype=DTYPE_CODES[call.rows.dtype],
+        normalize_rows=call.normalize_rows,
+        normalize_columns=call.normalize_columns,
+        keep_diagonal=call.keep_diagonal,
+        both_directions=call.both_directions,
+        allow_tf32=tf32,
+        splits=splits,
+        N=n,
+        M=m,
+        D=call.rows.shape[1],
+        P=0 if call.positives is None else call.positives.shape[1],
+        row_strides=(ctypes.c_int64 * 2)(*call.rows.stride()),
+        column_strides=(ctypes.c_int64 * 2)(*(call.rows if call.columns is None else call.columns).stride()),
+        **{name: _address(tensor) for name, tensor in tensors.items()},
+    )
+    written = results._asdict()
+    args = args_type(common=common, **{name: _address(t) for name, t in {**inputs, **written}.items()})
+    size = ctypes.c_size_t()
+    library.call(f"{function}_workspace", ctypes.byref(args), ctypes.byref(size))
+    workspace = torch.full((max(size.value, 1),), 0xFF, dtype=torch.uint8, device=call.rows.device)
+    args.common.workspace = workspace.data_ptr()
+    reads = {name: tensor for name, tensor in {**tensors, **inputs}.items() if tensor is not None}
+    writes = {name: tensor for name, tensor in written.items() if tensor is not None}
+    buffers = {**reads, **writes, "workspace": workspace}
+    return library.call(
+        function, ctypes.byref(args), STREAM, buffers=buffers, read_only=set(reads), **options
+    )
