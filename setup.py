@@ -18,6 +18,9 @@ from setuptools import setup
 from torch.utils import cpp_extension
 
 CUDA_ARCHITECTURES_WITHOUT_GPU = ["8.0", "9.0", "10.0"]
+# torch forbids the implicit conversions of __half and __nv_bfloat16; the kernels include no torch header and use them.
+WITH_HALF_CONVERSIONS = ["-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
+WITH_HALF_CONVERSIONS += ["-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF2_OPERATORS__"]
 
 
 def say(message):
@@ -97,7 +100,7 @@ def make_extension():
     return cpp_extension.CUDAExtension(
         "ssl_kernels._C",
         sources,
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-lineinfo"]},
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-lineinfo", *WITH_HALF_CONVERSIONS]},
         extra_link_args=link,
     )
 

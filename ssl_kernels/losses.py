@@ -40,17 +40,17 @@ def nt_xent_loss(z0, z1, temperature=0.5, *, normalize=True, reduction="mean", b
     check_scalar(op, "temperature", temperature, z0, positive=True)
     check_reduction(op, reduction)
     views = torch.cat((z0, z1))
-    partner = torch.arange(len(views), device=views.device).roll(len(z0))
+    partner = torch.arange(-len(z0), len(z0), device=views.device)  # negative indices count from the end
     lse, _, positive = contrastive(
         views,
         None,
         _inverse(temperature, views),
-        positives=partner[:, None],
+        positives=partner,
         normalize_rows=normalize,
         backend=backend,
         caller=op,
     )
-    return _reduce(lse - positive.squeeze(1), reduction, views)
+    return _reduce(lse - positive, reduction, views)
 
 
 nt_xent_loss.operation = "contrastive"
@@ -60,7 +60,7 @@ def _widest_under_autocast(*tensors):
     """Under autocast, tensors of different dtypes in the widest of them; otherwise as they are."""
     if not all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in tensors):
         return tensors
-    if len({tensor.dtype for tensor in tensors}) == 1 or not torch.is_autocast_enabled(tensors[0].device.type):
+    if not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors
     widest = tensors[0].dtype
     for tensor in tensors[1:]:
@@ -78,8 +78,9 @@ def _inverse(temperature, like):
 
 def _reduce(loss, reduction, like):
     """Rows' losses, float64, to what the caller asked for, in the accumulation dtype of `like`."""
+    acc = accumulation_dtype(like)
     if reduction == "mean":
-        loss = loss.mean()
-    elif reduction == "sum":
-        loss = loss.sum()
-    return loss.to(accumulation_dtype(like))
+        return loss.mean(dtype=acc)
+    if reduction == "sum":
+        return loss.sum(dtype=acc)
+    return loss.to(acc)

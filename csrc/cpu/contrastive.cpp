@@ -6,8 +6,10 @@
 //   parallel round share no block (schedule.h), so every sum has one owner: no atomics, no buffer
 //   a thread, results independent of the thread count for a given tile size.
 // Work, in units of 2*N*M*D: forward 1 (square: 1/2); backward 1 + 1 for each side that needs a
-//   gradient (square: 1/2 + 1). One exponential an entry, two where rows and columns need shifts of their own.
-// Memory: the rows in acc_t (N*D), the gradient (N*D), 5 numbers a row, the scratch.
+//   gradient (square: 1/2 + 1, less what was kept). One exponential an entry, two where rows and columns need shifts of their own.
+// Memory: the rows in acc_t (N*D), the gradient (N*D), 5 numbers a row, the scratch, and from forward to backward
+//   the logits of the first tiles, as many as fit kKeptLogits: they need not be recomputed (all of them
+//   up to about 2800 rows of the square case, then backward is 1 unit).
 // Numerics: products, softmax and sums over a tile in acc_t (float32, float64 for float64), sums over tiles in double.
 //   Tiles hold s * log2 e, so that exp is 2^x. While |s| <= |scale| * longest row * longest column
 //   stays below kFixedShift, that bound replaces the maximum; above it rows and columns get running maxima.
@@ -39,7 +41,11 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // of 2^40 in the incoming gradient still fits float32.
 constexpr double kFixedShift = 43;
 
-constexpr int64_t kLargestTile = 256, kSmallestTile = 32;
+constexpr int64_t kLargestTile = 256, kSmallestTile = 64;
+
+// Bytes of logits kept for backward at most. Below 32 MB, malloc reuses the block from step to step. Narrow rows
+// are recomputed faster than a tile is read back.
+constexpr int64_t kKeptBytes = 24 << 20, kNarrow = 32;
 
 // Blocks of `n` for `ways` of parallelism, balanced and as large as the cache allows.
 Blocks cut(int64_t n, int64_t ways) {
@@ -60,7 +66,7 @@ class Problem {
         n(rows.values.size(0)),
         m(columns.values.size(0)),
         scale(*args.scale.const_data_ptr<acc_t>()),
-        positives_per_row(args.positives ? args.positives->size(1) : 0),
+        positives_per_row(args.positives ? args.positives->numel() / n : 0),
         args_(args) {
     const int64_t threads = at::get_num_threads();
     // The tournament of the square case plays count / 2 tiles at once.
@@ -69,7 +75,7 @@ class Problem {
     bound = static_cast<acc_t>(std::abs(scale) * kLog2E * rows.longest * columns.longest);
     fixed_shift = bound <= kFixedShift;  // false for NaN
     scratch_ = at::empty({threads, row_blocks.size, column_blocks.size + kPadding}, rows.values.options());
-    if (args.positives) positives_ = args.positives->contiguous();
+    if (args.positives) positives_ = column_indices(*args.positives);
     if (args.row_ids) row_ids_ = args.row_ids->contiguous();
     if (args.column_ids) column_ids_ = args.column_ids->contiguous();
   }
@@ -83,11 +89,34 @@ class Problem {
     acc_t& at(int64_t row, int64_t column) const { return s[(row - i.begin) * ld + column - j.begin]; }
   };
 
-  Tile logits(int64_t block_i, int64_t block_j, int thread) const {
+  // The tile in the thread's scratch.
+  Tile scratch(int64_t block_i, int64_t block_j, int thread) const {
     const Block i = row_blocks[block_i], j = column_blocks[block_j];
-    at::Tensor tile = scratch_.select(0, thread).narrow(0, 0, i.size).narrow(1, 0, j.size);
-    at::addmm_out(tile, tile, slice(rows.values, i), slice(columns.values, j).t(), 0, scale * kLog2E);
-    return {i, j, tile.mutable_data_ptr<acc_t>(), tile.stride(0), tile};
+    const at::Tensor matrix = scratch_.select(0, thread).narrow(0, 0, i.size).narrow(1, 0, j.size);
+    return {i, j, matrix.mutable_data_ptr<acc_t>(), matrix.stride(0), matrix};
+  }
+
+  // The tile's place among the logits kept for backward, if it has one.
+  std::optional<Tile> kept(int64_t block_i, int64_t block_j, const at::Tensor& kept_logits) const {
+    const Block i = row_blocks[block_i], j = column_blocks[block_j];
+    const int64_t begin = kept_offset(i, j), size = i.size * j.size;
+    if (begin + size > kept_logits.numel()) return std::nullopt;
+    const at::Tensor matrix = kept_logits.narrow(0, begin, size).view({i.size, j.size});
+    return Tile{i, j, matrix.mutable_data_ptr<acc_t>(), j.size, matrix};
+  }
+
+  // How many logits are kept; ssl_kernels/ops/contrastive.py says the same to torch.compile.
+  int64_t room_for_logits() const {
+    if (rows.values.size(1) < kNarrow) return 0;
+    const int64_t all = square ? n * (n + kLargestTile) / 2 : n * m;
+    return std::min(all, kKeptBytes / static_cast<int64_t>(sizeof(acc_t)));
+  }
+
+  // Fills a tile with its logits, all pairs.
+  void multiply(const Tile& tile) const {
+    at::Tensor matrix = tile.matrix;
+    at::addmm_out(matrix, matrix, slice(rows.values, tile.i), slice(columns.values, tile.j).t(), 0,
+                  scale * kLog2E);
   }
 
   static at::Tensor slice(const at::Tensor& values, Block block) {
@@ -133,6 +162,25 @@ class Problem {
   bool fixed_shift;  // whether `bound` serves as the shift of every row and column
 
  private:
+  // Contiguous, with the negative ones, which count from the end, made positive.
+  at::Tensor column_indices(const at::Tensor& positives) const {
+    const at::Tensor indices = positives.contiguous().clone();
+    int64_t* index = indices.mutable_data_ptr<int64_t>();
+    for (int64_t k = 0; k < indices.numel(); ++k) {
+      TORCH_CHECK_INDEX(-m <= index[k] && index[k] < m, "contrastive: positives must lie in [", -m, ", ", m, "), got ",
+                        index[k]);
+      if (index[k] < 0) index[k] += m;
+    }
+    return indices;
+  }
+
+  // Where the tile of rows i and columns j begins among the kept ones: row blocks one after the other, in the
+  // square case without what lies below the diagonal.
+  int64_t kept_offset(Block i, Block j) const {
+    if (!square) return i.begin * m + i.size * j.begin;
+    return i.begin * n - i.begin * (i.begin - row_blocks.size) / 2 + i.size * (j.begin - i.begin);
+  }
+
   // Keeps the rows of a tile off one another's cache sets.
   static constexpr int64_t kPadding = 16;
   const ContrastiveArgs& args_;
@@ -210,13 +258,16 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   LogSumExp over_columns(problem.n, problem.fixed_shift, problem.bound);  // for each row
   LogSumExp over_rows(args.both_directions ? problem.m : 0, problem.fixed_shift, problem.bound);
   at::Tensor positive_logits =
-      args.positives ? at::empty({problem.n, problem.positives_per_row}, options.dtype(at::kDouble))
+      args.positives ? at::empty(args.positives->sizes(), options.dtype(at::kDouble))
                      : at::empty({0}, options.dtype(at::kDouble));
   double* positive = positive_logits.mutable_data_ptr<double>();
+  const at::Tensor kept_logits = at::empty({args.keep_logits ? problem.room_for_logits() : 0}, options);
 
   const auto visit = [&](int64_t block_i, int64_t block_j, int thread) {
     const c10::InferenceMode below_autograd;
-    const auto tile = problem.logits(block_i, block_j, thread);
+    const auto kept = problem.kept(block_i, block_j, kept_logits);
+    const auto tile = kept ? *kept : problem.scratch(block_i, block_j, thread);
+    problem.multiply(tile);
     const bool mirrored = problem.square && block_i != block_j;
     problem.for_each_positive(tile.i, tile.j, [&](int64_t k, int64_t row, int64_t column) {
       positive[k] = kLn2 * tile.at(row, column);
@@ -246,14 +297,14 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
     if (columns_too) (problem.square ? over_columns : over_rows).add(tile.j, column_top, column_sum);
   };
   if (problem.square)
-    for_each_pair(problem.row_blocks.count(), visit);
+    for_each_pair(problem.row_blocks.count(), 2 * at::get_num_threads(), visit);
   else
     for_each_tile(problem.row_blocks.count(), problem.column_blocks.count(),
                   by_columns ? Owned::kBoth : Owned::kRows, visit);
 
   const at::Tensor none = at::empty({0}, options);
   return {over_columns.result(options), over_rows.result(options), positive_logits, problem.rows.rnorm,
-          problem.square ? none : problem.columns.rnorm};
+          problem.square ? none : problem.columns.rnorm, kept_logits};
 }
 
 template <class scalar_t, class acc_t>
@@ -281,14 +332,19 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
 
   const auto visit = [&](int64_t block_i, int64_t block_j, int thread) {
     const c10::InferenceMode below_autograd;
-    const auto tile = problem.logits(block_i, block_j, thread);
-    problem.mask(tile);
+    const auto kept = problem.kept(block_i, block_j, saved.kept_logits);
+    const auto tile = problem.scratch(block_i, block_j, thread);
+    if (!kept) {
+      problem.multiply(tile);
+      problem.mask(tile);
+    }
+    const auto& logits = kept ? *kept : tile;
     const int64_t i0 = tile.i.begin, j0 = tile.j.begin;
     const acc_t* column_weight = both_terms ? transposed.weight.data() + j0 : nullptr;
     if (problem.fixed_shift)
-      math.coefficients(tile.s, tile.ld, tile.i.size, tile.j.size, bound, of_rows.weight.data() + i0, column_weight);
+      math.coefficients(logits.s, logits.ld, tile.s, tile.ld, tile.i.size, tile.j.size, bound, of_rows.weight.data() + i0, column_weight);
     else
-      math.coefficients_shifted(tile.s, tile.ld, tile.i.size, tile.j.size, of_rows.shift.data() + i0,
+      math.coefficients_shifted(logits.s, logits.ld, tile.s, tile.ld, tile.i.size, tile.j.size, of_rows.shift.data() + i0,
                                 of_rows.weight.data() + i0, both_terms ? transposed.shift.data() + j0 : nullptr,
                                 column_weight);
     if (q) {
@@ -306,7 +362,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
           .addmm_(tile.matrix.t(), problem.slice(problem.rows.values, tile.i));
   };
   if (problem.square)
-    for_each_pair(problem.row_blocks.count(), visit);
+    for_each_pair(problem.row_blocks.count(), 2 * at::get_num_threads(), visit);
   else
     for_each_tile(problem.row_blocks.count(), problem.column_blocks.count(),
                   rows_wanted && columns_wanted ? Owned::kBoth : rows_wanted ? Owned::kRows : Owned::kColumns, visit);

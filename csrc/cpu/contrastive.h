@@ -16,6 +16,7 @@ struct ContrastiveArgs {
   const std::optional<at::Tensor>& row_ids;
   const std::optional<at::Tensor>& column_ids;
   bool normalize_rows, normalize_columns, keep_diagonal, both_directions;
+  bool keep_logits = false;  // whether forward may keep logits for backward
 };
 
 struct ContrastiveSaved {
@@ -26,11 +27,12 @@ struct ContrastiveSaved {
   const at::Tensor& column_lse;
   const at::Tensor& row_rnorm;
   const at::Tensor& column_rnorm;
+  const at::Tensor& kept_logits;
   bool rows_need_grad, columns_need_grad;
 };
 
-// lse, column_lse, positive_logits, row_rnorm, column_rnorm
-using ContrastiveFwd = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept_logits
+using ContrastiveFwd = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 // grad_rows, grad_columns, grad_scale
 using ContrastiveBwd = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 

@@ -22,21 +22,33 @@ struct Blocks {
   Block operator[](int64_t b) const { return {b * size, std::min(size, n - b * size)}; }
 };
 
-// visit(i, j, thread) for every unordered pair of `count` blocks, i == j included: first the diagonal, then a
-// round-robin tournament by the circle method, in which round r pairs the blocks whose numbers add
-// up to 2r modulo count - 1 (count made even by a block that sits out).
+// visit(i, j, thread) with i <= j for every unordered pair of `count` blocks, i == j included. Neighbouring blocks form
+// groups; one thread visits all pairs of two groups, so that a row block stays in its cache along a row
+// of tiles. First each group with itself, then a round-robin tournament of the groups by the circle method:
+// round r pairs the groups whose numbers add up to 2r modulo groups - 1, and group r with the last.
 template <class Visit>
-void for_each_pair(int64_t count, const Visit& visit) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) visit(i, i, at::get_thread_num());
+void for_each_pair(int64_t count, int64_t groups, const Visit& visit) {
+  groups = std::min(groups + groups % 2, count + count % 2);  // even; surplus groups are empty and sit out
+  const auto first = [&](int64_t group) { return group * count / groups; };
+  const auto meet = [&](int64_t a, int64_t b) {
+    for (int64_t i = first(a); i < first(a + 1); ++i) {
+      const int64_t begin = a == b ? i : first(b), end = first(b + 1);
+      for (int64_t k = begin; k < end; ++k) {
+        const bool forward = (i - first(a)) % 2 == 0;  // to and fro: the last column block is reused
+        visit(i, forward ? k : begin + end - 1 - k, at::get_thread_num());
+      }
+    }
+  };
+  at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t a = begin; a < end; ++a) meet(a, a);
   });
-  const int64_t players = count + count % 2, others = players - 1;
-  for (int64_t round = 0; round < others && count > 1; ++round) {
-    at::parallel_for(0, players / 2, 1, [&](int64_t begin, int64_t end) {
+  const int64_t others = groups - 1;
+  for (int64_t round = 0; round < others; ++round) {
+    at::parallel_for(0, groups / 2, 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         const int64_t a = (round + k) % others;
         const int64_t b = k == 0 ? others : (round - k + others) % others;
-        if (std::max(a, b) < count) visit(std::min(a, b), std::max(a, b), at::get_thread_num());
+        meet(std::min(a, b), std::max(a, b));
       }
     });
   }

@@ -21,14 +21,15 @@ struct TileMath {
   void (*exp_sums_shifted)(const T* s, int64_t ld, int64_t m, int64_t n, const T* row_shift,
                            const T* col_shift, T* row_sum, T* col_sum);
 
-  // s_ij <- 2^(s_ij - shift) * (row_weight[i] + col_weight[j]); col_weight may be null.
-  void (*coefficients)(T* s, int64_t ld, int64_t m, int64_t n, T shift, const T* row_weight,
-                       const T* col_weight);
+  // out_ij = 2^(s_ij - shift) * (row_weight[i] + col_weight[j]); col_weight may be null, out may be s.
+  void (*coefficients)(const T* s, int64_t ld, T* out, int64_t ld_out, int64_t m, int64_t n, T shift,
+                       const T* row_weight, const T* col_weight);
 
-  // s_ij <- row_weight[i] * 2^(s_ij - row_shift[i]) + col_weight[j] * 2^(s_ij - col_shift[j]);
-  // the column term is left out where col_weight is null.
-  void (*coefficients_shifted)(T* s, int64_t ld, int64_t m, int64_t n, const T* row_shift,
-                               const T* row_weight, const T* col_shift, const T* col_weight);
+  // out_ij = row_weight[i] * 2^(s_ij - row_shift[i]) + col_weight[j] * 2^(s_ij - col_shift[j]);
+  // the column term is left out where col_weight is null, out may be s.
+  void (*coefficients_shifted)(const T* s, int64_t ld, T* out, int64_t ld_out, int64_t m, int64_t n,
+                               const T* row_shift, const T* row_weight, const T* col_shift,
+                               const T* col_weight);
 
   // s_ij <- -inf where row_ids[i] == col_ids[j].
   void (*mask_equal_ids)(T* s, int64_t ld, int64_t m, int64_t n, const int64_t* row_ids,

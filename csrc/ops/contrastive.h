@@ -26,9 +26,10 @@ inline void check_contrastive(const at::Tensor& rows, const OptionalTensor& colu
               "contrastive: columns must have the width, dtype and device of rows");
   TORCH_CHECK(scale.numel() == 1 && scale.scalar_type() == acc && on_device(scale),
               "contrastive: scale must be one number of dtype ", acc, " on the device of rows");
-  TORCH_CHECK(!positives || (positives->scalar_type() == at::kLong && positives->dim() == 2 &&
+  TORCH_CHECK(!positives || (positives->scalar_type() == at::kLong && (positives->dim() == 1 || positives->dim() == 2) &&
                              positives->size(0) == n && on_device(*positives)),
-              "contrastive: positives must be int64 of shape (N, P)");
+              "contrastive: positives must be int64 of shape (N,) or (N, P)");
+  TORCH_CHECK(n > 0 && m > 0 && rows.size(1) > 0, "contrastive: rows and columns must not be empty");
   TORCH_CHECK(!row_ids || are_ids(*row_ids, n), "contrastive: row_ids must be int64 of shape (N,)");
   TORCH_CHECK(!column_ids || are_ids(*column_ids, m), "contrastive: column_ids must be int64 of shape (M,)");
   TORCH_CHECK(!columns || row_ids.has_value() == column_ids.has_value(),

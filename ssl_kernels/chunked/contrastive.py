@@ -77,6 +77,7 @@ def contrastive_fwd(
     normalize_columns,
     keep_diagonal,
     both_directions,
+    keep_logits,
 ):
     blocks = _Blocks(
         rows, columns, scale, row_ids, column_ids, normalize_rows, normalize_columns, keep_diagonal
@@ -95,9 +96,9 @@ def contrastive_fwd(
     if positives is None:
         positive_logits = torch.empty(0, **wide)
     else:
-        dots = [(blocks.rows * blocks.columns[index]).sum(1) for index in positives.unbind(1)]
-        positive_logits = (scale * torch.stack(dots, 1)).double()
-    return lse, column_lse, positive_logits, blocks.row_rnorm, blocks.column_rnorm
+        dots = [(blocks.rows * blocks.columns[index]).sum(1) for index in positives.view(n, -1).unbind(1)]
+        positive_logits = (scale * torch.stack(dots, 1)).double().view(positives.shape)
+    return lse, column_lse, positive_logits, blocks.row_rnorm, blocks.column_rnorm, blocks.rows.new_empty(0)
 
 
 def _softmax_weights(grad, lse, dtype):
@@ -123,6 +124,7 @@ def contrastive_bwd(
     column_lse,
     row_rnorm,
     column_rnorm,
+    kept_logits,
     normalize_rows,
     normalize_columns,
     keep_diagonal,
@@ -153,10 +155,12 @@ def contrastive_bwd(
         if columns_need_grad and not blocks.square:
             grad_y += coefficients.T @ x[block]
     if positives is not None and grad_positive_logits is not None:
-        for index, q in zip(positives.unbind(1), grad_positive_logits.to(x.dtype).unbind(1), strict=True):
+        indices, grads = (t.view(len(x), -1).unbind(1) for t in (positives, grad_positive_logits.to(x.dtype)))
+        for index, q in zip(indices, grads, strict=True):
             grad_x += q[:, None] * y[index]
             # index_put_ sorts on CUDA where index_add_ would use atomics.
-            (grad_x if blocks.square else grad_y).index_put_((index,), q[:, None] * x, accumulate=True)
+            target = grad_x if blocks.square else grad_y
+            target.index_put_((index,), q[:, None] * x, accumulate=True)
 
     grad_scale = (x * grad_x).sum(dtype=torch.float64).to(x.dtype)
     if blocks.square:

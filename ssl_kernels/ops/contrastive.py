@@ -18,7 +18,21 @@ _OPERANDS = (
 _FLAGS = "bool normalize_rows, bool normalize_columns, bool keep_diagonal, bool both_directions"
 
 
+# What csrc/cpu/contrastive.cpp keeps of the logits (kKeptBytes, kNarrow, kLargestTile there).
+_KEPT_BYTES, _NARROW, _LARGEST_TILE = 24 << 20, 32, 256
+
+
+def _kept_by_cpu_kernel(rows, columns):
+    """How many logits the native CPU kernel keeps from forward to backward."""
+    n, d = rows.shape
+    if d < _NARROW:
+        return 0
+    everything = n * (n + _LARGEST_TILE) // 2 if columns is None else n * columns.shape[0]
+    return torch.sym_min(everything, _KEPT_BYTES // accumulation_dtype(rows).itemsize)
+
+
 def _fwd_fake(
+    overload,
     rows,
     columns,
     scale,
@@ -29,21 +43,25 @@ def _fwd_fake(
     normalize_columns,
     keep_diagonal,
     both_directions,
+    keep_logits,
 ):
     n = rows.shape[0]
     m = n if columns is None else columns.shape[0]
     results = rows.new_empty
     acc = accumulation_dtype(rows)
+    kept = keep_logits and overload == "native" and rows.device.type == "cpu"
     return (
         results(n, dtype=torch.float64),
         results(m if both_directions else 0, dtype=torch.float64),
         results((0,) if positives is None else positives.shape, dtype=torch.float64),
         results(n if normalize_rows else 0, dtype=acc),
         results(m if normalize_columns and columns is not None else 0, dtype=acc),
+        results(_kept_by_cpu_kernel(rows, columns) if kept else 0, dtype=acc),
     )
 
 
 def _bwd_fake(
+    overload,
     grad_lse,
     grad_column_lse,
     grad_positive_logits,
@@ -57,6 +75,7 @@ def _bwd_fake(
     column_lse,
     row_rnorm,
     column_rnorm,
+    kept_logits,
     normalize_rows,
     normalize_columns,
     keep_diagonal,
@@ -74,14 +93,14 @@ def _bwd_fake(
 
 _fwd = define(
     "contrastive_fwd",
-    f"({_OPERANDS}, {_FLAGS}) -> (Tensor lse, Tensor column_lse, Tensor positive_logits,"
-    " Tensor row_rnorm, Tensor column_rnorm)",
+    f"({_OPERANDS}, {_FLAGS}, bool keep_logits) -> (Tensor lse, Tensor column_lse, Tensor positive_logits,"
+    " Tensor row_rnorm, Tensor column_rnorm, Tensor kept_logits)",
     _fwd_fake,
 )
 _bwd = define(
     "contrastive_bwd",
     f"(Tensor? grad_lse, Tensor? grad_column_lse, Tensor? grad_positive_logits, {_OPERANDS}, Tensor lse,"
-    f" Tensor column_lse, Tensor row_rnorm, Tensor column_rnorm, {_FLAGS}, bool rows_need_grad,"
+    f" Tensor column_lse, Tensor row_rnorm, Tensor column_rnorm, Tensor kept_logits, {_FLAGS}, bool rows_need_grad,"
     " bool columns_need_grad) -> (Tensor grad_rows, Tensor grad_columns, Tensor grad_scale)",
     _bwd_fake,
 )
@@ -136,8 +155,9 @@ class _Contrastive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, rows, columns, scale, positives, row_ids, column_ids, *flags):
         operands = (rows, columns, scale, positives, row_ids, column_ids)
-        lse, column_lse, positive_logits, row_rnorm, column_rnorm = _fwd[backend](*operands, *flags)
-        ctx.save_for_backward(*operands, lse, column_lse, row_rnorm, column_rnorm)
+        results = _fwd[backend](*operands, *flags, any(ctx.needs_input_grad))
+        lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept_logits = results
+        ctx.save_for_backward(*operands, lse, column_lse, row_rnorm, column_rnorm, kept_logits)
         ctx.backend, ctx.flags = backend, flags
         ctx.set_materialize_grads(False)
         return lse, column_lse, positive_logits
@@ -168,7 +188,7 @@ class Contrastive(NamedTuple):
 
     lse: torch.Tensor  # (N,) float64
     column_lse: torch.Tensor  # (M,) float64, (0,) unless both_directions
-    positive_logits: torch.Tensor  # (N, P) float64, (0,) without positives
+    positive_logits: torch.Tensor  # float64 in the shape of positives, (0,) without
 
 
 def contrastive(
@@ -195,7 +215,8 @@ def contrastive(
         rows: (N, D), float64, float32, float16 or bfloat16, any strides.
         columns: (M, D) like rows, or None: the rows themselves, and no row meets itself.
         scale: 0-d tensor, float32 (float64 for float64 rows), on the device of rows. Gets its gradient.
-        positives: (N, P) int64 column indices whose logits are returned, or None.
+        positives: (N,) or (N, P) int64 column indices whose logits are returned, negative ones counting from the
+            end, or None.
         row_ids, column_ids: (N,) and (M,) int64, or None; pairs with equal ids stay out of the sums.
         normalize_rows, normalize_columns: L2-normalise first, as F.normalize does.
         keep_diagonal: Pair (i, i) stays in the sums although its ids are equal. Rectangular case only.

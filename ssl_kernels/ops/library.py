@@ -1,5 +1,7 @@
 """The operator library `torch.ops.ssl_kernels`. Backends are overloads: `contrastive_fwd.native`, `.chunked`, ..."""
 
+from functools import partial
+
 import torch
 
 OVERLOADS = ("native", "triton", "chunked")
@@ -8,10 +10,10 @@ library = torch.library.Library("ssl_kernels", "DEF")  # noqa: TOR901 (lives as 
 
 
 def define(name, signature, fake):
-    """Define one operator with an overload a backend, all of the same signature and fake kernel."""
+    """Define one operator with an overload a backend, all of one signature; `fake` gets the overload's name first."""
     for overload in OVERLOADS:
         library.define(f"{name}.{overload}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"ssl_kernels::{name}.{overload}", fake, lib=library)
+        torch.library.register_fake(f"ssl_kernels::{name}.{overload}", partial(fake, overload), lib=library)
     return {overload: getattr(getattr(torch.ops.ssl_kernels, name), overload) for overload in OVERLOADS}
 
 

@@ -22,14 +22,14 @@ def contrastive(
         rows: (N, D) floating.
         columns: (M, D), dtype of rows, or None: the rows themselves, and no row meets itself.
         scale: 0-d tensor, 1 / temperature.
-        positives: (N, P) int64 column indices, or None.
+        positives: (N,) or (N, P) int64 column indices, negative ones counting from the end, or None.
         row_ids, column_ids: (N,) and (M,) int64, or None. Entries with equal ids are left out of the sums.
         normalize_rows, normalize_columns: L2-normalise first.
         keep_diagonal: (i, i) stays in the sums although its ids are equal.
         both_directions: also the log-sum-exp over rows for each column.
 
     Returns:
-        lse (N,), column_lse (M,) or (0,), positive_logits (N, P) or (0,). Any of them differentiates twice.
+        lse (N,), column_lse (M,) or (0,), positive_logits like positives or (0,). Any of them differentiates twice.
     """
     square = columns is None
     row_vectors = F.normalize(rows, dim=1) if normalize_rows else rows
@@ -51,5 +51,9 @@ def contrastive(
 
     lse = torch.logsumexp(allowed_logits, dim=1)
     column_lse = torch.logsumexp(allowed_logits, dim=0) if both_directions else logits.new_empty(0)
-    positive_logits = logits.gather(1, positives) if positives is not None else logits.new_empty(0)
+    if positives is None:
+        positive_logits = logits.new_empty(0)
+    else:
+        columns_of = positives.view(len(logits), -1) % logits.shape[1]
+        positive_logits = logits.gather(1, columns_of).view(positives.shape)
     return lse, column_lse, positive_logits
