@@ -144,11 +144,16 @@ def _folder(root):
                 raise ValueError(f"--root must have the same classes in train and val, got {root}")
             return training, held_out
         images = datasets.ImageFolder(root)
-        training, held_out = train_test_split(
-            range(len(images)), test_size=HELD_OUT, stratify=images.targets, random_state=0
-        )
     except FileNotFoundError as error:
         raise ValueError(f"--root must hold one folder of images a class, got {root} ({error})") from error
+    classes = len(images.classes)
+    fewest = min(images.targets.count(label) for label in range(classes))
+    if fewest < 2:
+        raise ValueError(f"--root must hold at least 2 images of each class, got {root} with one of {fewest}")
+    held_out_images = max(classes, round(HELD_OUT * len(images)))
+    training, held_out = train_test_split(
+        range(len(images)), test_size=held_out_images, stratify=images.targets, random_state=0
+    )
     return Subset(images, training), Subset(images, held_out)
 
 

@@ -52,7 +52,7 @@ def evaluate_features(train, test):
 
 def knn_accuracy(train_features, train_labels, test_features, test_labels, neighbours=NEIGHBOURS):
     """Accuracy of a majority vote of the nearest training rows by cosine similarity."""
-    classifier = KNeighborsClassifier(neighbours, metric="cosine")
+    classifier = KNeighborsClassifier(min(neighbours, len(train_labels)), metric="cosine")
     classifier.fit(train_features.numpy(), train_labels.numpy())
     return float(classifier.score(test_features.numpy(), test_labels.numpy()))
 

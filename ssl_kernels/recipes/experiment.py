@@ -66,13 +66,18 @@ def run_experiment(data, losses, settings, *, device="cpu", out=None, resume=Fal
     for name, loss in losses.items():
         model = build_model(data, settings.seed)
         peak_bytes = measure_loss_memory(loss, settings.batch_size, device)
-        checkpoint = out / f"{name.split()[0].lower()}.pt" if out else None
+        checkpoint = checkpoint_path(out, name) if out else None
         history = pretrain(
             model, loss, data.views, settings, device=device, checkpoint=checkpoint, resume=resume, title=name
         )
         run = _judge(name, model.encoder, data)
         runs.append(dataclasses.replace(run, history=history, peak_bytes=peak_bytes))
     return runs
+
+
+def checkpoint_path(out, name):
+    """The checkpoint of the run called `name` in the folder `out`: plain.pt, ssl_kernels.pt."""
+    return out / f"{name.split()[0]}.pt"
 
 
 def measure_loss_memory(loss, batch_size, device):

@@ -24,7 +24,7 @@ DEMO_PACKAGES = {
 }
 
 DEFAULTS = {
-    "digits": {"epochs": 100, "batch_size": 1024, "temperature": 0.5, "learning_rate": 3e-3},
+    "digits": {"epochs": 150, "batch_size": 1024, "temperature": 0.5, "learning_rate": 6e-3},
     "cifar10": {"epochs": 200, "batch_size": 512, "temperature": 0.5, "learning_rate": 1e-3},
     "folder": {"epochs": 100, "batch_size": 256, "temperature": 0.1, "learning_rate": 1e-3},
 }
@@ -103,46 +103,46 @@ def run(args, parser):
     missing = missing_packages()
     if missing:
         parser.error(f"{', '.join(missing)} must be installed for it: pip install ssl_kernels[demo]")
-    from ssl_kernels.recipes import data, experiment, report, simclr
+    from ssl_kernels.recipes import experiment, report
 
     start = time.perf_counter()
-    choices = DEFAULTS[args.data] | (SHORT[args.data] if args.short else {})
-    choices |= {name: getattr(args, name) for name in choices if getattr(args, name) is not None}
-    compare = args.data == "digits" if args.compare is None else args.compare
-    settings = simclr.Settings(**choices, seed=args.seed)
     try:
-        device = choose_device(args.device)
-        losses = choose_losses(settings.temperature, args.backend, compare, device)
-        images = data.load_data(
-            args.data,
-            settings.batch_size,
-            args.seed,
-            root=args.root,
-            image_size=args.image_size,
-            workers=args.workers,
-        )
-        args.out.mkdir(parents=True, exist_ok=True)
+        settings, device, losses, images = set_up(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-
     machine = report.describe_machine(device)
-    print(f"{machine}\n{args.data}: {settings}", flush=True)
+    print(f"{machine}\n{settings}", flush=True)
     runs = experiment.run_experiment(
         images, losses, settings, device=device, out=args.out, resume=args.resume
     )
-
-    trained = [run for run in runs if run.history is not None]
-    print(f"\n{report.format_table(runs)}\n")
-    if compare:
-        print(report.format_gain(*trained))
-    report.draw_losses(trained, args.out / "loss.png")
     labels = torch.cat([batch_labels for _, batch_labels in images.test])
-    untrained = runs[-len(trained) - 1]
-    report.draw_embeddings([untrained, trained[-1]], labels, args.out / "embedding.png")
-    report.write_results(runs, settings, machine, args.out / "results.json")
-    seconds = time.perf_counter() - start
-    print(f"wrote loss.png, embedding.png and results.json to {args.out}; {seconds:.0f} s in all")
+    print(report.write_report(runs, labels, settings, machine, args.out))
+    print(f"{time.perf_counter() - start:.0f} s in all")
     return 0
+
+
+def set_up(args):
+    """(settings, device, losses, images); raises ValueError or OSError for what cannot be done."""
+    from ssl_kernels.recipes import data, simclr
+
+    choices = DEFAULTS[args.data] | (SHORT[args.data] if args.short else {})
+    choices |= {name: getattr(args, name) for name in choices if getattr(args, name) is not None}
+    settings = simclr.Settings(args.data, **choices, seed=args.seed)
+    device = choose_device(args.device)
+    compare = args.data == "digits" if args.compare is None else args.compare
+    losses = choose_losses(settings.temperature, args.backend, compare, device)
+    images = data.load_data(
+        args.data,
+        settings.batch_size,
+        args.seed,
+        root=args.root,
+        image_size=args.image_size,
+        workers=args.workers,
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.resume:
+        check_checkpoints(args.out, losses, settings)
+    return settings, device, losses, images
 
 
 def missing_packages():
@@ -174,6 +174,16 @@ def choose_losses(temperature, backend, compare, device):
     if compare:
         losses = {"plain PyTorch": functools.partial(plain_nt_xent_loss, temperature=temperature)} | losses
     return losses
+
+
+def check_checkpoints(out, losses, settings):
+    """Refuse those of other settings before anything is trained."""
+    from ssl_kernels.recipes import experiment, simclr
+
+    for name in losses:
+        path = experiment.checkpoint_path(out, name)
+        if path.exists():
+            simclr.read_checkpoint(path, settings)
 
 
 def _positive_int(text):

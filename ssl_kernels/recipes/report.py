@@ -20,6 +20,25 @@ EMBEDDED = 2000  # held-out images drawn at most
 LARGEST_LEGEND = 10
 
 
+def write_report(runs, labels, settings, machine, out):
+    """Write loss.png, embedding.png and results.json to the folder `out`; returns the text to print.
+
+    Args:
+        runs: From `experiment.run_experiment`: the untrained encoder comes right before the trained ones, and
+            ours is the last of these.
+        labels: Of the held-out images, (N,).
+    """
+    trained = [run for run in runs if run.history is not None]
+    untrained = runs[-len(trained) - 1]
+    draw_losses(trained, out / "loss.png")
+    draw_embeddings([untrained, trained[-1]], labels, out / "embedding.png")
+    write_results(runs, settings, machine, out / "results.json")
+    gain = [format_gain(*trained)] if len(trained) == 2 else []
+    return "\n".join(
+        ["", format_table(runs), "", *gain, f"wrote loss.png, embedding.png, results.json to {out}"]
+    )
+
+
 def describe_machine(device):
     threads = f"{torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _cpu_name()
@@ -71,9 +90,8 @@ def format_gain(plain, ours):
     memory = plain.peak_bytes / ours.peak_bytes
     total = plain.history.seconds / ours.history.seconds
     return (
-        f"{ours.name} against {plain.name}: loss {time:.1f}x as fast in 1/{memory:.1f} of the memory,"
-        f" training {total:.2f}x as fast; first losses {plain.history.losses[0]:.6f} and"
-        f" {ours.history.losses[0]:.6f}"
+        f"{ours.name} against {plain.name}: loss {time:.1f} times as fast in 1/{memory:.1f} of the memory,"
+        f" whole training {total:.2f} times as fast"
     )
 
 
@@ -96,7 +114,7 @@ def draw_losses(trained, path):
 
     names = [run.name for run in trained]
     milliseconds = [1e3 * float(np.median(run.history.loss_seconds)) for run in trained]
-    _draw_bars(panels["time"], names, milliseconds, colors, "Loss, forward and backward (ms, median step)")
+    _draw_bars(panels["time"], names, milliseconds, colors, "Time of the loss (ms a step)")
     megabytes = [run.peak_bytes / 1e6 for run in trained]
     _draw_bars(panels["memory"], names, megabytes, colors, "Peak memory of the loss (MB)")
     for panel in panels.values():

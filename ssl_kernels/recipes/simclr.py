@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
+    data: str
     epochs: int
     batch_size: int
     temperature: float
@@ -122,12 +123,23 @@ def save_checkpoint(path, epoch, model, optimizer, settings, history):
     partial.replace(path)
 
 
-def load_checkpoint(path, model, optimizer, settings):
-    """Restore model and optimizer; returns (epochs done, history)."""
+def read_checkpoint(path, settings):
+    """What `save_checkpoint` wrote.
+
+    Raises:
+        ValueError: It comes from a run with other settings.
+    """
     state = torch.load(path, map_location="cpu", weights_only=True)
     for name, value in dataclasses.asdict(settings).items():
-        if state["settings"][name] != value:
-            raise ValueError(f"--resume: {name} must be {state['settings'][name]} as in {path}, got {value}")
+        saved = state["settings"].get(name)
+        if saved != value:
+            raise ValueError(f"--resume: {name} must be {saved} as in {path}, got {value}")
+    return state
+
+
+def load_checkpoint(path, model, optimizer, settings):
+    """Restore model and optimizer; returns (epochs done, history)."""
+    state = read_checkpoint(path, settings)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["epoch"], History(**state["history"])

@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+from ssl_kernels.recipes import evaluation
+
+
+def blobs(rows, seed):
+    """Three overlapping classes in 6 dimensions, one feature a thousand times as wide as the others."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(rows) % 3
+    features = torch.randn(rows, 6, generator=generator)
+    features[torch.arange(rows), labels] += 2.0
+    features[:, 5] *= 1000
+    return features, labels
+
+
+def test_knn_compares_directions_not_lengths():
+    train = torch.tensor([[10.0, 0.0], [0.0, 1.0]])
+    test = torch.tensor([[1.0, 0.4]])  # nearest in angle to the first, in distance to the second
+    assert evaluation.knn_accuracy(train, torch.tensor([0, 1]), test, torch.tensor([0]), neighbours=1) == 1.0
+
+
+def test_knn_takes_the_majority():
+    train = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2], [0.0, 1.0]])
+    labels = torch.tensor([0, 1, 1, 0])
+    test = torch.tensor([[1.0, 0.0]])
+    assert evaluation.knn_accuracy(train, labels, test, torch.tensor([0]), neighbours=1) == 1.0
+    assert evaluation.knn_accuracy(train, labels, test, torch.tensor([1]), neighbours=3) == 1.0
+
+
+def test_knn_with_fewer_rows_than_neighbours():
+    rows, labels = torch.eye(3), torch.tensor([0, 0, 1])
+    assert evaluation.knn_accuracy(rows, labels, rows[:1], labels[:1], neighbours=5) == 1.0
+
+
+def test_knn_solves_what_a_linear_probe_cannot():
+    angle = torch.arange(400) * (2 * torch.pi / 400)
+    rows = torch.stack([angle.cos(), angle.sin()], dim=1)
+    labels = ((rows[:, 0] > 0) == (rows[:, 1] > 0)).long()  # opposite quadrants share a class
+    split = rows[::2], labels[::2], rows[1::2], labels[1::2]
+    assert evaluation.knn_accuracy(*split) > 0.95
+    assert evaluation.linear_probe_accuracy(*split) < 0.65
+
+
+def test_linear_probe_is_logistic_regression_on_standardised_rows():
+    train, labels = blobs(90, seed=0)
+    test, test_labels = blobs(300, seed=1)
+    mean, deviation = train.mean(0), train.std(0, correction=0)
+    probe = LogisticRegression(max_iter=1000).fit(((train - mean) / deviation).numpy(), labels.numpy())
+    predicted = torch.tensor(probe.predict(((test - mean) / deviation).numpy()))
+    expected = (predicted == test_labels).double().mean().item()
+    assert 0.6 < expected < 0.99
+    accuracy = evaluation.linear_probe_accuracy(train, labels, test, test_labels)
+    assert accuracy == pytest.approx(expected, abs=1 / 300)
+
+
+def test_few_label_accuracy_is_the_mean_over_the_draws():
+    train, labels = blobs(90, seed=0)
+    test, test_labels = blobs(300, seed=1)
+    mean, deviation = train.mean(0), train.std(0, correction=0)
+    train_rows, test_rows = ((rows - mean) / deviation for rows in (train, test))
+    expected = []
+    for draw in range(3):
+        chosen = evaluation.draw_per_class(labels.numpy(), 2, seed=draw)
+        probe = LogisticRegression(max_iter=1000).fit(train_rows[chosen].numpy(), labels[chosen].numpy())
+        expected.append(probe.score(test_rows.numpy(), test_labels.numpy()))
+    assert len(set(expected)) > 1
+    accuracy = evaluation.few_label_accuracy(train, labels, test, test_labels, labels_per_class=2, draws=3)
+    assert accuracy == pytest.approx(np.mean(expected), abs=2 / 300)
+
+
+def test_draw_per_class_takes_as_many_of_each_class():
+    labels = np.array([0] * 10 + [1] * 3 + [2] * 7)
+    chosen = evaluation.draw_per_class(labels, 5, seed=0)
+    assert len(set(chosen)) == len(chosen)
+    assert np.bincount(labels[chosen]).tolist() == [5, 3, 5]
+    assert chosen.tolist() == evaluation.draw_per_class(labels, 5, seed=0).tolist()
+    assert chosen.tolist() != evaluation.draw_per_class(labels, 5, seed=1).tolist()
+
+
+def test_extract_features_leaves_the_encoder_as_it_was():
+    encoder = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(0.9))
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    images = torch.randn(7, 2)
+    features, labels = evaluation.extract_features(
+        encoder, [(images[:4], torch.arange(4)), (images[4:], torch.arange(4, 7))]
+    )
+    # In evaluation mode a fresh batch norm divides by sqrt(1 + eps) and dropout does nothing.
+    torch.testing.assert_close(features, images / (1 + 1e-5) ** 0.5)
+    assert labels.tolist() == list(range(7))
+    assert not features.requires_grad
+    assert encoder.training and encoder[0].training
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, before[name])

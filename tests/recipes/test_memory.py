@@ -1,0 +1,35 @@
+import torch
+
+from ssl_kernels.recipes.baseline import plain_nt_xent_loss
+from ssl_kernels.recipes.experiment import measure_loss_memory
+from ssl_kernels.recipes.memory import peak_memory
+
+MEGABYTE = 250_000  # float32 values
+
+
+def test_peak_counts_what_lives_together():
+    def together():
+        first = torch.empty(3 * MEGABYTE)
+        second = torch.empty(2 * MEGABYTE)
+        return first, second
+
+    def in_turn():
+        first = torch.empty(3 * MEGABYTE)
+        del first
+        return torch.empty(2 * MEGABYTE)
+
+    assert peak_memory(together) == 5_000_000
+    assert peak_memory(in_turn) == 3_000_000
+
+
+def test_peak_leaves_out_what_was_there_before():
+    before = torch.empty(4 * MEGABYTE)
+    assert peak_memory(lambda: before.add_(1)) < 1000
+    assert peak_memory(lambda: None) == 0
+
+
+def test_plain_loss_holds_several_matrices_of_logits():
+    batch_size = 256
+    matrix = 4 * (2 * batch_size) ** 2
+    peak = measure_loss_memory(plain_nt_xent_loss, batch_size, "cpu")
+    assert 2 * matrix < peak < 6 * matrix

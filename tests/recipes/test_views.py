@@ -1,0 +1,82 @@
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from ssl_kernels.recipes.views import BatchViews, DatasetViews
+
+IMAGES = torch.rand(22, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class LabelledImages(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(IMAGES)
+
+    def __getitem__(self, index):
+        return IMAGES[index], 0
+
+
+def make_views(kind, transform, seed=0, **options):
+    source = IMAGES if kind is BatchViews else LabelledImages()
+    return kind(source, transform, 8, seed, **options)
+
+
+def all_views(views, epoch):
+    return torch.stack([torch.stack(pair) for pair in views.epoch(epoch)])
+
+
+both_kinds = pytest.mark.parametrize("kind", [BatchViews, DatasetViews])
+
+
+@both_kinds
+def test_an_epoch_shows_each_image_at_most_once(kind):
+    views = make_views(kind, v2.Identity())
+    shown = all_views(views, 0)
+    assert shown.shape == (2, 2, 8, 1, 8, 8)  # 2 batches of 2 views; 6 of the 22 images are left out
+    assert len(views) == 2
+    assert torch.equal(shown[:, 0], shown[:, 1])
+    shown_images = {tuple(image.flatten().tolist()) for image in shown[:, 0].flatten(0, 1)}
+    assert len(shown_images) == 16
+    assert shown_images < {tuple(image.flatten().tolist()) for image in IMAGES}
+
+
+@both_kinds
+def test_views_depend_on_seed_and_epoch_alone(kind):
+    noise = v2.GaussianNoise(sigma=0.1)
+    views = make_views(kind, noise, seed=3)
+    first = all_views(views, 1)
+    all_views(views, 0)
+    torch.rand(5)
+    assert torch.equal(all_views(views, 1), first)
+    assert torch.equal(all_views(make_views(kind, noise, seed=3), 1), first)
+    assert not torch.equal(all_views(views, 2), first)
+    assert not torch.equal(all_views(make_views(kind, noise, seed=4), 1), first)
+
+
+@both_kinds
+def test_views_leave_the_global_generator_alone(kind):
+    views = make_views(kind, v2.GaussianNoise())
+    torch.manual_seed(0)
+    all_views(views, 0)
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+@both_kinds
+def test_the_two_views_and_the_batches_are_transformed_differently(kind):
+    added = all_views(make_views(kind, lambda images: torch.zeros_like(images) + torch.rand(())), 0)
+    values = added[:, :, 0].flatten(2)[..., 0].flatten()
+    assert len(values.unique()) == 4
+
+
+def test_batch_views_draws_anew_for_each_group():
+    shown = all_views(make_views(BatchViews, lambda images: images * 0 + torch.rand(()), group=3), 0)
+    values = shown[0, 0].flatten(1)[:, 0]
+    assert len(values.unique()) == 3  # 8 images: groups of 3, 3 and 2
+    assert values[0] == values[2] != values[3]
+
+
+def test_dataset_views_do_not_depend_on_the_workers():
+    noise = v2.GaussianNoise(sigma=0.1)
+    alone = all_views(make_views(DatasetViews, noise, workers=0), 0)
+    assert torch.equal(all_views(make_views(DatasetViews, noise, workers=2), 0), alone)
