@@ -64,12 +64,46 @@ __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// Whether s_ij counts in the sums, given the ids of both (0 for all where there are none).
 template <typename scalar_t, typename acc_t>
-__device__ __forceinline__ bool is_allowed(const Problem<scalar_t, acc_t>& problem, int64_t i, int64_t j) {
-  if (j >= problem.other.count || i >= problem.own.count) return false;
-  if (problem.square && i == j) return false;
-  if (problem.own.ids && problem.own.ids[i] == problem.other.ids[j]) return problem.keep_diagonal && i == j;
-  return true;
+__device__ __forceinline__ bool is_allowed(const Problem<scalar_t, acc_t>& problem, int64_t i, int64_t id_i,
+                                           int64_t j, int64_t id_j) {
+  if (j >= problem.other.count) return false;
+  if (i == j) return !problem.square && (problem.keep_diagonal || !problem.own.ids || id_i != id_j);
+  return !problem.own.ids || id_i != id_j;
+}
+
+template <typename scalar_t, typename acc_t>
+__device__ __forceinline__ int64_t id_of(const Side<scalar_t, acc_t>& side, int64_t index) {
+  return side.ids && index < side.count ? side.ids[index] : 0;
+}
+
+// Sets the elements of a warp's part of a tile, at (row0, column0), that stay out of the sums to `value`.
+template <int kNTiles, typename scalar_t, typename acc_t>
+__device__ __forceinline__ void exclude(Fragment<acc_t, kNTiles>& c, const Problem<scalar_t, acc_t>& problem,
+                                        int64_t row0, int64_t column0, acc_t value) {
+  const auto& own = problem.own;
+  const auto& other = problem.other;
+  constexpr int kColumns = kNTiles * 8;
+  const bool on_diagonal = problem.square && column0 < row0 + kWarpRows && row0 < column0 + kColumns;
+  if (!on_diagonal && !own.ids && column0 + kColumns <= other.count) return;
+  const int lane = threadIdx.x % kWarpSize;
+  int64_t row_id[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) row_id[i] = id_of(own, row0 + fragment_row(lane, i / 2, i % 2 * 2));
+#pragma unroll
+  for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int64_t column = column0 + fragment_column(lane, n, e);
+      const int64_t column_id = id_of(other, column);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t row = row0 + fragment_row(lane, i / 2, i % 2 * 2);
+        if (!is_allowed(problem, row, row_id[i], column, column_id)) c[i / 2][n][i % 2 * 2 + e] = value;
+      }
+    }
+  }
 }
 
 // Calls f(source, target, k) for each k-th positive of the rows [source0, source0 + sources) of `from` that
@@ -278,21 +312,7 @@ __global__ void __launch_bounds__(FwdShape<Engine>::kThreads, FwdShape<Engine>::
                           positive_logits[(row0 + warp_row + row) * problem.P + k] = v * logit_scale;
                         });
     }
-    const bool on_diagonal = problem.square && column0 < row0 + kBlockM && row0 < column0 + kBlockN;
-    if (on_diagonal || own.ids || column0 + kBlockN > other.count) {
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-#pragma unroll
-        for (int n = 0; n < kNTiles; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int64_t i = row0 + warp_row + fragment_row(lane, m, e);
-            const int64_t j = column0 + fragment_column(lane, n, e);
-            if (!is_allowed(problem, i, j)) c[m][n][e] = -Math<acc_t>::infinity();
-          }
-        }
-      }
-    }
+    exclude<kNTiles>(c, problem, row0 + warp_row, column0, -Math<acc_t>::infinity());
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       acc_t largest = c[i / 2][0][i % 2 * 2];
@@ -522,9 +542,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
     const int64_t column0 = tile * kBlockN + warp_column;
     const ColumnTerms& terms = column_terms[tile % kStages];
-    const bool on_diagonal =
-        problem.square && column0 < row0 + kBlockM && row0 < column0 + Shape::kWarpColumns;
-    const bool masked = on_diagonal || own.ids || column0 + Shape::kWarpColumns > other.count;
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) {
       const int column = fragment_column(lane, n, 0);
@@ -567,13 +584,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int64_t i = row0 + warp_row + fragment_row(lane, m, e);
-          const bool excluded = masked && !is_allowed(problem, i, column0 + column + e % 2);
-          c[m][n][e] = excluded ? acc_t(0) : coefficient[m][e];
-        }
+        for (int e = 0; e < 4; ++e) c[m][n][e] = coefficient[m][e];
       }
     }
+    exclude<kNTiles>(c, problem, row0 + warp_row, column0, acc_t(0));
     if (grad_positive_logits && own.positives) {
       for_each_positive(
           own, row0 + warp_row, kWarpRows, other, column0, Shape::kWarpColumns, problem.P,
