@@ -1,0 +1,189 @@
+"""CUDA kernels of `contrastive`, as nvcc compiled them, against float64."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.cuda.contrastive_calls import contrastive_bwd, contrastive_fwd
+from tests.cuda.parity import check_parity, random_call, random_upstream, run
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+FLAVOURS = [*[(dtype, False) for dtype in DTYPES], (torch.float32, True)]
+WIDTHS = [1, 3, 17, 64, 123, 128, 257]
+SIZES = [2, 3, 65, 130]
+TEMPERATURES = [0.005, 0.1, 10.0]
+
+
+def flavour_name(flavour):
+    return "tf32" if flavour[1] else str(flavour[0]).removeprefix("torch.")
+
+
+flavours = pytest.mark.parametrize("dtype, tf32", FLAVOURS, ids=map(flavour_name, FLAVOURS))
+
+
+@flavours
+@pytest.mark.parametrize(
+    "n, d, temperature, ids",
+    [(2, 1, 0.1, False), (3, 3, 10.0, True), (65, 17, 0.005, True), (65, 128, 0.1, False), (130, 64, 0.1, True)],
+)
+def test_square_matches_float64(library, gpu, n, d, temperature, ids, dtype, tf32):
+    call = random_call(n, d, dtype, temperature=temperature, ids=ids, device=gpu.device)
+    check_parity(library, call, tf32=tf32)
+
+
+@pytest.mark.slow
+@flavours
+@pytest.mark.parametrize("d", WIDTHS)
+def test_square_matches_float64_everywhere(library, gpu, d, dtype, tf32):
+    for i, (n, temperature, ids) in enumerate(itertools.product(SIZES, TEMPERATURES, (False, True))):
+        call = random_call(n, d, dtype, temperature=temperature, ids=ids, seed=i, device=gpu.device)
+        check_parity(library, call, tf32=tf32, seed=i)
+
+
+@pytest.mark.slow
+@flavours
+@pytest.mark.parametrize("d", WIDTHS)
+def test_rectangle_matches_float64_everywhere(library, gpu, d, dtype, tf32):
+    for i, (n, temperature, ids) in enumerate(itertools.product(SIZES, TEMPERATURES, (False, True))):
+        call = random_call(
+            n, d, dtype, m=131 - n, temperature=temperature, ids=ids, both_directions=i % 3 > 0,
+            keep_diagonal=i % 2 > 0, positives=i % 3, seed=i, device=gpu.device,
+        )  # fmt: skip
+        check_parity(library, call, tf32=tf32, seed=i, splits=i % 4)
+
+
+@flavours
+def test_rectangle_in_both_directions_with_ids(library, gpu, dtype, tf32):
+    call = random_call(
+        65, 40, dtype, m=70, ids=True, both_directions=True, keep_diagonal=True, positives=2, device=gpu.device
+    )
+    check_parity(library, call, tf32=tf32)
+
+
+@pytest.mark.parametrize("dtype, d", [(torch.bfloat16, 257), (torch.float16, 520), (torch.float32, 260)], ids=str)
+def test_wide_rows(library, gpu, dtype, d):
+    """Over what one block accumulates: streamed owner tiles, other tile shapes, slices of D."""
+    check_parity(library, random_call(40, d, dtype, device=gpu.device))
+
+
+@pytest.mark.parametrize("splits", [2, 3, 100])
+def test_split_walk_over_columns(library, gpu, splits):
+    call = random_call(20, 64, torch.bfloat16, m=300, both_directions=True, ids=True, device=gpu.device)
+    check_parity(library, call, splits=splits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_strides(library, gpu, dtype):
+    """Transposed rows, columns out of a wider matrix at an odd offset, overlapping rows."""
+    call = random_call(30, 24, dtype, m=33, device=gpu.device)
+    rows = call.rows.T.contiguous().T
+    columns = torch.zeros(33, 31, dtype=dtype, device=gpu.device)[:, 5:29].copy_(call.columns)
+    check_parity(library, call._replace(rows=rows, columns=columns))
+    repeated = call.rows[:1].expand(30, 24)
+    check_parity(library, call._replace(rows=repeated, columns=call.columns[::3], positives=call.positives % 11))
+
+
+def test_row_offsets_over_32_bits(library, gpu):
+    d, stride = 64, 2**31 + 64
+    if not gpu.emulated and torch.cuda.get_device_properties(0).total_memory < 8 * 2**30:
+        pytest.skip("needs 8 GB of GPU memory")
+    call = random_call(2, d, torch.bfloat16, device=gpu.device)
+    memory = torch.empty(stride + d, dtype=torch.bfloat16, device=gpu.device)  # pages never touched take no memory
+    rows = memory.as_strided((2, d), (stride, 1))
+    rows.copy_(call.rows)
+    check_parity(library, call._replace(rows=rows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_and_equal_rows(library, gpu, dtype):
+    call = random_call(12, 24, dtype, device=gpu.device)
+    call.rows[3] = 0
+    call.rows[5:9] = call.rows[4]
+    check_parity(library, call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_rows_of_very_different_length(library, gpu, dtype):
+    call = random_call(12, 24, dtype, m=20, device=gpu.device)
+    call.rows[:6] *= 1e-3
+    call.columns[::3] *= 1e3
+    check_parity(library, call)
+
+
+def test_rows_as_they_are(library, gpu):
+    check_parity(library, random_call(20, 40, torch.float16, normalize=False, temperature=2.0, device=gpu.device))
+    mixed = random_call(20, 40, torch.float32, m=9, temperature=2.0, device=gpu.device)
+    check_parity(library, mixed._replace(normalize_columns=False))
+
+
+@pytest.mark.parametrize("scale", [0.0, -3.0, 1e4])
+def test_any_scale(library, gpu, scale):
+    call = random_call(20, 8, torch.float32, m=21, both_directions=True, ids=True, device=gpu.device)
+    call.scale.fill_(scale)
+    check_parity(library, call)
+
+
+def test_rows_without_any_column(library, gpu):
+    call = random_call(9, 8, torch.float32, ids=True, device=gpu.device)
+    call.row_ids.zero_()
+    fwd, _, _ = check_parity(library, call)
+    assert torch.isneginf(fwd.lse).all()
+
+
+def test_nan_and_infinity_reach_the_results(library, gpu):
+    call = random_call(6, 8, torch.float32, m=7, device=gpu.device)
+    call.rows[1, 2] = torch.nan
+    fwd, bwd, _ = run(library, call, random_upstream(call))
+    assert fwd.lse.isnan().tolist() == [False, True, False, False, False, False]
+    assert bwd.grad_rows[1].isnan().all() and bwd.grad_scale.isnan() and not bwd.grad_rows[0].isnan().any()
+    call.columns[3, 0] = torch.inf
+    fwd, _ = contrastive_fwd(library, call)
+    assert fwd.lse.isnan().all()
+
+
+@pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)])
+def test_gradients_that_are_not_needed(library, gpu, needed):
+    """They are not computed, and grad_scale is right without them."""
+    call = random_call(20, 24, torch.float32, m=33, both_directions=True, device=gpu.device)
+    upstream = random_upstream(call)
+    fwd, everything, _ = run(library, call, upstream)
+    some, launches = contrastive_bwd(
+        library, call, fwd, *upstream, rows_need_grad=needed[0], columns_need_grad=needed[1]
+    )
+    for ours, full in zip(some[:2], everything[:2], strict=True):
+        assert ours is None or torch.equal(ours, full)
+    torch.testing.assert_close(some.grad_scale, everything.grad_scale, rtol=1e-5, atol=1e-6)
+    if gpu.emulated:
+        assert sum("bwd_kernel" in launch.kernel for launch in launches) == max(1, sum(needed))
+
+
+@pytest.mark.parametrize("absent", ["lse", "positive_logits"])
+def test_absent_gradients_count_as_zero(library, gpu, absent):
+    call = random_call(20, 24, torch.float16, device=gpu.device)
+    upstream = random_upstream(call)
+    zero = upstream._replace(**{absent: torch.zeros_like(getattr(upstream, absent))})
+    fwd, expected, _ = run(library, call, zero)
+    got, _ = contrastive_bwd(library, call, fwd, *upstream._replace(**{absent: None}))
+    torch.testing.assert_close(got.grad_rows, expected.grad_rows, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_schedule_gives_the_same_bits(library, gpu, dtype):
+    """Random orders of blocks, warps and lanes, with races between lanes of a warp looked for as well."""
+    call = random_call(130, 72, dtype, m=70, both_directions=True, ids=True, device=gpu.device)
+    upstream = random_upstream(call)
+    first = run(library, call, upstream, splits=2)[:2]
+    for seed in (1, 2):
+        again = run(library, call, upstream, splits=2, seed=seed, warp_races=True)[:2]
+        for a, b in zip(itertools.chain(*first), itertools.chain(*again), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_calls_can_be_captured(library, gpu):
+    """No synchronisation and no allocation between the launches, all on the stream given."""
+    if not gpu.emulated:
+        pytest.skip("tests/ops captures the operator on a card")
+    call = random_call(20, 17, torch.float16, m=300, both_directions=True)
+    _, _, launches = run(library, call, random_upstream(call), capturing=True, stream=7)
+    assert {launch.stream for launch in launches} == {7}
