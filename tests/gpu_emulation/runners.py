@@ -20,6 +20,10 @@ class EmulatedGpu:
         self.arch = arch
         self.name = f"sm_{arch}"
 
+    def module(self, text):
+        """`ptx.Module` of PTX text."""
+        return ptx.Module(text)
+
     def cuda_library(self, sources, **options):
         """`EmulatedCudaLibrary` of .cu files; its `call` runs their launchers."""
         return EmulatedCudaLibrary(sources, self.arch, **options)
@@ -40,6 +44,10 @@ class RealGpu:
         self.arch = 10 * major + minor
         self.name = f"card_sm_{self.arch}"
 
+    def module(self, text):
+        """A module with the `launch` of `ptx.Module`, for numpy arrays; the driver compiles the PTX."""
+        return _CardModule(text)
+
     def cuda_library(self, sources, *, include_dirs=(), defines=(), multiprocessors=None):
         """The same files compiled for the card; multiprocessors is the card's own."""
         return _CardLibrary(build.cuda_library(sources, self.arch, include_dirs, defines))
@@ -47,6 +55,37 @@ class RealGpu:
     def triton(self, **options):
         """Triton's own driver; the emulator's options do not apply."""
         return contextlib.nullcontext([])
+
+
+class _CardModule:
+    """PTX text on the card, through the CUDA driver. Source: CUDA Driver API, module and execution control."""
+
+    def __init__(self, text):
+        torch.cuda.init()
+        torch.zeros(1, device="cuda")  # makes the context of the device current
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._module = ctypes.c_void_p()
+        self._check("cuModuleLoadData", ctypes.byref(self._module), text.encode())
+
+    def _check(self, function, *args):
+        code = getattr(self._driver, function)(*args)
+        if code:
+            raise ptx.PtxError(f"{function} returned {code}")
+
+    def launch(self, name, grid, block, args, *, shared=0, read_only=(), buffers=None, **options):
+        """As `ptx.Module.launch`; arrays are copied to the card and back. Returns zero counters."""
+        function = ctypes.c_void_p()
+        self._check("cuModuleGetFunction", ctypes.byref(function), self._module, name.encode())
+        on_card = [torch.from_numpy(arg.view("u1")).cuda() if ptx.is_buffer(arg) else None for arg in args]
+        values = [arg if copy is None else ctypes.c_uint64(copy.data_ptr()) for arg, copy in zip(args, on_card, strict=True)]
+        pointers = (ctypes.c_void_p * max(1, len(values)))(*(ctypes.addressof(value) for value in values))
+        sizes = [*(tuple(grid) + (1, 1, 1))[:3], *(tuple(block) + (1, 1, 1))[:3]]
+        self._check("cuLaunchKernel", function, *sizes, shared, None, pointers, None)
+        torch.cuda.synchronize()
+        for arg, copy in zip(args, on_card, strict=True):
+            if copy is not None:
+                arg.view("u1")[...] = copy.cpu().numpy()
+        return ptx.Counters()
 
 
 class _CardLibrary:

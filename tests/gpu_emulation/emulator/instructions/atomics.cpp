@@ -1,4 +1,4 @@
-// atom and red (PTX ISA 9.0, sections 9.7.13.5 and 9.7.13.7). The lanes of a warp take their turns in order.
+// atom and red (PTX ISA 9.0, sections 9.7.13.5 and 9.7.13.6). The lanes of a warp take their turns in order.
 #include <algorithm>
 #include <cstring>
 

@@ -1,5 +1,5 @@
 // Communication between the lanes of a warp: shfl.sync (PTX ISA 9.0, section 9.7.9.6), vote.sync (9.7.13.9),
-// match.sync (9.7.13.10), activemask (9.7.13.11), redux.sync (9.7.13.12), elect.sync (9.7.13.15).
+// match.sync (9.7.13.10), activemask (9.7.13.11), redux.sync (9.7.13.12), elect.sync (9.7.13.14).
 #include <algorithm>
 #include <cmath>
 

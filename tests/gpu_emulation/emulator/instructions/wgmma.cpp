@@ -23,7 +23,7 @@ struct Wgmma {
   bool a_in_registers;
 };
 
-// Matrix descriptor (section 9.7.15.5.1.2): addresses and offsets are in units of 16 bytes.
+// Matrix descriptor (section 9.7.15.5.1.2.2): addresses and offsets are in units of 16 bytes.
 struct Descriptor {
   uint64_t start;
   uint64_t leading_offset;
