@@ -1,11 +1,12 @@
 """The stand-in runtime: a launcher's kernels run as on a card, and every planted bug is noticed."""
 
+import ctypes
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.gpu_emulation import STREAM, CudaError, PtxError
+from tests.gpu_emulation import STREAM, BuildError, CudaError, EmulatedCudaLibrary, PtxError
 
 KERNELS = Path(__file__).parent / "kernels"
 M, N, K = 100, 77, 72
@@ -60,3 +61,92 @@ def test_planted_bug_is_noticed(tile_product, gpu, bug):
 def test_launchers_own_error_is_raised(tile_product):
     with pytest.raises(CudaError, match="tile_product_launch returned 1"):
         tile_product(99)
+
+
+@pytest.fixture
+def runtime_calls(gpu, nvcc):
+    if not gpu.emulated:
+        pytest.skip("tests the stand-in")
+    return gpu.cuda_library([KERNELS / "runtime_calls.cu"])
+
+
+def test_launch_on_the_given_stream_with_dynamic_shared_memory(runtime_calls):
+    x = torch.zeros(2, 64)
+    (launch,) = runtime_calls.call("reverse_launch", x, 64, 100 * 1024, STREAM, stream=0x1234)
+    assert launch.stream == 0x1234 and launch.shared == 100 * 1024 and launch.grid == (2, 1, 1)
+    assert (x == torch.arange(63, -1, -1)).all()
+
+
+def test_dynamic_shared_memory_needs_the_attribute(runtime_calls):
+    x = torch.zeros(2, 64)
+    with pytest.raises(CudaError, match="invalid argument"):
+        runtime_calls.call("reverse_launch_without_attribute", x, 64, 100 * 1024, STREAM)
+    with pytest.raises(CudaError, match="invalid argument"):
+        runtime_calls.call("reverse_launch", x, 64, 300 * 1024, STREAM)
+
+
+def test_device_attributes(runtime_calls, gpu):
+    found = torch.zeros(5, dtype=torch.int32)
+    runtime_calls.call("device_attributes", found)
+    major_minor, multiprocessors, shared = {80: (80, 108, 166912), 90: (90, 132, 232448)}[gpu.arch]
+    assert found.tolist() == [major_minor, multiprocessors, shared, 32, 2048 // 64]
+
+
+def test_multiprocessors_can_be_chosen(gpu, nvcc):
+    if not gpu.emulated:
+        pytest.skip("tests the stand-in")
+    library = gpu.cuda_library([KERNELS / "runtime_calls.cu"], multiprocessors=7)
+    found = torch.zeros(5, dtype=torch.int32)
+    library.call("device_attributes", found)
+    assert found[1] == 7
+
+
+def test_unknown_attribute_is_refused(runtime_calls):
+    with pytest.raises(PtxError, match="cudaDeviceGetAttribute: attribute 1000 is unknown"):
+        runtime_calls.call("unknown_attribute")
+
+
+def test_allocation_is_poisoned_and_bounded(runtime_calls):
+    x = torch.zeros(4)
+    runtime_calls.call("copy_from_scratch", x, 4, STREAM)
+    assert x.isnan().all()
+    with pytest.raises(PtxError, match="out of bounds: nearest is cudaMalloc"):
+        runtime_calls.call("copy_from_scratch", torch.zeros(5), 5, STREAM)
+
+
+def test_capture_forbids_waiting_and_allocating(runtime_calls):
+    x = torch.zeros(4)
+    runtime_calls.call("synchronize", STREAM)
+    with pytest.raises(CudaError, match="not permitted when stream is capturing"):
+        runtime_calls.call("synchronize", STREAM, capturing=True)
+    with pytest.raises(CudaError, match="not permitted when stream is capturing"):
+        runtime_calls.call("copy_from_scratch", x, 4, STREAM, capturing=True)
+
+
+def test_memset_outside_all_buffers_is_noticed(runtime_calls):
+    x = torch.ones(4)
+    runtime_calls.call("clear", x, 16, STREAM)
+    assert (x == 0).all()
+    with pytest.raises(PtxError, match="cudaMemsetAsync of 20 bytes reaches outside"):
+        runtime_calls.call("clear", x, 20, STREAM)
+
+
+def test_structures_and_named_buffers(runtime_calls):
+    class Args(ctypes.Structure):
+        _fields_ = [("x", ctypes.c_void_p), ("n", ctypes.c_int64), ("value", ctypes.c_float)]
+
+    x = torch.zeros(10)
+    args = Args(x.data_ptr(), 10, 2.5)
+    runtime_calls.call("fill_launch", ctypes.byref(args), STREAM, buffers={"x": x})
+    assert (x == 2.5).all()
+    with pytest.raises(PtxError, match="write to read-only buffer x"):
+        runtime_calls.call("fill_launch", ctypes.byref(args), STREAM, buffers={"x": x}, read_only={"x"})
+    with pytest.raises(PtxError, match="out of bounds"):
+        runtime_calls.call("fill_launch", ctypes.byref(args), STREAM, buffers={"x": x[:9]})
+
+
+def test_unknown_runtime_call_fails_the_link(nvcc, tmp_path):
+    source = tmp_path / "unknown.cu"
+    source.write_text('#include <cuda_runtime.h>\nextern "C" int reset() { return cudaDeviceReset(); }\n')
+    with pytest.raises(BuildError, match="cudaDeviceReset"):
+        EmulatedCudaLibrary([source], 80)

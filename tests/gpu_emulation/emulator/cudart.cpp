@@ -134,6 +134,18 @@ cudaError_t check_not_capturing() {
   return runtime().device.capturing ? fail(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
 }
 
+bool in_device_memory(const void* address, size_t size) {
+  const auto begin = reinterpret_cast<uint64_t>(address);
+  for (const PtxRegion& region : runtime().regions) {
+    if (begin >= region.address && begin + size <= region.address + region.size && !region.read_only) return true;
+  }
+  for (const auto& [start, allocation] : runtime().allocations) {
+    const auto first = reinterpret_cast<uint64_t>(start);
+    if (begin >= first && begin + size <= first + allocation.size) return true;
+  }
+  return false;
+}
+
 bool valid_shape(dim3 grid, dim3 block) {
   // CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
   if (!grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z) return false;
@@ -430,14 +442,14 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind) 
 }
 
 cudaError_t cudaMemsetAsync(void* address, int value, size_t size, cudaStream_t) {
+  if (runtime().options.bounds && !in_device_memory(address, size)) {
+    return refuse("cudaMemsetAsync of " + std::to_string(size) + " bytes reaches outside the buffers that may be written");
+  }
   memset(address, value, size);
   return cudaSuccess;
 }
 
-cudaError_t cudaMemset(void* address, int value, size_t size) {
-  memset(address, value, size);
-  return cudaSuccess;
-}
+cudaError_t cudaMemset(void* address, int value, size_t size) { return cudaMemsetAsync(address, value, size, nullptr); }
 
 // ---- Streams.
 

@@ -7,6 +7,7 @@ namespace {
 
 uint32_t block_of(uint32_t thread) { return (thread - 1) >> 10; }
 uint32_t warp_of(uint32_t thread) { return ((thread - 1) & 1023) / 32; }
+bool same_warp(uint32_t a, uint32_t b) { return (a - 1) / 32 == (b - 1) / 32; }
 
 }  // namespace
 
@@ -20,22 +21,25 @@ bool AccessHistory::unordered(const Access& access, const Accessor& accessor, co
   return options.within_warps && access.warp_epoch == accessor.warp_epoch;
 }
 
-void AccessHistory::note_read(Cell& cell, const Accessor& accessor) {
-  const Access now = {accessor.thread, accessor.clock, accessor.warp_epoch};
+void AccessHistory::note_read(Cell& cell, const Access& now) {
   Access& last = cell.reader;
-  if (last.thread == 0) {
-    last = now;
-    return;
-  }
-  const bool same_block = block_of(last.thread) == block_of(now.thread);
-  if (!same_block) cell.read_by_blocks = true;
-  if (!same_block || warp_of(last.thread) != warp_of(now.thread)) {
+  if (last.thread && !same_warp(last.thread, now.thread)) {
+    if (block_of(last.thread) != block_of(now.thread)) cell.read_by_blocks = true;
     cell.other_reader = last;
     cell.read_by_lanes = false;
   } else if (last.clock != now.clock || last.warp_epoch != now.warp_epoch) {
     cell.read_by_lanes = false;
   } else if (last.thread != now.thread) {
     cell.read_by_lanes = true;
+  }
+  last = now;
+}
+
+void AccessHistory::note_atomic(Cell& cell, const Access& now) {
+  Access& last = cell.atomic;
+  if (last.thread && !same_warp(last.thread, now.thread)) {
+    if (block_of(last.thread) != block_of(now.thread)) cell.updated_by_blocks = true;
+    cell.other_atomic = last;
   }
   last = now;
 }
@@ -47,31 +51,32 @@ const char* AccessHistory::check(Cell& cell, AccessKind kind, const Accessor& ac
     other_thread_ = access.thread;
     return true;
   };
+  const Access now = {accessor.thread, accessor.clock, accessor.warp_epoch};
   const bool several_blocks_matter = !shared_ && options.between_blocks;
+  const auto updated_meanwhile = [&] {
+    return conflicts(cell.atomic) || conflicts(cell.other_atomic) || (several_blocks_matter && cell.updated_by_blocks);
+  };
   if (kind == AccessKind::kRead) {
     if (conflicts(cell.writer)) return "read conflicts with an unordered write";
-    if (conflicts(cell.atomic) || (several_blocks_matter && cell.updated_by_blocks)) ++reads_of_atomics_;
-    note_read(cell, accessor);
+    if (cell.atomic.thread && updated_meanwhile()) ++reads_of_atomics_;
+    note_read(cell, now);
     return nullptr;
   }
   if (conflicts(cell.writer) && !same_value) {
     return kind == AccessKind::kWrite ? "write conflicts with an unordered write"
                                       : "atomic conflicts with an unordered plain write";
   }
-  const Access now = {accessor.thread, accessor.clock, accessor.warp_epoch};
   if (kind == AccessKind::kAtomic) {
-    if (cell.atomic.thread && block_of(cell.atomic.thread) != block_of(now.thread)) cell.updated_by_blocks = true;
-    cell.atomic = now;
+    note_atomic(cell, now);
     return nullptr;
   }
   if (conflicts(cell.reader) || conflicts(cell.other_reader)) return "write conflicts with an unordered read";
   if (several_blocks_matter && cell.read_by_blocks) return "write conflicts with reads by other blocks";
   if (options.within_warps && cell.read_by_lanes && cell.reader.clock == now.clock &&
-      cell.reader.warp_epoch == now.warp_epoch && warp_of(cell.reader.thread) == warp_of(now.thread) &&
-      block_of(cell.reader.thread) == block_of(now.thread)) {
+      cell.reader.warp_epoch == now.warp_epoch && same_warp(cell.reader.thread, now.thread)) {
     return "write conflicts with reads by other lanes";
   }
-  if (conflicts(cell.atomic) || (several_blocks_matter && cell.updated_by_blocks)) {
+  if (cell.atomic.thread && updated_meanwhile()) {
     return "plain write conflicts with an unordered atomic";
   }
   cell.writer = now;

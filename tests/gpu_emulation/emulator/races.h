@@ -59,6 +59,7 @@ class AccessHistory {
     Access reader;        // the last
     Access other_reader;  // the last of another warp or block
     Access atomic;        // the last
+    Access other_atomic;  // the last of another warp or block
     bool read_by_lanes = false;      // of reader's warp, since its last bar.warp.sync
     bool read_by_blocks = false;     // several
     bool updated_by_blocks = false;  // several, atomically
@@ -66,7 +67,8 @@ class AccessHistory {
 
   bool unordered(const Access& access, const Accessor& accessor, const RaceOptions& options) const;
   const char* check(Cell& cell, AccessKind kind, const Accessor& accessor, const RaceOptions& options, bool same_value);
-  void note_read(Cell& cell, const Accessor& accessor);
+  static void note_read(Cell& cell, const Access& now);
+  static void note_atomic(Cell& cell, const Access& now);
 
   std::vector<Cell> words_;
   std::vector<uint32_t> split_;  // 0, or 1 + index in bytes_
