@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from tests.gpu_emulation import PtxError, emulated_triton
+from tests.gpu_emulation.kernels.attention import softmax_product
 from tests.gpu_emulation.kernels.row_lse import row_lse
 
 
@@ -36,6 +37,57 @@ def test_tf32_uses_the_tensor_cores(gpu):
     torch.testing.assert_close(lse.double(), truth, rtol=2e-3, atol=2e-3)
     if gpu.emulated:
         assert launches[0].counters.mma > 0
+
+
+@pytest.mark.parametrize("width", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_chained_products(gpu, dtype, width):
+    """On sm_90 these are wgmma with every swizzle, A from shared memory and from registers, B straight and transposed."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, width, generator=generator).to(gpu.device, dtype) for n in (64, 128))
+    with gpu.triton() as launches:
+        out = softmax_product(x, y, 0.1)
+    p = (x.double() @ y.double().T * 0.1).exp()
+    torch.testing.assert_close(out.double(), p @ y.double() / p.sum(1, keepdim=True), rtol=2e-2, atol=5e-3)
+    if gpu.emulated:
+        counters = launches[0].counters
+        assert counters.mma_flops == 2 * 2 * 64 * 128 * width
+        flops_of_one = counters.mma_flops / counters.mma
+        assert flops_of_one == 2 * 16 * 8 * 16 if gpu.arch == 80 else flops_of_one > 2 * 16 * 8 * 16
+
+
+def test_autotuning_compares_instructions(gpu):
+    if not gpu.emulated:
+        pytest.skip("a card measures time")
+    x, y = torch.arange(512.0), torch.zeros(512)
+    _tuned_copy.cache.clear()  # its key does not name the architecture
+    with gpu.triton() as launches:
+        _tuned_copy[lambda meta: (triton.cdiv(512, meta["BLOCK"]),)](x, y, 512)
+    assert (x == y).all()
+    assert len({launch.grid for launch in launches}) == 2
+    best = min(launches, key=lambda launch: launch.counters.instructions)
+    assert launches[-1].grid == best.grid
+
+
+@triton.autotune([triton.Config({"BLOCK": 32}, num_warps=1), triton.Config({"BLOCK": 128}, num_warps=1)], key=["n"])
+@triton.jit
+def _tuned_copy(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n), mask=i < n)
+
+
+@triton.jit
+def _scalars(out_ptr, a, b, c, flag, NAME: tl.constexpr):
+    tl.store(out_ptr, a + b + c.to(tl.float64))
+    if flag:
+        tl.store(out_ptr + 1, NAME)
+
+
+def test_scalar_arguments(gpu):
+    out = torch.zeros(2, dtype=torch.float64, device=gpu.device)
+    with gpu.triton():
+        _scalars[(1,)](out, 3, 2**40, 0.5, True, NAME=7)
+    assert out.tolist() == [3 + 2**40 + 0.5, 7.0]
 
 
 @triton.jit
