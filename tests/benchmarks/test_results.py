@@ -1,0 +1,96 @@
+import copy
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import figures, harness, results
+from tests.benchmarks.fakes import FakeClock, FakeProduct, square_sum, square_sum_workload
+from tests.benchmarks.test_machine import MACHINE
+
+
+@pytest.fixture(scope="module")
+def record():
+    """Two sizes; "other" is installed for the first only."""
+    cases = []
+    for rows in (4, 32):
+        clock = FakeClock()
+        implementations = [
+            square_sum("ours", clock, 1e-3 * rows, 1e-3 * rows),
+            square_sum("plain", clock, 4e-3 * rows, 2e-3 * rows, baseline=True),
+            square_sum("other", clock, 0.4, 0.4, baseline=True, missing="too far" if rows > 4 else None),
+        ]
+        workload = square_sum_workload(implementations, rows, operations=1000, bytes_moved=8 * rows)
+        budget = harness.Budget(seconds=0.0, least_rounds=3, sample_seconds=0.0)
+        case = harness.admit(workload)
+        cases.append(harness.measure(case, budget, clock, FakeProduct(clock, 1e-6)))
+    return results.make_record("sums", {"quick": False}, MACHINE, cases)
+
+
+def test_tables(record):
+    text = results.format_record(record)
+    times, gains = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert [cell.strip() for cell in times[0].strip("|").split("|")] == [
+        "B",
+        "plain, ms",
+        "other, ms",
+        "ours, ms",
+    ]
+    assert [cell.strip() for cell in times[2].strip("|").split("|")] == [
+        "4",
+        "24.0 [24.0, 24.0]",
+        "800 [800, 800]",
+        "8.00 [8.00, 8.00]",
+    ]
+    assert [cell.strip() for cell in times[3].strip("|").split("|")][2] == "–"
+    first = dict(
+        zip(*[[cell.strip() for cell in gains[i].strip("|").split("|")] for i in (0, 2)], strict=True)
+    )
+    assert first["× plain"] == "**3.00** [3.00, 3.00]"
+    assert first["× other"] == "**100** [100, 100]"
+    assert first["ours: forward, ms"] == "4.00 [4.00, 4.00]"
+    assert first["GB/s"] == "0.0"
+    assert float(first["of product rate"]) == pytest.approx(1000 / 8e-3 / (1024 / 1e-6), abs=0.005)
+    assert len({len(line) for line in times}) == 1
+    assert "Left out at B = 32: other, too far." in text
+    assert text.endswith("ssl_kernels 0.1.0 at 012345678 with changes")
+
+
+def test_stored_and_read_again(record, tmp_path):
+    path = results.write_record(record, tmp_path, "sums")
+    assert path == tmp_path / "amd-epyc-9r14-r-2-cores-avx512" / "sums.json"
+    assert results.read_record(path) == record
+    assert path.with_suffix(".md").read_text() == results.format_record(record) + "\n"
+
+
+def test_record_of_another_schema_is_not_read(record, tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(record | {"schema": 0}))
+    with pytest.raises(ValueError, match="schema must be 1, got 0"):
+        results.read_record(path)
+
+
+def test_digits():
+    times = [
+        results.format_time(dict.fromkeys(("median", "q1", "q3"), t)) for t in (1.234e-4, 1.2e-3, 0.0333, 2)
+    ]
+    assert [text.split()[0] for text in times] == ["0.123", "1.20", "33.3", "2000"]
+
+
+def test_figure_has_curves(record, tmp_path):
+    (path,) = figures.draw_record(record, tmp_path / "sums")
+    assert path == tmp_path / "sums-square_sum.png"
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    assert pixels.shape[1] > 1000
+    for color, _ in (figures.OUR_STYLES[0], figures.BASELINE_STYLES[0], figures.BASELINE_STYLES[1]):
+        rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (pixels == rgb).all(axis=-1).sum() > 20
+
+
+def test_figure_without_ours(record, tmp_path):
+    baselines_only = copy.deepcopy(record)
+    for case in baselines_only["cases"]:
+        del case["implementations"]["ours"]
+    assert "× plain" not in results.format_record(baselines_only)
+    assert figures.draw_record(baselines_only, tmp_path / "sums")[0].exists()
