@@ -176,17 +176,22 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize)
 //   lse_i = log sum_{j allowed} exp(s_ij);   positive_logits_ik = s_{i, positives(i, k)}
 //
 // Tiling: 4 warps, each 32 rows by all kBlockN columns of the tile; every thread keeps the running maximum
-// and sum of
-//   its share of 4 rows in registers, and the lanes of a row meet once at the end. Positives are picked out
-//   of the tile by the one lane that holds them. Several parts of the columns leave their maximum and sum in
-//   `partial`.
-// Products: 1 unit of 2 N M D flops (rows and columns rounded up to tiles): N/16 * M/8 * D/16 mma m16n8k16.
-// Traffic, bytes of global memory and L2: N D + ceil(N / 128) M D elements, and per tile the columns' rnorm;
-// the
-//   positives once per tile; writes (N + N P) doubles, with parts 2 N acc_t each.
-// Shared memory: min(D / 128 bytes, 3) * 16 KB of own rows + 3 * 8 KB (double: 4 KB) of columns + column
-// scales. Registers: at most 255, two blocks of 128 threads per SM. Numerics: products in scalar_t with acc_t
-// accumulation, all else in acc_t.
+// and
+//   sum of its share of 4 rows in registers, and the lanes of a row meet once at the end. Positives are
+//   picked out of the tile by the one lane that holds them. Several parts of the columns leave their maximum
+//   and sum in `partial`. With blocks B = ceil(N / 128), tiles T = ceil(M / kBlockN), steps S = ceil(D / 128
+//   bytes):
+// Products: 1 unit of 2 N M D flops; 256 B T S mma, each 16 x 8 x 32 bytes of depth.
+// Traffic, 32-byte sectors of global memory: operands 4 N S (times T where S > 3) + 4 B M S, positives B T 32
+// P,
+//   column norms B T kBlockN / 8, row norms and scale 20 B; writes N (1 + P) / 4 and more where P is
+//   scattered.
+// Shared memory: min(S, 3) 16 KB of own rows + 3 (kBlockN 128 bytes + kBlockN acc_t). Wavefronts of a tile
+// and
+//   step, without bank conflicts: kBlockN for the copy (128 more for own rows where they come), 384 operand
+//   reads (tensor cores) or 2560 (float FMA); and of a tile 2 + 64 for column norms.
+// Occupancy: 2 blocks of 128 threads per SM, at most 255 registers, on sm_80, sm_90 and sm_100.
+// Numerics: products in scalar_t with acc_t accumulation, all else in acc_t, results in double.
 template <typename Engine>
 struct FwdShape {
   using scalar_t = typename Engine::scalar_t;
@@ -377,17 +382,22 @@ __global__ void contrastive_merge_kernel(const OnlineSoftmax<acc_t>* partial, in
 // those of column_lse; for the columns' gradient the roles are exchanged.
 //
 // Tiling: 8 warps, kWarpsM x kWarpsN, each 32 rows by kBlockN / kWarpsN columns of s. A tile is recomputed in
-// steps
-//   over all of D, its C rounded to scalar_t as an operand tile in shared memory, and multiplied in steps
-//   over the block's slice of D (blockIdx.z, kSliceChunks * 128 bytes); G stays in registers until the end.
+//   steps over all of D, its C rounded to scalar_t as an operand tile in shared memory, and multiplied in
+//   steps over the block's slice of D (blockIdx.z, kSliceChunks steps); G stays in registers until the end.
 //   The barrier of the next step also stands between writing and reading C, and between reading it and the
-//   next tile's writing.
-// Products: 2 units of 2 N M D (1 + slices where D is wider than a slice): 2 * N/16 * M/8 * D/16 mma
-// m16n8k16. Traffic, bytes of global memory and L2: per block own rows once (every tile, where D is over 3
-// steps) and the columns
-//   twice: N D + 2 ceil(N / kBlockM) M D elements; writes N D acc_t per part.
-// Shared memory: own rows min(D / 128 bytes, 3) * kBlockM * 128, 3 * kBlockN * 128, C, row and column terms.
-// Registers: at most 255, one block of 256 threads per SM.
+//   next tile's writing. With B = ceil(N / kBlockM), T = ceil(M / kBlockN), S = ceil(D / 128 bytes), slices
+//   Z:
+// Products: 2 units of 2 N M D flops, 1 + Z where D is wider than a slice (256 elements; 512 for half types,
+// 128 for
+//   double). B T S (1 + Z) kBlockM kBlockN / 32 mma.
+// Traffic, 32-byte sectors of global memory: operands 4 N S Z (times T where S > 3) + 4 B M S (1 + Z);
+// positives
+//   B T Z 16 P kWarps for rows and columns each, as many more as positives for their gradients; row and
+//   column terms 3 B Z (kBlockM + T kBlockN) / 8; writes N D acc_t a part.
+// Shared memory: (min(S, 3) + kBlockN / chunk) kBlockM 128 bytes + 3 kBlockN 128 bytes + terms; at most 97.3
+// KB.
+//   No bank conflicts, but two-way ones in TF32's reads of y for C y and in 4-byte stores of C.
+// Occupancy: one block of 256 threads per SM, at most 255 registers.
 // Numerics: C in acc_t, rounded once to scalar_t. half scales C by a power of two that brings its bound near
 // 2^15.
 template <typename Engine, int kWarpsM_, int kSliceChunks_>
@@ -399,7 +409,7 @@ struct BwdShape {
   static constexpr int kWarpsN = kWarps / kWarpsM;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kBlockM = kWarpsM * kWarpRows;
-  static constexpr int kBlockN = sizeof(acc_t) == 8 ? 32 : 64;
+  static constexpr int kBlockN = sizeof(scalar_t) == 2 ? 64 : 32;
   static constexpr int kWarpColumns = kBlockN / kWarpsN;  // of s
   static constexpr int kNTiles = kWarpColumns / 8;
   static constexpr int kChunk = kTileRowBytes / sizeof(scalar_t);
@@ -542,6 +552,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
     const int64_t column0 = tile * kBlockN + warp_column;
     const ColumnTerms& terms = column_terms[tile % kStages];
+    acc_t row_factor[4], row_lse[4], row_weight[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = warp_row + fragment_row(lane, i / 2, i % 2 * 2);
+      row_factor[i] = row_terms.rnorm[r];
+      row_lse[i] = row_terms.base2_lse[r];
+      row_weight[i] = row_terms.weight[r];
+    }
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) {
       const int column = fragment_column(lane, n, 0);
@@ -554,8 +572,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const acc_t row_factor = row_terms.rnorm[warp_row + fragment_row(lane, m, e)];
-          c[m][n][e] *= row_factor * column_factor.value[e % 2];
+          c[m][n][e] *= row_factor[m * 2 + e / 2] * column_factor.value[e % 2];
         }
       }
       acc_t coefficient[2][4] = {};
@@ -564,9 +581,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
         for (int m = 0; m < 2; ++m) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            const int r = warp_row + fragment_row(lane, m, e);
-            coefficient[m][e] = row_terms.weight[r] *
-                                Math<acc_t>::exp2(Math<acc_t>::fma(c[m][n][e], a, -row_terms.base2_lse[r]));
+            const int i = m * 2 + e / 2;
+            coefficient[m][e] =
+                row_weight[i] * Math<acc_t>::exp2(Math<acc_t>::fma(c[m][n][e], a, -row_lse[i]));
           }
         }
       }
@@ -652,9 +669,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       for (int i = 0; i < 4; ++i) {
         const int64_t row = row0 + warp_row + fragment_row(lane, i / 2, i % 2 * 2);
         if (row < own.count && d < problem.width) {
-          const Pair<acc_t> pair = {{g[slice][i / 2][n][i % 2 * 2], g[slice][i / 2][n][i % 2 * 2 + 1]}};
-          *reinterpret_cast<Pair<acc_t>*>(partial + (blockIdx.y * own.count + row) * partial_stride + d) =
-              pair;
+          store_pair(partial + (blockIdx.y * own.count + row) * partial_stride + d,
+                     g[slice][i / 2][n][i % 2 * 2], g[slice][i / 2][n][i % 2 * 2 + 1]);
         }
       }
     }

@@ -1,5 +1,6 @@
 """Inputs for the CUDA launchers of `contrastive`, and the comparison with float64."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -110,15 +111,17 @@ def check_parity(library, call, *, seed=1, tf32=False, **options):
     _, near_gradients = plain(call, upstream, call.rows.dtype)
 
     unit = 2.0**-11 if tf32 else torch.finfo(acc).eps
+    if acc == torch.float64:  # the truth is rounded like that too
+        unit *= math.sqrt(call.rows.shape[1])
     scale = call.scale.double().abs().item()
     largest = max(_largest_logit(call), 1.0)
     for ours, exact, other in zip(fwd[:3], truth, near, strict=True):
         if ours is not None:
-            _check(ours, exact, other, scale * largest + 1, 4 * unit)
+            _check(ours, exact, other, scale * largest + math.log(exact.numel()) + 1, 4 * unit)
 
     unit = 2.0**-11 if tf32 else torch.finfo(call.rows.dtype).eps
-    if acc == torch.float64:
-        unit *= 1 + scale * largest  # the truth's own rounding of the exponents
+    if tf32 or acc == torch.float64:  # what the products' rounding makes of the exponentials
+        unit *= 1 + scale * largest
     sizes = [grad.abs() for grad in upstream if grad is not None]
     weight = 2 * sum(size.max().item() * (size.shape[1] if size.dim() == 2 else 1) for size in sizes)
     row_norm, column_norm = _norms(call.rows, call.normalize_rows), None

@@ -86,4 +86,14 @@ struct alignas(2 * sizeof(scalar_t)) Pair {
   scalar_t value[2];
 };
 
+// Both in one store; `global` points to global memory, aligned to two values. Written out because the
+// compiler may split the store of a Pair.
+__device__ __forceinline__ void store_pair(float* global, float x, float y) {
+  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(global), "f"(x), "f"(y) : "memory");
+}
+
+__device__ __forceinline__ void store_pair(double* global, double x, double y) {
+  asm volatile("st.global.v2.f64 [%0], {%1, %2};" ::"l"(global), "d"(x), "d"(y) : "memory");
+}
+
 }  // namespace ssl_kernels

@@ -1,0 +1,160 @@
+"""What the kernels do, counted by the emulator, against the counts on paper in csrc/cuda/contrastive.cuh."""
+
+from math import ceil
+
+import pytest
+import torch
+
+from tests.cuda.parity import check_parity, random_call, random_upstream, run
+
+CASES = [  # n, m, d, dtype, tf32
+    (256, None, 128, torch.bfloat16, False),
+    (128, 256, 192, torch.float16, False),
+    (128, None, 512, torch.bfloat16, False),
+    (128, None, 128, torch.float32, True),
+    (128, None, 64, torch.float32, False),
+]
+UNIT_BYTES, STEP_BYTES, SECTOR = 16, 128, 32
+
+
+def launches_of(library, n, m, d, dtype, tf32):
+    call = random_call(n, d, dtype, m=m, positives=1)
+    _, _, launches = run(library, call, random_upstream(call), splits=1, tf32=tf32)
+    forward = [launch for launch in launches if "fwd_kernel" in launch.kernel]
+    backward = [launch for launch in launches if "bwd_kernel" in launch.kernel]
+    return forward, backward
+
+
+@pytest.fixture(autouse=True)
+def emulated(gpu):
+    if not gpu.emulated:
+        pytest.skip("a card has no such counters")
+
+
+class Forward:
+    """Paper figures of one forward launch of n rows by m columns."""
+
+    def __init__(self, n, m, d, dtype, tf32):
+        self.block_n = 64
+        self.steps = ceil(d * dtype.itemsize / STEP_BYTES)
+        self.blocks, self.tiles = ceil(n / 128), ceil(m / self.block_n)
+        self.tensor_cores = dtype.itemsize == 2 or tf32
+        self.streamed = self.steps > 3
+        self.n, self.m = n, m
+
+    def mma(self):
+        return 256 * self.blocks * self.tiles * self.steps if self.tensor_cores else 0
+
+    def sectors(self):
+        operands = 4 * self.n * self.steps * (self.tiles if self.streamed else 1) + 4 * self.blocks * self.m * self.steps
+        positives = self.blocks * self.tiles * 32
+        return operands + positives + self.blocks * self.tiles * self.block_n // 8 + 20 * self.blocks
+
+    def shared_bytes(self):
+        return min(self.steps, 3) * 128 * STEP_BYTES + 3 * (self.block_n * STEP_BYTES + self.block_n * 4)
+
+    def wavefronts(self):
+        own = 128 * self.steps * (self.tiles if self.streamed else 1)
+        reads = 384 if self.tensor_cores else 2560
+        return self.blocks * (own + self.tiles * (self.steps * (self.block_n + reads) + 66))
+
+
+class Backward:
+    """Paper figures of one backward launch whose owners are n rows, against m others."""
+
+    def __init__(self, n, m, d, dtype, tf32, square):
+        half = dtype.itemsize == 2
+        self.block_m = 64 if half and d > 256 else 128
+        self.block_n = 64 if half else 32
+        self.steps = ceil(d * dtype.itemsize / STEP_BYTES)
+        self.blocks, self.tiles = ceil(n / self.block_m), ceil(m / self.block_n)
+        self.tensor_cores = half or tf32
+        self.streamed = self.steps > 3
+        self.n, self.m, self.d, self.half, self.square = n, m, d, half, square
+
+    def mma(self):
+        per_step = self.block_m * self.block_n // 32
+        return 2 * self.blocks * self.tiles * self.steps * per_step if self.tensor_cores else 0
+
+    def operand_sectors(self):
+        own = 4 * self.n * self.steps * (self.tiles if self.streamed else 1)
+        return own + 8 * self.blocks * self.m * self.steps
+
+    def sectors(self):
+        sides = 2 if self.square else 1
+        positives = sides * (self.blocks * self.tiles * 16 * 8 // 2 + self.n)
+        terms = 3 * self.blocks * (self.block_m + self.tiles * self.block_n) // 8
+        return self.operand_sectors() + positives + terms
+
+    def wavefronts(self):
+        warps_m = self.block_m // 32
+        n_tiles = self.block_n // (8 // warps_m) // 8
+        g_tiles = n_tiles if self.half else 2
+        copies = self.tiles * self.steps * 2 * self.block_n
+        copies += self.block_m * self.steps * (self.tiles if self.streamed else 1)
+        if self.half:
+            products = 4 * (2 + n_tiles // 2) * 4 + 4 * (2 + g_tiles // 2) * 4
+        elif self.tensor_cores:
+            products = 4 * (2 + n_tiles // 2) * 4 + 4 * (2 * 4 + 4 * 2 * g_tiles // 2)
+        else:
+            products = 8 * (4 + 2 * n_tiles) * 4 + 8 * (4 * 4 + 4 * 2 * g_tiles)
+        stores = n_tiles * 4 * (1 if self.half else 4)
+        terms = 12 + n_tiles * 2 * (4 if self.square else 2)
+        fill = self.block_n // 32 * (3 if self.square else 1)
+        walk = self.tiles * (8 * (self.steps * products + stores + terms) + fill)
+        return self.blocks * (copies + walk + 3 * self.block_m // 32)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_does_what_its_header_says(library, case):
+    n, m, d, dtype, tf32 = case
+    (forward,), _ = launches_of(library, *case)
+    paper = Forward(n, m or n, d, dtype, tf32)
+    assert forward.counters.mma == paper.mma()
+    assert forward.shared == paper.shared_bytes()
+    assert forward.counters.global_load_sectors == pytest.approx(paper.sectors(), rel=0.01)
+    assert forward.counters.shared_wavefronts == paper.wavefronts()
+    assert forward.counters.shared_wavefronts == forward.counters.shared_wavefronts_ideal
+    if paper.tensor_cores:  # one unit of 2 N M D flops
+        depth = 2 * UNIT_BYTES // dtype.itemsize
+        assert forward.counters.mma * 2 * 16 * 8 * depth == 2 * n * (m or n) * d
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_backward_does_what_its_header_says(library, case):
+    n, m, d, dtype, tf32 = case
+    _, backward = launches_of(library, *case)
+    owners = [(n, n)] if m is None else [(n, m), (m, n)]
+    assert len(backward) == len(owners)
+    papers = [Backward(*sizes, d, dtype, tf32, m is None) for sizes in owners]
+    for launch, paper in zip(backward, papers, strict=True):
+        assert launch.counters.mma == paper.mma()
+        assert launch.counters.global_load_sectors == pytest.approx(paper.sectors(), rel=0.1)
+        assert launch.counters.global_store_sectors == paper.n * d * 4 // SECTOR
+    if m is None:
+        assert backward[0].counters.shared_wavefronts == papers[0].wavefronts()
+    if papers[0].tensor_cores:  # two units of 2 N M D flops for each operand's gradient
+        depth = 2 * UNIT_BYTES // dtype.itemsize
+        flops = sum(launch.counters.mma for launch in backward) * 2 * 16 * 8 * depth
+        assert flops == 2 * len(backward) * 2 * n * (m or n) * d
+
+
+def test_forward_in_both_directions_walks_twice(library):
+    call = random_call(128, 64, torch.bfloat16, m=64, both_directions=True)
+    _, _, launches = run(library, call, random_upstream(call), splits=1)
+    assert sum("fwd_kernel" in launch.kernel for launch in launches) == 2
+
+
+def test_norms_read_the_operand_once(library):
+    call = random_call(64, 128, torch.bfloat16)
+    _, _, launches = run(library, call, random_upstream(call))
+    assert "prepare_kernel" in launches[0].kernel
+    assert launches[0].counters.global_load_sectors == 64 * 128 * 2 // SECTOR
+
+
+def test_few_rows_are_split_over_the_card(library, gpu):
+    """1024 columns a part at least; the parts' results are merged and finished by the same launches."""
+    call = random_call(100, 8, torch.bfloat16, m=4096)
+    _, _, launches = check_parity(library, call)
+    grids = {launch.grid for launch in launches if "wd_kernel" in launch.kernel}
+    assert grids == {(1, 16, 1), (32, 1, 1)}

@@ -1,0 +1,141 @@
+"""The machine code that nvcc made for each architecture: registers, spills, occupancy and instructions.
+
+Read from the built extension where it has CUDA code, else compiled here. What is held is what the headers in
+csrc/cuda/contrastive.cuh promise.
+"""
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.gpu_emulation import nvcc_path
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURES = (80, 90, 100)
+REGISTERS = 65536  # of a multiprocessor, handed out 256 at a time to a warp
+SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # of a multiprocessor; a block costs 1024 more
+SMALLEST_BLOCK_LIMIT = 99 * 1024  # shared memory a block may ask for on sm_86 and sm_89, which run sm_80's code
+
+# Kernel, by what its mangled name holds: threads, dynamic shared memory at most, blocks per multiprocessor.
+KERNELS = {
+    r"fwd_kernel.*MmaEngineI13__nv_bfloat16": (128, 74496, 2),
+    r"fwd_kernel.*MmaEngineI6__half": (128, 74496, 2),
+    r"fwd_kernel.*MmaEngineIf": (128, 74496, 2),
+    r"fwd_kernel.*FmaEngineIf": (128, 74496, 2),
+    r"fwd_kernel.*FmaEngineId": (128, 62208, 2),
+    r"bwd_kernel.*MmaEngineI13__nv_bfloat16EELi4ELi2E": (256, 77568, 1),
+    r"bwd_kernel.*MmaEngineI13__nv_bfloat16EELi4ELi4E": (256, 93952, 1),
+    r"bwd_kernel.*MmaEngineI13__nv_bfloat16EELi2ELi8E": (256, 60416, 1),
+    r"bwd_kernel.*MmaEngineI6__halfEELi4ELi2E": (256, 77568, 1),
+    r"bwd_kernel.*MmaEngineI6__halfEELi4ELi4E": (256, 93952, 1),
+    r"bwd_kernel.*MmaEngineI6__halfEELi2ELi8E": (256, 60416, 1),
+    r"bwd_kernel.*MmaEngineIfEELi4ELi8E": (256, 80512, 1),
+    r"bwd_kernel.*FmaEngineIfEELi4ELi8E": (256, 80512, 1),
+    r"bwd_kernel.*FmaEngineIdEELi4ELi8E": (256, 99584, 1),
+    r"prepare_kernel": (256, 0, 4),
+    r"finish_kernel": (256, 0, 4),
+    r"merge_kernel": (256, 0, 4),
+    r"terms_kernel": (256, 0, 4),
+    r"grad_scale_kernel": (1024, 0, 1),
+    r"coefficient_scale_kernel": (1024, 0, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def cuobjdump():
+    triton = pytest.importorskip("triton")
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found = str(path) if path.exists() else shutil.which("cuobjdump")
+    if found is None:
+        pytest.skip("cuobjdump comes with Triton or the CUDA toolkit; neither has it here")
+    return found
+
+
+@pytest.fixture(scope="module")
+def binaries(cuobjdump, tmp_path_factory):
+    """File with the machine code of each architecture."""
+    for extension in (ROOT / "ssl_kernels").glob("_C*.so"):
+        listing = subprocess.run([cuobjdump, "--list-elf", extension], capture_output=True, text=True).stdout
+        if all(f"sm_{arch}.cubin" in listing for arch in ARCHITECTURES):
+            return dict.fromkeys(ARCHITECTURES, extension)
+    if nvcc_path() is None:
+        pytest.skip("the extension has no CUDA code and nvcc is not here")
+    folder = tmp_path_factory.mktemp("cubins")
+
+    def compile_for(arch):
+        cubin = folder / f"contrastive_{arch}.cubin"
+        source = ROOT / "csrc" / "cuda" / "contrastive.cu"
+        command = [nvcc_path(), "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", source, "-o", cubin]
+        subprocess.run(command, check=True)
+        return cubin
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return dict(zip(ARCHITECTURES, pool.map(compile_for, ARCHITECTURES), strict=True))
+
+
+def dump(cuobjdump, binaries, arch, what):
+    command = [cuobjdump, f"--gpu-architecture=sm_{arch}", what, binaries[arch]]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resource_report(text):
+    """{kernel: {"REG": 40, "STACK": 0, ...}}"""
+    pairs = re.findall(r"Function (\S*contrastive\S*):\s+(REG:.*)", text)
+    return {name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)} for name, line in pairs}
+
+
+def instructions(text):
+    """{kernel: Counter of the opcodes with their modifiers}"""
+    kernels = {}
+    for part in text.split("Function : ")[1:]:
+        opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", part, re.MULTILINE)
+        kernels[part.split()[0]] = Counter(opcodes)
+    return kernels
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_spills_and_the_promised_occupancy(cuobjdump, binaries, arch):
+    report = resource_report(dump(cuobjdump, binaries, arch, "--dump-resource-usage"))
+    for pattern, (threads, shared, blocks) in KERNELS.items():
+        found = {name: usage for name, usage in report.items() if re.search(pattern, name)}
+        assert found, f"{pattern} is missing"
+        for name, usage in found.items():
+            assert usage["STACK"] == 0 and usage["LOCAL"] == 0, name
+            registers = -(-usage["REG"] * 32 // 256) * 256 * (threads // 32)
+            assert registers * blocks <= REGISTERS, f"{name} uses {usage['REG']} registers"
+            assert (shared + usage["SHARED"] + 1024) * blocks <= SHARED[arch], name
+            assert shared <= SMALLEST_BLOCK_LIMIT, name
+    known = [name for name in report if any(re.search(pattern, name) for pattern in KERNELS)]
+    assert sorted(known) == sorted(report)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_tensor_cores_and_vector_accesses_are_used(cuobjdump, binaries, arch):
+    """In the tile loops: tensor cores and ldmatrix or fused multiply-adds, 16-byte cp.async, 8-byte stores."""
+    code = instructions(dump(cuobjdump, binaries, arch, "-sass"))
+    tile_kernels = {name: opcodes for name, opcodes in code.items() if re.search("[fb]wd_kernel", name)}
+    assert len(tile_kernels) == 14
+    for name, opcodes in tile_kernels.items():
+
+        def total(prefix, opcodes=opcodes):
+            return sum(count for opcode, count in opcodes.items() if opcode.startswith(prefix))
+
+        assert total("LDGSTS.E.BYPASS.128") > 0, name
+        assert total("LDL") == total("STL") == total("ATOM") == total("RED") == 0, name
+        if "MmaEngine" in name:
+            kind = "BF16" if "bfloat16" in name else "TF32" if "MmaEngineIf" in name else "F32"
+            assert total("HMMA") == sum(n for op, n in opcodes.items() if op.startswith("HMMA") and kind in op)
+            assert total("HMMA") > 0 and total("LDSM.16.M88.4") > 0, name
+            assert total("MUFU.EX2") >= 32, name
+        else:
+            assert total("DFMA" if "FmaEngineId" in name else "FFMA") >= 256 and total("LDS.128") > 0, name
+        if "bwd_kernel" in name and "FmaEngineId" not in name:
+            assert total("STG.E") == total("STG.E.64") > 0, name
+    for name, opcodes in code.items():
+        if "prepare_kernel" in name:
+            assert any(opcode.startswith("LDG.E.128") for opcode in opcodes), name
