@@ -29,7 +29,7 @@ DEFAULTS = {
     "folder": {"epochs": 100, "batch_size": 256, "temperature": 0.1, "learning_rate": 1e-3},
 }
 SHORT = {
-    "digits": {"epochs": 12, "batch_size": 512},
+    "digits": {"epochs": 15, "batch_size": 256, "learning_rate": 3e-3},
     "cifar10": {"epochs": 1},
     "folder": {"epochs": 1},
 }

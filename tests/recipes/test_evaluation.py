@@ -57,6 +57,15 @@ def test_linear_probe_is_logistic_regression_on_standardised_rows():
     assert accuracy == pytest.approx(expected, abs=1 / 300)
 
 
+def test_linear_probe_does_not_depend_on_the_scale_of_a_feature():
+    train, labels = blobs(90, seed=0)
+    test, test_labels = blobs(300, seed=1)
+    accuracy = evaluation.linear_probe_accuracy(train, labels, test, test_labels)
+    scale = torch.tensor([1e-3, 1.0, 1e3, 1.0, 1.0, 1.0])  # regularisation would silence the first feature
+    rescaled = evaluation.linear_probe_accuracy(train * scale, labels, test * scale, test_labels)
+    assert rescaled == pytest.approx(accuracy, abs=1 / 300)
+
+
 def test_few_label_accuracy_is_the_mean_over_the_draws():
     train, labels = blobs(90, seed=0)
     test, test_labels = blobs(300, seed=1)

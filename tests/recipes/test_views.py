@@ -34,6 +34,7 @@ def test_an_epoch_shows_each_image_at_most_once(kind):
     assert shown.shape == (2, 2, 8, 1, 8, 8)  # 2 batches of 2 views; 6 of the 22 images are left out
     assert len(views) == 2
     assert torch.equal(shown[:, 0], shown[:, 1])
+    assert not torch.equal(all_views(views, 1), shown)  # the next epoch has another order
     shown_images = {tuple(image.flatten().tolist()) for image in shown[:, 0].flatten(0, 1)}
     assert len(shown_images) == 16
     assert shown_images < {tuple(image.flatten().tolist()) for image in IMAGES}
