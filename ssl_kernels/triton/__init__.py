@@ -1,0 +1,1 @@
+"""Triton backend. `contrastive` and `common` import triton, `tiles` does not."""

@@ -1,0 +1,187 @@
+"""Tiles of the Triton kernels: TILES[architecture][dtype class][kernel] = [(largest D, tile), ...].
+
+Plain data, so that nothing is tuned at import; `python -m ssl_kernels.triton.tune` times candidates on a card
+and writes this file anew. The first entry whose largest D covers D counts, None covers every D. A D that no
+entry of "backward" covers takes "coefficient" and "product" instead.
+
+Architectures: 80 (A100), 86 (also 8.7, 8.9 and 12.x: a hundred KB of shared memory), 90 (H100), 100 (B200).
+Dtype classes: half (float16, bfloat16), float32, tf32 (float32 where torch allows TF32), float64.
+
+    forward, coefficient    block_n rows × block_m columns of logits, block_d features at a time
+    backward                the same, and a block_n × block_d accumulator: block_d covers D
+    product                 block_n × block_d of the result, block_m of the inner dimension at a time
+
+blocks is the number of blocks that fit a multiprocessor at once by registers, shared memory and threads; no
+entry spills a register. tests/triton/test_tiles.py holds every entry to both.
+"""
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """Blocking of one kernel; num_warps and num_stages as Triton takes them."""
+
+    block_n: int
+    block_m: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    blocks: int
+
+
+TILES = {
+    80: {
+        "half": {
+            "forward": [
+                (16, (128, 64, 16, 8, 3, 1)),
+                (32, (128, 64, 32, 8, 3, 1)),
+                (64, (128, 64, 64, 8, 3, 1)),
+                (128, (128, 64, 128, 8, 3, 1)),
+                (256, (128, 64, 256, 8, 2, 1)),
+                (None, (128, 64, 64, 8, 3, 1)),
+            ],
+            "backward": [
+                (16, (128, 32, 16, 8, 2, 1)),
+                (32, (128, 32, 32, 8, 2, 1)),
+                (64, (128, 32, 64, 8, 2, 1)),
+                (128, (128, 16, 128, 8, 2, 1)),
+            ],
+            "coefficient": [(None, (128, 64, 64, 8, 3, 1))],
+            "product": [(None, (128, 64, 64, 8, 3, 1))],
+        },
+        "float32": {
+            "forward": [(None, (64, 32, 16, 4, 2, 1))],
+            "backward": [],
+            "coefficient": [(None, (64, 64, 16, 4, 2, 1))],
+            "product": [(None, (64, 16, 64, 4, 2, 1))],
+        },
+        "tf32": {
+            "forward": [(None, (64, 64, 32, 4, 3, 1))],
+            "backward": [],
+            "coefficient": [(None, (64, 64, 32, 4, 3, 1))],
+            "product": [(None, (64, 32, 64, 4, 3, 1))],
+        },
+        "float64": {
+            "forward": [(None, (32, 16, 16, 4, 2, 1))],
+            "backward": [],
+            "coefficient": [(None, (32, 16, 16, 4, 2, 1))],
+            "product": [(None, (32, 16, 32, 4, 2, 1))],
+        },
+    },
+    86: {
+        "half": {
+            "forward": [
+                (16, (128, 64, 16, 8, 3, 1)),
+                (32, (128, 64, 32, 8, 3, 1)),
+                (64, (128, 64, 64, 8, 3, 1)),
+                (128, (128, 64, 128, 8, 3, 1)),
+                (256, (128, 32, 256, 8, 2, 1)),
+                (None, (128, 64, 64, 8, 3, 1)),
+            ],
+            "backward": [
+                (16, (128, 32, 16, 8, 2, 1)),
+                (32, (128, 32, 32, 8, 2, 1)),
+                (64, (128, 32, 64, 8, 2, 1)),
+                (128, (128, 16, 128, 8, 2, 1)),
+            ],
+            "coefficient": [(None, (128, 64, 64, 8, 3, 1))],
+            "product": [(None, (128, 64, 64, 8, 3, 1))],
+        },
+        "float32": {
+            "forward": [(None, (64, 32, 16, 4, 2, 1))],
+            "backward": [],
+            "coefficient": [(None, (64, 64, 16, 4, 2, 1))],
+            "product": [(None, (64, 16, 64, 4, 2, 1))],
+        },
+        "tf32": {
+            "forward": [(None, (64, 64, 32, 4, 3, 1))],
+            "backward": [],
+            "coefficient": [(None, (64, 64, 32, 4, 3, 1))],
+            "product": [(None, (64, 32, 64, 4, 3, 1))],
+        },
+        "float64": {
+            "forward": [(None, (32, 16, 16, 4, 2, 1))],
+            "backward": [],
+            "coefficient": [(None, (32, 16, 16, 4, 2, 1))],
+            "product": [(None, (32, 16, 32, 4, 2, 1))],
+        },
+    },
+    90: {
+        "half": {
+            "forward": [
+                (16, (128, 64, 16, 8, 3, 1)),
+                (32, (128, 64, 32, 8, 3, 1)),
+                (64, (128, 64, 64, 8, 3, 1)),
+                (128, (128, 64, 128, 8, 3, 1)),
+                (256, (128, 64, 256, 8, 2, 1)),
+                (None, (128, 64, 64, 8, 3, 1)),
+            ],
+            "backward": [
+                (16, (128, 32, 16, 8, 2, 1)),
+                (32, (128, 32, 32, 8, 2, 1)),
+                (64, (128, 32, 64, 8, 2, 1)),
+                (128, (128, 32, 128, 8, 2, 1)),
+                (256, (64, 16, 256, 8, 2, 1)),
+            ],
+            "coefficient": [(None, (128, 64, 64, 8, 3, 1))],
+            "product": [(None, (128, 64, 64, 8, 3, 1))],
+        },
+        "float32": {
+            "forward": [(None, (32, 32, 16, 4, 2, 1))],
+            "backward": [],
+            "coefficient": [(None, (64, 64, 16, 4, 2, 1))],
+            "product": [(None, (64, 16, 64, 4, 2, 1))],
+        },
+        "tf32": {
+            "forward": [(None, (64, 64, 32, 4, 3, 1))],
+            "backward": [],
+            "coefficient": [(None, (64, 64, 32, 4, 3, 1))],
+            "product": [(None, (64, 32, 64, 4, 3, 1))],
+        },
+        "float64": {
+            "forward": [(None, (32, 16, 16, 4, 2, 1))],
+            "backward": [],
+            "coefficient": [(None, (32, 16, 16, 4, 2, 1))],
+            "product": [(None, (32, 16, 32, 4, 2, 1))],
+        },
+    },
+    100: {
+        "half": {
+            "forward": [
+                (16, (128, 64, 16, 8, 3, 1)),
+                (32, (128, 64, 32, 8, 3, 1)),
+                (64, (128, 64, 64, 8, 3, 1)),
+                (128, (128, 64, 128, 8, 3, 1)),
+                (256, (128, 64, 256, 8, 2, 1)),
+                (None, (128, 64, 64, 8, 3, 1)),
+            ],
+            "backward": [
+                (16, (128, 32, 16, 8, 2, 1)),
+                (32, (128, 32, 32, 8, 2, 1)),
+                (64, (128, 32, 64, 8, 2, 1)),
+                (128, (128, 32, 128, 8, 2, 1)),
+                (256, (64, 16, 256, 8, 2, 1)),
+            ],
+            "coefficient": [(None, (128, 64, 64, 8, 3, 1))],
+            "product": [(None, (128, 64, 64, 8, 3, 1))],
+        },
+        "float32": {
+            "forward": [(None, (32, 32, 16, 4, 2, 1))],
+            "backward": [],
+            "coefficient": [(None, (64, 64, 16, 4, 2, 1))],
+            "product": [(None, (64, 16, 64, 4, 2, 1))],
+        },
+        "tf32": {
+            "forward": [(None, (64, 64, 32, 4, 3, 1))],
+            "backward": [],
+            "coefficient": [(None, (64, 64, 32, 4, 3, 1))],
+            "product": [(None, (64, 32, 64, 4, 3, 1))],
+        },
+        "float64": {
+            "forward": [(None, (32, 16, 16, 4, 2, 1))],
+            "backward": [],
+            "coefficient": [(None, (32, 16, 16, 4, 2, 1))],
+            "product": [(None, (32, 16, 32, 4, 2, 1))],
+        },
+    },
+}
