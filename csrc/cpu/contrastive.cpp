@@ -66,11 +66,11 @@ class Problem {
         n(rows.values.size(0)),
         m(columns.values.size(0)),
         scale(*args.scale.const_data_ptr<acc_t>()),
+        threads(std::max(n, m) <= kLargestTile ? 1 : at::get_num_threads()),
         positives_per_row(args.positives ? args.positives->numel() / n : 0),
         args_(args) {
-    const int64_t threads = at::get_num_threads();
     // The tournament of the square case plays count / 2 tiles at once.
-    row_blocks = cut(n, square ? 2 * threads : threads);
+    row_blocks = cut(n, square && threads > 1 ? 2 * threads : threads);
     column_blocks = square ? row_blocks : cut(m, threads);
     bound = static_cast<acc_t>(std::abs(scale) * kLog2E * rows.longest * columns.longest);
     fixed_shift = bound <= kFixedShift;  // false for NaN
@@ -156,6 +156,8 @@ class Problem {
   const Rows rows, columns;
   const int64_t n, m;
   const double scale;
+  // 1 where everything fits one tile: it is visited outside a parallel region, and the BLAS has the threads.
+  const int64_t threads;
   const int64_t positives_per_row;
   Blocks row_blocks, column_blocks;
   double bound;      // of |s| * log2 e
@@ -238,13 +240,16 @@ struct SoftmaxWeights {
     const at::Tensor contiguous = grad.contiguous();
     const double* g = contiguous.const_data_ptr<double>();
     const double* l = lse.const_data_ptr<double>();
+    std::vector<double> factor(weight.size());
     for (size_t i = 0; i < weight.size(); ++i) {
-      const bool nothing_allowed = l[i] == -kInfinity;
-      const double log2_sum = nothing_allowed ? 0 : l[i] * kLog2E;
+      const double log2_sum = l[i] == -kInfinity ? 0 : l[i] * kLog2E;
       const double used = fixed_shift ? bound : static_cast<acc_t>(log2_sum);
       if (!fixed_shift) shift[i] = static_cast<acc_t>(used);
-      weight[i] = nothing_allowed ? acc_t(0) : static_cast<acc_t>(g[i] * std::exp2(used - log2_sum));
+      factor[i] = used - log2_sum;
     }
+    tile_math<acc_t>().exp2(factor.data(), factor.size());
+    for (size_t i = 0; i < weight.size(); ++i)
+      weight[i] = l[i] == -kInfinity ? acc_t(0) : static_cast<acc_t>(g[i] * factor[i]);
   }
   std::vector<acc_t> shift, weight;
 };
@@ -297,7 +302,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
     if (columns_too) (problem.square ? over_columns : over_rows).add(tile.j, column_top, column_sum);
   };
   if (problem.square)
-    for_each_pair(problem.row_blocks.count(), 2 * at::get_num_threads(), visit);
+    for_each_pair(problem.row_blocks.count(), 2 * problem.threads, visit);
   else
     for_each_tile(problem.row_blocks.count(), problem.column_blocks.count(),
                   by_columns ? Owned::kBoth : Owned::kRows, visit);
@@ -362,7 +367,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
           .addmm_(tile.matrix.t(), problem.slice(problem.rows.values, tile.i));
   };
   if (problem.square)
-    for_each_pair(problem.row_blocks.count(), 2 * at::get_num_threads(), visit);
+    for_each_pair(problem.row_blocks.count(), 2 * problem.threads, visit);
   else
     for_each_tile(problem.row_blocks.count(), problem.column_blocks.count(),
                   rows_wanted && columns_wanted ? Owned::kBoth : rows_wanted ? Owned::kRows : Owned::kColumns, visit);

@@ -28,6 +28,7 @@ struct Blocks {
 // round r pairs the groups whose numbers add up to 2r modulo groups - 1, and group r with the last.
 template <class Visit>
 void for_each_pair(int64_t count, int64_t groups, const Visit& visit) {
+  if (count == 1) return visit(0, 0, 0);
   groups = std::min(groups + groups % 2, count + count % 2);  // even; surplus groups are empty and sit out
   const auto first = [&](int64_t group) { return group * count / groups; };
   const auto meet = [&](int64_t a, int64_t b) {

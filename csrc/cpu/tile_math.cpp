@@ -38,6 +38,9 @@ constexpr double kExp2Series[kExp2Terms] = {
     2.5678435993488196e-11,
 };
 
+// Below it, squares of float32 numbers may have lost digits to underflow.
+constexpr double kSmallestSquare = 1e-25;
+
 namespace portable {
 #define SSL_KERNELS_TARGET
 #include "tile_math.inc"

@@ -35,7 +35,10 @@ struct TileMath {
   void (*mask_equal_ids)(T* s, int64_t ld, int64_t m, int64_t n, const int64_t* row_ids,
                          const int64_t* col_ids);
 
-  // sum_i a_i * b_i, summed in double.
+  // x_i <- 2^x_i
+  void (*exp2)(double* x, int64_t n);
+
+  // sum_i a_i * b_i
   double (*dot)(const T* a, const T* b, int64_t n);
 
   // x <- a * x
@@ -48,7 +51,7 @@ struct TileMath {
 // Rows of storage type S as rows of T, and back (round to nearest even).
 template <class S, class T>
 struct RowConversion {
-  // Returns the sum of squares, summed in double.
+  // Returns the sum of squares, also where it leaves the range of T.
   double (*load)(T* out, const S* x, int64_t n);
   void (*store)(S* out, const T* x, int64_t n);
 };

@@ -152,6 +152,8 @@ class _Backward(torch.autograd.Function):
 
 
 class _Contrastive(torch.autograd.Function):
+    """Forward and backward operator of a backend that does not differentiate itself."""
+
     @staticmethod
     def forward(ctx, backend, rows, columns, scale, positives, row_ids, column_ids, *flags):
         operands = (rows, columns, scale, positives, row_ids, column_ids)
@@ -237,6 +239,7 @@ def contrastive(
             rows, columns = rows.to(acc), None if columns is None else columns.to(acc)
             results = reference.contrastive(rows, columns, scale, positives, row_ids, column_ids, *flags)
             return Contrastive(*[result.double() for result in results])
-    return Contrastive(
-        *_Contrastive.apply(chosen, rows, columns, scale, positives, row_ids, column_ids, *flags)
-    )
+    operands = (rows, columns, scale, positives, row_ids, column_ids)
+    if chosen == "native":  # differentiates itself: csrc/ops/contrastive_autograd.cpp
+        return Contrastive(*_fwd[chosen](*operands, *flags, False)[:3])
+    return Contrastive(*_Contrastive.apply(chosen, *operands, *flags))

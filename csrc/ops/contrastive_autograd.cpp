@@ -1,0 +1,118 @@
+// Differentiates `contrastive_fwd.native` by `contrastive_bwd.native`, on every device. In C++ and not in Python, since
+// at small batches the interpreter's part of a backward costs more than the kernels; the other backends' Function
+// is in ssl_kernels/ops/contrastive.py.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "contrastive.h"
+
+namespace ssl_kernels {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using ForwardOp = ForwardResults(const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
+                                 const OptionalTensor&, const OptionalTensor&, bool, bool, bool, bool, bool);
+using BackwardOp = std::tuple<Tensor, Tensor, Tensor>(
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
+    const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+    const Tensor&, const Tensor&, const Tensor&, bool, bool, bool, bool, bool, bool);
+
+const c10::TypedOperatorHandle<ForwardOp>& forward_op() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("ssl_kernels::contrastive_fwd", "native").typed<ForwardOp>();
+  return op;
+}
+
+const c10::TypedOperatorHandle<BackwardOp>& backward_op() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("ssl_kernels::contrastive_bwd", "native").typed<BackwardOp>();
+  return op;
+}
+
+OptionalTensor if_defined(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+
+Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); }
+
+// Passes gradients through and refuses to be differentiated.
+struct NoSecondDerivative : Function<NoSecondDerivative> {
+  static variable_list forward(AutogradContext*, const Tensor& grad_rows, const Tensor& grad_columns,
+                               const Tensor& grad_scale, const Tensor& /*depends_on*/) {
+    return {grad_rows.detach(), grad_columns.detach(), grad_scale.detach()};
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false, "contrastive: backend \"native\" has no second derivative; backend=\"reference\" has one");
+  }
+};
+
+struct Contrastive : Function<Contrastive> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& rows, const OptionalTensor& columns,
+                               const Tensor& scale, const OptionalTensor& positives, const OptionalTensor& row_ids,
+                               const OptionalTensor& column_ids, bool normalize_rows, bool normalize_columns,
+                               bool keep_diagonal, bool both_directions) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept_logits] =
+        forward_op().call(rows, columns, scale, positives, row_ids, column_ids, normalize_rows, normalize_columns,
+                          keep_diagonal, both_directions, /*keep_logits=*/true);
+    ctx->save_for_backward({rows, or_undefined(columns), scale, or_undefined(positives), or_undefined(row_ids),
+                            or_undefined(column_ids), lse, column_lse, row_rnorm, column_rnorm, kept_logits});
+    ctx->saved_data["flags"] =
+        std::vector<bool>{normalize_rows, normalize_columns, keep_diagonal, both_directions};
+    ctx->mark_non_differentiable({row_rnorm, column_rnorm, kept_logits});
+    ctx->set_materialize_grads(false);
+    return {lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept_logits};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const auto flags = ctx->saved_data["flags"].toBoolList();
+    const bool both_directions = flags[3];
+    // needs_input_grad numbers the tensors that were there: rows, columns if any, scale.
+    const bool square = !saved[1].defined();
+    const bool rows_need_grad = ctx->needs_input_grad(0), columns_need_grad = !square && ctx->needs_input_grad(1);
+    const bool scale_needs_grad = ctx->needs_input_grad(square ? 1 : 2);
+    variable_list results;
+    {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      auto [grad_rows, grad_columns, grad_scale] = backward_op().call(
+          if_defined(grads[0]), both_directions ? if_defined(grads[1]) : std::nullopt, if_defined(grads[2]), saved[0],
+          if_defined(saved[1]), saved[2], if_defined(saved[3]), if_defined(saved[4]), if_defined(saved[5]), saved[6],
+          saved[7], saved[8], saved[9], saved[10], flags[0], flags[1], flags[2], both_directions, rows_need_grad,
+          columns_need_grad);
+      results = {grad_rows, grad_columns, grad_scale};
+    }
+    if (at::GradMode::is_enabled()) results = NoSecondDerivative::apply(results[0], results[1], results[2], saved[0]);
+    variable_list by_input(10);
+    if (rows_need_grad) by_input[0] = results[0];
+    if (columns_need_grad) by_input[1] = results[1];
+    if (scale_needs_grad) by_input[2] = results[2];
+    return by_input;
+  }
+};
+
+ForwardResults contrastive_fwd(const Tensor& rows, const OptionalTensor& columns, const Tensor& scale,
+                               const OptionalTensor& positives, const OptionalTensor& row_ids,
+                               const OptionalTensor& column_ids, bool normalize_rows, bool normalize_columns,
+                               bool keep_diagonal, bool both_directions, bool keep_logits) {
+  const bool differentiate = at::GradMode::is_enabled() &&
+                             (rows.requires_grad() || scale.requires_grad() || (columns && columns->requires_grad()));
+  if (!differentiate) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return forward_op().call(rows, columns, scale, positives, row_ids, column_ids, normalize_rows, normalize_columns,
+                             keep_diagonal, both_directions, keep_logits);
+  }
+  const variable_list results =
+      Contrastive::apply(rows, columns, scale, positives, row_ids, column_ids, normalize_rows, normalize_columns,
+                         keep_diagonal, both_directions);
+  return {results[0], results[1], results[2], results[3], results[4], results[5]};
+}
+
+TORCH_LIBRARY_IMPL(ssl_kernels, Autograd, library) { library.impl("contrastive_fwd.native", &contrastive_fwd); }
+
+}  // namespace
+}  // namespace ssl_kernels
