@@ -1,18 +1,17 @@
-// Device code of `contrastive`. One operand side owns the rows of the similarity tiles, the other side is
-// walked:
+// Device code of `contrastive`. One side owns the rows of the similarity tiles, the other side is walked:
 //
 //   s_ij = scale * v_ij      v_ij = <x_i, y_j> * (rnorm_i * rnorm_j)      rnorm = 1 / max(|x|, 1e-12), or 1
 //
-// Rows are normalised by scaling the tile of raw products, so no normalised copy exists. In base 2, a = scale
-// * log2(e) is rounded once and a * v enters every exponent as an exact product (fma), the same whichever
-// side owns the rows, in forward and in backward.
+// Rows are normalised by scaling the tile of raw products, so no normalised copy exists. In base 2, a =
+// scale * log2(e) is rounded once and a * v enters every exponent as an exact product (fma), the same
+// whichever side owns the rows, in forward and in backward.
 //
-// A block owns kBlockM rows of one side (blockIdx.x), a part of the other side's rows (blockIdx.y, see Split)
-// and walks them kBlockN at a time, each in steps of 128 bytes of D. The operand tiles of a step come through
-// a ring of kStages buffers by cp.async, kStages - 1 steps ahead; each step opens with one wait and one
-// barrier, which publish the step's tiles and say that the buffer loaded next is no longer read. The owner's
-// tiles stay in shared memory after the first tile where all of D fits into kOwnerSlots steps; otherwise they
-// come again with each step.
+// A block owns kBlockM rows of one side (blockIdx.x) and walks a part of the other side's rows (blockIdx.y,
+// see Split) kBlockN at a time, each in steps of 128 bytes of D. The operand tiles of a step come through a
+// ring of kStages buffers by cp.async, kStages - 1 steps ahead; each step opens with one wait and one
+// barrier, which publish the step's tiles and say that the buffer loaded next is no longer read. The
+// owner's tiles stay in shared memory after the first tile where all of D fits into kOwnerSlots steps;
+// otherwise they come again with each tile.
 #pragma once
 
 #include <cstdint>
@@ -132,8 +131,7 @@ __device__ __forceinline__ void for_each_positive(const Operand& from, int64_t s
   }
 }
 
-// --------------------------------------------------------------------------------------------------
-// preparation
+// ----------------------------------------------------------------------------------------------- preparation
 //
 //   rnorm_i = 1 / max(|x_i|, 1e-12);   packed_i = x_i, zero padded to `packed_width`
 //
@@ -161,7 +159,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize)
     }
   } else {
     for (int64_t d = lane; d < packed_width; d += kWarpSize) {
-      const scalar_t value = d < D ? x[d * column_stride] : scalar_t(0.0f);
+      const scalar_t value = d < D ? x[d * column_stride] : from_acc<scalar_t>(acc_t(0));
       sum += to_acc(value) * to_acc(value);
       packed[row * packed_width + d] = value;
     }
@@ -171,26 +169,23 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize)
   if (lane == 0) rnorm[row] = acc_t(1) / (norm < Math<acc_t>::kNormEps ? Math<acc_t>::kNormEps : norm);
 }
 
-// -------------------------------------------------------------------------------------------------- forward
+// --------------------------------------------------------------------------------------------------- forward
 //
 //   lse_i = log sum_{j allowed} exp(s_ij);   positive_logits_ik = s_{i, positives(i, k)}
 //
 // Tiling: 4 warps, each 32 rows by all kBlockN columns of the tile; every thread keeps the running maximum
-// and
-//   sum of its share of 4 rows in registers, and the lanes of a row meet once at the end. Positives are
-//   picked out of the tile by the one lane that holds them. Several parts of the columns leave their maximum
-//   and sum in `partial`. With blocks B = ceil(N / 128), tiles T = ceil(M / kBlockN), steps S = ceil(D / 128
-//   bytes):
-// Products: 1 unit of 2 N M D flops; 256 B T S mma, each 16 x 8 x 32 bytes of depth.
-// Traffic, 32-byte sectors of global memory: operands 4 N S (times T where S > 3) + 4 B M S, positives B T 32
-// P,
-//   column norms B T kBlockN / 8, row norms and scale 20 B; writes N (1 + P) / 4 and more where P is
-//   scattered.
-// Shared memory: min(S, 3) 16 KB of own rows + 3 (kBlockN 128 bytes + kBlockN acc_t). Wavefronts of a tile
-// and
-//   step, without bank conflicts: kBlockN for the copy (128 more for own rows where they come), 384 operand
-//   reads (tensor cores) or 2560 (float FMA); and of a tile 2 + 64 for column norms.
-// Occupancy: 2 blocks of 128 threads per SM, at most 255 registers, on sm_80, sm_90 and sm_100.
+//   and sum of its share of 4 rows in registers, and the lanes of a row meet once at the end. Positives are
+//   picked out of the tile by the one lane that holds them. Several parts of the columns leave their
+//   maximum and sum in `partial`. Below, B = ceil(N / 128) blocks, T = ceil(M / kBlockN) tiles, S = ceil(D
+//   / 128 bytes) steps.
+// Products: 1 unit of 2 N M D flops, 256 B T S mma, each 16 x 8 by 32 bytes of depth.
+// Traffic, 32-byte sectors of global memory: operands 4 N S (times T where S > 3) + 4 B M S, positives 32 B
+//   T P, column norms B T kBlockN / 8, row norms and scale 20 B. Writes N (1 + P) doubles, or 2 N acc_t a
+//   part.
+// Shared memory: min(S, 3) * 16 KB of own rows + 3 * kBlockN * (128 bytes + acc_t). No bank conflicts.
+//   Wavefronts of a tile and step: kBlockN for its copy (128 more with own rows), reads of operands 384 on
+//   tensor cores, 2560 by float FMA; and of a tile 66 for column norms.
+// Occupancy: 2 blocks of 128 threads per multiprocessor, at most 255 registers, on sm_80, sm_90 and sm_100.
 // Numerics: products in scalar_t with acc_t accumulation, all else in acc_t, results in double.
 template <typename Engine>
 struct FwdShape {
@@ -375,31 +370,28 @@ __global__ void contrastive_merge_kernel(const OnlineSoftmax<acc_t>* partial, in
 //
 //   C_ij = allowed_ij (w_i 2^(a v_ij - L_i) + w_j 2^(a v_ij - L_j))
 //          + sum_k [positives(i, k) = j] q_ik + sum_k [positives(j, k) = i] q_jk
-//   G_i = sum_j C_ij rnorm_j y_j        dx^_i = scale G_i        dscale = sum_i <x^_i, G_i> (half of it when
-//   square)
+//   G_i = sum_j C_ij rnorm_j y_j    dx^_i = scale G_i    dscale = sum_i <x^_i, G_i>, half of it when square
 //
 // Square: both sides are the same, C = A + A^T. Rectangular: the rows' terms are those of lse, the columns'
 // those of column_lse; for the columns' gradient the roles are exchanged.
 //
-// Tiling: 8 warps, kWarpsM x kWarpsN, each 32 rows by kBlockN / kWarpsN columns of s. A tile is recomputed in
-//   steps over all of D, its C rounded to scalar_t as an operand tile in shared memory, and multiplied in
-//   steps over the block's slice of D (blockIdx.z, kSliceChunks steps); G stays in registers until the end.
-//   The barrier of the next step also stands between writing and reading C, and between reading it and the
-//   next tile's writing. With B = ceil(N / kBlockM), T = ceil(M / kBlockN), S = ceil(D / 128 bytes), slices
-//   Z:
-// Products: 2 units of 2 N M D flops, 1 + Z where D is wider than a slice (256 elements; 512 for half types,
-// 128 for
-//   double). B T S (1 + Z) kBlockM kBlockN / 32 mma.
-// Traffic, 32-byte sectors of global memory: operands 4 N S Z (times T where S > 3) + 4 B M S (1 + Z);
-// positives
-//   B T Z 16 P kWarps for rows and columns each, as many more as positives for their gradients; row and
-//   column terms 3 B Z (kBlockM + T kBlockN) / 8; writes N D acc_t a part.
-// Shared memory: (min(S, 3) + kBlockN / chunk) kBlockM 128 bytes + 3 kBlockN 128 bytes + terms; at most 97.3
-// KB.
-//   No bank conflicts, but two-way ones in TF32's reads of y for C y and in 4-byte stores of C.
-// Occupancy: one block of 256 threads per SM, at most 255 registers.
-// Numerics: C in acc_t, rounded once to scalar_t. half scales C by a power of two that brings its bound near
-// 2^15.
+// Tiling: 8 warps, kWarpsM x kWarpsN, each 32 rows by kBlockN / kWarpsN columns of s. A tile is recomputed
+//   in steps over all of D, its C rounded to scalar_t as an operand tile in shared memory, and multiplied
+//   in steps over the block's slice of D (blockIdx.z, kSliceChunks steps); G stays in registers until the
+//   end. The barrier of the next step also stands between writing C and reading it, and between reading it
+//   and the next tile's writing. Below, B = ceil(N / kBlockM) blocks, T = ceil(M / kBlockN) tiles, S =
+//   ceil(D / 128 bytes) steps, Z slices.
+// Products: 2 units of 2 N M D flops; 1 + Z where D is wider than a slice, of 512 elements for 2-byte
+//   types, 256 for float, 128 for double. B T S (1 + Z) kBlockM kBlockN / 32 mma.
+// Traffic, 32-byte sectors of global memory: operands 4 N S Z (times T where S > 3) + 4 B M S (1 + Z); 64 B
+//   T Z P for the positives of a side and Z N P for their gradients; row and column terms 3 B Z (kBlockM +
+//   T kBlockN) / 8. Writes N D acc_t a part.
+// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * 128 bytes, terms; at
+//   most 97.3 KB. No bank conflicts but two-way ones in TF32's reads of y for C y and in 4-byte types'
+//   writes of C.
+// Occupancy: one block of 256 threads per multiprocessor, at most 255 registers.
+// Numerics: C in acc_t, rounded once to scalar_t. half scales C by a power of two that brings its bound
+//   near 2^15.
 template <typename Engine, int kWarpsM_, int kSliceChunks_>
 struct BwdShape {
   using scalar_t = typename Engine::scalar_t;

@@ -24,8 +24,8 @@ class Gradients(NamedTuple):
 
 
 def random_call(
-    n, d, dtype, *, m=None, temperature=0.1, positives=1, ids=False, both_directions=False, keep_diagonal=False,
-    normalize=True, seed=0, device="cpu",
+    n, d, dtype, *, m=None, temperature=0.1, positives=1, ids=False, both_directions=False,
+    keep_diagonal=False, normalize=True, seed=0, device="cpu",
 ):  # fmt: skip
     """A random call: m columns, or None for the square case."""
     generator = torch.Generator().manual_seed(seed)
@@ -99,8 +99,8 @@ def run(library, call, upstream, **options):
 def check_parity(library, call, *, seed=1, tf32=False, **options):
     """Holds forward and backward to float64; returns what `run` does.
 
-    The forward must be about as accurate as plain PyTorch on the same values in acc_t, whatever the dtype; the
-    gradients about as accurate as plain PyTorch in the dtype. Errors are measured in the size of what is
+    The forward must be about as accurate as plain PyTorch on the same values in acc_t, whatever the dtype;
+    the gradients about as accurate as plain PyTorch in the dtype. Errors are measured in the size of what is
     added up: of the logits, and of the coefficients through scale and 1 / norm.
     """
     upstream = random_upstream(call, seed)
@@ -139,7 +139,7 @@ def check_parity(library, call, *, seed=1, tf32=False, **options):
 
 
 def _check(ours, exact, other, size, floor):
-    """|ours - exact| within twice that of `other` and a floor, in units of size; not finite where exact is not."""
+    """Holds |ours - exact|, in units of size, to twice that of `other` plus a floor; inf must agree."""
     ours, exact, other = ours.cpu(), exact.to(ours.dtype).double(), other.to(ours.dtype).double()
     assert ours.shape == exact.shape
     ours = ours.double()

@@ -26,7 +26,13 @@ flavours = pytest.mark.parametrize("dtype, tf32", FLAVOURS, ids=map(flavour_name
 @flavours
 @pytest.mark.parametrize(
     "n, d, temperature, ids",
-    [(2, 1, 0.1, False), (3, 3, 10.0, True), (65, 17, 0.005, True), (65, 128, 0.1, False), (130, 64, 0.1, True)],
+    [
+        (2, 1, 0.1, False),
+        (3, 3, 10.0, True),
+        (65, 17, 0.005, True),
+        (65, 128, 0.1, False),
+        (130, 64, 0.1, True),
+    ],
 )
 def test_square_matches_float64(library, gpu, n, d, temperature, ids, dtype, tf32):
     call = random_call(n, d, dtype, temperature=temperature, ids=ids, device=gpu.device)
@@ -57,12 +63,15 @@ def test_rectangle_matches_float64_everywhere(library, gpu, d, dtype, tf32):
 @flavours
 def test_rectangle_in_both_directions_with_ids(library, gpu, dtype, tf32):
     call = random_call(
-        65, 40, dtype, m=70, ids=True, both_directions=True, keep_diagonal=True, positives=2, device=gpu.device
-    )
+        65, 40, dtype, m=70, ids=True, both_directions=True, keep_diagonal=True, positives=2,
+        device=gpu.device,
+    )  # fmt: skip
     check_parity(library, call, tf32=tf32)
 
 
-@pytest.mark.parametrize("dtype, d", [(torch.bfloat16, 257), (torch.float16, 520), (torch.float32, 260)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, d", [(torch.bfloat16, 257), (torch.float16, 520), (torch.float32, 260)], ids=str
+)
 def test_wide_rows(library, gpu, dtype, d):
     """Over what one block accumulates: streamed owner tiles, other tile shapes, slices of D."""
     check_parity(library, random_call(40, d, dtype, device=gpu.device))
@@ -82,7 +91,8 @@ def test_strides(library, gpu, dtype):
     columns = torch.zeros(33, 31, dtype=dtype, device=gpu.device)[:, 5:29].copy_(call.columns)
     check_parity(library, call._replace(rows=rows, columns=columns))
     repeated = call.rows[:1].expand(30, 24)
-    check_parity(library, call._replace(rows=repeated, columns=call.columns[::3], positives=call.positives % 11))
+    third = call._replace(rows=repeated, columns=call.columns[::3], positives=call.positives % 11)
+    check_parity(library, third)
 
 
 def test_row_offsets_over_32_bits(library, gpu):
@@ -113,7 +123,8 @@ def test_rows_of_very_different_length(library, gpu, dtype):
 
 
 def test_rows_as_they_are(library, gpu):
-    check_parity(library, random_call(20, 40, torch.float16, normalize=False, temperature=2.0, device=gpu.device))
+    square = random_call(20, 40, torch.float16, normalize=False, temperature=2.0, device=gpu.device)
+    check_parity(library, square)
     mixed = random_call(20, 40, torch.float32, m=9, temperature=2.0, device=gpu.device)
     check_parity(library, mixed._replace(normalize_columns=False))
 

@@ -46,9 +46,10 @@ class Forward:
         return 256 * self.blocks * self.tiles * self.steps if self.tensor_cores else 0
 
     def sectors(self):
-        operands = 4 * self.n * self.steps * (self.tiles if self.streamed else 1) + 4 * self.blocks * self.m * self.steps
-        positives = self.blocks * self.tiles * 32
-        return operands + positives + self.blocks * self.tiles * self.block_n // 8 + 20 * self.blocks
+        own = 4 * self.n * self.steps * (self.tiles if self.streamed else 1)
+        other = 4 * self.blocks * self.m * self.steps
+        positives_and_norms = self.blocks * self.tiles * (32 + self.block_n // 8)
+        return own + other + positives_and_norms + 20 * self.blocks
 
     def shared_bytes(self):
         return min(self.steps, 3) * 128 * STEP_BYTES + 3 * (self.block_n * STEP_BYTES + self.block_n * 4)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (80, 90, 100)
 REGISTERS = 65536  # of a multiprocessor, handed out 256 at a time to a warp
 SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # of a multiprocessor; a block costs 1024 more
-SMALLEST_BLOCK_LIMIT = 99 * 1024  # shared memory a block may ask for on sm_86 and sm_89, which run sm_80's code
+SMALLEST_BLOCK_LIMIT = 99 * 1024  # shared memory of a block on sm_86 and sm_89, which run sm_80's code
 
 # Kernel, by what its mangled name holds: threads, dynamic shared memory at most, blocks per multiprocessor.
 KERNELS = {
@@ -86,15 +86,19 @@ def dump(cuobjdump, binaries, arch, what):
 def resource_report(text):
     """{kernel: {"REG": 40, "STACK": 0, ...}}"""
     pairs = re.findall(r"Function (\S*contrastive\S*):\s+(REG:.*)", text)
-    return {name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)} for name, line in pairs}
+    return {
+        name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)} for name, line in pairs
+    }
+
+
+OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
 
 def instructions(text):
     """{kernel: Counter of the opcodes with their modifiers}"""
     kernels = {}
     for part in text.split("Function : ")[1:]:
-        opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", part, re.MULTILINE)
-        kernels[part.split()[0]] = Counter(opcodes)
+        kernels[part.split()[0]] = Counter(OPCODE.findall(part))
     return kernels
 
 
@@ -116,7 +120,7 @@ def test_no_spills_and_the_promised_occupancy(cuobjdump, binaries, arch):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_tensor_cores_and_vector_accesses_are_used(cuobjdump, binaries, arch):
-    """In the tile loops: tensor cores and ldmatrix or fused multiply-adds, 16-byte cp.async, 8-byte stores."""
+    """In the tile loops: tensor cores with ldmatrix, or FMA; 16-byte cp.async, 8-byte stores."""
     code = instructions(dump(cuobjdump, binaries, arch, "-sass"))
     tile_kernels = {name: opcodes for name, opcodes in code.items() if re.search("[fb]wd_kernel", name)}
     assert len(tile_kernels) == 14
@@ -129,8 +133,9 @@ def test_tensor_cores_and_vector_accesses_are_used(cuobjdump, binaries, arch):
         assert total("LDL") == total("STL") == total("ATOM") == total("RED") == 0, name
         if "MmaEngine" in name:
             kind = "BF16" if "bfloat16" in name else "TF32" if "MmaEngineIf" in name else "F32"
-            assert total("HMMA") == sum(n for op, n in opcodes.items() if op.startswith("HMMA") and kind in op)
-            assert total("HMMA") > 0 and total("LDSM.16.M88.4") > 0, name
+            hmma = {opcode: count for opcode, count in opcodes.items() if opcode.startswith("HMMA")}
+            assert hmma and all(kind in opcode for opcode in hmma), name
+            assert total("LDSM.16.M88.4") > 0, name
             assert total("MUFU.EX2") >= 32, name
         else:
             assert total("DFMA" if "FmaEngineId" in name else "FFMA") >= 256 and total("LDS.128") > 0, name

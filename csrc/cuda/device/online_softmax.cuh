@@ -1,7 +1,6 @@
 // Running log-sum-exp of scale * v over a stream of values v (online softmax, arXiv:1805.02867), scale >= 0.
 //
-//   sum = sum_v 2^(a v - shift(max))     a = scale * log2(e), shift(max) = a * max rounded, 0 while nothing
-//   came
+//   sum = sum_v 2^(a v - shift(max))     a = scale * log2(e), shift(max) = a * max rounded, or 0 before any v
 //
 // The products a v are not rounded, the shift is rounded once and used for every term, so neither costs
 // accuracy when a v is large. Values of -inf count nothing.

@@ -1,0 +1,196 @@
+"""Breaks the CUDA kernels of `contrastive`, one barrier, wait or mask at a time: which check notices?
+
+    python -m tests.cuda.mutate [--list] [NAME ...]
+
+Works on a copy of csrc/cuda, compiled for emulated sm_80 with half and float32 only. Every mutation must be
+noticed: the exit code is 1 if one was not.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from tests.cuda.parity import check_parity, random_call
+from tests.gpu_emulation import EmulatedCudaLibrary, PtxError
+
+SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+KERNELS, LAUNCHERS, TILE, WARP = "contrastive.cuh", "contrastive.cu", "device/tile.cuh", "device/warp.cuh"
+
+
+class Mutation(NamedTuple):
+    """The nth occurrence (from 0) of `old` in `file` becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str = ""
+    nth: int = 0
+
+
+WAIT, BARRIER, COMMIT = "copy_async_wait<kStages - 2>();", "__syncthreads();", "copy_async_commit();"
+
+MUTATIONS = [
+    Mutation("forward: wait for the step's copies", KERNELS, WAIT, nth=0),
+    Mutation("forward: barrier of a step", KERNELS, BARRIER, nth=0),
+    Mutation("forward: commit of a step's copies", KERNELS, COMMIT, nth=0),
+    Mutation("backward: wait for the copies of s", KERNELS, WAIT, nth=1),
+    Mutation("backward: barrier of a step of s", KERNELS, BARRIER, nth=1),
+    Mutation("backward: commit of a step's copies", KERNELS, COMMIT, nth=1),
+    Mutation("backward: wait for the copies of G", KERNELS, WAIT, nth=2),
+    Mutation("backward: barrier of a step of G", KERNELS, BARRIER, nth=2),
+    Mutation("block sum: barrier", WARP, BARRIER, nth=0),
+    Mutation("block maximum: barrier", WARP, BARRIER, nth=1),
+    Mutation("forward: prefetch one step less",
+             KERNELS, "step < kStages - 1; ++step", "step < kStages - 2; ++step"),
+    Mutation("tile copy: row mask", TILE, "row0 + r < rows && "),
+    Mutation("tile copy: depth mask", TILE, " && column < columns"),
+    Mutation("forward: column mask of the norms", KERNELS, "valid = j < other.count;", "valid = true;", 0),
+    Mutation("backward: column mask of the terms", KERNELS, "valid = j < other.count;", "valid = true;", 1),
+    Mutation("forward: row mask of the norms", KERNELS, "own.rnorm && row < own.count", "own.rnorm"),
+    Mutation("backward: row mask of the terms", KERNELS, "valid = i < own.count;", "valid = true;"),
+    Mutation("forward: row mask of the results",
+             KERNELS, "lane % 4 == 0 && row < own.count", "lane % 4 == 0"),
+    Mutation("forward: one lane a row", KERNELS, "lane % 4 == 0 && row < own.count", "row < own.count"),
+    Mutation("backward: row mask of the results",
+             KERNELS, "row < own.count && d < problem.width", "d < problem.width"),
+    Mutation("backward: depth mask of the results",
+             KERNELS, "row < own.count && d < problem.width", "row < own.count"),
+    Mutation("forward: excluded entries", KERNELS, "exclude<kNTiles>", "if (false) exclude<kNTiles>", 0),
+    Mutation("backward: excluded entries", KERNELS, "exclude<kNTiles>", "if (false) exclude<kNTiles>", 1),
+    Mutation("excluded: columns past the end", KERNELS, "if (j >= problem.other.count) return false;"),
+    Mutation("excluded: the diagonal", KERNELS, "!problem.square && (", "("),
+    Mutation("excluded: the diagonal kept", KERNELS, "problem.keep_diagonal || ", ""),
+    Mutation("excluded: equal ids", KERNELS, "return !problem.own.ids || id_i != id_j;", "return true;"),
+    Mutation("excluded: tiles on the diagonal", KERNELS, "!on_diagonal && ", ""),
+    Mutation("excluded: tiles with ids", KERNELS, "&& !own.ids ", ""),
+    Mutation("excluded: tiles past the end", KERNELS, " && column0 + kColumns <= other.count", ""),
+    Mutation("ids: bound", KERNELS, "side.ids && index < side.count", "side.ids"),
+    Mutation("positives: source mask", KERNELS, "base + lane < sources && source < from.count", "true"),
+    Mutation("positives: target from the end", KERNELS, "if (valid && target < 0) target += to.count;"),
+    Mutation("positives: lower bound", KERNELS, "target >= 0 && target < targets", "target < targets"),
+    Mutation("positives: upper bound", KERNELS, "target >= 0 && target < targets", "target >= 0"),
+    Mutation("positives: one lane an entry", KERNELS, "if (!holds_element(row, column)) return;"),
+    Mutation("preparation: row mask", KERNELS, "if (row >= count) return;", "", 0),
+    Mutation("preparation: zero padding",
+             KERNELS, "d < D ? x[d * column_stride] : from_acc<scalar_t>(acc_t(0))", "x[d * column_stride]"),
+    Mutation("preparation: shortest norm",
+             KERNELS, "norm < Math<acc_t>::kNormEps ? Math<acc_t>::kNormEps : norm", "norm"),
+    Mutation("merge: row mask", KERNELS, "if (row >= count) return;", "", 1),
+    Mutation("terms: row mask", KERNELS, "if (row >= count) return;", "", 2),
+    Mutation("terms: empty sums", KERNELS, "lse[row] == -Math<double>::infinity()", "false"),
+    Mutation("finish: row mask", KERNELS, "if (row >= count) return;", "", 3),
+    Mutation("finish: no projection of tiny rows",
+             KERNELS, "rnorm && factor < acc_t(1) / Math<acc_t>::kNormEps", "rnorm"),
+    Mutation("half: zero rows' norms", KERNELS, "factor.value[e] > acc_t(kZeroRowRnorm) ? acc_t(0) : ", ""),
+    Mutation("half: scale taken out again",
+             KERNELS, "coefficient_scale ? acc_t(1) / *coefficient_scale : ", ""),
+    Mutation("softmax: nothing came yet",
+             "device/online_softmax.cuh", "larger == -Math<T>::infinity() ? T(0) : ", ""),
+]  # fmt: skip
+
+# The engines that the mutated copies leave out, to compile in seconds.
+UNUSED_ENGINES = ["MmaEngine<__nv_bfloat16>", "FmaEngine<double>", "MmaEngine<float>"]
+
+
+def checks():
+    """(name, what `check_parity` takes): the calls that stand for the test-suite here."""
+    half, single = torch.float16, torch.float32
+    ids_but_one = random_call(9, 8, single, ids=True)
+    ids_but_one.row_ids.zero_()
+    zero_rows = random_call(12, 24, half)
+    zero_rows.rows[3] = 0
+    zero_rows_in_float = random_call(12, 24, single)
+    zero_rows_in_float.rows[3] = 0
+    both = random_call(65, 40, half, m=70, ids=True, both_directions=True, keep_diagonal=True, positives=2)
+    tiny = random_call(5, 8, single)
+    tiny.rows[2] = 1e-15
+    return [
+        ("square", random_call(130, 72, half), {}),
+        ("square, float32", random_call(70, 72, single), {"seed": 1}),
+        ("random order", random_call(130, 72, half), {"seed": 2, "warp_races": True}),
+        ("another order", random_call(130, 200, half), {"seed": 3, "warp_races": True}),
+        ("odd width", random_call(65, 17, half), {}),
+        ("ids in both directions", both, {"splits": 2}),
+        ("ids, nothing kept", random_call(66, 40, single, m=64, ids=True), {}),
+        ("ids, whole tiles", random_call(64, 64, half, ids=True), {}),
+        ("whole tiles", random_call(128, 64, half), {}),
+        ("small temperature", random_call(65, 24, single, temperature=0.005), {}),
+        ("no column left", ids_but_one, {}),
+        ("zero row, half", zero_rows, {}),
+        ("zero row, float32", zero_rows_in_float, {}),
+        ("tiny row", tiny, {}),
+        ("unnormalised", random_call(20, 40, half, m=33, normalize=False, temperature=2.0), {}),
+    ]  # fmt: skip
+
+
+def mutated_copy(folder, mutation=None):
+    """Copies csrc/cuda into `folder` with the mutation; returns the .cu file."""
+    copy = Path(folder) / "cuda"
+    shutil.copytree(SOURCES, copy)
+    launchers = copy / LAUNCHERS
+    text = launchers.read_text()
+    for engine in UNUSED_ENGINES:
+        text = text.replace(f"run<{engine}>(launcher, args);", "")
+    launchers.write_text(text)
+    if mutation is not None:
+        path = copy / mutation.file
+        parts = path.read_text().split(mutation.old)
+        if len(parts) < mutation.nth + 2:
+            raise ValueError(
+                f"{mutation.name}: {mutation.old!r} is {len(parts) - 1} times in {mutation.file}"
+            )
+        split = mutation.nth + 1
+        path.write_text(mutation.old.join(parts[:split]) + mutation.new + mutation.old.join(parts[split:]))
+    return launchers
+
+
+def build(mutation=None):
+    with tempfile.TemporaryDirectory() as folder:
+        return EmulatedCudaLibrary([mutated_copy(folder, mutation)], 80)
+
+
+def noticed_by(library):
+    """Name of the first check that fails with what it said, or None."""
+    for name, call, options in checks():
+        try:
+            check_parity(library, call, **options)
+        except PtxError as error:
+            return name, re.sub(r"^_Z\w+:?\s*", "", str(error).splitlines()[0])
+        except AssertionError as error:
+            return name, "wrong numbers: " + (str(error).splitlines() or [""])[0]
+    return None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="print the names of the mutations")
+    parser.add_argument("names", nargs="*", help="run only these")
+    options = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if not options.names or mutation.name in options.names]
+    if options.list:
+        print("\n".join(mutation.name for mutation in chosen))
+        return 0
+    missed = 0
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        unharmed = noticed_by(build())
+        if unharmed:
+            print(f"the kernels fail as they are: {unharmed}")
+            return 1
+        for mutation, library in zip(chosen, pool.map(build, chosen), strict=True):
+            found = noticed_by(library)
+            missed += found is None
+            verdict = "NOT NOTICED" if found is None else f"{found[0]}: {found[1][:90]}"
+            print(f"{mutation.name:42} {verdict}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} noticed")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
