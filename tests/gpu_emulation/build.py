@@ -1,7 +1,8 @@
 """Builds the emulator, the stand-in CUDA runtime and emulated or real CUDA libraries, cached by content.
 
-Everything lands in build/gpu_emulation/<name>-<hash of sources and flags>/ under the repository root. A finished
-folder appears by one rename under a lock, so processes that build at once neither clash nor build twice.
+Everything lands in build/gpu_emulation/<name>-<hash of sources and flags>/ under the repository root. A
+finished folder appears by one rename under a lock, so processes that build at once neither clash nor build
+twice.
 """
 
 import contextlib
@@ -21,12 +22,11 @@ CACHE = REPOSITORY / "build" / "gpu_emulation"
 EMULATOR = Path(__file__).resolve().parent / "emulator"
 RUNTIME_SOURCE = EMULATOR / "cudart.cpp"
 
-# No contraction: a PTX mul followed by an add must round twice. Register rows hold whatever type the instruction
-# makes of them.
-CXX_FLAGS = [
-    *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
-    *("-ffp-contract=off", "-fno-strict-aliasing"),
-]
+# No contraction: a PTX mul followed by an add must round twice. Register rows hold whatever type the
+# instruction makes of them.
+CXX_FLAGS = (
+    "-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=off -fno-strict-aliasing".split()
+)
 NVCC_FLAGS = ["-std=c++17", "-O2", "-Xcompiler", "-fPIC"]
 
 
@@ -73,15 +73,21 @@ def emulated_cuda_library(sources, arch, include_dirs=(), defines=()):
         objects = _cuda_objects(sources, flags, include_dirs)
         runtime = _cached("cudart", [*_emulator_sources(), _nvcc_version()], _build_runtime) / "cudart.o"
         # Hidden symbols, resolved here: torch's own libcudart in the process is never reached.
-        _run([_cxx(), "-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic", *objects, runtime, *_emulator_objects(),
-              "-o", folder / "libkernels.so"])  # fmt: skip
+        inputs = [*objects, runtime, *_emulator_objects()]
+        _run([_cxx(), "-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic", *inputs, "-o", folder / "libkernels.so"])
 
-    key = [*_with_includes(sources, include_dirs), *flags, *_cxx_flags(), *_emulator_sources(), _nvcc_version()]
+    key = [
+        *_with_includes(sources, include_dirs),
+        *flags,
+        *_cxx_flags(),
+        *_emulator_sources(),
+        _nvcc_version(),
+    ]
     return _cached(f"sm_{arch}", key, build) / "libkernels.so"
 
 
 def cuda_library(sources, arch, include_dirs=(), defines=()):
-    """Compiles the same .cu files for the card at hand, against the real libcudart. Returns the library's path."""
+    """Path of a library of the same .cu files, compiled for the card at hand with the real libcudart."""
     flags = [f"-arch=sm_{arch}", *_preprocessor_flags(include_dirs, defines)]
 
     def build(folder):
@@ -148,12 +154,13 @@ def _cxx():
 @functools.lru_cache
 def _cxx_flags():
     """Adds AVX2, FMA and half conversions where this machine has them: the cache never leaves it."""
+    wanted = ("avx2", "fma", "f16c", "bmi2")
     try:
         cpu = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return tuple(CXX_FLAGS)
-    wanted = ("avx2", "fma", "f16c", "bmi2")
-    return tuple(CXX_FLAGS + ([f"-m{name}" for name in wanted] if all(f" {name}" in cpu for name in wanted) else []))
+        cpu = ""
+    supported = all(f" {name}" in cpu for name in wanted)
+    return tuple(CXX_FLAGS + ([f"-m{name}" for name in wanted] if supported else []))
 
 
 @functools.lru_cache
@@ -164,7 +171,7 @@ def _nvcc_version():
 
 
 def _with_includes(sources, include_dirs):
-    """The sources and every file they reach by #include "...", found beside the includer or in include_dirs."""
+    """The sources and every file they reach by #include "...", beside the includer or in include_dirs."""
     found, pending = [], [Path(source).resolve() for source in sources]
     while pending:
         path = pending.pop()
@@ -178,7 +185,7 @@ def _with_includes(sources, include_dirs):
 
 
 def _cached(name, key, build):
-    """Folder whose content `build(folder)` makes, once for each value of key (file paths count by content)."""
+    """Folder that `build(folder)` fills, once for each value of key; a Path in it counts by its content."""
     digest = hashlib.sha256()
     for part in key:
         if isinstance(part, Path):

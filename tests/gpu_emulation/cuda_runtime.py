@@ -4,8 +4,9 @@ import ctypes
 
 from . import build, ptx
 
-# (multiprocessors, shared memory a block can ask for, shared memory of a multiprocessor, L2 bytes) of A100 and H100.
-# Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; A100 and H100 white papers.
+# (multiprocessors, shared memory a block can ask for, shared memory of a multiprocessor, L2 bytes) of A100
+# and H100. Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; A100 and
+# H100 white papers.
 DEVICES = {80: (108, 166912, 167936, 41943040), 90: (132, 232448, 233472, 52428800)}
 
 
@@ -63,9 +64,9 @@ class EmulatedCudaLibrary:
 
         Args:
             function: Name of the launcher.
-            args: Tensors or arrays (their address is passed and they become buffers that kernels may touch), ints
-                (passed as int), floats (as double), None (NULL), or any ctypes value, structure or `ctypes.byref`.
-                `STREAM` stands for the stream handle.
+            args: Tensors or arrays (their address is passed and they become buffers that kernels may touch),
+                ints (passed as int), floats (as double), None (NULL), or any ctypes value, structure or
+                `ctypes.byref`. `STREAM` stands for the stream handle.
             buffers: Further tensors or arrays by name, such as those whose address lies in a structure.
             read_only: Names in buffers, or positions in args, that no kernel may write.
             stream: The handle that `STREAM` passes; each `Launch` tells which one it got.
@@ -90,7 +91,10 @@ class EmulatedCudaLibrary:
         device = _Device(*self._device, int(capturing))
         options = ptx.native_options(ptx.Options(**options))
         self._library.emulated_begin(
-            ctypes.byref(device), ctypes.byref(options), ptx.region_array(regions), ctypes.c_size_t(len(regions))
+            ctypes.byref(device),
+            ctypes.byref(options),
+            ptx.region_array(regions),
+            ctypes.c_size_t(len(regions)),
         )
         entry = getattr(self._library, function)
         entry.restype = ctypes.c_int

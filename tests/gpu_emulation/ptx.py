@@ -39,10 +39,10 @@ class Options:
 class Counters:
     """What one launch did. A warp instruction counts once, a thread instruction for each lane that ran it.
 
-    A request is a warp-wide memory instruction, a sector 32 bytes of global memory it touches, a wavefront one pass
-    over the 32 banks of shared memory; `shared_wavefronts_ideal` is what the same words need without bank conflicts.
-    Reads by cp.async count as global loads. mma counts tensor-core instructions, mma_flops their 2*m*n*k, fma_flops
-    two for each lane of fma.f32 and fma.f64.
+    A request is a warp-wide memory instruction, a sector 32 bytes of global memory it touches, a wavefront
+    one pass over the 32 banks of shared memory; `shared_wavefronts_ideal` is what the same words need without
+    bank conflicts. Reads by cp.async count as global loads. mma counts tensor-core instructions, mma_flops
+    their 2*m*n*k, fma_flops two for each lane of fma.f32 and fma.f64.
     """
 
     instructions: int = 0
@@ -71,7 +71,7 @@ class Counters:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One kernel launch: its mangled name, shape, dynamic shared memory in bytes, stream handle and counters."""
+    """One kernel launch: mangled name, shape, dynamic shared memory in bytes, counters, stream handle."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -152,8 +152,8 @@ class Module:
         Args:
             name: Its name in the PTX text.
             grid, block: One to three sizes.
-            args: One value a parameter: arrays and tensors pass their address and become buffers it may touch,
-                ctypes values (`ctypes.c_int32(3)`) pass as they are.
+            args: One value a parameter: arrays and tensors pass their address and become buffers it may
+                touch, ctypes values (`ctypes.c_int32(3)`) pass as they are.
             shared: Dynamic shared memory in bytes.
             read_only: Indices of args the kernel must not write.
             buffers: Further arrays or tensors it may touch, by name.
@@ -182,9 +182,17 @@ class Module:
         counters = (ctypes.c_uint64 * len(counter_names()))()
         message = ctypes.create_string_buffer(16000)
         status = self._library.ptx_launch(
-            self._handle, name.encode(), ctypes.byref(shape), pointers, region_array(regions), len(regions),
-            ctypes.byref(native_options(Options(**options))), counters, message, len(message),
-        )  # fmt: skip
+            self._handle,
+            name.encode(),
+            ctypes.byref(shape),
+            pointers,
+            region_array(regions),
+            len(regions),
+            ctypes.byref(native_options(Options(**options))),
+            counters,
+            message,
+            len(message),
+        )
         text = message.value.decode()
         if status:
             raise PtxError(text)
@@ -201,10 +209,19 @@ def emulator():
     library.ptx_kernels.restype = ctypes.c_char_p
     library.ptx_kernels.argtypes = [ctypes.c_void_p]
     library.ptx_counter_names.restype = ctypes.c_char_p
+    pointer, text, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
     library.ptx_launch.argtypes = [
-        ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t,
-        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t,
-    ]  # fmt: skip
+        pointer,
+        text,
+        pointer,
+        pointer,
+        pointer,
+        size,
+        pointer,
+        pointer,
+        text,
+        size,
+    ]
     return library
 
 
@@ -247,6 +264,4 @@ def region_array(regions):
 
 def _three(sizes):
     sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes)
-    return (ctypes.c_uint32 * 3)(*(sizes + (1, 1, 1))[:3])
-
-
+    return (ctypes.c_uint32 * 3)(*(*sizes, 1, 1, 1)[:3])

@@ -34,7 +34,8 @@ class EmulatedGpu:
 
 
 class RealGpu:
-    """CUDA tensors on the current card. Launches come back as an empty list: a card has no counters to give."""
+    """CUDA tensors on the current card. Launches come back as an empty list: a card has no counters to
+    give."""
 
     emulated = False
     device = torch.device("cuda")
@@ -58,7 +59,7 @@ class RealGpu:
 
 
 class _CardModule:
-    """PTX text on the card, through the CUDA driver. Source: CUDA Driver API, module and execution control."""
+    """PTX text on the card. Source: CUDA Driver API, "Module Management" and "Execution Control"."""
 
     def __init__(self, text):
         torch.cuda.init()
@@ -77,9 +78,12 @@ class _CardModule:
         function = ctypes.c_void_p()
         self._check("cuModuleGetFunction", ctypes.byref(function), self._module, name.encode())
         on_card = [torch.from_numpy(arg.view("u1")).cuda() if ptx.is_buffer(arg) else None for arg in args]
-        values = [arg if copy is None else ctypes.c_uint64(copy.data_ptr()) for arg, copy in zip(args, on_card, strict=True)]
+        values = [
+            arg if copy is None else ctypes.c_uint64(copy.data_ptr())
+            for arg, copy in zip(args, on_card, strict=True)
+        ]
         pointers = (ctypes.c_void_p * max(1, len(values)))(*(ctypes.addressof(value) for value in values))
-        sizes = [*(tuple(grid) + (1, 1, 1))[:3], *(tuple(block) + (1, 1, 1))[:3]]
+        sizes = [*(*grid, 1, 1)[:3], *(*block, 1, 1)[:3]]
         self._check("cuLaunchKernel", function, *sizes, shared, None, pointers, None)
         torch.cuda.synchronize()
         for arg, copy in zip(args, on_card, strict=True):

@@ -28,8 +28,8 @@ def evaluate(gpu, body, outputs, *inputs, **options):
 
     Args:
         gpu: A runner; `gpu.module` loads PTX.
-        body: Statements. They find the thread's element of input i in %a<i> and leave output i in %d<i>; %t<20> are
-            32-bit, %q<20> 64-bit registers and %p<10> predicates to use, %i is the thread's number.
+        body: Statements. They find the thread's element of input i in %a<i> and leave output i in %d<i>;
+            %t<20> are 32-bit, %q<20> 64-bit registers and %p<10> predicates to use, %i is its number.
         outputs: PTX types, keys of TYPES.
         inputs: (PTX type, array of n elements) each; the array is converted to the type's dtype.
 

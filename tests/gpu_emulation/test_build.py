@@ -39,7 +39,9 @@ def test_failed_build_leaves_nothing(cache):
     with pytest.raises(build.BuildError):
         build._cached("thing", [], fail)
     assert build._cached("thing", [], lambda folder: (folder / "whole").write_text("")).is_dir()
-    assert [path.name for folder in cache.iterdir() if folder.is_dir() for path in folder.iterdir()] == ["whole"]
+    assert [path.name for folder in cache.iterdir() if folder.is_dir() for path in folder.iterdir()] == [
+        "whole"
+    ]
 
 
 def _build_slowly(cache, log):

@@ -39,7 +39,11 @@ def test_setp_of_floats(gpu, relation, kind):
 def test_setp_of_integers(gpu, kind):
     bits = int(kind[1:])
     dtype = f"{'i' if kind[0] == 's' else 'u'}{bits // 8}"
-    edge = np.array([0, 1, 2, 2 ** (bits - 1) - 1, 2 ** (bits - 1), 2**bits - 1], np.uint64).astype(f"u{bits // 8}").view(dtype)
+    edge = (
+        np.array([0, 1, 2, 2 ** (bits - 1) - 1, 2 ** (bits - 1), 2**bits - 1], np.uint64)
+        .astype(f"u{bits // 8}")
+        .view(dtype)
+    )
     a, b = np.repeat(edge, len(edge)), np.tile(edge, len(edge))
     expected = {"eq": a == b, "ne": a != b, "lt": a < b, "le": a <= b, "gt": a > b, "ge": a >= b}
     if kind[0] == "u":
@@ -63,7 +67,10 @@ def test_setp_combines_with_a_predicate(gpu):
 
 
 def test_setp_of_pairs(gpu):
-    low, high = A.astype(np.float16).view(np.uint16).astype(np.uint32), B.astype(np.float16).view(np.uint16).astype(np.uint32)
+    low, high = (
+        A.astype(np.float16).view(np.uint16).astype(np.uint32),
+        B.astype(np.float16).view(np.uint16).astype(np.uint32),
+    )
     body = "setp.lt.f16x2 %p0|%p1, %a0, %a1; selp.u32 %d0, 1, 0, %p0; selp.u32 %d1, 1, 0, %p1;"
     first, second = evaluate(gpu, body, ["u32", "u32"], ("b32", low | high << 16), ("b32", high | low << 16))
     assert (first == (A < B)).all() and (second == (B < A)).all()

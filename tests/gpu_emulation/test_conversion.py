@@ -25,7 +25,9 @@ def integers(kind):
     low, high = limits(kind)
     generator = np.random.default_rng(0)
     near = [0, 1, low, low + 1, high, high - 1, low // 2, high // 2]
-    return [min(max(v, low), high) for v in near] + [wrap(int(v), kind) for v in generator.integers(0, 2**63, 56)]
+    return [min(max(v, low), high) for v in near] + [
+        wrap(int(v), kind) for v in generator.integers(0, 2**63, 56)
+    ]
 
 
 def as_array(kind, values):
@@ -39,7 +41,9 @@ def test_between_integers(gpu, result, source):
     found = evaluate(gpu, f"cvt.{result}.{source} %d0, %a0;", [result], (source, as_array(source, values)))
     assert found.tolist() == [wrap(v, result) for v in values]
     low, high = limits(result)
-    found = evaluate(gpu, f"cvt.sat.{result}.{source} %d0, %a0;", [result], (source, as_array(source, values)))
+    found = evaluate(
+        gpu, f"cvt.sat.{result}.{source} %d0, %a0;", [result], (source, as_array(source, values))
+    )
     assert found.tolist() == [min(max(v, low), high) for v in values]
 
 
@@ -58,15 +62,22 @@ def test_integer_to_float_with_directed_rounding(gpu, mode):
     assert found.tolist() == [round_to(Fraction(v), "f32", mode) for v in values]
 
 
-FLOATS = np.array([0.0, -0.0, 0.5, 1.5, 2.5, -0.5, -1.5, 3.7, -3.7, 1e10, -1e10, 1e20, -1e20, np.inf, -np.inf, 254.6])
+FLOATS = np.array(
+    [0.0, -0.0, 0.5, 1.5, 2.5, -0.5, -1.5, 3.7, -3.7, 1e10, -1e10, 1e20, -1e20, np.inf, -np.inf, 254.6]
+)
 
 
-@pytest.mark.parametrize("mode, function", [("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)])
+@pytest.mark.parametrize(
+    "mode, function", [("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)]
+)
 @pytest.mark.parametrize("result", ["s32", "u32", "s64", "u64", "u16", "s8"])
 def test_float_to_integer(gpu, result, mode, function):
     low, high = limits(result)
     found = evaluate(gpu, f"cvt.{mode}.{result}.f64 %d0, %a0;", [result], ("f64", FLOATS))
-    expected = [low if v == -np.inf else high if v == np.inf else min(max(int(v), low), high) for v in function(FLOATS)]
+    expected = [
+        low if v == -np.inf else high if v == np.inf else min(max(int(v), low), high)
+        for v in function(FLOATS)
+    ]
     assert found.tolist() == expected
 
 
@@ -76,7 +87,9 @@ def test_nan_to_integer(gpu):
     assert evaluate(gpu, "cvt.rzi.s64.f64 %d0, %a0;", ["s64"], ("f64", nan)).tolist() == [-(2**63)]
 
 
-@pytest.mark.parametrize("mode, function", [("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)])
+@pytest.mark.parametrize(
+    "mode, function", [("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)]
+)
 def test_float_to_integral_float(gpu, mode, function):
     found = evaluate(gpu, f"cvt.{mode}.f32.f32 %d0, %a0;", ["f32"], ("f32", FLOATS))
     np.testing.assert_array_equal(found, function(FLOATS.astype(np.float32)))
@@ -127,8 +140,12 @@ def test_double_to_half_rounds_once(gpu):
 
 def test_half_to_float(gpu):
     bits = np.arange(0, 2**16, 37, dtype=np.uint16)
-    np.testing.assert_array_equal(evaluate(gpu, "cvt.f32.f16 %d0, %a0;", ["f32"], ("b16", bits)), bits.view(np.float16))
-    np.testing.assert_array_equal(evaluate(gpu, "cvt.f32.bf16 %d0, %a0;", ["f32"], ("b16", bits)), bfloat16_values(bits))
+    np.testing.assert_array_equal(
+        evaluate(gpu, "cvt.f32.f16 %d0, %a0;", ["f32"], ("b16", bits)), bits.view(np.float16)
+    )
+    np.testing.assert_array_equal(
+        evaluate(gpu, "cvt.f32.bf16 %d0, %a0;", ["f32"], ("b16", bits)), bfloat16_values(bits)
+    )
 
 
 def test_tf32(gpu):
@@ -163,6 +180,7 @@ def test_packing_moves(gpu):
 
 
 def test_float_literals_take_the_type_of_the_instruction(gpu):
-    body = "mov.f32 %d0, 0f3FC00000; mov.f64 %d1, 0d3FF8000000000000; add.f32 %d2, %d0, 1.5; mov.b32 %d3, 0f3FC00000;"
+    body = "mov.f32 %d0, 0f3FC00000; mov.f64 %d1, 0d3FF8000000000000;"
+    body += "add.f32 %d2, %d0, 1.5; mov.b32 %d3, 0f3FC00000;"
     single, double, literal, bits = evaluate(gpu, body, ["f32", "f64", "f32", "b32"])
     assert single[0] == 1.5 and double[0] == 1.5 and literal[0] == 3.0 and bits[0] == 0x3FC00000

@@ -30,7 +30,12 @@ def test_global_sectors(gpu, stride, width, sectors):
     memory = aligned_buffer(8192)
     vector = {2: "b16 %h", 4: "b32 %t0", 16: "v4.b32 {%t0, %t1, %t2, %t3}"}[width]
     kind, register = vector.split(" ", 1)
-    lines = [".reg .b16 %h;", "mov.b16 %h, 0;", *(f"mov.b32 %t{i}, 0;" for i in range(4)), *at("%b0", "%i", stride)]
+    lines = [
+        ".reg .b16 %h;",
+        "mov.b16 %h, 0;",
+        *(f"mov.b32 %t{i}, 0;" for i in range(4)),
+        *at("%b0", "%i", stride),
+    ]
     counters = launch(gpu, [*lines, f"st.global.{kind} [%address], {register};"], [memory])
     assert (counters.global_store_requests, counters.global_store_sectors) == (1, sectors)
     assert counters.global_store_bytes == 32 * width and counters.global_load_requests == 0
@@ -102,7 +107,13 @@ def test_instructions(gpu):
 
 
 def test_divergence(gpu):
-    lines = ["setp.lt.u32 %p0, %i, 5;", "@%p0 bra OVER;", "mov.u32 %t0, 1;", "mov.u32 %t0, 2;", "OVER: mov.u32 %t0, 3;"]
+    lines = [
+        "setp.lt.u32 %p0, %i, 5;",
+        "@%p0 bra OVER;",
+        "mov.u32 %t0, 1;",
+        "mov.u32 %t0, 2;",
+        "OVER: mov.u32 %t0, 3;",
+    ]
     assert launch(gpu, lines, []).divergent_instructions == 2
 
 

@@ -47,7 +47,9 @@ def test_clean_kernel_is_right(tile_product, gpu, seed):
     if gpu.emulated:
         (launch,) = launches
         assert launch.grid == (2, 2, 1) and launch.block == (128, 1, 1)
-        assert launch.counters.mma == 2 * 2 * 4 * 3 * 2 * 8  # blocks, warps, K steps of 32, of 16, columns of 8
+        assert (
+            launch.counters.mma == 2 * 2 * 4 * 3 * 2 * 8
+        )  # blocks, warps, K steps of 32, of 16, columns of 8
 
 
 @pytest.mark.parametrize("bug", BUGS)

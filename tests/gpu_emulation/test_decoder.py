@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.gpu_emulation import Module, PtxError
-from tests.gpu_emulation.snippets import kernel
+from tests.gpu_emulation.snippets import evaluate, kernel
 
 
 def module(*lines, **options):
@@ -20,7 +20,10 @@ def module(*lines, **options):
         ("min.xorsign.abs.f32 %t0, %t1, %t2;", "modifier .xorsign is not implemented"),
         ("add.e4m3x2 %t0, %t1, %t2;", "add.e4m3x2: no type that is implemented"),
         ("cvt.rn.satfinite.e4m3x2.f32 %t0, %t1, %t2;", "cvt.rn.satfinite.e4m3x2.f32"),
-        ("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%t0}, {%t1}, {%t2}, {%t3};", "m16n8k32.row.col.s32.s8.s8.s32"),
+        (
+            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%t0}, {%t1}, {%t2}, {%t3};",
+            "m16n8k32.row.col.s32.s8.s8.s32",
+        ),
         ("cp.async.bulk.commit_group;", "cp.async.bulk.commit_group: modifier .bulk is not implemented"),
         ("bar.red.popc.u32 %t0, 0, %p0;", "bar.red.popc.u32"),
         ("mov.u32 %t0, %envreg3;", "unknown name %envreg3"),
@@ -90,9 +93,17 @@ def test_bad_launches():
 
 def test_scopes_of_registers_and_labels(gpu):
     """Inner blocks, as inline assembly makes them, hide outer names and have labels of their own."""
-    from tests.gpu_emulation.snippets import evaluate
-
-    inner = "{ .reg .b32 %x; mov.u32 %x, 5; setp.gt.u32 %p0, %a0, 3; @%p0 bra HERE; mov.u32 %x, 9; HERE: add.u32 %d0, %d0, %x; }"
+    inner = """
+    {
+        .reg .b32 %x;
+        mov.u32 %x, 5;
+        setp.gt.u32 %p0, %a0, 3;
+        @%p0 bra HERE;
+        mov.u32 %x, 9;
+    HERE:
+        add.u32 %d0, %d0, %x;
+    }
+    """
     body = ".reg .b32 %x; mov.u32 %x, 100; mov.u32 %d0, 0;" + inner + inner + "add.u32 %d0, %d0, %x;"
     found = evaluate(gpu, body, ["u32"], ("u32", np.arange(8)))
     assert found.tolist() == [118] * 4 + [110] * 4

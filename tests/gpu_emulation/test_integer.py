@@ -3,9 +3,28 @@
 import numpy as np
 import pytest
 
-from tests.gpu_emulation.snippets import evaluate
+from tests.gpu_emulation.snippets import TYPES, evaluate
 
-EDGES = [0, 1, 2, 3, 5, 7, 31, 32, 33, 127, 128, 255, 2**15 - 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1]
+EDGES = [
+    0,
+    1,
+    2,
+    3,
+    5,
+    7,
+    31,
+    32,
+    33,
+    127,
+    128,
+    255,
+    2**15 - 1,
+    2**15,
+    2**16 - 1,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+]
 EDGES += [2**63 - 1, 2**63, 2**64 - 1]
 
 
@@ -31,8 +50,7 @@ def check(gpu, instruction, result, kinds, reference):
     """`instruction` with {} for its registers equals reference(*integers) modulo the size of the result."""
     columns = operands(kinds)
     registers = ", ".join(["%d0", *(f"%a{i}" for i in range(len(kinds)))])
-    inputs = [(kind, np.array(column, f"{'i' if kind[0] == 's' else 'u'}{int(kind[1:]) // 8}"))
-              for kind, column in zip(kinds, columns, strict=True)]  # fmt: skip
+    inputs = [(kind, np.array(column, TYPES[kind][0])) for kind, column in zip(kinds, columns, strict=True)]
     found = evaluate(gpu, instruction.format(registers) + ";", [result], *inputs)
     expected = [wrap(int(reference(*row)), result) for row in zip(*columns, strict=True)]
     assert found.tolist() == expected
@@ -83,13 +101,12 @@ def test_mad_and_sad(gpu, kind):
 
 @pytest.mark.parametrize("kind", ALL)
 def test_div_and_rem(gpu, kind):
-    # The ISA leaves division by zero open.
-    safe = "{{ .reg .b{0} %z; mov.b{0} %z, 1; max.{1} %z, %a1, %z; {2}.{1} %d0, %a0, %z; }}"
-    bits = kind[1:]
-    check(gpu, safe.format(bits, kind, "div").replace("{", "{{").replace("}", "}}") + "//{}\n", kind, [kind, kind],
-          lambda a, b: truncated_quotient(a, max(b, 1)))  # fmt: skip
-    check(gpu, safe.format(bits, kind, "rem").replace("{", "{{").replace("}", "}}") + "//{}\n", kind, [kind, kind],
-          lambda a, b: a - truncated_quotient(a, max(b, 1)) * max(b, 1))  # fmt: skip
+    # The ISA leaves division by zero open: divide by at least 1.
+    positive = f"{{{{ .reg .b{kind[1:]} %z; max.{kind} %z, %a1, 1; "
+    quotient = lambda a, b: truncated_quotient(a, max(b, 1))  # noqa: E731
+    remainder = lambda a, b: a - quotient(a, b) * max(b, 1)  # noqa: E731
+    check(gpu, positive + f"div.{kind} %d0, %a0, %z; }}}} //{{}}\n", kind, [kind, kind], quotient)
+    check(gpu, positive + f"rem.{kind} %d0, %a0, %z; }}}} //{{}}\n", kind, [kind, kind], remainder)
 
 
 @pytest.mark.parametrize("kind", ["s16", "s32", "s64"])
@@ -165,7 +182,13 @@ def test_counting_bits(gpu, bits):
     check(gpu, f"bfind.{unsigned} {{}}", "u32", [unsigned], lambda a: a.bit_length() - 1)
     magnitude = lambda a: a if a >= 0 else ~a  # noqa: E731
     check(gpu, f"bfind.{signed} {{}}", "u32", [signed], lambda a: magnitude(a).bit_length() - 1)
-    check(gpu, f"bfind.shiftamt.{unsigned} {{}}", "u32", [unsigned], lambda a: bits - a.bit_length() if a else -1)
+    check(
+        gpu,
+        f"bfind.shiftamt.{unsigned} {{}}",
+        "u32",
+        [unsigned],
+        lambda a: bits - a.bit_length() if a else -1,
+    )
     check(gpu, f"brev.b{bits} {{}}", unsigned, [unsigned], lambda a: int(f"{a:0{bits}b}"[::-1], 2))
 
 
@@ -206,7 +229,13 @@ def test_prmt(gpu):
 
 
 def test_immediates_and_special_registers(gpu):
-    body = "mov.u32 %d0, %laneid; add.s32 %d0, %d0, -3; mov.u32 %d1, %tid.x; mov.u32 %d2, %ctaid.x; add.u32 %d3, %i, 0x10;"
+    body = "mov.u32 %d0, %laneid; add.s32 %d0, %d0, -3; mov.u32 %d1, %tid.x;"
+    body += "mov.u32 %d2, %ctaid.x; add.u32 %d3, %i, 0x10;"
     lane, thread, block, shifted = evaluate(gpu, body, ["s32", "u32", "u32", "u32"], ("u32", np.zeros(130)))
     i = np.arange(130)
-    assert (lane == i % 32 - 3).all() and (thread == i % 64).all() and (block == i // 64).all() and (shifted == i + 16).all()
+    assert (
+        (lane == i % 32 - 3).all()
+        and (thread == i % 64).all()
+        and (block == i // 64).all()
+        and (shifted == i + 16).all()
+    )

@@ -28,11 +28,17 @@ def load_words(base, registers):
 # Copies 512 bytes (16 a lane) from %b0 to shared memory, or from there to %b0; rows of 16 bytes.
 TILE = ".shared .align 16 .b8 tile[512];"
 ROW_ADDRESS = ["mov.u32 %t0, tile;", "shl.b32 %t1, %i, 4;", "add.u32 %t0, %t0, %t1;"]
-MOVE = "{{ .reg .b32 %v<4>; {load}.v4.b32 {{%v0,%v1,%v2,%v3}}, [{source}]; {store}.v4.b32 [{to}], {{%v0,%v1,%v2,%v3}}; }}"
-TO_SHARED = [*ROW_ADDRESS, *at("%b0", "%i", 16),
-             MOVE.format(load="ld.global", source="%address", store="st.shared", to="%t0"), "bar.sync 0;"]  # fmt: skip
-FROM_SHARED = ["bar.sync 0;", *at("%b0", "%i", 16),
-               MOVE.format(load="ld.shared", source="%t0", store="st.global", to="%address")]  # fmt: skip
+
+
+def move(source_space, source, space, to):
+    four = "{%v0, %v1, %v2, %v3}"
+    load, store = f"ld.{source_space}.v4.b32 {four}, [{source}];", f"st.{space}.v4.b32 [{to}], {four};"
+    return ["{ .reg .b32 %v<4>;", load, store, "}"]
+
+
+CHUNK = at("%b0", "%i", 16)
+TO_SHARED = [*ROW_ADDRESS, *CHUNK, *move("global", "%address", "shared", "%t0"), "bar.sync 0;"]
+FROM_SHARED = ["bar.sync 0;", *CHUNK, *move("shared", "%t0", "global", "%address")]
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -55,26 +61,36 @@ def test_ldmatrix(gpu, count, transposed):
 def test_stmatrix(gpu, transposed):
     if gpu.arch < 90:
         pytest.skip("stmatrix needs sm_90")
-    matrices, values = np.zeros((4, 8, 8), np.uint16), np.random.default_rng(0).integers(0, 2**32, (32, 4)).astype(np.uint32)
+    matrices, values = (
+        np.zeros((4, 8, 8), np.uint16),
+        np.random.default_rng(0).integers(0, 2**32, (32, 4)).astype(np.uint32),
+    )
     registers = [f"%t{2 + i}" for i in range(4)]
     trans = ".trans" if transposed else ""
     lines = [TILE, *ROW_ADDRESS, *load_words("%b1", registers)]
-    lines += [f"stmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 [%t0], {{{', '.join(registers)}}};", *FROM_SHARED]
+    lines += [
+        f"stmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 [%t0], {{{', '.join(registers)}}};",
+        *FROM_SHARED,
+    ]
     launch(gpu, lines, [matrices, values])
     for i in range(4):
         stored = matrices[i].T if transposed else matrices[i]
-        assert (stored.reshape(32, 2) == np.ascontiguousarray(values[:, i]).view(np.uint16).reshape(32, 2)).all()
+        assert (
+            stored.reshape(32, 2) == np.ascontiguousarray(values[:, i]).view(np.uint16).reshape(32, 2)
+        ).all()
 
 
 def test_misaligned_row_is_noticed(gpu):
     if not gpu.emulated:
         pytest.skip("a card does not notice")
     with pytest.raises(PtxError, match="misaligned 16-byte access"):
-        launch(gpu, [TILE, "mov.u32 %t0, tile;", "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%t1}, [%t0+8];"], [])
+        launch(
+            gpu, [TILE, "mov.u32 %t0, tile;", "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%t1}, [%t0+8];"], []
+        )
 
 
 def fragment_a(k, per_register, m=16):
-    """(rows, columns), each (32, elements), of the elements of A that a lane holds, in order of its registers."""
+    """Rows and columns, each (32, elements), of the elements of A that a lane holds, register by register."""
     registers = m * k // 32 // per_register
     rows, columns = [], []
     for i in range(registers):
@@ -95,7 +111,9 @@ def fragment_b(k, per_register):
 
 def fragment_c(m=16):
     elements = range(m * 8 // 32)
-    return np.stack([GROUP + 8 * (i // 2) for i in elements], 1), np.stack([THREAD * 2 + i % 2 for i in elements], 1)
+    return np.stack([GROUP + 8 * (i // 2) for i in elements], 1), np.stack(
+        [THREAD * 2 + i % 2 for i in elements], 1
+    )
 
 
 def random_matrix(shape, seed):
@@ -179,7 +197,8 @@ def test_tf32_ignores_the_lower_bits(gpu):
         *load_words("%b0", ["%t0", "%t1", "%t2", "%t3"]),
         *load_words("%b1", ["%t4", "%t5", "%t6", "%t7"]),
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-        "{%t8, %t9, %t10, %t11}, {%t0, %t1, %t2, %t3}, {%t4, %t5}, {0f00000000, 0f00000000, 0f00000000, 0f00000000};",
+        "{%t8, %t9, %t10, %t11}, {%t0, %t1, %t2, %t3}, {%t4, %t5}, "
+        "{0f00000000, 0f00000000, 0f00000000, 0f00000000};",
         *store_words("%b2", ["%t8", "%t9", "%t10", "%t11"]),
     ]
     launch(gpu, lines, [almost, one, out])

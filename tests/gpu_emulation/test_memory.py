@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.gpu_emulation import PtxError
-from tests.gpu_emulation.snippets import at, evaluate, launch
+from tests.gpu_emulation.snippets import at, launch
 
 emulated_only = pytest.mark.usefixtures("emulated")
 
@@ -23,7 +23,9 @@ def emulated(gpu):
 @pytest.mark.parametrize("kind", ["u8", "s8", "u16", "s16", "u32", "s32"])
 def test_loads_extend_to_the_register(gpu, kind):
     values = np.array([0, 1, 100, 127, 128, 200, 255, 2**15, 2**31 - 1, 2**31], np.uint64)
-    values = values.astype(f"u{int(kind[1:]) // 8}").view(f"{'i' if kind[0] == 's' else 'u'}{int(kind[1:]) // 8}")
+    values = values.astype(f"u{int(kind[1:]) // 8}").view(
+        f"{'i' if kind[0] == 's' else 'u'}{int(kind[1:]) // 8}"
+    )
     out = np.zeros(10, np.int64)
     lines = [
         *at("%b0", "%i", values.itemsize),
@@ -35,7 +37,9 @@ def test_loads_extend_to_the_register(gpu, kind):
     assert (out == values.astype(np.int64)).all()
 
 
-@pytest.mark.parametrize("elements, kind", [(2, "b8"), (2, "b16"), (4, "b16"), (2, "f32"), (4, "b32"), (2, "b64")])
+@pytest.mark.parametrize(
+    "elements, kind", [(2, "b8"), (2, "b16"), (4, "b16"), (2, "f32"), (4, "b32"), (2, "b64")]
+)
 def test_vectors(gpu, elements, kind):
     register = {"b8": "b16", "b16": "b16", "f32": "f32", "b32": "b32", "b64": "b64"}[kind]
     size = int(kind[1:]) // 8 * elements
@@ -263,8 +267,13 @@ def test_exchange_and_compare_and_swap(gpu):
 @pytest.mark.parametrize("offset, count", [(-4, 32), (4 * 32, 1), (4, 32)])
 def test_out_of_bounds(gpu, offset, count):
     x = np.zeros(32, np.float32)
-    lines = [*at("%b0", "%i", 4), f"ld.global.f32 %t0, [%address+{offset}];".replace("%t0", "%f"), ]
-    with pytest.raises(PtxError, match=r"global memory read out of bounds: nearest is argument 0 [-+] \d+ of 128"):
+    lines = [
+        *at("%b0", "%i", 4),
+        f"ld.global.f32 %t0, [%address+{offset}];".replace("%t0", "%f"),
+    ]
+    with pytest.raises(
+        PtxError, match=r"global memory read out of bounds: nearest is argument 0 [-+] \d+ of 128"
+    ):
         launch(gpu, [".reg .f32 %f;", *lines], [x], threads=count)
 
 
@@ -286,6 +295,15 @@ def test_uninitialised_shared_memory(gpu):
     with pytest.raises(PtxError, match="read of uninitialised shared memory, offset 8"):
         launch(gpu, lines, [])
     launch(gpu, lines, [], uninitialized=False)
+    first_block_writes = [
+        *lines[:2],
+        "setp.eq.u32 %p0, %ctaid, 0;",
+        "@%p0 st.shared.u32 [%t0+8], 1;",
+        lines[2],
+    ]
+    launch(gpu, first_block_writes, [], threads=1)
+    with pytest.raises(PtxError, match=r"read of uninitialised shared memory.*block \(1, 0, 0\)"):
+        launch(gpu, first_block_writes, [], threads=1, grid=2)
 
 
 @emulated_only
@@ -326,7 +344,7 @@ def test_race_between_warps(gpu, seed):
     lines = lambda between, after: [NEIGHBOUR.format(between=between, distance=128, after=after)]  # noqa: E731
     launch(gpu, lines("bar.sync 0;", ""), [], threads=64, seed=seed)
     launch(gpu, lines("bar.sync 0;", "bar.sync 0;" + WRITE_OWN), [], threads=64, seed=seed)
-    with pytest.raises(PtxError, match="data race on shared memory|uninitialised"):
+    with pytest.raises(PtxError, match=r"data race on shared memory|uninitialised"):
         launch(gpu, lines("", ""), [], threads=64, seed=seed)
     with pytest.raises(PtxError, match="data race on shared memory"):
         launch(gpu, lines("bar.sync 0;", WRITE_OWN), [], threads=64, seed=seed)
@@ -368,9 +386,27 @@ def test_race_between_blocks(gpu):
     with pytest.raises(PtxError, match="data race on argument 0 memory"):
         launch(gpu, lines, [x], threads=1, grid=2)
     launch(gpu, lines, [x], threads=1, grid=2, grid_races=False)
-    read_then_write = ["ld.global.u32 %t0, [%b0];", "setp.eq.u32 %p0, %ctaid, 2;", "@%p0 st.global.u32 [%b0], 9;"]
+    read_then_write = [
+        "ld.global.u32 %t0, [%b0];",
+        "setp.eq.u32 %p0, %ctaid, 2;",
+        "@%p0 st.global.u32 [%b0], 9;",
+    ]
     with pytest.raises(PtxError, match="write conflicts with"):
         launch(gpu, read_then_write, [x], threads=1, grid=3)
+
+
+@emulated_only
+def test_writer_that_also_read_races_with_the_other_readers(gpu):
+    """The last reader writes: its own reading must not hide that of another warp, or another block."""
+    x = np.zeros(4, np.uint32)
+    write = ["setp.eq.u32 %p0, %i, {writer};", "@%p0 st.global.u32 [%b0], 9;"]
+    lines = ["ld.global.u32 %t0, [%b0];", "{between}", *write]
+    fill = lambda **names: [line.format_map(names) for line in lines]  # noqa: E731
+    launch(gpu, fill(writer=32, between="bar.sync 0;"), [x], threads=64)
+    with pytest.raises(PtxError, match="write conflicts with an unordered read"):
+        launch(gpu, fill(writer=32, between=""), [x], threads=64)
+    with pytest.raises(PtxError, match="write conflicts with reads by other blocks"):
+        launch(gpu, fill(writer=96, between="bar.sync 0;"), [x], threads=64, grid=2)
 
 
 @emulated_only
@@ -379,7 +415,7 @@ def test_atomics_race_with_plain_writes_only(gpu):
     launch(gpu, ["red.global.add.u32 [%b0], 1;"], [x], threads=64, grid=2)
     assert x[0] == 128
     mixed = ["setp.eq.u32 %p0, %i, 40;", "red.global.add.u32 [%b0], 1;", "@%p0 st.global.u32 [%b0], 5;"]
-    with pytest.raises(PtxError, match="plain write conflicts with an unordered atomic|atomic conflicts"):
+    with pytest.raises(PtxError, match=r"plain write conflicts with an unordered atomic|atomic conflicts"):
         launch(gpu, mixed, [x], threads=64)
 
 
@@ -426,7 +462,7 @@ def test_named_barriers_order_only_those_who_pass(gpu, seed):
     ]
     fill = lambda other: [line.replace("{other}", other) for line in lines]  # noqa: E731
     launch(gpu, fill(""), [], threads=96, seed=seed)
-    with pytest.raises(PtxError, match="data race on shared memory|uninitialised"):
+    with pytest.raises(PtxError, match=r"data race on shared memory|uninitialised"):
         launch(gpu, fill("ld.shared.u32 %t2, [word];"), [], threads=96, seed=seed)
 
 
@@ -434,12 +470,14 @@ def test_named_barriers_order_only_those_who_pass(gpu, seed):
 def test_barrier_faults(gpu):
     with pytest.raises(PtxError, match="divergent barrier: executed by 16 of 32 lanes"):
         launch(gpu, ["setp.lt.u32 %p0, %i, 16;", "@%p0 bar.sync 0;"], [])
-    with pytest.raises(PtxError, match="deadlock: warp 1 waits at a barrier|after some have exited"):
+    with pytest.raises(PtxError, match=r"deadlock: warp 1 waits at a barrier|after some have exited"):
         launch(gpu, ["setp.lt.u32 %p0, %i, 32;", "@%p0 ret;", "bar.sync 0;"], [], threads=64)
     with pytest.raises(PtxError, match="more threads at the barrier"):
         launch(gpu, ["bar.sync 1, 48;"], [], threads=64)
     with pytest.raises(PtxError, match="threads of a barrier disagree"):
-        launch(gpu, ["setp.lt.u32 %p0, %i, 32;", "@%p0 bar.sync 1, 64;", "@!%p0 bar.sync 1, 96;"], [], threads=64)
+        launch(
+            gpu, ["setp.lt.u32 %p0, %i, 32;", "@%p0 bar.sync 1, 64;", "@!%p0 bar.sync 1, 96;"], [], threads=64
+        )
 
 
 @emulated_only
@@ -452,5 +490,3 @@ def test_endless_loop(gpu):
 def test_trap(gpu):
     with pytest.raises(PtxError, match="trap"):
         launch(gpu, ["trap;"], [])
-
-

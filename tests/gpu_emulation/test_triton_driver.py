@@ -42,7 +42,7 @@ def test_tf32_uses_the_tensor_cores(gpu):
 @pytest.mark.parametrize("width", [16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_chained_products(gpu, dtype, width):
-    """On sm_90 these are wgmma with every swizzle, A from shared memory and from registers, B straight and transposed."""
+    """wgmma on sm_90: every swizzle, A from shared memory and from registers, B straight and transposed."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(n, width, generator=generator).to(gpu.device, dtype) for n in (64, 128))
     with gpu.triton() as launches:
@@ -69,7 +69,9 @@ def test_autotuning_compares_instructions(gpu):
     assert launches[-1].grid == best.grid
 
 
-@triton.autotune([triton.Config({"BLOCK": 32}, num_warps=1), triton.Config({"BLOCK": 128}, num_warps=1)], key=["n"])
+@triton.autotune(
+    [triton.Config({"BLOCK": 32}, num_warps=1), triton.Config({"BLOCK": 128}, num_warps=1)], key=["n"]
+)
 @triton.jit
 def _tuned_copy(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -120,5 +122,5 @@ def test_interpreter_is_refused(monkeypatch):
 
 def test_untested_version_is_refused(monkeypatch):
     monkeypatch.setattr(triton, "__version__", "3.0.0")
-    with pytest.raises(RuntimeError, match="this is 3.0.0"), emulated_triton(80):
+    with pytest.raises(RuntimeError, match=r"this is 3.0.0"), emulated_triton(80):
         pass

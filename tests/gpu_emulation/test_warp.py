@@ -57,7 +57,9 @@ def test_vote(gpu):
     ballot, any_not, every, uniform = evaluate(gpu, body, ["b32"] * 4, ("u32", condition))
     bits = [int((condition[w : w + 32] << np.arange(32)).sum()) for w in (0, 32)]
     assert (ballot == np.repeat(np.array(bits, np.uint64), 32)).all()
-    assert (any_not == np.repeat([1, 0], 32)).all() and (every == np.repeat([0, 1], 32)).all() and uniform.all()
+    assert (
+        (any_not == np.repeat([1, 0], 32)).all() and (every == np.repeat([0, 1], 32)).all() and uniform.all()
+    )
 
 
 def test_redux(gpu):
@@ -78,7 +80,9 @@ def test_match(gpu):
     some, every, flag = evaluate(gpu, body, ["b32"] * 3, ("b32", values))
     expected = [int(((values[w : w + 32] == values[i]) << np.arange(32)).sum()) for i, w in enumerate(WARP)]
     assert some.tolist() == expected
-    assert (every == np.repeat(np.array([0, 0xFFFFFFFF], np.uint32), 32)).all() and (flag == np.repeat([0, 1], 32)).all()
+    assert (every == np.repeat(np.array([0, 0xFFFFFFFF], np.uint32), 32)).all() and (
+        flag == np.repeat([0, 1], 32)
+    ).all()
 
 
 def test_elect_and_activemask(gpu):
@@ -86,7 +90,9 @@ def test_elect_and_activemask(gpu):
         body = "elect.sync %d0|%p0, -1; selp.u32 %d1, 1, 0, %p0;"
         leader, elected = evaluate(gpu, body, ["u32", "u32"], ("u32", X))
         assert (leader == leader[0]).all() and elected.sum() == 2
-    body = "mov.u32 %d0, 0; setp.lt.u32 %p0, %laneid, 5;".replace("%laneid", "%t0").join(["mov.u32 %t0, %laneid; ", ""])
+    body = "mov.u32 %d0, 0; setp.lt.u32 %p0, %laneid, 5;".replace("%laneid", "%t0").join(
+        ["mov.u32 %t0, %laneid; ", ""]
+    )
     found = evaluate(gpu, body + "@%p0 activemask.b32 %d0;", ["b32"], ("u32", X))
     if gpu.emulated:
         assert (found == np.where(LANE < 5, 31, 0)).all()
@@ -95,7 +101,11 @@ def test_elect_and_activemask(gpu):
 def test_special_masks(gpu):
     body = "mov.u32 %d0, %lanemask_lt; mov.u32 %d1, %lanemask_ge; mov.u32 %d2, %lanemask_eq;"
     below, from_here, equal = evaluate(gpu, body, ["b32"] * 3, ("u32", X))
-    assert (equal == 1 << LANE.astype(np.uint64)).all() and (below == equal - 1).all() and (from_here == ~below).all()
+    assert (
+        (equal == 1 << LANE.astype(np.uint64)).all()
+        and (below == equal - 1).all()
+        and (from_here == ~below).all()
+    )
 
 
 def test_diverging_loops_meet_again(gpu):

@@ -48,9 +48,13 @@ def emulated_triton(arch=80, **options):
     from triton.runtime import driver
 
     if not triton.__version__.startswith(tuple(version + "." for version in TESTED_VERSIONS)):
-        raise RuntimeError(f"emulated_triton: tested with Triton {TESTED_VERSIONS}, this is {triton.__version__}")
+        raise RuntimeError(
+            f"emulated_triton: tested with Triton {TESTED_VERSIONS}, this is {triton.__version__}"
+        )
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        raise RuntimeError("emulated_triton: TRITON_INTERPRET is set, kernels would be interpreted, not compiled")
+        raise RuntimeError(
+            "emulated_triton: TRITON_INTERPRET is set, kernels would be interpreted, not compiled"
+        )
     if arch not in DEVICES:
         raise ValueError(f"emulated_triton: arch must be one of {sorted(DEVICES)}, got {arch}")
     emulated = _Driver(arch, ptx.Options(**options))
@@ -105,7 +109,9 @@ class _Launcher:
         self.signature = dict(source.signature)
         self.metadata = metadata
 
-    def __call__(self, grid_x, grid_y, grid_z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *args):
+    def __call__(
+        self, grid_x, grid_y, grid_z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *args
+    ):
         from triton.runtime import driver
 
         module, name = function

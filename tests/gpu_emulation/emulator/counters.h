@@ -33,13 +33,13 @@ inline constexpr const char* kCounterNames =
     "global_load_sectors global_load_bytes global_store_requests global_store_sectors global_store_bytes "
     "shared_requests shared_wavefronts shared_wavefronts_ideal barriers atomics async_copies";
 
-// The 32-byte sectors that the lanes touch, each of them `bytes` from its address (CUDA C++ Best Practices Guide,
-// "Coalesced Access to Global Memory").
+// The 32-byte sectors that the lanes touch, each of them `bytes` from its address (CUDA C++ Best Practices
+// Guide, "Coalesced Access to Global Memory").
 int count_sectors(const uint64_t* addresses, LaneMask lanes, int bytes);
 
-// Passes over the 32 four-byte banks of shared memory: lanes that want different words of one bank take turns, equal
-// words are read once. Accesses of 8 and 16 bytes go by half and quarter warps (CUDA C++ Programming Guide, "Shared
-// Memory" of compute capability 5.x and later).
+// Passes over the 32 four-byte banks of shared memory: lanes that want different words of one bank take
+// turns, equal words are read once. Accesses of 8 and 16 bytes go by half and quarter warps (CUDA C++
+// Programming Guide, "Shared Memory" of compute capability 5.x and later).
 int count_wavefronts(const uint64_t* addresses, LaneMask lanes, int bytes);
 
 // The passes that the same words would take if they were spread evenly over the banks.

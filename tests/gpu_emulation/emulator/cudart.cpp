@@ -1,6 +1,6 @@
-// Stand-in for libcudart, linked statically into a library whose kernels nvcc compiled to PTX: its launchers run
-// unchanged, and the PTX in its fat binary is executed by the emulator. Device memory is host memory.
-// A runtime call that is not here leaves the link with an undefined symbol, by name.
+// Stand-in for libcudart, linked statically into a library whose kernels nvcc compiled to PTX: its launchers
+// run unchanged, and the PTX in its fat binary is executed by the emulator. Device memory is host memory. A
+// runtime call that is not here leaves the link with an undefined symbol, by name.
 //
 // Signatures: CUDA Runtime API (cuda_runtime_api.h, included below, checks them) and, for __cuda*, the
 // registration and launch stubs that nvcc writes (crt/host_runtime.h).
@@ -137,7 +137,8 @@ cudaError_t check_not_capturing() {
 bool in_device_memory(const void* address, size_t size) {
   const auto begin = reinterpret_cast<uint64_t>(address);
   for (const PtxRegion& region : runtime().regions) {
-    if (begin >= region.address && begin + size <= region.address + region.size && !region.read_only) return true;
+    if (begin >= region.address && begin + size <= region.address + region.size && !region.read_only)
+      return true;
   }
   for (const auto& [start, allocation] : runtime().allocations) {
     const auto first = reinterpret_cast<uint64_t>(start);
@@ -159,7 +160,8 @@ bool valid_shape(dim3 grid, dim3 block) {
 
 extern "C" {
 
-EXPORT void emulated_begin(const Device* device, const PtxOptions* options, const PtxRegion* regions, size_t count) {
+EXPORT void emulated_begin(const Device* device, const PtxOptions* options, const PtxRegion* regions,
+                           size_t count) {
   Runtime& state = runtime();
   state.device = *device;
   state.options = *options;
@@ -175,7 +177,9 @@ EXPORT void emulated_begin(const Device* device, const PtxOptions* options, cons
 
 EXPORT const char* emulated_fault() { return runtime().fault.c_str(); }
 
-EXPORT const char* emulated_error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+EXPORT const char* emulated_error_string(int code) {
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
 
 EXPORT int emulated_launch_count() { return static_cast<int>(runtime().launches.size()); }
 
@@ -184,8 +188,9 @@ EXPORT const LaunchRecord* emulated_launch(size_t i) { return &runtime().launche
 // ---- Registration, called by constructors in the code nvcc writes.
 
 void** __cudaRegisterFatBinary(void* wrapper) {
-  // fatBinaryCtl.h: {magic, version, data, filename}. The data is a header {magic u32, version u16, header size u16,
-  // payload size u64} and entries {kind u16, version u16, header size u32, size u64, compressed size u32, ...}.
+  // fatBinaryCtl.h: {magic, version, data, filename}. The data is a header {magic u32, version u16, header
+  // size u16, payload size u64} and entries {kind u16, version u16, header size u32, size u64, compressed
+  // size u32, ...}.
   struct Wrapper {
     int magic;
     int version;
@@ -233,8 +238,8 @@ void __cudaUnregisterFatBinary(void** handle) {
 
 char __cudaInitModule(void**) { return 1; }
 
-void __cudaRegisterFunction(void** handle, const char* stub, char*, const char* name, int, void*, void*, void*, void*,
-                            int*) {
+void __cudaRegisterFunction(void** handle, const char* stub, char*, const char* name, int, void*, void*,
+                            void*, void*, int*) {
   runtime().kernels[stub] = {reinterpret_cast<FatBinary*>(handle), name};
 }
 
@@ -271,7 +276,8 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
   if (!valid_shape(grid, block)) return fail(cudaErrorInvalidConfiguration);
   if (shared > kernel->dynamic_shared_limit) return fail(cudaErrorInvalidValue);
   if (load(*kernel->binary) != cudaSuccess) return state.last_error;
-  if (kernel->binary->static_shared[kernel->name] + shared > static_cast<size_t>(state.device.shared_per_block)) {
+  if (kernel->binary->static_shared[kernel->name] + shared >
+      static_cast<size_t>(state.device.shared_per_block)) {
     return fail(cudaErrorInvalidValue);
   }
 
@@ -283,8 +289,8 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
   launch->counters.resize(counter_count());
   const PtxLaunchShape shape = {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared};
   std::vector<char> message(16000);
-  if (ptx_launch(kernel->binary->module, kernel->name.c_str(), &shape, arguments, regions.data(), regions.size(),
-                 &state.options, launch->counters.data(), message.data(), message.size())) {
+  if (ptx_launch(kernel->binary->module, kernel->name.c_str(), &shape, arguments, regions.data(),
+                 regions.size(), &state.options, launch->counters.data(), message.data(), message.size())) {
     if (state.fault.empty()) state.fault = kernel->name + ": " + message.data();
     return fail(cudaErrorLaunchFailure);
   }
@@ -305,7 +311,8 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   if (!kernel) return fail(cudaErrorInvalidDeviceFunction);
   if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    return refuse("cudaFuncSetAttribute: attribute " + std::to_string(attribute) + " is unknown to the stand-in");
+    return refuse("cudaFuncSetAttribute: attribute " + std::to_string(attribute) +
+                  " is unknown to the stand-in");
   }
   if (load(*kernel->binary) != cudaSuccess) return runtime().last_error;
   const size_t limit = runtime().device.shared_per_block - kernel->binary->static_shared[kernel->name];
@@ -315,8 +322,8 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
 }
 
 // Blocks that threads, slots and shared memory leave room for. PTX has no registers to count.
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* function, int threads,
-                                                                   size_t shared, unsigned) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* function,
+                                                                   int threads, size_t shared, unsigned) {
   KernelHandle* kernel = find_kernel(function);
   if (!kernel) return fail(cudaErrorInvalidDeviceFunction);
   if (load(*kernel->binary) != cudaSuccess) return runtime().last_error;
@@ -393,7 +400,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMaxGridDimZ: *value = 65535; break;
     case cudaDevAttrWarpSize: *value = 32; break;
     default:
-      return refuse("cudaDeviceGetAttribute: attribute " + std::to_string(attribute) + " is unknown to the stand-in");
+      return refuse("cudaDeviceGetAttribute: attribute " + std::to_string(attribute) +
+                    " is unknown to the stand-in");
   }
   return cudaSuccess;
 }
@@ -404,7 +412,8 @@ cudaError_t cudaMalloc(void** address, size_t size) {
   if (check_not_capturing() != cudaSuccess) return cudaErrorStreamCaptureUnsupported;
   const size_t kAlignment = 256;  // CUDA C++ Programming Guide, "Device Memory Accesses"
   auto storage = std::make_unique<char[]>(size + kAlignment);
-  const uintptr_t start = (reinterpret_cast<uintptr_t>(storage.get()) + kAlignment - 1) / kAlignment * kAlignment;
+  const uintptr_t start =
+      (reinterpret_cast<uintptr_t>(storage.get()) + kAlignment - 1) / kAlignment * kAlignment;
   *address = reinterpret_cast<void*>(start);
   memset(*address, 0xff, size);  // NaN in every floating type
   runtime().allocations[*address] = {size, std::move(storage)};
@@ -443,13 +452,16 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind) 
 
 cudaError_t cudaMemsetAsync(void* address, int value, size_t size, cudaStream_t) {
   if (runtime().options.bounds && !in_device_memory(address, size)) {
-    return refuse("cudaMemsetAsync of " + std::to_string(size) + " bytes reaches outside the buffers that may be written");
+    return refuse("cudaMemsetAsync of " + std::to_string(size) +
+                  " bytes reaches outside the buffers that may be written");
   }
   memset(address, value, size);
   return cudaSuccess;
 }
 
-cudaError_t cudaMemset(void* address, int value, size_t size) { return cudaMemsetAsync(address, value, size, nullptr); }
+cudaError_t cudaMemset(void* address, int value, size_t size) {
+  return cudaMemsetAsync(address, value, size, nullptr);
+}
 
 // ---- Streams.
 

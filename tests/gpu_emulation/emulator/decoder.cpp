@@ -29,20 +29,40 @@ using Scope = std::unordered_map<std::string_view, Symbol>;
 
 const std::unordered_map<std::string_view, Special>& special_registers() {
   static const std::unordered_map<std::string_view, Special> names = {
-      {"%ctaid.x", Special::kCtaidX}, {"%ctaid.y", Special::kCtaidY}, {"%ctaid.z", Special::kCtaidZ},
-      {"%tid.x", Special::kTidX}, {"%tid.y", Special::kTidY}, {"%tid.z", Special::kTidZ},
-      {"%ntid.x", Special::kNtidX}, {"%ntid.y", Special::kNtidY}, {"%ntid.z", Special::kNtidZ},
-      {"%nctaid.x", Special::kNctaidX}, {"%nctaid.y", Special::kNctaidY}, {"%nctaid.z", Special::kNctaidZ},
-      {"%laneid", Special::kLaneid}, {"%warpid", Special::kWarpid}, {"%nwarpid", Special::kNwarpid},
-      {"%smid", Special::kSmid}, {"%nsmid", Special::kNsmid}, {"%gridid", Special::kGridid},
-      {"%lanemask_eq", Special::kLanemaskEq}, {"%lanemask_lt", Special::kLanemaskLt},
-      {"%lanemask_le", Special::kLanemaskLe}, {"%lanemask_gt", Special::kLanemaskGt},
-      {"%lanemask_ge", Special::kLanemaskGe}, {"%dynamic_smem_size", Special::kDynamicSmemSize},
-      {"%total_smem_size", Special::kTotalSmemSize}, {"%cluster_ctaid.x", Special::kClusterCtaid},
-      {"%cluster_ctaid.y", Special::kClusterCtaid}, {"%cluster_ctaid.z", Special::kClusterCtaid},
-      {"%cluster_ctarank", Special::kClusterCtaid}, {"%is_explicit_cluster", Special::kClusterCtaid},
-      {"%cluster_nctaid.x", Special::kClusterNctaid}, {"%cluster_nctaid.y", Special::kClusterNctaid},
-      {"%cluster_nctaid.z", Special::kClusterNctaid}, {"%cluster_nctarank", Special::kClusterNctaid},
+      {"%ctaid.x", Special::kCtaidX},
+      {"%ctaid.y", Special::kCtaidY},
+      {"%ctaid.z", Special::kCtaidZ},
+      {"%tid.x", Special::kTidX},
+      {"%tid.y", Special::kTidY},
+      {"%tid.z", Special::kTidZ},
+      {"%ntid.x", Special::kNtidX},
+      {"%ntid.y", Special::kNtidY},
+      {"%ntid.z", Special::kNtidZ},
+      {"%nctaid.x", Special::kNctaidX},
+      {"%nctaid.y", Special::kNctaidY},
+      {"%nctaid.z", Special::kNctaidZ},
+      {"%laneid", Special::kLaneid},
+      {"%warpid", Special::kWarpid},
+      {"%nwarpid", Special::kNwarpid},
+      {"%smid", Special::kSmid},
+      {"%nsmid", Special::kNsmid},
+      {"%gridid", Special::kGridid},
+      {"%lanemask_eq", Special::kLanemaskEq},
+      {"%lanemask_lt", Special::kLanemaskLt},
+      {"%lanemask_le", Special::kLanemaskLe},
+      {"%lanemask_gt", Special::kLanemaskGt},
+      {"%lanemask_ge", Special::kLanemaskGe},
+      {"%dynamic_smem_size", Special::kDynamicSmemSize},
+      {"%total_smem_size", Special::kTotalSmemSize},
+      {"%cluster_ctaid.x", Special::kClusterCtaid},
+      {"%cluster_ctaid.y", Special::kClusterCtaid},
+      {"%cluster_ctaid.z", Special::kClusterCtaid},
+      {"%cluster_ctarank", Special::kClusterCtaid},
+      {"%is_explicit_cluster", Special::kClusterCtaid},
+      {"%cluster_nctaid.x", Special::kClusterNctaid},
+      {"%cluster_nctaid.y", Special::kClusterNctaid},
+      {"%cluster_nctaid.z", Special::kClusterNctaid},
+      {"%cluster_nctarank", Special::kClusterNctaid},
   };
   return names;
 }
@@ -60,7 +80,9 @@ const std::unordered_map<std::string_view, Decode>& opcode_table() {
   return table;
 }
 
-uint64_t align_up(uint64_t value, uint64_t alignment) { return (value + alignment - 1) / alignment * alignment; }
+uint64_t align_up(uint64_t value, uint64_t alignment) {
+  return (value + alignment - 1) / alignment * alignment;
+}
 
 }  // namespace
 
@@ -156,7 +178,8 @@ class KernelDecoder {
   }
 
   void declare_module_variables() {
-    for (const syntax::Variable& variable : program_.syntax.variables) declare_variable(variable, scopes_.front());
+    for (const syntax::Variable& variable : program_.syntax.variables)
+      declare_variable(variable, scopes_.front());
   }
 
   void declare_variable(const syntax::Variable& variable, Scope& scope) {
@@ -283,7 +306,8 @@ class KernelDecoder {
     if (guard.empty()) return;
     const Symbol* symbol = find(guard);
     if (!symbol || symbol->kind != Symbol::kPredicate) {
-      throw Error("PTX line " + std::to_string(instruction.line) + ": unknown predicate " + std::string(guard));
+      throw Error("PTX line " + std::to_string(instruction.line) + ": unknown predicate " +
+                  std::string(guard));
     }
     instruction.guard = static_cast<int32_t>(symbol->index);
     instruction.guard_negated = negated;
@@ -295,7 +319,8 @@ class KernelDecoder {
     kernel_.code.push_back(std::move(instruction));
   }
 
-  // Calls are inlined: formal parameters become names of the actual ones, which are local memory of the caller.
+  // Calls are inlined: formal parameters become names of the actual ones, which are local memory of the
+  // caller.
   void decode_item(const syntax::Call& call) {
     const auto found = program_.syntax.functions.find(call.function);
     if (found == program_.syntax.functions.end()) {
@@ -305,11 +330,14 @@ class KernelDecoder {
     const syntax::Function& function = found->second;
     constexpr size_t kDeepest = 30;
     if (return_labels_.size() >= kDeepest) {
-      kernel_.unsupported.push_back("line " + std::to_string(call.line) + ": recursive call of " + function.name);
+      kernel_.unsupported.push_back("line " + std::to_string(call.line) + ": recursive call of " +
+                                    function.name);
       return;
     }
-    if (call.returns.size() != function.returns.size() || call.arguments.size() != function.parameters.size()) {
-      throw Error("PTX line " + std::to_string(call.line) + ": wrong number of arguments for " + function.name);
+    if (call.returns.size() != function.returns.size() ||
+        call.arguments.size() != function.parameters.size()) {
+      throw Error("PTX line " + std::to_string(call.line) + ": wrong number of arguments for " +
+                  function.name);
     }
     const uint32_t end = new_label();
     if (!call.guard.empty()) {
@@ -320,7 +348,8 @@ class KernelDecoder {
       add_branch(std::move(skip), end);
     }
     Scope formals;
-    for (size_t i = 0; i < call.returns.size(); ++i) bind(formals, function.returns[i], call.returns[i], call.line);
+    for (size_t i = 0; i < call.returns.size(); ++i)
+      bind(formals, function.returns[i], call.returns[i], call.line);
     for (size_t i = 0; i < call.arguments.size(); ++i) {
       bind(formals, function.parameters[i], call.arguments[i], call.line);
     }
@@ -338,7 +367,8 @@ class KernelDecoder {
 
   void bind(Scope& scope, const syntax::Parameter& formal, std::string_view actual, int line) {
     const Symbol* symbol = find(actual);
-    if (!symbol) throw Error("PTX line " + std::to_string(line) + ": unknown argument " + std::string(actual));
+    if (!symbol)
+      throw Error("PTX line " + std::to_string(line) + ": unknown argument " + std::string(actual));
     scope.insert_or_assign(formal.name, *symbol);
   }
 
@@ -373,7 +403,9 @@ class KernelDecoder {
   }
 
   struct ConstantHash {
-    size_t operator()(const std::pair<uint64_t, bool>& key) const { return std::hash<uint64_t>()(key.first) + key.second; }
+    size_t operator()(const std::pair<uint64_t, bool>& key) const {
+      return std::hash<uint64_t>()(key.first) + key.second;
+    }
   };
 
   Program& program_;
@@ -404,7 +436,8 @@ void Decoding::unsupported(const std::string& what) const {
 }
 
 void Decoding::finish() const {
-  if (!modifiers_.empty()) unsupported("modifier ." + std::string(modifiers_.front()) + " is not implemented");
+  if (!modifiers_.empty())
+    unsupported("modifier ." + std::string(modifiers_.front()) + " is not implemented");
 }
 
 bool Decoding::accept(std::string_view modifier) {
@@ -511,11 +544,13 @@ Operand Decoding::row(const syntax::Operand& operand, Type type, bool destinatio
   }
   if (operand.kind == Kind::kFloat && !destination) {
     // A literal takes the type of the instruction; 0f... in a bit-typed one keeps its bits (section 4.5.2).
-    if (operand.single && !wide && (!is_float(type) || type == Type::kF32)) return kernel_.constant(operand.bits, false);
+    if (operand.single && !wide && (!is_float(type) || type == Type::kF32))
+      return kernel_.constant(operand.bits, false);
     const double value = operand.single ? std::bit_cast<float>(static_cast<uint32_t>(operand.bits))
                                         : std::bit_cast<double>(operand.bits);
     switch (type) {
-      case Type::kF64: case Type::kB64: return kernel_.constant(std::bit_cast<uint64_t>(value), true);
+      case Type::kF64:
+      case Type::kB64: return kernel_.constant(std::bit_cast<uint64_t>(value), true);
       case Type::kF32: return kernel_.constant(std::bit_cast<uint32_t>(static_cast<float>(value)), false);
       case Type::kF16: return kernel_.constant(to_half(static_cast<float>(value)).bits, false);
       case Type::kBf16: return kernel_.constant(to_bfloat16(static_cast<float>(value)).bits, false);
@@ -529,7 +564,8 @@ Operand Decoding::row(const syntax::Operand& operand, Type type, bool destinatio
   }
   const Symbol* symbol = kernel_.find(operand.name);
   if (!symbol) unsupported("unknown name " + std::string(operand.name));
-  if (symbol->kind == Symbol::kVariable && !destination) return kernel_.address_constant(*symbol, operand.offset, wide);
+  if (symbol->kind == Symbol::kVariable && !destination)
+    return kernel_.address_constant(*symbol, operand.offset, wide);
   if (symbol->kind != Symbol::kRegister) unsupported(std::string(operand.name) + " is not a register");
   if (symbol->wide != wide && !relaxed) {
     unsupported("register " + std::string(operand.name) + " does not have the size of the type");
@@ -608,7 +644,8 @@ uint64_t Decoding::immediate(int position) {
 
 Address Decoding::address(int position) {
   const syntax::Operand& operand = at(position);
-  if (operand.kind != syntax::Operand::kAddress) unsupported("operand " + std::to_string(position) + " is no address");
+  if (operand.kind != syntax::Operand::kAddress)
+    unsupported("operand " + std::to_string(position) + " is no address");
   Address address;
   address.offset = operand.offset;
   if (operand.name.empty()) return address;

@@ -1,5 +1,5 @@
-// Turns the statements of a kernel into instructions: scopes, registers, memory, labels and calls are resolved here;
-// each instruction family decodes its own modifiers and operands through Decoding.
+// Turns the statements of a kernel into instructions: scopes, registers, memory, labels and calls are
+// resolved here; each instruction family decodes its own modifiers and operands through Decoding.
 #pragma once
 #include <initializer_list>
 #include <optional>
@@ -13,7 +13,8 @@ namespace ptx {
 
 class KernelDecoder;
 
-// One statement being decoded. Modifiers are taken by name; one that nobody took makes the statement unsupported.
+// One statement being decoded. Modifiers are taken by name; one that nobody took makes the statement
+// unsupported.
 class Decoding {
  public:
   Decoding(KernelDecoder& kernel, const syntax::Statement& statement, Instruction& instruction);

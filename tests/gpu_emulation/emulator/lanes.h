@@ -8,8 +8,8 @@
 
 namespace ptx {
 
-// Calls body(lane) for every lane of the mask. A full warp is a plain loop, which the compiler vectorises; lanes are
-// independent of each other.
+// Calls body(lane) for every lane of the mask. A full warp is a plain loop, which the compiler vectorises;
+// lanes are independent of each other.
 template <class Body>
 inline void for_each_lane(LaneMask lanes, Body body) {
   if (lanes == kAllLanes) {

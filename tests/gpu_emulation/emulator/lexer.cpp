@@ -32,7 +32,9 @@ class Lexer {
   }
 
  private:
-  static bool is_word(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%'; }
+  static bool is_word(char c) {
+    return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%';
+  }
 
   char peek(size_t ahead = 0) const {
     return position_ + ahead < source_.size() ? source_[position_ + ahead] : '\0';
@@ -47,7 +49,8 @@ class Lexer {
         while (position_ < source_.size() && peek() != '\n') ++position_;
       } else if (peek() == '/' && peek(1) == '*') {
         const size_t end = source_.find("*/", position_);
-        if (end == std::string_view::npos) throw Error("PTX line " + std::to_string(line_) + ": comment without an end");
+        if (end == std::string_view::npos)
+          throw Error("PTX line " + std::to_string(line_) + ": comment without an end");
         for (; position_ < end + 2; ++position_) line_ += peek() == '\n';
       } else {
         return;
@@ -63,7 +66,8 @@ class Lexer {
 
   // With dots and '::' the word of an opcode: ld.global.L2::128B.b32.
   void skip_word(bool dots) {
-    while (is_word(peek()) || (dots && peek() == '.') || (peek() == ':' && peek(1) == ':' && is_word(peek(2)))) {
+    while (is_word(peek()) || (dots && peek() == '.') ||
+           (peek() == ':' && peek(1) == ':' && is_word(peek(2)))) {
       position_ += peek() == ':' ? 2 : 1;
     }
   }

@@ -10,8 +10,8 @@ struct Token {
   int line;
 };
 
-// Names, opcodes with their modifiers and numbers are one token each; a directive such as .reg.b32 becomes two.
-// The last token is empty.
+// Names, opcodes with their modifiers and numbers are one token each; a directive such as .reg.b32 becomes
+// two. The last token is empty.
 std::vector<Token> tokenize(std::string_view source);
 
 }  // namespace ptx

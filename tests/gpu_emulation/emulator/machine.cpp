@@ -36,8 +36,8 @@ void Warp::set_pc(LaneMask lanes, uint32_t target) {
 
 // ---- Launch.
 
-void Machine::launch(const Kernel& kernel, const PtxLaunchShape& shape, void** arguments, const PtxRegion* regions,
-                     size_t region_count, const PtxOptions& options) {
+void Machine::launch(const Kernel& kernel, const PtxLaunchShape& shape, void** arguments,
+                     const PtxRegion* regions, size_t region_count, const PtxOptions& options) {
   if (!kernel.unsupported.empty()) {
     std::string list;
     for (const std::string& name : kernel.unsupported) list += "\n  " + name;
@@ -46,7 +46,8 @@ void Machine::launch(const Kernel& kernel, const PtxLaunchShape& shape, void** a
   const uint64_t threads = uint64_t{shape.block[0]} * shape.block[1] * shape.block[2];
   const uint64_t blocks = uint64_t{shape.grid[0]} * shape.grid[1] * shape.grid[2];
   if (threads < 1 || threads > kMaxThreads) throw Error("a block of " + std::to_string(threads) + " threads");
-  if (blocks > kMaxBlocks) throw Error("a grid of " + std::to_string(blocks) + " blocks is too large to emulate");
+  if (blocks > kMaxBlocks)
+    throw Error("a grid of " + std::to_string(blocks) + " blocks is too large to emulate");
 
   kernel_ = &kernel;
   options_ = options;
@@ -56,7 +57,8 @@ void Machine::launch(const Kernel& kernel, const PtxLaunchShape& shape, void** a
   counters_ = {};
   random_.seed(options.seed);
   block_clock_ = 0;
-  memory_.begin_launch(kernel, program_, regions, region_count, options, shape.dynamic_shared, arguments, threads_);
+  memory_.begin_launch(kernel, program_, regions, region_count, options, shape.dynamic_shared, arguments,
+                       threads_);
   prepare_warps(threads_);
 
   std::vector<uint32_t> order(blocks);
@@ -73,8 +75,8 @@ void Machine::launch(const Kernel& kernel, const PtxLaunchShape& shape, void** a
 }
 
 std::string Machine::place() const {
-  std::string text = " [block (" + std::to_string(block_index_[0]) + ", " + std::to_string(block_index_[1]) + ", " +
-                     std::to_string(block_index_[2]) + ")";
+  std::string text = " [block (" + std::to_string(block_index_[0]) + ", " + std::to_string(block_index_[1]) +
+                     ", " + std::to_string(block_index_[2]) + ")";
   if (warp_ && instruction_) {
     text += ", warp " + std::to_string(warp_->index) + ", lane " + std::to_string(lane_) + ", PTX line " +
             std::to_string(instruction_->line) + ": " + instruction_->text;
@@ -192,7 +194,8 @@ void Machine::run_block() {
       break;
     }
   }
-  if (std::any_of(warps_.begin(), warps_.end(), [](const Warp& warp) { return warp.alive != 0; })) fail_deadlock();
+  if (std::any_of(warps_.begin(), warps_.end(), [](const Warp& warp) { return warp.alive != 0; }))
+    fail_deadlock();
 }
 
 void Machine::fail_deadlock() const {
@@ -200,7 +203,8 @@ void Machine::fail_deadlock() const {
   for (const Warp& warp : warps_) {
     if (!warp.alive) continue;
     text += " warp " + std::to_string(warp.index);
-    if (warp.at_barrier) text += " waits at a barrier (" + std::to_string(std::popcount(warp.at_barrier)) + " lanes)";
+    if (warp.at_barrier)
+      text += " waits at a barrier (" + std::to_string(std::popcount(warp.at_barrier)) + " lanes)";
     if (warp.at_collective) {
       text += " waits for lanes that never arrive at its collective (" +
               std::to_string(std::popcount(warp.at_collective)) + " lanes)";
@@ -245,7 +249,8 @@ void Machine::step(Warp& warp) {
   lane_ = std::countr_zero(lanes ? lanes : here);
   ++counters_.instructions;
   counters_.thread_instructions += std::popcount(lanes);
-  if (counters_.instructions > options_.instruction_limit) throw Error("instruction limit reached: an endless loop?");
+  if (counters_.instructions > options_.instruction_limit)
+    throw Error("instruction limit reached: an endless loop?");
 
   const LaneMask done = lanes ? instruction.execute(*this, instruction, lanes) : 0;
   warp.set_pc((here & ~lanes) | done, pc + 1);
@@ -294,7 +299,8 @@ LaneMask Machine::gather_groups(LaneMask lanes, const Operand& members, LaneGrou
     if (!(group >> lane & 1)) throw Error("a lane that executes this is not in its member mask");
     if ((group & left) != group) throw Error("lanes of a member mask are not here, or in two masks");
     for (LaneMask rest = group; rest; rest &= rest - 1) {
-      if ((masks[std::countr_zero(rest)] & warp.exists) != group) throw Error("member masks of a tile differ");
+      if ((masks[std::countr_zero(rest)] & warp.exists) != group)
+        throw Error("member masks of a tile differ");
     }
     groups.push_back(group);
     left &= ~group;
@@ -326,7 +332,8 @@ void Machine::arrive_at_barrier(LaneMask lanes, uint32_t number, uint32_t thread
   if (!threads && alive != threads_) throw Error("a barrier of all threads after some have exited");
   Barrier& barrier = barriers_[number];
   const uint32_t expected = threads ? threads : alive;
-  if (threads && barrier.arrived && barrier.expected != expected) throw Error("threads of a barrier disagree on its count");
+  if (threads && barrier.arrived && barrier.expected != expected)
+    throw Error("threads of a barrier disagree on its count");
   barrier.expected = expected;
   barrier.arrived += std::popcount(lanes);
   barrier.warps |= 1u << warp.index;

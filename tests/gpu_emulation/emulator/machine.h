@@ -1,5 +1,5 @@
-// Runs a grid: one block after the other, its warps in turns, the lanes of a warp in lock-step. Lanes that diverge
-// meet again because those with the lowest program counter go first.
+// Runs a grid: one block after the other, its warps in turns, the lanes of a warp in lock-step. Lanes that
+// diverge meet again because those with the lowest program counter go first.
 #pragma once
 #include <cstdint>
 #include <random>
@@ -46,18 +46,18 @@ struct alignas(64) Row {
 };
 
 struct Warp {
-  uint32_t index = 0;            // in the block
-  LaneMask exists = 0;           // the last warp of a block may have fewer lanes
-  LaneMask alive = 0;            // not exited
-  LaneMask running = 0;          // alive, and waiting for nobody
-  LaneMask at_barrier = 0;       // of the block
-  LaneMask at_collective = 0;    // waiting for lanes of the member mask
+  uint32_t index = 0;             // in the block
+  LaneMask exists = 0;            // the last warp of a block may have fewer lanes
+  LaneMask alive = 0;             // not exited
+  LaneMask running = 0;           // alive, and waiting for nobody
+  LaneMask at_barrier = 0;        // of the block
+  LaneMask at_collective = 0;     // waiting for lanes of the member mask
   uint8_t barrier_of[kWarpSize];  // the barrier a lane waits at
-  bool converged = true;         // all running lanes are at `pc`
+  bool converged = true;          // all running lanes are at `pc`
   uint32_t pc = 0;
-  uint32_t lane_pc[kWarpSize];   // where not converged
-  uint32_t clock = 0;            // barriers passed, see races.h
-  uint32_t epoch = 0;            // bar.warp.sync passed
+  uint32_t lane_pc[kWarpSize];  // where not converged
+  uint32_t clock = 0;           // barriers passed, see races.h
+  uint32_t epoch = 0;           // bar.warp.sync passed
   uint32_t seen[kMaxWarps];
   std::vector<Row> rows;
   std::vector<LaneMask> predicates;
@@ -128,8 +128,8 @@ class Machine {
   uint32_t thread(int lane) const { return warp_->index * kWarpSize + lane; }
   void set_lane(int lane) { lane_ = lane; }
 
-  // A collective of the lanes in `members` (bar.warp.sync, shfl.sync ...): those that have arrived, or 0 while some
-  // are missing; the lanes then wait. Throws where the rest can never come.
+  // A collective of the lanes in `members` (bar.warp.sync, shfl.sync ...): those that have arrived, or 0
+  // while some are missing; the lanes then wait. Throws where the rest can never come.
   LaneMask gather(LaneMask lanes, LaneMask members);
 
   // As gather, where lanes may name different masks (tiles of a warp). `groups` receives the distinct masks.

@@ -21,8 +21,9 @@ const char* verb(AccessKind kind) { return kind == AccessKind::kRead ? "read" : 
 
 }  // namespace
 
-void Memory::begin_launch(const Kernel& kernel, const Program& program, const PtxRegion* regions, size_t count,
-                          const PtxOptions& options, uint64_t dynamic_shared, void** arguments, uint32_t threads) {
+void Memory::begin_launch(const Kernel& kernel, const Program& program, const PtxRegion* regions,
+                          size_t count, const PtxOptions& options, uint64_t dynamic_shared, void** arguments,
+                          uint32_t threads) {
   options_ = options;
   race_options_ = {options.grid_races != 0, options.warp_races != 0};
   regions_.clear();
@@ -37,7 +38,8 @@ void Memory::begin_launch(const Kernel& kernel, const Program& program, const Pt
 
   dynamic_shared_ = dynamic_shared;
   const uint64_t total = dynamic_shared ? kernel.dynamic_shared_offset + dynamic_shared : kernel.shared_bytes;
-  if (total > kMaxShared) throw Error("shared memory of " + std::to_string(total) + " bytes, a block can have 232448");
+  if (total > kMaxShared)
+    throw Error("shared memory of " + std::to_string(total) + " bytes, a block can have 232448");
   shared_.assign(total, kSharedPoison);
   shared_state_.assign(total, kUnwritten);
   shared_history_ = options.races ? std::make_unique<AccessHistory>(total, true) : nullptr;
@@ -84,7 +86,8 @@ uint8_t* Memory::access(Space space, uint64_t address, int bytes, AccessKind kin
   }
 }
 
-uint8_t* Memory::shared(uint64_t address, int bytes, AccessKind kind, uint32_t thread, const uint8_t* new_bytes) {
+uint8_t* Memory::shared(uint64_t address, int bytes, AccessKind kind, uint32_t thread,
+                        const uint8_t* new_bytes) {
   const uint64_t offset = static_cast<uint32_t>(address);
   if (offset + bytes > shared_.size()) {
     throw Error("shared memory access out of bounds: offset " + std::to_string(offset) + " of " +
@@ -104,7 +107,9 @@ void Memory::check_initialised(uint64_t offset, int bytes, AccessKind kind) cons
   switch (bytes) {
     case 4: written = all_bytes_are<uint32_t>(state, kWritten); break;
     case 8: written = all_bytes_are<uint64_t>(state, kWritten); break;
-    case 16: written = all_bytes_are<uint64_t>(state, kWritten) && all_bytes_are<uint64_t>(state + 8, kWritten); break;
+    case 16:
+      written = all_bytes_are<uint64_t>(state, kWritten) && all_bytes_are<uint64_t>(state + 8, kWritten);
+      break;
     default: written = std::all_of(state, state + bytes, [](uint8_t s) { return s == kWritten; }); break;
   }
   if (written) return;
@@ -113,11 +118,13 @@ void Memory::check_initialised(uint64_t offset, int bytes, AccessKind kind) cons
     if (state[i] == kInFlight) {
       throw Error(std::string(verb(kind)) + " of shared memory with a cp.async still in flight" + at);
     }
-    if (state[i] == kUnwritten && kind != AccessKind::kWrite) throw Error("read of uninitialised shared memory" + at);
+    if (state[i] == kUnwritten && kind != AccessKind::kWrite)
+      throw Error("read of uninitialised shared memory" + at);
   }
 }
 
-uint8_t* Memory::global(uint64_t address, int bytes, AccessKind kind, uint32_t thread, const uint8_t* new_bytes) {
+uint8_t* Memory::global(uint64_t address, int bytes, AccessKind kind, uint32_t thread,
+                        const uint8_t* new_bytes) {
   auto* data = reinterpret_cast<uint8_t*>(address);
   if (!options_.bounds) return data;
   Region* region = last_region_;
@@ -128,7 +135,8 @@ uint8_t* Memory::global(uint64_t address, int bytes, AccessKind kind, uint32_t t
     if (found == regions_.end()) fail_out_of_bounds(address, kind);
     region = last_region_ = &*found;
   }
-  if (kind != AccessKind::kRead && region->read_only) throw Error("write to read-only buffer " + region->name);
+  if (kind != AccessKind::kRead && region->read_only)
+    throw Error("write to read-only buffer " + region->name);
   if (options_.races && !region->read_only) {
     // Words of the history are words of memory also where the region starts within one.
     const uint64_t start = region->begin & ~3ull;
@@ -144,8 +152,9 @@ void Memory::check_race(AccessHistory& history, const char* what, uint64_t offse
   const char* race = history.record(offset, bytes, kind, accessor, race_options_, old_bytes, new_bytes);
   if (!race) return;
   const uint32_t other = history.other_thread() - 1;
-  throw Error(std::string("data race on ") + what + " memory at offset " + std::to_string(offset) + ": " + race +
-              " (thread " + std::to_string(other & 1023) + " of block " + std::to_string(other >> 10) + ")");
+  throw Error(std::string("data race on ") + what + " memory at offset " + std::to_string(offset) + ": " +
+              race + " (thread " + std::to_string(other & 1023) + " of block " + std::to_string(other >> 10) +
+              ")");
 }
 
 void Memory::fail_out_of_bounds(uint64_t address, AccessKind kind) const {
@@ -153,7 +162,9 @@ void Memory::fail_out_of_bounds(uint64_t address, AccessKind kind) const {
   uint64_t least = ~0ull;
   for (const Region& region : regions_) {
     const bool before = address < region.begin;
-    const uint64_t distance = before ? region.begin - address : address >= region.end ? address - region.end : 0;
+    const uint64_t distance = before                  ? region.begin - address
+                              : address >= region.end ? address - region.end
+                                                      : 0;
     if (distance >= least) continue;
     least = distance;
     nearest = "nearest is " + region.name + (before ? " - " : " + ") +

@@ -37,7 +37,8 @@ class Memory {
   uint64_t shared_bytes() const { return shared_.size(); }
   uint64_t dynamic_shared() const { return dynamic_shared_; }
 
-  // Set by the machine before the accesses of a warp: its clock and what it has seen. `thread` of it is unused.
+  // Set by the machine before the accesses of a warp: its clock and what it has seen. `thread` of it is
+  // unused.
   Accessor accessor = {};
   uint32_t block = 0;  // number of the block, for races between blocks
 

@@ -49,8 +49,7 @@ class Parser {
   }
 
   void skip_past(std::string_view text) {
-    while (next() != text) {
-    }
+    while (next() != text) {}
   }
 
   void skip_line() {
@@ -82,7 +81,8 @@ class Parser {
     if (!digits.empty() && (digits.back() == 'U' || digits.back() == 'u')) digits.remove_suffix(1);
     uint64_t value = 0;
     const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value, base);
-    if (error != std::errc() || end != digits.data() + digits.size()) fail("bad number '" + std::string(text) + "'");
+    if (error != std::errc() || end != digits.data() + digits.size())
+      fail("bad number '" + std::string(text) + "'");
     return value;
   }
 
@@ -93,7 +93,8 @@ class Parser {
   uint64_t hex(std::string_view digits) const {
     uint64_t value = 0;
     const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value, 16);
-    if (error != std::errc() || end != digits.data() + digits.size()) fail("bad number '" + std::string(digits) + "'");
+    if (error != std::errc() || end != digits.data() + digits.size())
+      fail("bad number '" + std::string(digits) + "'");
     return value;
   }
 
@@ -121,12 +122,14 @@ class Parser {
 
   void parse_module_item() {
     const std::string_view directive = peek();
-    if (directive == ".version" || directive == ".target" || directive == ".address_size" || directive == ".file") {
+    if (directive == ".version" || directive == ".target" || directive == ".address_size" ||
+        directive == ".file") {
       skip_line();
     } else if (directive == ".section") {
       while (peek() != "{") next();
       skip_braces();
-    } else if (directive == ".visible" || directive == ".extern" || directive == ".weak" || directive == ".common") {
+    } else if (directive == ".visible" || directive == ".extern" || directive == ".weak" ||
+               directive == ".common") {
       next();
     } else if (directive == ".entry" || directive == ".func") {
       parse_function();

@@ -25,8 +25,8 @@ constexpr LaneMask kAllLanes = 0xffffffffu;
 // instruction: all of them, unless it sets their program counters itself or they have to wait.
 using Execute = LaneMask (*)(Machine&, const Instruction&, LaneMask);
 
-// Row of the register file: 32 lanes of 32 bits, or two rows for 32 lanes of 64 bits (registers of fewer bits take
-// 32). Immediates and special registers have rows of their own, so that handlers know only rows.
+// Row of the register file: 32 lanes of 32 bits, or two rows for 32 lanes of 64 bits (registers of fewer bits
+// take 32). Immediates and special registers have rows of their own, so that handlers know only rows.
 struct Operand {
   enum Kind : uint8_t { kNone, kRow, kPredicate, kSink };
   uint32_t index = 0;  // first row, or number of the predicate
@@ -47,7 +47,7 @@ struct Address {
 struct Instruction {
   Execute execute = nullptr;
   Execute inner = nullptr;  // where execute wraps another handler
-  int32_t guard = -1;  // number of the predicate, or -1
+  int32_t guard = -1;       // number of the predicate, or -1
   bool guard_negated = false;
   Type type = Type::kNone;
   Space space = Space::kGeneric;
@@ -66,11 +66,33 @@ struct Instruction {
 
 // Special registers (PTX ISA 9.0, section 10).
 enum class Special : uint8_t {
-  kCtaidX, kCtaidY, kCtaidZ,
-  kTidX, kTidY, kTidZ, kNtidX, kNtidY, kNtidZ, kNctaidX, kNctaidY, kNctaidZ,
-  kLaneid, kWarpid, kNwarpid, kSmid, kNsmid, kGridid,
-  kLanemaskEq, kLanemaskLt, kLanemaskLe, kLanemaskGt, kLanemaskGe,
-  kDynamicSmemSize, kTotalSmemSize, kClusterCtaid, kClusterNctaid,
+  kCtaidX,
+  kCtaidY,
+  kCtaidZ,
+  kTidX,
+  kTidY,
+  kTidZ,
+  kNtidX,
+  kNtidY,
+  kNtidZ,
+  kNctaidX,
+  kNctaidY,
+  kNctaidZ,
+  kLaneid,
+  kWarpid,
+  kNwarpid,
+  kSmid,
+  kNsmid,
+  kGridid,
+  kLanemaskEq,
+  kLanemaskLt,
+  kLanemaskLe,
+  kLanemaskGt,
+  kLanemaskGe,
+  kDynamicSmemSize,
+  kTotalSmemSize,
+  kClusterCtaid,
+  kClusterNctaid,
 };
 
 // Rows that are filled before a warp starts.
@@ -90,9 +112,9 @@ struct Kernel {
   std::vector<syntax::Parameter> parameters;
   std::vector<uint64_t> parameter_offsets;
   uint64_t parameter_bytes = 0;
-  uint64_t shared_bytes = 0;          // static
+  uint64_t shared_bytes = 0;  // static
   uint64_t dynamic_shared_offset = 0;
-  uint64_t local_bytes = 0;           // a thread
+  uint64_t local_bytes = 0;  // a thread
   uint32_t rows = 0;
   uint32_t predicates = 0;
   std::vector<ConstantRow> constants;

@@ -46,8 +46,8 @@ const char* ptx_kernels(PtxModule* module);
 // Names of the counters, separated by spaces, in the order ptx_launch fills them.
 const char* ptx_counter_names(void);
 
-// Runs a grid to its end. `arguments` holds one pointer to each parameter's value, as cuLaunchKernel takes them.
-// 0: done, and `message` holds warnings, one a line; 1: `message` says what went wrong and where.
+// Runs a grid to its end. `arguments` holds one pointer to each parameter's value, as cuLaunchKernel takes
+// them. 0: done, and `message` holds warnings, one a line; 1: `message` says what went wrong and where.
 int ptx_launch(PtxModule* module, const char* kernel, const PtxLaunchShape* shape, void** arguments,
                const PtxRegion* regions, size_t region_count, const PtxOptions* options, uint64_t* counters,
                char* message, size_t message_size);

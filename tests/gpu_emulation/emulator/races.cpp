@@ -11,7 +11,8 @@ bool same_warp(uint32_t a, uint32_t b) { return (a - 1) / 32 == (b - 1) / 32; }
 
 }  // namespace
 
-bool AccessHistory::unordered(const Access& access, const Accessor& accessor, const RaceOptions& options) const {
+bool AccessHistory::unordered(const Access& access, const Accessor& accessor,
+                              const RaceOptions& options) const {
   if (access.thread == 0 || access.thread == accessor.thread) return false;
   // Shared memory of an earlier block is out of sight: its clocks are smaller than any of this block's.
   if (!shared_ && block_of(access.thread) != block_of(accessor.thread)) return options.between_blocks;
@@ -44,8 +45,8 @@ void AccessHistory::note_atomic(Cell& cell, const Access& now) {
   last = now;
 }
 
-const char* AccessHistory::check(Cell& cell, AccessKind kind, const Accessor& accessor, const RaceOptions& options,
-                                 bool same_value) {
+const char* AccessHistory::check(Cell& cell, AccessKind kind, const Accessor& accessor,
+                                 const RaceOptions& options, bool same_value) {
   const auto conflicts = [&](const Access& access) {
     if (!unordered(access, accessor, options)) return false;
     other_thread_ = access.thread;
@@ -54,7 +55,8 @@ const char* AccessHistory::check(Cell& cell, AccessKind kind, const Accessor& ac
   const Access now = {accessor.thread, accessor.clock, accessor.warp_epoch};
   const bool several_blocks_matter = !shared_ && options.between_blocks;
   const auto updated_meanwhile = [&] {
-    return conflicts(cell.atomic) || conflicts(cell.other_atomic) || (several_blocks_matter && cell.updated_by_blocks);
+    return conflicts(cell.atomic) || conflicts(cell.other_atomic) ||
+           (several_blocks_matter && cell.updated_by_blocks);
   };
   if (kind == AccessKind::kRead) {
     if (conflicts(cell.writer)) return "read conflicts with an unordered write";
@@ -84,7 +86,8 @@ const char* AccessHistory::check(Cell& cell, AccessKind kind, const Accessor& ac
 }
 
 const char* AccessHistory::record(uint64_t offset, int bytes, AccessKind kind, const Accessor& accessor,
-                                  const RaceOptions& options, const uint8_t* old_bytes, const uint8_t* new_bytes) {
+                                  const RaceOptions& options, const uint8_t* old_bytes,
+                                  const uint8_t* new_bytes) {
   const uint64_t end = offset + bytes;
   while (offset < end) {
     const uint64_t word = offset / 4;

@@ -1,8 +1,9 @@
 // Notices data races: two threads touching a byte, at least one writing, with nothing that orders them.
 //
-// Order comes from barriers. Each warp of a block has a clock that advances when it passes one, and remembers up to
-// which clock the other warps' accesses lie before its own (vector clocks, one entry a warp; Lamport 1978, Flanagan
-// and Freund, "FastTrack", 2009). Blocks are never ordered. Lanes of one warp are ordered by bar.warp.sync.
+// Order comes from barriers. Each warp of a block has a clock that advances when it passes one, and remembers
+// up to which clock the other warps' accesses lie before its own (vector clocks, one entry a warp; Lamport
+// 1978, Flanagan and Freund, "FastTrack", 2009). Blocks are never ordered. Lanes of one warp are ordered by
+// bar.warp.sync.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -20,9 +21,9 @@ constexpr uint32_t thread_number(uint32_t block, uint32_t thread) { return (bloc
 
 // The state of the warp that makes an access.
 struct Accessor {
-  uint32_t thread;      // thread_number
-  uint32_t clock;       // of its warp
-  uint32_t warp_epoch;  // bar.warp.sync passed
+  uint32_t thread;       // thread_number
+  uint32_t clock;        // of its warp
+  uint32_t warp_epoch;   // bar.warp.sync passed
   const uint32_t* seen;  // seen[w]: accesses of warp w with a smaller clock lie before this one
 };
 
@@ -34,12 +35,13 @@ struct RaceOptions {
 // History of a piece of memory (shared memory of a block, or a region of global memory).
 class AccessHistory {
  public:
-  AccessHistory(uint64_t bytes, bool shared) : words_((bytes + 3) / 4), split_((bytes + 3) / 4), shared_(shared) {}
+  AccessHistory(uint64_t bytes, bool shared)
+      : words_((bytes + 3) / 4), split_((bytes + 3) / 4), shared_(shared) {}
 
-  // Records an access and returns what is wrong with it, or null. `new_bytes`, where known, are what a write stores:
-  // several threads writing what is there already is not taken for a race (compilers do it).
-  const char* record(uint64_t offset, int bytes, AccessKind kind, const Accessor& accessor, const RaceOptions& options,
-                     const uint8_t* old_bytes, const uint8_t* new_bytes);
+  // Records an access and returns what is wrong with it, or null. `new_bytes`, where known, are what a write
+  // stores: several threads writing what is there already is not taken for a race (compilers do it).
+  const char* record(uint64_t offset, int bytes, AccessKind kind, const Accessor& accessor,
+                     const RaceOptions& options, const uint8_t* old_bytes, const uint8_t* new_bytes);
 
   // The other thread of the last race.
   uint32_t other_thread() const { return other_thread_; }
@@ -56,17 +58,18 @@ class AccessHistory {
   // One byte, or a word while its four bytes have the same history.
   struct Cell {
     Access writer;
-    Access reader;        // the last
-    Access other_reader;  // the last of another warp or block
-    Access atomic;        // the last
-    Access other_atomic;  // the last of another warp or block
+    Access reader;                   // the last
+    Access other_reader;             // the last of another warp or block
+    Access atomic;                   // the last
+    Access other_atomic;             // the last of another warp or block
     bool read_by_lanes = false;      // of reader's warp, since its last bar.warp.sync
     bool read_by_blocks = false;     // several
     bool updated_by_blocks = false;  // several, atomically
   };
 
   bool unordered(const Access& access, const Accessor& accessor, const RaceOptions& options) const;
-  const char* check(Cell& cell, AccessKind kind, const Accessor& accessor, const RaceOptions& options, bool same_value);
+  const char* check(Cell& cell, AccessKind kind, const Accessor& accessor, const RaceOptions& options,
+                    bool same_value);
   static void note_read(Cell& cell, const Access& now);
   static void note_atomic(Cell& cell, const Access& now);
 

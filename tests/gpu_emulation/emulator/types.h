@@ -13,11 +13,27 @@
 namespace ptx {
 
 enum class Type : uint8_t {
-  kNone, kPred,
-  kU8, kU16, kU32, kU64,
-  kS8, kS16, kS32, kS64,
-  kB8, kB16, kB32, kB64,
-  kF16, kF16x2, kBf16, kBf16x2, kTf32, kF32, kF64,
+  kNone,
+  kPred,
+  kU8,
+  kU16,
+  kU32,
+  kU64,
+  kS8,
+  kS16,
+  kS32,
+  kS64,
+  kB8,
+  kB16,
+  kB32,
+  kB64,
+  kF16,
+  kF16x2,
+  kBf16,
+  kBf16x2,
+  kTf32,
+  kF32,
+  kF64,
 };
 
 // The type a modifier or directive names, without its dot.
@@ -58,8 +74,9 @@ inline Bfloat16 to_bfloat16(float x) {
   return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
-// The nearest float, or, between two, the one whose last bit is odd: rounding again to fewer bits is then as if
-// there had been no first rounding (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+// The nearest float, or, between two, the one whose last bit is odd: rounding again to fewer bits is then as
+// if there had been no first rounding (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums",
+// 2008).
 inline float to_float_odd(double x) {
   const float nearest = static_cast<float>(x);
   if (static_cast<double>(nearest) == x || x != x || std::isinf(nearest)) return nearest;

@@ -27,5 +27,7 @@ def softmax_product(x, y, scale):
     """softmax(scale * x y^T) y, shapes (M, D) and (N, D), M and N multiples of 64, D a power of two."""
     out = torch.empty(x.shape, device=x.device)
     grid = (x.shape[0] // 64,)
-    softmax_product_kernel[grid](x, y, out, y.shape[0], scale, D=x.shape[1], BLOCK_M=64, BLOCK_N=64, num_warps=4)
+    softmax_product_kernel[grid](
+        x, y, out, y.shape[0], scale, D=x.shape[1], BLOCK_M=64, BLOCK_N=64, num_warps=4
+    )
     return out

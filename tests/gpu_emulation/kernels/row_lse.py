@@ -1,4 +1,4 @@
-"""A Triton kernel for the tests of the rig: row log-sum-exps of scale * X Y^T, a mean and a histogram by atomics."""
+"""A Triton kernel for the tests of the rig: row log-sum-exps of scale * X Y^T, their sum and a histogram."""
 
 import torch
 import triton

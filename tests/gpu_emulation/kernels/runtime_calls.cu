@@ -34,7 +34,8 @@ int reverse_launch_without_attribute(float* x, int n, int shared, cudaStream_t s
 }
 
 int reverse_launch(float* x, int n, int shared, cudaStream_t stream) {
-  const cudaError_t error = cudaFuncSetAttribute(reverse, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  const cudaError_t error =
+      cudaFuncSetAttribute(reverse, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
   const int code = reverse_launch_without_attribute(x, n, shared, stream);
   cudaFuncSetAttribute(reverse, cudaFuncAttributeMaxDynamicSharedMemorySize, 0);

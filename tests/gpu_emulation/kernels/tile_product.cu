@@ -19,7 +19,8 @@ extern "C" int tile_product_launch(const void* a, const void* b, float* c, float
     case kNoBarrierBeforeUse: return launch(tile_product<64, 64, 32, kNoBarrierBeforeUse>);
     case kNoTrailingBarrier: return launch(tile_product<64, 64, 32, kNoTrailingBarrier>);
     case kShuffleInDivergentBranch: return launch(tile_product<64, 64, 32, kShuffleInDivergentBranch>);
-    case kAddAcrossBlocksWithoutAtomics: return launch(tile_product<64, 64, 32, kAddAcrossBlocksWithoutAtomics>);
+    case kAddAcrossBlocksWithoutAtomics:
+      return launch(tile_product<64, 64, 32, kAddAcrossBlocksWithoutAtomics>);
     case kDivergentBarrier: return launch(tile_product<64, 64, 32, kDivergentBarrier>);
     default: return static_cast<int>(cudaErrorInvalidValue);
   }

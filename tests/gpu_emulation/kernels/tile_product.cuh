@@ -58,8 +58,8 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], 
 
 template <int BM, int BN, int BK, int kBug>
 __global__ void __launch_bounds__(128)
-    tile_product(const __nv_bfloat16* __restrict__ A, const __nv_bfloat16* __restrict__ B, float* __restrict__ C,
-                 float* __restrict__ rowsum, int M, int N, int K, float scale) {
+    tile_product(const __nv_bfloat16* __restrict__ A, const __nv_bfloat16* __restrict__ B,
+                 float* __restrict__ C, float* __restrict__ rowsum, int M, int N, int K, float scale) {
   constexpr int kThreads = 128;
   constexpr int kStride = BK + 8;  // rows 16 bytes apart modulo 128: ldmatrix without bank conflicts
   constexpr int kChunks = BK / 8;  // 16-byte chunks of a row

@@ -25,7 +25,8 @@ extern "C" int wmma_product_launch(const void* a, const void* b, float* c, int k
   if (kind == 0) {
     wmma_product<<<1, 32, 0, stream>>>(static_cast<const __half*>(a), static_cast<const __half*>(b), c);
   } else {
-    wmma_product<<<1, 32, 0, stream>>>(static_cast<const __nv_bfloat16*>(a), static_cast<const __nv_bfloat16*>(b), c);
+    wmma_product<<<1, 32, 0, stream>>>(static_cast<const __nv_bfloat16*>(a),
+                                       static_cast<const __nv_bfloat16*>(b), c);
   }
   return static_cast<int>(cudaGetLastError());
 }

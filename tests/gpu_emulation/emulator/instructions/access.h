@@ -9,7 +9,8 @@ inline bool is_shared(Space space, uint64_t address) {
 }
 
 inline bool is_global(Space space, uint64_t address) {
-  if (space == Space::kGeneric) return !in_window(address, kSharedWindow) && !in_window(address, kLocalWindow);
+  if (space == Space::kGeneric)
+    return !in_window(address, kSharedWindow) && !in_window(address, kLocalWindow);
   return space == Space::kGlobal;
 }
 
@@ -31,7 +32,8 @@ inline void count_global_store(Counters& counters, const uint64_t* addresses, La
   counters.global_store_bytes += std::popcount(lanes) * bytes;
 }
 
-// The state space and cache modifiers of ld, st, atom and red that change nothing here: one memory, no caches.
+// The state space and cache modifiers of ld, st, atom and red that change nothing here: one memory, no
+// caches.
 inline void accept_memory_order(Decoding& decoding) {
   decoding.accept_one({"weak", "volatile", "relaxed", "acquire", "release", "acq_rel"});
   decoding.accept_one({"cta", "cluster", "gpu", "sys"});

@@ -1,5 +1,6 @@
-// Integer arithmetic (PTX ISA 9.0, section 9.7.1): add, sub, mul, mad, sad, div, rem, abs, neg, min, max, dp4a.
-// Floating-point arithmetic (sections 9.7.3 and 9.7.4): add, sub, mul, fma, mad, div, abs, neg, min, max.
+// Integer arithmetic (PTX ISA 9.0, section 9.7.1): add, sub, mul, mad, sad, div, rem, abs, neg, min, max,
+// dp4a. Floating-point arithmetic (sections 9.7.3 and 9.7.4): add, sub, mul, fma, mad, div, abs, neg, min,
+// max.
 #include <algorithm>
 #include <bit>
 #include <limits>
@@ -23,24 +24,30 @@ using Wrapping = std::conditional_t<(sizeof(T) < 4), uint32_t, Unsigned<T>>;
 struct Add {
   template <class T>
   T operator()(T a, T b) const {
-    if constexpr (std::is_floating_point_v<T>) return a + b;
-    else return static_cast<T>(Wrapping<T>(a) + Wrapping<T>(b));
+    if constexpr (std::is_floating_point_v<T>)
+      return a + b;
+    else
+      return static_cast<T>(Wrapping<T>(a) + Wrapping<T>(b));
   }
 };
 
 struct Sub {
   template <class T>
   T operator()(T a, T b) const {
-    if constexpr (std::is_floating_point_v<T>) return a - b;
-    else return static_cast<T>(Wrapping<T>(a) - Wrapping<T>(b));
+    if constexpr (std::is_floating_point_v<T>)
+      return a - b;
+    else
+      return static_cast<T>(Wrapping<T>(a) - Wrapping<T>(b));
   }
 };
 
 struct Mul {
   template <class T>
   T operator()(T a, T b) const {
-    if constexpr (std::is_floating_point_v<T>) return a * b;
-    else return static_cast<T>(Wrapping<T>(a) * Wrapping<T>(b));
+    if constexpr (std::is_floating_point_v<T>)
+      return a * b;
+    else
+      return static_cast<T>(Wrapping<T>(a) * Wrapping<T>(b));
   }
 };
 
@@ -57,40 +64,56 @@ Twice<T> full_product(T a, T b) {
 
 struct MulHigh {
   template <class T>
-  T operator()(T a, T b) const { return static_cast<T>(full_product(a, b) >> (8 * sizeof(T))); }
+  T operator()(T a, T b) const {
+    return static_cast<T>(full_product(a, b) >> (8 * sizeof(T)));
+  }
 };
 
 struct MulWide {
   template <class T>
-  Twice<T> operator()(T a, T b) const { return full_product(a, b); }
+  Twice<T> operator()(T a, T b) const {
+    return full_product(a, b);
+  }
 };
 
 struct MadLow {
   template <class T>
-  T operator()(T a, T b, T c) const { return Add()(Mul()(a, b), c); }
+  T operator()(T a, T b, T c) const {
+    return Add()(Mul()(a, b), c);
+  }
 };
 
 struct MadHigh {
   template <class T>
-  T operator()(T a, T b, T c) const { return Add()(MulHigh()(a, b), c); }
+  T operator()(T a, T b, T c) const {
+    return Add()(MulHigh()(a, b), c);
+  }
 };
 
 struct MadWide {
   template <class T>
-  Twice<T> operator()(T a, T b, Twice<T> c) const { return Add()(full_product(a, b), c); }
+  Twice<T> operator()(T a, T b, Twice<T> c) const {
+    return Add()(full_product(a, b), c);
+  }
 };
 
 struct Mul24 {
   template <class T>
-  T operator()(T a, T b) const { return Mul()(low24(a), low24(b)); }
+  T operator()(T a, T b) const {
+    return Mul()(low24(a), low24(b));
+  }
 
   template <class T>
-  static T low24(T x) { return static_cast<T>(x << 8) >> 8; }
+  static T low24(T x) {
+    return static_cast<T>(x << 8) >> 8;
+  }
 };
 
 struct Sad {
   template <class T>
-  T operator()(T a, T b, T c) const { return Add()(c, a < b ? Sub()(b, a) : Sub()(a, b)); }
+  T operator()(T a, T b, T c) const {
+    return Add()(c, a < b ? Sub()(b, a) : Sub()(a, b));
+  }
 };
 
 // Division by zero is left open by the ISA; all bits set is what the hardware's sequence yields.
@@ -119,16 +142,20 @@ struct Rem {
 struct Abs {
   template <class T>
   T operator()(T a) const {
-    if constexpr (std::is_floating_point_v<T>) return std::fabs(a);
-    else return a < 0 ? Sub()(T(0), a) : a;
+    if constexpr (std::is_floating_point_v<T>)
+      return std::fabs(a);
+    else
+      return a < 0 ? Sub()(T(0), a) : a;
   }
 };
 
 struct Neg {
   template <class T>
   T operator()(T a) const {
-    if constexpr (std::is_floating_point_v<T>) return -a;
-    else return Sub()(T(0), a);
+    if constexpr (std::is_floating_point_v<T>)
+      return -a;
+    else
+      return Sub()(T(0), a);
   }
 };
 
@@ -159,7 +186,8 @@ template <class Op>
 struct SaturatedInt {
   int32_t operator()(int32_t a, int32_t b) const {
     const int64_t exact = Op()(int64_t{a}, int64_t{b});
-    return static_cast<int32_t>(std::clamp<int64_t>(exact, numeric_limits<int32_t>::min(), numeric_limits<int32_t>::max()));
+    return static_cast<int32_t>(
+        std::clamp<int64_t>(exact, numeric_limits<int32_t>::min(), numeric_limits<int32_t>::max()));
   }
 };
 
@@ -169,7 +197,8 @@ struct Fma {
     if constexpr (std::is_floating_point_v<T>) {
       return std::fma(a, b, c);
     } else {
-      // The product is exact in double; rounding the sum to odd twice leaves the last rounding as the only one.
+      // The product is exact in double; rounding the sum to odd twice leaves the last rounding as the only
+      // one.
       const double product = static_cast<double>(to_float(a)) * to_float(b);
       return from_float<T>(to_float_odd(add_odd(product, to_float(c))));
     }
@@ -315,23 +344,14 @@ void decode_fma(Decoding& decoding) {
   take_operands(decoding, type, 3);
   Execute& execute = decoding.instruction.execute;
   const bool relu = decoding.accept("relu");
-  if (relu && (type == Type::kF32 || type == Type::kF64)) decoding.unsupported("modifier .relu is not implemented");
+  if (relu && (type == Type::kF32 || type == Type::kF64))
+    decoding.unsupported("modifier .relu is not implemented");
   switch (type) {
-    case Type::kF16:
-      execute = &ternary<Fma, Half>;
-      break;
-    case Type::kBf16:
-      execute = &ternary<Fma, Bfloat16>;
-      break;
-    case Type::kF16x2:
-      execute = &ternary<OnPairs<Fma, Half>, Pair<Half>>;
-      break;
-    case Type::kBf16x2:
-      execute = &ternary<OnPairs<Fma, Bfloat16>, Pair<Bfloat16>>;
-      break;
-    case Type::kF64:
-      execute = &counted_fma<Fma, double>;
-      break;
+    case Type::kF16: execute = &ternary<Fma, Half>; break;
+    case Type::kBf16: execute = &ternary<Fma, Bfloat16>; break;
+    case Type::kF16x2: execute = &ternary<OnPairs<Fma, Half>, Pair<Half>>; break;
+    case Type::kBf16x2: execute = &ternary<OnPairs<Fma, Bfloat16>, Pair<Bfloat16>>; break;
+    case Type::kF64: execute = &counted_fma<Fma, double>; break;
     case Type::kF32: {
       const bool ftz = decoding.accept("ftz");
       if (decoding.accept("sat")) {
@@ -341,8 +361,7 @@ void decode_fma(Decoding& decoding) {
       }
       break;
     }
-    default:
-      decoding.unsupported("type is not implemented");
+    default: decoding.unsupported("type is not implemented");
   }
   if (relu) decoding.unsupported("modifier .relu is not implemented");
   apply_rounding(decoding, type);

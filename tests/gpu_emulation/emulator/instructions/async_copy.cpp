@@ -9,8 +9,8 @@
 namespace ptx {
 namespace {
 
-// cp.async [a], [source], size{, source_size or ignore}: `immediate` is the size, `b` the source size, `c` the
-// predicate that asks for zeros, `flag` says that the addresses of the source lie in `source`.
+// cp.async [a], [source], size{, source_size or ignore}: `immediate` is the size, `b` the source size, `c`
+// the predicate that asks for zeros, `flag` says that the addresses of the source lie in `source`.
 struct Source {
   Address address;
 };
@@ -27,7 +27,8 @@ LaneMask copy(Machine& machine, const Instruction& instruction, LaneMask lanes) 
   for (LaneMask rest = lanes; rest; rest &= rest - 1) {
     const int lane = std::countr_zero(rest);
     int source_bytes = ignored >> lane & 1 ? 0 : bytes;
-    if (instruction.b) source_bytes = static_cast<int>(std::min<uint64_t>(bytes, warp.value(instruction.b, lane)));
+    if (instruction.b)
+      source_bytes = static_cast<int>(std::min<uint64_t>(bytes, warp.value(instruction.b, lane)));
     machine.set_lane(lane);
     if (from[lane] % bytes) throw Error("misaligned source of cp.async");
     if (source_bytes > 0) {
@@ -115,13 +116,15 @@ void decode_cp(Decoding& decoding) {
   const bool bypass_l1 = decoding.require_one({"ca", "cg"}) == 1;
   decoding.accept_one({"L2::64B", "L2::128B", "L2::256B"});
   const bool policy = decoding.accept("L2::cache_hint");
-  if (!decoding.accept("shared") && !decoding.accept("shared::cta")) decoding.unsupported("destination is not shared");
+  if (!decoding.accept("shared") && !decoding.accept("shared::cta"))
+    decoding.unsupported("destination is not shared");
   decoding.require("global");
   decoding.expect_operands(3, 5);
   instruction.address = decoding.address(0);
   instruction.extra = std::make_shared<Source>(Source{decoding.address(1)});
   instruction.immediate = decoding.immediate(2);
-  const bool valid_size = instruction.immediate == 16 || (!bypass_l1 && (instruction.immediate == 4 || instruction.immediate == 8));
+  const bool valid_size = instruction.immediate == 16 ||
+                          (!bypass_l1 && (instruction.immediate == 4 || instruction.immediate == 8));
   if (!valid_size) decoding.unsupported("copy of " + std::to_string(instruction.immediate) + " bytes");
   if (decoding.operands() - policy > 3) {
     if (decoding.is_predicate(3)) {

@@ -12,55 +12,73 @@ namespace {
 struct AtomicAdd {
   template <class T>
   T operator()(T old, T value) const {
-    if constexpr (std::is_integral_v<T>) return static_cast<T>(static_cast<uint64_t>(old) + static_cast<uint64_t>(value));
-    else return old + value;
+    if constexpr (std::is_integral_v<T>)
+      return static_cast<T>(static_cast<uint64_t>(old) + static_cast<uint64_t>(value));
+    else
+      return old + value;
   }
 };
 
 struct AtomicMin {
   template <class T>
   T operator()(T old, T value) const {
-    if constexpr (std::is_floating_point_v<T>) return std::fmin(old, value);
-    else return std::min(old, value);
+    if constexpr (std::is_floating_point_v<T>)
+      return std::fmin(old, value);
+    else
+      return std::min(old, value);
   }
 };
 
 struct AtomicMax {
   template <class T>
   T operator()(T old, T value) const {
-    if constexpr (std::is_floating_point_v<T>) return std::fmax(old, value);
-    else return std::max(old, value);
+    if constexpr (std::is_floating_point_v<T>)
+      return std::fmax(old, value);
+    else
+      return std::max(old, value);
   }
 };
 
 struct AtomicAnd {
   template <class T>
-  T operator()(T old, T value) const { return old & value; }
+  T operator()(T old, T value) const {
+    return old & value;
+  }
 };
 
 struct AtomicOr {
   template <class T>
-  T operator()(T old, T value) const { return old | value; }
+  T operator()(T old, T value) const {
+    return old | value;
+  }
 };
 
 struct AtomicXor {
   template <class T>
-  T operator()(T old, T value) const { return old ^ value; }
+  T operator()(T old, T value) const {
+    return old ^ value;
+  }
 };
 
 struct Exchange {
   template <class T>
-  T operator()(T, T value) const { return value; }
+  T operator()(T, T value) const {
+    return value;
+  }
 };
 
 struct Increment {
   template <class T>
-  T operator()(T old, T value) const { return old >= value ? 0 : old + 1; }
+  T operator()(T old, T value) const {
+    return old >= value ? 0 : old + 1;
+  }
 };
 
 struct Decrement {
   template <class T>
-  T operator()(T old, T value) const { return old == 0 || old > value ? value : old - 1; }
+  T operator()(T old, T value) const {
+    return old == 0 || old > value ? value : old - 1;
+  }
 };
 
 // d = [a]; [a] = op([a], b)
@@ -95,7 +113,8 @@ LaneMask compare_and_swap(Machine& machine, const Instruction& instruction, Lane
   ++machine.count().atomics;
   for (LaneMask rest = lanes; rest; rest &= rest - 1) {
     const int lane = std::countr_zero(rest);
-    uint8_t* memory = machine.access(instruction.space, addresses[lane], sizeof(T), AccessKind::kAtomic, lane);
+    uint8_t* memory =
+        machine.access(instruction.space, addresses[lane], sizeof(T), AccessKind::kAtomic, lane);
     T old;
     std::memcpy(&old, memory, sizeof old);
     const auto compare = static_cast<T>(warp.value(instruction.b_elements[0], lane));
@@ -109,8 +128,10 @@ LaneMask compare_and_swap(Machine& machine, const Instruction& instruction, Lane
 template <class Op>
 Execute integer_atomic(Decoding& decoding, Type type) {
   switch (type) {
-    case Type::kU32: case Type::kB32: return &atomic<Op, uint32_t>;
-    case Type::kU64: case Type::kB64: return &atomic<Op, uint64_t>;
+    case Type::kU32:
+    case Type::kB32: return &atomic<Op, uint32_t>;
+    case Type::kU64:
+    case Type::kB64: return &atomic<Op, uint64_t>;
     case Type::kS32: return &atomic<Op, int32_t>;
     case Type::kS64: return &atomic<Op, int64_t>;
     default: decoding.unsupported("type is not implemented");
@@ -174,7 +195,8 @@ void decode_atomic(Decoding& decoding, bool returns) {
     if (!returns) decoding.unsupported("cas without a result");
     instruction.c = decoding.source(first + 2, type);
   }
-  if (instruction.b_elements.size() != instruction.vector) decoding.unsupported("registers do not fit the vector");
+  if (instruction.b_elements.size() != instruction.vector)
+    decoding.unsupported("registers do not fit the vector");
   instruction.execute = atomic_handler(decoding, operation, type);
 }
 

@@ -1,5 +1,6 @@
 // Logic and shift instructions (PTX ISA 9.0, section 9.7.8): and, or, xor, not, cnot, lop3, shf, shl, shr.
-// Bit instructions of the integer section (9.7.1): popc, clz, bfind, brev, bfe, bfi, bmsk. Bytes: prmt (9.7.9.7).
+// Bit instructions of the integer section (9.7.1): popc, clz, bfind, brev, bfe, bfi, bmsk. Bytes: prmt
+// (9.7.9.7).
 #include <algorithm>
 #include <bit>
 
@@ -10,33 +11,45 @@ namespace {
 
 struct And {
   template <class T>
-  T operator()(T a, T b) const { return a & b; }
+  T operator()(T a, T b) const {
+    return a & b;
+  }
 };
 
 struct Or {
   template <class T>
-  T operator()(T a, T b) const { return a | b; }
+  T operator()(T a, T b) const {
+    return a | b;
+  }
 };
 
 struct Xor {
   template <class T>
-  T operator()(T a, T b) const { return a ^ b; }
+  T operator()(T a, T b) const {
+    return a ^ b;
+  }
 };
 
 struct Not {
   template <class T>
-  T operator()(T a) const { return ~a; }
+  T operator()(T a) const {
+    return ~a;
+  }
 };
 
 struct LogicalNot {
   template <class T>
-  T operator()(T a) const { return a == 0; }
+  T operator()(T a) const {
+    return a == 0;
+  }
 };
 
 // Shifts by the width or more give 0, or the sign.
 struct ShiftLeft {
   template <class T>
-  T operator()(T a, uint32_t shift) const { return shift < 8 * sizeof(T) ? static_cast<T>(a << shift) : 0; }
+  T operator()(T a, uint32_t shift) const {
+    return shift < 8 * sizeof(T) ? static_cast<T>(a << shift) : 0;
+  }
 };
 
 struct ShiftRight {
@@ -59,12 +72,16 @@ struct FunnelShift {
 
 struct PopulationCount {
   template <class T>
-  uint32_t operator()(T a) const { return std::popcount(a); }
+  uint32_t operator()(T a) const {
+    return std::popcount(a);
+  }
 };
 
 struct LeadingZeros {
   template <class T>
-  uint32_t operator()(T a) const { return std::countl_zero(a); }
+  uint32_t operator()(T a) const {
+    return std::countl_zero(a);
+  }
 };
 
 // Position of the most significant bit that is not the sign, from bit 0, or with kShift from the top.
@@ -94,7 +111,8 @@ T low_bits(uint32_t count) {
   return count >= 8 * sizeof(T) ? ~T{0} : (T{1} << count) - 1;
 }
 
-// `length` bits of a from `start`; bits beyond the field, or beyond a, are the field's last bit for signed types.
+// `length` bits of a from `start`; bits beyond the field, or beyond a, are the field's last bit for signed
+// types.
 struct ExtractField {
   template <class T>
   T operator()(T a, uint32_t start, uint32_t length) const {
@@ -144,7 +162,8 @@ struct BitMask {
   }
 };
 
-// Each byte of d is the byte of b:a that a nibble of c selects; the nibble's top bit asks for the byte's sign.
+// Each byte of d is the byte of b:a that a nibble of c selects; the nibble's top bit asks for the byte's
+// sign.
 struct Permute {
   uint32_t operator()(uint32_t a, uint32_t b, uint32_t selector) const {
     const uint64_t both = uint64_t{b} << 32 | a;
@@ -238,8 +257,7 @@ void decode_shift(Decoding& decoding) {
     case 8:
       instruction.execute = arithmetic ? &binary<Op, int64_t, uint32_t> : &binary<Op, uint64_t, uint32_t>;
       break;
-    default:
-      decoding.unsupported("type is not implemented");
+    default: decoding.unsupported("type is not implemented");
   }
 }
 
@@ -249,9 +267,11 @@ void decode_funnel_shift(Decoding& decoding) {
   take_operands(decoding, decoding.type(), 3);
   Execute& execute = decoding.instruction.execute;
   if (left) {
-    execute = wrap ? &ternary<FunnelShift<true, true>, uint32_t> : &ternary<FunnelShift<true, false>, uint32_t>;
+    execute =
+        wrap ? &ternary<FunnelShift<true, true>, uint32_t> : &ternary<FunnelShift<true, false>, uint32_t>;
   } else {
-    execute = wrap ? &ternary<FunnelShift<false, true>, uint32_t> : &ternary<FunnelShift<false, false>, uint32_t>;
+    execute =
+        wrap ? &ternary<FunnelShift<false, true>, uint32_t> : &ternary<FunnelShift<false, false>, uint32_t>;
   }
 }
 
@@ -284,10 +304,18 @@ void decode_find_bit(Decoding& decoding) {
   instruction.d = decoding.destination(0, Type::kU32);
   instruction.a = decoding.source(1, type);
   switch (type) {
-    case Type::kU32: instruction.execute = shift ? &unary<FindBit<true>, uint32_t> : &unary<FindBit<false>, uint32_t>; break;
-    case Type::kS32: instruction.execute = shift ? &unary<FindBit<true>, int32_t> : &unary<FindBit<false>, int32_t>; break;
-    case Type::kU64: instruction.execute = shift ? &unary<FindBit<true>, uint64_t> : &unary<FindBit<false>, uint64_t>; break;
-    case Type::kS64: instruction.execute = shift ? &unary<FindBit<true>, int64_t> : &unary<FindBit<false>, int64_t>; break;
+    case Type::kU32:
+      instruction.execute = shift ? &unary<FindBit<true>, uint32_t> : &unary<FindBit<false>, uint32_t>;
+      break;
+    case Type::kS32:
+      instruction.execute = shift ? &unary<FindBit<true>, int32_t> : &unary<FindBit<false>, int32_t>;
+      break;
+    case Type::kU64:
+      instruction.execute = shift ? &unary<FindBit<true>, uint64_t> : &unary<FindBit<false>, uint64_t>;
+      break;
+    case Type::kS64:
+      instruction.execute = shift ? &unary<FindBit<true>, int64_t> : &unary<FindBit<false>, int64_t>;
+      break;
     default: decoding.unsupported("type is not implemented");
   }
 }
@@ -324,7 +352,8 @@ void decode_insert_field(Decoding& decoding) {
 void decode_reverse(Decoding& decoding) {
   const Type type = decoding.type();
   take_operands(decoding, type, 1);
-  decoding.instruction.execute = is_wide(type) ? &unary<ReverseBits, uint64_t> : &unary<ReverseBits, uint32_t>;
+  decoding.instruction.execute =
+      is_wide(type) ? &unary<ReverseBits, uint64_t> : &unary<ReverseBits, uint32_t>;
 }
 
 void decode_bit_mask(Decoding& decoding) {
@@ -346,7 +375,8 @@ std::vector<Opcode> bit_opcodes() {
       {"or", decode_logic<Or>},
       {"xor", decode_logic<Xor>},
       {"not", decode_logic<Not>},
-      {"cnot", [](Decoding& decoding) {
+      {"cnot",
+       [](Decoding& decoding) {
          const Type type = decoding.type();
          take_operands(decoding, type, 1);
          decoding.instruction.execute = bits_handler<LogicalNot>(decoding, type);

@@ -29,8 +29,10 @@ bool holds(T a, T b) {
 
 template <class T>
 auto comparable(T x) {
-  if constexpr (std::is_arithmetic_v<T>) return x;
-  else return to_float(x);
+  if constexpr (std::is_arithmetic_v<T>)
+    return x;
+  else
+    return to_float(x);
 }
 
 // A comparison of two registers: the lanes in which it holds.
@@ -128,7 +130,8 @@ LaneMask setp_pairs(Machine& machine, const Instruction& instruction, LaneMask l
   };
   warp.set_predicate(instruction.d, lanes, lanes_where(lanes, [=](int lane) { return half_holds(lane, 0); }));
   if (instruction.p) {
-    warp.set_predicate(instruction.p, lanes, lanes_where(lanes, [=](int lane) { return half_holds(lane, 16); }));
+    warp.set_predicate(instruction.p, lanes,
+                       lanes_where(lanes, [=](int lane) { return half_holds(lane, 16); }));
   }
   return lanes;
 }
@@ -139,7 +142,9 @@ struct SetPairs {
   template <uint16_t kYes>
   struct Yielding {
     Pair<T> operator()(Pair<T> a, Pair<T> b) const {
-      const auto half = [](T x, T y) -> T { return {holds<kRelation>(to_float(x), to_float(y)) ? kYes : uint16_t{0}}; };
+      const auto half = [](T x, T y) -> T {
+        return {holds<kRelation>(to_float(x), to_float(y)) ? kYes : uint16_t{0}};
+      };
       return {half(a.low, b.low), half(a.high, b.high)};
     }
   };
@@ -152,24 +157,29 @@ Relation take_relation(Decoding& decoding, Type type) {
     if (is_float(type) || is_signed(type)) decoding.unsupported("unsigned comparison of this type");
     return static_cast<Relation>(static_cast<int>(Relation::kLt) + unsigned_name);
   }
-  const int index = decoding.require_one({"eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu",
-                                          "geu", "num", "nan"});
-  if (!is_float(type) && index > static_cast<int>(Relation::kGe)) decoding.unsupported("comparison of integers");
+  const int index = decoding.require_one(
+      {"eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"});
+  if (!is_float(type) && index > static_cast<int>(Relation::kGe))
+    decoding.unsupported("comparison of integers");
   return static_cast<Relation>(index);
 }
 
 Compare take_compare(Decoding& decoding, Type type) {
   const Relation relation = take_relation(decoding, type);
   switch (type) {
-    case Type::kU16: case Type::kB16: return compare_with<uint16_t>(relation);
-    case Type::kU32: case Type::kB32: return compare_with<uint32_t>(relation);
-    case Type::kU64: case Type::kB64: return compare_with<uint64_t>(relation);
+    case Type::kU16:
+    case Type::kB16: return compare_with<uint16_t>(relation);
+    case Type::kU32:
+    case Type::kB32: return compare_with<uint32_t>(relation);
+    case Type::kU64:
+    case Type::kB64: return compare_with<uint64_t>(relation);
     case Type::kS16: return compare_with<int16_t>(relation);
     case Type::kS32: return compare_with<int32_t>(relation);
     case Type::kS64: return compare_with<int64_t>(relation);
     case Type::kF16: return compare_with<Half>(relation);
     case Type::kBf16: return compare_with<Bfloat16>(relation);
-    case Type::kF32: return decoding.accept("ftz") ? compare_with<float, true>(relation) : compare_with<float>(relation);
+    case Type::kF32:
+      return decoding.accept("ftz") ? compare_with<float, true>(relation) : compare_with<float>(relation);
     case Type::kF64: return compare_with<double>(relation);
     default: decoding.unsupported("type is not implemented");
   }
@@ -209,7 +219,8 @@ struct SetOnesHandler {
 template <class T, Relation kRelation>
 struct SetFloatHandler {
   static constexpr Execute value =
-      &binary<typename SetPairs<T, kRelation>::template Yielding<std::is_same_v<T, Half> ? 0x3c00 : 0x3f80>, Pair<T>>;
+      &binary<typename SetPairs<T, kRelation>::template Yielding<std::is_same_v<T, Half> ? 0x3c00 : 0x3f80>,
+              Pair<T>>;
 };
 
 // setp.CmpOp{.BoolOp}{.ftz}.type p{|q}, a, b{, {!}c}
@@ -291,7 +302,9 @@ void decode_selp(Decoding& decoding) {
 
 struct ChooseBySign {
   template <class T, class C>
-  T operator()(T a, T b, C c) const { return c >= 0 ? a : b; }
+  T operator()(T a, T b, C c) const {
+    return c >= 0 ? a : b;
+  }
 };
 
 // slct.dtype.{s32,f32} d, a, b, c: c >= 0 ? a : b

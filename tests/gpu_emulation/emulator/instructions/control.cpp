@@ -1,5 +1,5 @@
-// Control flow (PTX ISA 9.0, section 9.7.12): bra, ret, exit. Barriers and fences (9.7.13): bar, barrier, membar,
-// fence, griddepcontrol. Miscellaneous (9.7.19): trap, brkpt, nanosleep, pmevent, setmaxnreg.
+// Control flow (PTX ISA 9.0, section 9.7.12): bra, ret, exit. Barriers and fences (9.7.13): bar, barrier,
+// membar, fence, griddepcontrol. Miscellaneous (9.7.19): trap, brkpt, nanosleep, pmevent, setmaxnreg.
 #include "../decoder.h"
 #include "../machine.h"
 
@@ -16,7 +16,9 @@ LaneMask exit(Machine& machine, const Instruction&, LaneMask lanes) {
   return 0;
 }
 
-LaneMask trap(Machine&, const Instruction&, LaneMask) { throw Error("trap: an assertion failed, or the code trapped"); }
+LaneMask trap(Machine&, const Instruction&, LaneMask) {
+  throw Error("trap: an assertion failed, or the code trapped");
+}
 
 LaneMask nothing(Machine&, const Instruction&, LaneMask lanes) { return lanes; }
 
@@ -28,7 +30,8 @@ LaneMask bar_warp(Machine& machine, const Instruction& instruction, LaneMask lan
   return gathered;
 }
 
-// bar.sync a{, b}; bar.arrive a, b. `immediate` has bit 0 where the threads wait, bit 1 where the warp must be whole.
+// bar.sync a{, b}; bar.arrive a, b. `immediate` has bit 0 where the threads wait, bit 1 where the warp must
+// be whole.
 LaneMask bar(Machine& machine, const Instruction& instruction, LaneMask lanes) {
   Warp& warp = machine.warp();
   const int lane = std::countr_zero(lanes);

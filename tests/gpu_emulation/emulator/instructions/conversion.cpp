@@ -20,15 +20,19 @@ T to_integral(T x) {
   }
 }
 
-// ---- Integers. Without .sat the upper bits are dropped; a register wider than the result is sign- or zero-extended.
+// ---- Integers. Without .sat the upper bits are dropped; a register wider than the result is sign- or
+// zero-extended.
 
 template <class D>
-using Register = std::conditional_t<(sizeof(D) < 4), std::conditional_t<std::is_signed_v<D>, int32_t, uint32_t>, D>;
+using Register =
+    std::conditional_t<(sizeof(D) < 4), std::conditional_t<std::is_signed_v<D>, int32_t, uint32_t>, D>;
 
 template <class D>
 struct Truncate {
   template <class S>
-  Register<D> operator()(S x) const { return static_cast<D>(x); }
+  Register<D> operator()(S x) const {
+    return static_cast<D>(x);
+  }
 };
 
 template <class D>
@@ -60,8 +64,10 @@ struct FloatToInteger {
 
   template <class S>
   static auto widen(S x) {
-    if constexpr (std::is_floating_point_v<S>) return x;
-    else return to_float(x);
+    if constexpr (std::is_floating_point_v<S>)
+      return x;
+    else
+      return to_float(x);
   }
 };
 
@@ -71,8 +77,10 @@ template <class D>
 struct IntegerToFloat {
   template <class S>
   D operator()(S x) const {
-    if constexpr (std::is_floating_point_v<D>) return static_cast<D>(x);
-    else return from_float<D>(to_float_odd(static_cast<double>(x)));
+    if constexpr (std::is_floating_point_v<D>)
+      return static_cast<D>(x);
+    else
+      return from_float<D>(to_float_odd(static_cast<double>(x)));
   }
 };
 
@@ -92,16 +100,20 @@ inline Bfloat16 to_bfloat16_toward_zero(float x) {
 
 template <class D, bool kTowardZero>
 D narrow(float x) {
-  if constexpr (std::is_same_v<D, Half>) return kTowardZero ? to_half_toward_zero(x) : to_half(x);
-  else return kTowardZero ? to_bfloat16_toward_zero(x) : to_bfloat16(x);
+  if constexpr (std::is_same_v<D, Half>)
+    return kTowardZero ? to_half_toward_zero(x) : to_half(x);
+  else
+    return kTowardZero ? to_bfloat16_toward_zero(x) : to_bfloat16(x);
 }
 
 template <class D, bool kTowardZero>
 struct Narrow {
   template <class S>
   D operator()(S x) const {
-    if constexpr (std::is_same_v<S, double>) return narrow<D, kTowardZero>(to_float_odd(x));
-    else return narrow<D, kTowardZero>(to_float(x));
+    if constexpr (std::is_same_v<S, double>)
+      return narrow<D, kTowardZero>(to_float_odd(x));
+    else
+      return narrow<D, kTowardZero>(to_float(x));
   }
 };
 
@@ -109,8 +121,10 @@ template <class D>
 struct Widen {
   template <class S>
   D operator()(S x) const {
-    if constexpr (std::is_floating_point_v<S>) return static_cast<D>(x);
-    else return static_cast<D>(to_float(x));
+    if constexpr (std::is_floating_point_v<S>)
+      return static_cast<D>(x);
+    else
+      return static_cast<D>(to_float(x));
   }
 };
 
@@ -118,8 +132,10 @@ template <Integral kMode>
 struct RoundToIntegral {
   template <class T>
   T operator()(T x) const {
-    if constexpr (std::is_floating_point_v<T>) return to_integral<kMode>(x);
-    else return from_float<T>(to_integral<kMode>(to_float(x)));
+    if constexpr (std::is_floating_point_v<T>)
+      return to_integral<kMode>(x);
+    else
+      return from_float<T>(to_integral<kMode>(to_float(x)));
   }
 };
 
@@ -160,10 +176,14 @@ struct ToTf32 {
 template <class Op>
 Execute from_integer(Decoding& decoding, Type source) {
   switch (source) {
-    case Type::kU8: case Type::kB8: return &unary<Op, uint8_t>;
-    case Type::kU16: case Type::kB16: return &unary<Op, uint16_t>;
-    case Type::kU32: case Type::kB32: return &unary<Op, uint32_t>;
-    case Type::kU64: case Type::kB64: return &unary<Op, uint64_t>;
+    case Type::kU8:
+    case Type::kB8: return &unary<Op, uint8_t>;
+    case Type::kU16:
+    case Type::kB16: return &unary<Op, uint16_t>;
+    case Type::kU32:
+    case Type::kB32: return &unary<Op, uint32_t>;
+    case Type::kU64:
+    case Type::kB64: return &unary<Op, uint64_t>;
     case Type::kS8: return &unary<Op, int8_t>;
     case Type::kS16: return &unary<Op, int16_t>;
     case Type::kS32: return &unary<Op, int32_t>;
@@ -175,10 +195,14 @@ Execute from_integer(Decoding& decoding, Type source) {
 template <template <class> class Op>
 Execute to_integer(Decoding& decoding, Type result, Type source) {
   switch (result) {
-    case Type::kU8: case Type::kB8: return from_integer<Op<uint8_t>>(decoding, source);
-    case Type::kU16: case Type::kB16: return from_integer<Op<uint16_t>>(decoding, source);
-    case Type::kU32: case Type::kB32: return from_integer<Op<uint32_t>>(decoding, source);
-    case Type::kU64: case Type::kB64: return from_integer<Op<uint64_t>>(decoding, source);
+    case Type::kU8:
+    case Type::kB8: return from_integer<Op<uint8_t>>(decoding, source);
+    case Type::kU16:
+    case Type::kB16: return from_integer<Op<uint16_t>>(decoding, source);
+    case Type::kU32:
+    case Type::kB32: return from_integer<Op<uint32_t>>(decoding, source);
+    case Type::kU64:
+    case Type::kB64: return from_integer<Op<uint64_t>>(decoding, source);
     case Type::kS8: return from_integer<Op<int8_t>>(decoding, source);
     case Type::kS16: return from_integer<Op<int16_t>>(decoding, source);
     case Type::kS32: return from_integer<Op<int32_t>>(decoding, source);
@@ -216,7 +240,8 @@ Execute float_to_integer(Decoding& decoding, Type result, Type source) {
 template <Integral kMode>
 Execute float_to_integer(Decoding& decoding, Type result, Type source) {
   // A 64-bit source knows no .ftz; flush is for float.
-  if (decoding.accept("ftz") && source != Type::kF64) return float_to_integer<kMode, true>(decoding, result, source);
+  if (decoding.accept("ftz") && source != Type::kF64)
+    return float_to_integer<kMode, true>(decoding, result, source);
   return float_to_integer<kMode, false>(decoding, result, source);
 }
 
@@ -261,7 +286,8 @@ Execute widening(Decoding& decoding, Type source) {
   const bool sat = decoding.accept("sat");
   if (sat) return from_float_type<Saturated<Widen<D>>>(decoding, source);
   if (ftz && source == Type::kF32) return &unary<Flushed<Widen<D>>, float>;
-  if (ftz && std::is_same_v<D, float> && source == Type::kF64) decoding.unsupported("modifier .ftz is not implemented");
+  if (ftz && std::is_same_v<D, float> && source == Type::kF64)
+    decoding.unsupported("modifier .ftz is not implemented");
   return from_float_type<Widen<D>>(decoding, source);
 }
 
@@ -293,7 +319,8 @@ template <class D>
 Execute pair_narrowing(Decoding& decoding) {
   const bool toward_zero = decoding.require_one({"rn", "rz"}) == 1;
   const bool relu = decoding.accept("relu");
-  if (toward_zero) return relu ? &binary<NarrowPair<D, true, true>, float> : &binary<NarrowPair<D, true, false>, float>;
+  if (toward_zero)
+    return relu ? &binary<NarrowPair<D, true, true>, float> : &binary<NarrowPair<D, true, false>, float>;
   return relu ? &binary<NarrowPair<D, false, true>, float> : &binary<NarrowPair<D, false, false>, float>;
 }
 
@@ -305,7 +332,8 @@ void decode_cvt(Decoding& decoding) {
   if (result == Type::kF16x2 || result == Type::kBf16x2) {
     if (source != Type::kF32) decoding.unsupported("type is not implemented");
     take_operands(decoding, Type::kF32, 2);
-    instruction.execute = result == Type::kF16x2 ? pair_narrowing<Half>(decoding) : pair_narrowing<Bfloat16>(decoding);
+    instruction.execute =
+        result == Type::kF16x2 ? pair_narrowing<Half>(decoding) : pair_narrowing<Bfloat16>(decoding);
     return;
   }
   decoding.expect_operands(2, 2);

@@ -29,8 +29,8 @@ LaneMask binary(Machine& machine, const Instruction& instruction, LaneMask lanes
   const auto* a = warp.lanes<Slot<T>>(instruction.a);
   const auto* b = warp.lanes<Slot<B>>(instruction.b);
   auto* d = warp.lanes<Slot<Result>>(instruction.d);
-  for_each_lane(lanes,
-                [=](int lane) { d[lane] = slot_of<Result>(Op()(value_of<T>(a[lane]), value_of<B>(b[lane]))); });
+  for_each_lane(
+      lanes, [=](int lane) { d[lane] = slot_of<Result>(Op()(value_of<T>(a[lane]), value_of<B>(b[lane]))); });
   return lanes;
 }
 
@@ -114,7 +114,8 @@ struct InFloat {
 template <class Op, class T>
 struct OnPairs {
   template <class... U>
-    requires(std::is_same_v<U, Pair<T>> && ...) && (std::is_invocable_v<Op, std::conditional_t<true, T, U>...>)
+    requires(std::is_same_v<U, Pair<T>> && ...) &&
+            (std::is_invocable_v<Op, std::conditional_t<true, T, U>...>)
   Pair<T> operator()(U... x) const {
     return {Op()(x.low...), Op()(x.high...)};
   }
@@ -122,8 +123,8 @@ struct OnPairs {
 
 // ---- Rounding.
 
-// Executes `inner` in the rounding mode that `immediate` holds. The call through a pointer keeps the compiler from
-// moving arithmetic across the change of mode.
+// Executes `inner` in the rounding mode that `immediate` holds. The call through a pointer keeps the compiler
+// from moving arithmetic across the change of mode.
 inline LaneMask execute_rounded(Machine& machine, const Instruction& instruction, LaneMask lanes) {
   std::fesetround(static_cast<int>(instruction.immediate));
   const LaneMask done = instruction.inner(machine, instruction, lanes);

@@ -1,6 +1,6 @@
-// Floating-point functions (PTX ISA 9.0, sections 9.7.3 and 9.7.4): rcp, sqrt, rsqrt, sin, cos, lg2, ex2, tanh,
-// copysign, testp.
-// The .approx forms are computed to the last bit or two here; a card's are as far off as their sections allow.
+// Floating-point functions (PTX ISA 9.0, sections 9.7.3 and 9.7.4): rcp, sqrt, rsqrt, sin, cos, lg2, ex2,
+// tanh, copysign, testp. The .approx forms are computed to the last bit or two here; a card's are as far off
+// as their sections allow.
 #include <cmath>
 
 #include "handlers.h"
@@ -10,17 +10,23 @@ namespace {
 
 struct Reciprocal {
   template <class T>
-  T operator()(T x) const { return 1 / x; }
+  T operator()(T x) const {
+    return 1 / x;
+  }
 };
 
 struct SquareRoot {
   template <class T>
-  T operator()(T x) const { return std::sqrt(x); }
+  T operator()(T x) const {
+    return std::sqrt(x);
+  }
 };
 
 struct ReciprocalSquareRoot {
   template <class T>
-  T operator()(T x) const { return 1 / std::sqrt(x); }
+  T operator()(T x) const {
+    return 1 / std::sqrt(x);
+  }
 };
 
 struct Sine {
@@ -55,7 +61,9 @@ struct UpperHalf {
 
 struct CopySign {
   template <class T>
-  T operator()(T sign, T magnitude) const { return std::copysign(magnitude, sign); }
+  T operator()(T sign, T magnitude) const {
+    return std::copysign(magnitude, sign);
+  }
 };
 
 template <class Op>
@@ -92,7 +100,8 @@ void decode_approximation(Decoding& decoding) {
       break;
     default: decoding.unsupported("type is not implemented");
   }
-  if (ftz && (type == Type::kF16 || type == Type::kF16x2)) decoding.unsupported("modifier .ftz is not implemented");
+  if (ftz && (type == Type::kF16 || type == Type::kF16x2))
+    decoding.unsupported("modifier .ftz is not implemented");
 }
 
 void decode_copysign(Decoding& decoding) {
@@ -120,7 +129,8 @@ template <class T>
 LaneMask testp(Machine& machine, const Instruction& instruction, LaneMask lanes) {
   const auto* a = machine.warp().lanes<Slot<T>>(instruction.a);
   const auto property = static_cast<Property>(instruction.immediate);
-  const LaneMask holds = lanes_where(lanes, [=](int lane) { return has_property(value_of<T>(a[lane]), property); });
+  const LaneMask holds =
+      lanes_where(lanes, [=](int lane) { return has_property(value_of<T>(a[lane]), property); });
   machine.warp().set_predicate(instruction.d, lanes, holds);
   return lanes;
 }

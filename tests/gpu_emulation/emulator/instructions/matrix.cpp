@@ -1,5 +1,6 @@
 // Matrix instructions of a warp (PTX ISA 9.0, section 9.7.14.5): ldmatrix, stmatrix, mma.sync.
-// Sums are taken in float, in order of k; the hardware's order and its width between the additions are not documented.
+// Sums are taken in float, in order of k; the hardware's order and its width between the additions are not
+// documented.
 #include <cmath>
 #include <cstring>
 
@@ -9,7 +10,7 @@
 namespace ptx {
 namespace {
 
-constexpr int kMatrixRows = 8;   // of ldmatrix: 8 rows of 16 bytes
+constexpr int kMatrixRows = 8;  // of ldmatrix: 8 rows of 16 bytes
 constexpr int kRowBytes = 16;
 
 // Lane l holds elements 2 (l % 4) and the next of row l / 4; with .trans row and column change places.
@@ -63,7 +64,8 @@ LaneMask move_matrices(Machine& machine, const Instruction& instruction, LaneMas
       for (int lane = 0; lane < kWarpSize; ++lane) {
         const Position low = element_position(lane, 0, instruction.flag);
         const Position high = element_position(lane, 1, instruction.flag);
-        d[lane] = tiles[q][low.row][low.column] | static_cast<uint32_t>(tiles[q][high.row][high.column]) << 16;
+        d[lane] = tiles[q][low.row][low.column] | static_cast<uint32_t>(tiles[q][high.row][high.column])
+                                                      << 16;
       }
     }
   }
@@ -84,14 +86,16 @@ void decode_move_matrices(Decoding& decoding, bool load) {
   instruction.address = decoding.address(load ? 1 : 0);
   auto& elements = load ? instruction.d_elements : instruction.a_elements;
   elements = load ? decoding.destination_elements(0, Type::kB32) : decoding.source_elements(1, Type::kB32);
-  if (elements.size() != instruction.vector) decoding.unsupported("registers do not fit the number of matrices");
+  if (elements.size() != instruction.vector)
+    decoding.unsupported("registers do not fit the number of matrices");
   instruction.execute = load ? &move_matrices<true> : &move_matrices<false>;
 }
 
-// ---- mma.sync: D (M, N) = A (M, K) B (K, N) + C. Lane l belongs to group g = l / 4 and is number t = l % 4 in it.
+// ---- mma.sync: D (M, N) = A (M, K) B (K, N) + C. Lane l belongs to group g = l / 4 and is number t = l % 4
+// in it.
 
-// Where the elements of A and B lie, for inputs of which a register holds kPerRegister: register i of A has row
-// g + 8 (i % 2) and columns from kPerRegister (t + 4 (i / 2)), register i of B has column g and rows from
+// Where the elements of A and B lie, for inputs of which a register holds kPerRegister: register i of A has
+// row g + 8 (i % 2) and columns from kPerRegister (t + 4 (i / 2)), register i of B has column g and rows from
 // kPerRegister (t + 4 i).
 template <int kM, int kK, int kPerRegister, class T, class Register, class Convert>
 void gather_a(Warp& warp, const std::vector<Operand>& elements, T (&a)[kM][kK], Convert convert) {
@@ -145,7 +149,8 @@ void gather_c_half(Warp& warp, const std::vector<Operand>& elements, float (&c)[
     const uint32_t* lanes = warp.lanes<uint32_t>(elements[i]);
     for (int lane = 0; lane < kWarpSize; ++lane) {
       for (int e = 0; e < 2; ++e) {
-        c[lane / 4 + 8 * i][lane % 4 * 2 + e] = to_float(Half{static_cast<uint16_t>(lanes[lane] >> (16 * e))});
+        c[lane / 4 + 8 * i][lane % 4 * 2 + e] =
+            to_float(Half{static_cast<uint16_t>(lanes[lane] >> (16 * e))});
       }
     }
   }
@@ -189,12 +194,16 @@ void count_mma(Counters& counters, int m, int n, int k) {
 // Elements of a register of two 16-bit floats, or of one tf32.
 struct HalfElements {
   static constexpr int kPerRegister = 2;
-  float operator()(uint32_t bits, int i) const { return to_float(Half{static_cast<uint16_t>(bits >> (16 * i))}); }
+  float operator()(uint32_t bits, int i) const {
+    return to_float(Half{static_cast<uint16_t>(bits >> (16 * i))});
+  }
 };
 
 struct Bfloat16Elements {
   static constexpr int kPerRegister = 2;
-  float operator()(uint32_t bits, int i) const { return to_float(Bfloat16{static_cast<uint16_t>(bits >> (16 * i))}); }
+  float operator()(uint32_t bits, int i) const {
+    return to_float(Bfloat16{static_cast<uint16_t>(bits >> (16 * i))});
+  }
 };
 
 struct Tf32Elements {
@@ -293,13 +302,14 @@ void decode_mma(Decoding& decoding) {
   instruction.a_elements = decoding.source_elements(1, input);
   instruction.b_elements = decoding.source_elements(2, input);
   instruction.c_elements = decoding.source_elements(3, accumulator);
-  instruction.execute = wide ? double_handler(decoding, shape)
-                             : float_handler(decoding, a, shape, result == Type::kF16);
+  instruction.execute =
+      wide ? double_handler(decoding, shape) : float_handler(decoding, a, shape, result == Type::kF16);
   const int per_register = a == Type::kF16 || a == Type::kBf16 ? 2 : 1;
   const size_t accumulators = shape.m * shape.n / kWarpSize / (result == Type::kF16 ? 2 : 1);
-  const bool fits = instruction.a_elements.size() == static_cast<size_t>(shape.m * shape.k / kWarpSize / per_register) &&
-                    instruction.b_elements.size() == static_cast<size_t>(shape.k * shape.n / kWarpSize / per_register) &&
-                    instruction.c_elements.size() == accumulators && instruction.d_elements.size() == accumulators;
+  const bool fits =
+      instruction.a_elements.size() == static_cast<size_t>(shape.m * shape.k / kWarpSize / per_register) &&
+      instruction.b_elements.size() == static_cast<size_t>(shape.k * shape.n / kWarpSize / per_register) &&
+      instruction.c_elements.size() == accumulators && instruction.d_elements.size() == accumulators;
   if (!fits) decoding.unsupported("registers do not fit the shape");
 }
 

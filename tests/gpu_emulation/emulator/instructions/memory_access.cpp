@@ -1,4 +1,5 @@
-// ld, ldu, st (PTX ISA 9.0, sections 9.7.9.8 to 9.7.9.12) and the hints prefetch, prefetchu, applypriority, discard.
+// ld, ldu, st (PTX ISA 9.0, sections 9.7.9.8 to 9.7.9.12) and the hints prefetch, prefetchu, applypriority,
+// discard.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -30,7 +31,8 @@ LaneMask ld(Machine& machine, const Instruction& instruction, LaneMask lanes) {
   if (is_shared(instruction.space, first)) count_shared(machine.count(), addresses, lanes, bytes);
   for (LaneMask rest = lanes; rest; rest &= rest - 1) {
     const int lane = std::countr_zero(rest);
-    const uint8_t* source = machine.access(instruction.space, addresses[lane], bytes, AccessKind::kRead, lane);
+    const uint8_t* source =
+        machine.access(instruction.space, addresses[lane], bytes, AccessKind::kRead, lane);
     for (const Operand& element : instruction.d_elements) {
       warp.set_value(element, lane, extended<T>(source));
       source += sizeof(T);
@@ -113,7 +115,8 @@ Type decode_access(Decoding& decoding, int address_position) {
   instruction.vector = static_cast<uint8_t>(decoding.vector());
   const Type type = decoding.type();
   instruction.element = static_cast<uint8_t>(size_of(type));
-  if (instruction.vector * instruction.element > kMaxAccess) decoding.unsupported("access of more than 32 bytes");
+  if (instruction.vector * instruction.element > kMaxAccess)
+    decoding.unsupported("access of more than 32 bytes");
   instruction.address = decoding.address(address_position);
   // .param variables of calls are local memory of the caller, see the decoder.
   if (instruction.space == Space::kParam && decoding.address_is_local(address_position)) {
@@ -128,7 +131,8 @@ void decode_ld(Decoding& decoding) {
   decoding.accept("nc");
   const Type type = decode_access(decoding, 1);
   instruction.d_elements = decoding.destination_elements(0, type, true);
-  if (instruction.d_elements.size() != instruction.vector) decoding.unsupported("registers do not fit the vector");
+  if (instruction.d_elements.size() != instruction.vector)
+    decoding.unsupported("registers do not fit the vector");
   instruction.execute = ld_handler(type);
 }
 
@@ -137,7 +141,8 @@ void decode_st(Decoding& decoding) {
   Instruction& instruction = decoding.instruction;
   const Type type = decode_access(decoding, 0);
   instruction.a_elements = decoding.source_elements(1, type, true);
-  if (instruction.a_elements.size() != instruction.vector) decoding.unsupported("registers do not fit the vector");
+  if (instruction.a_elements.size() != instruction.vector)
+    decoding.unsupported("registers do not fit the vector");
   instruction.execute = &st;
 }
 
@@ -153,8 +158,8 @@ void decode_hint(Decoding& decoding) {
 }  // namespace
 
 std::vector<Opcode> memory_opcodes() {
-  return {{"ld", decode_ld},          {"ldu", decode_ld},       {"st", decode_st},
-          {"prefetch", decode_hint},  {"prefetchu", decode_hint}, {"applypriority", decode_hint},
+  return {{"ld", decode_ld},         {"ldu", decode_ld},         {"st", decode_st},
+          {"prefetch", decode_hint}, {"prefetchu", decode_hint}, {"applypriority", decode_hint},
           {"discard", decode_hint}};
 }
 

@@ -14,7 +14,8 @@ LaneMask mov(Machine& machine, const Instruction& instruction, LaneMask lanes) {
 
 LaneMask mov_predicate(Machine& machine, const Instruction& instruction, LaneMask lanes) {
   Warp& warp = machine.warp();
-  const LaneMask value = instruction.a ? warp.predicate(instruction.a) : static_cast<LaneMask>(instruction.immediate);
+  const LaneMask value =
+      instruction.a ? warp.predicate(instruction.a) : static_cast<LaneMask>(instruction.immediate);
   warp.set_predicate(instruction.d, lanes, value);
   return lanes;
 }
@@ -120,7 +121,8 @@ void decode_cvta(Decoding& decoding) {
   Instruction& instruction = decoding.instruction;
   const bool to = decoding.accept("to");
   const Space space = decoding.space();
-  if (space == Space::kGeneric || space == Space::kParam) decoding.unsupported("state space is not implemented");
+  if (space == Space::kGeneric || space == Space::kParam)
+    decoding.unsupported("state space is not implemented");
   if (decoding.type() != Type::kU64) decoding.unsupported("only 64-bit addresses are implemented");
   take_operands(decoding, Type::kU64, 1);
   instruction.immediate = to ? -window_of(space) : window_of(space);
@@ -167,7 +169,10 @@ void decode_createpolicy(Decoding& decoding) {
 }  // namespace
 
 std::vector<Opcode> move_opcodes() {
-  return {{"mov", decode_mov}, {"cvta", decode_cvta}, {"isspacep", decode_isspacep}, {"createpolicy", decode_createpolicy}};
+  return {{"mov", decode_mov},
+          {"cvta", decode_cvta},
+          {"isspacep", decode_isspacep},
+          {"createpolicy", decode_createpolicy}};
 }
 
 }  // namespace ptx

@@ -71,12 +71,18 @@ LaneMask vote(Machine& machine, const Instruction& instruction, LaneMask lanes) 
   lanes = machine.gather_groups(lanes, instruction.members, groups);
   Warp& warp = machine.warp();
   for (LaneMask group : groups) {
-    const LaneMask yes = (instruction.flag ? static_cast<LaneMask>(instruction.target) : warp.predicate(instruction.a)) & group;
+    const LaneMask yes =
+        (instruction.flag ? static_cast<LaneMask>(instruction.target) : warp.predicate(instruction.a)) &
+        group;
     switch (static_cast<Vote>(instruction.immediate)) {
       case Vote::kAll: warp.set_predicate(instruction.d, group, yes == group ? kAllLanes : 0); break;
       case Vote::kAny: warp.set_predicate(instruction.d, group, yes ? kAllLanes : 0); break;
-      case Vote::kUniform: warp.set_predicate(instruction.d, group, yes == group || !yes ? kAllLanes : 0); break;
-      case Vote::kBallot: for_each_lane(group, [&](int lane) { warp.set_value(instruction.d, lane, yes); }); break;
+      case Vote::kUniform:
+        warp.set_predicate(instruction.d, group, yes == group || !yes ? kAllLanes : 0);
+        break;
+      case Vote::kBallot:
+        for_each_lane(group, [&](int lane) { warp.set_value(instruction.d, lane, yes); });
+        break;
     }
   }
   return lanes;
@@ -84,12 +90,16 @@ LaneMask vote(Machine& machine, const Instruction& instruction, LaneMask lanes) 
 
 struct Minimum {
   template <class T>
-  T operator()(T a, T b) const { return std::min(a, b); }
+  T operator()(T a, T b) const {
+    return std::min(a, b);
+  }
 };
 
 struct Maximum {
   template <class T>
-  T operator()(T a, T b) const { return std::max(a, b); }
+  T operator()(T a, T b) const {
+    return std::max(a, b);
+  }
 };
 
 struct Sum {
@@ -203,7 +213,8 @@ void decode_redux(Decoding& decoding) {
   decoding.expect_operands(3, 3);
   const int operation = decoding.require_one({"add", "min", "max", "and", "or", "xor"});
   const Type type = decoding.type();
-  if (type != Type::kU32 && type != Type::kS32 && type != Type::kB32) decoding.unsupported("type is not implemented");
+  if (type != Type::kU32 && type != Type::kS32 && type != Type::kB32)
+    decoding.unsupported("type is not implemented");
   instruction.d = decoding.destination(0, type);
   instruction.a = decoding.source(1, type);
   instruction.members = decoding.source(2, Type::kB32);
@@ -254,8 +265,12 @@ void decode_elect(Decoding& decoding) {
 }  // namespace
 
 std::vector<Opcode> warp_opcodes() {
-  return {{"shfl", decode_shfl},   {"vote", decode_vote},             {"redux", decode_redux},
-          {"match", decode_match}, {"activemask", decode_activemask}, {"elect", decode_elect}};
+  return {{"shfl", decode_shfl},
+          {"vote", decode_vote},
+          {"redux", decode_redux},
+          {"match", decode_match},
+          {"activemask", decode_activemask},
+          {"elect", decode_elect}};
 }
 
 }  // namespace ptx

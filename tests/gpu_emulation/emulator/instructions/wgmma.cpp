@@ -1,6 +1,6 @@
 // wgmma.mma_async (PTX ISA 9.0, section 9.7.15): the 64 rows of a warpgroup's product, a warp at a time.
-// It is executed at once: wgmma.fence, commit_group and wait_group have nothing to do, and a wait that is missing is
-// not noticed.
+// It is executed at once: wgmma.fence, commit_group and wait_group have nothing to do, and a wait that is
+// missing is not noticed.
 #include <cstring>
 
 #include "../decoder.h"
@@ -14,10 +14,10 @@ struct Wgmma {
   int n;
   int k;
   Type input;
-  Operand scale_d;           // false: D = A B, true: D += A B
+  Operand scale_d;  // false: D = A B, true: D += A B
   bool scale_d_immediate;
   bool scale_d_value;
-  float scale;               // product of imm-scale-a and imm-scale-b
+  float scale;  // product of imm-scale-a and imm-scale-b
   bool transposed_a;
   bool transposed_b;
   bool a_in_registers;
@@ -31,7 +31,9 @@ struct Descriptor {
   int swizzle_bytes;  // 16: none, or 32, 64, 128
 
   explicit Descriptor(uint64_t bits)
-      : start((bits & 0x3fff) << 4), leading_offset((bits >> 16 & 0x3fff) << 4), stride_offset((bits >> 32 & 0x3fff) << 4) {
+      : start((bits & 0x3fff) << 4),
+        leading_offset((bits >> 16 & 0x3fff) << 4),
+        stride_offset((bits >> 32 & 0x3fff) << 4) {
     constexpr int kSwizzles[] = {16, 128, 64, 32};
     swizzle_bytes = kSwizzles[bits >> 62];
   }
@@ -40,13 +42,14 @@ struct Descriptor {
   // Core matrices are 8 rows of 16 bytes (section 9.7.15.5.1.1); wider rows are swizzled: 16-byte chunks are
   // exchanged by the exclusive or of their number with that of the row.
   uint64_t address(int row, int k, int bytes, bool transposed) const {
-    const int outer = transposed ? k : row;                  // strides by rows of a core matrix
-    const int inner = (transposed ? row : k) * bytes;        // runs within a row
+    const int outer = transposed ? k : row;            // strides by rows of a core matrix
+    const int inner = (transposed ? row : k) * bytes;  // runs within a row
     const int chunk = inner % swizzle_bytes;
     uint64_t offset = static_cast<uint64_t>(outer % 8) * swizzle_bytes + chunk;
     if (!transposed) {
       offset += outer / 8 * stride_offset;
-      offset += inner / swizzle_bytes * (swizzle_bytes == 16 ? leading_offset : static_cast<uint64_t>(swizzle_bytes));
+      offset += inner / swizzle_bytes *
+                (swizzle_bytes == 16 ? leading_offset : static_cast<uint64_t>(swizzle_bytes));
     } else if (swizzle_bytes == 16) {
       offset += inner / swizzle_bytes * stride_offset + outer / 8 * leading_offset;
     } else {
@@ -66,7 +69,8 @@ float element_value(Type type, uint32_t bits) {
   }
 }
 
-float read_element(Machine& machine, const Wgmma& wgmma, const Descriptor& descriptor, int row, int k, bool transposed) {
+float read_element(Machine& machine, const Wgmma& wgmma, const Descriptor& descriptor, int row, int k,
+                   bool transposed) {
   const int bytes = wgmma.input == Type::kTf32 ? 4 : 2;
   const uint64_t address = descriptor.address(row, k, bytes, transposed);
   uint32_t bits = 0;
@@ -162,14 +166,16 @@ void decode_wgmma(Decoding& decoding) {
   const Decoding::Shape shape = decoding.shape();
   const Type result = decoding.type();
   wgmma.input = decoding.type();
-  if (decoding.type() != wgmma.input || result != Type::kF32) decoding.unsupported("types are not implemented");
+  if (decoding.type() != wgmma.input || result != Type::kF32)
+    decoding.unsupported("types are not implemented");
   const bool sixteen_bits = wgmma.input == Type::kF16 || wgmma.input == Type::kBf16;
   if (!sixteen_bits && wgmma.input != Type::kTf32) decoding.unsupported("types are not implemented");
   wgmma.n = shape.n;
   wgmma.k = shape.k;
   if (shape.m != 64 || shape.k != (sixteen_bits ? 16 : 8)) decoding.unsupported("shape is not implemented");
   instruction.d_elements = decoding.destination_elements(0, Type::kF32);
-  if (instruction.d_elements.size() != static_cast<size_t>(shape.n / 2)) decoding.unsupported("registers do not fit");
+  if (instruction.d_elements.size() != static_cast<size_t>(shape.n / 2))
+    decoding.unsupported("registers do not fit");
   wgmma.a_in_registers = decoding.is_vector(1);
   if (wgmma.a_in_registers) {
     instruction.a_elements = decoding.source_elements(1, Type::kB32);
@@ -184,10 +190,13 @@ void decode_wgmma(Decoding& decoding) {
   } else {
     wgmma.scale_d = decoding.predicate_source(3);
   }
-  const auto sign = [&](int position) { return static_cast<float>(static_cast<int64_t>(decoding.immediate(position))); };
+  const auto sign = [&](int position) {
+    return static_cast<float>(static_cast<int64_t>(decoding.immediate(position)));
+  };
   wgmma.scale = sign(4) * sign(5);
   int next = 6;
-  if (!wgmma.a_in_registers && next < decoding.operands()) wgmma.transposed_a = decoding.immediate(next++) != 0;
+  if (!wgmma.a_in_registers && next < decoding.operands())
+    wgmma.transposed_a = decoding.immediate(next++) != 0;
   if (next < decoding.operands()) wgmma.transposed_b = decoding.immediate(next) != 0;
   instruction.extra = std::make_shared<Wgmma>(wgmma);
   instruction.execute = &mma_async;

@@ -1,5 +1,6 @@
-// wmma.load, wmma.store, wmma.mma (PTX ISA 9.0, section 9.7.14.4). Which lane holds which element of a fragment is not
-// specified, so any map will do that all three share: elements in row-major order, lane after lane.
+// wmma.load, wmma.store, wmma.mma (PTX ISA 9.0, section 9.7.14.4). Which lane holds which element of a
+// fragment is not specified, so any map will do that all three share: elements in row-major order, lane after
+// lane.
 #include <cstring>
 
 #include "../decoder.h"
@@ -132,7 +133,8 @@ void decode_move(Decoding& decoding, bool load) {
   wmma.column_major = decoding.require_one({"row", "col"}) == 1;
   instruction.space = decoding.space();
   instruction.type = decoding.type();
-  if (size_of(instruction.type) < 2 || size_of(instruction.type) > 4) decoding.unsupported("type is not implemented");
+  if (size_of(instruction.type) < 2 || size_of(instruction.type) > 4)
+    decoding.unsupported("type is not implemented");
   if (load) {
     instruction.d_elements = decoding.destination_elements(0, Type::kB32);
   } else {
@@ -165,7 +167,8 @@ void decode_multiply(Decoding& decoding) {
     if (*third != second) decoding.unsupported("mixed types are not implemented");
   }
   for (Type accumulator : {wmma.c, wmma.d}) {
-    if (accumulator != Type::kF32 && accumulator != Type::kF16) decoding.unsupported("types are not implemented");
+    if (accumulator != Type::kF32 && accumulator != Type::kF16)
+      decoding.unsupported("types are not implemented");
   }
   if (wmma.a != Type::kF16 && wmma.a != Type::kBf16 && wmma.a != Type::kTf32) {
     decoding.unsupported("types are not implemented");
