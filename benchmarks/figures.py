@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # needs no display
 from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-BASELINE_STYLES = (("#6c757d", "o"), ("#9aa5b1", "s"), ("#4c78a8", "D"), ("#c9a227", "v"))
+BASELINE_STYLES = (("#6c757d", "o"), ("#c9a227", "s"), ("#4c78a8", "D"), ("#59a14f", "v"))
 OUR_STYLES = (("#d1495b", "o"), ("#e8a0a8", "s"), ("#8d3b72", "D"))
 LONGEST_LINE = 140
 
@@ -40,13 +40,18 @@ def draw_cases(loss, cases, machine, path):
         draw_band(times, sizes, steps, 1e3, name, styles[name], emphasised=name == ours)
     times.set(ylabel="ms a step", title="Time")
 
+    gains, sizes_of = {}, {}
     for name in names_of(cases):
         compared = [case for case in cases if name in ratios_of(case, ours)]
         if compared:
             sizes = [case["sizes"][axis] for case in compared]
-            gains = [ratios_of(case, ours)[name] for case in compared]
-            draw_band(ratios, sizes, gains, 1, name, styles[name])
-            label_points(ratios, sizes, gains, styles[name])
+            gains[name] = [ratios_of(case, ours)[name] for case in compared]
+            draw_band(ratios, sizes, gains[name], 1, name, styles[name])
+            sizes_of[name] = sizes
+    # Numbers on the outermost curves only: between close ones they would cover each other.
+    by_height = sorted(gains, key=lambda name: gains[name][-1]["median"])
+    for name, offset in zip(by_height[:1] + by_height[1:][-1:], (-13, 6), strict=False):
+        label_points(ratios, sizes_of[name], gains[name], styles[name], offset)
     ratios.axhline(1, color=OUR_STYLES[0][0], linewidth=1.4)
     ratios.set(ylabel="times as fast", title=f"{ours} against each" if ours else "")
 
@@ -75,13 +80,13 @@ def draw_band(panel, sizes, spreads, factor, name, style, emphasised=False):
     panel.fill_between(sizes, low, high, color=color, alpha=0.25, linewidth=0)
 
 
-def label_points(panel, sizes, spreads, style):
-    """The medians beside their points."""
-    for x, one in zip(sizes, spreads, strict=True):
+def label_points(panel, sizes, spreads, style, offset):
+    """The medians above or below their points, `offset` points away."""
+    for size, one in zip(sizes, spreads, strict=True):
         panel.annotate(
             f"{one['median']:.1f}",
-            (x, one["median"]),
-            (0, 6),
+            (size, one["median"]),
+            (0, offset),
             textcoords="offset points",
             ha="center",
             fontsize=8,

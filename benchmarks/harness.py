@@ -150,8 +150,9 @@ class StepTimer:
         self.function, self.inputs, self.clock = function, inputs, clock
         self.forwards, self.steps = [], []  # seconds, a number a sample
         self.calls = 1
-        self._sample()
         _, step = self._sample()
+        if step < sample_seconds:  # short enough to be doubled by an interruption
+            step = min(step, self._sample()[1], self._sample()[1])
         self.calls = min(max(1, math.ceil(sample_seconds / max(step, 1e-9))), LARGEST_CALLS)
 
     def measure(self):

@@ -1,9 +1,12 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, machine
 from benchmarks.harness import Budget, Implementation
 from tests.benchmarks.fakes import FakeClock, FakeProduct, square_sum, square_sum_workload
 
@@ -33,8 +36,8 @@ def test_forward_and_step_are_what_the_clock_says():
 def test_ratio_is_taken_within_each_round():
     """Both slow down in the same rounds, by up to 16: the medians spread, the ratio does not."""
     clock = FakeClock()
-    # Agreement, memory and two calibrating samples come before the rounds.
-    paces = [1, 1, 1, 1, 1, 2, 4, 8, 16]
+    # Agreement, memory and a calibrating sample come before the rounds.
+    paces = [1, 1, 1, 1, 2, 4, 8, 16]
     slow, fast = iter([6.0 * pace for pace in paces]), iter([2.0 * pace for pace in paces])
     plain = square_sum("plain", clock, lambda: next(slow), 0.0, baseline=True)
     ours = square_sum("ours", clock, lambda: next(fast), 0.0)
@@ -156,3 +159,41 @@ def test_cpu_clock_is_in_seconds():
     while clock.seconds_between(start, clock.mark()) < 1e-3:
         pass
     assert clock.seconds_between(start, clock.mark()) >= 1e-3
+
+
+GROWTH = """
+import gc, pathlib, re
+import torch
+from benchmarks import harness
+from ssl_kernels.recipes.baseline import plain_nt_xent_loss
+
+def megabytes(field):
+    return 1024e-6 * int(re.search(field + r":\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+
+torch.set_num_threads(1)
+views = [torch.randn(512, 16, requires_grad=True) for _ in range(2)]
+harness.loss_and_gradients(plain_nt_xent_loss, views)
+gc.collect()
+before = megabytes("VmRSS")
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+harness.loss_and_gradients(plain_nt_xent_loss, views)
+print(megabytes("VmHWM") - before, 1e-6 * harness.measure_extra_bytes(plain_nt_xent_loss, views))
+"""
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak resident size"
+)
+def test_extra_memory_is_what_the_process_grows_by():
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system
+    result = subprocess.run(
+        [sys.executable, "-c", GROWTH],
+        cwd=machine.CHECKOUT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    growth, measured = map(float, result.stdout.split())
+    assert growth == pytest.approx(measured, rel=0.05)
+    assert measured > 12  # three 4 MB matrices
