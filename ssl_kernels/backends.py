@@ -63,6 +63,11 @@ def register_operation(name, unsupported):
     _operations[name] = unsupported
 
 
+def operations():
+    """Names of the operations, for `backends_for`."""
+    return tuple(_operations)
+
+
 def backends_for(op, *args):
     """What can run a call, and for each backend that cannot, the reason.
 
