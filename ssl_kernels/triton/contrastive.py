@@ -92,8 +92,8 @@ def contrastive_fwd_kernel(
     #   loops over D. Where the walk is split, maxima and sums go to row_partial (2, splits, N) and
     #   merge_lse_kernel finishes them. column_partial (2, slots, M) likewise, from slot 1 on.
     # Traffic: with B = ceil(N / BLOCK_N), y is read B times (mostly from L2), x once for each split or,
-    #   without ONE_BLOCK_D, ceil(M / BLOCK_M) times; with y_rnorm 4·B·M bytes. Writes 8·N·(1 + P) bytes,
-    #   8·B·M for column sums.
+    #   without ONE_BLOCK_D, ceil(M / BLOCK_M) times. Every warp reads y_rnorm: 4·B·M·num_warps bytes, on
+    #   sm_90 twice that. Writes 8·N·(1 + P) bytes, or 8·N·splits; 8·B·M for column sums.
     # Work: 1 unit = 2·N·M·D flops, N, M and D rounded up to whole blocks.
     # Numerics: products of the stored x and y accumulated in ACC, where everything else happens; norms enter
     #   as factors of the product, so there is no rounded normalised copy. A true running maximum: any scale
@@ -269,7 +269,9 @@ def contrastive_bwd_kernel(
     # Tiling: as the forward kernel with D <= BLOCK_D; y is loaded once and multiplied twice, g stays in
     #   registers. Where the walk is split, g goes to partial (splits, N, D) and contrastive_finish_kernel
     #   does the last line.
-    # Traffic: reads x once and y ceil(N / BLOCK_N) times (mostly from L2), writes N·D elements.
+    # Traffic: with B = ceil(N / BLOCK_N), y is read B times (mostly from L2), x once for each split, and each
+    #   of a column's rnorm, lse, weight, positive and its gradient takes 4·B·M bytes. Writes N·D elements,
+    #   or 4·splits·N·D bytes of partial.
     # Work: 2 units of 2·N·M·D flops, N, M and D rounded up to whole blocks: logits again, and one product.
     # Numerics: C is rounded to the storage type for its product. bfloat16 takes y_rnorm_j into C; float16 has
     #   not the range, so there ŷ is rounded as plain PyTorch does, and incoming gradients are divided by

@@ -1,0 +1,119 @@
+"""Compiles the kernels of `contrastive` for any architecture and reads what the machine code needs."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ssl_kernels.triton import contrastive
+
+KERNELS = {
+    "forward": contrastive.contrastive_fwd_kernel,
+    "backward": contrastive.contrastive_bwd_kernel,
+    "coefficient": contrastive.contrastive_coefficient_kernel,
+    "product": contrastive.contrastive_product_kernel,
+}
+TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+VECTORS = {"x_ptr", "y_ptr", "a_ptr", "b_ptr", "grad_ptr", "coefficient_ptr"}
+INT64 = {"x_ids_ptr", "y_ids_ptr", "positives_ptr"}
+INT32 = {"x_positives_ptr", "y_positives_ptr"}
+FLOAT64 = {"lse_ptr", "positive_logits_ptr"}
+# Absent from a call as nt_xent_loss makes it, with a card full of rows.
+ABSENT = {"x_ids_ptr", "y_ids_ptr", "row_partial_ptr", "column_partial_ptr"}
+UNIT_STRIDES = {"stride_xd", "stride_yd", "stride_bd", "stride_ak"}
+FIELDS = ("REG", "STACK", "LOCAL")  # of cuobjdump's resource report
+
+
+@dataclass
+class Resources:
+    """What one block of a compiled kernel needs."""
+
+    registers: int
+    spilled: int  # bytes of local memory a thread
+    shared: int  # bytes
+    threads: int
+    instructions: str
+
+    def blocks_per_processor(self, registers_per_processor, shared_per_processor, threads_per_processor):
+        """Blocks that fit a multiprocessor at once. Registers are handed out to warps 256 at a time."""
+        per_warp = -(-self.registers * 32 // 256) * 256
+        by_registers = registers_per_processor // (per_warp * self.threads // 32)
+        by_shared = shared_per_processor // (self.shared + 1024)
+        return min(by_registers, by_shared, threads_per_processor // self.threads)
+
+
+def compile_kernel(kernel, arch, dtype, d, tile, precision="ieee", everything=False):
+    """The entry `tile` of `kernel`, for width d: as NT-Xent calls it, or with `everything` a call can have.
+
+    With everything: ids, both directions, a split walk and its merge; else the square case with positives.
+    """
+    function = KERNELS[kernel]
+    acc = "fp64" if dtype == torch.float64 else "fp32"
+    absent = set() if everything else set(ABSENT)
+    absent |= {"row_partial_ptr"} if kernel != "forward" else set()
+    absent |= {"partial_ptr"} if kernel == "backward" else set()
+    half = dtype == torch.float16
+    absent |= set() if half else {"bound_ptr", "b_rnorm_ptr"}
+    constants = {
+        "SQUARE": not everything,
+        "KEEP_DIAGONAL": everything,
+        "ACCUMULATE": everything,
+        "PRECISION": precision,
+        "EVEN_D": d % tile.block_d == 0,
+        "ONE_BLOCK_D": d <= tile.block_d,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_D": tile.block_d,
+    }
+    if kernel != "forward":
+        constants["P"] = 1
+    signature, constexprs, attributes = {}, {}, {}
+    for position, name in enumerate(function.arg_names):
+        if name in constants or name in absent or name in UNIT_STRIDES:
+            signature[name] = "constexpr"
+            constexprs[(position,)] = constants.get(name, None if name in absent else 1)
+        elif name.endswith("_ptr"):
+            if name in VECTORS:
+                element = TRITON_NAMES[dtype]
+            elif name in INT64:
+                element = "i64"
+            elif name in INT32:
+                element = "i32"
+            elif name in FLOAT64:
+                element = "fp64"
+            else:
+                element = acc
+            signature[name] = "*" + element
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+            if name.startswith("stride") or (name == "D" and d % 16 == 0):
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    if kernel == "product":
+        attributes.pop((function.arg_names.index("D"),), None)
+    source = ASTSource(function, signature, constexprs, attributes)
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(compiled):
+    """Registers, spills and shared memory of a compiled kernel, from its machine code."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        usage = _cuobjdump("--dump-resource-usage", path)
+        instructions = _cuobjdump("--dump-sass", path)
+    registers, stack, local = (int(re.search(rf"\b{field}:(\d+)", usage)[1]) for field in FIELDS)
+    threads = 32 * compiled.metadata.num_warps
+    return Resources(registers, stack + local, compiled.metadata.shared, threads, instructions)
+
+
+def _cuobjdump(option, path):
+    program = triton.knobs.nvidia.cuobjdump.path
+    return subprocess.run([program, option, path], capture_output=True, text=True, check=True).stdout

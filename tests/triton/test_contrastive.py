@@ -1,0 +1,222 @@
+"""The Triton kernels of `contrastive`, as compiled code, against float64."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ssl_kernels.triton import contrastive as kernels
+from tests.triton.cases import DTYPES, Call, Case, check
+
+SAMPLE = [
+    Case(65, None, 64, torch.bfloat16),
+    Case(130, None, 17, torch.float16, temperature=0.005, ids=True),
+    Case(65, 130, 123, torch.bfloat16, both_directions=True, ids=True, keep_diagonal=True),
+    Case(3, 65, 257, torch.bfloat16, both_directions=True, temperature=10.0),
+    Case(65, 3, 128, torch.float16, positives=2, normalize=False, temperature=10.0),
+    Case(65, None, 257, torch.float16, positives=2),
+    Case(65, None, 3, torch.float32, temperature=0.005),
+    Case(65, 130, 64, torch.float32, both_directions=True, ids=True),
+    Case(2, None, 1, torch.float64, positives=0),
+    Case(65, 33, 17, torch.float64, both_directions=True, temperature=0.005, ids=True),
+]
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=str)
+def test_matches_float64(gpu, case):
+    call = Call(case, gpu.device)
+    with gpu.triton():
+        check(call)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("square", [True, False], ids=["square", "rectangular"])
+@pytest.mark.parametrize("d", [1, 3, 17, 64, 123, 128, 257])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_float64_everywhere(gpu, dtype, d, square):
+    sizes = [2, 3, 65, 130]
+    for n, temperature, ids in itertools.product(sizes, [0.005, 0.1, 10.0], [False, True]):
+        m = None if square else sizes[sizes.index(n) - 1]
+        options = {} if square else {"both_directions": n != 3, "keep_diagonal": ids and n != 65}
+        case = Case(n, m, d, dtype, temperature, ids=ids, seed=n, **options)
+        call = Call(case, gpu.device)
+        with gpu.triton(seed=n):
+            try:
+                check(call)
+            except AssertionError as error:
+                raise AssertionError(f"{case}: {error}") from None
+
+
+@pytest.mark.parametrize("data", ["zero rows", "equal rows", "uneven norms"])
+def test_unusual_rows(gpu, data):
+    call = Call(Case(65, None, 17, torch.float16, data=data), gpu.device)
+    with gpu.triton():
+        check(call)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["zero rows", "equal rows", "uneven norms"])
+@pytest.mark.parametrize("d", [17, 257])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unusual_rows_in_every_dtype(gpu, dtype, d, data):
+    for m in (None, 65):
+        call = Call(Case(65, m, d, dtype, data=data, both_directions=m is not None), gpu.device)
+        with gpu.triton():
+            check(call)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+def test_any_strides(gpu, layout):
+    call = Call(Case(65, 33, 17, torch.bfloat16, both_directions=True, layout=layout), gpu.device)
+    with gpu.triton():
+        check(call)
+
+
+@pytest.mark.parametrize("d", [17, 257])
+def test_every_schedule_gives_the_same_bits(gpu, d):
+    call = Call(Case(65, None, d, torch.bfloat16), gpu.device)
+    schedules = [{"seed": 0}, {"seed": 1}, {"seed": 2, "warp_races": True}]
+    results = []
+    for schedule in schedules:
+        with gpu.triton(**schedule):
+            results.append(call.triton())
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_rows_with_nothing_allowed(gpu):
+    call = Call(Case(5, 6, 17, torch.bfloat16, positives=0), gpu.device)
+    call.row_ids = torch.tensor([7, 1, 2, 3, 4], device=gpu.device)
+    call.column_ids = torch.full((6,), 7, device=gpu.device)
+    with gpu.triton():
+        results = call.forward()
+        grad_rows, _, grad_scale = call.backward(results)
+    assert results[0][0] == -torch.inf and results[0][1:].isfinite().all()
+    assert (grad_rows[0] == 0).all() and grad_rows[1:].isfinite().all() and grad_scale.isfinite()
+
+
+@pytest.mark.parametrize("d", [17, 257])
+def test_only_what_is_needed_is_returned(gpu, d):
+    call = Call(Case(65, 33, d, torch.bfloat16), gpu.device)
+    with gpu.triton():
+        results = call.forward()
+        both = call.backward(results)
+        for rows_need_grad, columns_need_grad in [(True, False), (False, True), (False, False)]:
+            grad_rows, grad_columns, grad_scale = call.backward(results, rows_need_grad, columns_need_grad)
+            assert torch.equal(grad_rows, both[0] if rows_need_grad else both[0].new_empty(0))
+            if columns_need_grad:
+                # The panels of a wide D are then cut along the columns: another order of sums.
+                torch.testing.assert_close(grad_columns, both[1], rtol=0.02, atol=1e-3)
+            else:
+                assert grad_columns.shape == (0,)
+            torch.testing.assert_close(grad_scale, both[2], rtol=2e-3, atol=1e-3)
+
+
+def test_a_missing_gradient_counts_as_zero(gpu):
+    call = Call(Case(65, None, 17, torch.float16), gpu.device)
+    with gpu.triton():
+        results = call.forward()
+        call.grad_lse = torch.zeros_like(call.grad_lse)
+        zero = call.backward(results)
+        call.grad_lse = None
+        missing = call.backward(results)
+    assert torch.equal(zero[0], missing[0]) and zero[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_few_rows_split_the_walk_over_columns(gpu, dtype):
+    call = Call(Case(3, 1100, 16, dtype, both_directions=True), gpu.device)
+    with gpu.triton() as launches:
+        check(call)
+    if gpu.emulated:
+        (forward,) = (launch for launch in launches if launch.kernel == "contrastive_fwd_kernel")
+        assert forward.grid[1] > 1
+        assert sum(launch.kernel == "merge_lse_kernel" for launch in launches) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_little_scratch_gives_the_same_result(gpu, dtype, monkeypatch):
+    call = Call(Case(300, 70, 300, dtype, both_directions=True), gpu.device)
+    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 2 * 70 * 128)
+    with gpu.triton() as launches:
+        check(call)
+    if gpu.emulated:
+        counts = [launch.kernel for launch in launches]
+        assert counts.count("contrastive_fwd_kernel") > 1
+        assert counts.count("contrastive_coefficient_kernel") == 3
+
+
+def test_positives_may_be_flat_and_count_from_the_end(gpu):
+    call = Call(Case(65, 33, 17, torch.bfloat16), gpu.device)
+    with gpu.triton():
+        expected = call.triton()
+        call.positives = call.positives[:, 0] - 33
+        call.grad_positive_logits = call.grad_positive_logits[:, 0]
+        results = call.triton()
+    assert results[2].shape == (65,)
+    expected[2] = expected[2][:, 0]
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_smallest_temperature(gpu):
+    """A positive that is the row itself at T = 1e-4: the loss is 0, not the rounding of 1e4."""
+    call = Call(Case(33, 33, 64, torch.float32, temperature=1e-4), gpu.device)
+    call.columns = call.rows.clone()
+    call.positives = torch.arange(33, device=gpu.device)[:, None]
+    with gpu.triton():
+        lse, _, positive_logits, *_ = call.forward()
+    assert torch.equal(lse, positive_logits[:, 0])
+
+
+def test_float16_keeps_small_gradients(gpu):
+    """Softmax weights of a mean over many rows lie below float16's smallest number."""
+    call = Call(Case(65, None, 64, torch.float16), gpu.device)
+    call.rows = call.rows / 8
+    with gpu.triton():
+        results = call.forward()
+        *_, grad_scale = call.backward(results)
+        call.grad_lse, call.grad_positive_logits = call.grad_lse * 2**-30, call.grad_positive_logits * 2**-30
+        *_, small_grad_scale = call.backward(results)
+    assert small_grad_scale * 2**30 == grad_scale != 0
+
+
+def test_nan_reaches_its_row(gpu):
+    call = Call(Case(65, 33, 17, torch.float32, positives=0), gpu.device)
+    call.rows[3, 2] = torch.nan
+    with gpu.triton():
+        lse = call.forward()[0]
+    assert lse[3].isnan() and lse.isnan().sum() == 1
+
+
+def test_unsupported_calls_say_why(gpu):
+    with gpu.triton():
+        rows = torch.ones(4, 8, device=gpu.device)
+        assert kernels.unsupported(rows) is None
+        assert kernels.unsupported(rows.bfloat16(), rows.bfloat16()) is None
+        assert "torch.int64" in kernels.unsupported(rows.long())
+        assert "empty" in kernels.unsupported(rows, rows[:0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="capture needs a card")
+def test_capture_in_a_cuda_graph():
+    call = Call(Case(65, 130, 64, torch.bfloat16, both_directions=True), "cuda")
+    expected = call.triton()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call.triton()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_tables_need_no_triton():
+    blocked = "import sys; sys.modules['triton'] = None; import ssl_kernels.triton.tiles"
+    subprocess.run([sys.executable, "-c", blocked], check=True)
+
+
+def test_tuning_needs_a_card():
+    if torch.cuda.is_available():
+        pytest.skip("there is a card")
+    run = subprocess.run([sys.executable, "-m", "ssl_kernels.triton.tune"], capture_output=True, text=True)
+    assert run.returncode != 0 and "needs a CUDA GPU" in run.stderr

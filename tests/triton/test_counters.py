@@ -1,0 +1,92 @@
+"""What the emulator counted against what the kernels' headers state."""
+
+import pytest
+import torch
+
+from ssl_kernels.triton.contrastive import find_tile
+from tests.triton.cases import Call, Case
+
+
+def _launches(gpu, case):
+    call = Call(case, gpu.device)
+    with gpu.triton() as launches:
+        call.triton()
+    _needs_counters(gpu)
+    return {launch.kernel: launch.counters for launch in launches}
+
+
+def _forward_and_splits(gpu, case):
+    call = Call(case, gpu.device)
+    with gpu.triton() as launches:
+        call.forward()
+    _needs_counters(gpu)
+    (launch,) = (launch for launch in launches if launch.kernel == "contrastive_fwd_kernel")
+    return launch.counters, launch.grid[1]
+
+
+def _needs_counters(gpu):
+    if not gpu.emulated:
+        pytest.skip("a card has no counters to give")
+
+
+def _padded(size, block):
+    return -(-size // block) * block
+
+
+@pytest.mark.parametrize("n, d", [(300, 64), (256, 128)])
+def test_square_case_multiplies_one_unit_forward_and_two_backward(gpu, n, d):
+    counters = _launches(gpu, Case(n, None, d, torch.bfloat16))
+    for kernel, stem, units in (("forward", "fwd", 1), ("backward", "bwd", 2)):
+        tile = find_tile(kernel, gpu.arch, "half", d)
+        flops = _padded(n, tile.block_n) * _padded(n, tile.block_m) * d
+        counted = counters[f"contrastive_{stem}_kernel"].mma
+        if gpu.arch == 80:
+            assert counted == units * flops // (16 * 8 * 16)
+        else:
+            # wgmma: one instruction of 64 × block × 16 a warpgroup of 4 warps, counted for each warp.
+            first = flops // (64 * tile.block_m * 16) * 4
+            second = flops // (64 * d * 16) * 4 if units == 2 else 0
+            assert counted == first + second
+
+
+def test_wide_rows_multiply_two_units_backward(gpu):
+    n, d = 192, 320
+    counters = _launches(gpu, Case(n, None, d, torch.bfloat16))
+    for kernel in ("coefficient", "product"):
+        tile = find_tile(kernel, gpu.arch, "half", d)
+        rows = _padded(n, tile.block_n)
+        if kernel == "coefficient":
+            columns, flops = tile.block_m, rows * _padded(n, tile.block_m) * _padded(d, tile.block_d)
+        else:
+            columns, flops = tile.block_d, rows * _padded(n, tile.block_m) * _padded(d, tile.block_d)
+        per_instruction = 16 * 8 * 16 if gpu.arch == 80 else 64 * columns * 16 // 4
+        assert counters[f"contrastive_{kernel}_kernel"].mma == flops // per_instruction
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalized"])
+def test_forward_traffic_is_as_stated(gpu, normalize):
+    n, d = 512, 64
+    counters, splits = _forward_and_splits(
+        gpu, Case(n, None, d, torch.bfloat16, normalize=normalize, positives=0)
+    )
+    tile = find_tile("forward", gpu.arch, "half", d)
+    blocks = n // tile.block_n
+    stated = 2 * n * d * (splits + blocks)
+    if normalize:
+        stated += 4 * blocks * n * tile.num_warps * (2 if gpu.arch == 90 else 1)
+    assert 1.0 <= counters.global_load_sectors * 32 / stated < 1.1
+    assert counters.global_store_sectors * 32 == 8 * n * splits
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalized"])
+def test_backward_traffic_is_as_stated(gpu, normalize):
+    n, d = 512, 64
+    call = Call(Case(n, None, d, torch.bfloat16, normalize=normalize), gpu.device)
+    with gpu.triton() as launches:
+        call.triton()
+    _needs_counters(gpu)
+    (launch,) = (launch for launch in launches if launch.kernel == "contrastive_bwd_kernel")
+    blocks, splits = launch.grid[:2]
+    stated = 2 * n * d * (splits + blocks) + 4 * blocks * n * (5 if normalize else 4)
+    assert 1.0 <= launch.counters.global_load_sectors * 32 / stated < 1.1
+    assert launch.counters.global_store_sectors * 32 == 4 * splits * n * d
