@@ -44,7 +44,8 @@ def machine_slug(machine):
 def machine_line(machine):
     """The machine in one sentence."""
     memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
-    cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    cpu = f"{machine['cpu']}, {machine['cores']} cores, {threads}"
     parts = [machine["gpu"], cpu, machine["instruction_set"], memory, f"torch {machine['torch']}"]
     version = f"ssl_kernels {machine['ssl_kernels']}"
     if machine["commit"]:

@@ -53,7 +53,7 @@ def test_slug():
 
 def test_line():
     assert machine.machine_line(MACHINE) == (
-        "AMD EPYC 9R14 (R), 2 cores, 1 threads, avx512, 24 GiB, torch 2.14.1,"
+        "AMD EPYC 9R14 (R), 2 cores, 1 thread, avx512, 24 GiB, torch 2.14.1,"
         " ssl_kernels 0.1.0 at 012345678 with changes"
     )
     assert machine.machine_line(MACHINE | {"commit": None, "modified": None}).endswith("ssl_kernels 0.1.0")
