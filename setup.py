@@ -1,7 +1,7 @@
 """Builds the extension ssl_kernels._C: the C++ kernels always, the CUDA kernels where nvcc is found.
 
 Environment:
-    SSL_KERNELS_CUDA      auto (default): where nvcc and a CUDA build of torch fit together; 0: never; 1: fail if it cannot.
+    SSL_KERNELS_CUDA      auto (default): where nvcc and torch's CUDA fit together; 0: never; 1: or fail.
     TORCH_CUDA_ARCH_LIST  architectures, e.g. "8.0;9.0". Default: those of the GPUs present, else 8.0, 9.0 and 10.0.
     SSL_KERNELS_SANITIZE  1: address and undefined-behaviour sanitizers in the C++ code.
 """
@@ -35,8 +35,12 @@ def nvcc_version_and_root():
     nvcc = os.path.join(os.environ["CUDA_HOME"], "bin", "nvcc") if "CUDA_HOME" in os.environ else "nvcc"
     if not shutil.which(nvcc):
         return None, f"no {nvcc} on this machine"
-    version = re.search(r"release (\d+)\.", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
-    dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    version = re.search(
+        r"release (\d+)\.", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    )
+    dry_run = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
+    ).stderr
     top = re.search(r"^#\$ TOP=(.*)$", dry_run, re.MULTILINE)
     if not version or not top:
         return None, f"{nvcc} does not tell its version and root"
@@ -77,10 +81,18 @@ def cuda_architectures():
 
 
 def make_extension():
-    sources = sorted({*glob.glob("csrc/**/*.cpp", recursive=True)} - {*glob.glob("csrc/**/*_cuda.cpp", recursive=True)})
+    sources = sorted(
+        {*glob.glob("csrc/**/*.cpp", recursive=True)} - {*glob.glob("csrc/**/*_cuda.cpp", recursive=True)}
+    )
     # No -march: csrc/cpu/tile_math.cpp holds code for several instruction sets and picks at run time. Without
     # -fno-trapping-math and -fno-math-errno GCC does not vectorise its selects; neither changes a result.
-    cxx = ["-O3", "-fno-trapping-math", "-fno-math-errno", "-Wall", f'-DSSL_KERNELS_TORCH_VERSION="{torch.__version__}"']
+    cxx = [
+        "-O3",
+        "-fno-trapping-math",
+        "-fno-math-errno",
+        "-Wall",
+        f'-DSSL_KERNELS_TORCH_VERSION="{torch.__version__}"',
+    ]
     link = []
     if platform.system() == "Linux":
         cxx.append("-fopenmp")  # at::parallel_for is a template: without it, it would run on one thread
@@ -90,7 +102,9 @@ def make_extension():
     with_cuda, why = decide_cuda()
     say(f"C++ kernels: yes. CUDA kernels: {'yes' if with_cuda else 'no'} ({why})")
     if not with_cuda:
-        return cpp_extension.CppExtension("ssl_kernels._C", sources, extra_compile_args=cxx, extra_link_args=link)
+        return cpp_extension.CppExtension(
+            "ssl_kernels._C", sources, extra_compile_args=cxx, extra_link_args=link
+        )
 
     architectures, why = cuda_architectures()
     say(f"CUDA architectures: {', '.join(architectures)} ({why})")

@@ -21,7 +21,9 @@ def check_embeddings(op, **tensors):
         if tensor.dim() != 2 or 0 in tensor.shape:
             raise ValueError(f"{op}: {name} must have shape (N, D) with N, D >= 1, got {tuple(tensor.shape)}")
         if tensor.device != first.device:
-            raise ValueError(f"{op}: {name} must be on {first.device} as {first_name} is, got {tensor.device}")
+            raise ValueError(
+                f"{op}: {name} must be on {first.device} as {first_name} is, got {tensor.device}"
+            )
         if tensor.dtype != first.dtype:
             raise TypeError(
                 f"{op}: {name} must be {_short(first.dtype)} as {first_name} is, got {_short(tensor.dtype)}"
@@ -37,7 +39,9 @@ def check_same_rows(op, **tensors):
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if len(tensor) != len(first):
-            raise ValueError(f"{op}: {name} must have {len(first)} rows as {first_name} has, got {len(tensor)}")
+            raise ValueError(
+                f"{op}: {name} must have {len(first)} rows as {first_name} has, got {len(tensor)}"
+            )
 
 
 def check_reduction(op, reduction):

@@ -14,7 +14,9 @@ def add_arguments(parser):
 
 def run(args, parser):
     """Print the report; returns 0."""
-    print(f"ssl_kernels {ssl_kernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(
+        f"ssl_kernels {ssl_kernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    )
     if backends.extension is None:
         print(f"extension: {backends.extension_missing}")
     else:

@@ -73,7 +73,7 @@ def _inverse(temperature, like):
     acc = accumulation_dtype(like)
     if isinstance(temperature, torch.Tensor):
         return 1 / temperature.to(acc)
-    return torch.full((), 1 / temperature, dtype=acc, device=like.device)
+    return torch.scalar_tensor(1 / temperature, dtype=acc, device=like.device)
 
 
 def _reduce(loss, reduction, like):

@@ -17,8 +17,7 @@
 
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -75,7 +74,13 @@ class Problem {
     bound = static_cast<acc_t>(std::abs(scale) * kLog2E * rows.longest * columns.longest);
     fixed_shift = bound <= kFixedShift;  // false for NaN
     scratch_ = at::empty({threads, row_blocks.size, column_blocks.size + kPadding}, rows.values.options());
-    if (args.positives) positives_ = column_indices(*args.positives);
+    if (args.positives) {
+      positives_ = args.positives->contiguous();
+      const int64_t* index = positives_.const_data_ptr<int64_t>();
+      for (int64_t k = 0; k < positives_.numel(); ++k)
+        TORCH_CHECK_INDEX(-m <= index[k] && index[k] < m, "contrastive: positives must lie in [", -m, ", ", m,
+                          "), got ", index[k]);
+    }
     if (args.row_ids) row_ids_ = args.row_ids->contiguous();
     if (args.column_ids) column_ids_ = args.column_ids->contiguous();
   }
@@ -148,8 +153,10 @@ class Problem {
     if (!positives_per_row) return;
     const int64_t* positives = positives_.const_data_ptr<int64_t>();
     for (int64_t row = i.begin; row < i.begin + i.size; ++row)
-      for (int64_t k = row * positives_per_row; k < (row + 1) * positives_per_row; ++k)
-        if (positives[k] >= j.begin && positives[k] < j.begin + j.size) visit(k, row, positives[k]);
+      for (int64_t k = row * positives_per_row; k < (row + 1) * positives_per_row; ++k) {
+        const int64_t column = positives[k] < 0 ? positives[k] + m : positives[k];  // negative: from the end
+        if (column >= j.begin && column < j.begin + j.size) visit(k, row, column);
+      }
   }
 
   const bool square;
@@ -164,18 +171,6 @@ class Problem {
   bool fixed_shift;  // whether `bound` serves as the shift of every row and column
 
  private:
-  // Contiguous, with the negative ones, which count from the end, made positive.
-  at::Tensor column_indices(const at::Tensor& positives) const {
-    const at::Tensor indices = positives.contiguous().clone();
-    int64_t* index = indices.mutable_data_ptr<int64_t>();
-    for (int64_t k = 0; k < indices.numel(); ++k) {
-      TORCH_CHECK_INDEX(-m <= index[k] && index[k] < m, "contrastive: positives must lie in [", -m, ", ", m, "), got ",
-                        index[k]);
-      if (index[k] < 0) index[k] += m;
-    }
-    return indices;
-  }
-
   // Where the tile of rows i and columns j begins among the kept ones: row blocks one after the other, in the
   // square case without what lies below the diagonal.
   int64_t kept_offset(Block i, Block j) const {
@@ -235,9 +230,10 @@ acc_t finite_or_zero_if_nothing(acc_t top) {
 // rounded to acc_t and the rounding taken into the weight.
 template <class acc_t>
 struct SoftmaxWeights {
-  SoftmaxWeights(const at::Tensor& grad, const at::Tensor& lse, bool fixed_shift, double bound)
+  SoftmaxWeights(const std::optional<at::Tensor>& grad, const at::Tensor& lse, bool fixed_shift, double bound)
       : shift(fixed_shift ? 0 : lse.numel()), weight(lse.numel()) {
-    const at::Tensor contiguous = grad.contiguous();
+    if (!grad) return;  // weights of 0
+    const at::Tensor contiguous = grad->contiguous();
     const double* g = contiguous.const_data_ptr<double>();
     const double* l = lse.const_data_ptr<double>();
     std::vector<double> factor(weight.size());
@@ -318,13 +314,10 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   const auto& math = tile_math<acc_t>();
   const auto options = problem.rows.values.options();
   const acc_t bound = static_cast<acc_t>(problem.bound);
-  const auto weights = [&](const std::optional<at::Tensor>& grad, const at::Tensor& lse) {
-    return SoftmaxWeights<acc_t>(grad ? *grad : at::zeros_like(lse), lse, problem.fixed_shift, bound);
-  };
-  const SoftmaxWeights<acc_t> of_rows = weights(saved.grad_lse, saved.lse);
-  const SoftmaxWeights<acc_t> of_columns = weights(saved.grad_column_lse, saved.column_lse);
-  const SoftmaxWeights<acc_t>& transposed = problem.square ? of_rows : of_columns;
   const bool both_terms = problem.square || args.both_directions;
+  const SoftmaxWeights<acc_t> of_rows(saved.grad_lse, saved.lse, problem.fixed_shift, bound);
+  const SoftmaxWeights<acc_t> of_columns(saved.grad_column_lse, saved.column_lse, problem.fixed_shift, bound);
+  const SoftmaxWeights<acc_t>& transposed = problem.square ? of_rows : of_columns;
   at::Tensor grad_positive;
   if (args.positives && saved.grad_positive_logits) grad_positive = saved.grad_positive_logits->contiguous();
   const double* q = grad_positive.defined() ? grad_positive.const_data_ptr<double>() : nullptr;
@@ -332,8 +325,9 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   // The gradient of scale comes out of the row dots of either side, so one side is always made.
   const bool columns_wanted = saved.columns_need_grad && !problem.square;
   const bool rows_wanted = saved.rows_need_grad || !columns_wanted;
-  at::Tensor grad_rows = at::zeros({rows_wanted ? problem.n : 0, problem.rows.values.size(1)}, options);
-  at::Tensor grad_columns = at::zeros({columns_wanted ? problem.m : 0, problem.rows.values.size(1)}, options);
+  at::Tensor grad_rows, grad_columns;
+  if (rows_wanted) grad_rows = at::zeros_like(problem.rows.values);
+  if (columns_wanted) grad_columns = at::zeros_like(problem.columns.values);
 
   const auto visit = [&](int64_t block_i, int64_t block_j, int thread) {
     const c10::InferenceMode below_autograd;
@@ -379,7 +373,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   const at::Tensor none = at::empty({0}, args.rows.options());
   return {saved.rows_need_grad ? store_rows<scalar_t, acc_t>(grad_rows, args.rows) : none,
           columns_wanted ? store_rows<scalar_t, acc_t>(grad_columns, args.rows) : none,
-          at::full({}, grad_scale, options)};
+          at::scalar_tensor(grad_scale, options)};
 }
 
 }  // namespace

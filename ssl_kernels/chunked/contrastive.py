@@ -1,6 +1,7 @@
 """`contrastive` in plain PyTorch, a block of rows at a time. docs/contrastive.md is the contract.
 
-Logits of a block are (block, M) in float32 (float64 for float64 input); nothing larger is made. Positives cost O(N · D).
+Logits of a block are (block, M) in float32 (float64 for float64 input); nothing larger is made.
+Positives cost O(N · D).
 """
 
 import torch
@@ -21,7 +22,9 @@ def _unit_rows(x, normalize):
 class _Blocks:
     """The logits of one call, a block of rows at a time."""
 
-    def __init__(self, rows, columns, scale, row_ids, column_ids, normalize_rows, normalize_columns, keep_diagonal):
+    def __init__(
+        self, rows, columns, scale, row_ids, column_ids, normalize_rows, normalize_columns, keep_diagonal
+    ):
         self.square = columns is None
         self.rows, self.row_rnorm = _unit_rows(rows, normalize_rows)
         if self.square:

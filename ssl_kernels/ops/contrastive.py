@@ -229,7 +229,9 @@ def contrastive(
     Returns:
         Contrastive(lse, column_lse, positive_logits).
     """
-    chosen = backends.choose_backend("contrastive", backend, caller, rows, *([] if columns is None else [columns]))
+    chosen = backends.choose_backend(
+        "contrastive", backend, caller, rows, *([] if columns is None else [columns])
+    )
     if columns is None:
         normalize_columns = normalize_rows
     flags = (normalize_rows, normalize_columns, keep_diagonal, both_directions)

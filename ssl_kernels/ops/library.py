@@ -6,7 +6,7 @@ import torch
 
 OVERLOADS = ("native", "triton", "chunked")
 
-library = torch.library.Library("ssl_kernels", "DEF")  # noqa: TOR901 (lives as long as the process)
+library = torch.library.Library("ssl_kernels", "DEF")  # lives as long as the process
 
 
 def define(name, signature, fake):
