@@ -81,6 +81,12 @@ def test_float_to_integer(gpu, result, mode, function):
     assert found.tolist() == expected
 
 
+def test_flushed_float_to_integer(gpu):
+    tiny = np.array([1e-40, 1e-30, 2.5], np.float32)
+    assert evaluate(gpu, "cvt.rpi.ftz.s32.f32 %d0, %a0;", ["s32"], ("f32", tiny)).tolist() == [0, 1, 3]
+    assert evaluate(gpu, "cvt.rpi.s32.f32 %d0, %a0;", ["s32"], ("f32", tiny)).tolist() == [1, 1, 3]
+
+
 def test_nan_to_integer(gpu):
     nan = np.array([np.nan])
     assert evaluate(gpu, "cvt.rzi.s32.f32 %d0, %a0;", ["s32"], ("f32", nan)).tolist() == [0]

@@ -222,26 +222,43 @@ Execute from_float_type(Decoding& decoding, Type source) {
   }
 }
 
+// .ftz concerns float alone.
+template <class Op, bool kFtz>
+Execute from_float_or_flushed(Decoding& decoding, Type source) {
+  if constexpr (kFtz) {
+    return &unary<Op, float>;
+  } else {
+    return from_float_type<Op>(decoding, source);
+  }
+}
+
 template <Integral kMode, bool kFtz>
 Execute float_to_integer(Decoding& decoding, Type result, Type source) {
   switch (result) {
-    case Type::kU8: return from_float_type<FloatToInteger<uint8_t, kMode, kFtz>>(decoding, source);
-    case Type::kU16: return from_float_type<FloatToInteger<uint16_t, kMode, kFtz>>(decoding, source);
-    case Type::kU32: return from_float_type<FloatToInteger<uint32_t, kMode, kFtz>>(decoding, source);
-    case Type::kU64: return from_float_type<FloatToInteger<uint64_t, kMode, kFtz>>(decoding, source);
-    case Type::kS8: return from_float_type<FloatToInteger<int8_t, kMode, kFtz>>(decoding, source);
-    case Type::kS16: return from_float_type<FloatToInteger<int16_t, kMode, kFtz>>(decoding, source);
-    case Type::kS32: return from_float_type<FloatToInteger<int32_t, kMode, kFtz>>(decoding, source);
-    case Type::kS64: return from_float_type<FloatToInteger<int64_t, kMode, kFtz>>(decoding, source);
+    case Type::kU8:
+      return from_float_or_flushed<FloatToInteger<uint8_t, kMode, kFtz>, kFtz>(decoding, source);
+    case Type::kU16:
+      return from_float_or_flushed<FloatToInteger<uint16_t, kMode, kFtz>, kFtz>(decoding, source);
+    case Type::kU32:
+      return from_float_or_flushed<FloatToInteger<uint32_t, kMode, kFtz>, kFtz>(decoding, source);
+    case Type::kU64:
+      return from_float_or_flushed<FloatToInteger<uint64_t, kMode, kFtz>, kFtz>(decoding, source);
+    case Type::kS8: return from_float_or_flushed<FloatToInteger<int8_t, kMode, kFtz>, kFtz>(decoding, source);
+    case Type::kS16:
+      return from_float_or_flushed<FloatToInteger<int16_t, kMode, kFtz>, kFtz>(decoding, source);
+    case Type::kS32:
+      return from_float_or_flushed<FloatToInteger<int32_t, kMode, kFtz>, kFtz>(decoding, source);
+    case Type::kS64:
+      return from_float_or_flushed<FloatToInteger<int64_t, kMode, kFtz>, kFtz>(decoding, source);
     default: decoding.unsupported("type is not implemented");
   }
 }
 
 template <Integral kMode>
 Execute float_to_integer(Decoding& decoding, Type result, Type source) {
-  // A 64-bit source knows no .ftz; flush is for float.
-  if (decoding.accept("ftz") && source != Type::kF64)
+  if (decoding.accept("ftz") && source == Type::kF32) {
     return float_to_integer<kMode, true>(decoding, result, source);
+  }
   return float_to_integer<kMode, false>(decoding, result, source);
 }
 
