@@ -76,6 +76,21 @@ def test_bank_conflicts(gpu, stride, width, wavefronts, ideal):
     assert counters.shared_wavefronts_ideal == ideal
 
 
+def test_order_of_the_lanes_does_not_matter(gpu):
+    """Lanes in pairs that want one word, the second halves of the pairs last: 16 words, 2 sectors."""
+    lines = [
+        ".shared .align 16 .b8 tile[128];",
+        "and.b32 %t1, %i, 15;",
+        "mov.u32 %t0, tile;",
+        "mad.lo.u32 %t0, %t1, 4, %t0;",
+        "ld.shared.b32 %t2, [%t0];",
+        *at("%b0", "%t1", 4),
+        "ld.global.b32 %t2, [%address];",
+    ]
+    counters = launch(gpu, lines, [aligned_buffer(128)], uninitialized=False)
+    assert (counters.shared_wavefronts, counters.global_load_sectors) == (1, 2)
+
+
 @pytest.mark.parametrize("row_bytes, wavefronts", [(128, 32), (144, 4)])
 def test_ldmatrix_bank_conflicts(gpu, row_bytes, wavefronts):
     lines = [
