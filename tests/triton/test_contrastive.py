@@ -139,12 +139,12 @@ def test_few_rows_split_the_walk_over_columns(gpu, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_little_scratch_gives_the_same_result(gpu, dtype, monkeypatch):
     call = Call(Case(300, 70, 300, dtype, both_directions=True), gpu.device)
-    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 2 * 70 * 128)
+    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 600)
     with gpu.triton() as launches:
         check(call)
     if gpu.emulated:
         counts = [launch.kernel for launch in launches]
-        assert counts.count("contrastive_fwd_kernel") > 1
+        assert counts.count("contrastive_fwd_kernel") == 3
         assert counts.count("contrastive_coefficient_kernel") == 3
 
 
