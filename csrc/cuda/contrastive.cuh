@@ -432,17 +432,16 @@ struct BwdShape {
 //   L_i = lse_i log2(e) rounded to acc_t      w_i = g_i 2^(L_i - lse_i log2(e))      so g_i exp(s - lse_i) =
 //   w_i 2^(a v - L_i)
 //
-// A sum over nothing (lse = -inf) gets L = inf and w = 0: its terms are 0.
+// A sum over nothing (lse = -inf) gets NaN, which meets only entries that are excluded.
 template <typename acc_t>
 __global__ void contrastive_terms_kernel(const double* lse, const double* grad_lse, int64_t count,
                                          acc_t* base2_lse, acc_t* weight) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= count) return;
-  const bool empty = lse[row] == -Math<double>::infinity();
   const double exact = lse[row] * Math<double>::kLog2e;
-  const acc_t rounded = empty ? Math<acc_t>::infinity() : static_cast<acc_t>(exact);
+  const acc_t rounded = static_cast<acc_t>(exact);
   base2_lse[row] = rounded;
-  weight[row] = empty ? acc_t(0) : static_cast<acc_t>(grad_lse[row] * Math<double>::exp2(rounded - exact));
+  weight[row] = static_cast<acc_t>(grad_lse[row] * Math<double>::exp2(rounded - exact));
 }
 
 template <typename Shape, typename Engine>

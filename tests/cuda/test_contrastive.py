@@ -122,6 +122,13 @@ def test_rows_of_very_different_length(library, gpu, dtype):
     check_parity(library, call)
 
 
+def test_row_shorter_than_the_smallest_norm(library, gpu):
+    """1 / max(|x|, 1e-12) is constant there, so its gradient has no projection."""
+    call = random_call(5, 8, torch.float32, device=gpu.device)
+    call.rows[2] = 3e-13
+    check_parity(library, call)
+
+
 def test_rows_as_they_are(library, gpu):
     square = random_call(20, 40, torch.float16, normalize=False, temperature=2.0, device=gpu.device)
     check_parity(library, square)
