@@ -60,7 +60,8 @@ def _widest_under_autocast(*tensors):
     """Under autocast, tensors of different dtypes in the widest of them; otherwise as they are."""
     if not all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in tensors):
         return tensors
-    if not torch.is_autocast_enabled(tensors[0].device.type):
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     widest = tensors[0].dtype
     for tensor in tensors[1:]:

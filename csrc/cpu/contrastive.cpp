@@ -45,6 +45,7 @@ constexpr int64_t kLargestTile = 256, kSmallestTile = 64;
 // Bytes of logits kept for backward at most. Below 32 MB, malloc reuses the block from step to step. Narrow rows
 // are recomputed faster than a tile is read back.
 constexpr int64_t kKeptBytes = 24 << 20, kNarrow = 32;
+constexpr int64_t kKeptHeader = 16;  // see Problem::note_tiles
 
 // Blocks of `n` for `ways` of parallelism, balanced and as large as the cache allows.
 Blocks cut(int64_t n, int64_t ways) {
@@ -64,7 +65,7 @@ class Problem {
         columns(square ? rows : load_rows<scalar_t, acc_t>(*args.columns, args.normalize_columns)),
         n(rows.values.size(0)),
         m(columns.values.size(0)),
-        scale(*args.scale.const_data_ptr<acc_t>()),
+        scale(without_payload(*args.scale.const_data_ptr<acc_t>())),
         threads(std::max(n, m) <= kLargestTile ? 1 : at::get_num_threads()),
         positives_per_row(args.positives ? args.positives->numel() / n : 0),
         args_(args) {
@@ -104,7 +105,7 @@ class Problem {
   // The tile's place among the logits kept for backward, if it has one.
   std::optional<Tile> kept(int64_t block_i, int64_t block_j, const at::Tensor& kept_logits) const {
     const Block i = row_blocks[block_i], j = column_blocks[block_j];
-    const int64_t begin = kept_offset(i, j), size = i.size * j.size;
+    const int64_t begin = kKeptHeader + kept_offset(i, j), size = i.size * j.size;
     if (begin + size > kept_logits.numel()) return std::nullopt;
     const at::Tensor matrix = kept_logits.narrow(0, begin, size).view({i.size, j.size});
     return Tile{i, j, matrix.mutable_data_ptr<acc_t>(), j.size, matrix};
@@ -114,14 +115,39 @@ class Problem {
   int64_t room_for_logits() const {
     if (rows.values.size(1) < kNarrow) return 0;
     const int64_t all = square ? n * (n + kLargestTile) / 2 : n * m;
-    return std::min(all, kKeptBytes / static_cast<int64_t>(sizeof(acc_t)));
+    return kKeptHeader + std::min(all, kKeptBytes / static_cast<int64_t>(sizeof(acc_t)));
+  }
+
+  // The kept logits lie tile after tile, and the number of threads, which decides the tiles, may have changed
+  // when backward comes: they begin with the size of their tiles.
+  void note_tiles(const at::Tensor& kept_logits) const {
+    if (kept_logits.numel() == 0) return;
+    acc_t* header = kept_logits.mutable_data_ptr<acc_t>();
+    header[0] = static_cast<acc_t>(row_blocks.size);
+    header[1] = static_cast<acc_t>(column_blocks.size);
+  }
+
+  bool has_tiles_of(const at::Tensor& kept_logits) const {
+    if (kept_logits.numel() == 0) return false;
+    const acc_t* header = kept_logits.const_data_ptr<acc_t>();
+    return header[0] == static_cast<acc_t>(row_blocks.size) && header[1] == static_cast<acc_t>(column_blocks.size);
   }
 
   // Fills a tile with its logits, all pairs.
   void multiply(const Tile& tile) const {
     at::Tensor matrix = tile.matrix;
+    if (std::isnan(scale)) {  // a BLAS may take a factor that is NaN for 1
+      matrix.fill_(scale);
+      return;
+    }
     at::addmm_out(matrix, matrix, slice(rows.values, tile.i), slice(columns.values, tile.j).t(), 0,
                   scale * kLog2E);
+    // Backward takes exp(s_ij - lse_j) from the entry above the diagonal: where rounding leaves logits far
+    // apart, lse_j must come from the same number.
+    if (square && tile.i.begin == tile.j.begin && !fixed_shift)
+      for (int64_t row = 1; row < tile.i.size; ++row)
+        for (int64_t column = 0; column < row; ++column)
+          tile.s[row * tile.ld + column] = tile.s[column * tile.ld + row];
   }
 
   static at::Tensor slice(const at::Tensor& values, Block block) {
@@ -231,8 +257,8 @@ acc_t finite_or_zero_if_nothing(acc_t top) {
 template <class acc_t>
 struct SoftmaxWeights {
   SoftmaxWeights(const std::optional<at::Tensor>& grad, const at::Tensor& lse, bool fixed_shift, double bound)
-      : shift(fixed_shift ? 0 : lse.numel()), weight(lse.numel()) {
-    if (!grad) return;  // weights of 0
+      : shift(fixed_shift ? 0 : lse.numel(), std::numeric_limits<acc_t>::infinity()), weight(lse.numel()) {
+    if (!grad) return;  // weights of 0, times 2^-inf
     const at::Tensor contiguous = grad->contiguous();
     const double* g = contiguous.const_data_ptr<double>();
     const double* l = lse.const_data_ptr<double>();
@@ -263,6 +289,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
                      : at::empty({0}, options.dtype(at::kDouble));
   double* positive = positive_logits.mutable_data_ptr<double>();
   const at::Tensor kept_logits = at::empty({args.keep_logits ? problem.room_for_logits() : 0}, options);
+  problem.note_tiles(kept_logits);
 
   const auto visit = [&](int64_t block_i, int64_t block_j, int thread) {
     const c10::InferenceMode below_autograd;
@@ -320,6 +347,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   const SoftmaxWeights<acc_t>& transposed = problem.square ? of_rows : of_columns;
   at::Tensor grad_positive;
   if (args.positives && saved.grad_positive_logits) grad_positive = saved.grad_positive_logits->contiguous();
+  const at::Tensor kept_logits = problem.has_tiles_of(saved.kept_logits) ? saved.kept_logits : at::empty({0}, options);
   const double* q = grad_positive.defined() ? grad_positive.const_data_ptr<double>() : nullptr;
 
   // The gradient of scale comes out of the row dots of either side, so one side is always made.
@@ -331,7 +359,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
 
   const auto visit = [&](int64_t block_i, int64_t block_j, int thread) {
     const c10::InferenceMode below_autograd;
-    const auto kept = problem.kept(block_i, block_j, saved.kept_logits);
+    const auto kept = problem.kept(block_i, block_j, kept_logits);
     const auto tile = problem.scratch(block_i, block_j, thread);
     if (!kept) {
       problem.multiply(tile);
@@ -370,9 +398,9 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   if (columns_wanted) grad_scale = finish_gradient<acc_t>(grad_columns, problem.columns, problem.scale);
   if (rows_wanted) grad_scale = finish_gradient<acc_t>(grad_rows, problem.rows, problem.scale);
   if (problem.square) grad_scale /= 2;
-  const at::Tensor none = at::empty({0}, args.rows.options());
-  return {saved.rows_need_grad ? store_rows<scalar_t, acc_t>(grad_rows, args.rows) : none,
-          columns_wanted ? store_rows<scalar_t, acc_t>(grad_columns, args.rows) : none,
+  const auto none = [&] { return at::empty({0}, args.rows.options()); };
+  return {saved.rows_need_grad ? store_rows<scalar_t, acc_t>(grad_rows, args.rows) : none(),
+          columns_wanted ? store_rows<scalar_t, acc_t>(grad_columns, args.rows) : none(),
           at::scalar_tensor(grad_scale, options)};
 }
 

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "tile_math.h"
@@ -30,6 +31,9 @@ struct Rows {
   double longest;     // largest row norm of `values`; NaN or inf if a row holds one
 };
 
+// exp2_of hands on a NaN only where the low bits of its payload are 0, as they are in this one.
+inline double without_payload(double x) { return std::isnan(x) ? std::numeric_limits<double>::quiet_NaN() : x; }
+
 inline int64_t rows_per_task(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)); }
 
 template <class scalar_t, class acc_t>
@@ -46,7 +50,8 @@ Rows load_rows(const at::Tensor& x, bool normalize) {
   const auto& math = tile_math<acc_t>();
   at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      norms[i] = std::sqrt(convert.load(out + i * d, in + i * source.stride(0), d));
+      norms[i] = without_payload(std::sqrt(convert.load(out + i * d, in + i * source.stride(0), d)));
+      if (std::isnan(norms[i])) std::fill_n(out + i * d, d, static_cast<acc_t>(norms[i]));
       if (!normalize) continue;
       rnorm[i] = static_cast<acc_t>(1 / (norms[i] < kNormEpsilon ? kNormEpsilon : norms[i]));
       math.scale(out + i * d, rnorm[i], d);

@@ -39,10 +39,13 @@ OptionalTensor if_defined(const Tensor& tensor) { return tensor.defined() ? Opti
 
 Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); }
 
-// Passes gradients through and refuses to be differentiated.
+// Passes gradients through and refuses to be differentiated by anything they depend on.
 struct NoSecondDerivative : Function<NoSecondDerivative> {
   static variable_list forward(AutogradContext*, const Tensor& grad_rows, const Tensor& grad_columns,
-                               const Tensor& grad_scale, const Tensor& /*depends_on*/) {
+                               const Tensor& grad_scale, const Tensor& /*rows*/, const OptionalTensor& /*columns*/,
+                               const Tensor& /*scale*/, const OptionalTensor& /*grad_lse*/,
+                               const OptionalTensor& /*grad_column_lse*/,
+                               const OptionalTensor& /*grad_positive_logits*/) {
     return {grad_rows.detach(), grad_columns.detach(), grad_scale.detach()};
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
@@ -86,7 +89,9 @@ struct Contrastive : Function<Contrastive> {
           columns_need_grad);
       results = {grad_rows, grad_columns, grad_scale};
     }
-    if (at::GradMode::is_enabled()) results = NoSecondDerivative::apply(results[0], results[1], results[2], saved[0]);
+    if (at::GradMode::is_enabled())
+      results = NoSecondDerivative::apply(results[0], results[1], results[2], saved[0], if_defined(saved[1]), saved[2],
+                                          if_defined(grads[0]), if_defined(grads[1]), if_defined(grads[2]));
     variable_list by_input(10);
     if (rows_need_grad) by_input[0] = results[0];
     if (columns_need_grad) by_input[1] = results[1];

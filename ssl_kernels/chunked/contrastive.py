@@ -168,12 +168,12 @@ def contrastive_bwd(
     grad_scale = (x * grad_x).sum(dtype=torch.float64).to(x.dtype)
     if blocks.square:
         grad_scale = grad_scale / 2
-    none = rows.new_empty(0)
-    grad_rows = _input_gradient(scale * grad_x, x, row_rnorm).to(rows.dtype) if rows_need_grad else none
+    grad_rows = grad_columns = None
+    if rows_need_grad:
+        grad_rows = _input_gradient(scale * grad_x, x, row_rnorm).to(rows.dtype)
     if columns_need_grad and not blocks.square:
         grad_columns = _input_gradient(scale * grad_y, y, column_rnorm).to(rows.dtype)
-    else:
-        grad_columns = none
+    grad_rows, grad_columns = (rows.new_empty(0) if grad is None else grad for grad in (grad_rows, grad_columns))
     return grad_rows, grad_columns, grad_scale
 
 

@@ -18,8 +18,8 @@ _OPERANDS = (
 _FLAGS = "bool normalize_rows, bool normalize_columns, bool keep_diagonal, bool both_directions"
 
 
-# What csrc/cpu/contrastive.cpp keeps of the logits (kKeptBytes, kNarrow, kLargestTile there).
-_KEPT_BYTES, _NARROW, _LARGEST_TILE = 24 << 20, 32, 256
+# What csrc/cpu/contrastive.cpp keeps of the logits (constants of these names there).
+_KEPT_BYTES, _KEPT_HEADER, _NARROW, _LARGEST_TILE = 24 << 20, 16, 32, 256
 
 
 def _kept_by_cpu_kernel(rows, columns):
@@ -28,7 +28,7 @@ def _kept_by_cpu_kernel(rows, columns):
     if d < _NARROW:
         return 0
     everything = n * (n + _LARGEST_TILE) // 2 if columns is None else n * columns.shape[0]
-    return torch.sym_min(everything, _KEPT_BYTES // accumulation_dtype(rows).itemsize)
+    return _KEPT_HEADER + torch.sym_min(everything, _KEPT_BYTES // accumulation_dtype(rows).itemsize)
 
 
 def _fwd_fake(

@@ -54,6 +54,7 @@ def contrastive(
     if positives is None:
         positive_logits = logits.new_empty(0)
     else:
-        columns_of = positives.view(len(logits), -1) % logits.shape[1]
+        from_the_end = positives < 0
+        columns_of = (positives + from_the_end * logits.shape[1]).view(len(logits), -1)
         positive_logits = logits.gather(1, columns_of).view(positives.shape)
     return lse, column_lse, positive_logits
