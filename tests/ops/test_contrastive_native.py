@@ -1,0 +1,183 @@
+"""What is particular to the C++ kernel of `contrastive` on the CPU: kept logits, instruction sets, threads, memory."""
+
+import threading
+
+import pytest
+import torch
+
+from ssl_kernels.ops.contrastive import contrastive
+from tests.helpers import (
+    check_against_float64,
+    check_results,
+    on_backend,
+    random_call,
+    random_rows,
+    results_and_gradients,
+    run_python,
+    same_bits,
+    saved_bytes,
+)
+from tests.ops.test_contrastive_operator import backward_arguments
+
+forward = torch.ops.ssl_kernels.contrastive_fwd.native
+backward = torch.ops.ssl_kernels.contrastive_bwd.native
+
+# Sizes of one tile, of many, and with ragged ends; the square case walks half of the tiles.
+SHAPES = [(5, None), (64, None), (259, None), (1031, None), (67, 5), (300, 1027), (1027, 300)]
+
+
+@pytest.mark.parametrize("n, m", SHAPES)
+@pytest.mark.parametrize("temperature", [0.02, 0.5])
+def test_kept_logits_change_no_result(n, m, temperature):
+    call = random_call(
+        n, m, 32, temperature=temperature, ids=3, both_directions=m is not None, positives_per_row=2
+    )
+    kept, recomputed = (forward(*call.operands, *call.flags, keep) for keep in (True, False))
+    assert kept[5].numel() > 0
+    assert recomputed[5].numel() == 0
+    for first, second in zip(kept[:5], recomputed[:5], strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
+    for first, second in zip(
+        backward(*backward_arguments(call, kept)),
+        backward(*backward_arguments(call, recomputed)),
+        strict=True,
+    ):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def test_narrow_rows_are_recomputed():
+    call = random_call(66, None, 31)
+    assert forward(*call.operands, *call.flags, True)[5].numel() == 0
+
+
+@pytest.mark.parametrize("m", [None, 2700])
+def test_only_the_first_tiles_fit_the_budget(m):
+    """More logits than 24 MB: some tiles are kept and the others recomputed."""
+    call = random_call(3700 if m is None else 2500, m, 32, both_directions=m is not None)
+    kept = forward(*call.operands, *call.flags, True)[5]
+    n, columns = call.sizes
+    everything = n * (n + 1) // 2 if m is None else n * columns
+    assert 0 < kept.nbytes <= (24 << 20) + 64
+    assert kept.numel() < everything
+    expected = results_and_gradients(on_backend("chunked"), call)
+    found = results_and_gradients(on_backend("native"), call)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [0.02, 0.5])
+@pytest.mark.parametrize("n, m", [(643, None), (300, 517)])
+def test_equal_bit_for_bit_when_repeated(n, m, temperature, dtype):
+    call = random_call(n, m, 40, dtype, temperature=temperature, both_directions=m is not None, ids=50)
+    first = results_and_gradients(on_backend("native"), call)
+    for _ in range(3):
+        again = results_and_gradients(on_backend("native"), call)
+        assert all(same_bits(again[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("temperature", [0.02, 0.5])
+def test_any_number_of_threads(set_threads, threads, temperature):
+    """The number of threads decides the size of the tiles, and so only the rounding of the sums."""
+    set_threads(threads)
+    for n, m in ((1, None), (130, None), (517, None), (259, 131), (70, 517)):
+        check_against_float64(
+            "native", random_call(n, m, 33, temperature=temperature, both_directions=m is not None)
+        )
+
+
+def test_forward_and_backward_may_differ_in_threads(set_threads):
+    call = random_call(517, None, 40)
+    for before, after in ((1, 3), (3, 1)):
+        set_threads(before)
+        z = call.rows.clone().requires_grad_()
+        lse = contrastive(z, None, call.scale_tensor, backend="native").lse
+        (expected,) = torch.autograd.grad(lse.sum(), z, retain_graph=True)
+        set_threads(after)
+        (found,) = torch.autograd.grad(lse.sum(), z)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_two_threads_at_once():
+    calls = [random_call(n, None, 40, temperature=0.1, seed=n) for n in (259, 300)]
+    expected = [results_and_gradients(on_backend("native"), call) for call in calls]
+    wrong = []
+
+    def work(call, truth):
+        for _ in range(10):
+            found = results_and_gradients(on_backend("native"), call)
+            wrong.extend(
+                name for name in truth if not torch.allclose(found[name], truth[name], rtol=1e-5, atol=1e-6)
+            )
+
+    workers = [threading.Thread(target=work, args=pair) for pair in zip(calls, expected, strict=True)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+SAVE_RESULTS = """
+import sys, torch
+from ssl_kernels import _C
+from tests.helpers import on_backend, results_and_gradients
+from tests.ops.test_contrastive_native import instruction_set_calls
+assert _C.build_info()["cpu_instruction_set"] == sys.argv[1]
+saved = []
+for call in instruction_set_calls():
+    saved.append(results_and_gradients(on_backend("native"), call))
+torch.save(saved, sys.argv[2])
+"""
+
+
+def instruction_set_calls():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for temperature in (0.02, 0.5):
+            for n, m in ((131, None), (70, 83)):
+                options = {"temperature": temperature, "both_directions": m is not None, "ids": 9}
+                yield random_call(n, m, 37, dtype, **options)
+
+
+def test_instruction_sets_agree(tmp_path):
+    """Each, in a process of its own, passes as the one that is chosen here does."""
+    results = {}
+    for name in INSTRUCTION_SETS:
+        if name in ("avx512", "avx2") and not _processor_has(name):
+            continue
+        run_python(SAVE_RESULTS, name, str(tmp_path / name), SSL_KERNELS_CPU=name)
+        results[name] = torch.load(tmp_path / name)
+    assert "portable" in results
+    for index, call in enumerate(instruction_set_calls()):
+        for found in results.values():
+            check_results(found[index], call)
+
+
+def _processor_has(name):
+    order = ("portable", "avx2", "avx512")
+    available = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
+    return order.index(name) <= order.index(available)
+
+
+def test_unknown_instruction_set_is_named():
+    code = """
+import torch, ssl_kernels
+try:
+    ssl_kernels.nt_xent_loss(torch.randn(4, 8), torch.randn(4, 8), backend="native")
+except (RuntimeError, ValueError) as error:
+    print(error)
+"""
+    output = run_python(code, SSL_KERNELS_CPU="neon")
+    assert "SSL_KERNELS_CPU must be avx512, avx2 or portable" in output
+    assert "neon" in output
+
+
+def test_saved_tensors_are_bounded():
+    """From forward to backward: the input, a few numbers a row, and at most 24 MB of logits."""
+    for n, d in ((512, 16), (512, 64), (5000, 64)):
+        z, positives = random_rows(n, d).requires_grad_(), torch.arange(n)
+        saved = saved_bytes(on_backend("native"), z, None, torch.tensor(2.0), positives=positives)
+        kept = 0 if d < 32 else min(24 << 20, n * (n + 256) // 2 * 4) + 64
+        assert z.nbytes <= saved <= z.nbytes + kept + 40 * n + 64

@@ -1,0 +1,218 @@
+"""`contrastive` as a PyTorch operator: opcheck, torch.compile, autocast, saved memory, and what it refuses."""
+
+import pytest
+import torch
+
+import ssl_kernels
+from ssl_kernels.ops.contrastive import contrastive
+from tests.helpers import (
+    BACKENDS,
+    DTYPES,
+    OPERATORS,
+    on_backend,
+    random_call,
+    results_and_gradients,
+    same_bits,
+)
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_operator = pytest.mark.parametrize("backend", OPERATORS)
+
+
+def forward_operator(backend):
+    return getattr(torch.ops.ssl_kernels.contrastive_fwd, backend)
+
+
+def backward_operator(backend):
+    return getattr(torch.ops.ssl_kernels.contrastive_bwd, backend)
+
+
+def backward_arguments(call, results, rows_need_grad=True, columns_need_grad=True):
+    lse, column_lse, _, row_rnorm, column_rnorm, kept_logits = results
+    g, h, q = call.cotangents()
+    saved = (lse, column_lse, row_rnorm, column_rnorm, kept_logits)
+    grads = (g, h if call.both_directions else None, None if call.positives is None else q)
+    return (*grads, *call.operands, *saved, *call.flags, rows_need_grad, columns_need_grad)
+
+
+@every_operator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m, options", [
+    (None, {}),
+    (None, {"positives_per_row": 0, "ids": 2, "normalize_rows": False}),
+    (9, {"both_directions": True, "positives_per_row": 2}),
+    (9, {"ids": 3, "keep_diagonal": True, "normalize_columns": False}),
+])  # fmt: skip
+def test_opcheck(backend, dtype, m, options):
+    call = random_call(7, m, 40, dtype, **options)
+    torch.library.opcheck(forward_operator(backend), (*call.operands, *call.flags, False))
+    keeping = (*call.operands, *call.flags, True)
+    # Not test_aot_dispatch_dynamic, which compares results: kept_logits has room that nothing is written to.
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(forward_operator(backend), keeping, test_utils=utilities)
+    results = forward_operator(backend)(*keeping)
+    for wanted in ((True, True), (True, False), (False, True), (False, False)):
+        torch.library.opcheck(backward_operator(backend), backward_arguments(call, results, *wanted))
+
+
+@every_operator
+@pytest.mark.parametrize(
+    "n, m, d", [(5, None, 8), (70, None, 40), (300, None, 64), (70, 9, 33), (2600, 2600, 32)]
+)
+def test_fake_tensors_have_the_shapes_of_the_real_ones(backend, n, m, d):
+    call = random_call(n, m, d, both_directions=m is not None)
+    arguments = (*call.operands, *call.flags, True)
+    real = forward_operator(backend)(*arguments)
+    with torch._subclasses.FakeTensorMode() as mode:
+        on_fake = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        fake = forward_operator(backend)(*on_fake)
+    assert [(f.shape, f.dtype, f.stride()) for f in fake] == [(r.shape, r.dtype, r.stride()) for r in real]
+
+
+@pytest.mark.filterwarnings("ignore")
+@every_operator
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("m", [None, 9])
+def test_compiles_without_a_graph_break(backend, dynamic, m):
+    torch._dynamo.reset()
+    compiled = torch.compile(on_backend(backend), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n in (6, 11) if dynamic else (6,):
+        call = random_call(n, m, 40, both_directions=m is not None, ids=3)
+        eager = results_and_gradients(on_backend(backend), call)
+        found = results_and_gradients(compiled, call)
+        assert found.keys() == eager.keys()
+        for name in eager:
+            torch.testing.assert_close(found[name], eager[name], rtol=1e-6, atol=1e-6)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_changes_nothing(backend, dtype, autocast):
+    """The operation accumulates in float32 as it is; autocast would take digits from the logits."""
+    call = random_call(70, 66, 40, dtype, both_directions=True)
+    expected = results_and_gradients(on_backend(backend), call)
+
+    def under_autocast(*operands, **options):
+        with torch.autocast("cpu", autocast):
+            return contrastive(*operands, backend=backend, **options)
+
+    found = results_and_gradients(under_autocast, call)
+    assert all(same_bits(found[name], expected[name]) for name in expected)
+
+
+@every_operator
+def test_backward_under_autocast_changes_nothing(backend):
+    call = random_call(70, 66, 40, both_directions=True)
+    expected = results_and_gradients(on_backend(backend), call)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results_and_gradients(on_backend(backend), call)
+    assert all(same_bits(found[name], expected[name]) for name in expected)
+
+
+@every_operator
+@pytest.mark.parametrize("m", [None, 5])
+@pytest.mark.parametrize("twice", ["rows", "columns", "scale", "cotangent"])
+def test_second_derivative_is_an_error(backend, m, twice):
+    """By whatever the gradient depends on, even where that is all that takes a gradient."""
+    call = random_call(6, m, 4)
+    seed = torch.ones(6, dtype=torch.float64)
+    leaves = {"rows": call.rows, "columns": call.columns, "scale": call.scale_tensor, "cotangent": seed}
+    leaf = leaves[twice] if leaves[twice] is not None else leaves["rows"]
+    leaf.requires_grad_()
+    first = leaf if twice != "cotangent" else leaves["rows"].requires_grad_()
+    lse = contrastive(leaves["rows"], leaves["columns"], leaves["scale"], backend=backend).lse
+    (grad,) = torch.autograd.grad(lse, first, seed, create_graph=True)
+    with pytest.raises(
+        RuntimeError, match=f'"{backend}" has no second derivative; backend="reference" has one'
+    ):
+        torch.autograd.grad(grad.sum(), leaf)
+
+
+@every_operator
+def test_functions_of_the_gradient_need_no_second_derivative(backend):
+    """create_graph alone changes no number: a gradient penalty that is only read works."""
+    call = random_call(66, None, 8)
+    z = call.rows.clone().requires_grad_()
+    lse = contrastive(z, None, call.scale_tensor, backend=backend).lse
+    (with_graph,) = torch.autograd.grad(lse.sum(), z, create_graph=True)
+    (without,) = torch.autograd.grad(lse.sum(), z)
+    assert same_bits(with_graph.detach(), without)
+
+
+@every_operator
+def test_overwritten_input_is_noticed_before_backward(backend):
+    z = random_call(66, None, 8).rows.requires_grad_()
+    activations = z * 1
+    lse = contrastive(activations, None, torch.tensor(2.0), backend=backend).lse
+    activations.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        lse.sum().backward()
+
+
+@every_operator
+@pytest.mark.parametrize("m", [None, 50])
+def test_nothing_is_kept_without_a_gradient(backend, m):
+    call = random_call(70, m, 64)
+    with torch.no_grad():
+        leaf = call.rows.clone().requires_grad_()
+        result = contrastive(leaf, call.columns, call.scale_tensor, backend=backend)
+    assert not result.lse.requires_grad
+    assert forward_operator(backend)(*call.operands, *call.flags, False)[5].numel() == 0
+
+
+@every_backend
+@pytest.mark.parametrize("m", [None, 66])
+@pytest.mark.parametrize("index", [66, -67, 10**12])
+def test_positives_out_of_range_are_refused(backend, m, index):
+    call = random_call(66, m, 8, positives_per_row=2)
+    call.positives[64, 1] = index
+    with pytest.raises((IndexError, RuntimeError), match=r"positives must lie in|out of (bounds|range)"):
+        contrastive(call.rows, call.columns, call.scale_tensor, positives=call.positives, backend=backend)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"rows": torch.zeros(4)}, "rows must be 2-d"),
+    ({"rows": torch.zeros(0, 3)}, "must not be empty|int64 of shape"),
+    ({"columns": torch.zeros(5, 2)}, "columns must have the width"),
+    ({"columns": torch.zeros(5, 3, dtype=torch.float64)}, "columns must have the width, dtype"),
+    ({"columns": torch.zeros(0, 3)}, "must not be empty"),
+    ({"scale": torch.zeros(2)}, "scale must be one number"),
+    ({"scale": torch.zeros((), dtype=torch.float64)}, "scale must be one number of dtype Float"),
+    ({"positives": torch.zeros(3, dtype=torch.int64)}, "positives must be int64 of shape"),
+    ({"positives": torch.zeros(4, dtype=torch.int32)}, "positives must be int64 of shape"),
+    ({"positives": torch.zeros(4, 1, 1, dtype=torch.int64)}, "positives must be int64 of shape"),
+    ({"row_ids": torch.zeros(3, dtype=torch.int64)}, "row_ids must be int64 of shape"),
+    ({"row_ids": torch.zeros(4)}, "row_ids must be int64 of shape"),
+    ({"column_ids": torch.zeros(4, dtype=torch.int64)}, "column_ids must be int64 of shape|go together"),
+    ({"row_ids": torch.zeros(4, dtype=torch.int64)}, "go together"),
+])  # fmt: skip
+def test_native_operator_refuses_what_it_would_read_out_of_bounds(change, message):
+    operands = {
+        "rows": torch.zeros(4, 3),
+        "columns": torch.zeros(5, 3),
+        "scale": torch.tensor(1.0),
+        "positives": torch.zeros(4, dtype=torch.int64),
+        "row_ids": None,
+        "column_ids": None,
+    } | change
+    with pytest.raises(RuntimeError, match=message):
+        forward_operator("native")(*operands.values(), True, True, False, False, False)
+
+
+def test_native_backward_refuses_a_foreign_lse():
+    call = random_call(4, None, 3)
+    results = list(forward_operator("native")(*call.operands, *call.flags, False))
+    for lse in (results[0][:3], results[0].float()):
+        with pytest.raises(RuntimeError, match="lse must be what contrastive_fwd returned"):
+            backward_operator("native")(*backward_arguments(call, [lse, *results[1:]]))
+
+
+def test_a_backend_that_cannot_run_is_named_with_the_reason():
+    call = random_call(4, None, 3)
+    message = r'^contrastive: backend "triton" cannot run this call: it runs on cuda, not on cpu$'
+    with pytest.raises(ValueError, match=message):
+        contrastive(call.rows, None, call.scale_tensor, backend="triton")
+    with pytest.raises(ValueError, match=r"^contrastive: backend must be one of .* got 'cuda'$"):
+        contrastive(call.rows, None, call.scale_tensor, backend="cuda")
+    assert ssl_kernels.backends_for("contrastive", call.rows)["triton"] == "it runs on cuda, not on cpu"

@@ -1,0 +1,51 @@
+"""The package as a user meets it: public names, their documentation, version and licence to import."""
+
+import inspect
+import pathlib
+import pkgutil
+import tomllib
+
+import pytest
+
+import ssl_kernels
+
+ROOT = pathlib.Path(__file__).parent.parent
+PUBLIC = [(module, name) for module in (ssl_kernels, ssl_kernels.nn) for name in module.__all__]
+
+
+def test_public_names():
+    assert {"nt_xent_loss", "nn", "use_backend", "backends_for"} <= set(ssl_kernels.__all__)
+    assert "NTXentLoss" in ssl_kernels.nn.__all__
+
+
+@pytest.mark.parametrize("module, name", PUBLIC, ids=[f"{module.__name__}.{name}" for module, name in PUBLIC])
+def test_public_names_exist_and_are_documented(module, name):
+    assert inspect.getdoc(getattr(module, name)).strip()
+
+
+def test_losses_document_their_contract():
+    for name in ssl_kernels.__all__:
+        if name.endswith("_loss"):
+            text = inspect.getdoc(getattr(ssl_kernels, name))
+            assert all(f"{part}:" in text for part in ("Args", "Returns", "Raises", "Source")), name
+
+
+def test_every_loss_has_its_module():
+    modules = {name.lower() for name in ssl_kernels.nn.__all__}
+    for name in ssl_kernels.__all__:
+        if name.endswith("_loss"):
+            assert name.replace("_", "") in modules
+
+
+def test_version_is_that_of_the_metadata():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        project = tomllib.load(file)
+    assert project["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "ssl_kernels.__version__"
+    assert all(part.isdigit() for part in ssl_kernels.__version__.split("."))
+
+
+def test_every_package_is_installed():
+    """A folder without __init__.py would be left out of the wheel."""
+    packages = {info.name for info in pkgutil.walk_packages(ssl_kernels.__path__) if info.ispkg}
+    folders = {path.parent.name for path in (ROOT / "ssl_kernels").glob("*/*.py")}
+    assert folders <= packages
