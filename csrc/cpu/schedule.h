@@ -24,8 +24,8 @@ struct Blocks {
 
 // visit(i, j, thread) with i <= j for every unordered pair of `count` blocks, i == j included. Neighbouring blocks form
 // groups; one thread visits all pairs of two groups, so that a row block stays in its cache along a row
-// of tiles. First each group with itself, then a round-robin tournament of the groups by the circle method:
-// round r pairs the groups whose numbers add up to 2r modulo groups - 1, and group r with the last.
+// of tiles. The groups meet in a round-robin tournament by the circle method: round r pairs those whose numbers
+// add up to 2r modulo groups - 1, and group r with the last. In round 0 each group also meets itself.
 template <class Visit>
 void for_each_pair(int64_t count, int64_t groups, const Visit& visit) {
   if (count == 1) return visit(0, 0, 0);
@@ -40,15 +40,16 @@ void for_each_pair(int64_t count, int64_t groups, const Visit& visit) {
       }
     }
   };
-  at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t a = begin; a < end; ++a) meet(a, a);
-  });
   const int64_t others = groups - 1;
   for (int64_t round = 0; round < others; ++round) {
     at::parallel_for(0, groups / 2, 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         const int64_t a = (round + k) % others;
         const int64_t b = k == 0 ? others : (round - k + others) % others;
+        if (round == 0) {
+          meet(a, a);
+          meet(b, b);
+        }
         meet(std::min(a, b), std::max(a, b));
       }
     });
