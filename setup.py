@@ -114,7 +114,7 @@ def make_extension():
     return cpp_extension.CUDAExtension(
         "ssl_kernels._C",
         sources,
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-lineinfo", *WITH_HALF_CONVERSIONS]},
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-lineinfo", "--threads=2", *WITH_HALF_CONVERSIONS]},
         extra_link_args=link,
     )
 
