@@ -394,13 +394,16 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
     for_each_tile(problem.row_blocks.count(), problem.column_blocks.count(),
                   rows_wanted && columns_wanted ? Owned::kBoth : rows_wanted ? Owned::kRows : Owned::kColumns, visit);
 
-  double grad_scale = 0;
-  if (columns_wanted) grad_scale = finish_gradient<acc_t>(grad_columns, problem.columns, problem.scale);
-  if (rows_wanted) grad_scale = finish_gradient<acc_t>(grad_rows, problem.rows, problem.scale);
-  if (problem.square) grad_scale /= 2;
-  const auto none = [&] { return at::empty({0}, args.rows.options()); };
-  return {saved.rows_need_grad ? store_rows<scalar_t, acc_t>(grad_rows, args.rows) : none(),
-          columns_wanted ? store_rows<scalar_t, acc_t>(grad_columns, args.rows) : none(),
+  InputGradient by_rows, by_columns;
+  const auto storage = args.rows.options();
+  if (rows_wanted)
+    by_rows = finish_gradient<scalar_t, acc_t>(grad_rows, problem.rows, problem.scale, storage);
+  if (columns_wanted)
+    by_columns = finish_gradient<scalar_t, acc_t>(grad_columns, problem.columns, problem.scale, storage);
+  const double dots = rows_wanted ? by_rows.dots : by_columns.dots;
+  const double grad_scale = problem.square ? dots / 2 : dots;
+  const auto none = [&] { return at::empty({0}, storage); };
+  return {saved.rows_need_grad ? by_rows.values : none(), columns_wanted ? by_columns.values : none(),
           at::scalar_tensor(grad_scale, options)};
 }
 

@@ -63,18 +63,28 @@ Rows load_rows(const at::Tensor& x, bool normalize) {
   return rows;
 }
 
-// grad (N, D) = A y, the gradient by the rows before `scale` and normalisation, becomes in place the gradient by
-// the input: scale * rnorm * (grad - <grad, x^> x^). Returns sum_i <x^_i, grad_i>.
-template <class acc_t>
-double finish_gradient(at::Tensor& grad, const Rows& rows, double scale) {
+// What finish_gradient makes: the gradient by the input, and sum_i <x^_i, grad_i>.
+struct InputGradient {
+  at::Tensor values;
+  double dots;
+};
+
+// From grad (N, D) = A y, the gradient by the rows before `scale` and normalisation, which is overwritten:
+// scale * rnorm * (grad - <grad, x^> x^), rounded once to the storage type.
+template <class scalar_t, class acc_t>
+InputGradient finish_gradient(const at::Tensor& grad, const Rows& rows, double scale, const at::TensorOptions& options) {
+  constexpr bool in_place = std::is_same_v<scalar_t, acc_t>;
   const int64_t n = grad.size(0), d = grad.size(1);
   const bool normalize = rows.rnorm.numel() > 0;
+  const at::Tensor values = in_place ? grad : at::empty({n, d}, options);
   acc_t* g = grad.mutable_data_ptr<acc_t>();
+  scalar_t* out = values.mutable_data_ptr<scalar_t>();
   const acc_t* unit = rows.values.template const_data_ptr<acc_t>();
   const acc_t* rnorm = normalize ? rows.rnorm.template const_data_ptr<acc_t>() : nullptr;
   const acc_t clamped = static_cast<acc_t>(1 / kNormEpsilon);
   std::vector<double> dots(n);
   const auto& math = tile_math<acc_t>();
+  const auto& convert = row_conversion<scalar_t, acc_t>();
   at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       dots[i] = math.dot(g + i * d, unit + i * d, d);
@@ -84,28 +94,12 @@ double finish_gradient(at::Tensor& grad, const Rows& rows, double scale) {
         math.project_out(g + i * d, unit + i * d, factor, static_cast<acc_t>(dots[i]), d);
       else
         math.scale(g + i * d, factor, d);
+      if (!in_place) convert.store(out + i * d, g + i * d, d);
     }
   });
   double sum = 0;
   for (double dot : dots) sum += dot;
-  return sum;
-}
-
-// As the storage type, rounded once.
-template <class scalar_t, class acc_t>
-at::Tensor store_rows(const at::Tensor& values, const at::Tensor& like) {
-  if constexpr (std::is_same_v<scalar_t, acc_t>) {
-    return values;
-  } else {
-    at::Tensor out = at::empty(values.sizes(), like.options());
-    const auto& convert = row_conversion<scalar_t, acc_t>();
-    const acc_t* from = values.const_data_ptr<acc_t>();
-    scalar_t* to = out.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, values.numel(), 16384, [&](int64_t begin, int64_t end) {
-      convert.store(to + begin, from + begin, end - begin);
-    });
-    return out;
-  }
+  return {values, sum};
 }
 
 }  // namespace ssl_kernels::cpu
