@@ -55,11 +55,12 @@ def test_docstring_of_the_package_runs():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_make_targets_exist(page):
     text = page.read_text()
-    code = [
-        block
-        for block, _ in re.findall(r"(`[^`\n]+`|^```(?:(?!^```).)*^```)()", text, re.MULTILINE | re.DOTALL)
-    ]
-    named = {target for block in code for target in re.findall(r"(?:^|[`\s&;$])make ([a-z][\w-]*)", block)}
+    # In backticks, in a fenced or indented block, or after another command; prose that says "make sure" is none.
+    fenced = "\n".join(
+        block for language in ("", "sh", "bash", "console") for _, block in code_blocks(page, language)
+    )
+    named = set(re.findall(r"(?:`|^ {4,}|^\t)(?:\$ )?make ([a-z][\w-]*)", text, re.MULTILINE))
+    named |= set(re.findall(r"(?:^|[;&$]) *make ([a-z][\w-]*)", fenced, re.MULTILINE))
     makefile = (ROOT / "Makefile").read_text()
     targets = {
         name for line in re.findall(r"^([\w .-]+?)\s*:(?!=)", makefile, re.MULTILINE) for name in line.split()

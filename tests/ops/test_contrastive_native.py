@@ -136,7 +136,7 @@ torch.save(saved, sys.argv[2])
 def instruction_set_calls():
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for temperature in (0.02, 0.5):
-            for n, m in ((131, None), (70, 83)):
+            for n, m in ((270, None), (70, 83)):
                 options = {"temperature": temperature, "both_directions": m is not None, "ids": 9}
                 yield random_call(n, m, 37, dtype, **options)
 

@@ -36,22 +36,21 @@ def backward_arguments(call, results, rows_need_grad=True, columns_need_grad=Tru
 
 
 @every_operator
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("m, options", [
     (None, {}),
     (None, {"positives_per_row": 0, "ids": 2, "normalize_rows": False}),
     (9, {"both_directions": True, "positives_per_row": 2}),
     (9, {"ids": 3, "keep_diagonal": True, "normalize_columns": False}),
 ])  # fmt: skip
-def test_opcheck(backend, dtype, m, options):
-    call = random_call(7, m, 40, dtype, **options)
+def test_opcheck(backend, m, options):
+    call = random_call(7, m, 40, torch.bfloat16, **options)
     torch.library.opcheck(forward_operator(backend), (*call.operands, *call.flags, False))
     keeping = (*call.operands, *call.flags, True)
     # Not test_aot_dispatch_dynamic, which compares results: kept_logits has room that nothing is written to.
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(forward_operator(backend), keeping, test_utils=utilities)
     results = forward_operator(backend)(*keeping)
-    for wanted in ((True, True), (True, False), (False, True), (False, False)):
+    for wanted in ((True, True), (False, False)):
         torch.library.opcheck(backward_operator(backend), backward_arguments(call, results, *wanted))
 
 
