@@ -55,6 +55,15 @@ def test_integer_to_float(gpu, result, source):
     assert found.tolist() == [round_to(Fraction(v), result) for v in values]
 
 
+def test_wide_register_gives_its_low_bits(gpu):
+    x = np.array([0x1_8000_0001, 0xFFFF_FFFF_0000_0002, 7], np.uint64)
+    body = "cvt.s64.s32 %d0, %a0; cvt.u64.u32 %d1, %a0; cvt.rn.f32.s32 %d2, %a0;"
+    signed, unsigned, single = evaluate(gpu, body, ["b64", "b64", "f32"], ("b64", x))
+    low = x.astype(np.uint32)
+    assert (signed.view(np.int64) == low.view(np.int32)).all() and (unsigned == low).all()
+    assert (single == low.view(np.int32).astype(np.float32)).all()
+
+
 @pytest.mark.parametrize("mode", ["rz", "rm", "rp"])
 def test_integer_to_float_with_directed_rounding(gpu, mode):
     values = integers("s64")

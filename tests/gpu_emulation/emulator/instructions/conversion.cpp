@@ -173,8 +173,22 @@ struct ToTf32 {
 
 // ---- Decoding.
 
+// The low bits of a source register wider than the type (section 9.4.1).
+template <class Op, class S>
+struct LowBits {
+  auto operator()(uint64_t x) const { return Op()(static_cast<S>(x)); }
+};
+
 template <class Op>
 Execute from_integer(Decoding& decoding, Type source) {
+  if (decoding.instruction.a.wide && !is_wide(source)) {
+    switch (source) {
+      case Type::kU32:
+      case Type::kB32: return &unary<LowBits<Op, uint32_t>, uint64_t>;
+      case Type::kS32: return &unary<LowBits<Op, int32_t>, uint64_t>;
+      default: decoding.unsupported("64-bit register for a narrow type");
+    }
+  }
   switch (source) {
     case Type::kU8:
     case Type::kB8: return &unary<Op, uint8_t>;
@@ -355,7 +369,7 @@ void decode_cvt(Decoding& decoding) {
   }
   decoding.expect_operands(2, 2);
   instruction.d = decoding.destination(0, result);
-  instruction.a = decoding.source(1, source);
+  instruction.a = is_float(source) ? decoding.source(1, source) : decoding.relaxed_source(1, source);
   if (result == Type::kTf32) {
     if (source != Type::kF32) decoding.unsupported("type is not implemented");
     const bool ties_away = decoding.require_one({"rna", "rn"}) == 0;
