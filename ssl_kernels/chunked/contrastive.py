@@ -173,7 +173,9 @@ def contrastive_bwd(
         grad_rows = _input_gradient(scale * grad_x, x, row_rnorm).to(rows.dtype)
     if columns_need_grad and not blocks.square:
         grad_columns = _input_gradient(scale * grad_y, y, column_rnorm).to(rows.dtype)
-    grad_rows, grad_columns = (rows.new_empty(0) if grad is None else grad for grad in (grad_rows, grad_columns))
+    grad_rows, grad_columns = (
+        rows.new_empty(0) if grad is None else grad for grad in (grad_rows, grad_columns)
+    )
     return grad_rows, grad_columns, grad_scale
 
 
