@@ -42,8 +42,8 @@ constexpr double kFixedShift = 43;
 
 constexpr int64_t kLargestTile = 256, kSmallestTile = 64;
 
-// Bytes of logits kept for backward at most. Below 32 MB, malloc reuses the block from step to step. Narrow rows
-// are recomputed faster than a tile is read back.
+// Bytes of logits kept for backward at most. Below 32 MB, malloc reuses the block from step to step. Logits of
+// narrow rows are recomputed: their products cost about as much as reading a tile back (an estimate).
 constexpr int64_t kKeptBytes = 24 << 20, kNarrow = 32;
 constexpr int64_t kKeptHeader = 16;  // see Problem::note_tiles
 
