@@ -15,7 +15,6 @@
 //   stays below kFixedShift, that bound replaces the maximum; above it rows and columns get running maxima.
 #include "contrastive.h"
 
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros_like.h>
@@ -27,54 +26,40 @@
 #include <vector>
 
 #include "rows.h"
-#include "schedule.h"
 #include "tile_math.h"
+#include "tiles.h"
 
 namespace ssl_kernels::cpu {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // Largest bound on |s| * log2 e that a fixed shift is used for: every term lies in [2^-86, 1], and a factor
 // of 2^40 in the incoming gradient still fits float32.
 constexpr double kFixedShift = 43;
 
-constexpr int64_t kLargestTile = 256, kSmallestTile = 64;
-
 // Bytes of logits kept for backward at most. Below 32 MB, malloc reuses the block from step to step. Logits of
 // narrow rows are recomputed: their products cost about as much as reading a tile back (an estimate).
 constexpr int64_t kKeptBytes = 24 << 20, kNarrow = 32;
 constexpr int64_t kKeptHeader = 16;  // see Problem::note_tiles
 
-// Blocks of `n` for `ways` of parallelism, balanced and as large as the cache allows.
-Blocks cut(int64_t n, int64_t ways) {
-  const int64_t wanted = std::min(kLargestTile, std::max(kSmallestTile, (n + ways - 1) / ways));
-  const int64_t count = (n + wanted - 1) / wanted;
-  const int64_t size = (n + count - 1) / count;
-  return {n, std::min(kLargestTile, (size + 15) / 16 * 16)};
-}
-
-// One call: rows and columns in acc_t, how they are cut, and the tile of any pair of blocks.
+// One call: its tiles of logits in units of log 2, and what is masked and looked up in them.
 template <class scalar_t, class acc_t>
-class Problem {
+class Problem : public Tiles<acc_t> {
  public:
+  using Base = Tiles<acc_t>;
+  using Base::columns, Base::column_blocks, Base::m, Base::n, Base::row_blocks, Base::rows, Base::square;
+  using Tile = ssl_kernels::cpu::Tile<acc_t>;
+
   explicit Problem(const ContrastiveArgs& args)
-      : square(!args.columns),
-        rows(load_rows<scalar_t, acc_t>(args.rows, args.normalize_rows)),
-        columns(square ? rows : load_rows<scalar_t, acc_t>(*args.columns, args.normalize_columns)),
-        n(rows.values.size(0)),
-        m(columns.values.size(0)),
+      : Base(load_rows<scalar_t, acc_t>(args.rows, args.normalize_rows),
+             args.columns ? std::optional(load_rows<scalar_t, acc_t>(*args.columns, args.normalize_columns))
+                          : std::nullopt),
         scale(without_payload(*args.scale.const_data_ptr<acc_t>())),
-        threads(std::max(n, m) <= kLargestTile ? 1 : at::get_num_threads()),
         positives_per_row(args.positives ? args.positives->numel() / n : 0),
+        bound(static_cast<acc_t>(std::abs(scale) * kLog2E * rows.longest * columns.longest)),
+        fixed_shift(bound <= kFixedShift),  // false for NaN
         args_(args) {
-    // The tournament of the square case plays count / 2 tiles at once.
-    row_blocks = cut(n, square && threads > 1 ? 2 * threads : threads);
-    column_blocks = square ? row_blocks : cut(m, threads);
-    bound = static_cast<acc_t>(std::abs(scale) * kLog2E * rows.longest * columns.longest);
-    fixed_shift = bound <= kFixedShift;  // false for NaN
-    scratch_ = at::empty({threads, row_blocks.size, column_blocks.size + kPadding}, rows.values.options());
     if (args.positives) {
       positives_ = args.positives->contiguous();
       const int64_t* index = positives_.const_data_ptr<int64_t>();
@@ -84,22 +69,6 @@ class Problem {
     }
     if (args.row_ids) row_ids_ = args.row_ids->contiguous();
     if (args.column_ids) column_ids_ = args.column_ids->contiguous();
-  }
-
-  // A tile of logits in units of log 2.
-  struct Tile {
-    Block i, j;
-    acc_t* s;
-    int64_t ld;
-    at::Tensor matrix;  // (i.size, j.size) view of s
-    acc_t& at(int64_t row, int64_t column) const { return s[(row - i.begin) * ld + column - j.begin]; }
-  };
-
-  // The tile in the thread's scratch.
-  Tile scratch(int64_t block_i, int64_t block_j, int thread) const {
-    const Block i = row_blocks[block_i], j = column_blocks[block_j];
-    const at::Tensor matrix = scratch_.select(0, thread).narrow(0, 0, i.size).narrow(1, 0, j.size);
-    return {i, j, matrix.mutable_data_ptr<acc_t>(), matrix.stride(0), matrix};
   }
 
   // The tile's place among the logits kept for backward, if it has one.
@@ -135,23 +104,13 @@ class Problem {
 
   // Fills a tile with its logits, all pairs.
   void multiply(const Tile& tile) const {
-    at::Tensor matrix = tile.matrix;
-    if (std::isnan(scale)) {  // a BLAS may take a factor that is NaN for 1
-      matrix.fill_(scale);
-      return;
-    }
-    at::addmm_out(matrix, matrix, slice(rows.values, tile.i), slice(columns.values, tile.j).t(), 0,
-                  scale * kLog2E);
+    Base::multiply(tile, scale * kLog2E);
     // Backward takes exp(s_ij - lse_j) from the entry above the diagonal: where rounding leaves logits far
     // apart, lse_j must come from the same number.
     if (square && tile.i.begin == tile.j.begin && !fixed_shift)
       for (int64_t row = 1; row < tile.i.size; ++row)
         for (int64_t column = 0; column < row; ++column)
           tile.s[row * tile.ld + column] = tile.s[column * tile.ld + row];
-  }
-
-  static at::Tensor slice(const at::Tensor& values, Block block) {
-    return values.narrow(0, block.begin, block.size);
   }
 
   // Entries left out of the sums become -inf.
@@ -185,16 +144,10 @@ class Problem {
       }
   }
 
-  const bool square;
-  const Rows rows, columns;
-  const int64_t n, m;
   const double scale;
-  // 1 where everything fits one tile: it is visited outside a parallel region, and the BLAS has the threads.
-  const int64_t threads;
   const int64_t positives_per_row;
-  Blocks row_blocks, column_blocks;
-  double bound;      // of |s| * log2 e
-  bool fixed_shift;  // whether `bound` serves as the shift of every row and column
+  const double bound;      // of |s| * log2 e
+  const bool fixed_shift;  // whether `bound` serves as the shift of every row and column
 
  private:
   // Where the tile of rows i and columns j begins among the kept ones: row blocks one after the other, in the
@@ -204,10 +157,8 @@ class Problem {
     return i.begin * n - i.begin * (i.begin - row_blocks.size) / 2 + i.size * (j.begin - i.begin);
   }
 
-  // Keeps the rows of a tile off one another's cache sets.
-  static constexpr int64_t kPadding = 16;
   const ContrastiveArgs& args_;
-  at::Tensor scratch_, positives_, row_ids_, column_ids_;
+  at::Tensor positives_, row_ids_, column_ids_;
 };
 
 // Running sum of 2^(s - shift) for each row (or column).
@@ -324,11 +275,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
     over_columns.add(tile.i, row_top, row_sum);
     if (columns_too) (problem.square ? over_columns : over_rows).add(tile.j, column_top, column_sum);
   };
-  if (problem.square)
-    for_each_pair(problem.row_blocks.count(), 2 * problem.threads, visit);
-  else
-    for_each_tile(problem.row_blocks.count(), problem.column_blocks.count(),
-                  by_columns ? Owned::kBoth : Owned::kRows, visit);
+  problem.for_each(by_columns ? Owned::kBoth : Owned::kRows, visit);
 
   const at::Tensor none = at::empty({0}, options);
   return {over_columns.result(options), over_rows.result(options), positive_logits, problem.rows.rnorm,
@@ -388,11 +335,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
       problem.slice(problem.square ? grad_rows : grad_columns, tile.j)
           .addmm_(tile.matrix.t(), problem.slice(problem.rows.values, tile.i));
   };
-  if (problem.square)
-    for_each_pair(problem.row_blocks.count(), 2 * problem.threads, visit);
-  else
-    for_each_tile(problem.row_blocks.count(), problem.column_blocks.count(),
-                  rows_wanted && columns_wanted ? Owned::kBoth : rows_wanted ? Owned::kRows : Owned::kColumns, visit);
+  problem.for_each(rows_wanted && columns_wanted ? Owned::kBoth : rows_wanted ? Owned::kRows : Owned::kColumns, visit);
 
   InputGradient by_rows, by_columns;
   const auto storage = args.rows.options();
