@@ -5,7 +5,27 @@ from torch import nn
 from ssl_kernels import losses
 
 
-class NTXentLoss(nn.Module):
+class Loss(nn.Module):
+    """Holds a loss function's options as attributes of their names; an `nn.Parameter` among them is learned.
+
+    A subclass names the options and their defaults in `__init__` and passes `self.options` on in `forward`.
+    """
+
+    def __init__(self, **options):
+        super().__init__()
+        self._names = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    @property
+    def options(self):
+        return {name: getattr(self, name) for name in self._names}
+
+    def extra_repr(self):
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if name != "backend")
+
+
+class NTXentLoss(Loss):
     """`ssl_kernels.nt_xent_loss` as a module: `NTXentLoss(temperature=0.5)(z0, z1)`.
 
     Args:
@@ -14,21 +34,7 @@ class NTXentLoss(nn.Module):
     """
 
     def __init__(self, temperature=0.5, *, normalize=True, reduction="mean", backend=None):
-        super().__init__()
-        self.temperature = temperature
-        self.normalize = normalize
-        self.reduction = reduction
-        self.backend = backend
+        super().__init__(temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
 
     def forward(self, z0, z1):
-        return losses.nt_xent_loss(
-            z0,
-            z1,
-            self.temperature,
-            normalize=self.normalize,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
-
-    def extra_repr(self):
-        return f"temperature={self.temperature}, normalize={self.normalize}, reduction={self.reduction!r}"
+        return losses.nt_xent_loss(z0, z1, **self.options)

@@ -210,7 +210,7 @@ def contrastive(
 ):
     """Log-sum-exp of scale · <row, column> over each row's allowed columns, and the logits at `positives`.
 
-    What every loss in `losses.py` is made of. Checks of the user's input are the loss's; docs/contrastive.md is
+    What the losses in `losses/` are made of. Checks of the user's input are the loss's; docs/contrastive.md is
     the contract.
 
     Args:

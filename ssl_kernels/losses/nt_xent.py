@@ -1,10 +1,10 @@
-"""The losses: a few lines of algebra each over the operations in `ops/`."""
+"""NT-Xent, the loss of SimCLR."""
 
 import torch
 
 from ssl_kernels.checks import check_embeddings, check_reduction, check_same_rows, check_scalar
+from ssl_kernels.losses._shared import inverse, reduce, widest_under_autocast
 from ssl_kernels.ops.contrastive import contrastive
-from ssl_kernels.ops.library import accumulation_dtype
 
 
 def nt_xent_loss(z0, z1, temperature=0.5, *, normalize=True, reduction="mean", backend=None):
@@ -34,7 +34,7 @@ def nt_xent_loss(z0, z1, temperature=0.5, *, normalize=True, reduction="mean", b
     Source: Chen et al., SimCLR, arXiv:2002.05709, eq. 1.
     """
     op = "nt_xent_loss"
-    z0, z1 = _widest_under_autocast(z0, z1)
+    z0, z1 = widest_under_autocast(z0, z1)
     check_embeddings(op, z0=z0, z1=z1)
     check_same_rows(op, z0=z0, z1=z1)
     check_scalar(op, "temperature", temperature, z0, positive=True)
@@ -44,44 +44,13 @@ def nt_xent_loss(z0, z1, temperature=0.5, *, normalize=True, reduction="mean", b
     lse, _, positive = contrastive(
         views,
         None,
-        _inverse(temperature, views),
+        inverse(temperature, views),
         positives=partner,
         normalize_rows=normalize,
         backend=backend,
         caller=op,
     )
-    return _reduce(lse - positive, reduction, views)
+    return reduce(lse - positive, reduction, views)
 
 
 nt_xent_loss.operation = "contrastive"
-
-
-def _widest_under_autocast(*tensors):
-    """Under autocast, tensors of different dtypes in the widest of them; otherwise as they are."""
-    if not all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in tensors):
-        return tensors
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    widest = tensors[0].dtype
-    for tensor in tensors[1:]:
-        widest = torch.promote_types(widest, tensor.dtype)
-    return tuple(tensor.to(widest) for tensor in tensors)
-
-
-def _inverse(temperature, like):
-    """1 / temperature as a 0-d tensor in the accumulation dtype of `like`."""
-    acc = accumulation_dtype(like)
-    if isinstance(temperature, torch.Tensor):
-        return 1 / temperature.to(acc)
-    return torch.scalar_tensor(1 / temperature, dtype=acc, device=like.device)
-
-
-def _reduce(loss, reduction, like):
-    """Rows' losses, float64, to what the caller asked for, in the accumulation dtype of `like`."""
-    acc = accumulation_dtype(like)
-    if reduction == "mean":
-        return loss.mean(dtype=acc)
-    if reduction == "sum":
-        return loss.sum(dtype=acc)
-    return loss.to(acc)

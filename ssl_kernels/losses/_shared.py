@@ -1,0 +1,36 @@
+"""What the losses share: dtypes under autocast, scalars, reductions."""
+
+import torch
+
+from ssl_kernels.ops.library import accumulation_dtype
+
+
+def widest_under_autocast(*tensors):
+    """Under autocast, tensors of different dtypes in the widest of them; otherwise as they are."""
+    if not all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in tensors):
+        return tensors
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    widest = tensors[0].dtype
+    for tensor in tensors[1:]:
+        widest = torch.promote_types(widest, tensor.dtype)
+    return tuple(tensor.to(widest) for tensor in tensors)
+
+
+def inverse(temperature, like):
+    """1 / temperature as a 0-d tensor in the accumulation dtype of `like`."""
+    acc = accumulation_dtype(like)
+    if isinstance(temperature, torch.Tensor):
+        return 1 / temperature.to(acc)
+    return torch.scalar_tensor(1 / temperature, dtype=acc, device=like.device)
+
+
+def reduce(loss, reduction, like):
+    """Rows' losses, float64, to what the caller asked for, in the accumulation dtype of `like`."""
+    acc = accumulation_dtype(like)
+    if reduction == "mean":
+        return loss.mean(dtype=acc)
+    if reduction == "sum":
+        return loss.sum(dtype=acc)
+    return loss.to(acc)
