@@ -1,118 +1,12 @@
-// Launchers of contrastive.h. Each direction is written once as a sequence of launches over an arena of
-// scratch memory; the workspace query runs the same sequence without launching.
+// Launchers of contrastive.h.
 #include "contrastive.h"
 
-#include <algorithm>
-
 #include "contrastive.cuh"
+#include "launcher.cuh"
 
 namespace ssl_kernels {
 namespace contrastive {
 namespace {
-
-constexpr int kMaxSplits = 256;
-constexpr int kMinTilesPerSplit = 4;
-
-class Launcher {
- public:
-  Launcher(void* workspace, cudaStream_t stream, bool dry)
-      : base_(static_cast<char*>(workspace)), stream_(stream), dry_(dry) {}
-
-  template <typename T>
-  T* scratch(int64_t count) {
-    const size_t offset = used_;
-    used_ = (used_ + count * sizeof(T) + 255) / 256 * 256;
-    return dry_ ? nullptr : reinterpret_cast<T*>(base_ + offset);
-  }
-
-  template <typename... Params, typename... Args>
-  void launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, Args... args) {
-    if (dry_ || error_ != cudaSuccess) return;
-    if (shared_bytes > 48 * 1024) {
-      error_ = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-      if (error_ != cudaSuccess) return;
-    }
-    kernel<<<grid, threads, shared_bytes, stream_>>>(args...);
-    error_ = cudaGetLastError();
-  }
-
-  size_t used() const { return used_; }
-  int error() const { return error_; }
-
- private:
-  char* base_;
-  cudaStream_t stream_;
-  bool dry_;
-  size_t used_ = 0;
-  cudaError_t error_ = cudaSuccess;
-};
-
-int64_t round_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b * b;
-}
-unsigned blocks_for(int64_t count, int64_t per_block) {
-  return static_cast<unsigned>((count + per_block - 1) / per_block);
-}
-
-int multiprocessors() {
-  int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return std::max(count, 1);
-}
-
-// Parts of the walk over `tiles` that finish `row_blocks` owners soonest on a card with `slots` blocks at a
-// time: waves of blocks times tiles per block. Fewer parts win ties.
-int pick_splits(int requested, int64_t row_blocks, int64_t tiles, int64_t slots) {
-  if (requested > 0) return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(requested, tiles)));
-  const int64_t most = std::min<int64_t>(kMaxSplits, tiles / kMinTilesPerSplit);
-  int best = 1;
-  int64_t best_cost = 0;
-  for (int parts = 1; parts <= std::max<int64_t>(most, 1); ++parts) {
-    const int64_t waves = (row_blocks * parts + slots - 1) / slots;
-    const int64_t cost = waves * ((tiles + parts - 1) / parts + 1);
-    if (parts == 1 || cost < best_cost) {
-      best = parts;
-      best_cost = cost;
-    }
-  }
-  return best;
-}
-
-// The strided matrix a caller passed.
-template <typename scalar_t>
-struct Matrix {
-  const scalar_t* data;
-  int64_t strides[2];
-  int64_t count;
-  int64_t D;
-
-  static constexpr int64_t kVector = 16 / sizeof(scalar_t);
-  int64_t width() const { return round_up(D, kVector); }
-  // Rows that 16-byte copies can read as they are.
-  bool aligned() const {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides[1] == 1 && D % kVector == 0 &&
-           (strides[0] % kVector == 0 || count == 1);
-  }
-};
-
-// Norms into `rnorm` (unless null) and, where the matrix is not aligned, a packed copy: the operand the
-// kernels read.
-template <typename scalar_t, typename acc_t>
-Side<scalar_t, acc_t> prepare(Launcher& launcher, const Matrix<scalar_t>& matrix, acc_t* rnorm) {
-  const bool aligned = matrix.aligned();
-  scalar_t* packed = aligned ? nullptr : launcher.scratch<scalar_t>(matrix.count * matrix.width());
-  if ((rnorm || !aligned) && matrix.count > 0) {
-    launcher.launch(contrastive_prepare_kernel<scalar_t, acc_t>, blocks_for(matrix.count, kRowWarps),
-                    kRowWarps * kWarpSize, 0, matrix.data, matrix.strides[0], matrix.strides[1], matrix.count,
-                    matrix.D, aligned, rnorm, packed, matrix.width());
-  }
-  Side<scalar_t, acc_t> side = {};
-  side.data = aligned ? matrix.data : packed;
-  side.stride = aligned ? matrix.strides[0] : matrix.width();
-  side.count = matrix.count;
-  return side;
-}
 
 template <typename scalar_t>
 Matrix<scalar_t> rows_matrix(const ContrastiveArgs& args) {
@@ -172,13 +66,11 @@ void forward(Launcher& launcher, const ContrastiveFwdArgs& args) {
   auto* row_rnorm = common.normalize_rows ? static_cast<acc_t*>(args.row_rnorm) : nullptr;
   auto* column_rnorm = common.normalize_columns && !square ? static_cast<acc_t*>(args.column_rnorm) : nullptr;
 
-  auto rows = prepare(launcher, rows_matrix<scalar_t>(common), row_rnorm);
-  rows.rnorm = row_rnorm;
+  Side<scalar_t, acc_t> rows = {prepare(launcher, rows_matrix<scalar_t>(common), row_rnorm)};
   rows.ids = common.row_ids;
   auto columns = rows;
   if (!square) {
-    columns = prepare(launcher, columns_matrix<scalar_t>(common), column_rnorm);
-    columns.rnorm = column_rnorm;
+    columns = {prepare(launcher, columns_matrix<scalar_t>(common), column_rnorm)};
     columns.ids = common.column_ids;
   }
   rows.positives = common.positives;
@@ -227,8 +119,8 @@ void backward_pass(Launcher& launcher, const ContrastiveArgs& args,
   }
   launcher.launch(contrastive_bwd_kernel<Shape, Engine>, dim3(row_blocks, parts, slices), Shape::kThreads,
                   Shape::shared_bytes(std::min(chunks, kOwnerSlots)), problem, grad_positive_logits,
-                  static_cast<const acc_t*>(coefficient_scale), partial, problem.width);
-  launcher.launch(contrastive_finish_kernel<scalar_t, acc_t>, blocks_for(own.count, kRowWarps),
+                  static_cast<const acc_t*>(coefficient_scale), partial);
+  launcher.launch(finish_rows_kernel<scalar_t, acc_t>, blocks_for(own.count, kRowWarps),
                   kRowWarps * kWarpSize, 0, static_cast<const acc_t*>(partial), parts, problem.width,
                   matrix.data, matrix.strides[0], matrix.strides[1], own.count, args.D, own.rnorm,
                   problem.scale, static_cast<const acc_t*>(coefficient_scale), grad, dots);
@@ -255,7 +147,7 @@ void backward(Launcher& launcher, const ContrastiveBwdArgs& args) {
   const double* grad_positive_logits = common.positives ? args.grad_positive_logits : nullptr;
 
   const Matrix<scalar_t> row_matrix = rows_matrix<scalar_t>(common);
-  auto rows = prepare<scalar_t, acc_t>(launcher, row_matrix, nullptr);
+  Side<scalar_t, acc_t> rows = {prepare<scalar_t, acc_t>(launcher, row_matrix, nullptr)};
   rows.rnorm = common.normalize_rows ? static_cast<const acc_t*>(args.row_rnorm) : nullptr;
   rows.ids = common.row_ids;
   add_terms(launcher, args.lse, args.grad_lse, rows);
@@ -270,7 +162,7 @@ void backward(Launcher& launcher, const ContrastiveBwdArgs& args) {
                                     grad_positive_logits, grad_rows, row_dots);
   } else {
     const Matrix<scalar_t> column_matrix = columns_matrix<scalar_t>(common);
-    auto columns = prepare<scalar_t, acc_t>(launcher, column_matrix, nullptr);
+    Side<scalar_t, acc_t> columns = {prepare<scalar_t, acc_t>(launcher, column_matrix, nullptr)};
     columns.rnorm = common.normalize_columns ? static_cast<const acc_t*>(args.column_rnorm) : nullptr;
     columns.ids = common.column_ids;
     add_terms(launcher, args.column_lse, args.grad_column_lse, columns);
@@ -289,7 +181,7 @@ void backward(Launcher& launcher, const ContrastiveBwdArgs& args) {
       }
     }
   }
-  launcher.launch(contrastive_grad_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, dots, dot_count,
+  launcher.launch(sum_rows_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, dots, dot_count,
                   square ? acc_t(0.5) : acc_t(1), static_cast<acc_t*>(args.grad_scale));
 }
 

@@ -1,39 +1,26 @@
-// Device code of `contrastive`. One side owns the rows of the similarity tiles, the other side is walked:
+// Device code of `contrastive` on the tile walk of tile_walk.cuh. One side owns the rows of the similarity
+// tiles, the other side is walked:
 //
 //   s_ij = scale * v_ij      v_ij = <x_i, y_j> * (rnorm_i * rnorm_j)      rnorm = 1 / max(|x|, 1e-12), or 1
 //
 // Rows are normalised by scaling the tile of raw products, so no normalised copy exists. In base 2, a =
 // scale * log2(e) is rounded once and a * v enters every exponent as an exact product (fma), the same
 // whichever side owns the rows, in forward and in backward.
-//
-// A block owns kBlockM rows of one side (blockIdx.x) and walks a part of the other side's rows (blockIdx.y,
-// see Split) kBlockN at a time, each in steps of 128 bytes of D. The operand tiles of a step come through a
-// ring of kStages buffers by cp.async, kStages - 1 steps ahead; each step opens with one wait and one
-// barrier, which publish the step's tiles and say that the buffer loaded next is no longer read. The
-// owner's tiles stay in shared memory after the first tile where all of D fits into kOwnerSlots steps;
-// otherwise they come again with each tile.
 #pragma once
 
 #include <cstdint>
 
 #include "device/online_softmax.cuh"
-#include "device/tile.cuh"
-#include "device/warp.cuh"
+#include "rows.cuh"
+#include "tile_walk.cuh"
 
 namespace ssl_kernels {
 namespace contrastive {
 
-constexpr int kStages = 3;
-constexpr int kOwnerSlots = 3;
 constexpr double kZeroRowRnorm = 1e11;  // half rows with a larger 1 / norm are zero
 
-// One operand as the kernels read it: unit column stride, 16-byte aligned rows, width padded to 16 bytes.
 template <typename scalar_t, typename acc_t>
-struct Side {
-  const scalar_t* data;
-  int64_t stride;
-  int64_t count;
-  const acc_t* rnorm;        // null: not normalised
+struct Side : Operand<scalar_t, acc_t> {
   const int64_t* ids;        // null: no exclusion by id
   const int64_t* positives;  // (count, P): rows of the other side; null: none of this side
   // Backward, see contrastive_terms_kernel; null where this side's sums have no gradient.
@@ -51,17 +38,6 @@ struct Problem {
   bool square;         // both sides are the same rows: (i, i) is left out
   bool keep_diagonal;  // (i, i) stays although its ids are equal
 };
-
-// Tiles [begin, end) of the other side that part `part` of `parts` walks.
-struct Split {
-  int64_t begin, end;
-  __device__ Split(int64_t tiles, int part, int parts)
-      : begin(tiles * part / parts), end(tiles * (part + 1) / parts) {}
-};
-
-__device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // Whether s_ij counts in the sums, given the ids of both (0 for all where there are none).
 template <typename scalar_t, typename acc_t>
@@ -131,51 +107,13 @@ __device__ __forceinline__ void for_each_positive(const Operand& from, int64_t s
   }
 }
 
-// ----------------------------------------------------------------------------------------------- preparation
-//
-//   rnorm_i = 1 / max(|x_i|, 1e-12);   packed_i = x_i, zero padded to `packed_width`
-//
-// One warp a row, acc_t throughout. The packed copy is made only for operands that are not 16-byte aligned
-// rows with unit column stride. Traffic: reads N * D elements once, writes N acc_t (and N * packed_width
-// elements).
-constexpr int kRowWarps = 8;
-
-template <typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kRowWarps* kWarpSize)
-    contrastive_prepare_kernel(const scalar_t* data, int64_t row_stride, int64_t column_stride, int64_t count,
-                               int64_t D, bool vectorised, acc_t* rnorm, scalar_t* packed,
-                               int64_t packed_width) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
-  if (row >= count) return;
-  const scalar_t* x = data + row * row_stride;
-  acc_t sum = acc_t(0);
-  if (vectorised) {
-    constexpr int kSize = Vector<scalar_t>::kSize;
-    for (int64_t d = lane * kSize; d < D; d += kWarpSize * kSize) {
-      const auto vector = *reinterpret_cast<const Vector<scalar_t>*>(x + d);
-#pragma unroll
-      for (int e = 0; e < kSize; ++e) sum += to_acc(vector.value[e]) * to_acc(vector.value[e]);
-    }
-  } else {
-    for (int64_t d = lane; d < packed_width; d += kWarpSize) {
-      const scalar_t value = d < D ? x[d * column_stride] : from_acc<scalar_t>(acc_t(0));
-      sum += to_acc(value) * to_acc(value);
-      packed[row * packed_width + d] = value;
-    }
-  }
-  if (!rnorm) return;
-  const acc_t norm = Math<acc_t>::sqrt(warp_sum(sum));
-  if (lane == 0) rnorm[row] = acc_t(1) / (norm < Math<acc_t>::kNormEps ? Math<acc_t>::kNormEps : norm);
-}
-
 // --------------------------------------------------------------------------------------------------- forward
 //
 //   lse_i = log sum_{j allowed} exp(s_ij);   positive_logits_ik = s_{i, positives(i, k)}
 //
-// Tiling: 4 warps, each 32 rows by all kBlockN columns of the tile; every thread keeps the running maximum
-//   and sum of its share of 4 rows in registers, and the lanes of a row meet once at the end. Positives are
-//   picked out of the tile by the one lane that holds them. Several parts of the columns leave their
+// Tiling: ReduceShape; every thread keeps the running maximum and sum of its share of 4 rows in registers, and
+//   the lanes of a row meet once at the end. Positives are picked out of the tile by the one lane that holds
+//   them. Several parts of the columns leave their
 //   maximum and sum in `partial`. Below, B = ceil(N / 128) blocks, T = ceil(M / kBlockN) tiles, S = ceil(D
 //   / 128 bytes) steps.
 // Products: 1 unit of 2 N M D flops, 256 B T S mma, each 16 x 8 by 32 bytes of depth.
@@ -188,131 +126,21 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize)
 // Occupancy: 2 blocks of 128 threads per multiprocessor, at most 255 registers, on sm_80, sm_90 and sm_100.
 // Numerics: products in scalar_t with acc_t accumulation, all else in acc_t, results in double.
 template <typename Engine>
-struct FwdShape {
-  using scalar_t = typename Engine::scalar_t;
-  using acc_t = typename Engine::acc_t;
-  static constexpr bool kDouble = sizeof(acc_t) == 8;
-  static constexpr int kWarps = 4;
-  static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kBlockM = kWarps * kWarpRows;
-  static constexpr int kBlockN = kDouble ? 32 : 64;
-  static constexpr int kNTiles = kBlockN / 8;
-  static constexpr int kChunk = kTileRowBytes / sizeof(scalar_t);
-  static constexpr int kBlocksPerSm = 2;
-  static constexpr int kOwnBytes = kBlockM * kTileRowBytes;
-  static constexpr int kOtherBytes = kBlockN * kTileRowBytes;
+using FwdShape = ReduceShape<Engine, 1>;
 
-  static constexpr int shared_bytes(int own_slots) {
-    return own_slots * kOwnBytes + kStages * (kOtherBytes + kBlockN * static_cast<int>(sizeof(acc_t)));
-  }
-};
+// The running maxima and sums of the rows of one lane.
+template <typename acc_t>
+struct RowSums {
+  OnlineSoftmax<acc_t> state[4];  // by fragment_row
+  acc_t a;
 
-template <typename Engine>
-__global__ void __launch_bounds__(FwdShape<Engine>::kThreads, FwdShape<Engine>::kBlocksPerSm)
-    contrastive_fwd_kernel(const Problem<typename Engine::scalar_t, typename Engine::acc_t> problem,
-                           double* lse, double* positive_logits,
-                           OnlineSoftmax<typename Engine::acc_t>* partial) {
-  using Shape = FwdShape<Engine>;
-  using acc_t = typename Engine::acc_t;
-  using Softmax = OnlineSoftmax<acc_t>;
-  constexpr int kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN, kNTiles = Shape::kNTiles;
-
-  const auto& own = problem.own;
-  const auto& other = problem.other;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int chunks = static_cast<int>(ceil_div(problem.width, Shape::kChunk));
-  const bool resident = chunks <= kOwnerSlots;
-  const int own_slots = resident ? chunks : kOwnerSlots;
-
-  extern __shared__ __align__(128) unsigned char shared[];
-  unsigned char* own_tiles = shared;
-  unsigned char* other_tiles = own_tiles + own_slots * Shape::kOwnBytes;
-  acc_t* column_rnorm = reinterpret_cast<acc_t*>(other_tiles + kStages * Shape::kOtherBytes);
-
-  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kBlockM;
-  const Split split(ceil_div(other.count, kBlockN), blockIdx.y, gridDim.y);
-
-  // Loads go through the same (tile, chunk) sequence as the products, kStages - 1 steps before them.
-  int64_t load_tile_index = split.begin;
-  int load_chunk = 0, load_stage = 0;
-  auto load_next = [&] {
-    if (load_tile_index < split.end) {
-      const int64_t column0 = load_tile_index * kBlockN;
-      const int64_t depth0 = static_cast<int64_t>(load_chunk) * Shape::kChunk;
-      if (!resident || load_tile_index == split.begin) {
-        const int slot = resident ? load_chunk : load_stage;
-        load_tile<kBlockM, Shape::kThreads>(own_tiles + slot * Shape::kOwnBytes, own.data, own.stride,
-                                            own.count, problem.width, row0, depth0);
-      }
-      load_tile<kBlockN, Shape::kThreads>(other_tiles + load_stage * Shape::kOtherBytes, other.data,
-                                          other.stride, other.count, problem.width, column0, depth0);
-      if (load_chunk == 0 && other.rnorm && threadIdx.x < kBlockN) {
-        const int64_t j = column0 + threadIdx.x;
-        const bool valid = j < other.count;
-        copy_async<sizeof(acc_t)>(&column_rnorm[load_tile_index % kStages * kBlockN + threadIdx.x],
-                                  other.rnorm + (valid ? j : 0), valid);
-      }
-      if (++load_chunk == chunks) {
-        load_chunk = 0;
-        ++load_tile_index;
-      }
-    }
-    copy_async_commit();
-    load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
-  };
-
-  // A negative scale turns the order of v round; its sign goes into the rows' factor.
-  const acc_t signed_scale = *problem.scale;
-  const acc_t a = Softmax::base2_scale(Math<acc_t>::abs(signed_scale));
-  const double logit_scale = signed_scale == acc_t(0) ? 0.0 : a * Math<double>::kLn2;
-  const int warp_row = warp * kWarpRows;
-  acc_t row_factor[4];
-  Softmax state[4];
+  __device__ __forceinline__ explicit RowSums(acc_t base2_scale) : a(base2_scale) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t row = row0 + warp_row + fragment_row(lane, i / 2, i % 2 * 2);
-    row_factor[i] = own.rnorm && row < own.count ? own.rnorm[row] : acc_t(1);
-    if (signed_scale < acc_t(0)) row_factor[i] = -row_factor[i];
-    state[i].clear();
+    for (int i = 0; i < 4; ++i) state[i].clear();
   }
 
-  for (int step = 0; step < kStages - 1; ++step) load_next();
-  int stage = 0;
-  for (int64_t tile = split.begin; tile < split.end; ++tile) {
-    Fragment<acc_t, kNTiles> c;
-    clear<acc_t, kNTiles>(c);
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      copy_async_wait<kStages - 2>();
-      __syncthreads();
-      load_next();
-      Engine::template product_nt<kNTiles>(c, own_tiles + (resident ? chunk : stage) * Shape::kOwnBytes,
-                                           warp_row, other_tiles + stage * Shape::kOtherBytes, 0);
-      stage = stage + 1 == kStages ? 0 : stage + 1;
-    }
-
-    const int64_t column0 = tile * kBlockN;
-    const acc_t* rnorm = column_rnorm + tile % kStages * kBlockN;
-#pragma unroll
-    for (int n = 0; n < kNTiles; ++n) {
-      Pair<acc_t> column_factor = {{acc_t(1), acc_t(1)}};
-      if (other.rnorm) {
-        column_factor = *reinterpret_cast<const Pair<acc_t>*>(rnorm + fragment_column(lane, n, 0));
-      }
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) c[m][n][e] *= row_factor[m * 2 + e / 2] * column_factor.value[e % 2];
-      }
-    }
-    if (positive_logits) {
-      for_each_positive(own, row0 + warp_row, kWarpRows, other, column0, kBlockN, problem.P,
-                        [&](int row, int column, int64_t k) __attribute__((always_inline)) {
-                          if (!holds_element(row, column)) return;
-                          const acc_t v = element<acc_t, kNTiles>(c, row, column);
-                          positive_logits[(row0 + warp_row + row) * problem.P + k] = v * logit_scale;
-                        });
-    }
-    exclude<kNTiles>(c, problem, row0 + warp_row, column0, -Math<acc_t>::infinity());
+  template <int kNTiles>
+  __device__ __forceinline__ void add(const Fragment<acc_t, kNTiles>& c) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       acc_t largest = c[i / 2][0][i % 2 * 2];
@@ -324,26 +152,74 @@ __global__ void __launch_bounds__(FwdShape<Engine>::kThreads, FwdShape<Engine>::
       const acc_t shift = state[i].raise(largest, a);
 #pragma unroll
       for (int n = 0; n < kNTiles; ++n) {
-        state[i].sum += Softmax::term(c[i / 2][n][i % 2 * 2], a, shift);
-        state[i].sum += Softmax::term(c[i / 2][n][i % 2 * 2 + 1], a, shift);
+        state[i].sum += OnlineSoftmax<acc_t>::term(c[i / 2][n][i % 2 * 2], a, shift);
+        state[i].sum += OnlineSoftmax<acc_t>::term(c[i / 2][n][i % 2 * 2 + 1], a, shift);
       }
     }
+  }
+};
+
+template <typename Engine>
+__global__ void __launch_bounds__(FwdShape<Engine>::kThreads, FwdShape<Engine>::kBlocksPerSm)
+    contrastive_fwd_kernel(const Problem<typename Engine::scalar_t, typename Engine::acc_t> problem,
+                           double* lse, double* positive_logits,
+                           OnlineSoftmax<typename Engine::acc_t>* partial) {
+  using Shape = FwdShape<Engine>;
+  using acc_t = typename Engine::acc_t;
+  using Softmax = OnlineSoftmax<acc_t>;
+  constexpr int kNTiles = Shape::kNTiles;
+
+  const auto& own = problem.own;
+  const auto& other = problem.other;
+  const int lane = threadIdx.x % kWarpSize;
+  extern __shared__ __align__(128) unsigned char shared[];
+  TileWalk<Shape, Engine> walk(shared, own, other, {other.rnorm}, problem.width);
+  const int64_t warp_row0 = walk.row0() + walk.warp_row();
+
+  // A negative scale turns the order of v round; its sign goes into the rows' factor.
+  const acc_t signed_scale = *problem.scale;
+  const acc_t a = Softmax::base2_scale(Math<acc_t>::abs(signed_scale));
+  const double logit_scale = signed_scale == acc_t(0) ? 0.0 : a * Math<double>::kLn2;
+  acc_t row_factor[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t row = warp_row0 + fragment_row(lane, i / 2, i % 2 * 2);
+    row_factor[i] = own.rnorm && row < own.count ? own.rnorm[row] : acc_t(1);
+    if (signed_scale < acc_t(0)) row_factor[i] = -row_factor[i];
+  }
+  RowSums<acc_t> sums(a);
+
+  for (walk.start(); walk.next();) {
+    Fragment<acc_t, kNTiles> c;
+    walk.products(c);
+    walk.normalize(c, row_factor);
+    if (positive_logits) {
+      for_each_positive(own, warp_row0, kWarpRows, other, walk.column0(), Shape::kBlockN, problem.P,
+                        [&](int row, int column, int64_t k) __attribute__((always_inline)) {
+                          if (!holds_element(row, column)) return;
+                          const acc_t v = element<acc_t, kNTiles>(c, row, column);
+                          positive_logits[(warp_row0 + row) * problem.P + k] = v * logit_scale;
+                        });
+    }
+    exclude<kNTiles>(c, problem, warp_row0, walk.column0(), -Math<acc_t>::infinity());
+    sums.template add<kNTiles>(c);
   }
 
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
+    Softmax& state = sums.state[i];
 #pragma unroll
     for (int offset = 1; offset < 4; offset *= 2) {
-      const acc_t other_max = __shfl_xor_sync(kAllLanes, state[i].max, offset);
-      const acc_t other_sum = __shfl_xor_sync(kAllLanes, state[i].sum, offset);
-      state[i].merge(other_max, other_sum, a);
+      const acc_t other_max = __shfl_xor_sync(kAllLanes, state.max, offset);
+      const acc_t other_sum = __shfl_xor_sync(kAllLanes, state.sum, offset);
+      state.merge(other_max, other_sum, a);
     }
-    const int64_t row = row0 + warp_row + fragment_row(lane, i / 2, i % 2 * 2);
+    const int64_t row = warp_row0 + fragment_row(lane, i / 2, i % 2 * 2);
     if (lane % 4 == 0 && row < own.count) {
       if (partial) {
-        partial[blockIdx.y * own.count + row] = state[i];
+        partial[blockIdx.y * own.count + row] = state;
       } else {
-        lse[row] = state[i].lse(a);
+        lse[row] = state.lse(a);
       }
     }
   }
@@ -375,11 +251,7 @@ __global__ void contrastive_merge_kernel(const OnlineSoftmax<acc_t>* partial, in
 // Square: both sides are the same, C = A + A^T. Rectangular: the rows' terms are those of lse, the columns'
 // those of column_lse; for the columns' gradient the roles are exchanged.
 //
-// Tiling: 8 warps, kWarpsM x kWarpsN, each 32 rows by kBlockN / kWarpsN columns of s. A tile is recomputed
-//   in steps over all of D, its C rounded to scalar_t as an operand tile in shared memory, and multiplied
-//   in steps over the block's slice of D (blockIdx.z, kSliceChunks steps); G stays in registers until the
-//   end. The barrier of the next step also stands between writing C and reading it, and between reading it
-//   and the next tile's writing. Below, B = ceil(N / kBlockM) blocks, T = ceil(M / kBlockN) tiles, S =
+// Tiling: ProductShape; a tile is recomputed over all of D and its C multiplied over a slice of D. Below, B = ceil(N / kBlockM) blocks, T = ceil(M / kBlockN) tiles, S =
 //   ceil(D / 128 bytes) steps, Z slices.
 // Products: 2 units of 2 N M D flops; 1 + Z where D is wider than a slice, of 512 elements for 2-byte
 //   types, 256 for float, 128 for double. B T S (1 + Z) kBlockM kBlockN / 32 mma.
@@ -392,39 +264,9 @@ __global__ void contrastive_merge_kernel(const OnlineSoftmax<acc_t>* partial, in
 // Occupancy: one block of 256 threads per multiprocessor, at most 255 registers.
 // Numerics: C in acc_t, rounded once to scalar_t. half scales C by a power of two that brings its bound
 //   near 2^15.
-template <typename Engine, int kWarpsM_, int kSliceChunks_>
-struct BwdShape {
-  using scalar_t = typename Engine::scalar_t;
-  using acc_t = typename Engine::acc_t;
-  static constexpr int kWarps = 8;
-  static constexpr int kWarpsM = kWarpsM_;
-  static constexpr int kWarpsN = kWarps / kWarpsM;
-  static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kBlockM = kWarpsM * kWarpRows;
-  static constexpr int kBlockN = sizeof(scalar_t) == 2 ? 64 : 32;
-  static constexpr int kWarpColumns = kBlockN / kWarpsN;  // of s
-  static constexpr int kNTiles = kWarpColumns / 8;
-  static constexpr int kChunk = kTileRowBytes / sizeof(scalar_t);
-  static constexpr int kSliceChunks = kSliceChunks_;
-  static constexpr int kSlice = kSliceChunks * kChunk;
-  static constexpr int kWarpDepth = kChunk / kWarpsN;  // columns of G per step
-  static constexpr int kGTiles = kWarpDepth / 8;
-  static constexpr int kPanels = kBlockN / kChunk;  // tiles of C side by side
-  static constexpr bool kScaled = std::is_same_v<scalar_t, __half>;
-  static constexpr int kOwnBytes = kBlockM * kTileRowBytes;
-  static constexpr int kOtherBytes = kBlockN * kTileRowBytes;
-  static_assert(kPanels * kChunk == kBlockN, "C is whole tiles");
-
-  struct RowTerms {
-    acc_t rnorm[kBlockM], base2_lse[kBlockM], weight[kBlockM];
-  };
-  struct ColumnTerms {
-    acc_t rnorm[kBlockN], base2_lse[kBlockN], weight[kBlockN];
-  };
-  static constexpr int shared_bytes(int own_slots) {
-    return (own_slots + kPanels) * kOwnBytes + kStages * kOtherBytes + static_cast<int>(sizeof(RowTerms)) +
-           kStages * static_cast<int>(sizeof(ColumnTerms));
-  }
+template <typename Engine, int kWarpsM, int kSliceChunks>
+struct BwdShape : ProductShape<Engine, kWarpsM, kSliceChunks, 3, 3> {
+  static constexpr bool kScaled = std::is_same_v<typename Engine::scalar_t, __half>;
 };
 
 // What the backward tiles need of a sum and its gradient, once a row (g = grad_lse):
@@ -444,81 +286,45 @@ __global__ void contrastive_terms_kernel(const double* lse, const double* grad_l
   weight[row] = static_cast<acc_t>(grad_lse[row] * Math<double>::exp2(rounded - exact));
 }
 
+// What a column's coefficients are multiplied by before they are rounded: its norm and, for half, a factor that
+// brings their bound near 2^15. A zero row's 1e12 would overflow half, and multiplies zeros only.
+template <bool kScaled, typename acc_t>
+__device__ __forceinline__ Pair<acc_t> coefficient_factor(Pair<acc_t> rnorm, acc_t c_scale) {
+  if constexpr (kScaled) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      rnorm.value[e] = rnorm.value[e] > acc_t(kZeroRowRnorm) ? acc_t(0) : rnorm.value[e] * c_scale;
+    }
+  }
+  return rnorm;
+}
+
 template <typename Shape, typename Engine>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     contrastive_bwd_kernel(const Problem<typename Engine::scalar_t, typename Engine::acc_t> problem,
                            const double* grad_positive_logits,
-                           const typename Engine::acc_t* coefficient_scale, typename Engine::acc_t* partial,
-                           int64_t partial_stride) {
+                           const typename Engine::acc_t* coefficient_scale, typename Engine::acc_t* partial) {
   using acc_t = typename Engine::acc_t;
-  using RowTerms = typename Shape::RowTerms;
-  using ColumnTerms = typename Shape::ColumnTerms;
-  constexpr int kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN, kNTiles = Shape::kNTiles;
+  constexpr int kBlockM = Shape::kBlockM, kNTiles = Shape::kNTiles;
+  enum ColumnTerm { kRnorm, kBase2Lse, kWeight };
 
   const auto& own = problem.own;
   const auto& other = problem.other;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int warp_row = warp / Shape::kWarpsN * kWarpRows;
-  const int warp_column = warp % Shape::kWarpsN * Shape::kWarpColumns;
-  const int warp_depth = warp % Shape::kWarpsN * Shape::kWarpDepth;
-  const int chunks = static_cast<int>(ceil_div(problem.width, Shape::kChunk));
-  const int slice0 = blockIdx.z * Shape::kSliceChunks;
-  const int slice_chunks = min(Shape::kSliceChunks, chunks - slice0);
-  const bool resident = chunks <= kOwnerSlots;
-  const int own_slots = resident ? chunks : kOwnerSlots;
-
+  const int lane = threadIdx.x % kWarpSize;
   extern __shared__ __align__(128) unsigned char shared[];
-  unsigned char* own_tiles = shared;
-  unsigned char* other_tiles = own_tiles + own_slots * Shape::kOwnBytes;
-  unsigned char* coefficients = other_tiles + kStages * Shape::kOtherBytes;
-  RowTerms& row_terms = *reinterpret_cast<RowTerms*>(coefficients + Shape::kPanels * Shape::kOwnBytes);
-  ColumnTerms* column_terms = reinterpret_cast<ColumnTerms*>(&row_terms + 1);
+  TileWalk<Shape, Engine> walk(shared, own, other, {other.rnorm, other.base2_lse, other.weight},
+                               problem.width);
+  const int64_t warp_row0 = walk.row0() + walk.warp_row();
 
-  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kBlockM;
-  const Split split(ceil_div(other.count, kBlockN), blockIdx.y, gridDim.y);
-
-  int64_t load_tile_index = split.begin;
-  int load_step = 0, load_stage = 0;  // steps 0 .. chunks - 1 are for s, the others for G
-  auto load_next = [&] {
-    if (load_tile_index < split.end) {
-      const int64_t column0 = load_tile_index * kBlockN;
-      const bool for_s = load_step < chunks;
-      const int64_t depth0 =
-          static_cast<int64_t>(for_s ? load_step : slice0 + load_step - chunks) * Shape::kChunk;
-      if (for_s && (!resident || load_tile_index == split.begin)) {
-        const int slot = resident ? load_step : load_stage;
-        load_tile<kBlockM, Shape::kThreads>(own_tiles + slot * Shape::kOwnBytes, own.data, own.stride,
-                                            own.count, problem.width, row0, depth0);
-      }
-      load_tile<kBlockN, Shape::kThreads>(other_tiles + load_stage * Shape::kOtherBytes, other.data,
-                                          other.stride, other.count, problem.width, column0, depth0);
-      if (load_step == 0 && threadIdx.x < kBlockN) {
-        ColumnTerms& terms = column_terms[load_tile_index % kStages];
-        const int64_t j = column0 + threadIdx.x;
-        const bool valid = j < other.count;
-        auto load_term = [&](acc_t* to, const acc_t* from) {
-          if (from) copy_async<sizeof(acc_t)>(to + threadIdx.x, from + (valid ? j : 0), valid);
-        };
-        load_term(terms.rnorm, other.rnorm);
-        load_term(terms.base2_lse, other.base2_lse);
-        load_term(terms.weight, other.weight);
-      }
-      if (++load_step == chunks + slice_chunks) {
-        load_step = 0;
-        ++load_tile_index;
-      }
-    }
-    copy_async_commit();
-    load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
-  };
-
-  // Published by the first step's barrier.
+  acc_t* row_rnorm = walk.row_terms();
+  acc_t* row_base2_lse = row_rnorm + kBlockM;
+  acc_t* row_weights = row_base2_lse + kBlockM;
   for (int r = threadIdx.x; r < kBlockM; r += Shape::kThreads) {
-    const int64_t i = row0 + r;
+    const int64_t i = walk.row0() + r;
     const bool valid = i < own.count;
-    row_terms.rnorm[r] = valid && own.rnorm ? own.rnorm[i] : acc_t(1);
-    row_terms.base2_lse[r] = valid && own.base2_lse ? own.base2_lse[i] : Math<acc_t>::infinity();
-    row_terms.weight[r] = valid && own.base2_lse ? own.weight[i] : acc_t(0);
+    row_rnorm[r] = valid && own.rnorm ? own.rnorm[i] : acc_t(1);
+    row_base2_lse[r] = valid && own.base2_lse ? own.base2_lse[i] : Math<acc_t>::infinity();
+    row_weights[r] = valid && own.base2_lse ? own.weight[i] : acc_t(0);
   }
 
   const acc_t a = *problem.scale * Math<acc_t>::kLog2e;
@@ -527,38 +333,20 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 #pragma unroll
   for (int slice = 0; slice < Shape::kSliceChunks; ++slice) clear<acc_t, Shape::kGTiles>(g[slice]);
 
-  for (int step = 0; step < kStages - 1; ++step) load_next();
-  int stage = 0;
-  for (int64_t tile = split.begin; tile < split.end; ++tile) {
+  for (walk.start(); walk.next();) {
     Fragment<acc_t, kNTiles> c;
-    clear<acc_t, kNTiles>(c);
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      copy_async_wait<kStages - 2>();
-      __syncthreads();
-      load_next();
-      Engine::template product_nt<kNTiles>(c, own_tiles + (resident ? chunk : stage) * Shape::kOwnBytes,
-                                           warp_row, other_tiles + stage * Shape::kOtherBytes, warp_column);
-      stage = stage + 1 == kStages ? 0 : stage + 1;
-    }
-
-    const int64_t column0 = tile * kBlockN + warp_column;
-    const ColumnTerms& terms = column_terms[tile % kStages];
+    walk.products(c);
     acc_t row_factor[4], row_lse[4], row_weight[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int r = warp_row + fragment_row(lane, i / 2, i % 2 * 2);
-      row_factor[i] = row_terms.rnorm[r];
-      row_lse[i] = row_terms.base2_lse[r];
-      row_weight[i] = row_terms.weight[r];
+      const int r = walk.warp_row() + fragment_row(lane, i / 2, i % 2 * 2);
+      row_factor[i] = row_rnorm[r];
+      row_lse[i] = row_base2_lse[r];
+      row_weight[i] = row_weights[r];
     }
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) {
-      const int column = fragment_column(lane, n, 0);
-      auto load_pair = [&](const acc_t* values) {
-        return *reinterpret_cast<const Pair<acc_t>*>(values + warp_column + column);
-      };
-      Pair<acc_t> column_factor = {{acc_t(1), acc_t(1)}};
-      if (other.rnorm) column_factor = load_pair(terms.rnorm);
+      const Pair<acc_t> column_factor = walk.column_rnorm(n);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -579,7 +367,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
         }
       }
       if (other.base2_lse) {
-        const Pair<acc_t> base2_lse = load_pair(terms.base2_lse), weight = load_pair(terms.weight);
+        const Pair<acc_t> base2_lse = walk.column_pair(kBase2Lse, n), weight = walk.column_pair(kWeight, n);
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -595,84 +383,34 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
         for (int e = 0; e < 4; ++e) c[m][n][e] = coefficient[m][e];
       }
     }
-    exclude<kNTiles>(c, problem, row0 + warp_row, column0, acc_t(0));
+    exclude<kNTiles>(c, problem, warp_row0, walk.column0(), acc_t(0));
     if (grad_positive_logits && own.positives) {
-      for_each_positive(
-          own, row0 + warp_row, kWarpRows, other, column0, Shape::kWarpColumns, problem.P,
-          [&](int row, int column, int64_t k) __attribute__((always_inline)) {
-            const acc_t q = static_cast<acc_t>(grad_positive_logits[(row0 + warp_row + row) * problem.P + k]);
-            if (holds_element(row, column)) add_to_element<acc_t, kNTiles>(c, row, column, q);
-          });
-    }
-    if (grad_positive_logits && other.positives) {
-      for_each_positive(other, column0, Shape::kWarpColumns, own, row0 + warp_row, kWarpRows, problem.P,
-                        [&](int column, int row, int64_t k) __attribute__((always_inline)) {
+      for_each_positive(own, warp_row0, kWarpRows, other, walk.column0(), Shape::kWarpColumns, problem.P,
+                        [&](int row, int column, int64_t k) __attribute__((always_inline)) {
                           const acc_t q =
-                              static_cast<acc_t>(grad_positive_logits[(column0 + column) * problem.P + k]);
+                              static_cast<acc_t>(grad_positive_logits[(warp_row0 + row) * problem.P + k]);
                           if (holds_element(row, column)) add_to_element<acc_t, kNTiles>(c, row, column, q);
                         });
     }
-#pragma unroll
-    for (int n = 0; n < kNTiles; ++n) {
-      const int column = warp_column + fragment_column(lane, n, 0);
-      Pair<acc_t> factor = {{acc_t(1), acc_t(1)}};
-      if (other.rnorm) factor = *reinterpret_cast<const Pair<acc_t>*>(terms.rnorm + column);
-      if constexpr (Shape::kScaled) {
-        // A zero row's 1e12 would overflow half, and multiplies zeros only.
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          factor.value[e] = factor.value[e] > acc_t(kZeroRowRnorm) ? acc_t(0) : factor.value[e] * c_scale;
-        }
-      }
-      unsigned char* panel = coefficients + column / Shape::kChunk * Shape::kOwnBytes;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        Engine::store_operands(panel, warp_row + fragment_row(lane, i / 2, i % 2 * 2), column % Shape::kChunk,
-                               c[i / 2][n][i % 2 * 2] * factor.value[0],
-                               c[i / 2][n][i % 2 * 2 + 1] * factor.value[1]);
-      }
+    if (grad_positive_logits && other.positives) {
+      for_each_positive(other, walk.column0(), Shape::kWarpColumns, own, warp_row0, kWarpRows, problem.P,
+                        [&](int column, int row, int64_t k) __attribute__((always_inline)) {
+                          const acc_t q = static_cast<acc_t>(
+                              grad_positive_logits[(walk.column0() + column) * problem.P + k]);
+                          if (holds_element(row, column)) add_to_element<acc_t, kNTiles>(c, row, column, q);
+                        });
     }
-
-#pragma unroll
-    for (int slice = 0; slice < Shape::kSliceChunks; ++slice) {
-      if (slice < slice_chunks) {
-        copy_async_wait<kStages - 2>();
-        __syncthreads();
-        load_next();
-#pragma unroll
-        for (int panel = 0; panel < Shape::kPanels; ++panel) {
-          Engine::template product_nn<Shape::kGTiles>(g[slice], coefficients + panel * Shape::kOwnBytes,
-                                                      warp_row, other_tiles + stage * Shape::kOtherBytes,
-                                                      panel * Shape::kChunk, warp_depth);
-        }
-        stage = stage + 1 == kStages ? 0 : stage + 1;
-      }
-    }
+    walk.store_coefficients(c, [&](int n) __attribute__((always_inline)) {
+      return coefficient_factor<Shape::kScaled>(walk.column_rnorm(n), c_scale);
+    });
+    walk.accumulate(g);
   }
-
-#pragma unroll
-  for (int slice = 0; slice < Shape::kSliceChunks; ++slice) {
-#pragma unroll
-    for (int n = 0; n < Shape::kGTiles; ++n) {
-      const int64_t d =
-          static_cast<int64_t>(slice0 + slice) * Shape::kChunk + warp_depth + fragment_column(lane, n, 0);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t row = row0 + warp_row + fragment_row(lane, i / 2, i % 2 * 2);
-        if (row < own.count && d < problem.width) {
-          store_pair(partial + (blockIdx.y * own.count + row) * partial_stride + d,
-                     g[slice][i / 2][n][i % 2 * 2], g[slice][i / 2][n][i % 2 * 2 + 1]);
-        }
-      }
-    }
-  }
+  walk.store(g, partial);
 }
 
 // A power of two that brings the largest possible coefficient of a pass near 2^15, for half operands:
 // bound = (max |w_own| + max |w_other| + 2 P max |q|) * max rnorm_other over rows that are not zero. One
 // block.
-constexpr int kBlockWarps = 32;
-
 template <typename acc_t>
 __global__ void __launch_bounds__(kBlockWarps* kWarpSize)
     contrastive_coefficient_scale_kernel(const acc_t* own_weight, int64_t own_count,
@@ -702,53 +440,6 @@ __global__ void __launch_bounds__(kBlockWarps* kWarpSize)
     if (bound > acc_t(0) && bound < infinity) frexp(bound, &exponent);
     *result = ldexp(acc_t(1), min(max(15 - exponent, -100), 100));
   }
-}
-
-// dx_i from the parts of G_i, and its dot with x^_i. One warp a row, everything in acc_t.
-//
-//   dot_i = <x^_i, G_i>      dx_i = rnorm_i scale (G_i - x^_i dot_i), without the second term where |x_i| <
-//   1e-12
-//
-// Traffic: reads (parts acc_t + scalar_t) N D twice (the second time from cache), writes N D scalar_t and N
-// acc_t.
-template <typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kRowWarps* kWarpSize)
-    contrastive_finish_kernel(const acc_t* partial, int parts, int64_t partial_stride, const scalar_t* data,
-                              int64_t row_stride, int64_t column_stride, int64_t count, int64_t D,
-                              const acc_t* rnorm, const acc_t* scale, const acc_t* coefficient_scale,
-                              scalar_t* grad, acc_t* dots) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
-  if (row >= count) return;
-  const acc_t unscale = coefficient_scale ? acc_t(1) / *coefficient_scale : acc_t(1);
-  const acc_t factor = rnorm ? rnorm[row] : acc_t(1);
-  auto x_hat = [&](int64_t d) { return to_acc(data[row * row_stride + d * column_stride]) * factor; };
-  auto g = [&](int64_t d) {
-    acc_t sum = acc_t(0);
-    for (int part = 0; part < parts; ++part) sum += partial[(part * count + row) * partial_stride + d];
-    return sum * unscale;
-  };
-  acc_t dot = acc_t(0);
-  for (int64_t d = lane; d < D; d += kWarpSize) dot += x_hat(d) * g(d);
-  dot = warp_sum(dot);
-  if (lane == 0) dots[row] = dot;
-  if (!grad) return;
-  const bool projected = rnorm && factor < acc_t(1) / Math<acc_t>::kNormEps;
-  const acc_t outer = *scale * factor;
-  for (int64_t d = lane; d < D; d += kWarpSize) {
-    grad[row * D + d] = from_acc<scalar_t>(outer * (projected ? g(d) - x_hat(d) * dot : g(d)));
-  }
-}
-
-// grad_scale = weight * sum of the rows' dots, in a fixed order. One block.
-template <typename acc_t>
-__global__ void __launch_bounds__(kBlockWarps* kWarpSize)
-    contrastive_grad_scale_kernel(const acc_t* dots, int64_t count, acc_t weight, acc_t* grad_scale) {
-  __shared__ acc_t scratch[kBlockWarps];
-  acc_t sum = acc_t(0);
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += dots[i];
-  sum = block_sum<kBlockWarps>(sum, scratch);
-  if (threadIdx.x == 0) *grad_scale = weight * sum;
 }
 
 }  // namespace contrastive

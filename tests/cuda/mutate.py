@@ -21,7 +21,8 @@ from tests.cuda.parity import check_parity, random_call
 from tests.gpu_emulation import EmulatedCudaLibrary, PtxError
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-KERNELS, LAUNCHERS, TILE, WARP = "contrastive.cuh", "contrastive.cu", "device/tile.cuh", "device/warp.cuh"
+KERNELS, LAUNCHERS = "contrastive.cuh", "contrastive.cu"
+WALK, ROWS, TILE, WARP = "tile_walk.cuh", "rows.cuh", "device/tile.cuh", "device/warp.cuh"
 
 
 class Mutation(NamedTuple):
@@ -37,31 +38,24 @@ class Mutation(NamedTuple):
 WAIT, BARRIER, COMMIT = "copy_async_wait<kStages - 2>();", "__syncthreads();", "copy_async_commit();"
 
 MUTATIONS = [
-    Mutation("forward: wait for the step's copies", KERNELS, WAIT, nth=0),
-    Mutation("forward: barrier of a step", KERNELS, BARRIER, nth=0),
-    Mutation("forward: commit of a step's copies", KERNELS, COMMIT, nth=0),
-    Mutation("backward: wait for the copies of s", KERNELS, WAIT, nth=1),
-    Mutation("backward: barrier of a step of s", KERNELS, BARRIER, nth=1),
-    Mutation("backward: commit of a step's copies", KERNELS, COMMIT, nth=1),
-    Mutation("backward: wait for the copies of G", KERNELS, WAIT, nth=2),
-    Mutation("backward: barrier of a step of G", KERNELS, BARRIER, nth=2),
+    Mutation("walk: wait for the step's copies", WALK, WAIT),
+    Mutation("walk: barrier of a step", WALK, BARRIER),
+    Mutation("walk: commit of a step's copies", WALK, COMMIT),
+    Mutation("walk: barrier of a step of G", WALK, "step();", "copy_async_wait<kStages - 2>(); load_next();", 1),
     Mutation("block sum: barrier", WARP, BARRIER, nth=0),
     Mutation("block maximum: barrier", WARP, BARRIER, nth=1),
-    Mutation("forward: prefetch one step less",
-             KERNELS, "step < kStages - 1; ++step", "step < kStages - 2; ++step"),
+    Mutation("walk: prefetch one step less",
+             WALK, "step < kStages - 1; ++step", "step < kStages - 2; ++step"),
     Mutation("tile copy: row mask", TILE, "row0 + r < rows && "),
     Mutation("tile copy: depth mask", TILE, " && column < columns"),
-    Mutation("forward: column mask of the norms", KERNELS, "valid = j < other.count;", "valid = true;", 0),
-    Mutation("backward: column mask of the terms", KERNELS, "valid = j < other.count;", "valid = true;", 1),
+    Mutation("walk: column mask of the terms", WALK, "valid = j < other_.count;", "valid = true;"),
     Mutation("forward: row mask of the norms", KERNELS, "own.rnorm && row < own.count", "own.rnorm"),
     Mutation("backward: row mask of the terms", KERNELS, "valid = i < own.count;", "valid = true;"),
     Mutation("forward: row mask of the results",
              KERNELS, "lane % 4 == 0 && row < own.count", "lane % 4 == 0"),
     Mutation("forward: one lane a row", KERNELS, "lane % 4 == 0 && row < own.count", "row < own.count"),
-    Mutation("backward: row mask of the results",
-             KERNELS, "row < own.count && d < problem.width", "d < problem.width"),
-    Mutation("backward: depth mask of the results",
-             KERNELS, "row < own.count && d < problem.width", "row < own.count"),
+    Mutation("walk: row mask of the product", WALK, "row < own_.count && d < width_", "d < width_"),
+    Mutation("walk: depth mask of the product", WALK, "row < own_.count && d < width_", "row < own_.count"),
     Mutation("forward: excluded entries", KERNELS, "exclude<kNTiles>", "if (false) exclude<kNTiles>", 0),
     Mutation("backward: excluded entries", KERNELS, "exclude<kNTiles>", "if (false) exclude<kNTiles>", 1),
     Mutation("excluded: columns past the end", KERNELS, "if (j >= problem.other.count) return false;"),
@@ -77,19 +71,19 @@ MUTATIONS = [
     Mutation("positives: lower bound", KERNELS, "target >= 0 && target < targets", "target < targets"),
     Mutation("positives: upper bound", KERNELS, "target >= 0 && target < targets", "target >= 0"),
     Mutation("positives: one lane an entry", KERNELS, "if (!holds_element(row, column)) return;"),
-    Mutation("preparation: row mask", KERNELS, "if (row >= count) return;", "", 0),
+    Mutation("preparation: row mask", ROWS, "if (row >= count) return;", "", 0),
     Mutation("preparation: zero padding",
-             KERNELS, "d < D ? x[d * column_stride] : from_acc<scalar_t>(acc_t(0))", "x[d * column_stride]"),
+             ROWS, "d < D ? x[d * column_stride] : from_acc<scalar_t>(acc_t(0))", "x[d * column_stride]"),
     Mutation("preparation: shortest norm",
-             KERNELS, "norm < Math<acc_t>::kNormEps ? Math<acc_t>::kNormEps : norm", "norm"),
-    Mutation("merge: row mask", KERNELS, "if (row >= count) return;", "", 1),
-    Mutation("terms: row mask", KERNELS, "if (row >= count) return;", "", 2),
-    Mutation("finish: row mask", KERNELS, "if (row >= count) return;", "", 3),
+             ROWS, "norm < Math<acc_t>::kNormEps ? Math<acc_t>::kNormEps : norm", "norm"),
+    Mutation("merge: row mask", KERNELS, "if (row >= count) return;", "", 0),
+    Mutation("terms: row mask", KERNELS, "if (row >= count) return;", "", 1),
+    Mutation("finish: row mask", ROWS, "if (row >= count) return;", "", 1),
     Mutation("finish: no projection of tiny rows",
-             KERNELS, "rnorm && factor < acc_t(1) / Math<acc_t>::kNormEps", "rnorm"),
-    Mutation("half: zero rows' norms", KERNELS, "factor.value[e] > acc_t(kZeroRowRnorm) ? acc_t(0) : ", ""),
+             ROWS, "rnorm && factor < acc_t(1) / Math<acc_t>::kNormEps", "rnorm"),
+    Mutation("half: zero rows' norms", KERNELS, "rnorm.value[e] > acc_t(kZeroRowRnorm) ? acc_t(0) : ", ""),
     Mutation("half: scale taken out again",
-             KERNELS, "coefficient_scale ? acc_t(1) / *coefficient_scale : ", ""),
+             ROWS, "coefficient_scale ? acc_t(1) / *coefficient_scale : ", ""),
     Mutation("softmax: nothing came yet",
              "device/online_softmax.cuh", "larger == -Math<T>::infinity() ? T(0) : ", ""),
 ]  # fmt: skip

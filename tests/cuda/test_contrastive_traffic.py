@@ -149,7 +149,7 @@ def test_forward_in_both_directions_walks_twice(library):
 def test_norms_read_the_operand_once(library):
     call = random_call(64, 128, torch.bfloat16)
     _, _, launches = run(library, call, random_upstream(call))
-    assert "prepare_kernel" in launches[0].kernel
+    assert "prepare_rows_kernel" in launches[0].kernel
     assert launches[0].counters.global_load_sectors == 64 * 128 * 2 // SECTOR
 
 

@@ -37,11 +37,11 @@ KERNELS = {
     r"bwd_kernel.*MmaEngineIfEELi4ELi8E": (256, 80512, 1),
     r"bwd_kernel.*FmaEngineIfEELi4ELi8E": (256, 80512, 1),
     r"bwd_kernel.*FmaEngineIdEELi4ELi8E": (256, 99584, 1),
-    r"prepare_kernel": (256, 0, 4),
-    r"finish_kernel": (256, 0, 4),
+    r"prepare_rows_kernel": (256, 0, 4),
+    r"finish_rows_kernel": (256, 0, 4),
     r"merge_kernel": (256, 0, 4),
     r"terms_kernel": (256, 0, 4),
-    r"grad_scale_kernel": (1024, 0, 1),
+    r"sum_rows_kernel": (1024, 0, 1),
     r"coefficient_scale_kernel": (1024, 0, 1),
 }
 
@@ -85,7 +85,7 @@ def dump(cuobjdump, binaries, arch, what):
 
 def resource_report(text):
     """{kernel: {"REG": 40, "STACK": 0, ...}}"""
-    pairs = re.findall(r"Function (\S*contrastive\S*):\s+(REG:.*)", text)
+    pairs = re.findall(r"Function (\S*ssl_kernels\S*):\s+(REG:.*)", text)
     return {
         name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)} for name, line in pairs
     }
@@ -142,5 +142,5 @@ def test_tensor_cores_and_vector_accesses_are_used(cuobjdump, binaries, arch):
         if "bwd_kernel" in name and "FmaEngineId" not in name:
             assert total("STG.E") == total("STG.E.64") > 0, name
     for name, opcodes in code.items():
-        if "prepare_kernel" in name:
+        if "prepare_rows_kernel" in name:
             assert any(opcode.startswith("LDG.E.128") for opcode in opcodes), name

@@ -5,8 +5,8 @@ import pytest
 from tests.cuda import mutate
 
 SAMPLE = {
-    "forward: barrier of a step",
-    "backward: wait for the copies of G",
+    "walk: barrier of a step",
+    "walk: barrier of a step of G",
     "excluded: columns past the end",
 }
 

@@ -1,0 +1,118 @@
+// Host side that the launchers share: scratch memory, launches, the split of a walk, operands as kernels read
+// them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "rows.cuh"
+#include "tile_walk.cuh"
+
+namespace ssl_kernels {
+
+// A launcher is written once as a sequence of launches over an arena of scratch memory; dry, the same sequence
+// tells how large the arena is.
+class Launcher {
+ public:
+  Launcher(void* workspace, cudaStream_t stream, bool dry)
+      : base_(static_cast<char*>(workspace)), stream_(stream), dry_(dry) {}
+
+  template <typename T>
+  T* scratch(int64_t count) {
+    const size_t offset = used_;
+    used_ = (used_ + count * sizeof(T) + 255) / 256 * 256;
+    return dry_ ? nullptr : reinterpret_cast<T*>(base_ + offset);
+  }
+
+  template <typename... Params, typename... Args>
+  void launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, Args... args) {
+    if (dry_ || error_ != cudaSuccess) return;
+    if (shared_bytes > 48 * 1024) {
+      error_ = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+      if (error_ != cudaSuccess) return;
+    }
+    kernel<<<grid, threads, shared_bytes, stream_>>>(args...);
+    error_ = cudaGetLastError();
+  }
+
+  size_t used() const { return used_; }
+  int error() const { return error_; }
+
+ private:
+  char* base_;
+  cudaStream_t stream_;
+  bool dry_;
+  size_t used_ = 0;
+  cudaError_t error_ = cudaSuccess;
+};
+
+inline int64_t round_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b * b;
+}
+inline unsigned blocks_for(int64_t count, int64_t per_block) {
+  return static_cast<unsigned>((count + per_block - 1) / per_block);
+}
+
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return std::max(count, 1);
+}
+
+constexpr int kMaxSplits = 256;
+constexpr int kMinTilesPerSplit = 4;
+
+// Parts of the walk over `tiles` that finish `row_blocks` owners soonest on a card with `slots` blocks at a
+// time: waves of blocks times tiles per block. Fewer parts win ties.
+inline int pick_splits(int requested, int64_t row_blocks, int64_t tiles, int64_t slots) {
+  if (requested > 0) return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(requested, tiles)));
+  const int64_t most = std::min<int64_t>(kMaxSplits, tiles / kMinTilesPerSplit);
+  int best = 1;
+  int64_t best_cost = 0;
+  for (int parts = 1; parts <= std::max<int64_t>(most, 1); ++parts) {
+    const int64_t waves = (row_blocks * parts + slots - 1) / slots;
+    const int64_t cost = waves * ((tiles + parts - 1) / parts + 1);
+    if (parts == 1 || cost < best_cost) {
+      best = parts;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+// The strided matrix a caller passed.
+template <typename scalar_t>
+struct Matrix {
+  const scalar_t* data;
+  int64_t strides[2];
+  int64_t count;
+  int64_t D;
+
+  static constexpr int64_t kVector = 16 / sizeof(scalar_t);
+  int64_t width() const { return round_up(D, kVector); }
+  // Rows that 16-byte copies can read as they are.
+  bool aligned() const {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides[1] == 1 && D % kVector == 0 &&
+           (strides[0] % kVector == 0 || count == 1);
+  }
+};
+
+// Norms into `rnorm` (unless null) and, where the matrix is not aligned, a packed copy: the operand the
+// kernels read.
+template <typename scalar_t, typename acc_t>
+Operand<scalar_t, acc_t> prepare(Launcher& launcher, const Matrix<scalar_t>& matrix, acc_t* rnorm) {
+  const bool aligned = matrix.aligned();
+  scalar_t* packed = aligned ? nullptr : launcher.scratch<scalar_t>(matrix.count * matrix.width());
+  if ((rnorm || !aligned) && matrix.count > 0) {
+    launcher.launch(prepare_rows_kernel<scalar_t, acc_t>, blocks_for(matrix.count, kRowWarps),
+                    kRowWarps * kWarpSize, 0, matrix.data, matrix.strides[0], matrix.strides[1], matrix.count,
+                    matrix.D, aligned, rnorm, packed, matrix.width());
+  }
+  return {aligned ? matrix.data : packed, aligned ? matrix.strides[0] : matrix.width(), matrix.count, rnorm};
+}
+
+}  // namespace ssl_kernels

@@ -1,0 +1,96 @@
+// Kernels over the rows of one operand, before and after the walks over tiles: norms and packed copies, the
+// gradient through the norm, sums over rows.
+#pragma once
+
+#include <cstdint>
+
+#include "device/math.cuh"
+#include "device/warp.cuh"
+
+namespace ssl_kernels {
+
+constexpr int kRowWarps = 8;     // of kernels with one warp a row
+constexpr int kBlockWarps = 32;  // of kernels that are one block
+
+//   rnorm_i = 1 / max(|x_i|, 1e-12);   packed_i = x_i, zero padded to `packed_width`
+//
+// One warp a row, acc_t throughout. The packed copy is made only for operands that are not 16-byte aligned
+// rows with unit column stride. Traffic: reads N * D elements once, writes N acc_t (and N * packed_width
+// elements).
+template <typename scalar_t, typename acc_t>
+__global__ void __launch_bounds__(kRowWarps* kWarpSize)
+    prepare_rows_kernel(const scalar_t* data, int64_t row_stride, int64_t column_stride, int64_t count,
+                               int64_t D, bool vectorised, acc_t* rnorm, scalar_t* packed,
+                               int64_t packed_width) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
+  if (row >= count) return;
+  const scalar_t* x = data + row * row_stride;
+  acc_t sum = acc_t(0);
+  if (vectorised) {
+    constexpr int kSize = Vector<scalar_t>::kSize;
+    for (int64_t d = lane * kSize; d < D; d += kWarpSize * kSize) {
+      const auto vector = *reinterpret_cast<const Vector<scalar_t>*>(x + d);
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) sum += to_acc(vector.value[e]) * to_acc(vector.value[e]);
+    }
+  } else {
+    for (int64_t d = lane; d < packed_width; d += kWarpSize) {
+      const scalar_t value = d < D ? x[d * column_stride] : from_acc<scalar_t>(acc_t(0));
+      sum += to_acc(value) * to_acc(value);
+      packed[row * packed_width + d] = value;
+    }
+  }
+  if (!rnorm) return;
+  const acc_t norm = Math<acc_t>::sqrt(warp_sum(sum));
+  if (lane == 0) rnorm[row] = acc_t(1) / (norm < Math<acc_t>::kNormEps ? Math<acc_t>::kNormEps : norm);
+}
+
+// dx_i from the parts of G_i, and its dot with x^_i. One warp a row, everything in acc_t.
+//
+//   dot_i = <x^_i, G_i>      dx_i = rnorm_i scale (G_i - x^_i dot_i), without the second term where |x_i| <
+//   1e-12
+//
+// Traffic: reads (parts acc_t + scalar_t) N D twice (the second time from cache), writes N D scalar_t and N
+// acc_t.
+template <typename scalar_t, typename acc_t>
+__global__ void __launch_bounds__(kRowWarps* kWarpSize)
+    finish_rows_kernel(const acc_t* partial, int parts, int64_t partial_stride, const scalar_t* data,
+                              int64_t row_stride, int64_t column_stride, int64_t count, int64_t D,
+                              const acc_t* rnorm, const acc_t* scale, const acc_t* coefficient_scale,
+                              scalar_t* grad, acc_t* dots) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
+  if (row >= count) return;
+  const acc_t unscale = coefficient_scale ? acc_t(1) / *coefficient_scale : acc_t(1);
+  const acc_t factor = rnorm ? rnorm[row] : acc_t(1);
+  auto x_hat = [&](int64_t d) { return to_acc(data[row * row_stride + d * column_stride]) * factor; };
+  auto g = [&](int64_t d) {
+    acc_t sum = acc_t(0);
+    for (int part = 0; part < parts; ++part) sum += partial[(part * count + row) * partial_stride + d];
+    return sum * unscale;
+  };
+  acc_t dot = acc_t(0);
+  for (int64_t d = lane; d < D; d += kWarpSize) dot += x_hat(d) * g(d);
+  dot = warp_sum(dot);
+  if (lane == 0) dots[row] = dot;
+  if (!grad) return;
+  const bool projected = rnorm && factor < acc_t(1) / Math<acc_t>::kNormEps;
+  const acc_t outer = *scale * factor;
+  for (int64_t d = lane; d < D; d += kWarpSize) {
+    grad[row * D + d] = from_acc<scalar_t>(outer * (projected ? g(d) - x_hat(d) * dot : g(d)));
+  }
+}
+
+// grad_scale = weight * sum of the rows' dots, in a fixed order. One block.
+template <typename acc_t>
+__global__ void __launch_bounds__(kBlockWarps* kWarpSize)
+    sum_rows_kernel(const acc_t* dots, int64_t count, acc_t weight, acc_t* grad_scale) {
+  __shared__ acc_t scratch[kBlockWarps];
+  acc_t sum = acc_t(0);
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += dots[i];
+  sum = block_sum<kBlockWarps>(sum, scratch);
+  if (threadIdx.x == 0) *grad_scale = weight * sum;
+}
+
+}  // namespace ssl_kernels

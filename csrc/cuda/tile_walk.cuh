@@ -1,0 +1,322 @@
+// The walk over tiles of similarities that every kernel of a pairwise loss shares; what it makes of a tile is
+// the kernel's own.
+//
+// One side owns the rows of the tiles, the other side is walked. A block owns kBlockM rows of one side
+// (blockIdx.x) and walks a part of the other side's rows (blockIdx.y, see Split) kBlockN at a time, each in
+// steps of 128 bytes of D. The operand tiles of a step come through a ring of kStages buffers by cp.async,
+// kStages - 1 steps ahead; each step opens with one wait and one barrier, which publish the step's tiles and
+// say that the buffer loaded next is no longer read. The owner's tiles stay in shared memory after the first
+// tile where all of D fits into kOwnerSlots steps; otherwise they come again with each tile.
+//
+//   TileWalk<Shape, Engine> walk(shared, own, other, {other.rnorm}, width);
+//   for (walk.start(); walk.next();) {
+//     walk.products(c);                // c_ij = <x_i, y_j>
+//     ...                              // ReduceShape: take c in
+//     walk.store_coefficients(c, ...)  // ProductShape: C made of c, then g_i += sum_j C_ij y_j
+//     walk.accumulate(g);
+//   }
+#pragma once
+
+#include <cstdint>
+
+#include "device/tile.cuh"
+#include "device/warp.cuh"
+
+namespace ssl_kernels {
+
+constexpr int kStages = 3;
+constexpr int kOwnerSlots = 3;
+
+// One operand as the kernels read it: unit column stride, 16-byte aligned rows, width padded to 16 bytes.
+template <typename scalar_t, typename acc_t>
+struct Operand {
+  const scalar_t* data;
+  int64_t stride;
+  int64_t count;
+  const acc_t* rnorm;  // 1 / max(|row|, 1e-12); null: not normalised
+};
+
+// Tiles [begin, end) of the other side that part `part` of `parts` walks.
+struct Split {
+  int64_t begin, end;
+  __device__ Split(int64_t tiles, int part, int parts)
+      : begin(tiles * part / parts), end(tiles * (part + 1) / parts) {}
+};
+
+__device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// Tiling of kernels that only reduce the tiles: 4 warps, each 32 rows by all columns of the tile. `kColumnTerms`
+// numbers of every column come with its tile.
+template <typename Engine, int kColumnTerms_>
+struct ReduceShape {
+  using scalar_t = typename Engine::scalar_t;
+  using acc_t = typename Engine::acc_t;
+  static constexpr bool kDouble = sizeof(acc_t) == 8;
+  static constexpr int kWarps = 4;
+  static constexpr int kWarpsN = 1;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kBlockM = kWarps * kWarpRows;
+  static constexpr int kBlockN = kDouble ? 32 : 64;
+  static constexpr int kWarpColumns = kBlockN;
+  static constexpr int kNTiles = kBlockN / 8;
+  static constexpr int kChunk = kTileRowBytes / sizeof(scalar_t);
+  static constexpr int kSliceChunks = 0;
+  static constexpr int kPanels = 0;
+  static constexpr int kColumnTerms = kColumnTerms_;
+  static constexpr int kBlocksPerSm = 2;
+  static constexpr int kOwnBytes = kBlockM * kTileRowBytes;
+  static constexpr int kOtherBytes = kBlockN * kTileRowBytes;
+
+  static constexpr int shared_bytes(int own_slots) {
+    return own_slots * kOwnBytes +
+           kStages * (kOtherBytes + kColumnTerms * kBlockN * static_cast<int>(sizeof(acc_t)));
+  }
+};
+
+// Tiling of kernels that multiply coefficients made of the tile by the other side's rows: 8 warps, kWarpsM x
+// kWarpsN, each 32 rows by kBlockN / kWarpsN columns of the tile. The coefficients, rounded to scalar_t, are an
+// operand tile in shared memory, multiplied in steps over the block's slice of D (blockIdx.z, kSliceChunks
+// steps); the result g stays in registers. `kRowTerms` numbers of every row stay in shared memory.
+template <typename Engine, int kWarpsM_, int kSliceChunks_, int kColumnTerms_, int kRowTerms_>
+struct ProductShape {
+  using scalar_t = typename Engine::scalar_t;
+  using acc_t = typename Engine::acc_t;
+  static constexpr int kWarps = 8;
+  static constexpr int kWarpsM = kWarpsM_;
+  static constexpr int kWarpsN = kWarps / kWarpsM;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kBlockM = kWarpsM * kWarpRows;
+  static constexpr int kBlockN = sizeof(scalar_t) == 2 ? 64 : 32;
+  static constexpr int kWarpColumns = kBlockN / kWarpsN;  // of the tile
+  static constexpr int kNTiles = kWarpColumns / 8;
+  static constexpr int kChunk = kTileRowBytes / sizeof(scalar_t);
+  static constexpr int kSliceChunks = kSliceChunks_;
+  static constexpr int kSlice = kSliceChunks * kChunk;
+  static constexpr int kWarpDepth = kChunk / kWarpsN;  // columns of g per step
+  static constexpr int kGTiles = kWarpDepth / 8;
+  static constexpr int kPanels = kBlockN / kChunk;  // tiles of coefficients side by side
+  static constexpr int kColumnTerms = kColumnTerms_;
+  static constexpr int kRowTerms = kRowTerms_;
+  static constexpr int kOwnBytes = kBlockM * kTileRowBytes;
+  static constexpr int kOtherBytes = kBlockN * kTileRowBytes;
+  static_assert(kPanels * kChunk == kBlockN, "the coefficients are whole tiles");
+
+  static constexpr int shared_bytes(int own_slots) {
+    return (own_slots + kPanels) * kOwnBytes + kStages * kOtherBytes +
+           (kRowTerms * kBlockM + kStages * kColumnTerms * kBlockN) * static_cast<int>(sizeof(acc_t));
+  }
+};
+
+template <typename Shape, typename Engine>
+class TileWalk {
+ public:
+  using scalar_t = typename Engine::scalar_t;
+  using acc_t = typename Engine::acc_t;
+  using Side = Operand<scalar_t, acc_t>;
+  using Tile = Fragment<acc_t, Shape::kNTiles>;
+  struct Terms {
+    const acc_t* of_columns[Shape::kColumnTerms];  // (other.count,) each, null: absent
+  };
+
+  __device__ __forceinline__ TileWalk(unsigned char* shared, const Side& own, const Side& other,
+                                      const Terms& terms, int64_t width)
+      : own_(own),
+        other_(other),
+        terms_(terms),
+        width_(width),
+        chunks_(static_cast<int>(ceil_div(width, Shape::kChunk))),
+        slice0_(blockIdx.z * Shape::kSliceChunks),
+        slice_chunks_(min(Shape::kSliceChunks, chunks_ - slice0_)),
+        resident_(chunks_ <= kOwnerSlots),
+        own_tiles_(shared),
+        other_tiles_(own_tiles_ + (resident_ ? chunks_ : kOwnerSlots) * Shape::kOwnBytes),
+        coefficients_(other_tiles_ + kStages * Shape::kOtherBytes),
+        column_terms_(reinterpret_cast<acc_t*>(coefficients_ + Shape::kPanels * Shape::kOwnBytes)),
+        row0_(static_cast<int64_t>(blockIdx.x) * Shape::kBlockM),
+        split_(ceil_div(other.count, Shape::kBlockN), blockIdx.y, gridDim.y),
+        tile_(split_.begin - 1),
+        load_tile_(split_.begin) {
+    const int warp = threadIdx.x / kWarpSize;
+    warp_row_ = warp / Shape::kWarpsN * kWarpRows;
+    warp_column_ = warp % Shape::kWarpsN * Shape::kWarpColumns;
+  }
+
+  __device__ __forceinline__ int64_t row0() const { return row0_; }
+  // First row of the warp's part, in the block; first column, in the tile.
+  __device__ __forceinline__ int warp_row() const { return warp_row_; }
+  __device__ __forceinline__ int warp_column() const { return warp_column_; }
+  // First column of the warp's part of the present tile.
+  __device__ __forceinline__ int64_t column0() const { return tile_ * Shape::kBlockN + warp_column_; }
+  // Shared memory for kRowTerms numbers of every row; the first step's barrier publishes what start() follows.
+  __device__ __forceinline__ acc_t* row_terms() const {
+    return column_terms_ + kStages * Shape::kColumnTerms * Shape::kBlockN;
+  }
+
+  // Starts the copies of the first steps.
+  __device__ __forceinline__ void start() {
+    for (int step = 0; step < kStages - 1; ++step) load_next();
+  }
+
+  __device__ __forceinline__ bool next() { return ++tile_ < split_.end; }
+
+  // c = <x_i, y_j> over the present tile, as stored.
+  __device__ __forceinline__ void products(Tile& c) {
+    clear<acc_t, Shape::kNTiles>(c);
+    for (int chunk = 0; chunk < chunks_; ++chunk) {
+      step();
+      Engine::template product_nt<Shape::kNTiles>(
+          c, own_tiles_ + (resident_ ? chunk : stage_) * Shape::kOwnBytes, warp_row_,
+          other_tiles_ + stage_ * Shape::kOtherBytes, warp_column_);
+      advance();
+    }
+  }
+
+  // Term `term` of the columns of elements c[.][n][0] and c[.][n][1], which has to be there.
+  __device__ __forceinline__ Pair<acc_t> column_pair(int term, int n) const {
+    const acc_t* values =
+        column_terms_ + (tile_ % kStages * Shape::kColumnTerms + term) * Shape::kBlockN + warp_column_;
+    return *reinterpret_cast<const Pair<acc_t>*>(values + fragment_column(threadIdx.x % kWarpSize, n, 0));
+  }
+
+  // Term 0 of the columns, the norms, or 1.
+  __device__ __forceinline__ Pair<acc_t> column_rnorm(int n) const {
+    return terms_.of_columns[0] ? column_pair(0, n) : Pair<acc_t>{{acc_t(1), acc_t(1)}};
+  }
+
+  // c_ij times a factor of its row, by fragment_row, and the norm of its column.
+  __device__ __forceinline__ void normalize(Tile& c, const acc_t (&row_factor)[4]) const {
+#pragma unroll
+    for (int n = 0; n < Shape::kNTiles; ++n) {
+      const Pair<acc_t> column_factor = column_rnorm(n);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) c[m][n][e] *= row_factor[m * 2 + e / 2] * column_factor.value[e % 2];
+      }
+    }
+  }
+
+  // The factors times c, as the operand of accumulate(). factor(n) gives those of a pair of columns. The barrier
+  // of accumulate()'s first step stands between this and the reading, that of the next tile between the reading
+  // and the next writing.
+  template <typename Factor>
+  __device__ __forceinline__ void store_coefficients(const Tile& c, Factor factor) const {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int n = 0; n < Shape::kNTiles; ++n) {
+      const int column = warp_column_ + fragment_column(lane, n, 0);
+      const Pair<acc_t> by = factor(n);
+      unsigned char* panel = coefficients_ + column / Shape::kChunk * Shape::kOwnBytes;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        Engine::store_operands(panel, warp_row_ + fragment_row(lane, i / 2, i % 2 * 2), column % Shape::kChunk,
+                               c[i / 2][n][i % 2 * 2] * by.value[0], c[i / 2][n][i % 2 * 2 + 1] * by.value[1]);
+      }
+    }
+  }
+
+  // g += coefficients times the tile's rows of the other side, over the block's slice of D.
+  template <typename Accumulator>
+  __device__ __forceinline__ void accumulate(Accumulator& g) {
+#pragma unroll
+    for (int slice = 0; slice < Shape::kSliceChunks; ++slice) {
+      if (slice < slice_chunks_) {
+        step();
+#pragma unroll
+        for (int panel = 0; panel < Shape::kPanels; ++panel) {
+          Engine::template product_nn<Shape::kGTiles>(
+              g[slice], coefficients_ + panel * Shape::kOwnBytes, warp_row_,
+              other_tiles_ + stage_ * Shape::kOtherBytes, panel * Shape::kChunk, warp_depth());
+        }
+        advance();
+      }
+    }
+  }
+
+  // g into part blockIdx.y of (parts, own.count, width).
+  template <typename Accumulator>
+  __device__ __forceinline__ void store(const Accumulator& g, acc_t* partial) const {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int slice = 0; slice < Shape::kSliceChunks; ++slice) {
+#pragma unroll
+      for (int n = 0; n < Shape::kGTiles; ++n) {
+        const int64_t d = static_cast<int64_t>(slice0_ + slice) * Shape::kChunk + warp_depth() +
+                          fragment_column(lane, n, 0);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int64_t row = row0_ + warp_row_ + fragment_row(lane, i / 2, i % 2 * 2);
+          if (row < own_.count && d < width_) {
+            store_pair(partial + (blockIdx.y * own_.count + row) * width_ + d, g[slice][i / 2][n][i % 2 * 2],
+                       g[slice][i / 2][n][i % 2 * 2 + 1]);
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int warp_depth() const {
+    return threadIdx.x / kWarpSize % Shape::kWarpsN * Shape::kWarpDepth;
+  }
+
+  __device__ __forceinline__ void step() {
+    copy_async_wait<kStages - 2>();
+    __syncthreads();
+    load_next();
+  }
+
+  __device__ __forceinline__ void advance() { stage_ = stage_ + 1 == kStages ? 0 : stage_ + 1; }
+
+  // Loads go through the same sequence of steps as the products, kStages - 1 before them. Steps 0 .. chunks - 1
+  // of a tile are for the products, the others for accumulate().
+  __device__ __forceinline__ void load_next() {
+    if (load_tile_ < split_.end) {
+      const int64_t column0 = load_tile_ * Shape::kBlockN;
+      const bool for_products = Shape::kSliceChunks == 0 || load_step_ < chunks_;
+      const int64_t depth0 =
+          static_cast<int64_t>(for_products ? load_step_ : slice0_ + load_step_ - chunks_) * Shape::kChunk;
+      if (for_products && (!resident_ || load_tile_ == split_.begin)) {
+        const int slot = resident_ ? load_step_ : load_stage_;
+        load_tile<Shape::kBlockM, Shape::kThreads>(own_tiles_ + slot * Shape::kOwnBytes, own_.data, own_.stride,
+                                                   own_.count, width_, row0_, depth0);
+      }
+      load_tile<Shape::kBlockN, Shape::kThreads>(other_tiles_ + load_stage_ * Shape::kOtherBytes, other_.data,
+                                                 other_.stride, other_.count, width_, column0, depth0);
+      if (load_step_ == 0 && threadIdx.x < Shape::kBlockN) {
+        acc_t* to = column_terms_ + load_tile_ % kStages * Shape::kColumnTerms * Shape::kBlockN + threadIdx.x;
+        const int64_t j = column0 + threadIdx.x;
+        const bool valid = j < other_.count;
+#pragma unroll
+        for (int term = 0; term < Shape::kColumnTerms; ++term) {
+          const acc_t* from = terms_.of_columns[term];
+          if (from) copy_async<sizeof(acc_t)>(to + term * Shape::kBlockN, from + (valid ? j : 0), valid);
+        }
+      }
+      if (++load_step_ == chunks_ + slice_chunks_) {
+        load_step_ = 0;
+        ++load_tile_;
+      }
+    }
+    copy_async_commit();
+    load_stage_ = load_stage_ + 1 == kStages ? 0 : load_stage_ + 1;
+  }
+
+  const Side& own_;
+  const Side& other_;
+  Terms terms_;
+  int64_t width_;
+  int chunks_, slice0_, slice_chunks_;
+  bool resident_;
+  unsigned char *own_tiles_, *other_tiles_, *coefficients_;
+  acc_t* column_terms_;
+  int64_t row0_;
+  Split split_;
+  int64_t tile_, load_tile_;
+  int stage_ = 0, load_stage_ = 0, load_step_ = 0;
+  int warp_row_, warp_column_;
+};
+
+}  // namespace ssl_kernels
