@@ -8,6 +8,18 @@
 from ssl_kernels import nn
 from ssl_kernels.backends import backends_for, use_backend
 from ssl_kernels.losses import nt_xent_loss
+from ssl_kernels.mixing import cutmix, cutmix_, mixup, mixup_, mixup_cross_entropy, mixup_normalize
 
 __version__ = "0.1.0"
-__all__ = ["backends_for", "nn", "nt_xent_loss", "use_backend"]
+__all__ = [
+    "backends_for",
+    "cutmix",
+    "cutmix_",
+    "mixup",
+    "mixup_",
+    "mixup_cross_entropy",
+    "mixup_normalize",
+    "nn",
+    "nt_xent_loss",
+    "use_backend",
+]

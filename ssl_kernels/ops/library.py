@@ -1,8 +1,12 @@
 """The operator library `torch.ops.ssl_kernels`. Backends are overloads: `contrastive_fwd.native`, `.chunked`, ..."""
 
+import importlib
+import importlib.util
 from functools import partial
 
 import torch
+
+from ssl_kernels import backends
 
 OVERLOADS = ("native", "triton", "chunked")
 
@@ -37,3 +41,45 @@ def _advance_versions(op, keyset, *args):
 def accumulation_dtype(tensor):
     """float64 for float64, float32 for everything narrower."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def where_it_runs(name, triton_module):
+    """`unsupported(backend, *tensors)` of an operation whose kernels take every call on a device that has them.
+
+    Args:
+        name: An operator whose `native` overload has a kernel on CPU or CUDA where it was compiled.
+        triton_module: Its Triton kernels, "ssl_kernels.triton.<op>", with an `unsupported(*tensors)` of its own.
+    """
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    native = {key.lower() for key in ("CPU", "CUDA") if has_kernel(f"ssl_kernels::{name}.native", key)}
+    has_triton = importlib.util.find_spec(triton_module) is not None
+
+    def unsupported(backend, *tensors):
+        device = tensors[0].device.type
+        if backend in ("chunked", "reference"):
+            return None
+        if backend == "native":
+            if backends.extension is None:
+                return backends.extension_missing
+            if device in native:
+                return None
+            if device in ("cpu", "cuda"):
+                return f"the extension was built without its kernel for {device}"
+            return f"it runs on cpu and cuda, not on {device}"
+        if device != "cuda":
+            return f"it runs on cuda, not on {device}"
+        if not has_triton:
+            return "it has no Triton kernel"
+        return backends.triton_missing or importlib.import_module(triton_module).unsupported(*tensors)
+
+    return unsupported
+
+
+def implement_in_triton(names, triton_module):
+    """Register functions of `triton_module` as the `triton` overloads of the operators of their names, on CUDA."""
+    for name in names:
+
+        def run(*args, name=name):
+            return getattr(importlib.import_module(triton_module), name)(*args)
+
+        library.impl(f"{name}.triton", run, "CUDA")

@@ -1,0 +1,322 @@
+"""Mixup and CutMix of a batch, and the cross-entropy that goes with them."""
+
+import math
+
+import torch
+
+from ssl_kernels.checks import DTYPES, check_reduction
+from ssl_kernels.ops import cutmix as cutmix_ops
+from ssl_kernels.ops import mixup as mixup_ops
+from ssl_kernels.ops import mixup_cross_entropy as cross_entropy_ops
+from ssl_kernels.ops import mixup_normalize as normalize_ops
+from ssl_kernels.ops.library import accumulation_dtype
+from ssl_kernels.value_checks import check_values
+
+
+def mixup_(x, lam, permutation, *, validate=False, backend=None):
+    """Mix every sample with its partner in place: x_i ← λ_i x_i + (1 − λ_i) x_p(i), p the permutation.
+
+    Any permutation; every element is read once and written once, and nothing of the batch's size is allocated. A sample
+    with λ_i = 1 or p(i) = i is left bit for bit.
+
+    Args:
+        x: (B, ...), float64, float32, float16 or bfloat16, any strides that do not overlap. Must not require grad while
+            gradients are recorded; a tensor that autograd has saved is noticed at backward.
+        lam: λ in [0, 1]: a float, a 0-d tensor or (B,), floating.
+        permutation: (B,) int64 on the device of x.
+        validate: On CUDA also check the values of lam and permutation, which waits for the device. On the CPU they are
+            always checked.
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
+
+    Returns:
+        x.
+
+    Raises:
+        TypeError: An argument of the wrong type or dtype.
+        ValueError: Shapes or devices that do not fit, an empty batch, λ outside [0, 1] or NaN, a permutation that is
+            none, x that requires grad. x is untouched then.
+
+    Source: Zhang et al., mixup, arXiv:1710.09412.
+    """
+    op = "mixup_"
+    _check_batch(op, x)
+    _check_in_place(op, x, lam)
+    _check_permutation(op, permutation, x)
+    lam = _shares(op, lam, x)
+    _validate(op, validate, x, permutation, lam)
+    mixup_ops.mixup_(x, lam, permutation, backend=backend)
+    return x
+
+
+def mixup(x, lam, permutation, *, validate=False, backend=None):
+    """`mixup_` into a new tensor in the layout of x, differentiable by x and by a tensor lam.
+
+    For hidden features too (manifold mixup). The gradient by x walks the permutation the other way round.
+
+    Args:
+        x, lam, permutation, validate, backend: As in `mixup_`; x and lam get their gradients.
+
+    Returns:
+        Tensor like x.
+
+    Raises:
+        TypeError, ValueError: As `mixup_`, except that x may require grad.
+
+    Source: Zhang et al., mixup, arXiv:1710.09412; Verma et al., Manifold Mixup, arXiv:1806.05236.
+    """
+    op = "mixup"
+    _check_batch(op, x)
+    _check_permutation(op, permutation, x)
+    lam = _shares(op, lam, x)
+    _validate(op, validate, x, permutation, lam)
+    return mixup_ops.mixup(x, lam, permutation, backend=backend)
+
+
+def cutmix_(x, boxes, permutation, *, validate=False, backend=None):
+    """Paste a box of its partner into every sample in place, as the partner was before the call.
+
+    x_i[..., y0:y1, x0:x1] ← x_p(i)[..., y0:y1, x0:x1] with (y0, y1, x0, x1) = boxes[i]. Only pixels inside the boxes
+    are read and written.
+
+    Args:
+        x: (B, ..., H, W), at least 3-d, any dtype, any strides that do not overlap: images, feature maps or masks. Must
+            not require grad while gradients are recorded.
+        boxes: (B, 4) int64 on the device of x, 0 <= y0 <= y1 <= H and 0 <= x0 <= x1 <= W.
+        permutation, validate, backend: As in `mixup_`.
+
+    Returns:
+        x.
+
+    Raises:
+        TypeError: An argument of the wrong type or dtype.
+        ValueError: Shapes or devices that do not fit, an empty batch, a box outside the image, a permutation that is
+            none, x that requires grad. x is untouched then.
+
+    Source: Yun et al., CutMix, arXiv:1905.04899.
+    """
+    op = "cutmix_"
+    _check_images(op, x)
+    _check_in_place(op, x)
+    _check_permutation(op, permutation, x)
+    _check_boxes(op, boxes, x)
+    _validate(op, validate, x, permutation, boxes=boxes, image=x.shape[-2:])
+    cutmix_ops.cutmix_(x, boxes, permutation, backend=backend)
+    return x
+
+
+def cutmix(x, boxes, permutation, *, validate=False, backend=None):
+    """`cutmix_` into a new tensor in the layout of x, differentiable by x.
+
+    Args:
+        x, boxes, permutation, validate, backend: As in `cutmix_`; a floating x gets its gradient.
+
+    Returns:
+        Tensor like x.
+
+    Raises:
+        TypeError, ValueError: As `cutmix_`, except that x may require grad.
+
+    Source: Yun et al., CutMix, arXiv:1905.04899.
+    """
+    op = "cutmix"
+    _check_images(op, x)
+    _check_permutation(op, permutation, x)
+    _check_boxes(op, boxes, x)
+    _validate(op, validate, x, permutation, boxes=boxes, image=x.shape[-2:])
+    return cutmix_ops.cutmix(x, boxes, permutation, backend=backend)
+
+
+def mixup_normalize(x, lam, permutation, mean, std, dtype=torch.float32, *, validate=False, backend=None):
+    """8-bit images to mixed and normalised numbers in one pass, rounded once.
+
+    out_i = ((λ_i x_i + (1 − λ_i) x_p(i)) / 255 − mean) / std, per channel; computed in float32.
+
+    Args:
+        x: (B, C, H, W) uint8, any strides; the result has the layout of x (contiguous, channels_last, ...).
+        lam, permutation, validate, backend: As in `mixup_`.
+        mean, std: C numbers each (a sequence or a tensor) of images in [0, 1]; std > 0. Tensors are taken as they are,
+            sequences are checked.
+        dtype: float32, float16 or bfloat16.
+
+    Returns:
+        (B, C, H, W) of dtype.
+
+    Raises:
+        TypeError: x is not uint8, or another argument has the wrong type.
+        ValueError: Shapes or devices that do not fit, an empty batch, λ outside [0, 1], a permutation that is none, a
+            std not > 0.
+
+    Source: Zhang et al., mixup, arXiv:1710.09412.
+    """
+    op = "mixup_normalize"
+    _check_tensor(op, "x", x)
+    if x.dtype != torch.uint8:
+        raise TypeError(f"{op}: x must be uint8, got {_short(x.dtype)}")
+    if x.dim() != 4 or 0 in x.shape:
+        raise ValueError(f"{op}: x must have shape (B, C, H, W), none of them 0, got {tuple(x.shape)}")
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"{op}: dtype must be float32, float16 or bfloat16, got {dtype}")
+    _check_permutation(op, permutation, x)
+    lam = _shares(op, lam, x)
+    mean, std = (_per_channel(op, name, value, x) for name, value in (("mean", mean), ("std", std)))
+    _validate(op, validate, x, permutation, lam)
+    return normalize_ops.mixup_normalize(x, lam, permutation, mean, std, dtype, backend=backend)
+
+
+def mixup_cross_entropy(
+    logits,
+    target,
+    permutation,
+    lam,
+    *,
+    label_smoothing=0.0,
+    reduction="mean",
+    validate=False,
+    backend=None,
+):
+    """Cross-entropy of mixed samples from integer targets: λ_i CE(z_i, y_i) + (1 − λ_i) CE(z_i, y_p(i)).
+
+    Two passes over the logits in all (one read forward, one read and one write backward); no dense target is made. The
+    same as `F.cross_entropy` against that target with probabilities.
+
+    Args:
+        logits: (N, C), float64, float32, float16 or bfloat16, any strides. Gets its gradient.
+        target: (N,) int64, 0 to C − 1.
+        permutation: (N,) int64: the partner of each sample, as in `mixup_`.
+        lam: λ in [0, 1]: a float, a 0-d tensor or (N,), floating. Gets its gradient.
+        label_smoothing: In [0, 1], as `F.cross_entropy`'s.
+        reduction: "mean" over the N rows, "sum", or "none".
+        validate: On CUDA also check the values of target, permutation and lam, which waits for the device.
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
+
+    Returns:
+        float32 (float64 for float64 logits): a scalar, or (N,) for "none".
+
+    Raises:
+        TypeError: An argument of the wrong type or dtype.
+        ValueError: Shapes or devices that do not fit, an empty batch, λ or label_smoothing outside [0, 1], a
+            permutation that is none, a target outside the classes, an unknown reduction.
+
+    Source: Zhang et al., mixup, arXiv:1710.09412; label smoothing: Szegedy et al., arXiv:1512.00567.
+    """
+    op = "mixup_cross_entropy"
+    _check_batch(op, logits, "logits")
+    if logits.dim() != 2:
+        raise ValueError(f"{op}: logits must have shape (N, C), got {tuple(logits.shape)}")
+    _check_indices(op, "target", target, (len(logits),), logits, "logits")
+    _check_permutation(op, permutation, logits, "logits")
+    _check_share(op, "label_smoothing", label_smoothing)
+    check_reduction(op, reduction)
+    lam = _shares(op, lam, logits, "logits")
+    _validate(op, validate, logits, permutation, lam, target=target, classes=logits.shape[1])
+    loss = cross_entropy_ops.mixup_cross_entropy(
+        logits, target, permutation, lam, float(label_smoothing), backend=backend
+    )
+    acc = accumulation_dtype(logits)
+    if reduction == "none":
+        return loss.to(acc)
+    return loss.mean(dtype=acc) if reduction == "mean" else loss.sum(dtype=acc)
+
+
+mixup_.operation = mixup.operation = "mixup"
+cutmix_.operation = cutmix.operation = "cutmix"
+mixup_normalize.operation = "mixup_normalize"
+mixup_cross_entropy.operation = "mixup_cross_entropy"
+
+
+def _check_tensor(op, name, value):
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def _check_batch(op, x, name="x"):
+    _check_tensor(op, name, x)
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{op}: {name} must be float64, float32, float16 or bfloat16, got {_short(x.dtype)}")
+    if x.dim() == 0 or 0 in x.shape:
+        raise ValueError(f"{op}: {name} must have shape (B, ...), nothing of it 0, got {tuple(x.shape)}")
+
+
+def _check_images(op, x):
+    _check_tensor(op, "x", x)
+    if x.dim() < 3 or 0 in x.shape:
+        raise ValueError(f"{op}: x must have shape (B, ..., H, W), nothing of it 0, got {tuple(x.shape)}")
+
+
+def _check_in_place(op, *tensors):
+    """The first is overwritten: autograd must not need it, and no element may be there twice."""
+    for name, value in zip(("x", "lam"), tensors, strict=False):
+        if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{op}: {name} must not require grad while gradients are recorded, got one that does;"
+                f" {op.rstrip('_')} is differentiable"
+            )
+    x = tensors[0]
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(f"{op}: x must not overlap itself, got strides {x.stride()} for {tuple(x.shape)}")
+
+
+def _check_indices(op, name, value, shape, x, like="x"):
+    _check_tensor(op, name, value)
+    if value.dtype != torch.int64:
+        raise TypeError(f"{op}: {name} must be int64, got {_short(value.dtype)}")
+    if value.shape != shape:
+        raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+    if value.device != x.device:
+        raise ValueError(f"{op}: {name} must be on {x.device} as {like} is, got {value.device}")
+
+
+def _check_permutation(op, permutation, x, like="x"):
+    _check_indices(op, "permutation", permutation, (x.shape[0],), x, like)
+
+
+def _check_boxes(op, boxes, x):
+    _check_indices(op, "boxes", boxes, (x.shape[0], 4), x)
+
+
+def _check_share(op, name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not 0 <= value <= 1:  # NaN too
+        raise ValueError(f"{op}: {name} must be in [0, 1], got {value}")
+
+
+def _shares(op, lam, x, like="x"):
+    """lam as (B,) in the accumulation dtype of x."""
+    batch, acc = x.shape[0], accumulation_dtype(x)
+    if not isinstance(lam, torch.Tensor):
+        _check_share(op, "lam", lam)
+        return torch.full((batch,), lam, dtype=acc, device=x.device)
+    if not lam.is_floating_point():
+        raise TypeError(f"{op}: lam must be floating, got {_short(lam.dtype)}")
+    if lam.dim() != 0 and lam.shape != (batch,):
+        raise ValueError(f"{op}: lam must be a number or have shape ({batch},), got {tuple(lam.shape)}")
+    if lam.device != x.device:
+        raise ValueError(f"{op}: lam must be on {x.device} as {like} is, got {lam.device}")
+    return lam.to(acc).expand(batch)
+
+
+def _per_channel(op, name, value, x):
+    channels = x.shape[1]
+    if isinstance(value, torch.Tensor):
+        if value.device != x.device:
+            raise ValueError(f"{op}: {name} must be on {x.device} as x is, got {value.device}")
+        if value.shape != (channels,):
+            raise ValueError(f"{op}: {name} must have {channels} numbers, got shape {tuple(value.shape)}")
+        return value.detach().to(torch.float32)
+    numbers = list(value)
+    if len(numbers) != channels:
+        raise ValueError(f"{op}: {name} must have {channels} numbers, got {len(numbers)}")
+    if not all(math.isfinite(number) and (name == "mean" or number > 0) for number in numbers):
+        raise ValueError(f"{op}: {name} must be finite{'' if name == 'mean' else ' and > 0'}, got {numbers}")
+    return torch.tensor(numbers, dtype=torch.float32).to(x.device, non_blocking=True)
+
+
+def _validate(op, validate, x, *args, **options):
+    """On the CPU the operators check values themselves."""
+    if validate and x.device.type != "cpu":
+        check_values(op, *args, **options)
+
+
+def _short(dtype):
+    return str(dtype).removeprefix("torch.")
