@@ -57,6 +57,50 @@ void forward_pass(Launcher& launcher, const ContrastiveArgs& args,
   }
 }
 
+// The same with the expectation of the columns, E.
+template <typename Engine, int kWarpsM, int kSliceChunks>
+void expectation_pass(Launcher& launcher, const ContrastiveArgs& args,
+                      const Problem<typename Engine::scalar_t, typename Engine::acc_t>& problem, double* lse,
+                      double* positive_logits, typename Engine::acc_t* expectation) {
+  using Shape = ExpectationShape<Engine, kWarpsM, kSliceChunks>;
+  using acc_t = typename Engine::acc_t;
+  const int64_t rows = problem.own.count;
+  const int64_t row_blocks = blocks_for(rows, Shape::kBlockM);
+  const int64_t tiles = blocks_for(problem.other.count, Shape::kBlockN);
+  const int chunks = blocks_for(problem.width, Shape::kChunk);
+  const int slices = blocks_for(chunks, Shape::kSliceChunks);
+  const int parts = pick_splits(args.splits, row_blocks * slices, tiles, multiprocessors());
+  auto* partial_sums = launcher.scratch<OnlineSoftmax<acc_t>>(parts * rows);
+  auto* partial = launcher.scratch<acc_t>(parts * rows * problem.width);
+  const acc_t* coefficient_scale = nullptr;
+  if constexpr (Shape::kScaled) {
+    auto* result = launcher.scratch<acc_t>(1);
+    launcher.launch(contrastive_coefficient_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, acc_t(1),
+                    nullptr, int64_t{0}, nullptr, problem.other.rnorm, problem.other.count, nullptr, int64_t{0},
+                    int64_t{0}, result);
+    coefficient_scale = result;
+  }
+  launcher.launch(contrastive_expectation_kernel<Shape, Engine>, dim3(row_blocks, parts, slices),
+                  Shape::kThreads, Shape::shared_bytes(std::min(chunks, kOwnerSlots)), problem,
+                  coefficient_scale, positive_logits, partial_sums, partial);
+  launcher.launch(contrastive_expectation_merge_kernel<acc_t>, blocks_for(rows, kRowWarps),
+                  kRowWarps * kWarpSize, 0, partial_sums, partial, parts, problem.width, rows, args.D,
+                  problem.scale, coefficient_scale, lse, expectation);
+}
+
+// Calls f with the narrowest accumulator that holds D, as kWarpsM and kSliceChunks of a ProductShape, so that
+// s is computed once where one block can hold a whole row.
+template <typename scalar_t, typename F>
+void with_shape_for_width(int64_t D, F f) {
+  if constexpr (sizeof(scalar_t) == 2) {
+    if (D <= 128) return f(Constant<4>(), Constant<2>());
+    if (D <= 256) return f(Constant<4>(), Constant<4>());
+    return f(Constant<2>(), Constant<8>());
+  } else {
+    return f(Constant<4>(), Constant<8>());
+  }
+}
+
 template <typename Engine>
 void forward(Launcher& launcher, const ContrastiveFwdArgs& args) {
   using scalar_t = typename Engine::scalar_t;
@@ -74,8 +118,16 @@ void forward(Launcher& launcher, const ContrastiveFwdArgs& args) {
     columns.ids = common.column_ids;
   }
   rows.positives = common.positives;
-  forward_pass<Engine>(launcher, common, problem_of(common, rows, columns), args.lse,
-                       common.positives ? args.positive_logits : nullptr);
+  const auto problem = problem_of(common, rows, columns);
+  double* positive_logits = common.positives ? args.positive_logits : nullptr;
+  if (args.expectation) {
+    with_shape_for_width<scalar_t>(common.D, [&](auto warps_m, auto slice_chunks) {
+      expectation_pass<Engine, warps_m, slice_chunks>(launcher, common, problem, args.lse, positive_logits,
+                                                      static_cast<acc_t*>(args.expectation));
+    });
+    return;
+  }
+  forward_pass<Engine>(launcher, common, problem, args.lse, positive_logits);
   if (!square && common.both_directions) {
     forward_pass<Engine>(launcher, common, problem_of(common, columns, rows), args.column_lse, nullptr);
   }
@@ -113,8 +165,8 @@ void backward_pass(Launcher& launcher, const ContrastiveArgs& args,
   acc_t* coefficient_scale = nullptr;
   if constexpr (Shape::kScaled) {
     coefficient_scale = launcher.scratch<acc_t>(1);
-    launcher.launch(contrastive_coefficient_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, own.weight,
-                    own.count, other.weight, other.rnorm, other.count, grad_positive_logits, args.N * args.P,
+    launcher.launch(contrastive_coefficient_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, acc_t(0),
+                    own.weight, own.count, other.weight, other.rnorm, other.count, grad_positive_logits, args.N * args.P,
                     args.P, coefficient_scale);
   }
   launcher.launch(contrastive_bwd_kernel<Shape, Engine>, dim3(row_blocks, parts, slices), Shape::kThreads,
@@ -122,20 +174,15 @@ void backward_pass(Launcher& launcher, const ContrastiveArgs& args,
                   static_cast<const acc_t*>(coefficient_scale), partial);
   launcher.launch(finish_rows_kernel<scalar_t, acc_t>, blocks_for(own.count, kRowWarps),
                   kRowWarps * kWarpSize, 0, static_cast<const acc_t*>(partial), parts, problem.width,
-                  matrix.data, matrix.strides[0], matrix.strides[1], own.count, args.D, own.rnorm,
-                  problem.scale, static_cast<const acc_t*>(coefficient_scale), grad, dots);
+                  matrix.strided(), own.count, args.D, own.rnorm, problem.scale,
+                  static_cast<const acc_t*>(coefficient_scale), grad, dots);
 }
 
-// The narrowest accumulator that holds D, so that s is recomputed once where one block can hold a whole row.
 template <typename Engine, typename... Args>
 void backward_pass_for_width(Launcher& launcher, const ContrastiveArgs& args, const Args&... rest) {
-  if constexpr (sizeof(typename Engine::scalar_t) == 2) {
-    if (args.D <= 128) return backward_pass<Engine, 4, 2>(launcher, args, rest...);
-    if (args.D <= 256) return backward_pass<Engine, 4, 4>(launcher, args, rest...);
-    return backward_pass<Engine, 2, 8>(launcher, args, rest...);
-  } else {
-    return backward_pass<Engine, 4, 8>(launcher, args, rest...);
-  }
+  with_shape_for_width<typename Engine::scalar_t>(args.D, [&](auto warps_m, auto slice_chunks) {
+    backward_pass<Engine, warps_m, slice_chunks>(launcher, args, rest...);
+  });
 }
 
 template <typename Engine>
@@ -147,6 +194,19 @@ void backward(Launcher& launcher, const ContrastiveBwdArgs& args) {
   const double* grad_positive_logits = common.positives ? args.grad_positive_logits : nullptr;
 
   const Matrix<scalar_t> row_matrix = rows_matrix<scalar_t>(common);
+  if (args.expectation) {
+    auto* dots = launcher.scratch<acc_t>(common.N);
+    launcher.launch(contrastive_expectation_bwd_kernel<scalar_t, acc_t>, blocks_for(common.N, kRowWarps),
+                    kRowWarps * kWarpSize, 0, static_cast<const acc_t*>(args.expectation), row_matrix.strided(),
+                    common.normalize_rows ? static_cast<const acc_t*>(args.row_rnorm) : nullptr,
+                    columns_matrix<scalar_t>(common).strided(),
+                    common.normalize_columns ? static_cast<const acc_t*>(args.column_rnorm) : nullptr, common.N,
+                    common.M, common.D, common.positives, common.P, args.grad_lse, grad_positive_logits,
+                    static_cast<const acc_t*>(common.scale), static_cast<scalar_t*>(args.grad_rows), dots);
+    launcher.launch(sum_rows_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, dots, common.N, acc_t(1),
+                    static_cast<acc_t*>(args.grad_scale));
+    return;
+  }
   Side<scalar_t, acc_t> rows = {prepare<scalar_t, acc_t>(launcher, row_matrix, nullptr)};
   rows.rnorm = common.normalize_rows ? static_cast<const acc_t*>(args.row_rnorm) : nullptr;
   rows.ids = common.row_ids;

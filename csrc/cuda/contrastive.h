@@ -48,6 +48,9 @@ typedef struct {
   double* positive_logits;  // (N, P), needed if positives
   void* row_rnorm;          // (N,) acc_t, needed if normalize_rows
   void* column_rnorm;       // (M,) acc_t, needed if normalize_columns and not square
+  // (N, D) acc_t, or null: also the expectation of the columns, with which the backward needs no walk. Only in
+  // the rectangular case without both_directions.
+  void* expectation;
 } ContrastiveFwdArgs;
 
 typedef struct {
@@ -59,6 +62,7 @@ typedef struct {
   const double* column_lse;            // (M,), needed with grad_column_lse
   const void* row_rnorm;
   const void* column_rnorm;
+  const void* expectation;  // or null. With it grad_columns and grad_column_lse are null
   void* grad_rows;     // (N, D) contiguous, or null where not needed
   void* grad_columns;  // (M, D) contiguous, or null where not needed; null in the square case
   void* grad_scale;    // one acc_t, always written

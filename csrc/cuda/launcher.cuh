@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "rows.cuh"
 #include "tile_walk.cuh"
@@ -49,6 +50,9 @@ class Launcher {
   cudaError_t error_ = cudaSuccess;
 };
 
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
+
 inline int64_t round_up(int64_t a, int64_t b) {
   return (a + b - 1) / b * b;
 }
@@ -63,13 +67,12 @@ inline int multiprocessors() {
   return std::max(count, 1);
 }
 
-constexpr int kMaxSplits = 256;
 constexpr int kMinTilesPerSplit = 4;
 
 // Parts of the walk over `tiles` that finish `row_blocks` owners soonest on a card with `slots` blocks at a
 // time: waves of blocks times tiles per block. Fewer parts win ties.
 inline int pick_splits(int requested, int64_t row_blocks, int64_t tiles, int64_t slots) {
-  if (requested > 0) return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(requested, tiles)));
+  if (requested > 0) return static_cast<int>(std::min<int64_t>({requested, tiles, kMaxSplits}));
   const int64_t most = std::min<int64_t>(kMaxSplits, tiles / kMinTilesPerSplit);
   int best = 1;
   int64_t best_cost = 0;
@@ -94,6 +97,7 @@ struct Matrix {
 
   static constexpr int64_t kVector = 16 / sizeof(scalar_t);
   int64_t width() const { return round_up(D, kVector); }
+  StridedRows<scalar_t> strided() const { return {data, strides[0], strides[1]}; }
   // Rows that 16-byte copies can read as they are.
   bool aligned() const {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides[1] == 1 && D % kVector == 0 &&

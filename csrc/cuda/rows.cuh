@@ -46,30 +46,29 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize)
   if (lane == 0) rnorm[row] = acc_t(1) / (norm < Math<acc_t>::kNormEps ? Math<acc_t>::kNormEps : norm);
 }
 
-// dx_i from the parts of G_i, and its dot with x^_i. One warp a row, everything in acc_t.
+// A matrix as a caller passed it.
+template <typename scalar_t>
+struct StridedRows {
+  const scalar_t* data;
+  int64_t row_stride, column_stride;
+  __device__ __forceinline__ scalar_t at(int64_t row, int64_t d) const {
+    return data[row * row_stride + d * column_stride];
+  }
+};
+
+// dx_i from G_i, whose element d is g(d), and its dot with x^_i. For a whole warp, everything in acc_t.
 //
 //   dot_i = <x^_i, G_i>      dx_i = rnorm_i scale (G_i - x^_i dot_i), without the second term where |x_i| <
 //   1e-12
 //
-// Traffic: reads (parts acc_t + scalar_t) N D twice (the second time from cache), writes N D scalar_t and N
-// acc_t.
-template <typename scalar_t, typename acc_t>
-__global__ void __launch_bounds__(kRowWarps* kWarpSize)
-    finish_rows_kernel(const acc_t* partial, int parts, int64_t partial_stride, const scalar_t* data,
-                              int64_t row_stride, int64_t column_stride, int64_t count, int64_t D,
-                              const acc_t* rnorm, const acc_t* scale, const acc_t* coefficient_scale,
-                              scalar_t* grad, acc_t* dots) {
+// `grad` is null where only the dot is needed.
+template <typename scalar_t, typename acc_t, typename G>
+__device__ __forceinline__ void finish_row(const StridedRows<scalar_t>& x, int64_t row, int64_t D,
+                                           const acc_t* rnorm, const acc_t* scale, scalar_t* grad, acc_t* dots,
+                                           G g) {
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
-  if (row >= count) return;
-  const acc_t unscale = coefficient_scale ? acc_t(1) / *coefficient_scale : acc_t(1);
   const acc_t factor = rnorm ? rnorm[row] : acc_t(1);
-  auto x_hat = [&](int64_t d) { return to_acc(data[row * row_stride + d * column_stride]) * factor; };
-  auto g = [&](int64_t d) {
-    acc_t sum = acc_t(0);
-    for (int part = 0; part < parts; ++part) sum += partial[(part * count + row) * partial_stride + d];
-    return sum * unscale;
-  };
+  auto x_hat = [&](int64_t d) { return to_acc(x.at(row, d)) * factor; };
   acc_t dot = acc_t(0);
   for (int64_t d = lane; d < D; d += kWarpSize) dot += x_hat(d) * g(d);
   dot = warp_sum(dot);
@@ -80,6 +79,25 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize)
   for (int64_t d = lane; d < D; d += kWarpSize) {
     grad[row * D + d] = from_acc<scalar_t>(outer * (projected ? g(d) - x_hat(d) * dot : g(d)));
   }
+}
+
+// finish_row of G_i summed over its parts, (parts, count, partial_stride). One warp a row.
+//
+// Traffic: reads (parts acc_t + scalar_t) N D twice (the second time from cache), writes N D scalar_t and N
+// acc_t.
+template <typename scalar_t, typename acc_t>
+__global__ void __launch_bounds__(kRowWarps* kWarpSize)
+    finish_rows_kernel(const acc_t* partial, int parts, int64_t partial_stride, StridedRows<scalar_t> x,
+                       int64_t count, int64_t D, const acc_t* rnorm, const acc_t* scale,
+                       const acc_t* coefficient_scale, scalar_t* grad, acc_t* dots) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
+  if (row >= count) return;
+  const acc_t unscale = coefficient_scale ? acc_t(1) / *coefficient_scale : acc_t(1);
+  finish_row(x, row, D, rnorm, scale, grad, dots, [&](int64_t d) {
+    acc_t sum = acc_t(0);
+    for (int part = 0; part < parts; ++part) sum += partial[(part * count + row) * partial_stride + d];
+    return sum * unscale;
+  });
 }
 
 // grad_scale = weight * sum of the rows' dots, in a fixed order. One block.

@@ -26,6 +26,7 @@ namespace ssl_kernels {
 
 constexpr int kStages = 3;
 constexpr int kOwnerSlots = 3;
+constexpr int kMaxSplits = 256;
 
 // One operand as the kernels read it: unit column stride, 16-byte aligned rows, width padded to 16 bytes.
 template <typename scalar_t, typename acc_t>

@@ -29,7 +29,7 @@ class FwdArgs(ctypes.Structure):
     _fields_ = [
         ("common", Common),
         *[(name, ctypes.c_void_p) for name in (
-            "lse", "column_lse", "positive_logits", "row_rnorm", "column_rnorm",
+            "lse", "column_lse", "positive_logits", "row_rnorm", "column_rnorm", "expectation",
         )],
     ]  # fmt: skip
 
@@ -39,7 +39,7 @@ class BwdArgs(ctypes.Structure):
         ("common", Common),
         *[(name, ctypes.c_void_p) for name in (
             "grad_lse", "grad_column_lse", "grad_positive_logits",
-            "lse", "column_lse", "row_rnorm", "column_rnorm",
+            "lse", "column_lse", "row_rnorm", "column_rnorm", "expectation",
             "grad_rows", "grad_columns", "grad_scale",
         )],
     ]  # fmt: skip
@@ -66,6 +66,7 @@ class Fwd(NamedTuple):
     positive_logits: torch.Tensor | None
     row_rnorm: torch.Tensor | None
     column_rnorm: torch.Tensor | None
+    expectation: torch.Tensor | None
 
 
 class Bwd(NamedTuple):
@@ -78,7 +79,7 @@ def accumulation_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def contrastive_fwd(library, call, *, splits=0, tf32=False, **options):
+def contrastive_fwd(library, call, *, expectation=False, splits=0, tf32=False, **options):
     """Runs the forward; returns (Fwd, launches). `options` go to `library.call`."""
     n, m, square = *_sizes(call), call.columns is None
     acc = accumulation_dtype(call.rows.dtype)
@@ -89,6 +90,7 @@ def contrastive_fwd(library, call, *, splits=0, tf32=False, **options):
         positive_logits=None if call.positives is None else poisoned(call.positives.shape, torch.float64),
         row_rnorm=poisoned((n,), acc) if call.normalize_rows else None,
         column_rnorm=poisoned((m,), acc) if call.normalize_columns and not square else None,
+        expectation=poisoned(call.rows.shape, acc) if expectation else None,
     )
     launches = _run(library, "contrastive_fwd", FwdArgs, call, results, {}, splits, tf32, options)
     return results, launches
@@ -100,7 +102,7 @@ def contrastive_bwd(
 ):  # fmt: skip
     """Runs the backward; returns (Bwd, launches)."""
     poisoned = _poisoned_on(call.rows.device)
-    with_columns = columns_need_grad and call.columns is not None
+    with_columns = columns_need_grad and call.columns is not None and fwd.expectation is None
     results = Bwd(
         grad_rows=poisoned(call.rows.shape, call.rows.dtype) if rows_need_grad else None,
         grad_columns=poisoned(call.columns.shape, call.rows.dtype) if with_columns else None,
@@ -114,6 +116,7 @@ def contrastive_bwd(
         "column_lse": fwd.column_lse,
         "row_rnorm": fwd.row_rnorm,
         "column_rnorm": fwd.column_rnorm,
+        "expectation": fwd.expectation,
     }
     launches = _run(library, "contrastive_bwd", BwdArgs, call, results, inputs, splits, tf32, options)
     return results, launches

@@ -84,6 +84,19 @@ MUTATIONS = [
     Mutation("half: zero rows' norms", KERNELS, "rnorm.value[e] > acc_t(kZeroRowRnorm) ? acc_t(0) : ", ""),
     Mutation("half: scale taken out again",
              ROWS, "coefficient_scale ? acc_t(1) / *coefficient_scale : ", ""),
+    Mutation("expectation: barrier of the maxima", KERNELS, BARRIER, nth=0),
+    Mutation("expectation: barrier of the sums", KERNELS, BARRIER, nth=1),
+    Mutation("expectation: rising maximum", KERNELS, "if (__any_sync(kAllLanes, shrinks))", "if (false)"),
+    Mutation("expectation: excluded entries", KERNELS, "exclude<kNTiles>", "if (false) exclude<kNTiles>", 2),
+    Mutation("expectation: row mask of the norms",
+             KERNELS, "own.rnorm && row < own.count", "own.rnorm", 1),
+    Mutation("expectation: row mask of the sums",
+             KERNELS, "lane % 4 == 0 && row < own.count", "lane % 4 == 0", 1),
+    Mutation("expectation: merge's row mask", KERNELS, "if (row >= count) return;", "", 2),
+    Mutation("expectation: merge's fence of a warp", KERNELS, "__syncwarp();"),
+    Mutation("expectation: nothing allowed", KERNELS, "state.sum == acc_t(0) ? acc_t(0) : "),
+    Mutation("expectation: backward's row mask", KERNELS, "if (row >= N) return;"),
+    Mutation("expectation: positives from the end", KERNELS, "if (j < 0) j += M;"),
     Mutation("softmax: nothing came yet",
              "device/online_softmax.cuh", "larger == -Math<T>::infinity() ? T(0) : ", ""),
 ]  # fmt: skip
@@ -97,6 +110,9 @@ def checks():
     half, single = torch.float16, torch.float32
     ids_but_one = random_call(9, 8, single, ids=True)
     ids_but_one.row_ids.zero_()
+    ids_but_one_column = random_call(9, 8, single, m=9, ids=True)
+    ids_but_one_column.row_ids[2:].zero_()
+    ids_but_one_column.column_ids.zero_()
     zero_rows = random_call(12, 24, half)
     zero_rows.rows[3] = 0
     zero_rows_in_float = random_call(12, 24, single)
@@ -119,6 +135,10 @@ def checks():
         ("zero row, half", zero_rows, {}),
         ("zero row, float32", zero_rows_in_float, {}),
         ("tiny row", tiny, {}),
+        ("expectation", random_call(130, 72, half, m=200), {"splits": 3, "expectation": True}),
+        ("expectation, random order", random_call(130, 72, half, m=200),
+         {"splits": 3, "expectation": True, "seed": 2, "warp_races": True}),
+        ("expectation, no column left", ids_but_one_column, {"expectation": True}),
         ("unnormalised", random_call(20, 40, half, m=33, normalize=False, temperature=2.0), {}),
     ]  # fmt: skip
 

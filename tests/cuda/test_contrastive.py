@@ -83,6 +83,83 @@ def test_split_walk_over_columns(library, gpu, splits):
     check_parity(library, call, splits=splits)
 
 
+@flavours
+@pytest.mark.parametrize(
+    "n, m, d, temperature, splits",
+    [(65, 70, 40, 0.1, 0), (3, 300, 17, 0.005, 3), (130, 65, 128, 10.0, 2), (2, 1, 1, 0.1, 0)],
+)
+def test_expectation(library, gpu, n, m, d, temperature, splits, dtype, tf32):
+    """Attention with V = K: the same results, and gradients without a second walk."""
+    call = random_call(
+        n, d, dtype, m=m, temperature=temperature, ids=m > 1, keep_diagonal=True, positives=2,
+        device=gpu.device,
+    )  # fmt: skip
+    _, _, launches = check_parity(library, call, tf32=tf32, splits=splits, expectation=True)
+    if gpu.emulated:
+        assert not any("contrastive_bwd_kernel" in launch.kernel for launch in launches)
+
+
+@pytest.mark.parametrize(
+    "dtype, d",
+    [(torch.bfloat16, 257), (torch.float16, 520), (torch.float16, 200), (torch.float32, 260)],
+    ids=str,
+)
+def test_expectation_of_wide_rows(library, gpu, dtype, d):
+    check_parity(library, random_call(40, d, dtype, m=150, device=gpu.device), expectation=True, splits=2)
+
+
+@pytest.mark.slow
+@flavours
+@pytest.mark.parametrize("d", WIDTHS)
+def test_expectation_everywhere(library, gpu, d, dtype, tf32):
+    for i, (n, temperature, ids) in enumerate(itertools.product(SIZES, TEMPERATURES, (False, True))):
+        call = random_call(
+            n, d, dtype, m=131 - n, temperature=temperature, ids=ids, keep_diagonal=i % 2 > 0, positives=i % 3,
+            normalize=i % 5 > 0 or temperature < 1, seed=i, device=gpu.device,
+        )  # fmt: skip
+        check_parity(library, call, tf32=tf32, seed=i, splits=i % 4, expectation=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_expectation_is_the_softmax_average_of_the_columns(library, gpu, dtype):
+    call = random_call(5, 24, dtype, m=70, ids=True, temperature=1.0, device=gpu.device)
+    call.row_ids[3] = 7
+    call.column_ids[:] = 7  # nothing is left for row 3
+    fwd, _ = contrastive_fwd(library, call, expectation=True)
+    rows, columns = (torch.nn.functional.normalize(x.double()) for x in (call.rows, call.columns))
+    expected = (rows @ columns.T).softmax(1) @ columns
+    expected[3] = 0
+    assert torch.isneginf(fwd.lse[3])
+    torch.testing.assert_close(fwd.expectation.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_expectation_of_columns_of_very_different_length(library, gpu, dtype):
+    call = random_call(12, 24, dtype, m=20, device=gpu.device)
+    call.rows[:6] *= 1e-3
+    call.columns[::3] *= 1e3
+    call.columns[7] = 0
+    check_parity(library, call, expectation=True)
+
+
+@pytest.mark.parametrize("scale", [0.0, -3.0, 1e4])
+def test_expectation_at_any_scale(library, gpu, scale):
+    call = random_call(20, 8, torch.float32, m=90, device=gpu.device)
+    call.scale.fill_(scale)
+    check_parity(library, call, expectation=True, splits=2)
+
+
+def test_expectation_meets_nan(library, gpu):
+    call = random_call(6, 8, torch.bfloat16, m=7, device=gpu.device)
+    call.rows[1, 2] = torch.nan
+    fwd, bwd, _ = run(library, call, random_upstream(call), expectation=True)
+    assert fwd.lse.isnan().tolist() == [False, True, False, False, False, False]
+    assert bwd.grad_rows[1].isnan().all() and bwd.grad_scale.isnan() and not bwd.grad_rows[0].isnan().any()
+    call.columns[3, 0] = torch.inf
+    fwd, bwd, _ = run(library, call, random_upstream(call), expectation=True)
+    assert fwd.lse.isnan().all() and bwd.grad_rows.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_strides(library, gpu, dtype):
     """Transposed rows, columns out of a wider matrix at an odd offset, overlapping rows."""
@@ -187,16 +264,18 @@ def test_absent_gradients_count_as_zero(library, gpu, absent):
     torch.testing.assert_close(got.grad_rows, expected.grad_rows, rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("expectation", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_every_schedule_gives_the_same_bits(library, gpu, dtype):
+def test_every_schedule_gives_the_same_bits(library, gpu, dtype, expectation):
     """Random orders of blocks, warps and lanes, with races between lanes of a warp looked for as well."""
-    call = random_call(130, 72, dtype, m=70, both_directions=True, ids=True, device=gpu.device)
+    call = random_call(130, 72, dtype, m=70, both_directions=not expectation, ids=True, device=gpu.device)
     upstream = random_upstream(call)
-    first = run(library, call, upstream, splits=2)[:2]
+    options = {"splits": 2, "expectation": expectation}
+    first = run(library, call, upstream, **options)[:2]
     for seed in (1, 2):
-        again = run(library, call, upstream, splits=2, seed=seed, warp_races=True)[:2]
+        again = run(library, call, upstream, **options, seed=seed, warp_races=True)[:2]
         for a, b in zip(itertools.chain(*first), itertools.chain(*again), strict=True):
-            assert torch.equal(a, b)
+            assert a is b is None or torch.equal(a, b)
 
 
 def test_calls_can_be_captured(library, gpu):
@@ -204,5 +283,9 @@ def test_calls_can_be_captured(library, gpu):
     if not gpu.emulated:
         pytest.skip("tests/ops captures the operator on a card")
     call = random_call(20, 17, torch.float16, m=300, both_directions=True)
-    _, _, launches = run(library, call, random_upstream(call), capturing=True, stream=7)
-    assert {launch.stream for launch in launches} == {7}
+    for expectation in (False, True):
+        call = call._replace(both_directions=not expectation)
+        _, _, launches = run(
+            library, call, random_upstream(call), expectation=expectation, capturing=True, stream=7
+        )
+        assert {launch.stream for launch in launches} == {7}

@@ -5,6 +5,8 @@ from math import ceil
 import pytest
 import torch
 
+from tests.cuda.conftest import SOURCES
+from tests.cuda.contrastive_calls import contrastive_fwd
 from tests.cuda.parity import check_parity, random_call, random_upstream, run
 
 CASES = [  # n, m, d, dtype, tf32
@@ -17,11 +19,12 @@ CASES = [  # n, m, d, dtype, tf32
 UNIT_BYTES, STEP_BYTES, SECTOR = 16, 128, 32
 
 
-def launches_of(library, n, m, d, dtype, tf32):
+def launches_of(library, n, m, d, dtype, tf32, **options):
     call = random_call(n, d, dtype, m=m, positives=1)
-    _, _, launches = run(library, call, random_upstream(call), splits=1, tf32=tf32)
-    forward = [launch for launch in launches if "fwd_kernel" in launch.kernel]
-    backward = [launch for launch in launches if "bwd_kernel" in launch.kernel]
+    _, _, launches = run(library, call, random_upstream(call), **{"splits": 1, "tf32": tf32, **options})
+    kernel = "expectation_kernel" if "expectation" in options else "fwd_kernel"
+    forward = [launch for launch in launches if kernel in launch.kernel]
+    backward = [launch for launch in launches if "contrastive_bwd_kernel" in launch.kernel]
     return forward, backward
 
 
@@ -106,6 +109,20 @@ class Backward:
         return self.blocks * (copies + walk + 3 * self.block_m // 32)
 
 
+class Expectation(Backward):
+    """Paper figures of one expectation launch: the backward's walk with other terms."""
+
+    def sectors(self):
+        positives_and_norms = self.blocks * self.tiles * (64 + self.block_n // 8)
+        return self.operand_sectors() + positives_and_norms + self.blocks * self.block_m // 8
+
+    def shared_bytes(self):
+        panels = self.block_n * (2 if self.half else 4) // STEP_BYTES
+        norms_and_maxima = (1 + 8 * 32 // self.block_m) * self.block_m * 4
+        own = (min(self.steps, 3) + panels) * self.block_m * STEP_BYTES
+        return own + 3 * self.block_n * (STEP_BYTES + 4) + norms_and_maxima
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_does_what_its_header_says(library, case):
     n, m, d, dtype, tf32 = case
@@ -138,6 +155,35 @@ def test_backward_does_what_its_header_says(library, case):
         depth = 2 * UNIT_BYTES // dtype.itemsize
         flops = sum(launch.counters.mma for launch in backward) * 2 * 16 * 8 * depth
         assert flops == 2 * len(backward) * 2 * n * (m or n) * d
+
+
+@pytest.mark.parametrize("n, m, d, dtype, tf32", [case for case in CASES if case[1]] + [
+    (256, 512, 128, torch.bfloat16, False),
+    (128, 96, 64, torch.float32, False),
+], ids=str)  # fmt: skip
+def test_expectation_does_what_its_header_says(library, n, m, d, dtype, tf32):
+    (launch,), backward = launches_of(library, n, m, d, dtype, tf32, expectation=True)
+    paper = Expectation(n, m, d, dtype, tf32, False)
+    assert not backward
+    assert launch.counters.mma == paper.mma()
+    assert launch.shared == paper.shared_bytes()
+    assert launch.counters.global_load_sectors == pytest.approx(paper.sectors(), rel=0.01)
+    assert launch.counters.global_store_sectors == pytest.approx(
+        n * (d + 2) * 4 // SECTOR + 8 * n // 8, rel=0.1
+    )
+    if dtype.itemsize == 2:
+        assert launch.counters.shared_wavefronts == launch.counters.shared_wavefronts_ideal
+        depth = 2 * UNIT_BYTES // dtype.itemsize
+        assert launch.counters.mma * 2 * 16 * 8 * depth == 2 * 2 * n * m * d  # two units
+
+
+def test_moco_shape_fills_a_card(gpu, nvcc):
+    """256 queries: every multiprocessor has a part of the queue."""
+    library = gpu.cuda_library([SOURCES / "contrastive.cu"], multiprocessors=8)
+    call = random_call(256, 8, torch.bfloat16, m=1024, positives=0)
+    _, launches = contrastive_fwd(library, call, expectation=True)
+    (launch,) = [launch for launch in launches if "expectation_kernel" in launch.kernel]
+    assert launch.grid == (2, 4, 1)
 
 
 def test_forward_in_both_directions_walks_twice(library):

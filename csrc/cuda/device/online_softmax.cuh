@@ -11,7 +11,7 @@
 namespace ssl_kernels {
 
 template <typename T>
-struct OnlineSoftmax {
+struct alignas(2 * sizeof(T)) OnlineSoftmax {
   T max;
   T sum;
 
