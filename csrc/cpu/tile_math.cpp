@@ -38,6 +38,12 @@ constexpr double kExp2Series[kExp2Terms] = {
     2.5678435993488196e-11,
 };
 
+// 1 / (2k + 1), the Taylor series of atanh(t) / t in t^2: the first term left out is 2e-18 at t = 1/3.
+constexpr int kAtanhTerms = 17;
+constexpr double kAtanhSeries[kAtanhTerms] = {1.,      1 / 3.,  1 / 5.,  1 / 7.,  1 / 9.,  1 / 11.,
+                                              1 / 13., 1 / 15., 1 / 17., 1 / 19., 1 / 21., 1 / 23.,
+                                              1 / 25., 1 / 27., 1 / 29., 1 / 31., 1 / 33.};
+
 // Below it, squares of float32 numbers may have lost digits to underflow.
 constexpr double kSmallestSquare = 1e-25;
 

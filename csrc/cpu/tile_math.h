@@ -35,6 +35,13 @@ struct TileMath {
   void (*mask_equal_ids)(T* s, int64_t ld, int64_t m, int64_t n, const int64_t* row_ids,
                          const int64_t* col_ids);
 
+  // With z_ij = s_ij + bias, in units of log 2: row_loss[i] = sum_j log(1 + 2^z_ij).
+  void (*softplus_sums)(const T* s, int64_t ld, int64_t m, int64_t n, T bias, T* row_loss);
+
+  // s_ij <- weight[i] / (1 + 2^-z_ij), row_sum[i] = their sum, and row_loss as above unless it is null; weights that
+  // are null count as 1.
+  void (*sigmoids)(T* s, int64_t ld, int64_t m, int64_t n, T bias, const T* weight, T* row_loss, T* row_sum);
+
   // x_i <- 2^x_i
   void (*exp2)(double* x, int64_t n);
 

@@ -18,12 +18,19 @@ def widest_under_autocast(*tensors):
     return tuple(tensor.to(widest) for tensor in tensors)
 
 
+def as_scalar(value, like):
+    """A number or 0-d tensor as a 0-d tensor in the accumulation dtype of `like`."""
+    acc = accumulation_dtype(like)
+    if isinstance(value, torch.Tensor):
+        return value.to(acc)
+    return torch.scalar_tensor(value, dtype=acc, device=like.device)
+
+
 def inverse(temperature, like):
     """1 / temperature as a 0-d tensor in the accumulation dtype of `like`."""
-    acc = accumulation_dtype(like)
     if isinstance(temperature, torch.Tensor):
-        return 1 / temperature.to(acc)
-    return torch.scalar_tensor(1 / temperature, dtype=acc, device=like.device)
+        return 1 / as_scalar(temperature, like)
+    return as_scalar(1 / temperature, like)
 
 
 def reduce(loss, reduction, like):

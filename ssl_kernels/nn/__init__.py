@@ -1,5 +1,5 @@
 """The losses as modules."""
 
-from ssl_kernels.nn.losses import NTXentLoss
+from ssl_kernels.nn.losses import NTXentLoss, SigLIPLoss
 
-__all__ = ["NTXentLoss"]
+__all__ = ["NTXentLoss", "SigLIPLoss"]

@@ -38,3 +38,25 @@ class NTXentLoss(Loss):
 
     def forward(self, z0, z1):
         return losses.nt_xent_loss(z0, z1, **self.options)
+
+
+class SigLIPLoss(Loss):
+    """`ssl_kernels.siglip_loss` as a module: `SigLIPLoss(scale, bias)(image_features, text_features)`.
+
+    Args:
+        logit_scale, logit_bias: A float, a 0-d tensor, or an `nn.Parameter` to learn it. The paper learns the
+            logarithm of the scale: call `siglip_loss` with its exponential for that.
+        normalize, reduction, backend: As in `siglip_loss`.
+    """
+
+    def __init__(self, logit_scale=10.0, logit_bias=-10.0, *, normalize=True, reduction="mean", backend=None):
+        super().__init__(
+            logit_scale=logit_scale,
+            logit_bias=logit_bias,
+            normalize=normalize,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    def forward(self, image_features, text_features):
+        return losses.siglip_loss(image_features, text_features, **self.options)

@@ -1,0 +1,114 @@
+// Differentiates `sigmoid_pairs_fwd.native`: by the gradients that the forward made of a total, else by
+// `sigmoid_pairs_bwd.native`. In C++ for the sake of small batches; the other backends' Function is in
+// ssl_kernels/ops/sigmoid_pairs.py.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/mul.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "sigmoid_pairs.h"
+
+namespace ssl_kernels {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using ForwardOp = ForwardResults(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, bool, bool, bool,
+                                 bool, bool, bool);
+using BackwardOp = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                                              const Tensor&, const Tensor&, int64_t, bool, bool, bool,
+                                                              bool);
+
+const c10::TypedOperatorHandle<ForwardOp>& forward_op() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("ssl_kernels::sigmoid_pairs_fwd", "native").typed<ForwardOp>();
+  return op;
+}
+
+const c10::TypedOperatorHandle<BackwardOp>& backward_op() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("ssl_kernels::sigmoid_pairs_bwd", "native").typed<BackwardOp>();
+  return op;
+}
+
+// Passes gradients through and refuses to be differentiated by anything they depend on.
+struct NoSecondDerivative : Function<NoSecondDerivative> {
+  static variable_list forward(AutogradContext*, const Tensor& grad_rows, const Tensor& grad_columns,
+                               const Tensor& grad_scale, const Tensor& grad_bias, const Tensor& /*grad_losses*/,
+                               const Tensor& /*rows*/, const Tensor& /*columns*/, const Tensor& /*scale*/,
+                               const Tensor& /*bias*/) {
+    return {grad_rows.detach(), grad_columns.detach(), grad_scale.detach(), grad_bias.detach()};
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false, "sigmoid_pairs: backend \"native\" has no second derivative; backend=\"reference\" has one");
+  }
+};
+
+struct SigmoidPairs : Function<SigmoidPairs> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& rows, const Tensor& columns, const Tensor& scale,
+                               const Tensor& bias, int64_t diagonal, bool normalize_rows, bool normalize_columns,
+                               bool total, bool rows_need_grad, bool columns_need_grad) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [losses, grad_rows, grad_columns, grad_scale, grad_bias] =
+        forward_op().call(rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, total,
+                          /*keep=*/true, rows_need_grad, columns_need_grad);
+    ctx->save_for_backward({rows, columns, scale, bias, grad_rows, grad_columns, grad_scale, grad_bias});
+    ctx->saved_data["diagonal"] = diagonal;
+    ctx->saved_data["flags"] = std::vector<bool>{normalize_rows, normalize_columns, total};
+    ctx->mark_non_differentiable({grad_rows, grad_columns, grad_scale, grad_bias});
+    ctx->set_materialize_grads(false);
+    return {losses, grad_rows, grad_columns, grad_scale, grad_bias};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list by_input(10);
+    if (!grads[0].defined()) return by_input;
+    const variable_list saved = ctx->get_saved_variables();
+    const auto flags = ctx->saved_data["flags"].toBoolList();
+    const bool needed[] = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
+                           ctx->needs_input_grad(3)};
+    variable_list results(4);
+    {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      if (flags[2]) {
+        for (int k = 0; k < 4; ++k)
+          results[k] = needed[k] ? at::mul(saved[4 + k], grads[0]).to(saved[k].scalar_type()) : saved[4 + k];
+      } else {
+        std::tie(results[0], results[1], results[2], results[3]) =
+            backward_op().call(grads[0], saved[0], saved[1], saved[2], saved[3], ctx->saved_data["diagonal"].toInt(),
+                               flags[0], flags[1], needed[0], needed[1]);
+      }
+    }
+    if (at::GradMode::is_enabled())
+      results = NoSecondDerivative::apply(results[0], results[1], results[2], results[3], grads[0], saved[0],
+                                          saved[1], saved[2], saved[3]);
+    for (int k = 0; k < 4; ++k)
+      if (needed[k]) by_input[k] = results[k];
+    return by_input;
+  }
+};
+
+ForwardResults sigmoid_pairs_fwd(const Tensor& rows, const Tensor& columns, const Tensor& scale, const Tensor& bias,
+                                 int64_t diagonal, bool normalize_rows, bool normalize_columns, bool total, bool keep,
+                                 bool rows_need_grad, bool columns_need_grad) {
+  const bool differentiate = at::GradMode::is_enabled() && (rows.requires_grad() || columns.requires_grad() ||
+                                                            scale.requires_grad() || bias.requires_grad());
+  if (!differentiate) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return forward_op().call(rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, total, keep,
+                             rows_need_grad, columns_need_grad);
+  }
+  const variable_list results =
+      SigmoidPairs::apply(rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, total,
+                          rows.requires_grad(), columns.requires_grad());
+  return {results[0], results[1], results[2], results[3], results[4]};
+}
+
+TORCH_LIBRARY_IMPL(ssl_kernels, Autograd, library) { library.impl("sigmoid_pairs_fwd.native", &sigmoid_pairs_fwd); }
+
+}  // namespace
+}  // namespace ssl_kernels

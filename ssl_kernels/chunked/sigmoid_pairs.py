@@ -1,0 +1,103 @@
+"""`sigmoid_pairs` in plain PyTorch, a block of rows at a time. docs/sigmoid_pairs.md is the contract.
+
+Logits of a block are (block, M) in float32 (float64 for float64 input); nothing larger is made.
+"""
+
+import torch
+
+from ssl_kernels.chunked.contrastive import LOGITS_PER_BLOCK, _input_gradient, _unit_rows, _without_autocast
+
+
+def _blocks(x, y, scale, bias, diagonal):
+    """Yields (slice of rows, their logits, those of positive pairs as a view of these)."""
+    n, m = len(x), len(y)
+    size = max(1, LOGITS_PER_BLOCK // m)
+    for start in range(0, n, size):
+        block = slice(start, min(start + size, n))
+        logits = (scale * (x[block] @ y.T)).add_(bias)  # (block, M)
+        offset = start + diagonal
+        inside = -len(logits) < offset < m
+        yield block, logits, logits.diagonal(offset=offset) if inside else logits.new_empty(0)
+
+
+def _softplus(z):
+    """log(1 + exp(z)) to full relative precision, the small values too."""
+    return z.clamp_min(0) + torch.exp(-z.abs()).log1p()
+
+
+def _gradients(x, y, scale, bias, diagonal, weight, columns_need_grad):
+    """Gradients of the weighted losses by the rows and columns used, before `scale`, and by bias; and the losses."""
+    grad_x = torch.empty_like(x)
+    grad_y = torch.zeros_like(y) if columns_need_grad else None
+    losses = torch.empty(len(x), dtype=torch.float64, device=x.device)
+    grad_bias = torch.zeros((), dtype=torch.float64, device=x.device)
+    for block, logits, positive in _blocks(x, y, scale, bias, diagonal):
+        positive.neg_()
+        losses[block] = _softplus(logits).sum(1, dtype=torch.float64)
+        coefficients = logits.sigmoid_()
+        positive.neg_()  # a view: −σ(−z)
+        if weight is not None:
+            coefficients *= weight[block, None]
+        grad_bias += coefficients.sum(dtype=torch.float64)
+        grad_x[block] = coefficients @ y
+        if columns_need_grad:
+            grad_y += coefficients.T @ x[block]
+    return losses, grad_x, grad_y, grad_bias
+
+
+def _finish(grad_x, grad_y, grad_bias, x, y, scale, rnorms, rows_need_grad, columns_need_grad, dtype):
+    """The operator's four gradients, those by rows and columns in `dtype`."""
+    none = x.new_empty(0, dtype=dtype)
+    grad_scale = (x * grad_x).sum(dtype=torch.float64).to(x.dtype)
+    grad_rows = _input_gradient(scale * grad_x, x, rnorms[0]).to(dtype) if rows_need_grad else none
+    grad_columns = (
+        _input_gradient(scale * grad_y, y, rnorms[1]).to(dtype) if columns_need_grad else none.clone()
+    )
+    return grad_rows, grad_columns, grad_scale, grad_bias.to(x.dtype)
+
+
+@_without_autocast
+def sigmoid_pairs_fwd(
+    rows,
+    columns,
+    scale,
+    bias,
+    diagonal,
+    normalize_rows,
+    normalize_columns,
+    total,
+    keep,
+    rows_need_grad,
+    columns_need_grad,
+):
+    x, x_rnorm = _unit_rows(rows, normalize_rows)
+    y, y_rnorm = _unit_rows(columns, normalize_columns)
+    if total and keep:
+        losses, *grads = _gradients(x, y, scale, bias, diagonal, None, columns_need_grad)
+        needs = (rows_need_grad, columns_need_grad)
+        return losses.sum(), *_finish(*grads, x, y, scale, (x_rnorm, y_rnorm), *needs, x.dtype)
+    losses = torch.empty(len(x), dtype=torch.float64, device=x.device)
+    for block, logits, positive in _blocks(x, y, scale, bias, diagonal):
+        positive.neg_()
+        losses[block] = _softplus(logits).sum(1, dtype=torch.float64)
+    return losses.sum() if total else losses, *(x.new_empty(0) for _ in range(4))
+
+
+@_without_autocast
+def sigmoid_pairs_bwd(
+    grad_losses,
+    rows,
+    columns,
+    scale,
+    bias,
+    diagonal,
+    normalize_rows,
+    normalize_columns,
+    rows_need_grad,
+    columns_need_grad,
+):
+    x, x_rnorm = _unit_rows(rows, normalize_rows)
+    y, y_rnorm = _unit_rows(columns, normalize_columns)
+    _, *grads = _gradients(x, y, scale, bias, diagonal, grad_losses.to(x.dtype), columns_need_grad)
+    needs = (rows_need_grad, columns_need_grad)
+    return _finish(*grads, x, y, scale, (x_rnorm, y_rnorm), *needs, rows.dtype)

@@ -1,0 +1,62 @@
+"""The pairwise sigmoid loss of SigLIP."""
+
+from ssl_kernels.checks import check_embeddings, check_reduction, check_same_rows, check_scalar
+from ssl_kernels.losses._shared import as_scalar, reduce, widest_under_autocast
+from ssl_kernels.ops.library import accumulation_dtype
+from ssl_kernels.ops.sigmoid_pairs import sigmoid_pairs
+
+
+def siglip_loss(
+    image_features, text_features, logit_scale, logit_bias, *, normalize=True, reduction="mean", backend=None
+):
+    """SigLIP: every pair of an image and a text is classified by itself as belonging together or not.
+
+        loss_i = Σ_j softplus(−y_ij (logit_scale · <image_i, text_j> + logit_bias)),  y_ij = +1 for i = j, −1 else
+
+    With "mean" and "sum" the gradient is made in the forward pass, with "none" in the backward.
+
+    Args:
+        image_features, text_features: (N, D) each, row i of both of one pair. float64, float32, float16 or bfloat16,
+            any strides. Under autocast they may differ in dtype; the wider one is used.
+        logit_scale, logit_bias: A finite float or a 0-d tensor, which gets its gradient. The factor itself, not its
+            logarithm: the paper begins at 10 and −10 and learns log(logit_scale) and logit_bias.
+        normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
+        reduction: "mean": the sum over all pairs divided by N, as in the paper; "sum", or "none".
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or (N,) for "none", the sum over the texts for each image.
+
+    Raises:
+        TypeError: A feature tensor is no floating tensor, or their dtypes differ outside autocast.
+        ValueError: Shapes that do not fit, an empty batch, mixed devices, a scale or bias that is not finite, an
+            unknown reduction or backend, or a backend that cannot run this call.
+        RuntimeError: A second derivative is asked of a backend other than "reference".
+
+    Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training, arXiv:2303.15343, eq. 1 and algorithm 1.
+    """
+    op = "siglip_loss"
+    image_features, text_features = widest_under_autocast(image_features, text_features)
+    check_embeddings(op, image_features=image_features, text_features=text_features)
+    check_same_rows(op, image_features=image_features, text_features=text_features)
+    check_scalar(op, "logit_scale", logit_scale, image_features, positive=False)
+    check_scalar(op, "logit_bias", logit_bias, image_features, positive=False)
+    check_reduction(op, reduction)
+    losses = sigmoid_pairs(
+        image_features,
+        text_features,
+        as_scalar(logit_scale, image_features),
+        as_scalar(logit_bias, image_features),
+        normalize_rows=normalize,
+        normalize_columns=normalize,
+        total=reduction != "none",
+        backend=backend,
+        caller=op,
+    )
+    if reduction == "none":
+        return reduce(losses, reduction, image_features)
+    pairs = len(image_features) if reduction == "mean" else 1
+    return (losses / pairs).to(accumulation_dtype(image_features))
+
+
+siglip_loss.operation = "sigmoid_pairs"

@@ -1,0 +1,29 @@
+"""`sigmoid_pairs` by its definition, with the N × M matrix of logits in memory and PyTorch's own autograd."""
+
+import torch
+import torch.nn.functional as F
+
+
+def sigmoid_pairs(
+    rows, columns, scale, bias, diagonal=0, normalize_rows=True, normalize_columns=True, total=False
+):
+    """Sum over each row's pairs of softplus(−y z); docs/sigmoid_pairs.md is the contract.
+
+    Args:
+        rows: (N, D) floating.
+        columns: (M, D), dtype of rows.
+        scale, bias: 0-d tensors; z = scale · <row, column> + bias.
+        diagonal: Pairs (i, i + diagonal) have y = +1, all others −1.
+        normalize_rows, normalize_columns: L2-normalise first.
+        total: The sum over rows.
+
+    Returns:
+        Losses, (N,), or 0-d with `total`. Differentiates twice.
+    """
+    x = F.normalize(rows, dim=1) if normalize_rows else rows
+    y = F.normalize(columns, dim=1) if normalize_columns else columns
+    logits = scale * (x @ y.T) + bias  # (N, M)
+    column_of = torch.arange(logits.shape[1], device=logits.device) - diagonal
+    positive = torch.arange(logits.shape[0], device=logits.device)[:, None] == column_of
+    losses = -F.logsigmoid(torch.where(positive, logits, -logits)).sum(1)  # F.softplus overflows or cuts off
+    return losses.sum() if total else losses

@@ -1,0 +1,416 @@
+"""`sigmoid_pairs` on every backend of the CPU: its numbers judged by float64, and its operators."""
+
+import dataclasses
+import itertools
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from ssl_kernels.ops.sigmoid_pairs import sigmoid_pairs
+from ssl_kernels.reference.sigmoid_pairs import sigmoid_pairs as reference
+from tests.helpers import BACKENDS, DTYPES, OPERATORS, random_rows, run_python, same_bits
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_operator = pytest.mark.parametrize("backend", OPERATORS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+NAMES = ("losses", "grad_rows", "grad_columns", "grad_scale", "grad_bias")
+
+# Rows, columns, width, diagonal. The CPU kernel makes one tile up to 256 rows and columns, blocks of 64 to 256 beyond.
+SHAPES = [
+    (1, 1, 1, 0),
+    (1, 1, 5, 1),
+    (7, 7, 33, 0),
+    (67, 1, 8, -3),
+    (61, 139, 40, 64),
+    (257, 257, 17, 0),
+    (300, 520, 31, -290),
+    (300, 520, 16, 500),
+]
+
+
+@dataclass
+class Call:
+    """The operands of one call, and the gradient that comes back into it."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    scale: float = 10.0
+    bias: float = -8.0
+    diagonal: int = 0
+    normalize_rows: bool = True
+    normalize_columns: bool = True
+    total: bool = False
+
+    @property
+    def acc(self):
+        return torch.float64 if self.rows.dtype == torch.float64 else torch.float32
+
+    @property
+    def cotangent(self):
+        if self.total:
+            return torch.tensor(-0.7, dtype=torch.float64)
+        return random_rows(len(self.rows), 1, torch.float64, seed=3)[:, 0]
+
+    @property
+    def options(self):
+        names = ("diagonal", "normalize_rows", "normalize_columns", "total")
+        return {name: getattr(self, name) for name in names}
+
+    def in_dtype(self, dtype):
+        return dataclasses.replace(self, rows=self.rows.to(dtype), columns=self.columns.to(dtype))
+
+
+def random_call(n, m, d, dtype=torch.float32, *, spread=0.0, **options):
+    rows, columns = random_rows(n, d, dtype, spread=spread), random_rows(m, d, dtype, seed=5, spread=spread)
+    return Call(rows, columns, **options)
+
+
+def on_backend(backend):
+    return lambda *operands, **options: sigmoid_pairs(*operands, backend=backend, **options)
+
+
+def leaves_of(call):
+    scalars = [torch.tensor(value, dtype=call.acc) for value in (call.scale, call.bias)]
+    return [leaf.detach().clone().requires_grad_() for leaf in (call.rows, call.columns, *scalars)]
+
+
+def results(run, call):
+    """Losses and gradients by name."""
+    leaves = leaves_of(call)
+    losses = run(*leaves, **call.options)
+    grads = torch.autograd.grad(losses, leaves, call.cotangent.to(losses.dtype))
+    return dict(zip(NAMES, (losses.detach(), *grads), strict=True))
+
+
+def term_sums(call):
+    """For each result the sum of the absolute values of what its rounding errors are made of, float64."""
+    call = call.in_dtype(torch.float64)
+    g = call.cotangent.abs().expand(len(call.rows))[:, None]
+    x, y = (
+        rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12) if normalize else rows
+        for rows, normalize in ((call.rows, call.normalize_rows), (call.columns, call.normalize_columns))
+    )
+    lengths = x.norm(dim=1)[:, None] * y.norm(dim=1)
+    logits = call.scale * (x @ y.T) + call.bias
+    positive = torch.arange(len(y)) == torch.arange(len(x))[:, None] + call.diagonal
+    logits = torch.where(positive, -logits, logits)
+    sizes = 1 + abs(call.scale) * lengths + abs(call.bias)  # a logit is off by the rounding of these
+    coefficients = g * torch.sigmoid(logits) * sizes
+    losses = (-torch.nn.functional.logsigmoid(-logits) + torch.sigmoid(logits) * sizes).sum(1)
+    x_rnorm, y_rnorm = (
+        1 / rows.norm(dim=1).clamp_min(1e-12) if normalize else torch.ones(len(rows), dtype=torch.float64)
+        for rows, normalize in ((call.rows, call.normalize_rows), (call.columns, call.normalize_columns))
+    )
+    return {
+        "losses": losses.sum() if call.total else losses,
+        "grad_rows": (abs(call.scale) * x_rnorm * (coefficients @ y.norm(dim=1)))[:, None],
+        "grad_columns": (abs(call.scale) * y_rnorm * (coefficients.T @ x.norm(dim=1)))[:, None],
+        "grad_scale": (coefficients * lengths).sum(),
+        "grad_bias": coefficients.sum(),
+    }
+
+
+def errors(found, truth, sums):
+    """In units of `sums`, and of what underflow leaves in a result's dtype and in float32's exponential."""
+    info = torch.finfo(torch.float32)
+    found_errors = {}
+    for name, value in truth.items():
+        unit = sums[name] + torch.finfo(found[name].dtype).tiny + info.tiny / info.eps
+        found_errors[name] = ((found[name].double() - value).abs() / unit).max().item()
+    return found_errors
+
+
+def check_against_float64(backend, call):
+    """About as accurate as plain PyTorch in the accumulation dtype, and of the contract's shapes and dtypes."""
+    check_results(results(on_backend(backend), call), call, backend)
+
+
+def check_results(found, call, backend):
+    """The same for results that are there."""
+    truth, sums = results(reference, call.in_dtype(torch.float64)), term_sums(call)
+    plain = errors(results(reference, call.in_dtype(call.acc)), truth, sums)
+    stored = torch.finfo(call.rows.dtype).eps / 2 if call.rows.dtype != call.acc else 0
+    for name, error in errors(found, truth, sums).items():
+        by_operand = name in ("grad_rows", "grad_columns")
+        assert found[name].shape == truth[name].shape
+        dtype = torch.float64 if name == "losses" else call.rows.dtype if by_operand else call.acc
+        assert found[name].dtype == dtype
+        allowed = 3 * plain[name] + 4 * torch.finfo(call.acc).eps + stored * by_operand
+        assert error <= allowed, f"{backend} {name}: error {error:.2e}, plain PyTorch {plain[name]:.2e}"
+
+
+@pytest.mark.parametrize("diagonal", [-5, -2, 0, 1, 3, 9])
+@pytest.mark.parametrize("n, m", [(4, 4), (2, 5), (5, 3), (1, 1)])
+def test_reference_is_the_definition(n, m, diagonal):
+    call = random_call(n, m, 3, torch.float64, diagonal=diagonal, scale=2.5, bias=-0.5, spread=0.3)
+    losses = reference(*leaves_of(call), **call.options)
+    for i in range(n):
+        expected = 0
+        for j in range(m):
+            x, y = call.rows[i].tolist(), call.columns[j].tolist()
+            cosine = sum(a * b for a, b in zip(x, y, strict=True)) / (math.hypot(*x) * math.hypot(*y))
+            sign = 1 if j == i + diagonal else -1
+            expected += math.log(1 + math.exp(-sign * (2.5 * cosine - 0.5)))
+        assert losses[i].item() == pytest.approx(expected, rel=1e-13)
+    assert reference(*leaves_of(call), **call.options | {"total": True}).item() == pytest.approx(
+        math.fsum(losses.tolist())
+    )
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("total", [False, True])
+@pytest.mark.parametrize("n, m, d, diagonal", SHAPES)
+def test_matches_float64(backend, dtype, n, m, d, diagonal, total):
+    check_against_float64(backend, random_call(n, m, d, dtype, diagonal=diagonal, total=total))
+
+
+@every_backend
+@pytest.mark.parametrize("total", [False, True])
+@pytest.mark.parametrize(
+    "scale, bias", [(0.0, 0.0), (0.0, -3.0), (-10.0, 4.0), (1e3, -10.0), (117.0, -12.9), (1e-3, 30.0)]
+)
+def test_matches_float64_at_every_scale_and_bias(backend, scale, bias, total):
+    check_against_float64(backend, random_call(70, 66, 24, scale=scale, bias=bias, total=total))
+
+
+@every_backend
+@pytest.mark.parametrize("normalize", list(itertools.product([False, True], repeat=2)))
+def test_rows_of_any_length(backend, normalize):
+    """Unnormalised rows: logits from −1e3 to 1e3."""
+    names = dict(zip(("normalize_rows", "normalize_columns"), normalize, strict=True))
+    for total in (False, True):
+        check_against_float64(backend, random_call(65, 70, 12, spread=1.0, total=total, **names))
+
+
+@every_backend
+def test_losses_of_far_negatives_keep_their_digits(backend):
+    """At bias −30 a negative pair costs 1e-13: log(1 + e) in float32 would be 0."""
+    rows, columns = torch.eye(40)[:20], torch.eye(40)[20:]
+    scale, bias = torch.tensor(1.0), torch.tensor(-30.0)
+    losses = sigmoid_pairs(rows, columns, scale, bias, diagonal=20, backend=backend)
+    assert losses.tolist() == pytest.approx([20 * math.log1p(math.exp(-30))] * 20, rel=3e-6)
+    leaf = bias.clone().requires_grad_()
+    for total in (False, True):
+        value = sigmoid_pairs(rows, columns, scale, leaf, diagonal=20, total=total, backend=backend).sum()
+        (grad,) = torch.autograd.grad(value, leaf)
+        assert grad.item() == pytest.approx(400 / (1 + math.exp(30)), rel=3e-6)
+
+
+@every_backend
+@pytest.mark.parametrize("total", [False, True])
+@pytest.mark.parametrize("diagonal", [0, 2])
+def test_gradcheck(backend, total, diagonal):
+    call = random_call(4, 5, 3, torch.float64, scale=3.0, bias=-1.0, diagonal=diagonal, total=total)
+    for wanted in ((0,), (1,), (2,), (3,), (0, 1, 2, 3)):
+        leaves = [leaf.detach().requires_grad_(k in wanted) for k, leaf in enumerate(leaves_of(call))]
+        assert torch.autograd.gradcheck(lambda *a: on_backend(backend)(*a, **call.options), leaves)
+
+
+@every_backend
+@pytest.mark.parametrize("total", [False, True])
+def test_zero_rows_and_equal_rows(backend, total):
+    call = random_call(66, 66, 8, total=total)
+    call.rows[3] = 0
+    call.columns[5:20] = call.columns[4]
+    check_against_float64(backend, call)
+
+
+@every_backend
+@pytest.mark.parametrize("total", [False, True])
+def test_nan_reaches_what_meets_it(backend, total):
+    call = random_call(300, 270, 8, total=total)
+    call.rows[280, 2] = torch.nan
+    found = results(on_backend(backend), call)
+    if total:
+        assert found["losses"].isnan()
+    else:
+        assert found["losses"].isnan().nonzero().flatten().tolist() == [280]
+    assert found["grad_rows"][280].isnan().all()
+    assert not found["grad_rows"][:280].isnan().any()
+    assert found["grad_columns"].isnan().all()
+    assert found["grad_scale"].isnan() and found["grad_bias"].isnan()
+
+
+@every_backend
+def test_nan_scale_or_bias_reaches_everything(backend):
+    for option in ("scale", "bias"):
+        call = random_call(5, 6, 3, **{option: math.nan})
+        found = results(on_backend(backend), call)
+        assert all(tensor.isnan().all() for tensor in found.values())
+
+
+@every_operator
+def test_any_strides(backend):
+    call = random_call(40, 44, 6)
+    wide = torch.randn(40, 2, 9)
+    wide[:, 1, 3:] = call.rows
+    for rows in (wide[:, 1, 3:], call.rows.T.contiguous().T, call.rows[:1].expand(40, 6)):
+        check_against_float64(backend, dataclasses.replace(call, rows=rows))
+
+
+@every_backend
+@pytest.mark.parametrize("total", [False, True])
+def test_repeated_calls_are_equal_bit_for_bit(backend, total):
+    call = random_call(600, 530, 40, total=total)
+    first = results(on_backend(backend), call)
+    for _ in range(3):
+        again = results(on_backend(backend), call)
+        assert all(same_bits(first[name], again[name]) for name in NAMES)
+
+
+SAVE_RESULTS = """
+import sys, torch
+from ssl_kernels import _C
+from tests.ops.test_sigmoid_pairs import instruction_set_calls, on_backend, results
+assert _C.build_info()["cpu_instruction_set"] == sys.argv[1]
+torch.save([results(on_backend("native"), call) for call in instruction_set_calls()], sys.argv[2])
+"""
+
+
+def instruction_set_calls():
+    for dtype, total, bias in itertools.product(DTYPES, [False, True], [-20.0, 3.0]):
+        yield random_call(70, 83, 37, dtype, total=total, bias=bias, spread=0.5, normalize_rows=False)
+
+
+@pytest.mark.parametrize("instruction_set", ["portable", "avx2"])
+def test_narrower_instruction_sets(instruction_set, tmp_path):
+    if instruction_set == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("the processor has no AVX2")
+    run_python(SAVE_RESULTS, instruction_set, str(tmp_path / "results"), SSL_KERNELS_CPU=instruction_set)
+    for call, found in zip(instruction_set_calls(), torch.load(tmp_path / "results"), strict=True):
+        check_results(found, call, instruction_set)
+
+
+# The operators
+
+
+def forward_operator(backend):
+    return getattr(torch.ops.ssl_kernels.sigmoid_pairs_fwd, backend)
+
+
+def backward_operator(backend):
+    return getattr(torch.ops.ssl_kernels.sigmoid_pairs_bwd, backend)
+
+
+def operands(call):
+    rows, columns, scale, bias = (leaf.detach() for leaf in leaves_of(call))
+    return rows, columns, scale, bias, call.diagonal, call.normalize_rows, call.normalize_columns
+
+
+@every_operator
+def test_opcheck(backend):
+    call = random_call(7, 9, 5, torch.bfloat16)
+    for total, keep, needs in [
+        (True, True, (True, True)),
+        (True, True, (False, False)),
+        (False, True, (True, True)),
+        (True, False, (True, True)),
+    ]:
+        torch.library.opcheck(forward_operator(backend), (*operands(call), total, keep, *needs))
+    for needs in ((True, True), (False, False)):
+        torch.library.opcheck(backward_operator(backend), (call.cotangent, *operands(call), *needs))
+
+
+@every_operator
+def test_nothing_is_made_without_a_gradient(backend):
+    for total, keep in ((True, False), (False, True), (False, False)):
+        made = forward_operator(backend)(*operands(random_call(5, 6, 3)), total, keep, True, True)[1:]
+        assert [grad.numel() for grad in made] == [0, 0, 0, 0]
+    made = forward_operator(backend)(*operands(random_call(5, 6, 3)), True, True, False, True)[1:]
+    assert [grad.numel() for grad in made] == [0, 18, 1, 1]
+
+
+@pytest.mark.filterwarnings("ignore")
+@every_backend
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("total", [False, True])
+def test_compiles_without_a_graph_break(backend, dynamic, total):
+    torch._dynamo.reset()
+    compiled = torch.compile(on_backend(backend), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n in (6, 11) if dynamic else (6,):
+        call = random_call(n, 9, 8, total=total)
+        eager, found = results(on_backend(backend), call), results(compiled, call)
+        for name in NAMES:
+            torch.testing.assert_close(found[name], eager[name], rtol=1e-6, atol=1e-6)
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("total", [False, True])
+def test_autocast_changes_nothing(backend, dtype, total):
+    call = random_call(70, 66, 24, dtype, total=total)
+    expected = results(on_backend(backend), call)
+
+    def under_autocast(*operands, **options):
+        with torch.autocast("cpu", torch.bfloat16):
+            return sigmoid_pairs(*operands, backend=backend, **options)
+
+    found = results(under_autocast, call)
+    assert all(same_bits(found[name], expected[name]) for name in NAMES)
+
+
+@every_operator
+@pytest.mark.parametrize("total", [False, True])
+@pytest.mark.parametrize("twice", range(4))
+def test_second_derivative_is_an_error(backend, total, twice):
+    call = random_call(6, 5, 4, total=total)
+    leaves = leaves_of(call)
+    losses = on_backend(backend)(*leaves, **call.options)
+    (grad,) = torch.autograd.grad(losses, leaves[twice], call.cotangent, create_graph=True)
+    with pytest.raises(
+        RuntimeError, match=f'"{backend}" has no second derivative; backend="reference" has one'
+    ):
+        torch.autograd.grad(grad.sum(), leaves[twice])
+
+
+@every_operator
+@pytest.mark.parametrize("total", [False, True])
+def test_backward_can_run_twice(backend, total):
+    call = random_call(70, 66, 8, total=total)
+    leaves = leaves_of(call)
+    losses = on_backend(backend)(*leaves, **call.options)
+    first = torch.autograd.grad(losses, leaves, call.cotangent, retain_graph=True)
+    second = torch.autograd.grad(losses, leaves, call.cotangent)
+    assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
+
+
+@every_operator
+@pytest.mark.parametrize("total", [False, True])
+def test_overwritten_input_is_noticed_before_backward(backend, total):
+    call = random_call(6, 6, 4, total=total)
+    rows, *others = leaves_of(call)
+    activations = rows * 1
+    losses = on_backend(backend)(activations, *others, **call.options)
+    activations.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses.sum().backward()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"rows": torch.zeros(4)}, "rows must be 2-d"),
+    ({"rows": torch.zeros(0, 3)}, "must not be empty"),
+    ({"columns": torch.zeros(5, 2)}, "columns must have the width"),
+    ({"columns": torch.zeros(5, 3, dtype=torch.float64)}, "columns must have the width, dtype"),
+    ({"columns": torch.zeros(0, 3)}, "must not be empty"),
+    ({"scale": torch.zeros(2)}, "scale must be one number"),
+    ({"scale": torch.zeros((), dtype=torch.float64)}, "scale must be one number of dtype Float"),
+    ({"bias": torch.zeros(0)}, "bias must be one number"),
+    ({"grad_losses": torch.zeros(3, dtype=torch.float64)}, "grad_losses must be float64 of shape"),
+    ({"grad_losses": torch.zeros(4)}, "grad_losses must be float64 of shape"),
+])  # fmt: skip
+def test_native_operator_refuses_what_it_would_read_out_of_bounds(change, message):
+    named = {
+        "grad_losses": torch.zeros(4, dtype=torch.float64),
+        "rows": torch.zeros(4, 3),
+        "columns": torch.zeros(5, 3),
+        "scale": torch.tensor(1.0),
+        "bias": torch.tensor(1.0),
+    } | change
+    with pytest.raises(RuntimeError, match=message):
+        backward_operator("native")(*named.values(), 0, True, True, True, True)
+    if "grad_losses" not in change:
+        with pytest.raises(RuntimeError, match=message):
+            forward_operator("native")(*[*named.values()][1:], 0, True, True, True, True, True, True)
