@@ -12,10 +12,10 @@ namespace {
 cpu::ContrastiveFwd contrastive_fwd(const at::Tensor& rows, const OptionalTensor& columns, const at::Tensor& scale,
                                     const OptionalTensor& positives, const OptionalTensor& row_ids,
                                     const OptionalTensor& column_ids, bool normalize_rows, bool normalize_columns,
-                                    bool keep_diagonal, bool both_directions, bool keep_logits) {
+                                    bool keep_diagonal, bool both_directions, bool keep, bool columns_need_grad) {
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
   return cpu::contrastive_fwd({rows, columns, scale, positives, row_ids, column_ids, normalize_rows,
-                               normalize_columns, keep_diagonal, both_directions, keep_logits});
+                               normalize_columns, keep_diagonal, both_directions, keep});
 }
 
 cpu::ContrastiveBwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_column_lse,
@@ -24,7 +24,7 @@ cpu::ContrastiveBwd contrastive_bwd(const OptionalTensor& grad_lse, const Option
                                     const OptionalTensor& positives, const OptionalTensor& row_ids,
                                     const OptionalTensor& column_ids, const at::Tensor& lse,
                                     const at::Tensor& column_lse, const at::Tensor& row_rnorm,
-                                    const at::Tensor& column_rnorm, const at::Tensor& kept_logits,
+                                    const at::Tensor& column_rnorm, const at::Tensor& kept,
                                     bool normalize_rows, bool normalize_columns, bool keep_diagonal,
                                     bool both_directions, bool rows_need_grad, bool columns_need_grad) {
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
@@ -33,7 +33,7 @@ cpu::ContrastiveBwd contrastive_bwd(const OptionalTensor& grad_lse, const Option
   return cpu::contrastive_bwd({rows, columns, scale, positives, row_ids, column_ids, normalize_rows,
                                normalize_columns, keep_diagonal, both_directions},
                               {grad_lse, grad_column_lse, grad_positive_logits, lse, column_lse, row_rnorm,
-                               column_rnorm, kept_logits, rows_need_grad, columns_need_grad});
+                               column_rnorm, kept, rows_need_grad, columns_need_grad});
 }
 
 TORCH_LIBRARY_IMPL(ssl_kernels, CPU, library) {

@@ -15,15 +15,16 @@ inline void check_contrastive(const at::Tensor& rows, const OptionalTensor& colu
                               const OptionalTensor& positives, const OptionalTensor& row_ids,
                               const OptionalTensor& column_ids) {
   const auto n = rows.size(0), m = columns ? columns->size(0) : n;
-  const auto acc = rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto accumulation_dtype = [](const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; };
+  const auto acc = accumulation_dtype(rows);
   const auto on_device = [&](const at::Tensor& tensor) { return tensor.device() == rows.device(); };
   const auto are_ids = [&](const at::Tensor& ids, int64_t count) {
     return ids.scalar_type() == at::kLong && ids.dim() == 1 && ids.size(0) == count && on_device(ids);
   };
   TORCH_CHECK(rows.dim() == 2, "contrastive: rows must be 2-d, got ", rows.sizes());
   TORCH_CHECK(!columns || (columns->dim() == 2 && columns->size(1) == rows.size(1) && on_device(*columns) &&
-                           columns->scalar_type() == rows.scalar_type()),
-              "contrastive: columns must have the width, dtype and device of rows");
+                           accumulation_dtype(*columns) == acc),
+              "contrastive: columns must have the width and device of rows, and float64 goes with float64 alone");
   TORCH_CHECK(scale.numel() == 1 && scale.scalar_type() == acc && on_device(scale),
               "contrastive: scale must be one number of dtype ", acc, " on the device of rows");
   TORCH_CHECK(!positives || (positives->scalar_type() == at::kLong && (positives->dim() == 1 || positives->dim() == 2) &&

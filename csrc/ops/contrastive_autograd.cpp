@@ -17,7 +17,7 @@ using torch::autograd::variable_list;
 
 using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using ForwardOp = ForwardResults(const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
-                                 const OptionalTensor&, const OptionalTensor&, bool, bool, bool, bool, bool);
+                                 const OptionalTensor&, const OptionalTensor&, bool, bool, bool, bool, bool, bool);
 using BackwardOp = std::tuple<Tensor, Tensor, Tensor>(
     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
     const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
@@ -59,16 +59,21 @@ struct Contrastive : Function<Contrastive> {
                                const OptionalTensor& column_ids, bool normalize_rows, bool normalize_columns,
                                bool keep_diagonal, bool both_directions) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept_logits] =
-        forward_op().call(rows, columns, scale, positives, row_ids, column_ids, normalize_rows, normalize_columns,
-                          keep_diagonal, both_directions, /*keep_logits=*/true);
-    ctx->save_for_backward({rows, or_undefined(columns), scale, or_undefined(positives), or_undefined(row_ids),
-                            or_undefined(column_ids), lse, column_lse, row_rnorm, column_rnorm, kept_logits});
-    ctx->saved_data["flags"] =
-        std::vector<bool>{normalize_rows, normalize_columns, keep_diagonal, both_directions};
-    ctx->mark_non_differentiable({row_rnorm, column_rnorm, kept_logits});
+    auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept] = forward_op().call(
+        rows, columns, scale, positives, row_ids, column_ids, normalize_rows, normalize_columns, keep_diagonal,
+        both_directions, /*keep=*/true, /*columns_need_grad=*/columns && columns->requires_grad());
+    // With the expectation kept, and no positives to look up, backward reads rows and scale alone.
+    if (kept.dim() == 2 && !positives)
+      ctx->save_for_backward({rows, Tensor(), scale, Tensor(), Tensor(), Tensor(), lse, column_lse, row_rnorm,
+                              column_rnorm, kept});
+    else
+      ctx->save_for_backward({rows, or_undefined(columns), scale, or_undefined(positives), or_undefined(row_ids),
+                              or_undefined(column_ids), lse, column_lse, row_rnorm, column_rnorm, kept});
+    ctx->saved_data["flags"] = std::vector<bool>{normalize_rows, normalize_columns, keep_diagonal, both_directions};
+    ctx->saved_data["square"] = !columns.has_value();
+    ctx->mark_non_differentiable({row_rnorm, column_rnorm, kept});
     ctx->set_materialize_grads(false);
-    return {lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept_logits};
+    return {lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -76,7 +81,7 @@ struct Contrastive : Function<Contrastive> {
     const auto flags = ctx->saved_data["flags"].toBoolList();
     const bool both_directions = flags[3];
     // needs_input_grad numbers the tensors that were there: rows, columns if any, scale.
-    const bool square = !saved[1].defined();
+    const bool square = ctx->saved_data["square"].toBool();
     const bool rows_need_grad = ctx->needs_input_grad(0), columns_need_grad = !square && ctx->needs_input_grad(1);
     const bool scale_needs_grad = ctx->needs_input_grad(square ? 1 : 2);
     variable_list results;
@@ -103,13 +108,13 @@ struct Contrastive : Function<Contrastive> {
 ForwardResults contrastive_fwd(const Tensor& rows, const OptionalTensor& columns, const Tensor& scale,
                                const OptionalTensor& positives, const OptionalTensor& row_ids,
                                const OptionalTensor& column_ids, bool normalize_rows, bool normalize_columns,
-                               bool keep_diagonal, bool both_directions, bool keep_logits) {
+                               bool keep_diagonal, bool both_directions, bool keep, bool columns_need_grad) {
   const bool differentiate = at::GradMode::is_enabled() &&
                              (rows.requires_grad() || scale.requires_grad() || (columns && columns->requires_grad()));
   if (!differentiate) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return forward_op().call(rows, columns, scale, positives, row_ids, column_ids, normalize_rows, normalize_columns,
-                             keep_diagonal, both_directions, keep_logits);
+                             keep_diagonal, both_directions, keep, columns_need_grad);
   }
   const variable_list results =
       Contrastive::apply(rows, columns, scale, positives, row_ids, column_ids, normalize_rows, normalize_columns,

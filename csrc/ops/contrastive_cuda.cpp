@@ -93,7 +93,7 @@ void launch(Args& args, const at::Tensor& rows, int (*workspace_bytes)(const Arg
 Fwd contrastive_fwd(const at::Tensor& rows, const OptionalTensor& columns, const at::Tensor& scale,
                     const OptionalTensor& positives, const OptionalTensor& row_ids,
                     const OptionalTensor& column_ids, bool normalize_rows, bool normalize_columns,
-                    bool keep_diagonal, bool both_directions, bool /*keep_logits*/) {
+                    bool keep_diagonal, bool both_directions, bool /*keep*/, bool /*columns_need_grad*/) {
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
   const c10::cuda::CUDAGuard guard(rows.device());
   const auto index = contiguous(positives), row_index = contiguous(row_ids),
@@ -122,7 +122,7 @@ Bwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_c
                     const OptionalTensor& columns, const at::Tensor& scale, const OptionalTensor& positives,
                     const OptionalTensor& row_ids, const OptionalTensor& column_ids, const at::Tensor& lse,
                     const at::Tensor& column_lse, const at::Tensor& row_rnorm, const at::Tensor& column_rnorm,
-                    const at::Tensor& /*kept_logits*/, bool normalize_rows, bool normalize_columns,
+                    const at::Tensor& /*kept*/, bool normalize_rows, bool normalize_columns,
                     bool keep_diagonal, bool both_directions, bool rows_need_grad, bool columns_need_grad) {
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
   TORCH_CHECK(lse.scalar_type() == at::kDouble && lse.numel() == rows.size(0) && lse.is_contiguous(),

@@ -80,7 +80,8 @@ def contrastive_fwd(
     normalize_columns,
     keep_diagonal,
     both_directions,
-    keep_logits,
+    keep,
+    columns_need_grad,
 ):
     blocks = _Blocks(
         rows, columns, scale, row_ids, column_ids, normalize_rows, normalize_columns, keep_diagonal
@@ -89,9 +90,15 @@ def contrastive_fwd(
     wide = {"dtype": torch.float64, "device": rows.device}
     lse = torch.empty(n, **wide)
     column_lse = torch.full((m if both_directions else 0,), -torch.inf, **wide)
+    with_expectation = keep and not blocks.square and not columns_need_grad and not both_directions
+    kept = blocks.rows.new_empty(blocks.rows.shape if with_expectation else 0)
     for block, logits in blocks:
         shift = _finite_max(logits, 1)
-        lse[block] = shift.double() + (logits - shift[:, None]).exp_().sum(1).double().log()
+        terms = (logits - shift[:, None]).exp_()
+        total = terms.sum(1)
+        lse[block] = shift.double() + total.double().log()
+        if with_expectation:
+            kept[block] = terms @ blocks.columns / total.masked_fill(total == 0, 1)[:, None]
         if both_directions:
             shift = _finite_max(logits, 0)
             here = shift.double() + (logits - shift).exp_().sum(0).double().log()
@@ -101,7 +108,7 @@ def contrastive_fwd(
     else:
         dots = [(blocks.rows * blocks.columns[index]).sum(1) for index in positives.view(n, -1).unbind(1)]
         positive_logits = (scale * torch.stack(dots, 1)).double().view(positives.shape)
-    return lse, column_lse, positive_logits, blocks.row_rnorm, blocks.column_rnorm, blocks.rows.new_empty(0)
+    return lse, column_lse, positive_logits, blocks.row_rnorm, blocks.column_rnorm, kept
 
 
 def _softmax_weights(grad, lse, dtype):
@@ -127,7 +134,7 @@ def contrastive_bwd(
     column_lse,
     row_rnorm,
     column_rnorm,
-    kept_logits,
+    kept,
     normalize_rows,
     normalize_columns,
     keep_diagonal,
@@ -135,11 +142,22 @@ def contrastive_bwd(
     rows_need_grad,
     columns_need_grad,
 ):
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+    has_positives = positives is not None and grad_positive_logits is not None
+    if kept.dim() == 2:
+        x = _unit_rows(rows, normalize_rows)[0]
+        grad_x = grad_lse.where(lse != -torch.inf, 0).to(x.dtype)[:, None] * kept
+        if has_positives:
+            for index, q in _by_positive(positives, grad_positive_logits.to(x.dtype)):
+                grad_x += q[:, None] * _unit_rows(columns[index], normalize_columns)[0].to(x.dtype)
+        grad_scale = (x * grad_x).sum(dtype=torch.float64).to(x.dtype)
+        grad_rows = _input_gradient(scale * grad_x, x, row_rnorm).to(rows.dtype)
+        return grad_rows if rows_need_grad else rows.new_empty(0), rows.new_empty(0), grad_scale
+
     blocks = _Blocks(
         rows, columns, scale, row_ids, column_ids, normalize_rows, normalize_columns, keep_diagonal
     )
     x, y = blocks.rows, blocks.columns
-    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     row_shift, row_weight = _softmax_weights(grad_lse, lse, x.dtype)
     if blocks.square:
         column_shift, column_weight = row_shift, row_weight
@@ -157,9 +175,8 @@ def contrastive_bwd(
         grad_x[block] = coefficients @ y
         if columns_need_grad and not blocks.square:
             grad_y += coefficients.T @ x[block]
-    if positives is not None and grad_positive_logits is not None:
-        indices, grads = (t.view(len(x), -1).unbind(1) for t in (positives, grad_positive_logits.to(x.dtype)))
-        for index, q in zip(indices, grads, strict=True):
+    if has_positives:
+        for index, q in _by_positive(positives, grad_positive_logits.to(x.dtype)):
             grad_x += q[:, None] * y[index]
             # index_put_ sorts on CUDA where index_add_ would use atomics.
             target = grad_x if blocks.square else grad_y
@@ -172,11 +189,17 @@ def contrastive_bwd(
     if rows_need_grad:
         grad_rows = _input_gradient(scale * grad_x, x, row_rnorm).to(rows.dtype)
     if columns_need_grad and not blocks.square:
-        grad_columns = _input_gradient(scale * grad_y, y, column_rnorm).to(rows.dtype)
+        grad_columns = _input_gradient(scale * grad_y, y, column_rnorm).to(columns.dtype)
     grad_rows, grad_columns = (
         rows.new_empty(0) if grad is None else grad for grad in (grad_rows, grad_columns)
     )
     return grad_rows, grad_columns, grad_scale
+
+
+def _by_positive(positives, grads):
+    """Pairs of (N,) columns of both, one for each positive of a row."""
+    n = len(positives)
+    return zip(positives.view(n, -1).unbind(1), grads.view(n, -1).unbind(1), strict=True)
 
 
 def _input_gradient(grad, unit, rnorm):

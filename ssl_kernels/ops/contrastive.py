@@ -31,6 +31,12 @@ def _kept_by_cpu_kernel(rows, columns):
     return _KEPT_HEADER + torch.sym_min(everything, _KEPT_BYTES // accumulation_dtype(rows).itemsize)
 
 
+def _keeps_expectation(overload, rows, columns, both_directions, keep, columns_need_grad):
+    """Whether `kept` is the expectation of the columns."""
+    wanted = keep and columns is not None and not columns_need_grad and not both_directions
+    return wanted and overload == "chunked"
+
+
 def _fwd_fake(
     overload,
     rows,
@@ -43,20 +49,25 @@ def _fwd_fake(
     normalize_columns,
     keep_diagonal,
     both_directions,
-    keep_logits,
+    keep,
+    columns_need_grad,
 ):
     n = rows.shape[0]
     m = n if columns is None else columns.shape[0]
     results = rows.new_empty
     acc = accumulation_dtype(rows)
-    kept = keep_logits and overload == "native" and rows.device.type == "cpu"
+    if _keeps_expectation(overload, rows, columns, both_directions, keep, columns_need_grad):
+        kept = rows.shape
+    else:
+        keeps_logits = keep and overload == "native" and rows.device.type == "cpu"
+        kept = _kept_by_cpu_kernel(rows, columns) if keeps_logits else 0
     return (
         results(n, dtype=torch.float64),
         results(m if both_directions else 0, dtype=torch.float64),
         results((0,) if positives is None else positives.shape, dtype=torch.float64),
         results(n if normalize_rows else 0, dtype=acc),
         results(m if normalize_columns and columns is not None else 0, dtype=acc),
-        results(_kept_by_cpu_kernel(rows, columns) if kept else 0, dtype=acc),
+        results(kept, dtype=acc),
     )
 
 
@@ -75,7 +86,7 @@ def _bwd_fake(
     column_lse,
     row_rnorm,
     column_rnorm,
-    kept_logits,
+    kept,
     normalize_rows,
     normalize_columns,
     keep_diagonal,
@@ -86,21 +97,21 @@ def _bwd_fake(
     columns_too = columns is not None and columns_need_grad
     return (
         rows.new_empty(rows.shape if rows_need_grad else (0,)),
-        rows.new_empty(columns.shape if columns_too else (0,)),
+        columns.new_empty(columns.shape) if columns_too else rows.new_empty(0),
         rows.new_empty((), dtype=accumulation_dtype(rows)),
     )
 
 
 _fwd = define(
     "contrastive_fwd",
-    f"({_OPERANDS}, {_FLAGS}, bool keep_logits) -> (Tensor lse, Tensor column_lse, Tensor positive_logits,"
-    " Tensor row_rnorm, Tensor column_rnorm, Tensor kept_logits)",
+    f"({_OPERANDS}, {_FLAGS}, bool keep, bool columns_need_grad) -> (Tensor lse, Tensor column_lse,"
+    " Tensor positive_logits, Tensor row_rnorm, Tensor column_rnorm, Tensor kept)",
     _fwd_fake,
 )
 _bwd = define(
     "contrastive_bwd",
     f"(Tensor? grad_lse, Tensor? grad_column_lse, Tensor? grad_positive_logits, {_OPERANDS}, Tensor lse,"
-    f" Tensor column_lse, Tensor row_rnorm, Tensor column_rnorm, Tensor kept_logits, {_FLAGS}, bool rows_need_grad,"
+    f" Tensor column_lse, Tensor row_rnorm, Tensor column_rnorm, Tensor kept, {_FLAGS}, bool rows_need_grad,"
     " bool columns_need_grad) -> (Tensor grad_rows, Tensor grad_columns, Tensor grad_scale)",
     _bwd_fake,
 )
@@ -122,6 +133,8 @@ def unsupported(backend, rows, columns=None):
     if backend in ("chunked", "reference"):
         return None
     device = rows.device.type
+    if device == "cuda" and columns is not None and columns.dtype != rows.dtype:
+        return "on cuda it takes rows and columns of one dtype"
     if backend == "native":
         if backends.extension is None:
             return backends.extension_missing
@@ -157,9 +170,11 @@ class _Contrastive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, rows, columns, scale, positives, row_ids, column_ids, *flags):
         operands = (rows, columns, scale, positives, row_ids, column_ids)
-        results = _fwd[backend](*operands, *flags, any(ctx.needs_input_grad))
-        lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept_logits = results
-        ctx.save_for_backward(*operands, lse, column_lse, row_rnorm, column_rnorm, kept_logits)
+        results = _fwd[backend](*operands, *flags, any(ctx.needs_input_grad), ctx.needs_input_grad[2])
+        lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept = results
+        if kept.dim() == 2 and positives is None:  # the expectation: backward reads rows and scale alone
+            operands = (rows, None, scale, None, None, None)
+        ctx.save_for_backward(*operands, lse, column_lse, row_rnorm, column_rnorm, kept)
         ctx.backend, ctx.flags = backend, flags
         ctx.set_materialize_grads(False)
         return lse, column_lse, positive_logits
@@ -215,7 +230,8 @@ def contrastive(
 
     Args:
         rows: (N, D), float64, float32, float16 or bfloat16, any strides.
-        columns: (M, D) like rows, or None: the rows themselves, and no row meets itself.
+        columns: (M, D) like rows, or None: the rows themselves, and no row meets itself. May be of another dtype than
+            rows (a bfloat16 queue), except that float64 goes with float64 alone.
         scale: 0-d tensor, float32 (float64 for float64 rows), on the device of rows. Gets its gradient.
         positives: (N,) or (N, P) int64 column indices whose logits are returned, negative ones counting from the
             end, or None.
@@ -243,5 +259,5 @@ def contrastive(
             return Contrastive(*[result.double() for result in results])
     operands = (rows, columns, scale, positives, row_ids, column_ids)
     if chosen == "native":  # differentiates itself: csrc/ops/contrastive_autograd.cpp
-        return Contrastive(*_fwd[chosen](*operands, *flags, False)[:3])
+        return Contrastive(*_fwd[chosen](*operands, *flags, False, False)[:3])
     return Contrastive(*_Contrastive.apply(chosen, *operands, *flags))

@@ -601,7 +601,8 @@ def contrastive_fwd(
     normalize_columns,
     keep_diagonal,
     both_directions,
-    keep_logits,
+    keep,
+    columns_need_grad,
 ):
     """`contrastive_fwd` of docs/contrastive.md."""
     with torch.cuda.device_of(rows):
@@ -696,7 +697,7 @@ def contrastive_bwd(
     column_lse,
     row_rnorm,
     column_rnorm,
-    kept_logits,
+    kept,
     normalize_rows,
     normalize_columns,
     keep_diagonal,

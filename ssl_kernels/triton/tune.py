@@ -51,11 +51,15 @@ def best_tile(kernel, arch, dtype_class, largest_d, entry):
     def milliseconds(tile):
         table[kernel] = [(None, tile)]
         try:
-            lse, column_lse, positive_logits, *saved = contrastive.contrastive_fwd(*operands, *flags, True)
+            lse, column_lse, positive_logits, *saved = contrastive.contrastive_fwd(
+                *operands, *flags, True, True
+            )
             gradients = (torch.ones_like(lse), None, -torch.ones_like(positive_logits))
             saved = (lse, column_lse, *saved)
             if kernel == "forward":
-                return triton.testing.do_bench(lambda: contrastive.contrastive_fwd(*operands, *flags, True))
+                return triton.testing.do_bench(
+                    lambda: contrastive.contrastive_fwd(*operands, *flags, True, True)
+                )
             return triton.testing.do_bench(
                 lambda: contrastive.contrastive_bwd(*gradients, *operands, *saved, *flags, True, False)
             )

@@ -32,7 +32,7 @@ def test_kept_logits_change_no_result(n, m, temperature):
     call = random_call(
         n, m, 32, temperature=temperature, ids=3, both_directions=m is not None, positives_per_row=2
     )
-    kept, recomputed = (forward(*call.operands, *call.flags, keep) for keep in (True, False))
+    kept, recomputed = (forward(*call.operands, *call.flags, keep, True) for keep in (True, False))
     assert kept[5].numel() > 0
     assert recomputed[5].numel() == 0
     for first, second in zip(kept[:5], recomputed[:5], strict=True):
@@ -47,14 +47,14 @@ def test_kept_logits_change_no_result(n, m, temperature):
 
 def test_narrow_rows_are_recomputed():
     call = random_call(66, None, 31)
-    assert forward(*call.operands, *call.flags, True)[5].numel() == 0
+    assert forward(*call.operands, *call.flags, True, True)[5].numel() == 0
 
 
 @pytest.mark.parametrize("m", [None, 2700])
 def test_only_the_first_tiles_fit_the_budget(m):
     """More logits than 24 MB: some tiles are kept and the others recomputed."""
     call = random_call(3700 if m is None else 2500, m, 32, both_directions=m is not None)
-    kept = forward(*call.operands, *call.flags, True)[5]
+    kept = forward(*call.operands, *call.flags, True, True)[5]
     n, columns = call.sizes
     everything = n * (n + 1) // 2 if m is None else n * columns
     assert 0 < kept.nbytes <= (24 << 20) + 64

@@ -80,7 +80,7 @@ class Call:
         return (case.normalize, case.normalize, case.keep_diagonal, case.both_directions)
 
     def forward(self):
-        return kernels.contrastive_fwd(*self.operands, *self.flags, True)
+        return kernels.contrastive_fwd(*self.operands, *self.flags, True, True)
 
     def backward(self, results, rows_need_grad=True, columns_need_grad=True):
         lse, column_lse, _, *saved = results
