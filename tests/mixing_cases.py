@@ -45,3 +45,13 @@ def check_rounded_once(found, exact, terms, acc):
     error = (found.double() - exact).abs()
     worst = (error / allowed).max().item()
     assert worst <= 1, f"{worst:.3g} times the error of one rounding"
+
+
+def boxes_of(count, height, width, seed=0):
+    """(count, 4) int64 boxes (y0, y1, x0, x1) that overlap often; some empty, some the whole image."""
+    generator = torch.Generator().manual_seed(seed + 2)
+    ends = [torch.randint(0, size + 1, (count, 2), generator=generator) for size in (height, width)]
+    boxes = torch.cat([end.sort(1).values for end in ends], 1)
+    boxes[torch.rand(count, generator=generator) < 0.15] = torch.tensor([0, height, 0, width])
+    boxes[torch.rand(count, generator=generator) < 0.1] = 0
+    return boxes

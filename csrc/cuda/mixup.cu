@@ -5,7 +5,7 @@
 #include "mixup.cuh"
 
 namespace ssl_kernels {
-namespace mixup {
+namespace mixing {
 namespace {
 
 // Threads a multiprocessor should have for its share of the memory's bandwidth.
@@ -49,10 +49,10 @@ int64_t walk_features(Launcher& launcher, const MixupArgs& args, int64_t from, c
   if (args.out == args.x && parts > 1) {
     const int rows = 2 * (parts - 1);
     edges = launcher.scratch<scalar_t>(rows * features);
-    launcher.launch(edges_kernel<scalar_t, kVec, acc_t>, dim3(blocks, rows), kThreads, 0, x, features, count, parts,
+    launcher.launch(mixup_edges_kernel<scalar_t, kVec, acc_t>, dim3(blocks, rows), kThreads, 0, x, features, count, parts,
                     steps, edges);
   }
-  launcher.launch(walk_kernel<scalar_t, kVec, acc_t>, dim3(blocks, parts), kThreads, 0, x, out, features, count, steps,
+  launcher.launch(mixup_walk_kernel<scalar_t, kVec, acc_t>, dim3(blocks, parts), kThreads, 0, x, out, features, count, steps,
                   edges);
   return from + features;
 }
@@ -98,9 +98,9 @@ void run(Launcher& launcher, const MixupBwdArgs& args) {
                     batch(common.x, common.x_stride), batch(args.x, args.x_stride),
                     batch(common.out, common.out_stride), features, count, steps, sums);
   };
-  launch(bwd_kernel<scalar_t, kVec, acc_t>, 0, vectors, vectors * kVec, partial);
-  launch(bwd_kernel<scalar_t, 1, acc_t>, vectors * kVec, singles, singles, partial + vector_warps * common.B);
-  launcher.launch(grad_lam_kernel<acc_t>, blocks_for(common.B, kWarpSize), 1024, 0,
+  launch(mixup_grad_kernel<scalar_t, kVec, acc_t>, 0, vectors, vectors * kVec, partial);
+  launch(mixup_grad_kernel<scalar_t, 1, acc_t>, vectors * kVec, singles, singles, partial + vector_warps * common.B);
+  launcher.launch(mixup_grad_lam_kernel<acc_t>, blocks_for(common.B, kWarpSize), 1024, 0,
                   static_cast<const acc_t*>(partial), warps, count, static_cast<acc_t*>(args.grad_lam));
 }
 
@@ -128,21 +128,21 @@ int dispatch(const Args& args, cudaStream_t stream, size_t* bytes) {
 }
 
 }  // namespace
-}  // namespace mixup
+}  // namespace mixing
 }  // namespace ssl_kernels
 
 int mixup_fwd_workspace(const MixupArgs* args, size_t* bytes) {
-  return ssl_kernels::mixup::dispatch(*args, nullptr, bytes);
+  return ssl_kernels::mixing::dispatch(*args, nullptr, bytes);
 }
 
 int mixup_bwd_workspace(const MixupBwdArgs* args, size_t* bytes) {
-  return ssl_kernels::mixup::dispatch(*args, nullptr, bytes);
+  return ssl_kernels::mixing::dispatch(*args, nullptr, bytes);
 }
 
 int mixup_fwd(const MixupArgs* args, cudaStream_t stream) {
-  return ssl_kernels::mixup::dispatch(*args, stream, nullptr);
+  return ssl_kernels::mixing::dispatch(*args, stream, nullptr);
 }
 
 int mixup_bwd(const MixupBwdArgs* args, cudaStream_t stream) {
-  return ssl_kernels::mixup::dispatch(*args, stream, nullptr);
+  return ssl_kernels::mixing::dispatch(*args, stream, nullptr);
 }

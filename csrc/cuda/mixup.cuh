@@ -15,7 +15,7 @@
 #include "permutation_walk.cuh"
 
 namespace ssl_kernels {
-namespace mixup {
+namespace mixing {
 
 constexpr int kThreads = 128;
 constexpr int kAhead = 4;
@@ -59,7 +59,7 @@ __device__ __forceinline__ Chunk<scalar_t, kVec> mix(acc_t own, const Chunk<scal
 // In place: copies to `edges` (2 (parts - 1), features) what other parts overwrite before it is read: for every cut
 // between parts the sample after it, then the head of the cycle that it cuts.
 template <typename scalar_t, int kVec, typename acc_t>
-__global__ __launch_bounds__(kThreads, 4) void edges_kernel(Batch<scalar_t> x, int64_t features, int count, int parts,
+__global__ __launch_bounds__(kThreads, 4) void mixup_edges_kernel(Batch<scalar_t> x, int64_t features, int count, int parts,
                                                          const Step<acc_t>* steps, scalar_t* edges) {
   const int64_t feature = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kVec;
   if (feature >= features) return;
@@ -74,7 +74,7 @@ __global__ __launch_bounds__(kThreads, 4) void edges_kernel(Batch<scalar_t> x, i
 
 // Out of place `edges` is null: nothing that is read is overwritten.
 template <typename scalar_t, int kVec, typename acc_t>
-__global__ __launch_bounds__(kThreads, 4) void walk_kernel(Batch<scalar_t> x, Batch<scalar_t> out, int64_t features,
+__global__ __launch_bounds__(kThreads, 4) void mixup_walk_kernel(Batch<scalar_t> x, Batch<scalar_t> out, int64_t features,
                                                         int count, const Step<acc_t>* steps, scalar_t* edges) {
   const int64_t feature = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kVec;
   if (feature >= features) return;
@@ -99,11 +99,11 @@ __global__ __launch_bounds__(kThreads, 4) void walk_kernel(Batch<scalar_t> x, Ba
 // Backward with the gradient by lam: g is walked along the inverse, and x with it.
 //   grad_x_j = own_j g_j + next_j g_s(j)        grad_lam_s(j) = sum_f g_s(j)f (x_s(j)f - x_jf), as p(s(j)) = j
 // Tiling: as above, without parts in need of edges; a warp adds up its features of each sample and writes one number
-//   to `partial` (warps, B), from row `first_warp` on, which grad_lam_kernel adds up.
+//   to `partial` (warps, B), from row `first_warp` on, which mixup_grad_lam_kernel adds up.
 // Traffic: reads 2 B F elements, writes B F and 4 B F / 256 bytes of partial sums (half: 4 B F / 512).
 // Numerics: products and sums in acc_t: over a thread's features, a warp, then all warps, in a fixed order.
 template <typename scalar_t, int kVec, typename acc_t>
-__global__ __launch_bounds__(kThreads, 4) void bwd_kernel(Batch<scalar_t> g, Batch<scalar_t> x, Batch<scalar_t> grad_x,
+__global__ __launch_bounds__(kThreads, 4) void mixup_grad_kernel(Batch<scalar_t> g, Batch<scalar_t> x, Batch<scalar_t> grad_x,
                                                        int64_t features, int count, const Step<acc_t>* steps,
                                                        acc_t* partial) {
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -146,7 +146,7 @@ __global__ __launch_bounds__(kThreads, 4) void bwd_kernel(Batch<scalar_t> g, Bat
 
 // grad_lam_i = sum of partial (warps, B) over warps: 32 samples a block, each warp a 32nd of the rows.
 template <typename acc_t>
-__global__ __launch_bounds__(1024) void grad_lam_kernel(const acc_t* partial, int64_t warps, int count,
+__global__ __launch_bounds__(1024) void mixup_grad_lam_kernel(const acc_t* partial, int64_t warps, int count,
                                                         acc_t* grad_lam) {
   __shared__ acc_t sums[kWarpSize][kWarpSize + 1];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -162,5 +162,5 @@ __global__ __launch_bounds__(1024) void grad_lam_kernel(const acc_t* partial, in
   if (lane == 0 && own < count) grad_lam[own] = sum;
 }
 
-}  // namespace mixup
+}  // namespace mixing
 }  // namespace ssl_kernels

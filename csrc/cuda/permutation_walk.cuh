@@ -11,6 +11,7 @@
 #include "device/warp.cuh"
 
 namespace ssl_kernels {
+namespace mixing {
 
 constexpr int kOrderThreads = 1024;
 constexpr int64_t kMostSamples = int64_t{1} << 30;
@@ -269,4 +270,5 @@ __device__ __forceinline__ void walk(const Step<acc_t>* steps, int count, int be
   }
 }
 
+}  // namespace mixing
 }  // namespace ssl_kernels
