@@ -7,7 +7,7 @@
 
 from ssl_kernels import nn
 from ssl_kernels.backends import backends_for, use_backend
-from ssl_kernels.losses import nt_xent_loss, siglip_loss
+from ssl_kernels.losses import nt_xent_loss, siglip_loss, triplet_loss
 from ssl_kernels.mixing import cutmix, cutmix_, mixup, mixup_, mixup_cross_entropy, mixup_normalize
 
 __version__ = "0.1.0"
@@ -22,5 +22,6 @@ __all__ = [
     "nn",
     "nt_xent_loss",
     "siglip_loss",
+    "triplet_loss",
     "use_backend",
 ]

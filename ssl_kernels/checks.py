@@ -65,5 +65,22 @@ def check_scalar(op, name, value, like, *, positive):
         raise ValueError(f"{op}: {name} must be finite{' and > 0' if positive else ''}, got {value}")
 
 
+def check_ids(op, name, value, shape, like):
+    """`value` must be an integer tensor of `shape` on the device of `like`."""
+    check_shape(op, name, value, shape, like)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{op}: {name} must be an integer tensor, got {_short(value.dtype)}")
+
+
+def check_shape(op, name, value, shape, like):
+    """`value` must be a tensor of `shape` on the device of `like`."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device}, got {value.device}")
+
+
 def _short(dtype):
     return str(dtype).removeprefix("torch.")

@@ -9,6 +9,13 @@
 
 namespace ssl_kernels::cpu {
 
+// What batch-hard mining keeps for each column of a tile.
+template <class T>
+struct ColumnHardest {
+  T *far, *near;
+  int32_t *far_row, *near_row;  // within the tile, -1 for none
+};
+
 template <class T>
 struct TileMath {
   // row_sum[i] = sum_j 2^(s_ij - shift), col_sum[j] += sum_i 2^(s_ij - shift) unless col_sum is null.
@@ -41,6 +48,18 @@ struct TileMath {
   // s_ij <- weight[i] / (1 + 2^-z_ij), row_sum[i] = their sum, and row_loss as above unless it is null; weights that
   // are null count as 1.
   void (*sigmoids)(T* s, int64_t ld, int64_t m, int64_t n, T bias, const T* weight, T* row_loss, T* row_sum);
+
+  // With the keys col_half[j] - s_ij of row i: row_far[i] = the largest among the columns of its own class, row_near[i] =
+  // the smallest among those of other classes, -inf and inf where there is none. With the keys row_half[i] - s_ij of
+  // column j the same into `columns`, with the lowest rows that have them, unless columns.far is null. A key that is NaN
+  // is passed over.
+  void (*hardest)(const T* s, int64_t ld, int64_t m, int64_t n, const T* row_half, const T* col_half,
+                  const int32_t* row_class, const int32_t* col_class, T* row_far, T* row_near,
+                  const ColumnHardest<T>& columns);
+
+  // The lowest j with half[j] - s_j == key whose class is (same) or is not (!same) class_of_row; n if there is none.
+  int64_t (*find_key)(const T* s, int64_t n, const T* half, const int32_t* classes, int32_t class_of_row, bool same,
+                      T key);
 
   // x_i <- 2^x_i
   void (*exp2)(double* x, int64_t n);

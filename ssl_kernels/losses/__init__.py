@@ -2,5 +2,6 @@
 
 from ssl_kernels.losses.nt_xent import nt_xent_loss
 from ssl_kernels.losses.siglip import siglip_loss
+from ssl_kernels.losses.triplet import triplet_loss
 
-__all__ = ["nt_xent_loss", "siglip_loss"]
+__all__ = ["nt_xent_loss", "siglip_loss", "triplet_loss"]

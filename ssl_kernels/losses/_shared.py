@@ -1,6 +1,7 @@
 """What the losses share: dtypes under autocast, scalars, reductions."""
 
 import torch
+import torch.nn.functional as F
 
 from ssl_kernels.ops.library import accumulation_dtype
 
@@ -31,6 +32,12 @@ def inverse(temperature, like):
     if isinstance(temperature, torch.Tensor):
         return 1 / as_scalar(temperature, like)
     return as_scalar(1 / temperature, like)
+
+
+def unit_rows(x, normalize):
+    """Rows in the accumulation dtype, L2-normalised if asked: for the terms that cost O(N · D)."""
+    x = x.to(accumulation_dtype(x))
+    return F.normalize(x, dim=-1) if normalize else x
 
 
 def reduce(loss, reduction, like):

@@ -1,5 +1,5 @@
 """The losses as modules."""
 
-from ssl_kernels.nn.losses import NTXentLoss, SigLIPLoss
+from ssl_kernels.nn.losses import NTXentLoss, SigLIPLoss, TripletLoss
 
-__all__ = ["NTXentLoss", "SigLIPLoss"]
+__all__ = ["NTXentLoss", "SigLIPLoss", "TripletLoss"]

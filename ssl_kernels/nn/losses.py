@@ -60,3 +60,34 @@ class SigLIPLoss(Loss):
 
     def forward(self, image_features, text_features):
         return losses.siglip_loss(image_features, text_features, **self.options)
+
+
+class TripletLoss(Loss):
+    """`ssl_kernels.triplet_loss` as a module: `TripletLoss(margin=0.2)(embeddings, labels)`.
+
+    Args:
+        margin: >= 0, a float, a 0-d tensor, or an `nn.Parameter` to learn it.
+        mining, distance, normalize, reduction, backend: As in `triplet_loss`.
+    """
+
+    def __init__(
+        self,
+        margin=0.2,
+        *,
+        mining="batch_hard",
+        distance="euclidean",
+        normalize=True,
+        reduction="mean",
+        backend=None,
+    ):
+        super().__init__(
+            margin=margin,
+            mining=mining,
+            distance=distance,
+            normalize=normalize,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    def forward(self, embeddings, labels):
+        return losses.triplet_loss(embeddings, labels, **self.options)

@@ -275,7 +275,7 @@ def instruction_set_calls():
         yield random_call(70, 83, 37, dtype, total=total, bias=bias, spread=0.5, normalize_rows=False)
 
 
-@pytest.mark.parametrize("instruction_set", ["portable", "avx2"])
+@pytest.mark.parametrize("instruction_set", [pytest.param("portable", marks=pytest.mark.slow), "avx2"])
 def test_narrower_instruction_sets(instruction_set, tmp_path):
     if instruction_set == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("the processor has no AVX2")

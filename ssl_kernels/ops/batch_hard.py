@@ -1,0 +1,66 @@
+"""`batch_hard`: the hardest positive and negative of each row over streamed tiles. docs/batch_hard.md has the rules."""
+
+import torch
+
+from ssl_kernels import backends
+from ssl_kernels.chunked import batch_hard as chunked
+from ssl_kernels.ops.library import accumulation_dtype, define, library
+from ssl_kernels.reference import batch_hard as reference
+
+DISTANCES = ("euclidean", "cosine")
+
+
+def _fake(overload, embeddings, labels, normalize, distance):
+    return tuple(embeddings.new_empty(embeddings.shape[0], dtype=torch.int64) for _ in range(2))
+
+
+_mine = define(
+    "batch_hard",
+    "(Tensor embeddings, Tensor labels, bool normalize, str distance)"
+    " -> (Tensor positive_index, Tensor negative_index)",
+    _fake,
+)
+
+library.impl("batch_hard.chunked", chunked.batch_hard, "CompositeExplicitAutograd")
+
+
+def unsupported(backend, embeddings, labels=None):
+    """Why `backend` cannot run this call, or None if it can."""
+    if backend in ("chunked", "reference"):
+        return None
+    if backend == "triton":
+        return "batch_hard has no Triton kernel"
+    if backends.extension is None:
+        return backends.extension_missing
+    device = embeddings.device.type
+    return None if device == "cpu" else f"batch_hard has native kernels on cpu alone, not on {device}"
+
+
+backends.register_operation("batch_hard", unsupported)
+
+
+def batch_hard(
+    embeddings, labels, *, normalize=True, distance="euclidean", backend=None, caller="batch_hard"
+):
+    """Index of each row's farthest row of its own label, and of the nearest row of another label.
+
+    What `triplet_loss` is made of. Checks of the user's input are the loss's; docs/batch_hard.md is the contract.
+
+    Args:
+        embeddings: (N, D), float64, float32, float16 or bfloat16, any strides. Gets no gradient.
+        labels: (N,) int64, on the device of embeddings.
+        normalize: L2-normalise first, as F.normalize does.
+        distance: One of `DISTANCES`.
+        backend: One of `backends.BACKENDS`, or None.
+        caller: Named in error messages.
+
+    Returns:
+        positive_index, negative_index: (N,) int64, −1 where a row has none. Of equal distances the lowest index.
+    """
+    chosen = backends.choose_backend("batch_hard", backend, caller, embeddings, labels)
+    embeddings = embeddings.detach()
+    if chosen == "reference":
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings = embeddings.to(accumulation_dtype(embeddings))
+            return reference.batch_hard(embeddings, labels, normalize, distance)
+    return _mine[chosen](embeddings, labels, normalize, distance)

@@ -1,0 +1,275 @@
+"""triplet_loss and nn.TripletLoss: the paper's formula, anchors without triplets, memory, bad input."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ssl_kernels
+from ssl_kernels import triplet_loss
+from ssl_kernels.recipes.memory import peak_memory
+from tests.helpers import BACKENDS, DTYPES, OPERATORS, random_rows, same_bits, saved_bytes
+
+MB = 1 << 20
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_distance = pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+
+
+def labels_of(n, classes):
+    return torch.randint(classes, (n,), generator=torch.Generator().manual_seed(n))
+
+
+def by_definition(x, labels, margin, distance):
+    """Loss of each anchor, None for those without a positive or a negative: equation 5 of arXiv:1703.07737 by loops."""
+    rows, losses = x.tolist(), []
+
+    def between(a, b):
+        cosine = sum(p * q for p, q in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
+        if distance == "cosine":
+            return 1 - cosine
+        return math.sqrt(max(0.0, 2 - 2 * cosine))  # of unit rows
+
+    for i, own in enumerate(labels.tolist()):
+        others = [(j, label) for j, label in enumerate(labels.tolist()) if j != i]
+        positives = [between(rows[i], rows[j]) for j, label in others if label == own]
+        negatives = [between(rows[i], rows[j]) for j, label in others if label != own]
+        complete = positives and negatives
+        losses.append(max(0.0, margin + max(positives) - min(negatives)) if complete else None)
+    return losses
+
+
+def dense_triplet(embeddings, labels, margin=0.2, distance="euclidean", normalize=True):
+    """N × N distances from explicit differences; one loss an anchor, NaN without a triplet."""
+    x = F.normalize(embeddings, dim=1) if normalize else embeddings
+    if distance == "cosine":
+        distances = 1 - x @ x.T
+    else:
+        distances = (x[:, None] - x[None]).square().sum(2)
+        distances = distances.where(distances > 0, 0)
+        distances = torch.where(distances > 0, distances, 1).sqrt().where(distances > 0, 0)
+    same = labels[:, None] == labels
+    positive = same & ~torch.eye(len(x), dtype=torch.bool)
+    far = distances.masked_fill(~positive, -torch.inf).max(1).values
+    near = distances.masked_fill(same, torch.inf).min(1).values
+    return torch.relu(far - near + margin).masked_fill(~positive.any(1) | same.all(1), torch.nan)
+
+
+@every_backend
+@every_distance
+@pytest.mark.parametrize("n, classes", [(2, 1), (3, 2), (9, 3), (20, 12)])
+def test_value_is_the_papers(backend, distance, n, classes):
+    x, labels = random_rows(n, 4, torch.float64), labels_of(n, classes)
+    expected = by_definition(x, labels, 0.3, distance)
+    options = {"margin": 0.3, "distance": distance, "backend": backend}
+    each = triplet_loss(x, labels, reduction="none", **options)
+    assert each.tolist() == pytest.approx([loss or 0.0 for loss in expected], rel=1e-12, abs=1e-12)
+    counted = [loss for loss in expected if loss is not None]
+    total, mean = math.fsum(counted), math.fsum(counted) / max(1, len(counted))
+    assert triplet_loss(x, labels, reduction="sum", **options).item() == pytest.approx(total)
+    assert triplet_loss(x, labels, **options).item() == pytest.approx(mean)
+
+
+@every_backend
+@every_distance
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gradients_are_those_of_the_dense_loss(backend, distance, normalize):
+    x, labels = random_rows(150, 7, torch.float64).requires_grad_(), labels_of(150, 40)
+    margin = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    weight = random_rows(150, 1, torch.float64)[:, 0]
+    dense = dense_triplet(x, labels, margin, distance, normalize)
+    complete = ~dense.isnan()
+    assert 0 < complete.sum() < 150
+    options = {"distance": distance, "normalize": normalize, "backend": backend}
+    for ours, plain in (
+        (triplet_loss(x, labels, margin, **options), dense[complete].mean()),
+        (triplet_loss(x, labels, margin, reduction="sum", **options), dense[complete].sum()),
+        (
+            (weight * triplet_loss(x, labels, margin, reduction="none", **options)).sum(),
+            (weight * dense)[complete].sum(),
+        ),
+    ):
+        torch.testing.assert_close(ours, plain)
+        found = torch.autograd.grad(ours, (x, margin))
+        expected = torch.autograd.grad(plain, (x, margin), retain_graph=True)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_as_accurate_as_its_dtype(backend, dtype):
+    x, labels = random_rows(130, 33, dtype), labels_of(130, 30)
+    truth = dense_triplet(x.double(), labels).nanmean().item()
+    found = triplet_loss(x, labels, backend=backend)
+    assert found.item() == pytest.approx(truth, rel=1e-5)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_dtype_and_shape(backend, dtype, reduction):
+    x = random_rows(9, 8, dtype).requires_grad_()
+    loss = triplet_loss(x, torch.arange(9) % 3, reduction=reduction, backend=backend)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert loss.shape == ((9,) if reduction == "none" else ())
+    loss.sum().backward()
+    assert x.grad.dtype == dtype and x.grad.shape == x.shape
+
+
+@every_backend
+@every_distance
+def test_gradcheck(backend, distance):
+    x = random_rows(6, 3, torch.float64).requires_grad_()
+    labels = torch.tensor([0, 0, 1, 1, 0, 2])
+    margin = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+    for reduction in ("mean", "none"):
+
+        def loss(x, margin, reduction=reduction):
+            options = {"reduction": reduction, "distance": distance, "backend": backend}
+            return triplet_loss(x, labels, margin, **options)
+
+        assert torch.autograd.gradcheck(loss, (x, margin))
+        assert torch.autograd.gradgradcheck(loss, (x, margin))
+
+
+@every_backend
+@every_distance
+@pytest.mark.parametrize(
+    "labels", [torch.arange(5), torch.zeros(5, dtype=torch.int64)], ids=["alone", "same"]
+)
+def test_no_triplet_at_all_is_0_with_gradient_0(backend, distance, labels):
+    for n in (1, 5):
+        x = random_rows(n, 4).requires_grad_()
+        for reduction in ("mean", "sum", "none"):
+            options = {"distance": distance, "reduction": reduction, "backend": backend}
+            loss = triplet_loss(x, labels[:n], **options)
+            assert (loss == 0).all()
+            (grad,) = torch.autograd.grad(loss.sum(), x)
+            assert (grad == 0).all()
+
+
+@every_backend
+@every_distance
+def test_equal_rows_have_finite_gradients(backend, distance):
+    """At distance 0 the gradient of the distance is 0."""
+    x = torch.ones(8, 3, requires_grad=True)
+    loss = triplet_loss(x, torch.arange(8) % 2, 0.5, distance=distance, backend=backend)
+    assert loss.item() == pytest.approx(0.5, abs=1e-6)
+    assert torch.autograd.grad(loss, x)[0].isfinite().all()
+
+
+@every_backend
+@every_distance
+def test_width_one_zero_rows_and_float16_near_overflow(backend, distance):
+    narrow = torch.tensor([[3.0], [-2.0], [0.0], [5.0]], dtype=torch.float64)
+    labels = torch.tensor([0, 0, 1, 1])
+    for x in (narrow, narrow.expand(4, 3) * 1e4):
+        x = x.half().double()
+        expected = dense_triplet(x, labels, distance=distance).mean().item()
+        leaf = x.half().requires_grad_()
+        loss = triplet_loss(leaf, labels, distance=distance, backend=backend)
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+        (grad,) = torch.autograd.grad(loss, leaf)
+        assert (
+            grad[[0, 1, 3]].isfinite().all()
+        )  # that of a row of zeros is 1e12 times another's, beyond float16
+
+
+@every_backend
+@every_distance
+def test_nan_reaches_the_loss(backend, distance):
+    x, labels = random_rows(300, 8), labels_of(300, 20)
+    x[280, 3] = torch.nan
+    assert triplet_loss(x, labels, distance=distance, backend=backend).isnan()
+    each = triplet_loss(x, labels, reduction="none", distance=distance, backend=backend)
+    assert each.isnan().all()
+
+
+@every_backend
+def test_gradient_is_the_same_bit_for_bit(backend):
+    x, labels = random_rows(700, 40).requires_grad_(), labels_of(700, 9)
+    first = torch.autograd.grad(triplet_loss(x, labels, 2.0, backend=backend), x)[0]
+    for _ in range(3):
+        again = torch.autograd.grad(triplet_loss(x, labels, 2.0, backend=backend), x)[0]
+        assert same_bits(first, again)
+
+
+@every_backend
+def test_labels_of_any_integer_type(backend):
+    x, labels = random_rows(30, 8), labels_of(30, 4)
+    expected = triplet_loss(x, labels, backend=backend)
+    for dtype in (torch.int32, torch.uint8, torch.int16):
+        assert same_bits(triplet_loss(x, labels.to(dtype), backend=backend), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@every_backend
+@every_distance
+def test_compiles_without_a_graph_break(backend, distance):
+    torch._dynamo.reset()
+    loss = ssl_kernels.nn.TripletLoss(0.5, distance=distance, backend=backend)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    x, labels = random_rows(12, 8).requires_grad_(), torch.arange(12) % 4
+    found, eager = (torch.autograd.grad(f(x, labels), x)[0] for f in (compiled, loss))
+    torch.testing.assert_close(found, eager)
+
+
+@pytest.mark.parametrize("backend", OPERATORS)
+def test_memory_is_far_from_the_matrix_of_distances(backend):
+    """At N = 4096 the distances alone would be 64 MB."""
+    x, labels = random_rows(4096, 16).requires_grad_(), labels_of(4096, 500)
+    assert saved_bytes(triplet_loss, x, labels, backend=backend) < 10 * x.nbytes
+    if backend == "native":
+        assert peak_memory(lambda: triplet_loss(x, labels, backend=backend).backward()) < 16 * x.nbytes
+
+
+def test_module_is_the_function():
+    x, labels = random_rows(20, 8), labels_of(20, 4)
+    for options in ({}, {"normalize": False}, {"reduction": "none"}, {"distance": "cosine"}):
+        assert same_bits(
+            ssl_kernels.nn.TripletLoss(0.4, **options)(x, labels), triplet_loss(x, labels, 0.4, **options)
+        )
+    module = ssl_kernels.nn.TripletLoss(nn.Parameter(torch.tensor(0.4)))
+    assert list(module.state_dict()) == ["margin"]
+
+
+Z, LABELS = torch.ones(4, 8), torch.arange(4)
+BAD_CALLS = {
+    "list": (TypeError, "embeddings must be a tensor, got list", ([[1.0]], LABELS)),
+    "integers": (TypeError, "embeddings must be .*, got int64", (Z.long(), LABELS)),
+    "empty": (ValueError, r"embeddings must have .*, got \(0, 8\)", (Z[:0], LABELS[:0])),
+    "labels list": (TypeError, "labels must be a tensor, got list", (Z, [0, 1, 2, 3])),
+    "labels float": (TypeError, "labels must be an integer tensor, got float32", (Z, LABELS.float())),
+    "labels bool": (TypeError, "labels must be an integer tensor, got bool", (Z, LABELS.bool())),
+    "labels short": (ValueError, r"labels must have shape \(4,\), got \(3,\)", (Z, LABELS[:3])),
+    "labels 2-d": (ValueError, r"labels must have shape \(4,\), got \(4, 1\)", (Z, LABELS[:, None])),
+    "labels elsewhere": (ValueError, "labels must be on cpu, got meta", (Z, LABELS.to("meta"))),
+    "margin negative": (ValueError, "margin must be >= 0, got -1", (Z, LABELS, -1)),
+    "margin nan": (ValueError, "margin must be finite, got nan", (Z, LABELS, math.nan)),
+    "margin str": (TypeError, "margin must be a number or a 0-d tensor, got str", (Z, LABELS, "1")),
+}
+BAD_OPTIONS = {
+    "mining": ("mining must be \"batch_hard\", got 'all'", {"mining": "all"}),
+    "distance": (
+        'distance must be "euclidean" or "cosine", got \'squared\'',
+        {"distance": "squared"},
+    ),
+    "reduction": ("reduction must be .*, got 'avg'", {"reduction": "avg"}),
+    "backend": ('backend "triton" cannot run this call: ', {"backend": "triton"}),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_input_is_named(name):
+    error, message, arguments = BAD_CALLS[name]
+    with pytest.raises(error, match=f"^triplet_loss: {message}"):
+        triplet_loss(*arguments)
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_option_is_named(name):
+    message, options = BAD_OPTIONS[name]
+    with pytest.raises(ValueError, match=f"^triplet_loss: {message}"):
+        triplet_loss(Z, LABELS, **options)
