@@ -90,9 +90,9 @@ def dump(cuobjdump, binaries, arch, what):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def resource_report(text):
-    """{kernel: {"REG": 40, "STACK": 0, ...}}"""
-    pairs = re.findall(r"Function (\S*ssl_kernels\S*):\s+(REG:.*)", text)
+def resource_report(text, room=r"ssl_kernels(?!6mixing)"):
+    """{kernel: {"REG": 40, "STACK": 0, ...}} of the kernels of a namespace."""
+    pairs = re.findall(rf"Function (\S*{room}\S*):\s+(REG:.*)", text)
     return {
         name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)} for name, line in pairs
     }
