@@ -14,10 +14,10 @@
 #include "tile_math.h"
 
 // Dispatches over the four storage types: `scalar_t` is the storage type, `acc_t` what is computed in.
-#define SSL_KERNELS_DISPATCH(dtype, name, ...)                                           \
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, name, [&] {           \
-    using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;   \
-    return __VA_ARGS__();                                                                \
+#define SSL_KERNELS_DISPATCH(dtype, name, ...)                                                          \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, name, [&] {                          \
+    using acc_t [[maybe_unused]] = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>; \
+    return __VA_ARGS__();                                                                               \
   })
 
 namespace ssl_kernels::cpu {

@@ -1,0 +1,71 @@
+// Elementwise work of the mixing operations on runs of consecutive elements, in a version for each instruction set.
+//
+// S is the storage type, T what is computed in (float, double for double); every result is rounded once, to nearest even.
+// The loops live in mixing_math.inc and are compiled three times; the functions below pick at run time.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace ssl_kernels::cpu {
+
+template <class S>
+using Accumulation = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+template <class S>
+struct MixingMath {
+  using T = Accumulation<S>;
+
+  // out_i = a x_i + b y_i; out may be x or y.
+  void (*mix)(S* out, const S* x, T a, const S* y, T b, int64_t n);
+
+  // The same past the caches, for results larger than they are; out is neither x nor y.
+  void (*mix_to_memory)(S* out, const S* x, T a, const S* y, T b, int64_t n);
+
+  // out_i = a x_i; out may be x.
+  void (*scale)(S* out, const S* x, T a, int64_t n);
+
+  // out_i = out_i + x_i
+  void (*add)(S* out, const S* x, int64_t n);
+
+  // sum_i g_i (x_i - y_i)
+  double (*difference_dot)(const S* g, const S* x, const S* y, int64_t n);
+};
+
+template <class S>
+struct NormalizeMath {
+  // out_i = a u_i + b v_i + shift
+  void (*plane)(S* out, const uint8_t* u, float a, const uint8_t* v, float b, float shift, int64_t n);
+
+  // out_i = scale_i (a u_i + b v_i) + shift_i
+  void (*pixels)(S* out, const uint8_t* u, float a, const uint8_t* v, float b, const float* scale, const float* shift,
+                 int64_t n);
+};
+
+template <class T>
+struct LogitSums {
+  T top;             // the largest
+  double exp_total;  // sum_i exp(z_i - top)
+  double total;      // sum_i z_i
+};
+
+template <class S>
+struct CrossEntropyMath {
+  using T = Accumulation<S>;
+
+  LogitSums<T> (*sums)(const S* z, int64_t n);
+
+  // out_i = weight exp(z_i - shift) - offset
+  void (*gradient)(S* out, const S* z, T shift, T weight, T offset, int64_t n);
+};
+
+template <class S>
+const MixingMath<S>& mixing_math();
+
+template <class S>
+const NormalizeMath<S>& normalize_math();
+
+template <class S>
+const CrossEntropyMath<S>& cross_entropy_math();
+
+}  // namespace ssl_kernels::cpu
