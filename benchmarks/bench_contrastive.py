@@ -68,12 +68,12 @@ def our_implementations(loss, inputs, on_backend):
     ]
 
 
-def workloads(options):
-    """Functions that make the workloads `options` ask for, by rising size."""
+def workloads(options, losses=LOSSES):
+    """Functions that make the workloads of `losses` that `options` ask for, by rising size."""
     sizes = options.batch_sizes or (QUICK_BATCH_SIZES if options.quick else BATCH_SIZES)
     dim = options.dim or DIM
 
     def maker(loss, batch_size):
         return lambda: loss(batch_size, dim, options.dtype, options.device)
 
-    return [maker(loss, batch_size) for loss in LOSSES for batch_size in sorted(sizes)]
+    return [maker(loss, batch_size) for loss in losses for batch_size in sorted(sizes)]

@@ -1,6 +1,7 @@
 """What people use today: the implementations that ours are compared with."""
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks.harness import Implementation
 from ssl_kernels.recipes.baseline import plain_nt_xent_loss
@@ -39,3 +40,68 @@ def lightly_nt_xent(temperature, extra_bytes):
     except ImportError:
         return Implementation("lightly", None, baseline=True, missing="lightly is not installed")
     return Implementation("lightly", NTXentLoss(temperature), baseline=True, extra_bytes=extra_bytes)
+
+
+def plain_siglip_loss(image_features, text_features, logit_scale, logit_bias):
+    """SigLIP as open_clip writes it, in one process."""
+    x, y = F.normalize(image_features, dim=1), F.normalize(text_features, dim=1)
+    logits = (logit_scale * x @ y.T + logit_bias).to(x.dtype)
+    labels = 2 * torch.eye(len(x), device=x.device, dtype=x.dtype) - torch.ones_like(logits)
+    return -F.logsigmoid(labels * logits).sum(dtype=logit_scale.dtype) / len(x)
+
+
+def siglip_peers(logits_bytes):
+    """Baselines of SigLIP: plain PyTorch, the same compiled.
+
+    Args:
+        logits_bytes: Of one N × N matrix.
+    """
+    extra_bytes = MATRICES_OF_LOGITS * logits_bytes
+    return [
+        Implementation("plain PyTorch", plain_siglip_loss, baseline=True, extra_bytes=extra_bytes),
+        Implementation("torch.compile", compiled(plain_siglip_loss), baseline=True, extra_bytes=extra_bytes),
+    ]
+
+
+def plain_triplet_loss(embeddings, labels, margin=0.2):
+    """Batch-hard triplet loss from the dense matrix of distances; every label has two rows at least.
+
+    In float32 whatever the dtype of the rows: in less the hardest rows are others.
+    """
+    x = F.normalize(embeddings.float() if embeddings.dtype.itemsize < 4 else embeddings, dim=1)
+    squares = x.square().sum(1)
+    squared = (squares[:, None] + squares - 2 * x @ x.T).clamp(min=0)
+    zero = squared == 0
+    distances = (squared + zero * 1e-16).sqrt() * ~zero
+    return _hardest_of(distances, labels, margin)
+
+
+def cdist_triplet_loss(embeddings, labels, margin=0.2):
+    """The same over torch.cdist."""
+    x = F.normalize(embeddings.float() if embeddings.dtype.itemsize < 4 else embeddings, dim=1)
+    return _hardest_of(torch.cdist(x, x), labels, margin)
+
+
+def _hardest_of(distances, labels, margin):
+    same = labels[:, None] == labels
+    farthest = (distances * same).max(1).values
+    nearest = distances.masked_fill(same, torch.inf).min(1).values
+    return F.relu(farthest - nearest + margin).mean()
+
+
+def triplet_peers(distances_bytes):
+    """Baselines of the batch-hard triplet loss: plain PyTorch, the same compiled, torch.cdist.
+
+    Args:
+        distances_bytes: Of one N × N matrix.
+    """
+    extra_bytes = MATRICES_OF_LOGITS * distances_bytes
+    functions = {
+        "plain PyTorch": plain_triplet_loss,
+        "torch.compile": compiled(plain_triplet_loss),
+        "torch.cdist": cdist_triplet_loss,
+    }
+    return [
+        Implementation(name, function, baseline=True, extra_bytes=extra_bytes)
+        for name, function in functions.items()
+    ]

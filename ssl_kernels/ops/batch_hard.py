@@ -24,7 +24,7 @@ _mine = define(
 library.impl("batch_hard.chunked", chunked.batch_hard, "CompositeExplicitAutograd")
 
 
-def unsupported(backend, embeddings, labels=None):
+def unsupported(backend, embeddings, labels=None, *scalars):
     """Why `backend` cannot run this call, or None if it can."""
     if backend in ("chunked", "reference"):
         return None

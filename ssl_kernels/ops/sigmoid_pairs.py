@@ -75,7 +75,7 @@ library.impl("sigmoid_pairs_fwd.chunked", chunked.sigmoid_pairs_fwd, "CompositeE
 library.impl("sigmoid_pairs_bwd.chunked", chunked.sigmoid_pairs_bwd, "CompositeExplicitAutograd")
 
 
-def unsupported(backend, rows, columns=None):
+def unsupported(backend, rows, columns=None, *scalars):
     """Why `backend` cannot run this call, or None if it can."""
     if backend in ("chunked", "reference"):
         return None

@@ -203,3 +203,8 @@ def test_bad_option_is_named():
         siglip_loss(Z, Z, 10.0, -10.0, reduction="avg")
     with pytest.raises(ValueError, match=r'^siglip_loss: backend "triton" cannot run this call: '):
         siglip_loss(Z, Z, 10.0, -10.0, backend="triton")
+
+
+def test_backends_for_takes_the_calls_arguments():
+    arguments = (Z, Z, torch.tensor(10.0), torch.tensor(-10.0))
+    assert ssl_kernels.backends_for(siglip_loss, *arguments)["chunked"] is None

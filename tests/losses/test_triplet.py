@@ -273,3 +273,7 @@ def test_bad_option_is_named(name):
     message, options = BAD_OPTIONS[name]
     with pytest.raises(ValueError, match=f"^triplet_loss: {message}"):
         triplet_loss(Z, LABELS, **options)
+
+
+def test_backends_for_takes_the_calls_arguments():
+    assert ssl_kernels.backends_for(triplet_loss, Z, LABELS, torch.tensor(0.2))["chunked"] is None
