@@ -75,7 +75,7 @@ void expectation_pass(Launcher& launcher, const ContrastiveArgs& args,
   const acc_t* coefficient_scale = nullptr;
   if constexpr (Shape::kScaled) {
     auto* result = launcher.scratch<acc_t>(1);
-    launcher.launch(contrastive_coefficient_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, acc_t(1),
+    launcher.launch(coefficient_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, acc_t(1),
                     nullptr, int64_t{0}, nullptr, problem.other.rnorm, problem.other.count, nullptr, int64_t{0},
                     int64_t{0}, result);
     coefficient_scale = result;
@@ -86,19 +86,6 @@ void expectation_pass(Launcher& launcher, const ContrastiveArgs& args,
   launcher.launch(contrastive_expectation_merge_kernel<acc_t>, blocks_for(rows, kRowWarps),
                   kRowWarps * kWarpSize, 0, partial_sums, partial, parts, problem.width, rows, args.D,
                   problem.scale, coefficient_scale, lse, expectation);
-}
-
-// Calls f with the narrowest accumulator that holds D, as kWarpsM and kSliceChunks of a ProductShape, so that
-// s is computed once where one block can hold a whole row.
-template <typename scalar_t, typename F>
-void with_shape_for_width(int64_t D, F f) {
-  if constexpr (sizeof(scalar_t) == 2) {
-    if (D <= 128) return f(Constant<4>(), Constant<2>());
-    if (D <= 256) return f(Constant<4>(), Constant<4>());
-    return f(Constant<2>(), Constant<8>());
-  } else {
-    return f(Constant<4>(), Constant<8>());
-  }
 }
 
 template <typename Engine>
@@ -165,14 +152,14 @@ void backward_pass(Launcher& launcher, const ContrastiveArgs& args,
   acc_t* coefficient_scale = nullptr;
   if constexpr (Shape::kScaled) {
     coefficient_scale = launcher.scratch<acc_t>(1);
-    launcher.launch(contrastive_coefficient_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, acc_t(0),
+    launcher.launch(coefficient_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, acc_t(0),
                     own.weight, own.count, other.weight, other.rnorm, other.count, grad_positive_logits, args.N * args.P,
                     args.P, coefficient_scale);
   }
   launcher.launch(contrastive_bwd_kernel<Shape, Engine>, dim3(row_blocks, parts, slices), Shape::kThreads,
                   Shape::shared_bytes(std::min(chunks, kOwnerSlots)), problem, grad_positive_logits,
                   static_cast<const acc_t*>(coefficient_scale), partial);
-  launcher.launch(finish_rows_kernel<scalar_t, acc_t>, blocks_for(own.count, kRowWarps),
+  launcher.launch(finish_rows_kernel<scalar_t, acc_t, scalar_t>, blocks_for(own.count, kRowWarps),
                   kRowWarps * kWarpSize, 0, static_cast<const acc_t*>(partial), parts, problem.width,
                   matrix.strided(), own.count, args.D, own.rnorm, problem.scale,
                   static_cast<const acc_t*>(coefficient_scale), grad, dots);
@@ -203,7 +190,7 @@ void backward(Launcher& launcher, const ContrastiveBwdArgs& args) {
                     common.normalize_columns ? static_cast<const acc_t*>(args.column_rnorm) : nullptr, common.N,
                     common.M, common.D, common.positives, common.P, args.grad_lse, grad_positive_logits,
                     static_cast<const acc_t*>(common.scale), static_cast<scalar_t*>(args.grad_rows), dots);
-    launcher.launch(sum_rows_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, dots, common.N, acc_t(1),
+    launcher.launch(sum_rows_kernel<acc_t, acc_t>, 1, kBlockWarps * kWarpSize, 0, dots, common.N, acc_t(1),
                     static_cast<acc_t*>(args.grad_scale));
     return;
   }
@@ -241,7 +228,7 @@ void backward(Launcher& launcher, const ContrastiveBwdArgs& args) {
       }
     }
   }
-  launcher.launch(sum_rows_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, dots, dot_count,
+  launcher.launch(sum_rows_kernel<acc_t, acc_t>, 1, kBlockWarps * kWarpSize, 0, dots, dot_count,
                   square ? acc_t(0.5) : acc_t(1), static_cast<acc_t*>(args.grad_scale));
 }
 
@@ -258,17 +245,7 @@ void run(Launcher& launcher, const ContrastiveBwdArgs& args) {
 template <typename Args>
 Launcher dispatch(const Args& args, cudaStream_t stream, bool dry) {
   Launcher launcher(args.common.workspace, stream, dry);
-  switch (args.common.dtype) {
-    case kContrastiveFloat64: run<FmaEngine<double>>(launcher, args); break;
-    case kContrastiveFloat16: run<MmaEngine<__half>>(launcher, args); break;
-    case kContrastiveBFloat16: run<MmaEngine<__nv_bfloat16>>(launcher, args); break;
-    default:
-      if (args.common.allow_tf32) {
-        run<MmaEngine<float>>(launcher, args);
-      } else {
-        run<FmaEngine<float>>(launcher, args);
-      }
-  }
+  with_engine(args.common.dtype, args.common.allow_tf32, [&](auto engine) { run<decltype(engine)>(launcher, args); });
   return launcher;
 }
 

@@ -17,8 +17,6 @@
 namespace ssl_kernels {
 namespace contrastive {
 
-constexpr double kZeroRowRnorm = 1e11;  // half rows with a larger 1 / norm are zero
-
 template <typename scalar_t, typename acc_t>
 struct Side : Operand<scalar_t, acc_t> {
   const int64_t* ids;        // null: no exclusion by id
@@ -286,19 +284,6 @@ __global__ void contrastive_terms_kernel(const double* lse, const double* grad_l
   weight[row] = static_cast<acc_t>(grad_lse[row] * Math<double>::exp2(rounded - exact));
 }
 
-// What a column's coefficients are multiplied by before they are rounded: its norm and, for half, a factor that
-// brings their bound near 2^15. A zero row's 1e12 would overflow half, and multiplies zeros only.
-template <bool kScaled, typename acc_t>
-__device__ __forceinline__ Pair<acc_t> coefficient_factor(Pair<acc_t> rnorm, acc_t c_scale) {
-  if constexpr (kScaled) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      rnorm.value[e] = rnorm.value[e] > acc_t(kZeroRowRnorm) ? acc_t(0) : rnorm.value[e] * c_scale;
-    }
-  }
-  return rnorm;
-}
-
 template <typename Shape, typename Engine>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     contrastive_bwd_kernel(const Problem<typename Engine::scalar_t, typename Engine::acc_t> problem,
@@ -406,40 +391,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     walk.accumulate(g);
   }
   walk.store(g, partial);
-}
-
-// A power of two that brings the largest possible coefficient of a pass near 2^15, for half operands:
-// bound = (constant + max |w_own| + max |w_other| + 2 P max |q|) * max rnorm_other over rows that are not
-// zero. One block.
-template <typename acc_t>
-__global__ void __launch_bounds__(kBlockWarps* kWarpSize)
-    contrastive_coefficient_scale_kernel(acc_t constant, const acc_t* own_weight, int64_t own_count,
-                                         const acc_t* other_weight, const acc_t* other_rnorm,
-                                         int64_t other_count, const double* grad_positive_logits,
-                                         int64_t positive_count, int64_t P, acc_t* result) {
-  __shared__ acc_t scratch[4][kBlockWarps];
-  const acc_t infinity = Math<acc_t>::infinity();
-  auto largest = [&](const auto* values, int64_t count, acc_t limit, acc_t* part) {
-    acc_t x = acc_t(0);
-    if (values) {
-      for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
-        const acc_t value = Math<acc_t>::abs(static_cast<acc_t>(values[i]));
-        if (value < limit) x = Math<acc_t>::max(x, value);
-      }
-    }
-    return block_max<kBlockWarps>(x, part);
-  };
-  const acc_t own_bound = largest(own_weight, own_count, infinity, scratch[0]);
-  const acc_t other_bound = largest(other_weight, other_count, infinity, scratch[1]);
-  const acc_t positive_bound = largest(grad_positive_logits, positive_count, infinity, scratch[2]);
-  const acc_t rnorm_bound = largest(other_rnorm, other_count, acc_t(kZeroRowRnorm), scratch[3]);
-  if (threadIdx.x == 0) {
-    const acc_t bound = (constant + own_bound + other_bound + 2 * acc_t(P) * positive_bound) *
-                        (other_rnorm ? rnorm_bound : acc_t(1));
-    int exponent = 0;
-    if (bound > acc_t(0) && bound < infinity) frexp(bound, &exponent);
-    *result = ldexp(acc_t(1), min(max(15 - exponent, -100), 100));
-  }
 }
 
 // ----------------------------------------------------------------------------------------------- expectation

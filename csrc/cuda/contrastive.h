@@ -7,20 +7,15 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "dtype.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-enum ContrastiveDtype {
-  kContrastiveFloat64 = 0,
-  kContrastiveFloat32 = 1,
-  kContrastiveFloat16 = 2,
-  kContrastiveBFloat16 = 3,
-};
-
 // What both directions share. acc_t is float, or double for float64.
 typedef struct {
-  int32_t dtype;           // ContrastiveDtype of rows and columns
+  int32_t dtype;           // Dtype of rows and columns
   int32_t normalize_rows;  // the booleans of the operator
   int32_t normalize_columns;
   int32_t keep_diagonal;

@@ -8,7 +8,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
+#include "dtype.h"
 #include "rows.cuh"
 #include "tile_walk.cuh"
 
@@ -117,6 +119,32 @@ Operand<scalar_t, acc_t> prepare(Launcher& launcher, const Matrix<scalar_t>& mat
                     matrix.D, aligned, rnorm, packed, matrix.width());
   }
   return {aligned ? matrix.data : packed, aligned ? matrix.strides[0] : matrix.width(), matrix.count, rnorm};
+}
+
+// Calls f with the engine that multiplies operands of a Dtype.
+template <typename F>
+void with_engine(int dtype, bool allow_tf32, F f) {
+  switch (dtype) {
+    case kFloat64: return f(FmaEngine<double>());
+    case kFloat16: return f(MmaEngine<__half>());
+    case kBFloat16: return f(MmaEngine<__nv_bfloat16>());
+    default: break;
+  }
+  if (allow_tf32) return f(MmaEngine<float>());
+  return f(FmaEngine<float>());
+}
+
+// Calls f with the narrowest accumulator of a ProductShape that holds D, as its kWarpsM and kSliceChunks, so that
+// a tile is computed once where one block can hold a whole row.
+template <typename scalar_t, typename F>
+void with_shape_for_width(int64_t D, F f) {
+  if constexpr (sizeof(scalar_t) == 2) {
+    if (D <= 128) return f(Constant<4>(), Constant<2>());
+    if (D <= 256) return f(Constant<4>(), Constant<4>());
+    return f(Constant<2>(), Constant<8>());
+  } else {
+    return f(Constant<4>(), Constant<8>());
+  }
 }
 
 }  // namespace ssl_kernels

@@ -20,10 +20,10 @@ using Bwd = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 int dtype_code(at::ScalarType dtype) {
   switch (dtype) {
-    case at::kDouble: return kContrastiveFloat64;
-    case at::kFloat: return kContrastiveFloat32;
-    case at::kHalf: return kContrastiveFloat16;
-    case at::kBFloat16: return kContrastiveBFloat16;
+    case at::kDouble: return kFloat64;
+    case at::kFloat: return kFloat32;
+    case at::kHalf: return kFloat16;
+    case at::kBFloat16: return kBFloat16;
     default:
       TORCH_CHECK(false, "contrastive: rows must be float64, float32, float16 or bfloat16, got ", dtype);
   }

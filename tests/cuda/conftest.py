@@ -9,14 +9,14 @@ SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 
 
 @functools.cache
-def _library(gpu):
-    return gpu.cuda_library([SOURCES / "contrastive.cu"])
+def _library(gpu, source):
+    return gpu.cuda_library([SOURCES / source])
 
 
 @pytest.fixture
-def library(gpu, nvcc):
-    """The launchers of csrc/cuda/contrastive.h."""
-    return _library(gpu)
+def library(gpu, nvcc, request):
+    """The launchers of csrc/cuda/contrastive.h, or of the file that the test module names as SOURCE."""
+    return _library(gpu, getattr(request.module, "SOURCE", "contrastive.cu"))
 
 
 __all__ = ["gpu", "nvcc"]

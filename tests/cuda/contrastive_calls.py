@@ -5,9 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests.gpu_emulation import STREAM
-
-DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+from tests.cuda.launching import DTYPE_CODES, accumulation_dtype, address, launch, poisoned_on
 
 
 class Common(ctypes.Structure):
@@ -75,15 +73,11 @@ class Bwd(NamedTuple):
     grad_scale: torch.Tensor
 
 
-def accumulation_dtype(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def contrastive_fwd(library, call, *, expectation=False, splits=0, tf32=False, **options):
     """Runs the forward; returns (Fwd, launches). `options` go to `library.call`."""
     n, m, square = *_sizes(call), call.columns is None
     acc = accumulation_dtype(call.rows.dtype)
-    poisoned = _poisoned_on(call.rows.device)
+    poisoned = poisoned_on(call.rows.device)
     results = Fwd(
         lse=poisoned((n,), torch.float64),
         column_lse=poisoned((m,), torch.float64) if call.both_directions else None,
@@ -101,7 +95,7 @@ def contrastive_bwd(
     rows_need_grad=True, columns_need_grad=True, splits=0, tf32=False, **options,
 ):  # fmt: skip
     """Runs the backward; returns (Bwd, launches)."""
-    poisoned = _poisoned_on(call.rows.device)
+    poisoned = poisoned_on(call.rows.device)
     with_columns = columns_need_grad and call.columns is not None and fwd.expectation is None
     results = Bwd(
         grad_rows=poisoned(call.rows.shape, call.rows.dtype) if rows_need_grad else None,
@@ -127,17 +121,6 @@ def _sizes(call):
     return n, n if call.columns is None else call.columns.shape[0]
 
 
-def _poisoned_on(device):
-    def poisoned(shape, dtype):
-        return torch.full(shape, torch.nan, dtype=dtype, device=device)
-
-    return poisoned
-
-
-def _address(tensor):
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _run(library, function, args_type, call, results, inputs, splits, tf32, options):
     n, m = _sizes(call)
     tensors = {name: getattr(call, name) for name in (
@@ -157,17 +140,8 @@ def _run(library, function, args_type, call, results, inputs, splits, tf32, opti
         P=0 if call.positives is None else call.positives.shape[1],
         row_strides=(ctypes.c_int64 * 2)(*call.rows.stride()),
         column_strides=(ctypes.c_int64 * 2)(*(call.rows if call.columns is None else call.columns).stride()),
-        **{name: _address(tensor) for name, tensor in tensors.items()},
+        **{name: address(tensor) for name, tensor in tensors.items()},
     )
     written = results._asdict()
-    args = args_type(common=common, **{name: _address(t) for name, t in {**inputs, **written}.items()})
-    size = ctypes.c_size_t()
-    library.call(f"{function}_workspace", ctypes.byref(args), ctypes.byref(size))
-    workspace = torch.full((max(size.value, 1),), 0xFF, dtype=torch.uint8, device=call.rows.device)
-    args.common.workspace = workspace.data_ptr()
-    reads = {name: tensor for name, tensor in {**tensors, **inputs}.items() if tensor is not None}
-    writes = {name: tensor for name, tensor in written.items() if tensor is not None}
-    buffers = {**reads, **writes, "workspace": workspace}
-    return library.call(
-        function, ctypes.byref(args), STREAM, buffers=buffers, read_only=set(reads), **options
-    )
+    args = args_type(common=common, **{name: address(t) for name, t in {**inputs, **written}.items()})
+    return launch(library, function, args, {**tensors, **inputs}, written, **options)

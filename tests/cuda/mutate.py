@@ -81,7 +81,7 @@ MUTATIONS = [
     Mutation("finish: row mask", ROWS, "if (row >= count) return;", "", 1),
     Mutation("finish: no projection of tiny rows",
              ROWS, "rnorm && factor < acc_t(1) / Math<acc_t>::kNormEps", "rnorm"),
-    Mutation("half: zero rows' norms", KERNELS, "rnorm.value[e] > acc_t(kZeroRowRnorm) ? acc_t(0) : ", ""),
+    Mutation("half: zero rows' norms", ROWS, "rnorm.value[e] > acc_t(kZeroRowRnorm) ? acc_t(0) : ", ""),
     Mutation("half: scale taken out again",
              ROWS, "coefficient_scale ? acc_t(1) / *coefficient_scale : ", ""),
     Mutation("expectation: barrier of the maxima", KERNELS, BARRIER, nth=0),
@@ -147,11 +147,11 @@ def mutated_copy(folder, mutation=None):
     """Copies csrc/cuda into `folder` with the mutation; returns the .cu file."""
     copy = Path(folder) / "cuda"
     shutil.copytree(SOURCES, copy)
-    launchers = copy / LAUNCHERS
-    text = launchers.read_text()
+    engines = copy / "launcher.cuh"
+    text = engines.read_text()
     for engine in UNUSED_ENGINES:
-        text = text.replace(f"run<{engine}>(launcher, args);", "")
-    launchers.write_text(text)
+        text = text.replace(f"return f({engine}());", "return;")
+    engines.write_text(text)
     if mutation is not None:
         path = copy / mutation.file
         parts = path.read_text().split(mutation.old)
@@ -161,7 +161,7 @@ def mutated_copy(folder, mutation=None):
             )
         split = mutation.nth + 1
         path.write_text(mutation.old.join(parts[:split]) + mutation.new + mutation.old.join(parts[split:]))
-    return launchers
+    return copy / LAUNCHERS
 
 
 def build(mutation=None):

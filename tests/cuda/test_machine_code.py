@@ -48,6 +48,7 @@ KERNELS = {
     r"finish_rows_kernel": (256, 0, 4),
     r"merge_kernel": (256, 0, 4),
     r"terms_kernel": (256, 0, 4),
+    r"sum_parts_kernel": (256, 0, 4),
     r"sum_rows_kernel": (1024, 0, 1),
     r"coefficient_scale_kernel": (1024, 0, 1),
 }

@@ -1,0 +1,245 @@
+// Device code of `sigmoid_pairs` on the tile walk of tile_walk.cuh. One side owns the rows of the tiles, the
+// other side is walked:
+//
+//   z_ij = scale <x^_i, y^_j> + bias      u_ij = -z_ij for the positive pairs j = i + diagonal, else z_ij
+//   loss_ij = softplus(u_ij) = max(u_ij, 0) + log1p(e),  e = exp(-|u_ij|)
+//   A_ij = g (+-) 1 / (1 + exp(-u_ij)), minus for the positive pairs, g that of the row of the loss
+//
+// One exponential and one reciprocal serve both; softplus and sigma of the positive pairs are taken at -z.
+#pragma once
+
+#include <cstdint>
+
+#include "rows.cuh"
+#include "tile_walk.cuh"
+
+namespace ssl_kernels {
+namespace sigmoid_pairs {
+
+template <typename scalar_t, typename acc_t>
+struct Problem {
+  Operand<scalar_t, acc_t> own;
+  Operand<scalar_t, acc_t> other;
+  int64_t width;  // D padded to 16 bytes
+  const acc_t* scale;
+  const acc_t* bias;
+  int64_t diagonal;           // own row i and other row i + diagonal are a positive pair
+  const acc_t* own_weight;    // g of the own rows, or null
+  const acc_t* other_weight;  // g of the other rows, or null; 1 where both are
+};
+
+// Calls f(z, row, column, positive) for the elements inside the matrix of a warp's part of a tile of dot products,
+// at (row0, column0); row and column count from there. The elements outside become 0.
+template <int kNTiles, typename scalar_t, typename acc_t, typename F>
+__device__ __forceinline__ void for_each_pair(Fragment<acc_t, kNTiles>& c,
+                                              const Problem<scalar_t, acc_t>& problem, int64_t row0,
+                                              int64_t column0, acc_t scale, acc_t bias, F f) {
+  const int lane = threadIdx.x % kWarpSize;
+  constexpr int kColumns = kNTiles * 8;
+  const int rows = static_cast<int>(min(problem.own.count - row0, int64_t{kWarpRows}));
+  const int columns = static_cast<int>(min(problem.other.count - column0, int64_t{kColumns}));
+  const bool whole = rows == kWarpRows && columns == kColumns;
+  // Of the positive column of row 0; kColumns stands for any that meets no element.
+  const int64_t to_positive = row0 + problem.diagonal - column0;
+  const int offset = to_positive > -kWarpRows && to_positive < kColumns ? static_cast<int>(to_positive) : kColumns;
+#pragma unroll
+  for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = fragment_row(lane, m, e), column = fragment_column(lane, n, e);
+        const bool positive = column - row == offset;
+        if (whole || (row < rows && column < columns)) {
+          c[m][n][e] = f(Math<acc_t>::fma(c[m][n][e], scale, bias), m * 2 + e / 2, n, e % 2, positive);
+        } else {
+          c[m][n][e] = acc_t(0);
+        }
+      }
+    }
+  }
+}
+
+// softplus(u) and sigma(u).
+template <typename acc_t>
+struct Softplus {
+  acc_t decay;  // exp(-|u|)
+  acc_t u;
+  __device__ __forceinline__ explicit Softplus(acc_t u_)
+      : decay(Math<acc_t>::exp2(-Math<acc_t>::abs(u_) * Math<acc_t>::kLog2e)), u(u_) {}
+  __device__ __forceinline__ acc_t value() const {
+    return Math<acc_t>::max(u, acc_t(0)) + Math<acc_t>::log1p_unit(decay);
+  }
+  __device__ __forceinline__ acc_t derivative() const {
+    return (u >= acc_t(0) ? acc_t(1) : decay) * Math<acc_t>::reciprocal(acc_t(1) + decay);
+  }
+};
+
+// --------------------------------------------------------------------------------------------------- forward
+//
+//   loss_i = sum_j softplus(u_ij)
+//
+// Tiling: ReduceShape; every thread sums its share of 4 rows, a tile in acc_t and the tiles in double, and the
+//   lanes of a row meet once at the end. B = ceil(N / 128) blocks, T = ceil(M / kBlockN) tiles, S = ceil(D / 128
+//   bytes) steps.
+// Products: 1 unit of 2 N M D flops, 256 B T S mma, each 16 x 8 by 32 bytes of depth.
+// Traffic, 32-byte sectors of global memory: operands 4 N S (times T where S > 3) + 4 B M S, column norms B T
+//   kBlockN / 8, row norms and scalars 24 B. Writes N doubles a part.
+// Shared memory: min(S, 3) * 16 KB of own rows + 3 * kBlockN * (128 bytes + acc_t). No bank conflicts.
+// Occupancy: 2 blocks of 128 threads per multiprocessor, at most 255 registers, on sm_80, sm_90 and sm_100.
+template <typename Engine>
+using FwdShape = ReduceShape<Engine, 1>;
+
+template <typename Engine>
+__global__ void __launch_bounds__(FwdShape<Engine>::kThreads, FwdShape<Engine>::kBlocksPerSm)
+    sigmoid_pairs_fwd_kernel(const Problem<typename Engine::scalar_t, typename Engine::acc_t> problem,
+                             double* partial) {
+  using Shape = FwdShape<Engine>;
+  using acc_t = typename Engine::acc_t;
+  constexpr int kNTiles = Shape::kNTiles;
+  const auto& own = problem.own;
+  const int lane = threadIdx.x % kWarpSize;
+  extern __shared__ __align__(128) unsigned char shared[];
+  TileWalk<Shape, Engine> walk(shared, own, problem.other, {problem.other.rnorm}, problem.width);
+  const int64_t warp_row0 = walk.row0() + walk.warp_row();
+
+  const acc_t scale = *problem.scale, bias = *problem.bias;
+  acc_t row_factor[4];
+  double sum[4] = {};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t row = warp_row0 + fragment_row(lane, i / 2, i % 2 * 2);
+    row_factor[i] = own.rnorm && row < own.count ? own.rnorm[row] : acc_t(1);
+  }
+  for (walk.start(); walk.next();) {
+    Fragment<acc_t, kNTiles> c;
+    walk.products(c);
+    walk.normalize(c, row_factor);
+    acc_t tile_sum[4] = {};
+    for_each_pair<kNTiles>(c, problem, warp_row0, walk.column0(), scale, bias,
+                           [&](acc_t z, int i, int, int, bool positive) __attribute__((always_inline)) {
+                             tile_sum[i] += Softplus<acc_t>(positive ? -z : z).value();
+                             return acc_t(0);
+                           });
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] += tile_sum[i];
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int offset = 1; offset < 4; offset *= 2) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], offset);
+    const int64_t row = warp_row0 + fragment_row(lane, i / 2, i % 2 * 2);
+    if (lane % 4 == 0 && row < own.count) partial[blockIdx.y * own.count + row] = sum[i];
+  }
+}
+
+// -------------------------------------------------------------------------------------------------- gradients
+//
+//   G_i = sum_j A_ij rnorm_j y_j     dx^_i = scale G_i     dscale = sum_i <x^_i, G_i>     dbias = sum_ij A_ij
+//
+// and the sum of all losses where it is asked for: there is no normaliser to wait for, so the gradient of the
+// total comes from the same visit of a tile. Once for the rows and once, with the roles exchanged, for the
+// columns; the first of the two makes the sums as well.
+//
+// Tiling: ProductShape. B = ceil(N / kBlockM) blocks, T = ceil(M / kBlockN) tiles, S = ceil(D / 128 bytes) steps,
+//   Z slices of D.
+// Products: 2 units of 2 N M D flops a side; 1 + Z where D is wider than a slice, of 512 elements for 2-byte
+//   types, 256 for float, 128 for double. B T S (1 + Z) kBlockM kBlockN / 32 mma.
+// Traffic, 32-byte sectors of global memory: operands 4 N S Z (times T where S > 3) + 4 B M S (1 + Z); row and
+//   column terms, of which there are 2 with weights, B Z (kBlockM + T kBlockN) / 8 each. Writes N D acc_t a part.
+// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * 128 bytes, terms. Bank
+//   conflicts as in the backward of `contrastive`.
+// Occupancy: one block of 256 threads per multiprocessor, at most 255 registers.
+// Numerics: A in acc_t, rounded once to scalar_t; half scales it by a power of two that brings its bound near
+//   2^15. Losses and dbias are summed over a tile in acc_t, over tiles in double.
+template <typename Engine, int kWarpsM, int kSliceChunks>
+struct BwdShape : ProductShape<Engine, kWarpsM, kSliceChunks, 2, 2> {
+  static constexpr bool kScaled = std::is_same_v<typename Engine::scalar_t, __half>;
+};
+
+// `losses` and `biases`: (blocks, parts, warps) sums of a warp each, or null: not needed.
+template <typename Shape, typename Engine>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    sigmoid_pairs_bwd_kernel(const Problem<typename Engine::scalar_t, typename Engine::acc_t> problem,
+                             const typename Engine::acc_t* coefficient_scale, double* losses, double* biases,
+                             typename Engine::acc_t* partial) {
+  using acc_t = typename Engine::acc_t;
+  constexpr int kBlockM = Shape::kBlockM, kNTiles = Shape::kNTiles;
+  enum ColumnTerm { kRnorm, kWeight };
+  const auto& own = problem.own;
+  const int lane = threadIdx.x % kWarpSize;
+  extern __shared__ __align__(128) unsigned char shared[];
+  TileWalk<Shape, Engine> walk(shared, own, problem.other, {problem.other.rnorm, problem.other_weight},
+                               problem.width);
+  const int64_t warp_row0 = walk.row0() + walk.warp_row();
+
+  acc_t* row_rnorm = walk.row_terms();
+  acc_t* row_weights = row_rnorm + kBlockM;
+  for (int r = threadIdx.x; r < kBlockM; r += Shape::kThreads) {
+    const int64_t i = walk.row0() + r;
+    const bool valid = i < own.count;
+    row_rnorm[r] = valid && own.rnorm ? own.rnorm[i] : acc_t(1);
+    row_weights[r] = valid && problem.own_weight ? problem.own_weight[i] : acc_t(1);
+  }
+
+  const acc_t scale = *problem.scale, bias = *problem.bias;
+  const acc_t c_scale = Shape::kScaled ? *coefficient_scale : acc_t(1);
+  double loss = 0.0, bias_sum = 0.0;
+  Fragment<acc_t, Shape::kGTiles> g[Shape::kSliceChunks];
+#pragma unroll
+  for (int slice = 0; slice < Shape::kSliceChunks; ++slice) clear<acc_t, Shape::kGTiles>(g[slice]);
+
+  for (walk.start(); walk.next();) {
+    Fragment<acc_t, kNTiles> c;
+    walk.products(c);
+    acc_t row_factor[4], row_weight[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = walk.warp_row() + fragment_row(lane, i / 2, i % 2 * 2);
+      row_factor[i] = row_rnorm[r];
+      row_weight[i] = row_weights[r];
+    }
+    walk.normalize(c, row_factor);
+    acc_t tile_loss = acc_t(0), tile_bias = acc_t(0);
+    for_each_pair<kNTiles>(
+        c, problem, warp_row0, walk.column0(), scale, bias,
+        [&](acc_t z, int i, int n, int e, bool positive) __attribute__((always_inline)) {
+          const Softplus<acc_t> softplus(positive ? -z : z);
+          if (losses) tile_loss += softplus.value();
+          acc_t coefficient = softplus.derivative() * row_weight[i];
+          if (problem.other_weight) coefficient *= walk.column_pair(kWeight, n).value[e];
+          if (positive) coefficient = -coefficient;
+          tile_bias += coefficient;
+          return coefficient;
+        });
+    loss += tile_loss;
+    bias_sum += tile_bias;
+    walk.store_coefficients(c, [&](int n) __attribute__((always_inline)) {
+      return coefficient_factor<Shape::kScaled>(walk.column_rnorm(n), c_scale);
+    });
+    walk.accumulate(g);
+  }
+  walk.store(g, partial);
+
+  if (blockIdx.z != 0) return;
+  const int64_t slot = (static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y) * Shape::kWarps +
+                       threadIdx.x / kWarpSize;
+  if (losses) {
+    loss = warp_sum(loss);
+    if (lane == 0) losses[slot] = loss;
+  }
+  if (biases) {
+    bias_sum = warp_sum(bias_sum);
+    if (lane == 0) biases[slot] = bias_sum;
+  }
+}
+
+// The incoming gradient in the type of the tiles. One thread a row.
+template <typename acc_t>
+__global__ void sigmoid_pairs_weight_kernel(const double* grad_losses, int64_t count, acc_t* weight) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row < count) weight[row] = static_cast<acc_t>(grad_losses[row]);
+}
+
+}  // namespace sigmoid_pairs
+}  // namespace ssl_kernels

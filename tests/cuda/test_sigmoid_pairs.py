@@ -1,0 +1,184 @@
+"""CUDA kernels of `sigmoid_pairs`, as nvcc compiled them, against float64."""
+
+import itertools
+from math import ceil
+
+import pytest
+import torch
+
+from tests.cuda.sigmoid_pairs_calls import (
+    check_parity,
+    losses,
+    random_call,
+    total_with_gradients,
+    weighted_gradients,
+)
+from tests.cuda.test_contrastive import DTYPES, WIDTHS, flavours
+
+SOURCE = "sigmoid_pairs.cu"
+STEP_BYTES, SECTOR = 128, 32
+
+
+@flavours
+@pytest.mark.parametrize(
+    "n, m, d, scale, bias, diagonal, splits",
+    [
+        (1, 1, 1, 10.0, -10.0, 0, 0),
+        (65, 65, 17, 10.0, -10.0, 0, 2),
+        (130, 65, 40, 1.0, 0.0, -65, 0),
+        (3, 200, 128, 100.0, -5.0, 97, 3),
+    ],
+)
+def test_matches_float64(library, gpu, n, m, d, scale, bias, diagonal, splits, dtype, tf32):
+    call = random_call(n, m, d, dtype, scale=scale, bias=bias, diagonal=diagonal, device=gpu.device)
+    check_parity(library, call, tf32=tf32, splits=splits)
+
+
+@pytest.mark.slow
+@flavours
+@pytest.mark.parametrize("d", WIDTHS)
+def test_matches_float64_everywhere(library, gpu, d, dtype, tf32):
+    for i, (n, (scale, bias)) in enumerate(
+        itertools.product((2, 3, 65, 130), ((10.0, -10.0), (1.0, 2.0), (100.0, -30.0)))
+    ):
+        call = random_call(
+            n, 131 - n, d, dtype, scale=scale, bias=bias, diagonal=(0, 40, -3)[i % 3], seed=i,
+            normalize_columns=i % 4 > 0 or scale > 1, device=gpu.device,
+        )  # fmt: skip
+        check_parity(library, call, tf32=tf32, splits=i % 4)
+
+
+@pytest.mark.parametrize(
+    "dtype, d",
+    [(torch.bfloat16, 257), (torch.float16, 520), (torch.float16, 200), (torch.float32, 260)],
+    ids=str,
+)
+def test_wide_rows(library, gpu, dtype, d):
+    check_parity(library, random_call(40, 70, d, dtype, device=gpu.device))
+
+
+def test_no_positive_pair_in_sight(library, gpu):
+    """A diagonal beyond the columns, as an other rank's block has it."""
+    call = random_call(20, 24, 8, torch.float32, diagonal=1000, device=gpu.device)
+    check_parity(library, call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_and_very_different_rows(library, gpu, dtype):
+    call = random_call(12, 20, 24, dtype, device=gpu.device)
+    call.rows[:6] *= 1e-3
+    call.rows[7] = 0
+    call.columns[::3] *= 1e3
+    call.columns[4] = 0
+    check_parity(library, call)
+
+
+def test_strides(library, gpu):
+    call = random_call(30, 33, 24, torch.float16, device=gpu.device)
+    columns = torch.zeros(33, 31, dtype=torch.float16, device=gpu.device)[:, 5:29].copy_(call.columns)
+    check_parity(library, call._replace(rows=call.rows.T.contiguous().T, columns=columns))
+
+
+@pytest.mark.parametrize("scale, bias", [(0.0, -1.0), (-3.0, 5.0), (1000.0, -100.0)])
+def test_any_scale(library, gpu, scale, bias):
+    check_parity(library, random_call(20, 21, 8, torch.float32, scale=scale, bias=bias, device=gpu.device))
+
+
+def test_losses_keep_their_digits_where_all_are_small(library, gpu):
+    """At bias -20 a pair's loss is 2e-9, and log(1 + 2e-9) in float32 would be 0."""
+    call = random_call(8, 300, 16, torch.float32, scale=0.1, bias=-20.0, diagonal=5000, device=gpu.device)
+    got, _ = losses(library, call)
+    z = (
+        0.1
+        * torch.nn.functional.normalize(call.rows.double())
+        @ torch.nn.functional.normalize(call.columns.double()).T
+        - 20
+    )
+    torch.testing.assert_close(got, torch.log1p(z.exp()).sum(1), rtol=5e-6, atol=0)
+
+
+def test_nan_reaches_what_it_meets(library, gpu):
+    call = random_call(6, 7, 8, torch.float32, device=gpu.device)
+    call.rows[1, 2] = torch.nan
+    by_row, _ = losses(library, call)
+    assert by_row.isnan().tolist() == [False, True, False, False, False, False]
+    total, grads, _ = total_with_gradients(library, call)
+    assert total.isnan() and grads.bias.isnan() and grads.scale.isnan() and grads.columns.isnan().all()
+    assert grads.rows[1].isnan().all() and not grads.rows[0].isnan().any()
+
+
+@pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)])
+def test_gradients_that_are_not_needed(library, gpu, needed):
+    call = random_call(20, 33, 24, torch.float32, device=gpu.device)
+    total, everything, _ = total_with_gradients(library, call)
+    some_total, some, launches = total_with_gradients(library, call, needed=needed)
+    for ours, full in zip(some[:2], everything[:2], strict=True):
+        assert ours is None or torch.equal(ours, full)
+    torch.testing.assert_close(some_total, total)
+    torch.testing.assert_close(some.scale, everything.scale, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(some.bias, everything.bias, rtol=1e-5, atol=1e-6)
+    if gpu.emulated:
+        assert sum("bwd_kernel" in launch.kernel for launch in launches) == max(1, sum(needed))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_schedule_gives_the_same_bits(library, gpu, dtype):
+    call = random_call(130, 70, 72, dtype, device=gpu.device)
+    weights = torch.rand(130, dtype=torch.float64, device=gpu.device)
+
+    def run(**options):
+        total, grads, _ = total_with_gradients(library, call, splits=2, **options)
+        weighted, _ = weighted_gradients(library, call, weights, splits=2, **options)
+        by_row, _ = losses(library, call, splits=2, **options)
+        return (total, by_row, *grads, *weighted)
+
+    first = run()
+    for seed in (1, 2):
+        for a, b in zip(first, run(seed=seed, warp_races=True), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_calls_can_be_captured(library, gpu):
+    if not gpu.emulated:
+        pytest.skip("tests/ops captures the operator on a card")
+    launches = check_parity(library, random_call(20, 300, 17, torch.float16), capturing=True, stream=7)
+    assert {launch.stream for launch in launches} == {7}
+
+
+@pytest.mark.parametrize(
+    "n, m, d, dtype",
+    [(128, 256, 128, torch.bfloat16), (256, 128, 256, torch.float16), (128, 64, 64, torch.float32)],
+)
+def test_kernels_do_what_their_headers_say(library, gpu, n, m, d, dtype):
+    if not gpu.emulated:
+        pytest.skip("a card has no such counters")
+    call = random_call(n, m, d, dtype)
+    half = dtype.itemsize == 2
+    steps, streamed = ceil(d * dtype.itemsize / STEP_BYTES), ceil(d * dtype.itemsize / STEP_BYTES) > 3
+
+    def of(launches, kernel):
+        return [launch.counters for launch in launches if kernel in launch.kernel]
+
+    (forward,) = of(losses(library, call, splits=1)[1], "fwd_kernel")
+    blocks, tiles = ceil(n / 128), ceil(m / 64)
+    assert forward.mma == (256 * blocks * tiles * steps if half else 0)
+    own = 4 * n * steps * (tiles if streamed else 1)
+    paper = own + 4 * blocks * m * steps + blocks * tiles * 64 // 8 + 24 * blocks
+    assert forward.global_load_sectors == pytest.approx(paper, rel=0.01)
+    assert forward.shared_wavefronts == forward.shared_wavefronts_ideal
+
+    block_n = 64 if half else 32
+    weights = torch.ones(n, dtype=torch.float64)
+    for launches, terms in (
+        (total_with_gradients(library, call, splits=1)[2], 1),
+        (weighted_gradients(library, call, weights, splits=1)[1], 2),
+    ):
+        passes = of(launches, "bwd_kernel")
+        for counters, (rows, columns) in zip(passes, ((n, m), (m, n)), strict=True):
+            blocks, tiles = ceil(rows / 128), ceil(columns / block_n)
+            assert counters.mma == (2 * blocks * tiles * steps * 128 * block_n // 32 if half else 0)
+            own = 4 * rows * steps * (tiles if streamed else 1)
+            paper = own + 8 * blocks * columns * steps + terms * blocks * (128 + tiles * block_n) // 8
+            assert counters.global_load_sectors == pytest.approx(paper, rel=0.02)
+            assert counters.global_store_sectors == pytest.approx(rows * d * 4 // SECTOR, rel=0.02)
+            assert not half or counters.shared_wavefronts == counters.shared_wavefronts_ideal
