@@ -1,52 +1,20 @@
 // Registers the CUDA kernels as `contrastive_fwd.native` and `contrastive_bwd.native`: allocates results and
 // scratch memory, passes plain pointers to the launchers of csrc/cuda/contrastive.h on the current stream.
-#include <ATen/Context.h>
 #include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "../cuda/contrastive.h"
 #include "contrastive.h"
+#include "cuda_launch.h"
 
 namespace ssl_kernels {
 namespace {
 
 using Fwd = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Bwd = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
-int dtype_code(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kDouble: return kFloat64;
-    case at::kFloat: return kFloat32;
-    case at::kHalf: return kFloat16;
-    case at::kBFloat16: return kBFloat16;
-    default:
-      TORCH_CHECK(false, "contrastive: rows must be float64, float32, float16 or bfloat16, got ", dtype);
-  }
-}
-
-at::ScalarType accumulation_dtype(const at::Tensor& rows) {
-  return rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-OptionalTensor contiguous(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
-}
-
-// Null for an absent or empty tensor.
-template <typename T = void>
-T* pointer(const at::Tensor& tensor) {
-  return tensor.numel() ? static_cast<T*>(tensor.data_ptr()) : nullptr;
-}
-
-template <typename T = void>
-T* pointer(const OptionalTensor& tensor) {
-  return tensor ? pointer<T>(*tensor) : nullptr;
-}
 
 // The index tensors are contiguous; those and the operands outlive the launches.
 ContrastiveArgs common_args(const at::Tensor& rows, const OptionalTensor& columns, const at::Tensor& scale,
@@ -55,13 +23,12 @@ ContrastiveArgs common_args(const at::Tensor& rows, const OptionalTensor& column
                             bool keep_diagonal, bool both_directions) {
   const at::Tensor& other = columns ? *columns : rows;
   ContrastiveArgs args = {};
-  args.dtype = dtype_code(rows.scalar_type());
+  args.dtype = kernel_dtype("contrastive: rows", rows.scalar_type());
   args.normalize_rows = normalize_rows;
   args.normalize_columns = normalize_columns;
   args.keep_diagonal = keep_diagonal;
   args.both_directions = both_directions;
-  args.allow_tf32 = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
-                    at::Float32Precision::TF32;
+  args.allow_tf32 = allow_tf32();
   args.N = rows.size(0);
   args.M = other.size(0);
   args.D = rows.size(1);
@@ -79,21 +46,10 @@ ContrastiveArgs common_args(const at::Tensor& rows, const OptionalTensor& column
   return args;
 }
 
-template <typename Args>
-void launch(Args& args, const at::Tensor& rows, int (*workspace_bytes)(const Args*, size_t*),
-            int (*launcher)(const Args*, cudaStream_t)) {
-  size_t bytes = 0;
-  C10_CUDA_CHECK(static_cast<cudaError_t>(workspace_bytes(&args, &bytes)));
-  const at::Tensor workspace = at::empty({static_cast<int64_t>(bytes)}, rows.options().dtype(at::kByte));
-  args.common.workspace = workspace.data_ptr();
-  const auto stream = c10::cuda::getCurrentCUDAStream(rows.get_device());
-  C10_CUDA_CHECK(static_cast<cudaError_t>(launcher(&args, stream.stream())));
-}
-
 Fwd contrastive_fwd(const at::Tensor& rows, const OptionalTensor& columns, const at::Tensor& scale,
                     const OptionalTensor& positives, const OptionalTensor& row_ids,
                     const OptionalTensor& column_ids, bool normalize_rows, bool normalize_columns,
-                    bool keep_diagonal, bool both_directions, bool /*keep*/, bool /*columns_need_grad*/) {
+                    bool keep_diagonal, bool both_directions, bool keep, bool columns_need_grad) {
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
   const c10::cuda::CUDAGuard guard(rows.device());
   const auto index = contiguous(positives), row_index = contiguous(row_ids),
@@ -108,13 +64,16 @@ Fwd contrastive_fwd(const at::Tensor& rows, const OptionalTensor& columns, const
   const at::Tensor positive_logits = index ? at::empty(index->sizes(), wide) : at::empty({0}, wide);
   const at::Tensor row_rnorm = at::empty({normalize_rows ? n : 0}, acc);
   const at::Tensor column_rnorm = at::empty({normalize_columns && columns ? m : 0}, acc);
+  const bool expectation = keep && columns && !columns_need_grad && !both_directions;
+  const at::Tensor kept = at::empty(expectation ? rows.sizes() : at::IntArrayRef({0}), acc);
   args.lse = pointer<double>(lse);
   args.column_lse = pointer<double>(column_lse);
   args.positive_logits = pointer<double>(positive_logits);
   args.row_rnorm = pointer(row_rnorm);
   args.column_rnorm = pointer(column_rnorm);
+  args.expectation = pointer(kept);
   launch(args, rows, contrastive_fwd_workspace, ::contrastive_fwd);
-  return {lse, column_lse, positive_logits, row_rnorm, column_rnorm, at::empty({0}, acc)};
+  return {lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept};
 }
 
 Bwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_column_lse,
@@ -122,11 +81,16 @@ Bwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_c
                     const OptionalTensor& columns, const at::Tensor& scale, const OptionalTensor& positives,
                     const OptionalTensor& row_ids, const OptionalTensor& column_ids, const at::Tensor& lse,
                     const at::Tensor& column_lse, const at::Tensor& row_rnorm, const at::Tensor& column_rnorm,
-                    const at::Tensor& /*kept*/, bool normalize_rows, bool normalize_columns,
-                    bool keep_diagonal, bool both_directions, bool rows_need_grad, bool columns_need_grad) {
+                    const at::Tensor& kept, bool normalize_rows, bool normalize_columns, bool keep_diagonal,
+                    bool both_directions, bool rows_need_grad, bool columns_need_grad) {
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
   TORCH_CHECK(lse.scalar_type() == at::kDouble && lse.numel() == rows.size(0) && lse.is_contiguous(),
               "contrastive: lse must be what contrastive_fwd returned");
+  const bool expectation = kept.dim() == 2;
+  TORCH_CHECK(!expectation || (kept.sizes() == rows.sizes() && kept.is_contiguous() &&
+                               kept.scalar_type() == accumulation_dtype(rows) && !columns_need_grad &&
+                               (columns || !positives)),
+              "contrastive: kept must be what contrastive_fwd returned");
   const c10::cuda::CUDAGuard guard(rows.device());
   const auto index = contiguous(positives), row_index = contiguous(row_ids),
              column_index = contiguous(column_ids);
@@ -147,6 +111,7 @@ Bwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_c
   args.column_lse = pointer<double>(column_lse);
   args.row_rnorm = pointer(row_rnorm);
   args.column_rnorm = pointer(column_rnorm);
+  args.expectation = expectation ? pointer(kept) : nullptr;
   args.grad_rows = pointer(grad_rows);
   args.grad_columns = pointer(grad_columns);
   args.grad_scale = pointer(grad_scale);

@@ -81,10 +81,12 @@ def unsupported(backend, rows, columns=None, *scalars):
         return None
     if backend == "triton":
         return "sigmoid_pairs has no Triton kernel"
+    device = rows.device.type
     if backends.extension is None:
         return backends.extension_missing
-    device = rows.device.type
-    return None if device == "cpu" else f"sigmoid_pairs has native kernels on cpu alone, not on {device}"
+    if device == "cuda" and not backends.extension.build_info()["cuda_architectures"]:
+        return "the extension was built without CUDA"
+    return None if device in ("cpu", "cuda") else f"it runs on cpu and cuda, not on {device}"
 
 
 backends.register_operation("sigmoid_pairs", unsupported)

@@ -1,7 +1,7 @@
 """The machine code that nvcc made for each architecture: registers, spills, occupancy and instructions.
 
-Read from the built extension where it has CUDA code, else compiled here. What is held is what the headers in
-csrc/cuda/contrastive.cuh promise.
+Read from the built extension where it has CUDA code, else compiled here. What is held is what the headers of the
+kernels on the tile walk promise.
 """
 
 import re
@@ -16,6 +16,8 @@ import pytest
 from tests.gpu_emulation import nvcc_path
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("contrastive", "sigmoid_pairs")
+SHARED_KERNELS = r"(?:prepare_rows|finish_rows|sum_rows|sum_parts|coefficient_scale)_kernel"
 ARCHITECTURES = (80, 90, 100)
 REGISTERS = 65536  # of a multiprocessor, handed out 256 at a time to a warp
 SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # of a multiprocessor; a block costs 1024 more
@@ -23,11 +25,11 @@ SMALLEST_BLOCK_LIMIT = 99 * 1024  # shared memory of a block on sm_86 and sm_89,
 
 # Kernel, by what its mangled name holds: threads, dynamic shared memory at most, blocks per multiprocessor.
 KERNELS = {
-    r"fwd_kernel.*MmaEngineI13__nv_bfloat16": (128, 74496, 2),
-    r"fwd_kernel.*MmaEngineI6__half": (128, 74496, 2),
-    r"fwd_kernel.*MmaEngineIf": (128, 74496, 2),
-    r"fwd_kernel.*FmaEngineIf": (128, 74496, 2),
-    r"fwd_kernel.*FmaEngineId": (128, 62208, 2),
+    r"contrastive_fwd_kernel.*MmaEngineI13__nv_bfloat16": (128, 74496, 2),
+    r"contrastive_fwd_kernel.*MmaEngineI6__half": (128, 74496, 2),
+    r"contrastive_fwd_kernel.*MmaEngineIf": (128, 74496, 2),
+    r"contrastive_fwd_kernel.*FmaEngineIf": (128, 74496, 2),
+    r"contrastive_fwd_kernel.*FmaEngineId": (128, 62208, 2),
     r"contrastive_bwd_kernel.*MmaEngineI13__nv_bfloat16EELi4ELi2E": (256, 77568, 1),
     r"contrastive_bwd_kernel.*MmaEngineI13__nv_bfloat16EELi4ELi4E": (256, 93952, 1),
     r"contrastive_bwd_kernel.*MmaEngineI13__nv_bfloat16EELi2ELi8E": (256, 60416, 1),
@@ -42,7 +44,15 @@ KERNELS = {
     r"expectation_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EELi2ELi8E": (256, 59392, 1),
     r"expectation_kernel.*EngineIfEELi4ELi8E": (256, 79744, 1),
     r"expectation_kernel.*FmaEngineIdEELi4ELi8E": (256, 98048, 1),
-    r"expectation_merge_kernel": (256, 0, 4),
+    r"sigmoid_pairs_fwd_kernel.*EngineI(13__nv_bfloat16|6__half|f)": (128, 74496, 2),
+    r"sigmoid_pairs_fwd_kernel.*FmaEngineId": (128, 62208, 2),
+    r"sigmoid_pairs_bwd_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EELi4ELi2E": (256, 76288, 1),
+    r"sigmoid_pairs_bwd_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EELi4ELi4E": (256, 92672, 1),
+    r"sigmoid_pairs_bwd_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EELi2ELi8E": (256, 59392, 1),
+    r"sigmoid_pairs_bwd_kernel.*EngineIfEELi4ELi8E": (256, 79616, 1),
+    r"sigmoid_pairs_bwd_kernel.*FmaEngineIdEELi4ELi8E": (256, 97792, 1),
+    r"sigmoid_pairs_weight_kernel": (256, 0, 4),
+    r"expectation_merge_kernel": (256, 0, 3),
     r"expectation_bwd_kernel": (256, 0, 4),
     r"prepare_rows_kernel": (256, 0, 4),
     r"finish_rows_kernel": (256, 0, 4),
@@ -66,36 +76,44 @@ def cuobjdump():
 
 @pytest.fixture(scope="module")
 def binaries(cuobjdump, tmp_path_factory):
-    """File with the machine code of each architecture."""
+    """Files with the machine code of each architecture."""
     for extension in (ROOT / "ssl_kernels").glob("_C*.so"):
         listing = subprocess.run([cuobjdump, "--list-elf", extension], capture_output=True, text=True).stdout
         if all(f"sm_{arch}.cubin" in listing for arch in ARCHITECTURES):
-            return dict.fromkeys(ARCHITECTURES, extension)
+            return {arch: [extension] for arch in ARCHITECTURES}
     if nvcc_path() is None:
         pytest.skip("the extension has no CUDA code and nvcc is not here")
     folder = tmp_path_factory.mktemp("cubins")
 
-    def compile_for(arch):
-        cubin = folder / f"contrastive_{arch}.cubin"
-        source = ROOT / "csrc" / "cuda" / "contrastive.cu"
+    def compile_for(name, arch):
+        cubin = folder / f"{name}_{arch}.cubin"
+        source = ROOT / "csrc" / "cuda" / f"{name}.cu"
         command = [nvcc_path(), "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", source, "-o", cubin]
         subprocess.run(command, check=True)
         return cubin
 
     with ThreadPoolExecutor(max_workers=2) as pool:
-        return dict(zip(ARCHITECTURES, pool.map(compile_for, ARCHITECTURES), strict=True))
+        cubins = {arch: [pool.submit(compile_for, name, arch) for name in SOURCES] for arch in ARCHITECTURES}
+    return {arch: [future.result() for future in futures] for arch, futures in cubins.items()}
 
 
 def dump(cuobjdump, binaries, arch, what):
-    command = [cuobjdump, f"--gpu-architecture=sm_{arch}", what, binaries[arch]]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    commands = [[cuobjdump, f"--gpu-architecture=sm_{arch}", what, file] for file in binaries[arch]]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for command in commands]
+    return "\n".join(run.stdout for run in runs)
+
+
+def is_ours(kernel):
+    return any(f"{len(name)}{name}" in kernel for name in SOURCES) or re.search(SHARED_KERNELS, kernel)
 
 
 def resource_report(text, room=r"ssl_kernels(?!6mixing)"):
     """{kernel: {"REG": 40, "STACK": 0, ...}} of the kernels of a namespace."""
     pairs = re.findall(rf"Function (\S*{room}\S*):\s+(REG:.*)", text)
     return {
-        name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)} for name, line in pairs
+        name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+        for name, line in pairs
+        if is_ours(name)
     }
 
 
@@ -106,7 +124,8 @@ def instructions(text):
     """{kernel: Counter of the opcodes with their modifiers}"""
     kernels = {}
     for part in text.split("Function : ")[1:]:
-        kernels[part.split()[0]] = Counter(OPCODE.findall(part))
+        if is_ours(part.split()[0]):
+            kernels[part.split()[0]] = Counter(OPCODE.findall(part))
     return kernels
 
 
@@ -131,7 +150,7 @@ def test_tensor_cores_and_vector_accesses_are_used(cuobjdump, binaries, arch):
     """In the tile loops: tensor cores with ldmatrix, or FMA; 16-byte cp.async, 8-byte stores."""
     code = instructions(dump(cuobjdump, binaries, arch, "-sass"))
     tile_kernels = {name: opcodes for name, opcodes in code.items() if "EngineI" in name}
-    assert len(tile_kernels) == 23
+    assert len(tile_kernels) == 37
     for name, opcodes in tile_kernels.items():
 
         def total(prefix, opcodes=opcodes):

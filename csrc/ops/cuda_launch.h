@@ -1,0 +1,65 @@
+// What the torch side of every CUDA operation shares: tensors as plain pointers, scratch memory, the current stream.
+#pragma once
+
+#include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <optional>
+
+#include "../cuda/dtype.h"
+
+namespace ssl_kernels {
+
+// `what` begins the error message: "contrastive: rows".
+inline Dtype kernel_dtype(const char* what, at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble: return kFloat64;
+    case at::kFloat: return kFloat32;
+    case at::kHalf: return kFloat16;
+    case at::kBFloat16: return kBFloat16;
+    default: TORCH_CHECK(false, what, " must be float64, float32, float16 or bfloat16, got ", dtype);
+  }
+}
+
+inline at::ScalarType accumulation_dtype(const at::Tensor& rows) {
+  return rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Whether torch's own setting lets float32 products round their operands to TF32.
+inline bool allow_tf32() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
+
+inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {
+  return tensor ? std::optional<at::Tensor>(tensor->contiguous()) : std::nullopt;
+}
+
+// Null for an absent or empty tensor.
+template <typename T = void>
+T* pointer(const at::Tensor& tensor) {
+  return tensor.numel() ? static_cast<T*>(tensor.data_ptr()) : nullptr;
+}
+
+template <typename T = void>
+T* pointer(const std::optional<at::Tensor>& tensor) {
+  return tensor ? pointer<T>(*tensor) : nullptr;
+}
+
+// Runs a launcher with the scratch memory that it asks for, on the current stream of the device of `rows`, which is
+// the current device.
+template <typename Args>
+void launch(Args& args, const at::Tensor& rows, int (*workspace_bytes)(const Args*, size_t*),
+            int (*launcher)(const Args*, cudaStream_t)) {
+  size_t bytes = 0;
+  C10_CUDA_CHECK(static_cast<cudaError_t>(workspace_bytes(&args, &bytes)));
+  const at::Tensor workspace = at::empty({static_cast<int64_t>(bytes)}, rows.options().dtype(at::kByte));
+  args.common.workspace = workspace.data_ptr();
+  const auto stream = c10::cuda::getCurrentCUDAStream(rows.get_device());
+  C10_CUDA_CHECK(static_cast<cudaError_t>(launcher(&args, stream.stream())));
+}
+
+}  // namespace ssl_kernels
