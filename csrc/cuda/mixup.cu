@@ -3,21 +3,11 @@
 
 #include "launcher.cuh"
 #include "mixup.cuh"
+#include "walk_parts.cuh"
 
 namespace ssl_kernels {
 namespace mixing {
 namespace {
-
-// Threads a multiprocessor should have for its share of the memory's bandwidth.
-constexpr int64_t kThreadsPerMultiprocessor = 512;
-
-// Pieces of the walk that fill the card where there are few features.
-int pick_parts(const MixupArgs& args, int64_t threads) {
-  const int64_t most = std::max<int64_t>(1, args.B / kMinPart);
-  if (args.parts > 0) return static_cast<int>(std::min<int64_t>(args.parts, args.B));
-  const int64_t wanted = blocks_for(multiprocessors() * kThreadsPerMultiprocessor, threads);
-  return static_cast<int>(std::min(wanted, most));
-}
 
 template <typename scalar_t>
 bool aligned(const void* data, int64_t stride, int64_t count) {
@@ -44,7 +34,7 @@ int64_t walk_features(Launcher& launcher, const MixupArgs& args, int64_t from, c
   const Batch<scalar_t> out = {static_cast<scalar_t*>(args.out) + from, args.out_stride};
   const unsigned blocks = blocks_for(features / kVec, kThreads);
   const int count = static_cast<int>(args.B);
-  const int parts = pick_parts(args, int64_t{blocks} * kThreads);
+  const int parts = pick_parts(args.parts, args.B, int64_t{blocks} * kThreads);
   scalar_t* edges = nullptr;
   if (args.out == args.x && parts > 1) {
     const int rows = 2 * (parts - 1);
@@ -94,7 +84,7 @@ void run(Launcher& launcher, const MixupBwdArgs& args) {
     };
     if (features == 0) return;
     const unsigned blocks = blocks_for(threads, kThreads);
-    launcher.launch(kernel, dim3(blocks, pick_parts(common, int64_t{blocks} * kThreads)), kThreads, 0,
+    launcher.launch(kernel, dim3(blocks, pick_parts(common.parts, common.B, int64_t{blocks} * kThreads)), kThreads, 0,
                     batch(common.x, common.x_stride), batch(args.x, args.x_stride),
                     batch(common.out, common.out_stride), features, count, steps, sums);
   };

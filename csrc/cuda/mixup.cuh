@@ -6,7 +6,7 @@
 //   aligned to 16 bytes, and for the features left over, it owns one feature.
 // Traffic: 2 B F elements out of place; in place as much at most, as samples that stay as they are are not written.
 //   One 16-byte step a sample for each warp, 3 % of its traffic, from the first-level cache. Each cut between parts
-//   costs two more samples read, in place also written and read: at most one cut in kMinPart samples.
+//   costs two more samples read, in place also written and read: walk_parts.cuh says how many.
 // Numerics: shares, products and sum in acc_t, rounded once to scalar_t. A weight of 0 leaves its sample out; an own
 //   weight of 1 beside it copies.
 #pragma once
@@ -19,7 +19,6 @@ namespace mixing {
 
 constexpr int kThreads = 128;
 constexpr int kAhead = 4;
-constexpr int kMinPart = 64;
 
 // Samples of consecutive features.
 template <typename scalar_t>

@@ -124,3 +124,98 @@ def cutmix(library, x, boxes, permutation, out=None, *, function="cutmix_fwd", *
 def cutmix_bwd(library, grad, boxes, permutation, **options):
     """The gradient by x and the launches."""
     return cutmix(library, grad, boxes, permutation, function="cutmix_bwd", **options)
+
+
+class MixupNormalizeArgs(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int32), ("parts", ctypes.c_int32),
+        *[(name, ctypes.c_int64) for name in ("B", "F", "C", "channel_stride")],
+        ("x", ctypes.c_void_p), ("x_stride", ctypes.c_int64),
+        ("out", ctypes.c_void_p), ("out_stride", ctypes.c_int64),
+        ("lam", ctypes.c_void_p), ("lam_stride", ctypes.c_int64),
+        ("permutation", ctypes.c_void_p), ("permutation_stride", ctypes.c_int64),
+        ("mean", ctypes.c_void_p), ("std", ctypes.c_void_p),
+        ("mean_stride", ctypes.c_int64), ("std_stride", ctypes.c_int64),
+        ("workspace", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+def mixup_normalize(library, x, lam, permutation, mean, std, dtype, *, out=None, parts=0, **options):
+    """x (B, C, H, W) uint8, dense samples; returns (result in the layout of x, launches)."""
+    out = torch.full_like(x, torch.nan, dtype=dtype) if out is None else out
+    args = MixupNormalizeArgs(
+        dtype=DTYPE_CODES[dtype], parts=parts, B=len(x), F=x[0].numel(), C=x.shape[1], channel_stride=x.stride(1),
+        x=x.data_ptr(), x_stride=x.stride(0), out=out.data_ptr(), out_stride=out.stride(0),
+        lam=lam.data_ptr(), lam_stride=lam.stride(0),
+        permutation=permutation.data_ptr(), permutation_stride=permutation.stride(0),
+        mean=mean.data_ptr(), std=std.data_ptr(), mean_stride=mean.stride(0), std_stride=std.stride(0),
+    )  # fmt: skip
+    reads = {"x": x, "lam": lam, "permutation": permutation, "mean": mean, "std": std}
+    return out, run(library, "mixup_normalize", args, args, reads, {"out": out}, options)
+
+
+class MixupCrossEntropyArgs(ctypes.Structure):
+    _fields_ = [
+        ("dtype", ctypes.c_int32), ("warps_per_row", ctypes.c_int32), ("N", ctypes.c_int64), ("C", ctypes.c_int64),
+        ("label_smoothing", ctypes.c_double), ("logits", ctypes.c_void_p), ("row_stride", ctypes.c_int64),
+        ("target", ctypes.c_void_p), ("permutation", ctypes.c_void_p), ("permutation_stride", ctypes.c_int64),
+        ("lam", ctypes.c_void_p), ("lam_stride", ctypes.c_int64),
+    ]  # fmt: skip
+
+
+class MixupCrossEntropyFwdArgs(ctypes.Structure):
+    _fields_ = [("common", MixupCrossEntropyArgs), ("loss", ctypes.c_void_p), ("lse", ctypes.c_void_p)]
+
+
+class MixupCrossEntropyBwdArgs(ctypes.Structure):
+    _fields_ = [
+        ("common", MixupCrossEntropyArgs), ("grad_loss", ctypes.c_void_p), ("grad_loss_stride", ctypes.c_int64),
+        ("lse", ctypes.c_void_p), ("grad_logits", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+def _cross_entropy_args(logits, target, permutation, lam, label_smoothing, warps_per_row):
+    return MixupCrossEntropyArgs(
+        dtype=DTYPE_CODES[logits.dtype], warps_per_row=warps_per_row, N=len(logits), C=logits.shape[1],
+        label_smoothing=label_smoothing, logits=logits.data_ptr(), row_stride=logits.stride(0),
+        target=target.data_ptr(), permutation=permutation.data_ptr(), permutation_stride=permutation.stride(0),
+        lam=lam.data_ptr(), lam_stride=lam.stride(0),
+    )  # fmt: skip
+
+
+def mixup_cross_entropy_fwd(
+    library, logits, target, permutation, lam, label_smoothing=0.0, *, warps_per_row=0, **options
+):
+    """loss, lse and the launches."""
+    loss, lse = torch.full((2, len(logits)), torch.nan, dtype=torch.float64, device=logits.device)
+    args = MixupCrossEntropyFwdArgs(
+        _cross_entropy_args(logits, target, permutation, lam, label_smoothing, warps_per_row),
+        loss.data_ptr(),
+        lse.data_ptr(),
+    )
+    reads = {"logits": logits, "target": target, "permutation": permutation, "lam": lam}
+    launches = library.call(
+        "mixup_cross_entropy_fwd", ctypes.byref(args), STREAM,
+        buffers={**reads, "loss": loss, "lse": lse}, read_only=set(reads), **options,
+    )  # fmt: skip
+    return loss, lse, launches
+
+
+def mixup_cross_entropy_bwd(
+    library, grad_loss, logits, target, permutation, lam, lse, label_smoothing=0.0, *, grad_logits=None,
+    warps_per_row=0, **options,
+):  # fmt: skip
+    """The gradient by the logits and the launches."""
+    if grad_logits is None:
+        grad_logits = torch.full(logits.shape, torch.nan, dtype=logits.dtype, device=logits.device)
+    args = MixupCrossEntropyBwdArgs(
+        _cross_entropy_args(logits, target, permutation, lam, label_smoothing, warps_per_row),
+        grad_loss.data_ptr(), grad_loss.stride(0), lse.data_ptr(), grad_logits.data_ptr(),
+    )  # fmt: skip
+    reads = {"logits": logits, "target": target, "permutation": permutation, "lam": lam}
+    reads |= {"grad_loss": grad_loss, "lse": lse}
+    launches = library.call(
+        "mixup_cross_entropy_bwd", ctypes.byref(args), STREAM,
+        buffers={**reads, "grad_logits": grad_logits}, read_only=set(reads), **options,
+    )  # fmt: skip
+    return grad_logits, launches
