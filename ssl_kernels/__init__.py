@@ -7,14 +7,32 @@
 
 from ssl_kernels import nn
 from ssl_kernels.backends import backends_for, use_backend
-from ssl_kernels.losses import nt_xent_loss, siglip_loss, triplet_loss
+from ssl_kernels.losses import (
+    byol_loss,
+    clip_loss,
+    dcl_loss,
+    debiased_nt_xent_loss,
+    imix_loss,
+    info_nce_loss,
+    nt_xent_loss,
+    siglip_loss,
+    sup_con_loss,
+    triplet_loss,
+    triplet_margin_loss,
+)
 from ssl_kernels.mixing import cutmix, cutmix_, mixup, mixup_, mixup_cross_entropy, mixup_normalize
 
 __version__ = "0.1.0"
 __all__ = [
     "backends_for",
+    "byol_loss",
+    "clip_loss",
     "cutmix",
     "cutmix_",
+    "dcl_loss",
+    "debiased_nt_xent_loss",
+    "imix_loss",
+    "info_nce_loss",
     "mixup",
     "mixup_",
     "mixup_cross_entropy",
@@ -22,6 +40,8 @@ __all__ = [
     "nn",
     "nt_xent_loss",
     "siglip_loss",
+    "sup_con_loss",
     "triplet_loss",
+    "triplet_margin_loss",
     "use_backend",
 ]

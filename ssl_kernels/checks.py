@@ -72,6 +72,15 @@ def check_ids(op, name, value, shape, like):
         raise TypeError(f"{op}: {name} must be an integer tensor, got {_short(value.dtype)}")
 
 
+def check_row_weights(op, name, value, rows, like):
+    """`value` must be None or a (rows,) floating tensor on the device of `like`."""
+    if value is None:
+        return
+    check_shape(op, name, value, (rows,), like)
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: {name} must be a floating tensor, got {_short(value.dtype)}")
+
+
 def check_shape(op, name, value, shape, like):
     """`value` must be a tensor of `shape` on the device of `like`."""
     if not isinstance(value, torch.Tensor):
@@ -80,6 +89,19 @@ def check_shape(op, name, value, shape, like):
         raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
     if value.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device}, got {value.device}")
+
+
+def check_fraction(op, name, value, *, below_one=False):
+    """`value` must be a number in [0, 1], or in [0, 1) with below_one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not (0 <= value < 1 if below_one else 0 <= value <= 1):
+        raise ValueError(f"{op}: {name} must lie in [0, 1{')' if below_one else ']'}, got {value}")
+
+
+def check_least_rows(op, name, tensor, least, why):
+    if len(tensor) < least:
+        raise ValueError(f"{op}: {name} must have at least {least} rows, {why}, got {len(tensor)}")
 
 
 def _short(dtype):

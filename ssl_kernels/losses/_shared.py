@@ -40,9 +40,27 @@ def unit_rows(x, normalize):
     return F.normalize(x, dim=-1) if normalize else x
 
 
-def reduce(loss, reduction, like):
-    """Rows' losses, float64, to what the caller asked for, in the accumulation dtype of `like`."""
+def row_dots(x, y):
+    """<x_i, y_i> along the last dimension, float64."""
+    return (x * y).sum(-1, dtype=torch.float64)
+
+
+def minus_log_sigmoid(logit):
+    """log(1 + exp(−logit)), exact for every logit; 0 with gradient 0 at +inf."""
+    return -F.logsigmoid(logit)
+
+
+def reduce(loss, reduction, like, row_weights=None):
+    """Rows' losses, float64, to what the caller asked for, in the accumulation dtype of `like`.
+
+    With weights w: w_i loss_i for "none", their sum, and for "mean" that over Σ w_i.
+    """
     acc = accumulation_dtype(like)
+    if row_weights is not None:
+        row_weights = row_weights.to(loss.dtype)
+        loss = loss * row_weights
+        if reduction == "mean":
+            return (loss.sum() / row_weights.sum()).to(acc)
     if reduction == "mean":
         return loss.mean(dtype=acc)
     if reduction == "sum":

@@ -2,12 +2,27 @@
 
 import torch
 
-from ssl_kernels.checks import check_embeddings, check_reduction, check_same_rows, check_scalar
+from ssl_kernels.checks import (
+    check_embeddings,
+    check_reduction,
+    check_row_weights,
+    check_same_rows,
+    check_scalar,
+)
 from ssl_kernels.losses._shared import inverse, reduce, widest_under_autocast
 from ssl_kernels.ops.contrastive import contrastive
 
 
-def nt_xent_loss(z0, z1, temperature=0.5, *, normalize=True, reduction="mean", backend=None):
+def nt_xent_loss(
+    z0,
+    z1,
+    temperature=0.5,
+    *,
+    normalize=True,
+    reduction="mean",
+    row_weights=None,
+    backend=None,
+):
     """NT-Xent, the loss of SimCLR: each of the 2B views against its partner and the 2B − 2 others.
 
         loss_i = −log( exp(s_i,p(i)) / Σ_{j ≠ i} exp(s_ij) ),  s_ij = <z_i, z_j> / temperature
@@ -20,6 +35,8 @@ def nt_xent_loss(z0, z1, temperature=0.5, *, normalize=True, reduction="mean", b
         temperature: > 0, a float or a 0-d tensor, which gets its gradient.
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
         reduction: "mean" over the 2B rows, "sum", or "none".
+        row_weights: (2B,) floating, or None, the rows of z0 first. "none" and "sum" take weight · loss, "mean"
+            divides their sum by that of the weights.
         backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
 
     Returns:
@@ -39,6 +56,7 @@ def nt_xent_loss(z0, z1, temperature=0.5, *, normalize=True, reduction="mean", b
     check_same_rows(op, z0=z0, z1=z1)
     check_scalar(op, "temperature", temperature, z0, positive=True)
     check_reduction(op, reduction)
+    check_row_weights(op, "row_weights", row_weights, 2 * len(z0), z0)
     views = torch.cat((z0, z1))
     partner = torch.arange(-len(z0), len(z0), device=views.device)  # negative indices count from the end
     lse, _, positive = contrastive(
@@ -50,7 +68,7 @@ def nt_xent_loss(z0, z1, temperature=0.5, *, normalize=True, reduction="mean", b
         backend=backend,
         caller=op,
     )
-    return reduce(lse - positive, reduction, views)
+    return reduce(lse - positive, reduction, views, row_weights)
 
 
 nt_xent_loss.operation = "contrastive"

@@ -1,5 +1,29 @@
 """The losses as modules."""
 
-from ssl_kernels.nn.losses import NTXentLoss, SigLIPLoss, TripletLoss
+from ssl_kernels.nn.losses import (
+    BYOLLoss,
+    CLIPLoss,
+    DCLLoss,
+    DebiasedNTXentLoss,
+    IMixLoss,
+    InfoNCELoss,
+    NTXentLoss,
+    SigLIPLoss,
+    SupConLoss,
+    TripletLoss,
+    TripletMarginLoss,
+)
 
-__all__ = ["NTXentLoss", "SigLIPLoss", "TripletLoss"]
+__all__ = [
+    "BYOLLoss",
+    "CLIPLoss",
+    "DCLLoss",
+    "DebiasedNTXentLoss",
+    "IMixLoss",
+    "InfoNCELoss",
+    "NTXentLoss",
+    "SigLIPLoss",
+    "SupConLoss",
+    "TripletLoss",
+    "TripletMarginLoss",
+]

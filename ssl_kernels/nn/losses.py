@@ -36,8 +36,165 @@ class NTXentLoss(Loss):
     def __init__(self, temperature=0.5, *, normalize=True, reduction="mean", backend=None):
         super().__init__(temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
 
-    def forward(self, z0, z1):
-        return losses.nt_xent_loss(z0, z1, **self.options)
+    def forward(self, z0, z1, row_weights=None):
+        return losses.nt_xent_loss(z0, z1, row_weights=row_weights, **self.options)
+
+
+class InfoNCELoss(Loss):
+    """`ssl_kernels.info_nce_loss` as a module: `InfoNCELoss(temperature=0.1)(query, positive_key, negative_keys)`.
+
+    Args:
+        temperature: > 0, a float, a 0-d tensor, or an `nn.Parameter` to learn it.
+        reduction, negative_mode, symmetric, normalize, backend: As in `info_nce_loss`.
+    """
+
+    def __init__(
+        self,
+        temperature=0.1,
+        reduction="mean",
+        negative_mode="unpaired",
+        *,
+        symmetric=False,
+        normalize=True,
+        backend=None,
+    ):
+        super().__init__(
+            temperature=temperature,
+            reduction=reduction,
+            negative_mode=negative_mode,
+            symmetric=symmetric,
+            normalize=normalize,
+            backend=backend,
+        )
+
+    def forward(
+        self, query, positive_key, negative_keys=None, *, query_ids=None, key_ids=None, row_weights=None
+    ):
+        return losses.info_nce_loss(
+            query,
+            positive_key,
+            negative_keys,
+            query_ids=query_ids,
+            key_ids=key_ids,
+            row_weights=row_weights,
+            **self.options,
+        )
+
+
+class CLIPLoss(Loss):
+    """`ssl_kernels.clip_loss` as a module: `CLIPLoss()(image_features, text_features, logit_scale)`.
+
+    Args:
+        label_smoothing, normalize, reduction, backend: As in `clip_loss`.
+    """
+
+    def __init__(self, *, label_smoothing=0.0, normalize=True, reduction="mean", backend=None):
+        super().__init__(
+            label_smoothing=label_smoothing, normalize=normalize, reduction=reduction, backend=backend
+        )
+
+    def forward(self, image_features, text_features, logit_scale, *, ids=None, row_weights=None):
+        return losses.clip_loss(
+            image_features, text_features, logit_scale, ids=ids, row_weights=row_weights, **self.options
+        )
+
+
+class SupConLoss(Loss):
+    """`ssl_kernels.sup_con_loss` as a module: `SupConLoss(temperature=0.07)(features, labels)`.
+
+    Args:
+        temperature: > 0, a float, a 0-d tensor, or an `nn.Parameter` to learn it.
+        normalize, reduction, backend: As in `sup_con_loss`.
+    """
+
+    def __init__(self, temperature=0.07, *, normalize=True, reduction="mean", backend=None):
+        super().__init__(temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
+
+    def forward(self, features, labels, row_weights=None):
+        return losses.sup_con_loss(features, labels, row_weights=row_weights, **self.options)
+
+
+class DCLLoss(Loss):
+    """`ssl_kernels.dcl_loss` as a module: `DCLLoss(temperature=0.1)(z0, z1)`.
+
+    Args:
+        temperature: > 0, a float, a 0-d tensor, or an `nn.Parameter` to learn it.
+        normalize, reduction, backend: As in `dcl_loss`.
+    """
+
+    def __init__(self, temperature=0.1, *, normalize=True, reduction="mean", backend=None):
+        super().__init__(temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
+
+    def forward(self, z0, z1, row_weights=None):
+        return losses.dcl_loss(z0, z1, row_weights=row_weights, **self.options)
+
+
+class DebiasedNTXentLoss(Loss):
+    """`ssl_kernels.debiased_nt_xent_loss` as a module: `DebiasedNTXentLoss(positive_prior=0.1)(z0, z1)`.
+
+    Args:
+        temperature: > 0, a float, a 0-d tensor, or an `nn.Parameter` to learn it.
+        positive_prior, normalize, reduction, backend: As in `debiased_nt_xent_loss`.
+    """
+
+    def __init__(
+        self, temperature=0.5, *, positive_prior=0.1, normalize=True, reduction="mean", backend=None
+    ):
+        super().__init__(
+            temperature=temperature,
+            positive_prior=positive_prior,
+            normalize=normalize,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    def forward(self, z0, z1, row_weights=None):
+        return losses.debiased_nt_xent_loss(z0, z1, row_weights=row_weights, **self.options)
+
+
+class IMixLoss(Loss):
+    """`ssl_kernels.imix_loss` as a module: `IMixLoss(temperature=0.2)(query, key, permutation, lam)`.
+
+    Args:
+        temperature: > 0, a float, a 0-d tensor, or an `nn.Parameter` to learn it.
+        normalize, reduction, backend: As in `imix_loss`.
+    """
+
+    def __init__(self, temperature=0.2, *, normalize=True, reduction="mean", backend=None):
+        super().__init__(temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
+
+    def forward(self, query, key, permutation, lam, *, negative_keys=None, row_weights=None):
+        return losses.imix_loss(
+            query, key, permutation, lam, negative_keys=negative_keys, row_weights=row_weights, **self.options
+        )
+
+
+class TripletMarginLoss(Loss):
+    """`ssl_kernels.triplet_margin_loss` as a module: `TripletMarginLoss(margin=0.2)(anchor, positive, negative)`.
+
+    Args:
+        margin, distance, normalize, reduction: As in `triplet_margin_loss`.
+    """
+
+    def __init__(self, margin=0.2, *, distance="euclidean", normalize=True, reduction="mean"):
+        super().__init__(margin=margin, distance=distance, normalize=normalize, reduction=reduction)
+
+    def forward(self, anchor, positive, negative):
+        return losses.triplet_margin_loss(anchor, positive, negative, **self.options)
+
+
+class BYOLLoss(Loss):
+    """`ssl_kernels.byol_loss` as a module: `BYOLLoss()(prediction, target)`.
+
+    Args:
+        normalize, reduction: As in `byol_loss`.
+    """
+
+    def __init__(self, *, normalize=True, reduction="mean"):
+        super().__init__(normalize=normalize, reduction=reduction)
+
+    def forward(self, prediction, target, row_weights=None):
+        return losses.byol_loss(prediction, target, row_weights=row_weights, **self.options)
 
 
 class SigLIPLoss(Loss):

@@ -128,7 +128,7 @@ library.impl("contrastive_fwd.triton", lambda *args: _triton().contrastive_fwd(*
 library.impl("contrastive_bwd.triton", lambda *args: _triton().contrastive_bwd(*args), "CUDA")
 
 
-def unsupported(backend, rows, columns=None):
+def unsupported(backend, rows, columns=None, *_):
     """Why `backend` cannot run this call, or None if it can."""
     if backend in ("chunked", "reference"):
         return None

@@ -1,0 +1,101 @@
+"""CLIP's loss: both directions from one pass over the logits."""
+
+import torch
+
+from ssl_kernels.checks import (
+    check_embeddings,
+    check_fraction,
+    check_ids,
+    check_reduction,
+    check_row_weights,
+    check_same_rows,
+    check_scalar,
+)
+from ssl_kernels.losses._shared import as_scalar, reduce, row_dots, unit_rows, widest_under_autocast
+from ssl_kernels.ops.contrastive import contrastive
+
+OP = "clip_loss"
+
+
+def clip_loss(
+    image_features,
+    text_features,
+    logit_scale,
+    *,
+    label_smoothing=0.0,
+    ids=None,
+    normalize=True,
+    reduction="mean",
+    row_weights=None,
+    backend=None,
+):
+    """CLIP's loss: each image against all texts and each text against all images, the mean of both.
+
+        loss_i = ½ (CE_i(s) + CE_i(sᵀ)),  s_ij = logit_scale · <image_i, text_j>
+
+    where CE_i is the cross-entropy of row i with target i, smoothed as `F.cross_entropy` smooths it:
+    log Σ_j exp(s_ij) − (1 − ε) s_ii − (ε / N) Σ_j s_ij. The last sum is logit_scale · <image_i, Σ_j text_j>, O(N · D).
+
+    Args:
+        image_features, text_features: (N, D) each, row i of both a pair. float64, float32, float16 or bfloat16, any
+            strides. Under autocast they may differ in dtype; the wider one is used.
+        logit_scale: 1 / temperature, a float or a 0-d tensor, which gets its gradient: `log_scale.exp()`, as
+            open_clip passes it.
+        label_smoothing: ε above, in [0, 1].
+        ids: (N,) integers, or None. Pairs of equal ids are no negatives of each other: known duplicates. Not with
+            label_smoothing.
+        normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12); rows that are unit already stay.
+        reduction: "mean" over the N pairs, "sum", or "none".
+        row_weights: (N,) floating, a weight a pair, or None. "none" and "sum" take weight · loss, "mean" divides
+            their sum by that of the weights.
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or (N,) for "none".
+
+    Raises:
+        TypeError: An argument is no tensor or number of the kind above, or dtypes differ outside autocast.
+        ValueError: Shapes that do not fit, an empty batch, mixed devices, logit_scale not finite, label_smoothing
+            outside [0, 1] or with ids, an unknown reduction or backend, or a backend that cannot run this call.
+        RuntimeError: A second derivative is asked of a backend other than "reference".
+
+    Source: Radford et al., CLIP, arXiv:2103.00020, figure 3.
+    """
+    image_features, text_features = widest_under_autocast(image_features, text_features)
+    check_embeddings(OP, image_features=image_features, text_features=text_features)
+    check_same_rows(OP, image_features=image_features, text_features=text_features)
+    check_scalar(OP, "logit_scale", logit_scale, image_features, positive=False)
+    check_fraction(OP, "label_smoothing", label_smoothing)
+    check_reduction(OP, reduction)
+    n = len(image_features)
+    check_row_weights(OP, "row_weights", row_weights, n, image_features)
+    if ids is not None:
+        check_ids(OP, "ids", ids, (n,), image_features)
+        if label_smoothing:
+            raise ValueError(f"{OP}: label_smoothing must be 0 with ids, got {label_smoothing}")
+        ids = ids.long()
+
+    scale = as_scalar(logit_scale, image_features)
+    lse, text_lse, positive = contrastive(
+        image_features,
+        text_features,
+        scale,
+        positives=torch.arange(n, device=image_features.device),
+        row_ids=ids,
+        column_ids=ids,
+        normalize_rows=normalize,
+        normalize_columns=normalize,
+        keep_diagonal=True,
+        both_directions=True,
+        backend=backend,
+        caller=OP,
+    )
+    loss = (lse + text_lse) / 2 - (1 - label_smoothing) * positive
+    if label_smoothing:
+        images, texts = unit_rows(image_features, normalize), unit_rows(text_features, normalize)
+        means = row_dots(images, texts.mean(0)) + row_dots(texts, images.mean(0))
+        loss = loss - label_smoothing / 2 * scale * means
+    return reduce(loss, reduction, image_features, row_weights)
+
+
+clip_loss.operation = "contrastive"

@@ -1,0 +1,86 @@
+"""DCL: NT-Xent whose denominator leaves the positive out."""
+
+import torch
+
+from ssl_kernels.checks import (
+    check_embeddings,
+    check_least_rows,
+    check_reduction,
+    check_row_weights,
+    check_same_rows,
+    check_scalar,
+)
+from ssl_kernels.losses._shared import inverse, reduce, widest_under_autocast
+from ssl_kernels.ops.contrastive import contrastive
+
+OP = "dcl_loss"
+
+
+def dcl_loss(
+    z0,
+    z1,
+    temperature=0.1,
+    *,
+    normalize=True,
+    reduction="mean",
+    row_weights=None,
+    backend=None,
+):
+    """Decoupled contrastive loss: NT-Xent with the positive left out of the sum.
+
+        loss_i = −s_i,p(i) + log Σ_{j ≠ i, p(i)} exp(s_ij),  s_ij = <z_i, z_j> / temperature
+
+    over the rows z of z0 above z1, where p(i) is the other view of i. It may be negative.
+
+    Args:
+        z0, z1: Embeddings of the two views, (B, D) each with B >= 2, row i of both from the same sample. float64,
+            float32, float16 or bfloat16, any strides. Under autocast they may differ in dtype; the wider one is used.
+        temperature: > 0, a float or a 0-d tensor, which gets its gradient.
+        normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
+        reduction: "mean" over the 2B rows, "sum", or "none".
+        row_weights: (2B,) floating, or None, the rows of z0 first. "none" and "sum" take weight · loss, "mean"
+            divides their sum by that of the weights. (The paper's DCLW weights the positive's logit alone.)
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or (2B,) for "none", the rows of z0 first.
+
+    Raises:
+        TypeError: z0 or z1 is no floating tensor, or their dtypes differ outside autocast.
+        ValueError: Shapes that do not fit, fewer than 2 samples (nothing would be left to sum), mixed devices,
+            temperature not > 0, an unknown reduction or backend, or a backend that cannot run this call.
+        RuntimeError: A second derivative is asked of a backend other than "reference".
+
+    Source: Yeh et al., arXiv:2110.06848.
+    """
+    z0, z1 = widest_under_autocast(z0, z1)
+    check_embeddings(OP, z0=z0, z1=z1)
+    check_same_rows(OP, z0=z0, z1=z1)
+    check_least_rows(OP, "z0", z0, 2, "so that a negative is left")
+    check_scalar(OP, "temperature", temperature, z0, positive=True)
+    check_reduction(OP, reduction)
+    check_row_weights(OP, "row_weights", row_weights, 2 * len(z0), z0)
+    views = torch.cat((z0, z1))
+    lse, positive = negatives_and_positive(views, inverse(temperature, views), normalize, backend, OP)
+    return reduce(lse - positive, reduction, views, row_weights)
+
+
+dcl_loss.operation = "contrastive"
+
+
+def negatives_and_positive(views, scale, normalize, backend, caller):
+    """log Σ exp over all views but a sample's own two, and the logit of its other view; (2B,) float64 each."""
+    half = len(views) // 2
+    sample = torch.arange(half, device=views.device).repeat(2)
+    partner = torch.arange(-half, half, device=views.device)  # negative indices count from the end
+    lse, _, positive = contrastive(
+        views,
+        None,
+        scale,
+        positives=partner,
+        row_ids=sample,
+        normalize_rows=normalize,
+        backend=backend,
+        caller=caller,
+    )
+    return lse, positive

@@ -1,0 +1,85 @@
+"""Debiased contrastive loss: NT-Xent corrected for negatives that are positives in truth."""
+
+import math
+
+import torch
+
+from ssl_kernels.checks import (
+    check_embeddings,
+    check_fraction,
+    check_least_rows,
+    check_reduction,
+    check_row_weights,
+    check_same_rows,
+    check_scalar,
+)
+from ssl_kernels.losses._shared import inverse, minus_log_sigmoid, reduce, widest_under_autocast
+from ssl_kernels.losses.dcl import negatives_and_positive
+
+OP = "debiased_nt_xent_loss"
+
+
+def debiased_nt_xent_loss(
+    z0,
+    z1,
+    temperature=0.5,
+    *,
+    positive_prior=0.1,
+    normalize=True,
+    reduction="mean",
+    row_weights=None,
+    backend=None,
+):
+    """Debiased contrastive loss: NT-Xent whose negatives are freed of the positives drawn among them.
+
+        loss_i = −log( exp(s_i,p(i)) / (exp(s_i,p(i)) + G_i) ),  s_ij = <z_i, z_j> / temperature,
+        G_i = max( (Σ_j exp(s_ij) − K τ exp(s_i,p(i))) / (1 − τ),  K exp(−1 / temperature) )
+
+    over the K = 2B − 2 views j of other samples, with τ the share of samples that are of i's own (hidden) class.
+    With τ = 0 it is NT-Xent. The lower bound is that of unit rows.
+
+    Args:
+        z0, z1: Embeddings of the two views, (B, D) each with B >= 2, row i of both from the same sample. float64,
+            float32, float16 or bfloat16, any strides. Under autocast they may differ in dtype; the wider one is used.
+        temperature: > 0, a float or a 0-d tensor, which gets its gradient.
+        positive_prior: τ above, in [0, 1).
+        normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
+        reduction: "mean" over the 2B rows, "sum", or "none".
+        row_weights: (2B,) floating, or None, the rows of z0 first. "none" and "sum" take weight · loss, "mean"
+            divides their sum by that of the weights.
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or (2B,) for "none", the rows of z0 first.
+
+    Raises:
+        TypeError: z0 or z1 is no floating tensor, or their dtypes differ outside autocast.
+        ValueError: Shapes that do not fit, fewer than 2 samples, mixed devices, temperature not > 0, positive_prior
+            outside [0, 1), an unknown reduction or backend, or a backend that cannot run this call.
+        RuntimeError: A second derivative is asked of a backend other than "reference".
+
+    Source: Chuang et al., arXiv:2007.00224, with one positive a row.
+    """
+    z0, z1 = widest_under_autocast(z0, z1)
+    check_embeddings(OP, z0=z0, z1=z1)
+    check_same_rows(OP, z0=z0, z1=z1)
+    check_least_rows(OP, "z0", z0, 2, "so that a negative is left")
+    check_scalar(OP, "temperature", temperature, z0, positive=True)
+    check_fraction(OP, "positive_prior", positive_prior, below_one=True)
+    check_reduction(OP, reduction)
+    check_row_weights(OP, "row_weights", row_weights, 2 * len(z0), z0)
+    views = torch.cat((z0, z1))
+    scale = inverse(temperature, views)
+    lse, positive = negatives_and_positive(views, scale, normalize, backend, OP)
+
+    # log G, all in logarithms: Σ − K τ exp(s) = Σ (1 − exp(excess)), which must be positive to have one.
+    negatives = len(views) - 2
+    least = math.log(negatives) - scale.double()
+    log_share = math.log(negatives * positive_prior) if positive_prior else -math.inf
+    excess = log_share + positive - lse
+    corrected = lse + torch.log(-torch.expm1(excess.where(excess < 0, -1))) - math.log1p(-positive_prior)
+    log_negatives = torch.maximum(corrected, least).where(excess < 0, least)
+    return reduce(minus_log_sigmoid(positive - log_negatives), reduction, views, row_weights)
+
+
+debiased_nt_xent_loss.operation = "contrastive"

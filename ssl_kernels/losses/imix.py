@@ -1,0 +1,118 @@
+"""i-Mix and MixCo: queries of mixed inputs with two weighted positives."""
+
+import torch
+
+from ssl_kernels.checks import (
+    check_embeddings,
+    check_fraction,
+    check_ids,
+    check_reduction,
+    check_row_weights,
+    check_same_rows,
+    check_scalar,
+    check_shape,
+)
+from ssl_kernels.losses._shared import inverse, reduce, widest_under_autocast
+from ssl_kernels.ops.contrastive import contrastive
+
+OP = "imix_loss"
+
+
+def imix_loss(
+    query,
+    key,
+    permutation,
+    lam,
+    temperature=0.2,
+    *,
+    negative_keys=None,
+    normalize=True,
+    reduction="mean",
+    row_weights=None,
+    backend=None,
+):
+    """i-Mix: each query of a mixed input against all keys, with two positives weighted as the inputs were mixed.
+
+        loss_i = λ_i CE_i(i) + (1 − λ_i) CE_i(perm(i)),  CE_i(j) = log Σ_k exp(s_ik) − s_ij,
+        s_ij = <query_i, key_j> / temperature
+
+    for query_i = f(λ_i x_i + (1 − λ_i) x_perm(i)) and key_j = g(x_j): i-Mix and, with negative_keys from a queue,
+    i-Mix on MoCo and MixCo. CE is linear in its target: one log-sum-exp less λ_i s_ii + (1 − λ_i) s_i,perm(i).
+
+    Args:
+        query, key: (N, D) each. float64, float32, float16 or bfloat16, any strides. Under autocast they may differ
+            in dtype; the widest is used.
+        permutation: (N,) integers, a permutation of 0 ... N − 1: with whom each input was mixed.
+        lam: λ, a float in [0, 1], a 0-d or an (N,) floating tensor of such: the part of the input itself. It gets its
+            gradient.
+        temperature: > 0, a float or a 0-d tensor, which gets its gradient.
+        negative_keys: (M, D) more columns that are nobody's positive, as a queue's, or None.
+        normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
+        reduction: "mean" over the N queries, "sum", or "none".
+        row_weights: (N,) floating, or None. "none" and "sum" take weight · loss, "mean" divides their sum by that of
+            the weights.
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or (N,) for "none".
+
+    Raises:
+        TypeError: An argument is no tensor of the kind above, or dtypes differ outside autocast.
+        ValueError: Shapes that do not fit, an empty batch, mixed devices, temperature not > 0, lam outside [0, 1], a
+            permutation that is none, an unknown reduction or backend, or a backend that cannot run this call. The
+            values of permutation and lam are looked at on the CPU outside of torch.compile only: elsewhere
+            that would have to wait for the device.
+        RuntimeError: A second derivative is asked of a backend other than "reference".
+
+    Source: Lee et al., i-Mix, arXiv:2010.08887; Kim et al., MixCo, arXiv:2010.06300.
+    """
+    if negative_keys is None:
+        query, key = widest_under_autocast(query, key)
+        check_embeddings(OP, query=query, key=key)
+    else:
+        query, key, negative_keys = widest_under_autocast(query, key, negative_keys)
+        check_embeddings(OP, query=query, key=key, negative_keys=negative_keys)
+    check_same_rows(OP, query=query, key=key)
+    check_scalar(OP, "temperature", temperature, query, positive=True)
+    check_reduction(OP, reduction)
+    check_row_weights(OP, "row_weights", row_weights, len(query), query)
+    _check_mixing(query, permutation, lam)
+
+    index = torch.arange(len(query), device=query.device)
+    options = {
+        "normalize_rows": normalize,
+        "normalize_columns": normalize,
+        "backend": backend,
+        "caller": OP,
+    }
+    scale = inverse(temperature, query)
+    positives = torch.stack((index, permutation.long()), 1)  # (N, 2)
+    lse, _, logits = contrastive(query, key, scale, positives=positives, **options)
+    if negative_keys is not None:
+        lse = torch.logaddexp(lse, contrastive(query, negative_keys, scale, **options).lse)
+    own_logit, partner_logit = logits.unbind(1)
+    loss = lse - partner_logit - lam * (own_logit - partner_logit)
+    return reduce(loss, reduction, query, row_weights)
+
+
+imix_loss.operation = "contrastive"
+
+
+def _check_mixing(query, permutation, lam):
+    n = len(query)
+    check_ids(OP, "permutation", permutation, (n,), query)
+    look = query.device.type == "cpu" and not torch.compiler.is_compiling()
+    if look and not torch.equal(permutation.long().sort().values, torch.arange(n)):
+        raise ValueError(
+            f"{OP}: permutation must hold each of 0 ... {n - 1} once, got {permutation.tolist()[:8]}"
+        )
+    if not isinstance(lam, torch.Tensor):
+        check_fraction(OP, "lam", lam)
+        return
+    check_shape(OP, "lam", lam, (n,) if lam.dim() else (), query)
+    if not lam.is_floating_point():
+        raise TypeError(f"{OP}: lam must be a floating tensor, got {str(lam.dtype).removeprefix('torch.')}")
+    if look and not ((lam >= 0) & (lam <= 1)).all():
+        raise ValueError(
+            f"{OP}: lam must lie in [0, 1], got values from {lam.min().item()} to {lam.max().item()}"
+        )

@@ -1,0 +1,161 @@
+"""InfoNCE, in the batch or with negatives of its own."""
+
+import torch
+
+from ssl_kernels.checks import (
+    check_embeddings,
+    check_ids,
+    check_reduction,
+    check_row_weights,
+    check_same_rows,
+    check_scalar,
+)
+from ssl_kernels.losses._shared import (
+    inverse,
+    minus_log_sigmoid,
+    reduce,
+    row_dots,
+    unit_rows,
+    widest_under_autocast,
+)
+from ssl_kernels.ops.contrastive import contrastive
+
+OP = "info_nce_loss"
+NEGATIVE_MODES = ("unpaired", "paired")
+
+
+def info_nce_loss(
+    query,
+    positive_key,
+    negative_keys=None,
+    temperature=0.1,
+    reduction="mean",
+    negative_mode="unpaired",
+    *,
+    symmetric=False,
+    query_ids=None,
+    key_ids=None,
+    normalize=True,
+    row_weights=None,
+    backend=None,
+):
+    """InfoNCE: each query against its own key and the negatives.
+
+        loss_i = −log( exp(s_i) / (exp(s_i) + Σ_j exp(s_ij)) ),  s = <query, key> / temperature
+
+    with s_i of the own key and s_ij of the negatives j: without negative_keys the other queries' keys, else the rows
+    of negative_keys, shared by all queries ("unpaired") or each query's own ("paired"). Natural logarithm.
+
+    Args:
+        query, positive_key: (N, D) each, row i of both from the same sample. float64, float32, float16 or bfloat16,
+            any strides. Under autocast they may differ in dtype; the widest is used.
+        negative_keys: None, (M, D) for "unpaired" or (N, M, D) for "paired", dtype and device of query. All three
+            get their gradient.
+        temperature: > 0, a float or a 0-d tensor, which gets its gradient.
+        reduction: "mean", "sum" or "none", over the N queries.
+        negative_mode: "unpaired" or "paired"; not read without negative_keys.
+        symmetric: The mean with the loss of each key against the queries. Only without negative_keys.
+        query_ids: (N,) integers, or None. A negative whose id equals the query's is left out: a known duplicate.
+        key_ids: Ids of the negatives: (N,) of positive_key without negative_keys, where None means query_ids; else
+            (M,) or (N, M). A query's own key always stays in. A query with no negative left has loss 0.
+        normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
+        row_weights: (N,) floating, or None. "none" and "sum" take weight · loss, "mean" divides their sum by that of
+            the weights.
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`). "paired"
+            negatives are plain PyTorch on every backend: they are N separate products, as large as their input.
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or (N,) for "none".
+
+    Raises:
+        TypeError: An argument is no tensor of the kind above, or dtypes differ outside autocast.
+        ValueError: Shapes that do not fit, an empty batch, mixed devices, temperature not > 0, an unknown reduction,
+            negative_mode or backend, symmetric with negative_keys, or only one of query_ids and key_ids where
+            both are needed.
+        RuntimeError: A second derivative is asked of a backend other than "reference".
+
+    Source: van den Oord et al., arXiv:1807.03748; docs/losses.md derives the algebra.
+    """
+    if negative_keys is None:
+        query, positive_key = widest_under_autocast(query, positive_key)
+    else:
+        query, positive_key, negative_keys = widest_under_autocast(query, positive_key, negative_keys)
+    check_embeddings(OP, query=query, positive_key=positive_key)
+    check_same_rows(OP, query=query, positive_key=positive_key)
+    _check_negatives(query, negative_keys, negative_mode, symmetric)
+    check_scalar(OP, "temperature", temperature, query, positive=True)
+    check_reduction(OP, reduction)
+    check_row_weights(OP, "row_weights", row_weights, len(query), query)
+    query_ids, key_ids = _checked_ids(query, query_ids, key_ids, negative_keys)
+
+    scale = inverse(temperature, query)
+    options = {
+        "row_ids": query_ids,
+        "column_ids": key_ids,
+        "normalize_rows": normalize,
+        "normalize_columns": normalize,
+        "backend": backend,
+        "caller": OP,
+    }
+    if negative_keys is None:
+        own = torch.arange(len(query), device=query.device)
+        lse, key_lse, positive = contrastive(
+            query,
+            positive_key,
+            scale,
+            positives=own,
+            keep_diagonal=True,
+            both_directions=symmetric,
+            **options,
+        )
+        loss = ((lse + key_lse) / 2 if symmetric else lse) - positive
+        return reduce(loss, reduction, query, row_weights)
+
+    rows = unit_rows(query, normalize)
+    positive = scale * row_dots(rows, unit_rows(positive_key, normalize))
+    if negative_mode == "unpaired":
+        lse = contrastive(query, negative_keys, scale, **options).lse
+    else:
+        logits = scale * row_dots(rows[:, None], unit_rows(negative_keys, normalize))  # (N, M)
+        if query_ids is not None:
+            logits = logits.masked_fill(query_ids[:, None] == key_ids, -torch.inf)
+        lse = torch.logsumexp(logits, 1)
+    return reduce(minus_log_sigmoid(positive - lse), reduction, query, row_weights)
+
+
+info_nce_loss.operation = "contrastive"
+
+
+def _check_negatives(query, negative_keys, negative_mode, symmetric):
+    if negative_mode not in NEGATIVE_MODES:
+        raise ValueError(f'{OP}: negative_mode must be "unpaired" or "paired", got {negative_mode!r}')
+    if negative_keys is None:
+        return
+    if symmetric:
+        raise ValueError(f"{OP}: symmetric must be False with negative_keys, got {symmetric!r}")
+    if negative_mode == "unpaired":
+        check_embeddings(OP, query=query, negative_keys=negative_keys)
+        return
+    if not isinstance(negative_keys, torch.Tensor):
+        raise TypeError(f"{OP}: negative_keys must be a tensor, got {type(negative_keys).__name__}")
+    if negative_keys.dim() != 3 or len(negative_keys) != len(query) or 0 in negative_keys.shape:
+        raise ValueError(
+            f"{OP}: negative_keys must have shape ({len(query)}, M, {query.shape[1]}) with M >= 1,"
+            f" got {tuple(negative_keys.shape)}"
+        )
+    check_embeddings(OP, query=query, negative_keys=negative_keys[0])
+
+
+def _checked_ids(query, query_ids, key_ids, negative_keys):
+    """Ids of queries and of what they are held against, int64, or (None, None)."""
+    if query_ids is None and key_ids is None:
+        return None, None
+    if query_ids is None:
+        raise ValueError(f"{OP}: query_ids must be given with key_ids, got None")
+    if key_ids is None:
+        if negative_keys is not None:
+            raise ValueError(f"{OP}: key_ids must be given with query_ids and negative_keys, got None")
+        key_ids = query_ids
+    check_ids(OP, "query_ids", query_ids, (len(query),), query)
+    check_ids(OP, "key_ids", key_ids, (query if negative_keys is None else negative_keys).shape[:-1], query)
+    return query_ids.long(), key_ids.long()

@@ -1,0 +1,120 @@
+"""SupCon: all rows of a label attract each other."""
+
+import warnings
+
+import torch
+
+from ssl_kernels.checks import (
+    check_embeddings,
+    check_ids,
+    check_reduction,
+    check_row_weights,
+    check_scalar,
+)
+from ssl_kernels.losses._shared import inverse, reduce, row_dots, unit_rows
+from ssl_kernels.ops.contrastive import contrastive
+
+OP = "sup_con_loss"
+
+
+def sup_con_loss(
+    features,
+    labels,
+    temperature=0.07,
+    *,
+    normalize=True,
+    reduction="mean",
+    row_weights=None,
+    backend=None,
+):
+    """Supervised contrastive loss: each row against all others, those of its own label being the positives P(i).
+
+        loss_i = −1/|P(i)| Σ_{p in P(i)} log( exp(s_ip) / Σ_{j ≠ i} exp(s_ij) ),  s_ij = <z_i, z_j> / temperature
+
+    The form with the sum outside of the logarithm (L_out). Several views of a sample are rows of one label:
+    `sup_con_loss(torch.cat((z0, z1)), labels.repeat(2))`.
+
+    The positives cost O(N · D): Σ_p s_ip = <z_i, C − z_i> / temperature with C the sum of the rows of i's label.
+
+    Args:
+        features: (N, D), float64, float32, float16 or bfloat16, any strides.
+        labels: (N,) integers, any values.
+        temperature: > 0, a float or a 0-d tensor, which gets its gradient.
+        normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
+        reduction: "mean" over the rows that have a positive, "sum", or "none". A row without a positive (the only
+            one of its label) has loss 0 and counts nothing in the mean; as a negative of the others it stays.
+            Where no row has one, all are 0, and on the CPU outside of torch.compile a warning says so: elsewhere
+            that would have to wait for the device.
+        row_weights: (N,) floating, or None. "none" and "sum" take weight · loss, "mean" divides their sum by that of
+            the weights of rows with a positive.
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or (N,) for "none".
+
+    Raises:
+        TypeError: features is no floating or labels no integer tensor.
+        ValueError: Shapes that do not fit, an empty batch, mixed devices, temperature not > 0, an unknown reduction
+            or backend, or a backend that cannot run this call.
+        RuntimeError: A second derivative is asked of a backend other than "reference".
+
+    Source: Khosla et al., arXiv:2004.11362, eq. 2.
+    """
+    check_embeddings(OP, features=features)
+    check_ids(OP, "labels", labels, (len(features),), features)
+    check_scalar(OP, "temperature", temperature, features, positive=True)
+    check_reduction(OP, reduction)
+    check_row_weights(OP, "row_weights", row_weights, len(features), features)
+
+    group, positives = _groups(labels)
+    has_positive = positives > 0
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and not has_positive.any():
+        warnings.warn(f"{OP}: no row has another of its label, so the loss is 0", stacklevel=2)
+
+    scale = inverse(temperature, features)
+    lse = contrastive(features, None, scale, normalize_rows=normalize, backend=backend, caller=OP).lse
+    rows = unit_rows(features, normalize)
+    others = _ClassSums.apply(rows, group) - rows
+    mean_positive = scale * row_dots(rows, others) / positives.clamp_min(1)
+    loss = (lse - mean_positive).where(has_positive, 0)
+    if reduction == "mean":
+        counted = has_positive.to(loss.dtype)
+        if row_weights is not None:
+            counted = counted * row_weights
+        total = counted.sum()
+        return ((loss * counted).sum() / total.where(total != 0, 1)).to(rows.dtype)
+    return reduce(loss, reduction, features, row_weights)
+
+
+sup_con_loss.operation = "contrastive"
+
+
+def _groups(labels):
+    """The labels as numbers from 0 up, and how many other rows have the same; both (N,) int64.
+
+    torch.unique would do it, but its number of results makes the CPU wait for a GPU and breaks torch.compile's graph.
+    """
+    ordered, order = labels.sort()
+    rank = torch.zeros_like(order)
+    rank[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+    group = torch.empty_like(order).scatter_(0, order, rank)
+    count = torch.zeros_like(order).scatter_add_(0, group, torch.ones_like(order))
+    return group, count[group] - 1
+
+
+class _ClassSums(torch.autograd.Function):
+    """For each row the sum of the rows of its group. The map is symmetric, so backward is the same map."""
+
+    @staticmethod
+    def forward(ctx, rows, group):
+        ctx.save_for_backward(group)
+        sums = torch.zeros_like(rows)
+        if rows.device.type == "cpu":
+            sums.index_add_(0, group, rows)
+        else:
+            sums.index_put_((group,), rows, accumulate=True)  # sorts where index_add_ would use atomics
+        return sums[group]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _ClassSums.apply(grad, *ctx.saved_tensors), None

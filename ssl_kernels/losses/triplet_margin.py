@@ -1,0 +1,56 @@
+"""Triplet margin loss of rows that are paired already."""
+
+import torch
+
+from ssl_kernels.checks import check_embeddings, check_reduction, check_same_rows, check_scalar
+from ssl_kernels.losses._shared import reduce, row_dots, unit_rows, widest_under_autocast
+
+OP = "triplet_margin_loss"
+DISTANCES = ("euclidean", "cosine")
+
+
+def triplet_margin_loss(
+    anchor, positive, negative, margin=0.2, *, distance="euclidean", normalize=True, reduction="mean"
+):
+    """Triplet margin loss of given triplets: the positive nearer than the negative by a margin.
+
+        loss_i = max(0, d(anchor_i, positive_i) − d(anchor_i, negative_i) + margin)
+
+    with d(a, b) = ‖a − b‖₂ or, for "cosine", 1 − <a, b> of unit rows. Plain PyTorch: N · D numbers, read a few times.
+    `triplet_loss` finds the triplets itself.
+
+    Args:
+        anchor, positive, negative: (N, D) each. float64, float32, float16 or bfloat16, any strides. Under autocast
+            they may differ in dtype; the widest is used. All three get their gradient, which at distance 0 is 0.
+        margin: >= 0.
+        distance: "euclidean" or "cosine".
+        normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12). False with "cosine" takes inner
+            products as they are.
+        reduction: "mean" over the N triplets, "sum", or "none".
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or (N,) for "none".
+
+    Raises:
+        TypeError: An argument is no tensor or number of the kind above, or dtypes differ outside autocast.
+        ValueError: Shapes that do not fit, an empty batch, mixed devices, a negative margin, an unknown distance or
+            reduction.
+
+    Source: Schroff et al., FaceNet, arXiv:1503.03832, with distances instead of their squares as in Hermans et al.,
+    arXiv:1703.07737.
+    """
+    anchor, positive, negative = widest_under_autocast(anchor, positive, negative)
+    check_embeddings(OP, anchor=anchor, positive=positive, negative=negative)
+    check_same_rows(OP, anchor=anchor, positive=positive, negative=negative)
+    check_scalar(OP, "margin", margin, anchor, positive=False)
+    if not isinstance(margin, torch.Tensor) and margin < 0:
+        raise ValueError(f"{OP}: margin must be >= 0, got {margin}")
+    if distance not in DISTANCES:
+        raise ValueError(f'{OP}: distance must be "euclidean" or "cosine", got {distance!r}')
+    check_reduction(OP, reduction)
+    a, p, n = (unit_rows(rows, normalize) for rows in (anchor, positive, negative))
+    if distance == "cosine":
+        gap = row_dots(a, n - p)
+    else:
+        gap = torch.linalg.vector_norm(a - p, dim=1) - torch.linalg.vector_norm(a - n, dim=1)
+    return reduce(torch.relu(gap.double() + margin), reduction, anchor)
