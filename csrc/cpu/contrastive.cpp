@@ -25,6 +25,7 @@
 #include <limits>
 #include <vector>
 
+#include "contrastive_expectation.h"
 #include "rows.h"
 #include "tile_math.h"
 #include "tiles.h"
@@ -53,7 +54,7 @@ class Problem : public Tiles<acc_t> {
 
   explicit Problem(const ContrastiveArgs& args)
       : Base(load_rows<scalar_t, acc_t>(args.rows, args.normalize_rows),
-             args.columns ? std::optional(load_rows<scalar_t, acc_t>(*args.columns, args.normalize_columns))
+             args.columns ? std::optional(load_rows_of<acc_t>(*args.columns, args.normalize_columns))
                           : std::nullopt),
         scale(without_payload(*args.scale.const_data_ptr<acc_t>())),
         positives_per_row(args.positives ? args.positives->numel() / n : 0),
@@ -239,7 +240,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
       args.positives ? at::empty(args.positives->sizes(), options.dtype(at::kDouble))
                      : at::empty({0}, options.dtype(at::kDouble));
   double* positive = positive_logits.mutable_data_ptr<double>();
-  const at::Tensor kept_logits = at::empty({args.keep_logits ? problem.room_for_logits() : 0}, options);
+  const at::Tensor kept_logits = at::empty({args.keep ? problem.room_for_logits() : 0}, options);
   problem.note_tiles(kept_logits);
 
   const auto visit = [&](int64_t block_i, int64_t block_j, int thread) {
@@ -294,7 +295,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   const SoftmaxWeights<acc_t>& transposed = problem.square ? of_rows : of_columns;
   at::Tensor grad_positive;
   if (args.positives && saved.grad_positive_logits) grad_positive = saved.grad_positive_logits->contiguous();
-  const at::Tensor kept_logits = problem.has_tiles_of(saved.kept_logits) ? saved.kept_logits : at::empty({0}, options);
+  const at::Tensor kept_logits = problem.has_tiles_of(saved.kept) ? saved.kept : at::empty({0}, options);
   const double* q = grad_positive.defined() ? grad_positive.const_data_ptr<double>() : nullptr;
 
   // The gradient of scale comes out of the row dots of either side, so one side is always made.
@@ -342,7 +343,9 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   if (rows_wanted)
     by_rows = finish_gradient<scalar_t, acc_t>(grad_rows, problem.rows, problem.scale, storage);
   if (columns_wanted)
-    by_columns = finish_gradient<scalar_t, acc_t>(grad_columns, problem.columns, problem.scale, storage);
+    by_columns = dispatch_storage<acc_t>(args.columns->scalar_type(), [&](auto type) {
+      return finish_gradient<decltype(type), acc_t>(grad_columns, problem.columns, problem.scale, args.columns->options());
+    });
   const double dots = rows_wanted ? by_rows.dots : by_columns.dots;
   const double grad_scale = problem.square ? dots / 2 : dots;
   const auto none = [&] { return at::empty({0}, storage); };
@@ -353,12 +356,14 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
 }  // namespace
 
 ContrastiveFwd contrastive_fwd(const ContrastiveArgs& args) {
+  if (keeps_expectation(args)) return contrastive_expectation_fwd(args);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return SSL_KERNELS_DISPATCH(args.rows.scalar_type(), "contrastive_fwd",
                               [&] { return forward<scalar_t, acc_t>(args); });
 }
 
 ContrastiveBwd contrastive_bwd(const ContrastiveArgs& args, const ContrastiveSaved& saved) {
+  if (saved.kept.dim() == 2) return contrastive_expectation_bwd(args, saved);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return SSL_KERNELS_DISPATCH(args.rows.scalar_type(), "contrastive_bwd",
                               [&] { return backward<scalar_t, acc_t>(args, saved); });

@@ -16,7 +16,8 @@ struct ContrastiveArgs {
   const std::optional<at::Tensor>& row_ids;
   const std::optional<at::Tensor>& column_ids;
   bool normalize_rows, normalize_columns, keep_diagonal, both_directions;
-  bool keep_logits = false;  // whether forward may keep logits for backward
+  bool keep = false;  // whether forward keeps for backward what spares it work
+  bool columns_need_grad = false;
 };
 
 struct ContrastiveSaved {
@@ -27,11 +28,11 @@ struct ContrastiveSaved {
   const at::Tensor& column_lse;
   const at::Tensor& row_rnorm;
   const at::Tensor& column_rnorm;
-  const at::Tensor& kept_logits;
+  const at::Tensor& kept;
   bool rows_need_grad, columns_need_grad;
 };
 
-// lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept_logits
+// lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept
 using ContrastiveFwd = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 // grad_rows, grad_columns, grad_scale
 using ContrastiveBwd = std::tuple<at::Tensor, at::Tensor, at::Tensor>;

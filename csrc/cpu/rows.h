@@ -22,6 +22,18 @@
 
 namespace ssl_kernels::cpu {
 
+// visit(scalar_t()) with the storage type `dtype`, one of those that accumulate in acc_t.
+template <class acc_t, class Visit>
+auto dispatch_storage(at::ScalarType dtype, const Visit& visit) {
+  if constexpr (std::is_same_v<acc_t, double>) {
+    return visit(double());
+  } else {
+    if (dtype == at::kHalf) return visit(c10::Half());
+    if (dtype == at::kBFloat16) return visit(c10::BFloat16());
+    return visit(float());
+  }
+}
+
 constexpr double kNormEpsilon = 1e-12;  // as F.normalize
 
 // Rows in acc_t, normalised or as they are, and what came of it.
@@ -36,6 +48,22 @@ inline double without_payload(double x) { return std::isnan(x) ? std::numeric_li
 
 inline int64_t rows_per_task(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)); }
 
+struct RowNorm {
+  double norm;  // of the row as written
+  double rnorm;
+};
+
+// One row in acc_t, normalised if asked. A row with a NaN becomes NaN throughout.
+template <class scalar_t, class acc_t>
+RowNorm load_row(acc_t* out, const scalar_t* in, int64_t d, bool normalize) {
+  const double norm = without_payload(std::sqrt(row_conversion<scalar_t, acc_t>().load(out, in, d)));
+  if (std::isnan(norm)) std::fill_n(out, d, static_cast<acc_t>(norm));
+  if (!normalize) return {norm, 1};
+  const acc_t rnorm = static_cast<acc_t>(1 / (norm < kNormEpsilon ? kNormEpsilon : norm));
+  tile_math<acc_t>().scale(out, rnorm, d);
+  return {norm * rnorm, rnorm};
+}
+
 template <class scalar_t, class acc_t>
 Rows load_rows(const at::Tensor& x, bool normalize) {
   const int64_t n = x.size(0), d = x.size(1);
@@ -46,21 +74,23 @@ Rows load_rows(const at::Tensor& x, bool normalize) {
   acc_t* out = rows.values.template mutable_data_ptr<acc_t>();
   acc_t* rnorm = rows.rnorm.template mutable_data_ptr<acc_t>();
   std::vector<double> norms(n);
-  const auto& convert = row_conversion<scalar_t, acc_t>();
-  const auto& math = tile_math<acc_t>();
   at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      norms[i] = without_payload(std::sqrt(convert.load(out + i * d, in + i * source.stride(0), d)));
-      if (std::isnan(norms[i])) std::fill_n(out + i * d, d, static_cast<acc_t>(norms[i]));
-      if (!normalize) continue;
-      rnorm[i] = static_cast<acc_t>(1 / (norms[i] < kNormEpsilon ? kNormEpsilon : norms[i]));
-      math.scale(out + i * d, rnorm[i], d);
-      norms[i] = norms[i] * rnorm[i];
+      const RowNorm row = load_row<scalar_t, acc_t>(out + i * d, in + i * source.stride(0), d, normalize);
+      norms[i] = row.norm;
+      if (normalize) rnorm[i] = static_cast<acc_t>(row.rnorm);
     }
   });
   for (double norm : norms)
     if (!(norm <= rows.longest) && !std::isnan(rows.longest)) rows.longest = norm;
   return rows;
+}
+
+// Rows of any storage type that accumulates in acc_t.
+template <class acc_t>
+Rows load_rows_of(const at::Tensor& x, bool normalize) {
+  return dispatch_storage<acc_t>(x.scalar_type(),
+                                 [&](auto storage) { return load_rows<decltype(storage), acc_t>(x, normalize); });
 }
 
 // What finish_gradient makes: the gradient by the input, and sum_i <x^_i, grad_i>.

@@ -38,6 +38,13 @@ struct TileMath {
                                const T* row_shift, const T* row_weight, const T* col_shift,
                                const T* col_weight);
 
+  // Online softmax of a tile of logits: top[i] rises to the maximum of row i, s_ij <- 2^(s_ij - top[i]) and row_sum[i] is
+  // their sum. A row of -inf alone becomes 0.
+  void (*softmax_rows)(T* s, int64_t ld, int64_t m, int64_t n, T* top, T* row_sum);
+
+  // to (n, m) = the transpose of from (m, n).
+  void (*transpose)(const T* from, int64_t ld_from, T* to, int64_t ld_to, int64_t m, int64_t n);
+
   // s_ij <- -inf where row_ids[i] == col_ids[j].
   void (*mask_equal_ids)(T* s, int64_t ld, int64_t m, int64_t n, const int64_t* row_ids,
                          const int64_t* col_ids);
@@ -69,6 +76,9 @@ struct TileMath {
 
   // x <- a * x
   void (*scale)(T* x, T a, int64_t n);
+
+  // x <- x + a * y
+  void (*add_scaled)(T* x, const T* y, T a, int64_t n);
 
   // g <- a * (g - b * u): the gradient through a normalised row u.
   void (*project_out)(T* g, const T* u, T a, T b, int64_t n);

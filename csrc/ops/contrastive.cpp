@@ -15,7 +15,7 @@ cpu::ContrastiveFwd contrastive_fwd(const at::Tensor& rows, const OptionalTensor
                                     bool keep_diagonal, bool both_directions, bool keep, bool columns_need_grad) {
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
   return cpu::contrastive_fwd({rows, columns, scale, positives, row_ids, column_ids, normalize_rows,
-                               normalize_columns, keep_diagonal, both_directions, keep});
+                               normalize_columns, keep_diagonal, both_directions, keep, columns_need_grad});
 }
 
 cpu::ContrastiveBwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_column_lse,
@@ -30,6 +30,9 @@ cpu::ContrastiveBwd contrastive_bwd(const OptionalTensor& grad_lse, const Option
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
   TORCH_CHECK(lse.scalar_type() == at::kDouble && lse.numel() == rows.size(0) && lse.is_contiguous(),
               "contrastive: lse must be what contrastive_fwd returned");
+  TORCH_CHECK(kept.dim() != 2 || (kept.sizes() == rows.sizes() && kept.scalar_type() == scale.scalar_type() &&
+                                  !columns_need_grad && !both_directions),
+              "contrastive: kept must be what contrastive_fwd returned");
   return cpu::contrastive_bwd({rows, columns, scale, positives, row_ids, column_ids, normalize_rows,
                                normalize_columns, keep_diagonal, both_directions},
                               {grad_lse, grad_column_lse, grad_positive_logits, lse, column_lse, row_rnorm,

@@ -34,7 +34,7 @@ def _kept_by_cpu_kernel(rows, columns):
 def _keeps_expectation(overload, rows, columns, both_directions, keep, columns_need_grad):
     """Whether `kept` is the expectation of the columns."""
     wanted = keep and columns is not None and not columns_need_grad and not both_directions
-    return wanted and (overload == "chunked" or (overload == "native" and rows.device.type == "cuda"))
+    return wanted and overload in ("chunked", "native")
 
 
 def _fwd_fake(

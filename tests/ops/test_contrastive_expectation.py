@@ -22,7 +22,7 @@ from tests.helpers import (
     term_sums,
 )
 
-OPERATORS = ("chunked",)
+OPERATORS = ("chunked", "native")
 every_operator = pytest.mark.parametrize("backend", OPERATORS)
 MIXED = [
     (torch.float32, torch.bfloat16),

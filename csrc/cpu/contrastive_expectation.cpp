@@ -1,0 +1,273 @@
+// contrastive where the columns need no gradient. x^, y^ the rows and columns, s_ij = scale * <x^_i, y^_j>,
+//   lse_i = log sum_{j allowed} exp(s_ij)        E_i = sum_{j allowed} exp(s_ij - lse_i) y^_j
+// in one pass over the columns, attention with V = K: E_i is d lse_i / d(scale * x^_i), so that backward is O(N*D).
+// Tiling: tiles of at most 256 x 256 logits in a scratch a thread. A task is one block of rows with one part of the
+//   columns, and adds up E for it; where there are fewer blocks of rows than threads, the columns fall into as many
+//   parts as there are threads, which are merged in their order. Every sum has one owner: no atomics, and the same bits
+//   for the same number of threads.
+// Work: 2 * 2*N*M*D operations, one exponential an entry, a transpose of each tile's columns (small products read
+//   their right operand by rows, product.h).
+// Memory: rows in acc_t and E (2*N*D), one more E a part but the first, and a thread 256 KB of logits and 2 tiles of columns.
+//   Columns in acc_t that need no normalisation are read where they lie: once a block of rows.
+// Numerics: products, softmax and sums over a tile in acc_t (float32, float64 for float64), sums over tiles in
+//   double. Each row has a running maximum: a tile that raises it rescales what the row has added up so far.
+#include "contrastive_expectation.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "pairs.h"
+#include "product.h"
+#include "rows.h"
+#include "schedule.h"
+#include "tile_math.h"
+
+namespace ssl_kernels::cpu {
+namespace {
+
+constexpr double kLog2 = 1.4426950408889634, kLn = 0.6931471805599453;
+constexpr int64_t kTile = 256, kPad = 16;
+
+// The columns a tile at a time, in acc_t and normalised if asked: where they lie, or converted into scratch.
+template <class acc_t>
+class ColumnReader {
+ public:
+  ColumnReader(const at::Tensor& columns, bool normalize)
+      : d_(columns.size(1)),
+        source_(d_ == 1 || columns.stride(1) == 1 ? columns : columns.contiguous()),
+        normalize_(normalize),
+        in_place_(!normalize && source_.scalar_type() == c10::CppTypeToScalarType<acc_t>::value &&
+                  source_.stride(0) >= d_),
+        rnorm(at::empty({normalize ? columns.size(0) : 0},
+                        columns.options().dtype(c10::CppTypeToScalarType<acc_t>::value))) {}
+
+  // Elements of scratch for a tile.
+  int64_t scratch_size() const { return in_place_ ? 0 : kTile * d_; }
+
+  struct View {
+    const acc_t* values;
+    int64_t ld;
+  };
+
+  // With `note`, the reciprocal norms are written to `rnorm`.
+  View read(Block block, acc_t* scratch, bool note) const {
+    if (in_place_)
+      return {source_.template const_data_ptr<acc_t>() + block.begin * source_.stride(0), source_.stride(0)};
+    dispatch_storage<acc_t>(source_.scalar_type(), [&](auto storage) {
+      using scalar_t = decltype(storage);
+      const scalar_t* in = source_.template const_data_ptr<scalar_t>();
+      acc_t* out_rnorm = note && normalize_ ? rnorm.template mutable_data_ptr<acc_t>() + block.begin : nullptr;
+      for (int64_t k = 0; k < block.size; ++k) {
+        const acc_t factor =
+            load_row<scalar_t, acc_t>(scratch + k * d_, in + (block.begin + k) * source_.stride(0), d_, normalize_).rnorm;
+        if (out_rnorm) out_rnorm[k] = factor;
+      }
+    });
+    return {scratch, d_};
+  }
+
+ private:
+  int64_t d_;
+  at::Tensor source_;
+  bool normalize_, in_place_;
+
+ public:
+  at::Tensor rnorm;
+};
+
+// c (m, n) = a (m, k) * b (k, n), or += with `add`, by the BLAS; with b_is_transposed b lies as (n, k).
+template <class acc_t>
+void blas(int64_t m, int64_t n, int64_t k, const acc_t* a, int64_t ld_a, const acc_t* b, int64_t ld_b, bool b_is_transposed,
+          acc_t* c, int64_t ld_c, bool add, const at::TensorOptions& options) {
+  const auto matrix = [&](const acc_t* data, int64_t rows, int64_t columns, int64_t ld) {
+    return at::from_blob(const_cast<acc_t*>(data), {rows, columns}, {ld, 1}, options);
+  };
+  at::Tensor out = matrix(c, m, n, ld_c);
+  const at::Tensor right = b_is_transposed ? matrix(b, n, k, ld_b).t() : matrix(b, k, n, ld_b);
+  at::addmm_out(out, out, matrix(a, m, k, ld_a), right, add ? 1 : 0, 1);
+}
+
+// What one task knows of its rows: the running maximum, the sum of 2^(s - top), and E times that sum.
+template <class acc_t>
+struct Part {
+  acc_t* top;
+  double* total;
+  acc_t* sums;  // (rows, D)
+};
+
+template <class acc_t>
+ContrastiveFwd forward(const ContrastiveArgs& args) {
+  const Rows rows = load_rows_of<acc_t>(args.rows, args.normalize_rows);
+  const ColumnReader<acc_t> columns(*args.columns, args.normalize_columns);
+  const auto& math = tile_math<acc_t>();
+  const auto options = rows.values.options();
+  const int64_t n = rows.values.size(0), d = rows.values.size(1), m = args.columns->size(0);
+  const Pairs pairs(n, m, args.positives, args.row_ids, args.column_ids, args.keep_diagonal);
+  const double scale = without_payload(*args.scale.const_data_ptr<acc_t>());
+  // The rows take the factor: a BLAS may take one that is NaN for 1.
+  acc_t* x = rows.values.template mutable_data_ptr<acc_t>();
+  math.scale(x, static_cast<acc_t>(scale * kLog2), n * d);
+
+  const int64_t threads = n * m <= kTile * kTile ? 1 : at::get_num_threads();
+  int64_t blocks = (n + kTile - 1) / kTile;
+  if (blocks >= threads) blocks = (blocks + threads - 1) / threads * threads;
+  const Blocks row_blocks{n, std::min<int64_t>(kTile, ((n + blocks - 1) / blocks + kPad - 1) / kPad * kPad)};
+  const Blocks column_blocks{m, std::min<int64_t>(kTile, (m + kPad - 1) / kPad * kPad)};
+  const int64_t parts = row_blocks.count() >= threads ? 1 : std::min(threads, column_blocks.count());
+
+  const at::Tensor kept = at::empty({n, d}, options);
+  const at::Tensor other_sums = at::empty({parts - 1, n, d}, options);
+  std::vector<acc_t> tops(parts * n, -std::numeric_limits<acc_t>::infinity());
+  std::vector<double> totals(parts * n, 0.);
+  const auto part_of = [&](int64_t part, int64_t row) {
+    acc_t* sums = (part ? other_sums.select(0, part - 1) : kept).template mutable_data_ptr<acc_t>();
+    return Part<acc_t>{tops.data() + part * n + row, totals.data() + part * n + row, sums + row * d};
+  };
+  at::Tensor positive_logits = at::empty(args.positives ? args.positives->sizes() : at::IntArrayRef({0}),
+                                         options.dtype(at::kDouble));
+  double* positive = positive_logits.mutable_data_ptr<double>();
+
+  const bool small = has_small_products<acc_t>();
+  const int64_t ld = column_blocks.size + kPad;
+  const int64_t tile_size = row_blocks.size * ld, transposed_size = small ? d * ld : 0;
+  const int64_t scratch_size = tile_size + transposed_size + columns.scratch_size();
+  const int64_t tasks = row_blocks.count() * parts;
+  const at::Tensor scratch = at::empty({std::min(threads, tasks), scratch_size}, options);
+
+  const auto run = [&](int64_t task, int thread) {
+    const c10::InferenceMode below_autograd;
+    const int64_t block_i = task / parts, number = task % parts;
+    const Block i = row_blocks[block_i];
+    const Part<acc_t> part = part_of(number, i.begin);
+    acc_t* s = scratch.template mutable_data_ptr<acc_t>() + thread * scratch_size;
+    acc_t* transposed = s + tile_size;
+    const acc_t* rows_here = x + i.begin * d;
+    std::vector<acc_t> before(i.size), sum(i.size);
+    const int64_t first = number * column_blocks.count() / parts, last = (number + 1) * column_blocks.count() / parts;
+    for (int64_t block_j = first; block_j < last; ++block_j) {
+      const Block j = column_blocks[block_j];
+      const auto y = columns.read(j, transposed + transposed_size, block_i == 0);
+      if (small) {
+        math.transpose(y.values, y.ld, transposed, ld, j.size, d);
+        multiply_small<acc_t>(i.size, j.size, d, rows_here, d, transposed, ld, s, ld, false);
+      } else {
+        blas(i.size, j.size, d, rows_here, d, y.values, y.ld, true, s, ld, false, options);
+      }
+      pairs.for_each_positive(i, j, [&](int64_t k, int64_t row, int64_t column) {
+        positive[k] = kLn * s[(row - i.begin) * ld + column - j.begin];
+      });
+      pairs.mask(s, ld, i, j);
+      std::copy_n(part.top, i.size, before.data());
+      math.softmax_rows(s, ld, i.size, j.size, part.top, sum.data());
+      for (int64_t k = 0; k < i.size; ++k) {
+        if (before[k] != part.top[k] && block_j != first) {
+          const acc_t factor = std::exp2(before[k] - part.top[k]);  // 0 for the first entries of a row
+          part.total[k] *= factor;
+          math.scale(part.sums + k * d, factor, d);
+        }
+        part.total[k] += sum[k];
+      }
+      if (small)
+        multiply_small<acc_t>(i.size, d, j.size, s, ld, y.values, y.ld, part.sums, d, block_j != first);
+      else
+        blas(i.size, d, j.size, s, ld, y.values, y.ld, false, part.sums, d, block_j != first, options);
+    }
+  };
+  if (threads == 1)
+    for (int64_t task = 0; task < tasks; ++task) run(task, 0);
+  else
+    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) run(task, at::get_thread_num());
+    });
+
+  const at::Tensor lse = at::empty({n}, options.dtype(at::kDouble));
+  double* out = lse.mutable_data_ptr<double>();
+  const auto merge = [&](int64_t row) {
+    const Part<acc_t> into = part_of(0, row);
+    double top = *into.top;
+    for (int64_t p = 1; p < parts; ++p) top = std::max<double>(top, *part_of(p, row).top);
+    double total = 0;
+    for (int64_t p = 0; p < parts; ++p) {
+      const Part<acc_t> part = part_of(p, row);
+      // A part in which nothing is allowed has no maximum.
+      const double weight = *part.total == 0 ? 0 : std::exp2(*part.top - top);
+      total += *part.total * weight;
+      if (p == 0) {
+        if (weight != 1) math.scale(into.sums, static_cast<acc_t>(weight), d);
+      } else {
+        math.add_scaled(into.sums, part.sums, static_cast<acc_t>(weight), d);
+      }
+    }
+    out[row] = total == 0 ? -std::numeric_limits<double>::infinity() : kLn * (top + std::log2(total));
+    if (total != 0) math.scale(into.sums, static_cast<acc_t>(1 / total), d);
+  };
+  at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) merge(row);
+  });
+  return {lse, at::empty({0}, options.dtype(at::kDouble)), positive_logits, rows.rnorm, columns.rnorm, kept};
+}
+
+template <class scalar_t, class acc_t>
+ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& saved) {
+  const Rows rows = load_rows<scalar_t, acc_t>(args.rows, args.normalize_rows);
+  const auto options = rows.values.options();
+  const int64_t n = rows.values.size(0), d = rows.values.size(1);
+  const double scale = *args.scale.const_data_ptr<acc_t>();
+  const at::Tensor kept = saved.kept.contiguous();
+  const at::Tensor grad = at::empty({n, d}, options);
+  const at::Tensor grad_lse = saved.grad_lse ? saved.grad_lse->contiguous() : at::Tensor();
+  at::Tensor grad_positive;
+  Rows columns;
+  if (args.positives && saved.grad_positive_logits && args.positives->numel()) {
+    TORCH_CHECK(args.columns, "contrastive: columns must be given with positives and their gradient");
+    grad_positive = saved.grad_positive_logits->contiguous();
+    const int64_t m = args.columns->size(0);
+    const at::Tensor index = args.positives->reshape({-1}).remainder(m);
+    columns = load_rows_of<acc_t>(at::index_select(*args.columns, 0, index), args.normalize_columns);
+  }
+  const acc_t* expectation = kept.template const_data_ptr<acc_t>();
+  const double* g = grad_lse.defined() ? grad_lse.const_data_ptr<double>() : nullptr;
+  const double* q = grad_positive.defined() ? grad_positive.const_data_ptr<double>() : nullptr;
+  const acc_t* y = q ? columns.values.template const_data_ptr<acc_t>() : nullptr;
+  const int64_t positives_per_row = q ? grad_positive.numel() / n : 0;
+  const double* lse = saved.lse.const_data_ptr<double>();
+  acc_t* out = grad.template mutable_data_ptr<acc_t>();
+  const auto& math = tile_math<acc_t>();
+  at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      std::fill_n(out + i * d, d, acc_t(0));
+      if (g && lse[i] != -std::numeric_limits<double>::infinity())
+        math.add_scaled(out + i * d, expectation + i * d, static_cast<acc_t>(g[i]), d);
+      for (int64_t k = i * positives_per_row; k < (i + 1) * positives_per_row; ++k)
+        math.add_scaled(out + i * d, y + k * d, static_cast<acc_t>(q[k]), d);
+    }
+  });
+  const InputGradient by_rows = finish_gradient<scalar_t, acc_t>(grad, rows, scale, args.rows.options());
+  const auto none = [&] { return at::empty({0}, args.rows.options()); };
+  return {saved.rows_need_grad ? by_rows.values : none(), none(), at::scalar_tensor(by_rows.dots, options)};
+}
+
+}  // namespace
+
+ContrastiveFwd contrastive_expectation_fwd(const ContrastiveArgs& args) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return args.rows.scalar_type() == at::kDouble ? forward<double>(args) : forward<float>(args);
+}
+
+ContrastiveBwd contrastive_expectation_bwd(const ContrastiveArgs& args, const ContrastiveSaved& saved) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return SSL_KERNELS_DISPATCH(args.rows.scalar_type(), "contrastive_bwd",
+                              [&] { return backward<scalar_t, acc_t>(args, saved); });
+}
+
+}  // namespace ssl_kernels::cpu
