@@ -7,7 +7,17 @@ import ssl_kernels  # noqa: F401  defines the operators
 from ssl_kernels import backends
 
 
-@pytest.mark.parametrize("operator", ["contrastive_fwd", "contrastive_bwd"])
+@pytest.mark.parametrize(
+    "operator",
+    [
+        "contrastive_fwd",
+        "contrastive_bwd",
+        *["mixup_", "mixup_fwd", "mixup_bwd"],
+        *["cutmix_", "cutmix_fwd", "cutmix_bwd"],
+        "mixup_normalize",
+        *["mixup_cross_entropy_fwd", "mixup_cross_entropy_bwd"],
+    ],
+)
 def test_native_overload_has_a_cuda_kernel(operator):
     if backends.extension is None or not backends.extension.build_info()["cuda_architectures"]:
         pytest.skip("the extension was built without CUDA")
