@@ -107,16 +107,17 @@ struct Matrix {
   }
 };
 
-// Norms into `rnorm` (unless null) and, where the matrix is not aligned, a packed copy: the operand the
-// kernels read.
+// Norms into `rnorm`, half squares into `half_square` (unless null) and, where the matrix is not aligned, a packed
+// copy: the operand the kernels read.
 template <typename scalar_t, typename acc_t>
-Operand<scalar_t, acc_t> prepare(Launcher& launcher, const Matrix<scalar_t>& matrix, acc_t* rnorm) {
+Operand<scalar_t, acc_t> prepare(Launcher& launcher, const Matrix<scalar_t>& matrix, acc_t* rnorm,
+                                 acc_t* half_square = nullptr) {
   const bool aligned = matrix.aligned();
   scalar_t* packed = aligned ? nullptr : launcher.scratch<scalar_t>(matrix.count * matrix.width());
-  if ((rnorm || !aligned) && matrix.count > 0) {
+  if ((rnorm || half_square || !aligned) && matrix.count > 0) {
     launcher.launch(prepare_rows_kernel<scalar_t, acc_t>, blocks_for(matrix.count, kRowWarps),
                     kRowWarps * kWarpSize, 0, matrix.data, matrix.strides[0], matrix.strides[1], matrix.count,
-                    matrix.D, aligned, rnorm, packed, matrix.width());
+                    matrix.D, aligned, rnorm, half_square, packed, matrix.width());
   }
   return {aligned ? matrix.data : packed, aligned ? matrix.strides[0] : matrix.width(), matrix.count, rnorm};
 }

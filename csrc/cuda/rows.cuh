@@ -13,16 +13,17 @@ constexpr int kRowWarps = 8;     // of kernels with one warp a row
 constexpr int kBlockWarps = 32;  // of kernels that are one block
 constexpr double kZeroRowRnorm = 1e11;  // half rows with a larger 1 / norm are zero
 
-//   rnorm_i = 1 / max(|x_i|, 1e-12);   packed_i = x_i, zero padded to `packed_width`
+//   rnorm_i = 1 / max(|x_i|, 1e-12);   half_square_i = |x^_i|^2 / 2, x^_i = x_i, times rnorm_i where that is wanted;
+//   packed_i = x_i, zero padded to `packed_width`
 //
-// One warp a row, acc_t throughout. The packed copy is made only for operands that are not 16-byte aligned
-// rows with unit column stride. Traffic: reads N * D elements once, writes N acc_t (and N * packed_width
-// elements).
+// One warp a row, acc_t throughout; null results are left out. The packed copy is made only for operands that are
+// not 16-byte aligned rows with unit column stride. Traffic: reads N * D elements once, writes N acc_t each (and
+// N * packed_width elements).
 template <typename scalar_t, typename acc_t>
 __global__ void __launch_bounds__(kRowWarps* kWarpSize)
-    prepare_rows_kernel(const scalar_t* data, int64_t row_stride, int64_t column_stride, int64_t count,
-                               int64_t D, bool vectorised, acc_t* rnorm, scalar_t* packed,
-                               int64_t packed_width) {
+    prepare_rows_kernel(const scalar_t* data, int64_t row_stride, int64_t column_stride, int64_t count, int64_t D,
+                        bool vectorised, acc_t* rnorm, acc_t* half_square, scalar_t* packed,
+                        int64_t packed_width) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
   if (row >= count) return;
@@ -42,9 +43,16 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize)
       packed[row * packed_width + d] = value;
     }
   }
-  if (!rnorm) return;
-  const acc_t norm = Math<acc_t>::sqrt(warp_sum(sum));
-  if (lane == 0) rnorm[row] = acc_t(1) / (norm < Math<acc_t>::kNormEps ? Math<acc_t>::kNormEps : norm);
+  if (!rnorm && !half_square) return;
+  sum = warp_sum(sum);
+  if (lane != 0) return;
+  acc_t factor = acc_t(1);
+  if (rnorm) {
+    const acc_t norm = Math<acc_t>::sqrt(sum);
+    factor = acc_t(1) / (norm < Math<acc_t>::kNormEps ? Math<acc_t>::kNormEps : norm);
+    rnorm[row] = factor;
+  }
+  if (half_square) half_square[row] = sum * factor * factor / 2;
 }
 
 // A matrix as a caller passed it.

@@ -49,8 +49,8 @@ __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) {
 }
 
 // Tiling of kernels that only reduce the tiles: 4 warps, each 32 rows by all columns of the tile. `kColumnTerms`
-// numbers of every column come with its tile.
-template <typename Engine, int kColumnTerms_>
+// numbers of every column come with its tile, and its label where `kColumnLabels`.
+template <typename Engine, int kColumnTerms_, bool kColumnLabels_ = false>
 struct ReduceShape {
   using scalar_t = typename Engine::scalar_t;
   using acc_t = typename Engine::acc_t;
@@ -66,13 +66,14 @@ struct ReduceShape {
   static constexpr int kSliceChunks = 0;
   static constexpr int kPanels = 0;
   static constexpr int kColumnTerms = kColumnTerms_;
+  static constexpr bool kColumnLabels = kColumnLabels_;
   static constexpr int kBlocksPerSm = 2;
   static constexpr int kOwnBytes = kBlockM * kTileRowBytes;
   static constexpr int kOtherBytes = kBlockN * kTileRowBytes;
 
   static constexpr int shared_bytes(int own_slots) {
-    return own_slots * kOwnBytes +
-           kStages * (kOtherBytes + kColumnTerms * kBlockN * static_cast<int>(sizeof(acc_t)));
+    return own_slots * kOwnBytes + kStages * kOtherBytes +
+           kStages * kBlockN * (kColumnTerms * static_cast<int>(sizeof(acc_t)) + (kColumnLabels ? 8 : 0));
   }
 };
 
@@ -99,6 +100,7 @@ struct ProductShape {
   static constexpr int kGTiles = kWarpDepth / 8;
   static constexpr int kPanels = kBlockN / kChunk;  // tiles of coefficients side by side
   static constexpr int kColumnTerms = kColumnTerms_;
+  static constexpr bool kColumnLabels = false;
   static constexpr int kRowTerms = kRowTerms_;
   static constexpr int kOwnBytes = kBlockM * kTileRowBytes;
   static constexpr int kOtherBytes = kBlockN * kTileRowBytes;
@@ -119,6 +121,7 @@ class TileWalk {
   using Tile = Fragment<acc_t, Shape::kNTiles>;
   struct Terms {
     const acc_t* of_columns[Shape::kColumnTerms];  // (other.count,) each, null: absent
+    const int64_t* labels;                         // (other.count,), with kColumnLabels
   };
 
   __device__ __forceinline__ TileWalk(unsigned char* shared, const Side& own, const Side& other,
@@ -135,6 +138,7 @@ class TileWalk {
         other_tiles_(own_tiles_ + (resident_ ? chunks_ : kOwnerSlots) * Shape::kOwnBytes),
         coefficients_(other_tiles_ + kStages * Shape::kOtherBytes),
         column_terms_(reinterpret_cast<acc_t*>(coefficients_ + Shape::kPanels * Shape::kOwnBytes)),
+        labels_(reinterpret_cast<int64_t*>(column_terms_ + kStages * Shape::kColumnTerms * Shape::kBlockN)),
         row0_(static_cast<int64_t>(blockIdx.x) * Shape::kBlockM),
         split_(ceil_div(other.count, Shape::kBlockN), blockIdx.y, gridDim.y),
         tile_(split_.begin - 1),
@@ -184,6 +188,12 @@ class TileWalk {
   // Term 0 of the columns, the norms, or 1.
   __device__ __forceinline__ Pair<acc_t> column_rnorm(int n) const {
     return terms_.of_columns[0] ? column_pair(0, n) : Pair<acc_t>{{acc_t(1), acc_t(1)}};
+  }
+
+  // Labels of the same two columns.
+  __device__ __forceinline__ Pair<int64_t> column_labels(int n) const {
+    const int64_t* labels = labels_ + tile_ % kStages * Shape::kBlockN + warp_column_;
+    return *reinterpret_cast<const Pair<int64_t>*>(labels + fragment_column(threadIdx.x % kWarpSize, n, 0));
   }
 
   // c_ij times a factor of its row, by fragment_row, and the norm of its column.
@@ -295,6 +305,10 @@ class TileWalk {
           const acc_t* from = terms_.of_columns[term];
           if (from) copy_async<sizeof(acc_t)>(to + term * Shape::kBlockN, from + (valid ? j : 0), valid);
         }
+        if constexpr (Shape::kColumnLabels) {
+          copy_async<8>(labels_ + load_tile_ % kStages * Shape::kBlockN + threadIdx.x,
+                        terms_.labels + (valid ? j : 0), valid);
+        }
       }
       if (++load_step_ == chunks_ + slice_chunks_) {
         load_step_ = 0;
@@ -313,6 +327,7 @@ class TileWalk {
   bool resident_;
   unsigned char *own_tiles_, *other_tiles_, *coefficients_;
   acc_t* column_terms_;
+  int64_t* labels_;
   int64_t row0_;
   Split split_;
   int64_t tile_, load_tile_;

@@ -30,10 +30,12 @@ def unsupported(backend, embeddings, labels=None, *scalars):
         return None
     if backend == "triton":
         return "batch_hard has no Triton kernel"
+    device = embeddings.device.type
     if backends.extension is None:
         return backends.extension_missing
-    device = embeddings.device.type
-    return None if device == "cpu" else f"batch_hard has native kernels on cpu alone, not on {device}"
+    if device == "cuda" and not backends.extension.build_info()["cuda_architectures"]:
+        return "the extension was built without CUDA"
+    return None if device in ("cpu", "cuda") else f"it runs on cpu and cuda, not on {device}"
 
 
 backends.register_operation("batch_hard", unsupported)

@@ -1,0 +1,206 @@
+"""CUDA kernels of `batch_hard`, as nvcc compiled them, against float64 and by the definition."""
+
+import ctypes
+from math import ceil
+
+import pytest
+import torch
+
+from ssl_kernels.reference.batch_hard import batch_hard as reference
+from tests.cuda.launching import DTYPE_CODES, launch, strides
+from tests.cuda.test_contrastive import WIDTHS, flavours
+
+SOURCE = "batch_hard.cu"
+DISTANCES = ("euclidean", "cosine")
+
+
+class Common(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_int32) for name in (
+            "dtype", "normalize", "cosine", "allow_tf32", "splits", "reserved",
+        )],
+        *[(name, ctypes.c_int64) for name in ("N", "D")],
+        ("strides", ctypes.c_int64 * 2),
+        *[(name, ctypes.c_void_p) for name in ("embeddings", "labels", "workspace")],
+    ]  # fmt: skip
+
+
+class Args(ctypes.Structure):
+    _fields_ = [
+        ("common", Common),
+        ("positive_index", ctypes.c_void_p),
+        ("negative_index", ctypes.c_void_p),
+    ]
+
+
+def batch_hard(library, x, labels, normalize, distance, *, splits=0, tf32=False, **options):
+    """((positive_index, negative_index), launches)"""
+    results = torch.full((2, len(x)), -77, dtype=torch.int64, device=x.device)
+    args = Args(
+        Common(
+            dtype=DTYPE_CODES[x.dtype],
+            normalize=normalize,
+            cosine=distance == "cosine",
+            allow_tf32=tf32,
+            splits=splits,
+            N=len(x),
+            D=x.shape[1],
+            strides=strides(x),
+            embeddings=x.data_ptr(),
+            labels=labels.data_ptr(),
+        ),
+        results[0].data_ptr(),
+        results[1].data_ptr(),
+    )
+    launches = launch(
+        library, "batch_hard", args, {"embeddings": x, "labels": labels}, {"results": results}, **options
+    )
+    return tuple(results), launches
+
+
+def random_labels(n, classes, seed=0):
+    return torch.randint(-3, classes - 3, (n,), generator=torch.Generator().manual_seed(seed)) * 2**33
+
+
+def random_rows(n, d, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def check_choice(library, x, labels, normalize, distance, **options):
+    """The chosen keys are within the rounding of a dot product of the best; returns launches."""
+    (positive, negative), launches = batch_hard(library, x, labels, normalize, distance, **options)
+    wide = x.double().cpu()
+    y = torch.nn.functional.normalize(wide, dim=1) if normalize else wide
+    keys = -(y @ y.T)
+    if distance == "euclidean":
+        keys = y.square().sum(1) / 2 + keys
+    same = labels.cpu()[:, None] == labels.cpu()[None, :]
+    largest = keys.masked_fill(~same | torch.eye(len(x), dtype=torch.bool), -torch.inf).amax(1)
+    smallest = keys.masked_fill(same, torch.inf).amin(1)
+    norm = y.norm(dim=1)
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    unit = 2.0**-10 if options.get("tf32") else 4 * torch.finfo(acc).eps
+    slack = unit * norm.max() * (norm + norm.max()) * x.shape[1] ** 0.5 + 1e-300
+    for index, best, candidates in (
+        (positive.cpu(), largest, same & ~torch.eye(len(x), dtype=torch.bool)),
+        (negative.cpu(), smallest, ~same),
+    ):
+        exists = candidates.any(1)
+        assert torch.equal(index == -1, ~exists)
+        row = torch.arange(len(x))[exists]
+        chosen = index[exists]
+        assert candidates[row, chosen].all()
+        assert ((keys[row, chosen] - best[exists]).abs() <= slack[exists]).all()
+    return launches
+
+
+@flavours
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("n, d, classes, splits", [(1, 1, 1, 0), (65, 17, 7, 2), (130, 72, 40, 3)])
+def test_hardest_of_random_rows(library, gpu, n, d, classes, splits, distance, dtype, tf32):
+    x, labels = random_rows(n, d, dtype).to(gpu.device), random_labels(n, classes).to(gpu.device)
+    check_choice(library, x, labels, True, distance, tf32=tf32, splits=splits)
+    check_choice(library, x, labels, False, distance, tf32=tf32, splits=splits)
+
+
+@pytest.mark.slow
+@flavours
+@pytest.mark.parametrize("d", [*WIDTHS, 520])
+def test_hardest_of_random_rows_everywhere(library, gpu, d, dtype, tf32):
+    for i, n in enumerate((2, 3, 65, 130, 200)):
+        x, labels = random_rows(n, d, dtype, i).to(gpu.device), random_labels(n, 5, i).to(gpu.device)
+        check_choice(library, x, labels, i % 2 > 0, DISTANCES[i % 2], tf32=tf32, splits=i % 4)
+
+
+@flavours
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_exact_keys_are_chosen_to_the_index(library, gpu, distance, splits, dtype, tf32):
+    """Small integers: every key is exact, many are equal, and the lowest index wins, in any order of visits."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randint(-1, 2, (210, 6), generator=generator).to(dtype)
+    x[100:130] = x[70]
+    labels = random_labels(210, 6)
+    expected = reference(x.double(), labels, False, distance)
+    x, labels = x.to(gpu.device), labels.to(gpu.device)
+    got, _ = batch_hard(library, x, labels, False, distance, splits=splits, tf32=tf32)
+    for ours, right in zip(got, expected, strict=True):
+        assert torch.equal(ours.cpu(), right)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(70), torch.arange(70)], ids=["one class", "no pairs"])
+def test_rows_without_a_candidate(library, gpu, labels):
+    x, labels = random_rows(70, 8, torch.float32).to(gpu.device), labels.long().to(gpu.device)
+    (positive, negative), _ = batch_hard(library, x, labels, True, "euclidean")
+    nothing, something = (negative, positive) if labels[1] == 0 else (positive, negative)
+    assert (nothing == -1).all() and (something >= 0).all()
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nan_goes_before_every_key(library, gpu, distance, dtype):
+    x = random_rows(140, 8, dtype)
+    labels = torch.arange(140) % 2
+    for i in (37, 80, 81, 139):
+        x[i, 3] = torch.nan
+    expected = reference(x.double(), labels, False, distance)
+    got, _ = batch_hard(library, x.to(gpu.device), labels.to(gpu.device), False, distance, splits=2)
+    for ours, right in zip(got, expected, strict=True):
+        assert torch.equal(ours.cpu(), right)
+    assert got[0][0] == 80 and got[1][0] == 37
+
+
+def test_infinite_keys_can_be_chosen(library, gpu):
+    x = torch.tensor([[1.0], [-torch.inf], [torch.inf], [2.0]], device=gpu.device)
+    labels = torch.tensor([0, 0, 1, 1], device=gpu.device)
+    (positive, negative), _ = batch_hard(library, x, labels, False, "cosine")
+    assert positive[:2].tolist() == [1, 0] and negative[0] == 2 and negative[3] == 0
+
+
+def test_strides_and_wide_rows(library, gpu):
+    x = random_rows(70, 520, torch.float16).to(gpu.device)
+    labels = random_labels(70, 4).to(gpu.device)
+    expected, _ = batch_hard(library, x, labels, True, "euclidean")
+    got, _ = batch_hard(library, x.T.contiguous().T, labels, True, "euclidean")
+    for ours, right in zip(got, expected, strict=True):
+        assert torch.equal(ours, right)
+    check_choice(library, x, labels, True, "euclidean")
+
+
+def test_every_schedule_gives_the_same_indices(library, gpu):
+    x, labels = random_rows(140, 40, torch.bfloat16).to(gpu.device), random_labels(140, 5).to(gpu.device)
+    first, _ = batch_hard(library, x, labels, True, "euclidean", splits=2)
+    for seed in (1, 2):
+        again, _ = batch_hard(library, x, labels, True, "euclidean", splits=2, seed=seed, warp_races=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_calls_can_be_captured(library, gpu):
+    if not gpu.emulated:
+        pytest.skip("tests/ops captures the operator on a card")
+    x, labels = random_rows(20, 17, torch.float16), random_labels(20, 3)
+    _, launches = batch_hard(library, x, labels, True, "euclidean", capturing=True, stream=7)
+    assert {launch.stream for launch in launches} == {7}
+
+
+@pytest.mark.parametrize(
+    "n, d, dtype", [(256, 128, torch.bfloat16), (128, 256, torch.float16), (128, 64, torch.float32)]
+)
+def test_kernel_does_what_its_header_says(library, gpu, n, d, dtype):
+    if not gpu.emulated:
+        pytest.skip("a card has no such counters")
+    _, launches = batch_hard(
+        library, random_rows(n, d, dtype), random_labels(n, 9), True, "euclidean", splits=1
+    )
+    (launch,) = [launch for launch in launches if "batch_hard_kernel" in launch.kernel]
+    counters, steps = launch.counters, ceil(d * dtype.itemsize / 128)
+    blocks, tiles = ceil(n / 128), ceil(n / 64)
+    assert counters.mma == (256 * blocks * tiles * steps if dtype.itemsize == 2 else 0)
+    assert launch.shared == min(steps, 3) * 128 * 128 + 3 * 64 * (136 + 8)
+    own = 4 * n * steps * (tiles if steps > 3 else 1)
+    paper = own + 4 * blocks * n * steps + blocks * tiles * (64 // 4 + 64 // 4) + 48 * blocks
+    assert counters.global_load_sectors == pytest.approx(paper, rel=0.02)
+    assert counters.global_store_sectors == n * 16 // 32
+    assert counters.shared_wavefronts == counters.shared_wavefronts_ideal
+    assert counters.divergent_instructions < counters.instructions / 100
