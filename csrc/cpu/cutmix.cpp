@@ -14,6 +14,7 @@
 #include <cstring>
 #include <vector>
 
+#include "huge_pages.h"
 #include "mixing_math.h"
 #include "permutation.h"
 #include "rows.h"
@@ -182,7 +183,7 @@ void cutmix_(const at::Tensor& x, const at::Tensor& boxes_tensor, const at::Tens
 at::Tensor cutmix_fwd(const at::Tensor& x, const at::Tensor& boxes_tensor, const at::Tensor& permutation) {
   const auto partner = checked_permutation("cutmix", permutation);
   const auto boxes = checked_boxes("cutmix", boxes_tensor, x.size(-2), x.size(-1));
-  const at::Tensor out = at::empty_like(x).copy_(x);
+  const at::Tensor out = in_huge_pages(at::empty_like(x)).copy_(x);
   const Frame frame{&out, &x};
   at::parallel_for(0, frame.tasks(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -201,7 +202,7 @@ at::Tensor cutmix_fwd(const at::Tensor& x, const at::Tensor& boxes_tensor, const
 at::Tensor cutmix_bwd(const at::Tensor& grad, const at::Tensor& boxes_tensor, const at::Tensor& permutation) {
   const auto partner = checked_permutation("cutmix", permutation);
   const auto boxes = checked_boxes("cutmix", boxes_tensor, grad.size(-2), grad.size(-1));
-  const at::Tensor grad_x = at::empty_like(grad).copy_(grad);
+  const at::Tensor grad_x = in_huge_pages(at::empty_like(grad)).copy_(grad);
   const Frame frame{&grad_x, &grad};
   return SSL_KERNELS_DISPATCH(grad.scalar_type(), "cutmix", [&] {
     const auto& math = mixing_math<scalar_t>();

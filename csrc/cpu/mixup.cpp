@@ -3,7 +3,7 @@
 //   backward: own_j = lam_j, other_j = 1 - lam_q(j), p its inverse q
 //   grad_lam_i = sum_f g_if (x_if - x_p(i)f)
 // Tiling: a task is a chunk of kChunkBytes of every sample. It walks the cycles of p: sample i's chunk is written while
-//   p(i)'s, which is read for it, stays in the first-level cache and is the next to be written; in place the first one of a
+//   p(i)'s, which is read for it, stays in the second-level cache and is the next to be written; in place the first one of a
 //   cycle is held aside. Tasks touch disjoint elements.
 // Traffic: in place each element is read once and written once; out of place likewise. Scratch: a few chunks a thread.
 // Numerics: in acc_t, one rounding to the storage type. Terms of weight 0 are left out, not multiplied.
@@ -13,10 +13,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 
 #include <cstring>
 
+#include "huge_pages.h"
 #include "mixing_math.h"
 #include "permutation.h"
 #include "rows.h"
@@ -25,7 +25,7 @@
 namespace ssl_kernels::cpu {
 namespace {
 
-constexpr int64_t kChunkBytes = 8192;
+constexpr int64_t kChunkBytes = 1 << 15;
 constexpr int64_t kLeastBytes = 1 << 16;  // of a batch that is worth a second thread
 constexpr int64_t kLargestSums = 256;     // partial sums of grad_lam that are kept for each sample
 
@@ -173,7 +173,7 @@ at::Tensor mixup_fwd(const at::Tensor& x, const at::Tensor& lam, const at::Tenso
   return SSL_KERNELS_DISPATCH(x.scalar_type(), "mixup", [&] {
     auto partner = checked_permutation("mixup", permutation);
     const Weights<acc_t> weights(std::move(partner), checked_lam<acc_t>("mixup", lam), false);
-    at::Tensor out = at::empty_like(x);
+    at::Tensor out = in_huge_pages(at::empty_like(x));
     mix_batch<scalar_t>(out, x, weights);
     return out;
   });
@@ -184,7 +184,7 @@ std::tuple<at::Tensor, at::Tensor> mixup_bwd(const at::Tensor& grad, const std::
   return SSL_KERNELS_DISPATCH(grad.scalar_type(), "mixup", [&] {
     const auto partner = checked_permutation("mixup", permutation);
     const auto shares = checked_lam<acc_t>("mixup", lam);
-    at::Tensor grad_x = x_needs_grad ? at::empty_like(grad) : at::empty({0}, grad.options());
+    at::Tensor grad_x = x_needs_grad ? in_huge_pages(at::empty_like(grad)) : at::empty({0}, grad.options());
     if (x_needs_grad) mix_batch<scalar_t>(grad_x, grad, Weights<acc_t>(inverse(partner), shares, true));
     at::Tensor grad_lam = x ? lam_gradient<scalar_t>(grad, *x, partner) : at::empty({0}, lam.options());
     return std::make_tuple(grad_x, grad_lam);

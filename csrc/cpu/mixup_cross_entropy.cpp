@@ -13,6 +13,7 @@
 #include <cmath>
 #include <vector>
 
+#include "huge_pages.h"
 #include "mixing_math.h"
 #include "permutation.h"
 #include "rows.h"
@@ -87,7 +88,7 @@ at::Tensor mixup_cross_entropy_bwd(const at::Tensor& grad_loss, const at::Tensor
     const int64_t n = logits.size(0), classes = logits.size(1);
     const auto terms = checked_terms<acc_t>(target, permutation, lam, classes, label_smoothing);
     const at::Tensor z = with_consecutive_classes(logits);
-    at::Tensor grad = at::empty({n, classes}, logits.options());
+    at::Tensor grad = in_huge_pages(at::empty({n, classes}, logits.options()));
     const scalar_t* in = z.const_data_ptr<scalar_t>();
     const double* weights = grad_loss.const_data_ptr<double>();
     const double* lses = lse.const_data_ptr<double>();

@@ -15,6 +15,7 @@
 #include <numeric>
 #include <vector>
 
+#include "huge_pages.h"
 #include "mixing_math.h"
 #include "permutation.h"
 
@@ -107,7 +108,7 @@ at::Tensor mixup_normalize(const at::Tensor& x, const at::Tensor& lam, const at:
     scale.push_back(static_cast<float>(1 / (255 * s)));
     shift.push_back(static_cast<float>(-m / s));
   }
-  const at::Tensor out = at::empty_like(x, x.options().dtype(dtype));
+  const at::Tensor out = in_huge_pages(at::empty_like(x, x.options().dtype(dtype)));
   // The kernel takes dense samples in the layout of the result; any other goes through a copy of 8-bit numbers.
   const bool dense = samples_are_dense(out);
   const at::Tensor target = dense ? out : at::empty(x.sizes(), out.options());
