@@ -1,4 +1,4 @@
-"""The losses as modules."""
+"""The losses and the mixing of batches as modules."""
 
 from ssl_kernels.nn.losses import (
     BYOLLoss,
@@ -13,6 +13,7 @@ from ssl_kernels.nn.losses import (
     TripletLoss,
     TripletMarginLoss,
 )
+from ssl_kernels.nn.mixing import ManifoldMixup, MixingDraw, Mixup
 
 __all__ = [
     "BYOLLoss",
@@ -21,6 +22,9 @@ __all__ = [
     "DebiasedNTXentLoss",
     "IMixLoss",
     "InfoNCELoss",
+    "ManifoldMixup",
+    "MixingDraw",
+    "Mixup",
     "NTXentLoss",
     "SigLIPLoss",
     "SupConLoss",

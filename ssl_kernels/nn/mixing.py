@@ -1,0 +1,421 @@
+"""Mixup and CutMix of batches as modules: draws, images, masks and targets in one call."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ssl_kernels import mixing
+
+MODES = {"batch": "batch", "pair": "pair", "sample": "sample", "elem": "sample"}  # "elem" is timm's word
+PAIRINGS = ("random", "flip", "roll")
+_MANIFOLD_OPTIONS = {"prob", "mode", "pairing", "label_smoothing", "num_classes", "dense_target", "backend"}
+
+
+class MixingDraw(NamedTuple):
+    """What one call of `Mixup` has drawn, on the device of the batch."""
+
+    permutation: torch.Tensor  # (B,) int64, the partner of each sample
+    lam: torch.Tensor  # (B,) float32, the share of each sample in its target: pass it to a loss
+    pixel_lam: (
+        torch.Tensor
+    )  # (B,) float32, its share in every pixel: 1 where it is pasted into or left as it is
+    boxes: torch.Tensor | None  # (B, 4) int64, the pixels pasted from the partner; None without CutMix
+
+
+class Mixup(nn.Module):
+    """Mixup, CutMix, or either at random, on a batch with its targets and masks.
+
+        mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=1000)
+        images, target = mixup(images, target)                           # dense targets, as timm's and torchvision's
+        loss = F.cross_entropy(model(images), target)
+
+        mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0)                 # faster: no dense target
+        images, target = mixup(images, target)
+        loss = mixup_cross_entropy(model(images), *target)
+
+    All draws are made on the device of the batch (or of `generator`), without waiting for it, before anything else, so
+    that the same seed gives the same draws on every backend. In evaluation mode nothing is mixed and nothing drawn.
+
+    The arguments are those of timm's Mixup, whose pairing is "flip" and whose label_smoothing is 0.1 unless given.
+    torchvision's MixUp(alpha=a, num_classes=c) is Mixup(a, num_classes=c, pairing="roll"), its CutMix(alpha=a,
+    num_classes=c) Mixup(0, a, num_classes=c, pairing="roll").
+
+    Args:
+        mixup_alpha: λ of mixup is drawn from Beta(mixup_alpha, mixup_alpha); 0 means no mixup.
+        cutmix_alpha: The area left of a sample is drawn from Beta(cutmix_alpha, cutmix_alpha); 0 means no CutMix.
+        cutmix_minmax: (least, most) share of height and width that a box takes, drawn uniformly, instead of the area.
+        prob: Probability that anything is done.
+        switch_prob: Probability of CutMix where both are on.
+        mode: One draw for the "batch", one for each "pair" of samples, or one for each "sample" (timm: "elem").
+        correct_lam: λ of a pasted sample is the area that is left of it, not the one that was drawn.
+        label_smoothing: In [0, 1], of dense targets made from integer ones.
+        num_classes: C, for dense targets from integer ones.
+        pairing: "random": a random permutation (a random matching for mode "pair"); "flip": sample i meets B − 1 − i;
+            "roll": sample i meets i − 1, not for mode "pair".
+        dense_target: True: targets come out dense, (B, C); False: integer targets come out as (target, permutation,
+            lam). None: dense if num_classes is given.
+        inplace: Overwrite the batch and its masks; False: return new tensors.
+        mean, std: C numbers each. With them the batch is uint8 and comes out normalised, ((x / 255) − mean) / std.
+        dtype: Of normalised images: float32, float16 or bfloat16.
+        generator: A torch.Generator, or a seed from which one is made on the device of the first batch; None: torch's.
+        backend: As in `ssl_kernels.mixup_`.
+
+    Raises:
+        ValueError: An argument outside the above.
+
+    Source: Zhang et al., mixup, arXiv:1710.09412; Yun et al., CutMix, arXiv:1905.04899.
+    """
+
+    def __init__(
+        self,
+        mixup_alpha=1.0,
+        cutmix_alpha=0.0,
+        cutmix_minmax=None,
+        prob=1.0,
+        switch_prob=0.5,
+        mode="batch",
+        correct_lam=True,
+        label_smoothing=0.0,
+        num_classes=None,
+        *,
+        pairing="random",
+        dense_target=None,
+        inplace=True,
+        mean=None,
+        std=None,
+        dtype=torch.float32,
+        generator=None,
+        backend=None,
+    ):
+        super().__init__()
+        for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
+            _check(0 <= alpha < float("inf"), name, "be a number >= 0", alpha)
+        if cutmix_minmax is not None:
+            least, most = cutmix_minmax
+            _check(0 <= least < most <= 1, "cutmix_minmax", "hold 0 <= least < most <= 1", cutmix_minmax)
+            cutmix_alpha = cutmix_alpha or 1.0  # as timm: boxes by their sides turn CutMix on
+        _check(mixup_alpha > 0 or cutmix_alpha > 0, "mixup_alpha or cutmix_alpha", "be > 0", 0)
+        for name, value in (
+            ("prob", prob),
+            ("switch_prob", switch_prob),
+            ("label_smoothing", label_smoothing),
+        ):
+            _check(0 <= value <= 1, name, "be in [0, 1]", value)
+        _check(mode in MODES, "mode", f"be one of {', '.join(MODES)}", mode)
+        _check(pairing in PAIRINGS, "pairing", f"be one of {', '.join(PAIRINGS)}", pairing)
+        _check(not (MODES[mode] == "pair" and pairing == "roll"), "pairing", 'be "random" or "flip"', pairing)
+        _check((mean is None) == (std is None), "mean and std", "be given together", (mean, std))
+        self.mixup_alpha, self.cutmix_alpha, self.cutmix_minmax = mixup_alpha, cutmix_alpha, cutmix_minmax
+        self.prob, self.switch_prob, self.correct_lam = prob, switch_prob, correct_lam
+        self.mode, self.pairing = MODES[mode], pairing
+        self.label_smoothing, self.num_classes = label_smoothing, num_classes
+        self.dense_target = num_classes is not None if dense_target is None else dense_target
+        self.inplace, self.dtype, self.generator, self.backend = inplace, dtype, generator, backend
+        for name, numbers in (("mean", mean), ("std", std)):
+            value = None if numbers is None else torch.as_tensor(numbers, dtype=torch.float32)
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, x, target=None, masks=None):
+        """Mix a batch.
+
+        Args:
+            x: (B, ...) floating, (B, ..., H, W) for CutMix; uint8 (B, C, H, W) if mean and std were given.
+            target: None, (B,) int64 classes, or dense (B, C) floating.
+            masks: None, or (B, ..., H, W) segmentation masks, mixed along with the images: floating ones by either
+                method, integer ones only by CutMix (mixup_alpha 0).
+
+        Returns:
+            x alone, or a tuple of x, then target and masks where given. See `dense_target` for the form of target.
+
+        Raises:
+            TypeError, ValueError: As `mixup_` and `cutmix_`; masks that cannot be mixed; a target of another shape.
+        """
+        self._check_batch(x, target, masks)
+        draw = self.draw(x)
+        results = [self.mix(x, draw)]
+        if target is not None:
+            results.append(self.mix_target(target, draw))
+        if masks is not None:
+            results.append(self._mix_values(masks, draw))
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def draw(self, x):
+        """A `MixingDraw` for a batch of the shape of x; `mix`, `mix_target` and the losses take it apart."""
+        batch, device = x.shape[0], x.device
+        if not self.training:
+            here, ones = torch.arange(batch, device=device), torch.ones(batch, device=device)
+            boxes = torch.zeros(batch, 4, dtype=torch.int64, device=device) if self.cutmix_alpha > 0 else None
+            return MixingDraw(here, ones, ones, boxes)
+        generator = self._generator_on(device)
+        source = device if generator is None else generator.device
+        permutation = self._permutation(batch, source, generator)
+        groups = 1 if self.mode == "batch" else batch
+        done = torch.rand(groups, generator=generator, device=source) < self.prob
+        pasted = torch.full_like(done, self.mixup_alpha == 0)
+        if self.mixup_alpha > 0 and self.cutmix_alpha > 0:
+            pasted = torch.rand(groups, generator=generator, device=source) < self.switch_prob
+        lam, boxes = torch.ones(groups, device=source), None
+        if self.mixup_alpha > 0:
+            lam = torch.where(pasted, lam, _beta(self.mixup_alpha, groups, source, generator))
+        pixel_lam = torch.where(done, lam, 1)
+        lam = pixel_lam
+        if self.cutmix_alpha > 0:
+            boxes, left = self._boxes(groups, *x.shape[-2:], source, generator)
+            pasted = pasted & done
+            lam, boxes = torch.where(pasted, left, lam), boxes * pasted[:, None]
+        drawn = [permutation, *(self._for_each(part, permutation) for part in (lam, pixel_lam))]
+        drawn.append(None if boxes is None else self._for_each(boxes, permutation))
+        return MixingDraw(*(None if part is None else part.to(device, non_blocking=True) for part in drawn))
+
+    def mix(self, x, draw):
+        """The images (or features) of one call, as `draw` says; in place unless the module says otherwise."""
+        if self.mean is None:
+            return self._mix_values(x, draw)
+        mean, std = self.mean.to(x.device), self.std.to(x.device)
+
+        def normalized(images, lam):
+            return mixing.mixup_normalize(
+                images, lam, draw.permutation, mean, std, self.dtype, backend=self.backend
+            )
+
+        mixed = normalized(x, draw.pixel_lam)
+        if draw.boxes is None:
+            return mixed
+        if self._kinds_meet():
+            pasted = normalized(mixing.cutmix(x, draw.boxes, draw.permutation, backend=self.backend), 1.0)
+            return torch.where(_is_pasted(draw.boxes, x), pasted, mixed)
+        return mixing.cutmix_(mixed, draw.boxes, draw.permutation, backend=self.backend)
+
+    def mix_target(self, target, draw):
+        """The targets of one call: dense, or (target, permutation, lam)."""
+        if not target.is_floating_point():
+            if not self.dense_target:
+                return target, draw.permutation, draw.lam
+            target = _smoothed_one_hot(target, self.num_classes, self.label_smoothing)
+        return mixing.mixup(target, draw.lam, draw.permutation, backend=self.backend)
+
+    def extra_repr(self):
+        names = ("mixup_alpha", "cutmix_alpha", "prob", "switch_prob", "mode", "pairing", "num_classes")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def _kinds_meet(self):
+        """Whether a sample that is pasted into may have a partner that is blended, or the other way round.
+
+        A pair shares its draw and a batch too: there the two operations follow each other in place.
+        """
+        return self.mode == "sample" and self.mixup_alpha > 0 and self.cutmix_alpha > 0
+
+    def _mix_values(self, x, draw):
+        options = {"backend": self.backend}
+        permutation, lam, boxes = draw.permutation, draw.pixel_lam, draw.boxes
+        if self.mixup_alpha == 0:
+            return (mixing.cutmix_ if self.inplace else mixing.cutmix)(x, boxes, permutation, **options)
+        if boxes is None:
+            return (mixing.mixup_ if self.inplace else mixing.mixup)(x, lam, permutation, **options)
+        if self._kinds_meet():
+            blended = mixing.mixup(x, lam, permutation, **options)
+            pasted = mixing.cutmix(x, boxes, permutation, **options)
+            mixed = torch.where(_is_pasted(boxes, x), pasted, blended)
+            return x.copy_(mixed) if self.inplace else mixed
+        if self.inplace:
+            return mixing.cutmix_(
+                mixing.mixup_(x, lam, permutation, **options), boxes, permutation, **options
+            )
+        return mixing.cutmix(mixing.mixup(x, lam, permutation, **options), boxes, permutation, **options)
+
+    def _check_batch(self, x, target, masks):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"Mixup: x must be a tensor, got {type(x).__name__}")
+        if self.mean is not None and x.dtype != torch.uint8:
+            raise TypeError(f"Mixup: x must be uint8 for a Mixup with mean and std, got {x.dtype}")
+        if self.mean is None and self.mixup_alpha > 0 and not x.is_floating_point():
+            raise TypeError(f"Mixup: x must be floating, or uint8 with mean and std given, got {x.dtype}")
+        if self.cutmix_alpha > 0 and x.dim() < 3:
+            raise ValueError(f"Mixup: x must have shape (B, ..., H, W) for CutMix, got {tuple(x.shape)}")
+        if target is not None:
+            dims = 2 if target.is_floating_point() else 1
+            if target.dim() != dims or len(target) != len(x):
+                raise ValueError(
+                    f"Mixup: target must have shape ({len(x)},) with classes or ({len(x)}, C) with probabilities,"
+                    f" got {tuple(target.shape)}, {target.dtype}"
+                )
+            if dims == 1 and self.dense_target and self.num_classes is None:
+                raise ValueError(
+                    "Mixup: num_classes must be given for dense targets from integer ones, got None"
+                )
+        if masks is not None:
+            if not masks.is_floating_point() and self.mixup_alpha > 0:
+                raise ValueError(
+                    f"Mixup: masks must be floating for mixup (or mixup_alpha 0), got {masks.dtype}"
+                )
+            if self.cutmix_alpha > 0 and masks.shape[-2:] != x.shape[-2:]:
+                raise ValueError(
+                    f"Mixup: masks must have the height and width of x, {tuple(x.shape[-2:])},"
+                    f" got {tuple(masks.shape)}"
+                )
+
+    def _generator_on(self, device):
+        if self.generator is None or isinstance(self.generator, torch.Generator):
+            return self.generator
+        self.generator = torch.Generator(device).manual_seed(self.generator)
+        return self.generator
+
+    def _permutation(self, batch, device, generator):
+        here = torch.arange(batch, device=device)
+        if self.pairing == "flip":
+            return here.flip(0)
+        if self.pairing == "roll":
+            return here.roll(1)
+        shuffled = torch.randperm(batch, generator=generator, device=device)
+        if self.mode != "pair":
+            return shuffled
+        paired = shuffled[: batch // 2 * 2].view(-1, 2)  # an odd one out meets itself
+        return here.scatter(0, paired.flatten(), paired.flip(1).flatten())
+
+    def _for_each(self, drawn, permutation):
+        """One draw a sample: the batch's, its pair's or its own."""
+        if self.mode == "batch":
+            return drawn.expand(len(permutation), *drawn.shape[1:])
+        if self.mode == "sample":
+            return drawn
+        here = torch.arange(len(permutation), device=permutation.device)
+        return drawn[torch.minimum(here, permutation)]
+
+    def _boxes(self, groups, height, width, device, generator):
+        """(groups, 4) boxes and the share of the image that they leave."""
+
+        def uniform():
+            return torch.rand(groups, generator=generator, device=device, dtype=torch.float64)
+
+        if self.cutmix_minmax is None:
+            left = _beta(self.cutmix_alpha, groups, device, generator)
+            side = torch.sqrt(1 - left.double())
+            spans = [_span_around(uniform(), side, size) for size in (height, width)]
+        else:
+            least, most = self.cutmix_minmax
+            spans = [
+                _span_within(uniform(), least + (most - least) * uniform(), size) for size in (height, width)
+            ]
+        boxes = torch.stack([*spans[0], *spans[1]], 1)
+        area = ((boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])).double()
+        if self.correct_lam or self.cutmix_minmax is not None:
+            left = (1 - area / (height * width)).float()
+        return boxes, left
+
+
+class ManifoldMixup(nn.Module):
+    """A model with the hidden features of one layer mixed, the layer drawn anew each call.
+
+        model = ManifoldMixup(resnet, ["layer1", "layer2"], alpha=2.0, num_classes=10)
+        logits, target = model(images, target)
+        loss = F.cross_entropy(logits, target)
+
+    In evaluation mode the model runs as it is. The layer is drawn on the host, everything else as `Mixup` draws it.
+
+    Args:
+        module: The model, called with one batch.
+        layers: Names of submodules, as in `module.named_modules()`, whose outputs (B, ...) may be mixed.
+        alpha: λ is drawn from Beta(alpha, alpha), > 0.
+        mix_input: The input counts as one more layer.
+        generator: As in `Mixup`; the layer is drawn from one of its own on the CPU with the same seed.
+        **options: Of `Mixup`: prob, mode, pairing, label_smoothing, num_classes, dense_target, backend.
+
+    Raises:
+        TypeError: An option that is none of these.
+        ValueError: No layers, a name that the module does not have, an option outside its range.
+
+    Source: Verma et al., Manifold Mixup, arXiv:1806.05236.
+    """
+
+    def __init__(self, module, layers, alpha=2.0, *, mix_input=True, generator=None, **options):
+        super().__init__()
+        names = {name for name, _ in module.named_modules() if name}
+        unknown = [name for name in layers if name not in names]
+        if unknown:
+            raise ValueError(f"ManifoldMixup: layers must be submodules of module, got {unknown}")
+        other = options.keys() - _MANIFOLD_OPTIONS
+        if other:
+            raise TypeError(
+                f"ManifoldMixup: options must be of {sorted(_MANIFOLD_OPTIONS)}, got {sorted(other)}"
+            )
+        if not layers and not mix_input:
+            raise ValueError("ManifoldMixup: layers must not be empty without mix_input, got []")
+        self.module, self.layers, self.mix_input = module, tuple(layers), mix_input
+        self.mixup = Mixup(alpha, generator=generator, inplace=False, **options)
+        self._layer_generator = None
+        if generator is not None:
+            seed = generator.initial_seed() if isinstance(generator, torch.Generator) else generator
+            self._layer_generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, x, target=None):
+        """Run the model with one layer mixed.
+
+        Args:
+            x: The batch, (B, ...).
+            target: None, (B,) int64 or (B, C) floating.
+
+        Returns:
+            The output alone, or (output, mixed target) as `Mixup` returns it.
+
+        Raises:
+            TypeError: The chosen layer's output is no floating tensor.
+            ValueError: Its first dimension is not B.
+        """
+        draw = self.mixup.draw(x)
+        output = self._run(x, draw) if self.training else self.module(x)
+        return output if target is None else (output, self.mixup.mix_target(target, draw))
+
+    def _run(self, x, draw):
+        choices = [*[None] * self.mix_input, *self.layers]
+        chosen = choices[int(torch.randint(len(choices), (), generator=self._layer_generator))]
+        if chosen is None:
+            return self.module(self.mixup.mix(x, draw))
+
+        def mix_first_output(_module, _inputs, output):
+            hook.remove()  # a layer that runs several times is mixed once
+            return self.mixup.mix(output, draw)
+
+        hook = self.module.get_submodule(chosen).register_forward_hook(mix_first_output)
+        try:
+            return self.module(x)
+        finally:
+            hook.remove()
+
+
+def _check(condition, name, rule, value):
+    if not condition:
+        raise ValueError(f"Mixup: {name} must {rule}, got {value!r}")
+
+
+def _beta(alpha, count, device, generator):
+    """`count` numbers from Beta(alpha, alpha), float32; of two gammas in float64, which do not both vanish."""
+    shape = torch.full((2, count), float(alpha), dtype=torch.float64, device=device)
+    first, second = torch._standard_gamma(shape, generator=generator)
+    return (first / (first + second)).float()
+
+
+def _span_around(centre, side, size):
+    """Of a box of `side` times `size` around a centre drawn in [0, 1), what lies inside; begin and end."""
+    half = torch.floor(size * side).long() // 2
+    middle = torch.floor(size * centre).long()
+    return (middle - half).clamp(0, size), (middle + half).clamp(0, size)
+
+
+def _span_within(place, side, size):
+    """A box of `side` times `size` that lies inside, its place drawn in [0, 1); begin and end."""
+    length = torch.floor(size * side).long()
+    begin = torch.floor((size - length + 1) * place).long()
+    return begin, begin + length
+
+
+def _is_pasted(boxes, x):
+    """Whether each sample has a box, in a shape that broadcasts against x."""
+    y0, y1, x0, x1 = boxes.unbind(1)
+    return ((y1 > y0) & (x1 > x0)).view(-1, *[1] * (x.dim() - 1))
+
+
+def _smoothed_one_hot(target, num_classes, label_smoothing):
+    rest = label_smoothing / num_classes
+    dense = torch.full((len(target), num_classes), rest, dtype=torch.float32, device=target.device)
+    return dense.scatter_(1, target[:, None], 1 - label_smoothing + rest)

@@ -1,0 +1,362 @@
+"""`nn.Mixup` and `nn.ManifoldMixup`: draws, images, targets and masks."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ssl_kernels
+from ssl_kernels.nn import ManifoldMixup, Mixup
+from tests.helpers import same_bits
+from tests.ops.mixing_calls import BACKENDS
+
+MODES = ("batch", "pair", "sample")
+
+
+def batch_of(batch=8, height=10, width=12):
+    """Images whose pixels tell their sample, and classes."""
+    images = torch.arange(float(batch)).view(-1, 1, 1, 1).expand(batch, 2, height, width).contiguous()
+    return images, torch.arange(batch) % 5
+
+
+def expected_images(x, draw):
+    """Of the drawn numbers, sample by sample."""
+    mixed = []
+    for i, partner in enumerate(draw.permutation.tolist()):
+        share = draw.pixel_lam[i].double()
+        sample = share * x[i].double() + (1 - share) * x[partner].double()
+        if draw.boxes is not None:
+            y0, y1, x0, x1 = draw.boxes[i].tolist()
+            sample[..., y0:y1, x0:x1] = x[partner, ..., y0:y1, x0:x1].double()
+        mixed.append(sample)
+    return torch.stack(mixed)
+
+
+def settings():
+    for mode in MODES:
+        for pairing in ("random", "flip", "roll"):
+            if (mode, pairing) != ("pair", "roll"):
+                for alphas in ((1.0, 0.0), (0.0, 1.0), (0.4, 0.7)):
+                    yield mode, pairing, alphas
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode, pairing, alphas", list(settings()))
+@pytest.mark.parametrize("inplace", [True, False])
+def test_images_and_targets_are_those_of_the_draw(backend, mode, pairing, alphas, inplace):
+    for seed in range(4):
+        options = {"mode": mode, "pairing": pairing, "prob": 0.8, "inplace": inplace, "backend": backend}
+        module = Mixup(*alphas, num_classes=5, generator=torch.Generator().manual_seed(seed), **options)
+        for batch in (1, 7, 8):
+            x, target = batch_of(batch)
+            before = x.clone()
+            state = module.generator.get_state()
+            draw = module.draw(x)
+            module.generator.set_state(state)
+            mixed, dense = module(x, target)
+            assert (mixed is x) == inplace
+            assert inplace or same_bits(x, before)
+            torch.testing.assert_close(mixed.double(), expected_images(before, draw), rtol=1e-6, atol=1e-6)
+            one_hot = F.one_hot(target, 5).float()
+            share = draw.lam[:, None]
+            torch.testing.assert_close(dense, share * one_hot + (1 - share) * one_hot[draw.permutation])
+
+
+@pytest.mark.parametrize("mode, pairing, alphas", list(settings()))
+def test_lam_is_the_share_of_pixels(mode, pairing, alphas):
+    """Of every sample, also where CutMix boxes are cut off at the border."""
+    module = Mixup(*alphas, mode=mode, pairing=pairing, generator=3, inplace=False)
+    for _ in range(5):
+        x, _ = batch_of(9)
+        draw = module.draw(x)
+        mixed = module.mix(x, draw)
+        here = torch.arange(9)
+        moved = draw.permutation != here
+        share = (mixed.double().mean((1, 2, 3)) - draw.permutation) / (here - draw.permutation)
+        torch.testing.assert_close(share[moved], draw.lam[moved].double(), rtol=1e-5, atol=1e-5)
+        assert sorted(draw.permutation.tolist()) == list(range(9))
+
+
+def test_modes():
+    """A batch shares one draw, a pair one, a sample has its own; a pair are each other's partners."""
+    x, _ = batch_of(9)
+    for mode, least, most in (("batch", 1, 1), ("pair", 4, 5), ("sample", 8, 9), ("elem", 8, 9)):
+        draw = Mixup(1.0, mode=mode, generator=0).draw(x)
+        assert least <= len(draw.lam.unique()) <= most, mode
+    draw = Mixup(1.0, 1.0, mode="pair", generator=0).draw(x)
+    assert torch.equal(draw.permutation[draw.permutation], torch.arange(9))
+    assert torch.equal(draw.lam, draw.lam[draw.permutation])
+    assert torch.equal(draw.boxes, draw.boxes[draw.permutation])
+
+
+def test_pairings():
+    x, _ = batch_of(5)
+    assert Mixup(pairing="flip").draw(x).permutation.tolist() == [4, 3, 2, 1, 0]
+    assert Mixup(pairing="roll").draw(x).permutation.tolist() == [4, 0, 1, 2, 3]
+    drawn = {tuple(Mixup(generator=seed).draw(x).permutation.tolist()) for seed in range(50)}
+    assert len(drawn) > 20
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
+def test_lam_is_beta_distributed(alpha):
+    """Mean and variance of Beta(alpha, alpha), and for alpha 1 uniform."""
+    lam = Mixup(alpha, mode="sample", generator=1).draw(torch.zeros(20000, 1)).lam.double()
+    deviation = math.sqrt(1 / (4 * (2 * alpha + 1)))
+    assert lam.mean().item() == pytest.approx(0.5, abs=5 * deviation / math.sqrt(20000))
+    assert lam.std().item() == pytest.approx(deviation, rel=0.02)
+    if alpha == 1:
+        found = torch.histc(lam, 10, 0, 1) / 20000
+        assert (found - 0.1).abs().max() < 0.012
+
+
+def test_tiny_alpha_gives_no_nan():
+    lam = Mixup(1e-3, mode="sample", generator=1).draw(torch.zeros(20000, 1)).lam
+    assert ((lam >= 0) & (lam <= 1)).all()
+
+
+def test_probabilities():
+    x = torch.zeros(4000, 1, 16, 16)
+    draw = Mixup(1.0, 1.0, prob=0.6, switch_prob=0.25, mode="sample", generator=2).draw(x)
+    pasted = (draw.pixel_lam == 1) & (draw.lam < 1)
+    blended = draw.pixel_lam < 1
+    assert pasted.float().mean().item() == pytest.approx(0.15, abs=0.03)
+    assert blended.float().mean().item() == pytest.approx(0.45, abs=0.03)
+    assert (draw.boxes[blended] == 0).all()
+    untouched = Mixup(1.0, 1.0, prob=0.0).draw(x)
+    assert (untouched.lam == 1).all() and (untouched.pixel_lam == 1).all() and (untouched.boxes == 0).all()
+
+
+def test_cutmix_area_and_its_correction():
+    x = torch.zeros(4000, 1, 64, 64)
+    corrected = Mixup(0, 1.0, mode="sample", generator=5).draw(x)
+    drawn = Mixup(0, 1.0, mode="sample", generator=5, correct_lam=False).draw(x)
+    assert torch.equal(corrected.boxes, drawn.boxes)
+    assert (corrected.lam >= drawn.lam - 1e-6).all()  # the border only takes area away
+    inside = ((corrected.boxes[:, 0] > 0) & (corrected.boxes[:, 1] < 64)) & (
+        (corrected.boxes[:, 2] > 0) & (corrected.boxes[:, 3] < 64)
+    )
+    assert (corrected.lam - drawn.lam)[inside].max() < 0.07  # whole pixels
+
+
+def test_cutmix_minmax():
+    draw = Mixup(0, 1.0, cutmix_minmax=(0.2, 0.5), mode="sample", generator=5).draw(
+        torch.zeros(500, 1, 40, 60)
+    )
+    y0, y1, x0, x1 = draw.boxes.unbind(1)
+    assert y0.min() >= 0 and y1.max() <= 40 and x1.max() <= 60
+    assert 8 <= (y1 - y0).min() and (y1 - y0).max() <= 20
+    assert 12 <= (x1 - x0).min() and (x1 - x0).max() <= 30
+    torch.testing.assert_close(draw.lam, 1 - ((y1 - y0) * (x1 - x0)).float() / 2400)
+
+
+def test_same_seed_same_draws():
+    x, target = batch_of(16)
+    runs = []
+    for backend in BACKENDS:
+        torch.manual_seed(len(runs))  # which must not matter
+        module = Mixup(0.5, 0.5, mode="sample", generator=11, inplace=False, num_classes=5, backend=backend)
+        runs.append([*module(x, target), *module(x, target)])
+    for run in runs[1:]:
+        for found, expected in zip(run, runs[0], strict=True):
+            torch.testing.assert_close(found, expected)
+    assert not torch.equal(runs[0][0], runs[0][2])
+
+
+def test_own_generator_leaves_the_global_one():
+    x, _ = batch_of()
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    Mixup(1.0, 1.0, generator=3)(x)
+    assert torch.equal(torch.rand(1), expected)
+    torch.manual_seed(0)
+    Mixup(1.0, 1.0)(x)
+    assert not torch.equal(torch.rand(1), expected)
+
+
+def test_targets_without_a_dense_one_feed_the_loss():
+    x, target = batch_of()
+    logits = torch.randn(8, 5)
+    module = Mixup(1.0, mode="sample", generator=4)
+    _, mixed = module(x.clone(), target)
+    dense = Mixup(1.0, mode="sample", generator=4, num_classes=5)(x.clone(), target)[1]
+    torch.testing.assert_close(
+        ssl_kernels.mixup_cross_entropy(logits, *mixed), F.cross_entropy(logits, dense)
+    )
+
+
+def test_label_smoothing_is_that_of_cross_entropy():
+    x, target = batch_of()
+    logits = torch.randn(8, 5)
+    smoothed = Mixup(1.0, generator=4, num_classes=5, label_smoothing=0.1)(x.clone(), target)[1]
+    plain = Mixup(1.0, generator=4, num_classes=5)(x.clone(), target)[1]
+    expected = F.cross_entropy(logits, plain, label_smoothing=0.1)
+    torch.testing.assert_close(F.cross_entropy(logits, smoothed), expected)
+
+
+def test_dense_targets_in():
+    x, _ = batch_of()
+    probabilities = torch.randn(8, 5).softmax(1)
+    module = Mixup(1.0, generator=4, inplace=False)
+    draw = module.draw(x)
+    expected = draw.lam[:, None] * probabilities + (1 - draw.lam)[:, None] * probabilities[draw.permutation]
+    torch.testing.assert_close(module.mix_target(probabilities, draw), expected)
+
+
+def test_masks_follow_the_images():
+    x, _ = batch_of()
+    classes = x[:, 0].long()
+    mixed, mixed_classes = Mixup(0, 1.0, mode="sample", generator=1)(x, masks=classes)
+    assert torch.equal(mixed[:, 0].long(), mixed_classes)
+    x, target = batch_of()
+    mixed, _, mixed_masks = Mixup(1.0, 1.0, mode="sample", generator=1)(x, target, x[:, :1].clone())
+    assert torch.equal(mixed[:, :1], mixed_masks)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_8_bit_images_come_out_normalized(mode):
+    x = torch.randint(256, (6, 3, 9, 8), dtype=torch.uint8)
+    options = {"mode": mode, "inplace": False}
+    module = Mixup(0.5, 0.5, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4], generator=7, **options)
+    for _ in range(4):
+        draw = module.draw(x)
+        plain = (x.double() / 255 - module.mean.double().view(3, 1, 1)) / module.std.double().view(3, 1, 1)
+        torch.testing.assert_close(
+            module.mix(x, draw).double(), expected_images(plain, draw), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_evaluation_mixes_nothing():
+    x, target = batch_of()
+    before = x.clone()
+    module = Mixup(1.0, 1.0, num_classes=5, generator=1).eval()
+    mixed, dense = module(x, target)
+    assert same_bits(mixed, before)
+    assert torch.equal(dense, F.one_hot(target, 5).float())
+
+
+BAD_ARGUMENTS = [
+    ({"mixup_alpha": -1.0}, "mixup_alpha must be a number >= 0, got -1.0"),
+    ({"mixup_alpha": 0.0}, "mixup_alpha or cutmix_alpha must be > 0, got 0"),
+    ({"prob": 1.5}, r"prob must be in \[0, 1\], got 1.5"),
+    ({"switch_prob": -0.5}, r"switch_prob must be in \[0, 1\], got -0.5"),
+    ({"label_smoothing": 2}, r"label_smoothing must be in \[0, 1\], got 2"),
+    ({"mode": "half"}, "mode must be one of batch, pair, sample, elem, got 'half'"),
+    ({"pairing": "swap"}, "pairing must be one of random, flip, roll, got 'swap'"),
+    ({"mode": "pair", "pairing": "roll"}, 'pairing must be "random" or "flip", got \'roll\''),
+    ({"cutmix_minmax": (0.5, 0.2)}, "cutmix_minmax must hold 0 <= least < most <= 1"),
+    ({"mean": [0.5]}, "mean and std must be given together"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD_ARGUMENTS)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=f"^Mixup: {message}"):
+        Mixup(**arguments)
+
+
+BAD_BATCHES = [
+    ({}, (torch.zeros(4, 2, dtype=torch.int64),), TypeError, "x must be floating, or uint8 with"),
+    ({"mean": [0.5], "std": [0.5]}, (torch.zeros(4, 1, 2, 2),), TypeError, "x must be uint8"),
+    ({"cutmix_alpha": 1.0}, (torch.zeros(4, 2),), ValueError, r"x must have shape \(B, ..., H, W\)"),
+    ({}, (torch.zeros(4, 2), torch.zeros(3, dtype=int)), ValueError, r"target must have shape \(4,\)"),
+    (
+        {"dense_target": True},
+        (torch.zeros(4, 2), torch.zeros(4, dtype=int)),
+        ValueError,
+        "num_classes must be",
+    ),
+    ({}, (torch.zeros(4, 2), None, torch.zeros(4, 2, dtype=int)), ValueError, "masks must be floating"),
+    (
+        {"cutmix_alpha": 1.0},
+        (torch.zeros(4, 1, 3, 3), None, torch.zeros(4, 3, 2)),
+        ValueError,
+        "masks must have the height and width of x",
+    ),
+]
+
+
+@pytest.mark.parametrize("arguments, inputs, error, message", BAD_BATCHES)
+def test_bad_batches(arguments, inputs, error, message):
+    before = inputs[0].clone()
+    with pytest.raises(error, match=f"^Mixup: {message}"):
+        Mixup(**arguments)(*inputs)
+    assert same_bits(inputs[0], before)
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Tanh(), torch.nn.Linear(7, 5))
+
+
+def test_manifold_mixup_mixes_one_layer():
+    model = two_layers()
+    x, target = torch.randn(8, 6), torch.arange(8) % 5
+    module = ManifoldMixup(model, ["0", "1"], mode="sample", num_classes=5, generator=3)
+    layers_seen = set()
+    for _ in range(12):
+        state = module.mixup.generator.get_state() if module.mixup.generator != 3 else None
+        output, dense = module(x, target)
+        if state is None:
+            continue
+        module.mixup.generator.set_state(state)
+        draw = module.mixup.draw(x)
+        share = draw.lam[:, None]
+
+        def mixed(values, share=share, draw=draw):
+            return share * values + (1 - share) * values[draw.permutation]
+
+        first = model[0](x)
+        expected = {
+            "input": model(mixed(x)),
+            "0": model[2](model[1](mixed(first))),
+            "1": model[2](mixed(model[1](first))),
+        }
+        matching = [name for name, value in expected.items() if torch.allclose(output, value, atol=1e-5)]
+        assert "input" in matching or len(matching) == 1  # the first layer is linear: input or "0" look alike
+        layers_seen.add(matching[-1])
+        torch.testing.assert_close(dense, mixed(F.one_hot(target, 5).float()))
+    assert layers_seen == {"0", "1"}
+
+
+def test_manifold_mixup_is_differentiable_and_off_in_evaluation():
+    model = two_layers()
+    x, target = torch.randn(8, 6, requires_grad=True), torch.arange(8) % 5
+    module = ManifoldMixup(model, ["1"], num_classes=5, mix_input=False, generator=3)
+    output, dense = module(x, target)
+    F.cross_entropy(output, dense).backward()
+    assert x.grad.abs().sum() > 0 and all(p.grad is not None for p in model.parameters())
+    module.eval()
+    output, dense = module(x, target)
+    torch.testing.assert_close(output, model(x))
+    assert torch.equal(dense, F.one_hot(target, 5).float())
+    assert not model[1]._forward_hooks
+
+
+def test_manifold_mixup_mixes_a_repeated_layer_once():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Identity()
+
+        def forward(self, x):
+            return self.layer(self.layer(x))
+
+    x = torch.randn(6, 3)
+    module = ManifoldMixup(Twice(), ["layer"], mix_input=False, generator=0, mode="sample")
+    output, (_, permutation, lam) = module(x, torch.arange(6))
+    torch.testing.assert_close(output, lam[:, None] * x + (1 - lam)[:, None] * x[permutation])
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"layers": ["nowhere"]}, ValueError, r"layers must be submodules of module, got \['nowhere'\]"),
+        ({"layers": [], "mix_input": False}, ValueError, "layers must not be empty without mix_input"),
+        ({"layers": ["0"], "cutmix_alpha": 1.0}, TypeError, "options must be of"),
+    ],
+)
+def test_manifold_mixup_refuses(arguments, error, message):
+    with pytest.raises(error, match=f"^ManifoldMixup: {message}"):
+        ManifoldMixup(two_layers(), **arguments)
