@@ -40,11 +40,6 @@ def unit_rows(x, normalize):
     return F.normalize(x, dim=-1) if normalize else x
 
 
-def row_dots(x, y):
-    """<x_i, y_i> along the last dimension, float64."""
-    return (x * y).sum(-1, dtype=torch.float64)
-
-
 def minus_log_sigmoid(logit):
     """log(1 + exp(−logit)), exact for every logit; 0 with gradient 0 at +inf."""
     return -F.logsigmoid(logit)

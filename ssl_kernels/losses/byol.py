@@ -1,7 +1,8 @@
 """BYOL's regression of unit rows."""
 
 from ssl_kernels.checks import check_embeddings, check_reduction, check_row_weights, check_same_rows
-from ssl_kernels.losses._shared import reduce, row_dots, unit_rows, widest_under_autocast
+from ssl_kernels.losses._rows import pair_products
+from ssl_kernels.losses._shared import reduce, widest_under_autocast
 
 OP = "byol_loss"
 
@@ -33,5 +34,5 @@ def byol_loss(prediction, target, *, normalize=True, reduction="mean", row_weigh
     check_same_rows(OP, prediction=prediction, target=target)
     check_reduction(OP, reduction)
     check_row_weights(OP, "row_weights", row_weights, len(prediction), prediction)
-    cosines = row_dots(unit_rows(prediction, normalize), unit_rows(target.detach(), normalize))
+    cosines = pair_products(prediction, target.detach(), normalize)
     return reduce(2 - 2 * cosines, reduction, prediction, row_weights)

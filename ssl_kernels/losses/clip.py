@@ -11,7 +11,8 @@ from ssl_kernels.checks import (
     check_same_rows,
     check_scalar,
 )
-from ssl_kernels.losses._shared import as_scalar, reduce, row_dots, unit_rows, widest_under_autocast
+from ssl_kernels.losses._rows import row_dots
+from ssl_kernels.losses._shared import as_scalar, reduce, unit_rows, widest_under_autocast
 from ssl_kernels.ops.contrastive import contrastive
 
 OP = "clip_loss"

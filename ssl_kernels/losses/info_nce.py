@@ -10,14 +10,8 @@ from ssl_kernels.checks import (
     check_same_rows,
     check_scalar,
 )
-from ssl_kernels.losses._shared import (
-    inverse,
-    minus_log_sigmoid,
-    reduce,
-    row_dots,
-    unit_rows,
-    widest_under_autocast,
-)
+from ssl_kernels.losses._rows import pair_products, row_dots
+from ssl_kernels.losses._shared import inverse, minus_log_sigmoid, reduce, unit_rows, widest_under_autocast
 from ssl_kernels.ops.contrastive import contrastive
 
 OP = "info_nce_loss"
@@ -111,11 +105,11 @@ def info_nce_loss(
         loss = ((lse + key_lse) / 2 if symmetric else lse) - positive
         return reduce(loss, reduction, query, row_weights)
 
-    rows = unit_rows(query, normalize)
-    positive = scale * row_dots(rows, unit_rows(positive_key, normalize))
+    positive = scale * pair_products(query, positive_key, normalize)
     if negative_mode == "unpaired":
         lse = contrastive(query, negative_keys, scale, **options).lse
     else:
+        rows = unit_rows(query, normalize)
         logits = scale * row_dots(rows[:, None], unit_rows(negative_keys, normalize))  # (N, M)
         if query_ids is not None:
             logits = logits.masked_fill(query_ids[:, None] == key_ids, -torch.inf)

@@ -11,8 +11,10 @@ from ssl_kernels.checks import (
     check_row_weights,
     check_scalar,
 )
-from ssl_kernels.losses._shared import inverse, reduce, row_dots, unit_rows
+from ssl_kernels.losses._rows import mean_class_products
+from ssl_kernels.losses._shared import inverse, reduce
 from ssl_kernels.ops.contrastive import contrastive
+from ssl_kernels.ops.library import accumulation_dtype
 
 OP = "sup_con_loss"
 
@@ -66,55 +68,45 @@ def sup_con_loss(
     check_reduction(OP, reduction)
     check_row_weights(OP, "row_weights", row_weights, len(features), features)
 
-    group, positives = _groups(labels)
+    look = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    group, positives = _groups(labels, look)
     has_positive = positives > 0
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and not has_positive.any():
+    everywhere = look and has_positive.all()
+    if look and not everywhere and not has_positive.any():
         warnings.warn(f"{OP}: no row has another of its label, so the loss is 0", stacklevel=2)
 
     scale = inverse(temperature, features)
     lse = contrastive(features, None, scale, normalize_rows=normalize, backend=backend, caller=OP).lse
-    rows = unit_rows(features, normalize)
-    others = _ClassSums.apply(rows, group) - rows
-    mean_positive = scale * row_dots(rows, others) / positives.clamp_min(1)
-    loss = (lse - mean_positive).where(has_positive, 0)
-    if reduction == "mean":
-        counted = has_positive.to(loss.dtype)
-        if row_weights is not None:
-            counted = counted * row_weights
-        total = counted.sum()
-        return ((loss * counted).sum() / total.where(total != 0, 1)).to(rows.dtype)
-    return reduce(loss, reduction, features, row_weights)
+    inverse_count = positives.double().reciprocal()
+    if everywhere:
+        loss = lse - scale * mean_class_products(features, group, inverse_count, normalize)
+        return reduce(loss, reduction, features, row_weights)
+    inverse_count = inverse_count.where(has_positive, 0)
+    loss = lse - scale * mean_class_products(features, group, inverse_count, normalize)
+    loss = loss.where(has_positive, 0)
+    if reduction != "mean":
+        return reduce(loss, reduction, features, row_weights)
+    counted = has_positive.to(loss.dtype)
+    if row_weights is not None:
+        counted = counted * row_weights
+    total = counted.sum()
+    return ((loss * counted).sum() / total.where(total != 0, 1)).to(accumulation_dtype(features))
 
 
 sup_con_loss.operation = "contrastive"
 
 
-def _groups(labels):
+def _groups(labels, look):
     """The labels as numbers from 0 up, and how many other rows have the same; both (N,) int64.
 
-    torch.unique would do it, but its number of results makes the CPU wait for a GPU and breaks torch.compile's graph.
+    torch.unique's number of results makes the CPU wait for a GPU and breaks torch.compile's graph: only with `look`.
     """
+    if look:
+        _, group, count = torch.unique(labels, return_inverse=True, return_counts=True)
+        return group, count.index_select(0, group) - 1
     ordered, order = labels.sort()
     rank = torch.zeros_like(order)
     rank[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
     group = torch.empty_like(order).scatter_(0, order, rank)
     count = torch.zeros_like(order).scatter_add_(0, group, torch.ones_like(order))
     return group, count[group] - 1
-
-
-class _ClassSums(torch.autograd.Function):
-    """For each row the sum of the rows of its group. The map is symmetric, so backward is the same map."""
-
-    @staticmethod
-    def forward(ctx, rows, group):
-        ctx.save_for_backward(group)
-        sums = torch.zeros_like(rows)
-        if rows.device.type == "cpu":
-            sums.index_add_(0, group, rows)
-        else:
-            sums.index_put_((group,), rows, accumulate=True)  # sorts where index_add_ would use atomics
-        return sums[group]
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _ClassSums.apply(grad, *ctx.saved_tensors), None

@@ -3,7 +3,8 @@
 import torch
 
 from ssl_kernels.checks import check_embeddings, check_reduction, check_same_rows, check_scalar
-from ssl_kernels.losses._shared import reduce, row_dots, unit_rows, widest_under_autocast
+from ssl_kernels.losses._rows import pair_products, triplet_gaps
+from ssl_kernels.losses._shared import reduce, widest_under_autocast
 
 OP = "triplet_margin_loss"
 DISTANCES = ("euclidean", "cosine")
@@ -48,9 +49,8 @@ def triplet_margin_loss(
     if distance not in DISTANCES:
         raise ValueError(f'{OP}: distance must be "euclidean" or "cosine", got {distance!r}')
     check_reduction(OP, reduction)
-    a, p, n = (unit_rows(rows, normalize) for rows in (anchor, positive, negative))
     if distance == "cosine":
-        gap = row_dots(a, n - p)
+        gaps = pair_products(anchor, negative, normalize) - pair_products(anchor, positive, normalize)
     else:
-        gap = torch.linalg.vector_norm(a - p, dim=1) - torch.linalg.vector_norm(a - n, dim=1)
-    return reduce(torch.relu(gap.double() + margin), reduction, anchor)
+        gaps = triplet_gaps(anchor, positive, negative, normalize)
+    return reduce(torch.relu(gaps + margin), reduction, anchor)
