@@ -1,0 +1,162 @@
+"""CUDA kernels of `queue_push_`, as nvcc compiled them, against a ring in Python."""
+
+import ctypes
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.cuda.launching import DTYPE_CODES, accumulation_dtype, strides
+from tests.gpu_emulation import STREAM
+
+SOURCE = "queue_push.cu"
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+class Args(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_int32) for name in ("storage_dtype", "key_dtype", "normalize", "reserved")],
+        *[(name, ctypes.c_int64) for name in ("K", "B", "D")],
+        ("key_strides", ctypes.c_int64 * 2),
+        *[(name, ctypes.c_void_p) for name in ("storage", "keys", "position", "filled")],
+    ]
+
+
+class Ring:
+    """A queue on the device, and the same in Python."""
+
+    def __init__(self, library, size, width, dtype, device, *, position=0, filled=0):
+        self.library = library
+        self.storage = torch.full((size, width), torch.nan, dtype=dtype, device=device)
+        self.expected = self.storage.cpu().clone()
+        self.position, self.filled = (
+            torch.tensor(value, dtype=torch.int64, device=device) for value in (position, filled)
+        )
+
+    def push(self, keys, normalize, **options):
+        size = len(self.storage)
+        acc = accumulation_dtype(keys.dtype)
+        wide = keys.cpu().to(acc)
+        wide = F.normalize(wide, dim=1) if normalize else wide
+        start, filled = int(self.position), int(self.filled)
+        for b, row in enumerate(wide):
+            self.expected[(start + b) % size] = row.to(self.storage.dtype)
+        args = Args(
+            storage_dtype=DTYPE_CODES[self.storage.dtype],
+            key_dtype=DTYPE_CODES[keys.dtype],
+            normalize=normalize,
+            K=size,
+            B=len(keys),
+            D=self.storage.shape[1],
+            key_strides=strides(keys),
+            storage=self.storage.data_ptr(),
+            keys=keys.data_ptr(),
+            position=self.position.data_ptr(),
+            filled=self.filled.data_ptr(),
+        )
+        writes = {"storage": self.storage, "position": self.position, "filled": self.filled}
+        buffers = {**writes, "keys": keys}
+        launches = self.library.call(
+            "queue_push", ctypes.byref(args), STREAM, buffers=buffers, read_only={"keys"}, **options
+        )
+        assert int(self.position) == (start + len(keys)) % size
+        assert int(self.filled) == min(size, filled + len(keys))
+        return launches
+
+    def check(self, *, exact=False):
+        eps = torch.finfo(self.storage.dtype).eps
+        got = self.storage.cpu()
+        if exact:
+            assert torch.equal(got.nan_to_num(-7.0), self.expected.nan_to_num(-7.0))
+        torch.testing.assert_close(got, self.expected, rtol=max(eps, 3e-7), atol=0, equal_nan=True)
+
+
+def keys_of(count, width, dtype, device, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, width, generator=generator, dtype=torch.float64).to(dtype).to(device)
+
+
+@pytest.mark.parametrize("storage, key", list(itertools.product(DTYPES, DTYPES)), ids=str)
+def test_any_dtypes(library, gpu, storage, key):
+    ring = Ring(library, 7, 12, storage, gpu.device)
+    for step, count in enumerate((3, 5, 1)):
+        ring.push(keys_of(count, 12, key, gpu.device, step), True)
+    ring.check()
+    ring.push(keys_of(6, 12, key, gpu.device, 9), False)
+    ring.check()
+
+
+@pytest.mark.parametrize("size, count", [(1, 1), (1, 3), (5, 2), (5, 5), (5, 13), (100, 33), (10, 25)])
+def test_any_size_and_batch(library, gpu, size, count):
+    ring = Ring(library, size, 5, torch.float32, gpu.device)
+    for step in range(4):
+        ring.push(keys_of(count, 5, torch.float32, gpu.device, step), False)
+        ring.check(exact=True)
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 123, 128, 260])
+def test_any_width(library, gpu, width):
+    ring = Ring(library, 9, width, torch.bfloat16, gpu.device, position=7, filled=9)
+    ring.push(keys_of(4, width, torch.float32, gpu.device), True)
+    ring.check()
+
+
+def test_strides(library, gpu):
+    """Transposed keys, keys at an odd offset, one key repeated."""
+    ring = Ring(library, 40, 24, torch.float16, gpu.device)
+    keys = keys_of(10, 24, torch.float16, gpu.device)
+    inside = torch.zeros(10, 31, dtype=torch.float16, device=gpu.device)[:, 5:29].copy_(keys)
+    for view in (keys.T.contiguous().T, inside, keys[:1].expand(3, 24), keys[::3]):
+        ring.push(view, True)
+    ring.check()
+
+
+def test_zero_tiny_and_nan_keys(library, gpu):
+    ring = Ring(library, 4, 8, torch.float32, gpu.device)
+    keys = keys_of(4, 8, torch.float32, gpu.device)
+    keys[0] = 0
+    keys[1] = 3e-13  # shorter than the smallest norm
+    keys[2, 3] = torch.nan
+    ring.push(keys, True)
+    ring.check()
+
+
+def test_no_keys_change_nothing(library, gpu):
+    ring = Ring(library, 4, 8, torch.float32, gpu.device, position=3, filled=3)
+    assert not ring.push(torch.zeros(0, 8, device=gpu.device), True)
+    ring.check()
+
+
+@pytest.mark.parametrize("position", [-3, 4, 2**62])
+def test_a_position_out_of_range_never_leaves_the_storage(library, gpu, position):
+    ring = Ring(library, 4, 8, torch.float32, gpu.device, position=position, filled=-5)
+    ring.position.fill_(position)
+    keys = keys_of(3, 8, torch.float32, gpu.device)
+    with pytest.raises(AssertionError):
+        ring.push(keys, False)  # the fill count
+    ring.check(exact=True)
+    assert 0 <= int(ring.position) < 4 and int(ring.filled) == 3
+
+
+def test_every_schedule_gives_the_same_bits_and_can_be_captured(library, gpu):
+    results = []
+    for options in ({}, {"seed": 1, "warp_races": True}, {"seed": 2, "warp_races": True}):
+        ring = Ring(library, 20, 24, torch.bfloat16, gpu.device, position=15)
+        if gpu.emulated:
+            options = {**options, "capturing": True, "stream": 7}
+        launches = ring.push(keys_of(60, 24, torch.float32, gpu.device), True, **options)
+        ring.check()
+        results.append(ring.storage)
+        assert {launch.stream for launch in launches} <= {7}
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_kernel_moves_what_its_header_says(library, gpu):
+    if not gpu.emulated:
+        pytest.skip("a card has no such counters")
+    ring = Ring(library, 100, 128, torch.bfloat16, gpu.device, position=90)
+    push, advance = ring.push(keys_of(64, 128, torch.float32, gpu.device), False)
+    assert push.counters.global_load_sectors == 64 * 128 * 4 // 32 + 64
+    assert push.counters.global_store_sectors == 64 * 128 * 2 // 32
+    assert advance.counters.global_store_sectors <= 2 and advance.block == (1, 1, 1)
