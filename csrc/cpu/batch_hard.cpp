@@ -10,7 +10,6 @@
 #include "batch_hard.h"
 
 #include <ATen/ops/empty.h>
-#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
@@ -77,7 +76,8 @@ class Best {
 template <class scalar_t, class acc_t>
 std::pair<at::Tensor, at::Tensor> mine(const at::Tensor& embeddings, const at::Tensor& labels, bool normalize,
                                        bool cosine) {
-  const Tiles<acc_t> tiles(load_rows<scalar_t, acc_t>(embeddings, normalize), std::nullopt);
+  Tiles<acc_t> tiles(load_rows<scalar_t, acc_t>(embeddings, normalize), std::nullopt);
+  tiles.prepare(/*to_multiply=*/true, /*to_add_to_columns=*/false);
   const auto& math = tile_math<acc_t>();
   const int64_t n = tiles.n, d = tiles.rows.values.size(1);
   const std::vector<int32_t> classes = classes_of(labels);
@@ -92,25 +92,21 @@ std::pair<at::Tensor, at::Tensor> mine(const at::Tensor& embeddings, const at::T
 
   const auto visit_each = [&](const Tile<acc_t>& tile) {
     for (int64_t i = tile.i.begin; i < tile.i.begin + tile.i.size; ++i)
-      for (int64_t j = std::max(tile.j.begin, i + 1); j < tile.j.begin + tile.j.size; ++j) {
+      for (int64_t j = tile.j.begin; j < tile.j.begin + tile.j.size; ++j) {
+        if (tiles.triangle ? j <= i : j == i) continue;
         const acc_t s = tile.at(i, j);
-        if (classes[i] == classes[j]) {
-          farthest.offer(i, half[j] - s, j);
-          farthest.offer(j, half[i] - s, i);
-        } else {
-          nearest.offer(i, half[j] - s, j);
-          nearest.offer(j, half[i] - s, i);
-        }
+        const bool same = classes[i] == classes[j];
+        same ? farthest.offer(i, half[j] - s, j) : nearest.offer(i, half[j] - s, j);
+        if (tiles.triangle) same ? farthest.offer(j, half[i] - s, i) : nearest.offer(j, half[i] - s, i);
       }
   };
 
   const auto visit = [&](int64_t block_i, int64_t block_j, int thread) {
-    const c10::InferenceMode below_autograd;
     const Tile<acc_t> tile = tiles.scratch(block_i, block_j, thread);
-    tiles.multiply(tile, 1);
+    tiles.multiply(tile);
     if (!finite) return visit_each(tile);
     const int64_t i0 = tile.i.begin, j0 = tile.j.begin;
-    const bool mirrored = block_i != block_j;
+    const bool mirrored = tiles.triangle && block_i != block_j;
     if (!mirrored)
       for (int64_t i = i0; i < i0 + tile.i.size; ++i) tile.at(i, i) = std::numeric_limits<acc_t>::quiet_NaN();
 

@@ -1,24 +1,26 @@
 // contrastive on the CPU. x^, y^ the rows and columns (normalised if asked), s_ij = scale * <x^_i, y^_j>,
 //   lse_i = log sum_{j allowed} exp(s_ij), column_lse_j likewise over i, and the logits at `positives`.
-// Tiling: tiles of at most 256 x 256 logits, one product of the BLAS that torch carries each, in a scratch of
+// Tiling: tiles of at most 256 x 256 dot products (tiles.h), one matrix product each, in a scratch of
 //   256 KB a thread that stays in its L2 cache; N x M never exists. In the square case (columns are the rows)
 //   only tiles on and above the diagonal are made, each serving its rows and, transposed, its columns. Tiles of a
 //   parallel round share no block (schedule.h), so every sum has one owner: no atomics, no buffer
-//   a thread, results independent of the thread count for a given tile size.
+//   a thread, results independent of the thread count for a given tile size. Up to 256 rows the threads share
+//   the rows of the whole square instead, in one round.
 // Work, in units of 2*N*M*D: forward 1 (square: 1/2); backward 1 + 1 for each side that needs a
-//   gradient (square: 1/2 + 1, less what was kept). One exponential an entry, two where rows and columns need shifts of their own.
-// Memory: the rows in acc_t (N*D), the gradient (N*D), 5 numbers a row, the scratch, and from forward to backward
-//   the logits of the first tiles, as many as fit kKeptLogits: they need not be recomputed (all of them
-//   up to about 2800 rows of the square case, then backward is 1 unit).
+//   gradient (square: 1/2 + 1, less what was kept). One exponential an entry, two where rows and columns need
+//   shifts of their own, none in backward for what was kept under a fixed shift.
+// Memory: the rows in acc_t and transposed (2*N*D), the gradient and a transposed part of it (2*N*D), 5 numbers a row,
+//   the scratch, and from forward to backward the first tiles, as many as fit kKeptBytes: they need not be
+//   recomputed (all of them up to about 2800 rows of the square case, then backward is 1 unit).
 // Numerics: products, softmax and sums over a tile in acc_t (float32, float64 for float64), sums over tiles in double.
-//   Tiles hold s * log2 e, so that exp is 2^x. While |s| <= |scale| * longest row * longest column
-//   stays below kFixedShift, that bound replaces the maximum; above it rows and columns get running maxima.
+//   While |s| <= |scale| * longest row * longest column stays below kFixedShift, that bound is the shift of every row
+//   and column: tiles hold dot products v, scale enters with the exponent, 2^(factor * v - shift), and of kept tiles
+//   these exponentials are kept. Above it tiles hold s * log2 e, and rows and columns get running maxima, whose
+//   entries then count exactly 1.
 #include "contrastive.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
-#include <ATen/ops/zeros_like.h>
-#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <cmath>
@@ -49,7 +51,8 @@ template <class scalar_t, class acc_t>
 class Problem : public Tiles<acc_t> {
  public:
   using Base = Tiles<acc_t>;
-  using Base::columns, Base::column_blocks, Base::m, Base::n, Base::row_blocks, Base::rows, Base::square;
+  using Base::columns, Base::column_blocks, Base::m, Base::n, Base::row_blocks, Base::rows, Base::square,
+      Base::triangle;
   using Tile = ssl_kernels::cpu::Tile<acc_t>;
 
   explicit Problem(const ContrastiveArgs& args)
@@ -60,6 +63,7 @@ class Problem : public Tiles<acc_t> {
         positives_per_row(args.positives ? args.positives->numel() / n : 0),
         bound(static_cast<acc_t>(std::abs(scale) * kLog2E * rows.longest * columns.longest)),
         fixed_shift(bound <= kFixedShift),  // false for NaN
+        factor(fixed_shift && scale > 0 ? static_cast<acc_t>(scale * kLog2E) : acc_t(1)),
         args_(args) {
     if (args.positives) {
       positives_ = args.positives->contiguous();
@@ -75,10 +79,14 @@ class Problem : public Tiles<acc_t> {
   // The tile's place among the logits kept for backward, if it has one.
   std::optional<Tile> kept(int64_t block_i, int64_t block_j, const at::Tensor& kept_logits) const {
     const Block i = row_blocks[block_i], j = column_blocks[block_j];
-    const int64_t begin = kKeptHeader + kept_offset(i, j), size = i.size * j.size;
-    if (begin + size > kept_logits.numel()) return std::nullopt;
-    const at::Tensor matrix = kept_logits.narrow(0, begin, size).view({i.size, j.size});
-    return Tile{i, j, matrix.mutable_data_ptr<acc_t>(), j.size, matrix};
+    const int64_t begin = kKeptHeader + kept_offset(i, j);
+    if (begin + i.size * j.size > kept_logits.numel()) return std::nullopt;
+    return Tile{i, j, kept_logits.mutable_data_ptr<acc_t>() + begin, j.size};
+  }
+
+  // Whether every tile has its place there.
+  bool keeps_everything(const at::Tensor& kept_logits) const {
+    return kept(row_blocks.count() - 1, column_blocks.count() - 1, kept_logits).has_value();
   }
 
   // How many logits are kept; ssl_kernels/ops/contrastive.py says the same to torch.compile.
@@ -103,12 +111,15 @@ class Problem : public Tiles<acc_t> {
     return header[0] == static_cast<acc_t>(row_blocks.size) && header[1] == static_cast<acc_t>(column_blocks.size);
   }
 
-  // Fills a tile with its logits, all pairs.
+  // Fills a tile, all pairs.
   void multiply(const Tile& tile) const {
-    Base::multiply(tile, scale * kLog2E);
+    if (factor != 1)
+      Base::multiply(tile);
+    else
+      Base::multiply(tile, static_cast<acc_t>(scale * kLog2E));
     // Backward takes exp(s_ij - lse_j) from the entry above the diagonal: where rounding leaves logits far
     // apart, lse_j must come from the same number.
-    if (square && tile.i.begin == tile.j.begin && !fixed_shift)
+    if (triangle && tile.i.begin == tile.j.begin && !fixed_shift)
       for (int64_t row = 1; row < tile.i.size; ++row)
         for (int64_t column = 0; column < row; ++column)
           tile.s[row * tile.ld + column] = tile.s[column * tile.ld + row];
@@ -149,12 +160,13 @@ class Problem : public Tiles<acc_t> {
   const int64_t positives_per_row;
   const double bound;      // of |s| * log2 e
   const bool fixed_shift;  // whether `bound` serves as the shift of every row and column
+  const acc_t factor;      // > 0; times it, entries of tiles are logits in units of log 2
 
  private:
-  // Where the tile of rows i and columns j begins among the kept ones: row blocks one after the other, in the
-  // square case without what lies below the diagonal.
+  // Where the tile of rows i and columns j begins among the kept ones: row blocks one after the other, of the
+  // triangle without what lies below the diagonal.
   int64_t kept_offset(Block i, Block j) const {
-    if (!square) return i.begin * m + i.size * j.begin;
+    if (!triangle) return i.begin * m + i.size * j.begin;
     return i.begin * n - i.begin * (i.begin - row_blocks.size) / 2 + i.size * (j.begin - i.begin);
   }
 
@@ -230,10 +242,12 @@ struct SoftmaxWeights {
 
 template <class scalar_t, class acc_t>
 ContrastiveFwd forward(const ContrastiveArgs& args) {
-  const Problem<scalar_t, acc_t> problem(args);
+  Problem<scalar_t, acc_t> problem(args);
+  problem.prepare(/*to_multiply=*/true, /*to_add_to_columns=*/false);
   const auto& math = tile_math<acc_t>();
   const auto options = problem.rows.values.options();
-  const bool by_columns = problem.square || args.both_directions;
+  const bool by_columns = problem.triangle || args.both_directions;
+  const acc_t factor = problem.factor;
   LogSumExp over_columns(problem.n, problem.fixed_shift, problem.bound);  // for each row
   LogSumExp over_rows(args.both_directions ? problem.m : 0, problem.fixed_shift, problem.bound);
   at::Tensor positive_logits =
@@ -244,37 +258,36 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   problem.note_tiles(kept_logits);
 
   const auto visit = [&](int64_t block_i, int64_t block_j, int thread) {
-    const c10::InferenceMode below_autograd;
     const auto kept = problem.kept(block_i, block_j, kept_logits);
     const auto tile = kept ? *kept : problem.scratch(block_i, block_j, thread);
     problem.multiply(tile);
-    const bool mirrored = problem.square && block_i != block_j;
+    const bool mirrored = problem.triangle && block_i != block_j;
     problem.for_each_positive(tile.i, tile.j, [&](int64_t k, int64_t row, int64_t column) {
-      positive[k] = kLn2 * tile.at(row, column);
+      positive[k] = kLn2 * factor * tile.at(row, column);
     });
     if (mirrored)
       problem.for_each_positive(tile.j, tile.i, [&](int64_t k, int64_t row, int64_t column) {
-        positive[k] = kLn2 * tile.at(column, row);
+        positive[k] = kLn2 * factor * tile.at(column, row);
       });
     problem.mask(tile);
 
     const int64_t rows = tile.i.size, columns = tile.j.size;
-    const bool columns_too = by_columns && (mirrored || !problem.square);
+    const bool columns_too = by_columns && (mirrored || !problem.triangle);
     acc_t row_sum[kLargestTile], column_sum[kLargestTile] = {};
-    acc_t row_top[kLargestTile], column_top[kLargestTile];
+    acc_t row_shift[kLargestTile], column_shift[kLargestTile];
     if (problem.fixed_shift) {
-      math.exp_sums(tile.s, tile.ld, rows, columns, static_cast<acc_t>(problem.bound), row_sum,
-                    columns_too ? column_sum : nullptr);
+      math.exp_sums(tile.s, tile.ld, rows, columns, factor, static_cast<acc_t>(problem.bound), row_sum,
+                    columns_too ? column_sum : nullptr, kept.has_value());
     } else {
-      std::fill_n(column_top, columns, -std::numeric_limits<acc_t>::infinity());
-      math.maxima(tile.s, tile.ld, rows, columns, row_top, columns_too ? column_top : nullptr);
-      for (int64_t k = 0; k < rows; ++k) row_top[k] = finite_or_zero_if_nothing(row_top[k]);
-      for (int64_t k = 0; k < columns; ++k) column_top[k] = finite_or_zero_if_nothing(column_top[k]);
-      math.exp_sums_shifted(tile.s, tile.ld, rows, columns, row_top, column_top, row_sum,
+      std::fill_n(column_shift, columns, -std::numeric_limits<acc_t>::infinity());
+      math.maxima(tile.s, tile.ld, rows, columns, row_shift, columns_too ? column_shift : nullptr);
+      for (int64_t k = 0; k < rows; ++k) row_shift[k] = factor * finite_or_zero_if_nothing(row_shift[k]);
+      for (int64_t k = 0; k < columns; ++k) column_shift[k] = factor * finite_or_zero_if_nothing(column_shift[k]);
+      math.exp_sums_shifted(tile.s, tile.ld, rows, columns, factor, row_shift, column_shift, row_sum,
                             columns_too ? column_sum : nullptr);
     }
-    over_columns.add(tile.i, row_top, row_sum);
-    if (columns_too) (problem.square ? over_columns : over_rows).add(tile.j, column_top, column_sum);
+    over_columns.add(tile.i, row_shift, row_sum);
+    if (columns_too) (problem.square ? over_columns : over_rows).add(tile.j, column_shift, column_sum);
   };
   problem.for_each(by_columns ? Owned::kBoth : Owned::kRows, visit);
 
@@ -285,9 +298,10 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
 
 template <class scalar_t, class acc_t>
 ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& saved) {
-  const Problem<scalar_t, acc_t> problem(args);
+  Problem<scalar_t, acc_t> problem(args);
   const auto& math = tile_math<acc_t>();
   const auto options = problem.rows.values.options();
+  const acc_t factor = problem.factor;
   const acc_t bound = static_cast<acc_t>(problem.bound);
   const bool both_terms = problem.square || args.both_directions;
   const SoftmaxWeights<acc_t> of_rows(saved.grad_lse, saved.lse, problem.fixed_shift, bound);
@@ -301,12 +315,12 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   // The gradient of scale comes out of the row dots of either side, so one side is always made.
   const bool columns_wanted = saved.columns_need_grad && !problem.square;
   const bool rows_wanted = saved.rows_need_grad || !columns_wanted;
-  at::Tensor grad_rows, grad_columns;
-  if (rows_wanted) grad_rows = at::zeros_like(problem.rows.values);
-  if (columns_wanted) grad_columns = at::zeros_like(problem.columns.values);
+  const bool mirrored = problem.triangle && problem.row_blocks.count() > 1;
+  problem.prepare(/*to_multiply=*/!problem.keeps_everything(kept_logits), columns_wanted || mirrored);
+  RowSums<acc_t> grad_rows(rows_wanted ? problem.n : 0, problem.d, problem.row_blocks, mirrored, options);
+  RowSums<acc_t> grad_columns(columns_wanted ? problem.m : 0, problem.d, problem.column_blocks, true, options);
 
   const auto visit = [&](int64_t block_i, int64_t block_j, int thread) {
-    const c10::InferenceMode below_autograd;
     const auto kept = problem.kept(block_i, block_j, kept_logits);
     const auto tile = problem.scratch(block_i, block_j, thread);
     if (!kept) {
@@ -316,12 +330,16 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
     const auto& logits = kept ? *kept : tile;
     const int64_t i0 = tile.i.begin, j0 = tile.j.begin;
     const acc_t* column_weight = both_terms ? transposed.weight.data() + j0 : nullptr;
-    if (problem.fixed_shift)
-      math.coefficients(logits.s, logits.ld, tile.s, tile.ld, tile.i.size, tile.j.size, bound, of_rows.weight.data() + i0, column_weight);
+    const acc_t* row_weight = of_rows.weight.data() + i0;
+    if (problem.fixed_shift && kept)
+      math.coefficients_of_kept(kept->s, kept->ld, tile.s, tile.ld, tile.i.size, tile.j.size, row_weight, column_weight);
+    else if (problem.fixed_shift)
+      math.coefficients(tile.s, tile.ld, tile.s, tile.ld, tile.i.size, tile.j.size, factor, bound, row_weight,
+                        column_weight);
     else
-      math.coefficients_shifted(logits.s, logits.ld, tile.s, tile.ld, tile.i.size, tile.j.size, of_rows.shift.data() + i0,
-                                of_rows.weight.data() + i0, both_terms ? transposed.shift.data() + j0 : nullptr,
-                                column_weight);
+      math.coefficients_shifted(logits.s, logits.ld, tile.s, tile.ld, tile.i.size, tile.j.size, factor,
+                                of_rows.shift.data() + i0, row_weight,
+                                both_terms ? transposed.shift.data() + j0 : nullptr, column_weight);
     if (q) {
       problem.for_each_positive(tile.i, tile.j, [&](int64_t k, int64_t row, int64_t column) {
         tile.at(row, column) += static_cast<acc_t>(q[k]);
@@ -331,20 +349,19 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
           tile.at(column, row) += static_cast<acc_t>(q[k]);
         });
     }
-    if (rows_wanted) problem.slice(grad_rows, tile.i).addmm_(tile.matrix, problem.slice(problem.columns.values, tile.j));
-    if (columns_wanted || (problem.square && block_i != block_j))
-      problem.slice(problem.square ? grad_rows : grad_columns, tile.j)
-          .addmm_(tile.matrix.t(), problem.slice(problem.rows.values, tile.i));
+    if (rows_wanted) problem.add_to_rows(grad_rows, tile);
+    if (columns_wanted || (problem.triangle && block_i != block_j))
+      problem.add_to_columns(problem.square ? grad_rows : grad_columns, tile);
   };
   problem.for_each(rows_wanted && columns_wanted ? Owned::kBoth : rows_wanted ? Owned::kRows : Owned::kColumns, visit);
 
   InputGradient by_rows, by_columns;
   const auto storage = args.rows.options();
   if (rows_wanted)
-    by_rows = finish_gradient<scalar_t, acc_t>(grad_rows, problem.rows, problem.scale, storage);
+    by_rows = finish_gradient<scalar_t, acc_t>(grad_rows.result(), problem.rows, problem.scale, storage);
   if (columns_wanted)
     by_columns = dispatch_storage<acc_t>(args.columns->scalar_type(), [&](auto type) {
-      return finish_gradient<decltype(type), acc_t>(grad_columns, problem.columns, problem.scale, args.columns->options());
+      return finish_gradient<decltype(type), acc_t>(grad_columns.result(), problem.columns, problem.scale, args.columns->options());
     });
   const double dots = rows_wanted ? by_rows.dots : by_columns.dots;
   const double grad_scale = problem.square ? dots / 2 : dots;

@@ -96,7 +96,7 @@ Rows load_rows_of(const at::Tensor& x, bool normalize) {
 // What finish_gradient makes: the gradient by the input, and sum_i <x^_i, grad_i>.
 struct InputGradient {
   at::Tensor values;
-  double dots;
+  double dots = 0;
 };
 
 // From grad (N, D) = A y, the gradient by the rows before `scale` and normalisation, which is overwritten:

@@ -13,8 +13,6 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
-#include <ATen/ops/zeros_like.h>
-#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <cmath>
@@ -53,18 +51,19 @@ class Problem : public Tiles<acc_t> {
         diagonal_(args.diagonal) {}
 
   // Losses where asked for; gradients, weighted by row where there are weights, where a side is wanted.
-  Pass run(bool losses_wanted, const acc_t* weight, bool rows_wanted, bool columns_wanted) const {
+  Pass run(bool losses_wanted, const acc_t* weight, bool rows_wanted, bool columns_wanted) {
     const auto& math = tile_math<acc_t>();
     const acc_t bias2 = static_cast<acc_t>(bias * kLog2E);
     const bool gradient = rows_wanted || columns_wanted;
     Pass pass{std::vector<double>(losses_wanted ? n : 0), std::vector<double>(gradient ? n : 0), {}, {}};
-    if (rows_wanted) pass.grad_rows = at::zeros_like(rows.values);
-    if (columns_wanted) pass.grad_columns = at::zeros_like(columns.values);
+    const auto options = rows.values.options();
+    this->prepare(/*to_multiply=*/true, columns_wanted);
+    RowSums<acc_t> of_rows(rows_wanted ? n : 0, this->d, this->row_blocks, false, options);
+    RowSums<acc_t> of_columns(columns_wanted ? m : 0, this->d, this->column_blocks, true, options);
 
     this->for_each(columns_wanted ? Owned::kBoth : Owned::kRows, [&](int64_t block_i, int64_t block_j, int thread) {
-      const c10::InferenceMode below_autograd;
       const Tile<acc_t> tile = this->scratch(block_i, block_j, thread);
-      this->multiply(tile, scale * kLog2E);
+      this->multiply(tile, static_cast<acc_t>(scale * kLog2E));
 
       // Positive pairs: an entry of -inf adds nothing to any sum.
       const int64_t i0 = tile.i.begin, j0 = tile.j.begin;
@@ -95,10 +94,11 @@ class Problem : public Tiles<acc_t> {
         tile.at(i, i + diagonal_) = static_cast<acc_t>(coefficient);
         pass.grad_bias[i] += coefficient;
       }
-      if (rows_wanted) this->slice(pass.grad_rows, tile.i).addmm_(tile.matrix, this->slice(columns.values, tile.j));
-      if (columns_wanted)
-        this->slice(pass.grad_columns, tile.j).addmm_(tile.matrix.t(), this->slice(rows.values, tile.i));
+      if (rows_wanted) this->add_to_rows(of_rows, tile);
+      if (columns_wanted) this->add_to_columns(of_columns, tile);
     });
+    if (rows_wanted) pass.grad_rows = of_rows.result();
+    if (columns_wanted) pass.grad_columns = of_columns.result();
     return pass;
   }
 
@@ -122,7 +122,7 @@ double sum_of(const std::vector<double>& values) {
 
 // The gradient of sum_i weight_i loss_i, in storage_t, and what else the pass made.
 template <class storage_t, class acc_t>
-SigmoidPairsBwd gradients(const Problem<acc_t>& problem, const SigmoidPairsArgs& args, const acc_t* weight,
+SigmoidPairsBwd gradients(Problem<acc_t>& problem, const SigmoidPairsArgs& args, const acc_t* weight,
                           std::vector<double>* losses) {
   // The gradient of scale comes out of the row dots of either side, so one side is always made.
   const bool columns_wanted = args.columns_need_grad, rows_wanted = args.rows_need_grad || !columns_wanted;
@@ -143,7 +143,7 @@ SigmoidPairsBwd gradients(const Problem<acc_t>& problem, const SigmoidPairsArgs&
 
 template <class scalar_t, class acc_t>
 SigmoidPairsFwd forward(const SigmoidPairsArgs& args, bool total, bool keep) {
-  const Problem<acc_t> problem = make_problem<scalar_t, acc_t>(args);
+  Problem<acc_t> problem = make_problem<scalar_t, acc_t>(args);
   const auto acc = problem.rows.values.options();
   const auto none = [&] { return at::empty({0}, acc); };
   std::vector<double> losses;
@@ -166,7 +166,7 @@ SigmoidPairsFwd forward(const SigmoidPairsArgs& args, bool total, bool keep) {
 
 template <class scalar_t, class acc_t>
 SigmoidPairsBwd backward(const SigmoidPairsArgs& args, const at::Tensor& grad_losses) {
-  const Problem<acc_t> problem = make_problem<scalar_t, acc_t>(args);
+  Problem<acc_t> problem = make_problem<scalar_t, acc_t>(args);
   const at::Tensor contiguous = grad_losses.contiguous();
   const double* g = contiguous.const_data_ptr<double>();
   std::vector<acc_t> weight(problem.n);

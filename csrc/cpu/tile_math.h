@@ -1,7 +1,8 @@
 // Elementwise work on one tile of logits and on rows, in a version for each instruction set.
 //
-// A tile is row-major, m x n with leading dimension ld. Its entries are logits in units of log 2
-// (s * log2 e, so that exp(s) is 2^entry), -inf where an entry is left out of the sums.
+// A tile is row-major, m x n with leading dimension ld. Its entries v_ij are dot products; factor * v_ij, with
+// factor > 0, are logits in units of log 2, so that exp(s) is 2^(factor * v). -inf where an entry is left out of the
+// sums. factor * v - shift is one fused multiply-add where the processor has it.
 // The loops live in tile_math.inc and are compiled three times; tile_math<T>() picks at run time.
 #pragma once
 
@@ -18,25 +19,29 @@ struct ColumnHardest {
 
 template <class T>
 struct TileMath {
-  // row_sum[i] = sum_j 2^(s_ij - shift), col_sum[j] += sum_i 2^(s_ij - shift) unless col_sum is null.
-  void (*exp_sums)(const T* s, int64_t ld, int64_t m, int64_t n, T shift, T* row_sum, T* col_sum);
+  // row_sum[i] = sum_j 2^(factor * v_ij - shift), col_sum[j] += sum_i of it unless col_sum is null. With `keep`, v_ij
+  // is overwritten by 2^(factor * v_ij - shift).
+  void (*exp_sums)(T* v, int64_t ld, int64_t m, int64_t n, T factor, T shift, T* row_sum, T* col_sum, bool keep);
 
-  // row_max[i] = max_j s_ij, col_max[j] = max(col_max[j], max_i s_ij) unless col_max is null.
-  void (*maxima)(const T* s, int64_t ld, int64_t m, int64_t n, T* row_max, T* col_max);
+  // row_max[i] = max_j v_ij, col_max[j] = max(col_max[j], max_i v_ij) unless col_max is null.
+  void (*maxima)(const T* v, int64_t ld, int64_t m, int64_t n, T* row_max, T* col_max);
 
   // As exp_sums with a shift of its own for every row and every column (two exponentials an entry).
-  void (*exp_sums_shifted)(const T* s, int64_t ld, int64_t m, int64_t n, const T* row_shift,
+  void (*exp_sums_shifted)(const T* v, int64_t ld, int64_t m, int64_t n, T factor, const T* row_shift,
                            const T* col_shift, T* row_sum, T* col_sum);
 
-  // out_ij = 2^(s_ij - shift) * (row_weight[i] + col_weight[j]); col_weight may be null, out may be s.
-  void (*coefficients)(const T* s, int64_t ld, T* out, int64_t ld_out, int64_t m, int64_t n, T shift,
+  // out_ij = 2^(factor * v_ij - shift) * (row_weight[i] + col_weight[j]); col_weight may be null, out may be v.
+  void (*coefficients)(const T* v, int64_t ld, T* out, int64_t ld_out, int64_t m, int64_t n, T factor, T shift,
                        const T* row_weight, const T* col_weight);
 
-  // out_ij = row_weight[i] * 2^(s_ij - row_shift[i]) + col_weight[j] * 2^(s_ij - col_shift[j]);
-  // the column term is left out where col_weight is null, out may be s.
-  void (*coefficients_shifted)(const T* s, int64_t ld, T* out, int64_t ld_out, int64_t m, int64_t n,
-                               const T* row_shift, const T* row_weight, const T* col_shift,
-                               const T* col_weight);
+  // The same of what exp_sums kept: out_ij = e_ij * (row_weight[i] + col_weight[j]).
+  void (*coefficients_of_kept)(const T* e, int64_t ld, T* out, int64_t ld_out, int64_t m, int64_t n,
+                               const T* row_weight, const T* col_weight);
+
+  // out_ij = row_weight[i] * 2^(factor * v_ij - row_shift[i]) + col_weight[j] * 2^(factor * v_ij - col_shift[j]);
+  // the column term is left out where col_weight is null, out may be v.
+  void (*coefficients_shifted)(const T* v, int64_t ld, T* out, int64_t ld_out, int64_t m, int64_t n, T factor,
+                               const T* row_shift, const T* row_weight, const T* col_shift, const T* col_weight);
 
   // Online softmax of a tile of logits: top[i] rises to the maximum of row i, s_ij <- 2^(s_ij - top[i]) and row_sum[i] is
   // their sum. A row of -inf alone becomes 0.
@@ -45,8 +50,11 @@ struct TileMath {
   // to (n, m) = the transpose of from (m, n).
   void (*transpose)(const T* from, int64_t ld_from, T* to, int64_t ld_to, int64_t m, int64_t n);
 
-  // s_ij <- -inf where row_ids[i] == col_ids[j].
-  void (*mask_equal_ids)(T* s, int64_t ld, int64_t m, int64_t n, const int64_t* row_ids,
+  // to (n, m) += the transpose of from (m, n).
+  void (*add_transposed)(const T* from, int64_t ld_from, T* to, int64_t ld_to, int64_t m, int64_t n);
+
+  // v_ij <- -inf where row_ids[i] == col_ids[j].
+  void (*mask_equal_ids)(T* v, int64_t ld, int64_t m, int64_t n, const int64_t* row_ids,
                          const int64_t* col_ids);
 
   // With z_ij = s_ij + bias, in units of log 2: row_loss[i] = sum_j log(1 + 2^z_ij).

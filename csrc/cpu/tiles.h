@@ -1,16 +1,23 @@
-// The loop that every loss over pairs of rows runs: x^ . y^T cut into tiles, one product of the BLAS that torch carries
-// each, in a scratch a thread. What is made of a tile is the loss's own: its visit(block_i, block_j, thread) calls
-// scratch and multiply, and adds up what belongs to the tile's rows and columns. N x M never exists.
+// The loop that every loss over pairs of rows runs: x^ . y^T cut into tiles, one product each, in a scratch a
+// thread. What is made of a tile is the loss's own: its visit(block_i, block_j, thread) calls scratch and multiply,
+// and adds up what belongs to the tile's rows and columns. N x M never exists.
+// Products are small products (product.h) where these run: they want their right operand as it is read, so the
+// columns are kept transposed as well (M*D more), and what a backward adds to columns is summed up transposed.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <cmath>
 #include <optional>
 #include <utility>
 
+#include "product.h"
 #include "rows.h"
 #include "schedule.h"
 
@@ -19,84 +26,184 @@ namespace ssl_kernels::cpu {
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // A tile of 256 x 256 float32 numbers, 256 KB, stays in the L2 cache.
-constexpr int64_t kLargestTile = 256, kSmallestTile = 64;
+constexpr int64_t kLargestTile = 256;
+// Up to so many rows, the threads share the rows of the square case and walk all columns: twice the products of the
+// triangle, but a single parallel round.
+constexpr int64_t kLargestWhole = 256;
 
 // Blocks of `n` for `ways` of parallelism, balanced and as large as the cache allows.
-inline Blocks cut(int64_t n, int64_t ways) {
-  const int64_t wanted = std::min(kLargestTile, std::max(kSmallestTile, (n + ways - 1) / ways));
+inline Blocks cut(int64_t n, int64_t ways, int64_t smallest) {
+  const int64_t wanted = std::min(kLargestTile, std::max(smallest, (n + ways - 1) / ways));
   const int64_t count = (n + wanted - 1) / wanted;
   const int64_t size = (n + count - 1) / count;
   return {n, std::min(kLargestTile, (size + 15) / 16 * 16)};
 }
 
+// A pointer into a row-major matrix with leading dimension ld.
 template <class acc_t>
 struct Tile {
   Block i, j;
   acc_t* s;
   int64_t ld;
-  at::Tensor matrix;  // (i.size, j.size) view of s
   acc_t& at(int64_t row, int64_t column) const { return s[(row - i.begin) * ld + column - j.begin]; }
+};
+
+// The rows of `values` block by block, each block transposed: (blocks, D, blocks.size), the ragged end unset.
+template <class acc_t>
+at::Tensor transposed_blocks(const at::Tensor& values, const Blocks& blocks) {
+  const int64_t d = values.size(1), ld = blocks.size;
+  at::Tensor result = at::empty({blocks.count(), d, ld}, values.options());
+  const acc_t* from = values.const_data_ptr<acc_t>();
+  acc_t* to = result.mutable_data_ptr<acc_t>();
+  at::parallel_for(0, blocks.count(), std::max<int64_t>(1, 32768 / (ld * d)), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      tile_math<acc_t>().transpose(from + blocks[b].begin * d, d, to + b * d * ld, ld, blocks[b].size, d);
+  });
+  return result;
+}
+
+// Sums over tiles that are rows: values_i += sum_j c_ij y_j, where tiles are added from the side of their rows, and
+// values_j += sum_i c_ij x_i from the side of their columns.
+template <class acc_t>
+struct RowSums {
+  RowSums(int64_t n, int64_t d, const Blocks& blocks, bool from_columns, const at::TensorOptions& options)
+      : blocks(blocks), values(at::zeros({n, d}, options)) {
+    if (from_columns && has_small_products<acc_t>()) transposed = at::zeros({blocks.count(), d, blocks.size}, options);
+  }
+
+  // The sums, (n, d). Once, after the last tile.
+  at::Tensor result() const {
+    if (!transposed.defined()) return values;
+    const int64_t d = values.size(1), ld = blocks.size;
+    const acc_t* from = transposed.template const_data_ptr<acc_t>();
+    acc_t* to = values.template mutable_data_ptr<acc_t>();
+    at::parallel_for(0, blocks.count(), std::max<int64_t>(1, 32768 / (ld * d)), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b)
+        tile_math<acc_t>().add_transposed(from + b * d * ld, ld, to + blocks[b].begin * d, d, d, blocks[b].size);
+    });
+    return values;
+  }
+
+  Blocks blocks;
+  at::Tensor values, transposed;
 };
 
 // Rows and columns in acc_t, how they are cut, and the tile of any pair of blocks.
 template <class acc_t>
 class Tiles {
  public:
-  // Without columns the square case: they are the rows, and tiles below the diagonal are not visited.
+  // Without columns the square case: they are the rows, and tiles below the diagonal are not visited (see
+  // `triangle`).
   Tiles(const Rows& rows, const std::optional<Rows>& columns)
       : square(!columns),
         rows(rows),
         columns(square ? rows : *columns),
         n(rows.values.size(0)),
         m(this->columns.values.size(0)),
-        threads(std::max(n, m) <= kLargestTile ? 1 : at::get_num_threads()),
-        // The tournament of the square case plays count / 2 tiles at once.
-        row_blocks(cut(n, square && threads > 1 ? 2 * threads : threads)),
-        column_blocks(square ? row_blocks : cut(m, threads)),
+        d(rows.values.size(1)),
+        threads(has_small_products<acc_t>() || std::max(n, m) > kLargestTile ? at::get_num_threads() : 1),
+        triangle(square && (threads == 1 || n > kLargestWhole)),
+        // The tournament of the triangle plays count / 2 tiles at once.
+        row_blocks(cut(n, triangle && threads > 1 ? 2 * threads : threads, smallest())),
+        column_blocks(triangle ? row_blocks : square ? Blocks{n, (n + 15) / 16 * 16} : cut(m, threads, smallest())),
         scratch_(at::empty({threads, row_blocks.size, column_blocks.size + kPadding}, rows.values.options())) {}
 
   // The tile in the thread's scratch.
   Tile<acc_t> scratch(int64_t block_i, int64_t block_j, int thread) const {
-    const Block i = row_blocks[block_i], j = column_blocks[block_j];
-    const at::Tensor matrix = scratch_.select(0, thread).narrow(0, 0, i.size).narrow(1, 0, j.size);
-    return {i, j, matrix.mutable_data_ptr<acc_t>(), matrix.stride(0), matrix};
+    acc_t* s = scratch_.template mutable_data_ptr<acc_t>() + thread * scratch_.stride(0);
+    return {row_blocks[block_i], column_blocks[block_j], s, scratch_.stride(1)};
   }
 
-  // Fills a tile with factor * <x^_i, y^_j>, all pairs.
-  void multiply(const Tile<acc_t>& tile, double factor) const {
-    at::Tensor matrix = tile.matrix;
-    if (std::isnan(factor)) {  // a BLAS may take a factor that is NaN for 1
-      matrix.fill_(factor);
-      return;
+  // Makes what `multiply` and `add_to_columns` need. Before the loop.
+  void prepare(bool to_multiply, bool to_add_to_columns) {
+    if (!has_small_products<acc_t>()) return;
+    if (to_multiply || (to_add_to_columns && triangle))
+      columns_transposed_ = transposed_blocks<acc_t>(columns.values, column_blocks);
+    if (to_add_to_columns)
+      rows_transposed_ = triangle ? columns_transposed_ : transposed_blocks<acc_t>(rows.values, row_blocks);
+  }
+
+  // Fills a tile with <x^_i, y^_j>, all pairs.
+  void multiply(const Tile<acc_t>& tile) const {
+    if (has_small_products<acc_t>())
+      multiply_small<acc_t>(tile.i.size, tile.j.size, d, row(rows, tile.i), d, block(columns_transposed_, tile.j),
+                            column_blocks.size, tile.s, tile.ld, false);
+    else
+      blas(matrix(tile), slice(rows.values, tile.i), slice(columns.values, tile.j).t(), 0);
+  }
+
+  // Fills a tile with factor * <x^_i, y^_j>.
+  void multiply(const Tile<acc_t>& tile, acc_t factor) const {
+    multiply(tile);
+    for (int64_t row = 0; row < tile.i.size; ++row)
+      tile_math<acc_t>().scale(tile.s + row * tile.ld, factor, tile.j.size);
+  }
+
+  // sums_i += sum_j c_ij y^_j for the coefficients c of a tile.
+  void add_to_rows(RowSums<acc_t>& sums, const Tile<acc_t>& c) const {
+    acc_t* out = sums.values.template mutable_data_ptr<acc_t>() + c.i.begin * d;
+    if (has_small_products<acc_t>())
+      multiply_small<acc_t>(c.i.size, d, c.j.size, c.s, c.ld, row(columns, c.j), d, out, d, true);
+    else
+      blas(slice(sums.values, c.i), matrix(c), slice(columns.values, c.j), 1);
+  }
+
+  // sums_j += sum_i c_ij x^_i.
+  void add_to_columns(RowSums<acc_t>& sums, const Tile<acc_t>& c) const {
+    if (has_small_products<acc_t>()) {
+      const int64_t ld = column_blocks.size;
+      acc_t* out = sums.transposed.template mutable_data_ptr<acc_t>() + c.j.begin * d;
+      multiply_small<acc_t>(d, c.j.size, c.i.size, block(rows_transposed_, c.i), row_blocks.size, c.s, c.ld, out, ld,
+                            true);
+    } else {
+      blas(slice(sums.values, c.j), matrix(c).t(), slice(rows.values, c.i), 1);
     }
-    at::addmm_out(matrix, matrix, slice(rows.values, tile.i), slice(columns.values, tile.j).t(), 0, factor);
   }
 
-  static at::Tensor slice(const at::Tensor& values, Block block) {
-    return values.narrow(0, block.begin, block.size);
-  }
-
-  // Visits every tile (square: on and above the diagonal), no two at once that share what is `owned`; the square
-  // case owns both its blocks.
+  // Visits every tile (triangle: on and above the diagonal), no two at once that share what is `owned`; the triangle
+  // owns both its blocks, the other square case its rows.
   template <class Visit>
   void for_each(Owned owned, const Visit& visit) const {
-    if (square)
+    if (triangle)
       for_each_pair(row_blocks.count(), 2 * threads, visit);
     else
-      for_each_tile(row_blocks.count(), column_blocks.count(), owned, visit);
+      for_each_tile(row_blocks.count(), column_blocks.count(), square ? Owned::kRows : owned, visit);
   }
 
   const bool square;
   const Rows rows, columns;
-  const int64_t n, m;
-  // 1 where everything fits one tile: it is visited outside a parallel region, and the BLAS has the threads.
+  const int64_t n, m, d;
+  // 1 where everything fits one tile of the BLAS: it is visited outside a parallel region, and the BLAS has the
+  // threads.
   const int64_t threads;
+  const bool triangle;  // a tile serves its rows and, transposed, its columns
   const Blocks row_blocks, column_blocks;
 
  private:
+  // Rows of the smallest tile: below, the fixed cost of a tile shows.
+  static int64_t smallest() { return has_small_products<acc_t>() ? 32 : 64; }
   // Keeps the rows of a tile off one another's cache sets.
   static constexpr int64_t kPadding = 16;
-  at::Tensor scratch_;
+
+  const acc_t* row(const Rows& of, Block block) const {
+    return of.values.template const_data_ptr<acc_t>() + block.begin * d;
+  }
+  // A block of what transposed_blocks made: its blocks are full but for the last.
+  const acc_t* block(const at::Tensor& transposed, Block block) const {
+    return transposed.const_data_ptr<acc_t>() + block.begin * d;
+  }
+  static at::Tensor slice(const at::Tensor& values, Block block) {
+    return values.narrow(0, block.begin, block.size);
+  }
+  at::Tensor matrix(const Tile<acc_t>& tile) const {
+    return at::from_blob(tile.s, {tile.i.size, tile.j.size}, {tile.ld, 1}, scratch_.options());
+  }
+  static void blas(at::Tensor out, const at::Tensor& a, const at::Tensor& b, int beta) {
+    const c10::InferenceMode below_autograd;
+    at::addmm_out(out, out, a, b, beta, 1);
+  }
+
+  at::Tensor scratch_, columns_transposed_, rows_transposed_;
 };
 
 }  // namespace ssl_kernels::cpu

@@ -342,7 +342,8 @@ def test_gradients_only_where_asked(backend, m, temperature):
         torch.autograd.backward([out for out in result if out.numel()], seeds)
         for name, operand in given.items():
             assert (operand.grad is not None) == (name == wanted)
-        torch.testing.assert_close(given[wanted].grad, everything[wanted], rtol=1e-5, atol=1e-5)
+        expected = everything[wanted]
+        torch.testing.assert_close(given[wanted].grad, expected, rtol=1e-5, atol=3e-6 * expected.abs().max().item())
 
 
 @every_backend
