@@ -343,7 +343,9 @@ def test_gradients_only_where_asked(backend, m, temperature):
         for name, operand in given.items():
             assert (operand.grad is not None) == (name == wanted)
         expected = everything[wanted]
-        torch.testing.assert_close(given[wanted].grad, expected, rtol=1e-5, atol=3e-6 * expected.abs().max().item())
+        torch.testing.assert_close(
+            given[wanted].grad, expected, rtol=1e-5, atol=3e-6 * expected.abs().max().item()
+        )
 
 
 @every_backend
