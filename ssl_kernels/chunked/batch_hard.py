@@ -5,12 +5,12 @@ Keys of a block are (block, N) in float32 (float64 for float64 input); nothing l
 
 import torch
 
-from ssl_kernels.chunked.contrastive import LOGITS_PER_BLOCK, _unit_rows, _without_autocast
+from ssl_kernels.chunked.rows import LOGITS_PER_BLOCK, unit_rows, without_autocast
 
 
-@_without_autocast
+@without_autocast
 def batch_hard(embeddings, labels, normalize, distance):
-    x, _ = _unit_rows(embeddings, normalize)
+    x, _ = unit_rows(embeddings, normalize)
     half = x.square().sum(1) / 2 if distance == "euclidean" else x.new_zeros(len(x))
     finite = torch.finfo(x.dtype)
     n = len(x)

@@ -6,17 +6,7 @@ Positives cost O(N · D).
 
 import torch
 
-EPSILON = 1e-12  # as F.normalize
-LOGITS_PER_BLOCK = 1 << 22  # 16 MB in float32
-
-
-def _unit_rows(x, normalize):
-    """Rows in the accumulation dtype, normalised if asked, and 1 / max(norm, eps), (0,) if not."""
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    if not normalize:
-        return x, x.new_empty(0)
-    rnorm = 1 / torch.linalg.vector_norm(x, dim=1).clamp_min(EPSILON)
-    return x * rnorm[:, None], rnorm
+from ssl_kernels.chunked.rows import LOGITS_PER_BLOCK, input_gradient, unit_rows, without_autocast
 
 
 class _Blocks:
@@ -26,11 +16,11 @@ class _Blocks:
         self, rows, columns, scale, row_ids, column_ids, normalize_rows, normalize_columns, keep_diagonal
     ):
         self.square = columns is None
-        self.rows, self.row_rnorm = _unit_rows(rows, normalize_rows)
+        self.rows, self.row_rnorm = unit_rows(rows, normalize_rows)
         if self.square:
             self.columns, self.column_rnorm, column_ids = self.rows, self.rows.new_empty(0), row_ids
         else:
-            self.columns, self.column_rnorm = _unit_rows(columns, normalize_columns)
+            self.columns, self.column_rnorm = unit_rows(columns, normalize_columns)
         self.scale = scale
         self.row_ids, self.column_ids = row_ids, column_ids
         self.keep_diagonal = keep_diagonal and not self.square
@@ -53,22 +43,13 @@ class _Blocks:
             yield block, logits
 
 
-def _without_autocast(function):
-    def run(*args):
-        rows = next(arg for arg in args if isinstance(arg, torch.Tensor))
-        with torch.autocast(rows.device.type, enabled=False):
-            return function(*args)
-
-    return run
-
-
 def _finite_max(logits, dim):
     """The maximum as a shift: 0 where nothing is allowed, so that exp(-inf - shift) is 0 and not NaN."""
     top = logits.amax(dim)
     return top.masked_fill(top == -torch.inf, 0)
 
 
-@_without_autocast
+@without_autocast
 def contrastive_fwd(
     rows,
     columns,
@@ -119,7 +100,7 @@ def _softmax_weights(grad, lse, dtype):
     return shift, (grad * torch.exp(shift.double() - lse)).where(allowed, 0).to(dtype)
 
 
-@_without_autocast
+@without_autocast
 def contrastive_bwd(
     grad_lse,
     grad_column_lse,
@@ -145,13 +126,13 @@ def contrastive_bwd(
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     has_positives = positives is not None and grad_positive_logits is not None
     if kept.dim() == 2:
-        x = _unit_rows(rows, normalize_rows)[0]
+        x = unit_rows(rows, normalize_rows)[0]
         grad_x = grad_lse.where(lse != -torch.inf, 0).to(x.dtype)[:, None] * kept
         if has_positives:
             for index, q in _by_positive(positives, grad_positive_logits.to(x.dtype)):
-                grad_x += q[:, None] * _unit_rows(columns[index], normalize_columns)[0].to(x.dtype)
+                grad_x += q[:, None] * unit_rows(columns[index], normalize_columns)[0].to(x.dtype)
         grad_scale = (x * grad_x).sum(dtype=torch.float64).to(x.dtype)
-        grad_rows = _input_gradient(scale * grad_x, x, row_rnorm).to(rows.dtype)
+        grad_rows = input_gradient(scale * grad_x, x, row_rnorm).to(rows.dtype)
         return grad_rows if rows_need_grad else rows.new_empty(0), rows.new_empty(0), grad_scale
 
     blocks = _Blocks(
@@ -187,9 +168,9 @@ def contrastive_bwd(
         grad_scale = grad_scale / 2
     grad_rows = grad_columns = None
     if rows_need_grad:
-        grad_rows = _input_gradient(scale * grad_x, x, row_rnorm).to(rows.dtype)
+        grad_rows = input_gradient(scale * grad_x, x, row_rnorm).to(rows.dtype)
     if columns_need_grad and not blocks.square:
-        grad_columns = _input_gradient(scale * grad_y, y, column_rnorm).to(columns.dtype)
+        grad_columns = input_gradient(scale * grad_y, y, column_rnorm).to(columns.dtype)
     grad_rows, grad_columns = (
         rows.new_empty(0) if grad is None else grad for grad in (grad_rows, grad_columns)
     )
@@ -200,12 +181,3 @@ def _by_positive(positives, grads):
     """Pairs of (N,) columns of both, one for each positive of a row."""
     n = len(positives)
     return zip(positives.view(n, -1).unbind(1), grads.view(n, -1).unbind(1), strict=True)
-
-
-def _input_gradient(grad, unit, rnorm):
-    """Through the normalisation, as F.normalize differentiates it: rows shorter than eps are only scaled."""
-    if not len(rnorm):
-        return grad
-    on_sphere = rnorm < 1 / EPSILON
-    radial = (unit * grad).sum(1).where(on_sphere, 0)
-    return rnorm[:, None] * (grad - radial[:, None] * unit)

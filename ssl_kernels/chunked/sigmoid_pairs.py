@@ -5,7 +5,7 @@ Logits of a block are (block, M) in float32 (float64 for float64 input); nothing
 
 import torch
 
-from ssl_kernels.chunked.contrastive import LOGITS_PER_BLOCK, _input_gradient, _unit_rows, _without_autocast
+from ssl_kernels.chunked.rows import LOGITS_PER_BLOCK, input_gradient, unit_rows, without_autocast
 
 
 def _blocks(x, y, scale, bias, diagonal):
@@ -49,14 +49,14 @@ def _finish(grad_x, grad_y, grad_bias, x, y, scale, rnorms, rows_need_grad, colu
     """The operator's four gradients, those by rows and columns in `dtype`."""
     none = x.new_empty(0, dtype=dtype)
     grad_scale = (x * grad_x).sum(dtype=torch.float64).to(x.dtype)
-    grad_rows = _input_gradient(scale * grad_x, x, rnorms[0]).to(dtype) if rows_need_grad else none
+    grad_rows = input_gradient(scale * grad_x, x, rnorms[0]).to(dtype) if rows_need_grad else none
     grad_columns = (
-        _input_gradient(scale * grad_y, y, rnorms[1]).to(dtype) if columns_need_grad else none.clone()
+        input_gradient(scale * grad_y, y, rnorms[1]).to(dtype) if columns_need_grad else none.clone()
     )
     return grad_rows, grad_columns, grad_scale, grad_bias.to(x.dtype)
 
 
-@_without_autocast
+@without_autocast
 def sigmoid_pairs_fwd(
     rows,
     columns,
@@ -70,8 +70,8 @@ def sigmoid_pairs_fwd(
     rows_need_grad,
     columns_need_grad,
 ):
-    x, x_rnorm = _unit_rows(rows, normalize_rows)
-    y, y_rnorm = _unit_rows(columns, normalize_columns)
+    x, x_rnorm = unit_rows(rows, normalize_rows)
+    y, y_rnorm = unit_rows(columns, normalize_columns)
     if total and keep:
         losses, *grads = _gradients(x, y, scale, bias, diagonal, None, columns_need_grad)
         needs = (rows_need_grad, columns_need_grad)
@@ -83,7 +83,7 @@ def sigmoid_pairs_fwd(
     return losses.sum() if total else losses, *(x.new_empty(0) for _ in range(4))
 
 
-@_without_autocast
+@without_autocast
 def sigmoid_pairs_bwd(
     grad_losses,
     rows,
@@ -96,8 +96,8 @@ def sigmoid_pairs_bwd(
     rows_need_grad,
     columns_need_grad,
 ):
-    x, x_rnorm = _unit_rows(rows, normalize_rows)
-    y, y_rnorm = _unit_rows(columns, normalize_columns)
+    x, x_rnorm = unit_rows(rows, normalize_rows)
+    y, y_rnorm = unit_rows(columns, normalize_columns)
     _, *grads = _gradients(x, y, scale, bias, diagonal, grad_losses.to(x.dtype), columns_need_grad)
     needs = (rows_need_grad, columns_need_grad)
     return _finish(*grads, x, y, scale, (x_rnorm, y_rnorm), *needs, rows.dtype)

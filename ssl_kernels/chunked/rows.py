@@ -1,0 +1,35 @@
+"""What the chunked operations share: rows in the accumulation dtype, the gradient through their normalisation."""
+
+import torch
+
+EPSILON = 1e-12  # as F.normalize
+LOGITS_PER_BLOCK = 1 << 22  # 16 MB in float32
+
+
+def unit_rows(x, normalize):
+    """Rows in the accumulation dtype, normalised if asked, and 1 / max(norm, eps), (0,) if not."""
+    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if not normalize:
+        return x, x.new_empty(0)
+    rnorm = 1 / torch.linalg.vector_norm(x, dim=1).clamp_min(EPSILON)
+    return x * rnorm[:, None], rnorm
+
+
+def input_gradient(grad, unit, rnorm):
+    """Through the normalisation, as F.normalize differentiates it: rows shorter than eps are only scaled."""
+    if not len(rnorm):
+        return grad
+    on_sphere = rnorm < 1 / EPSILON
+    radial = (unit * grad).sum(1).where(on_sphere, 0)
+    return rnorm[:, None] * (grad - radial[:, None] * unit)
+
+
+def without_autocast(function):
+    """`function` with autocast off: the operations choose their dtypes themselves."""
+
+    def run(*args):
+        rows = next(arg for arg in args if isinstance(arg, torch.Tensor))
+        with torch.autocast(rows.device.type, enabled=False):
+            return function(*args)
+
+    return run
