@@ -119,7 +119,13 @@ def spread(values):
 def loss_and_gradients(function, inputs):
     """(loss, gradients of those inputs that require grad)."""
     loss = function(*inputs)
-    return loss, torch.autograd.grad(loss, [x for x in inputs if x.requires_grad])
+    return loss, gradients_of(loss, inputs)
+
+
+def gradients_of(loss, inputs):
+    """Of those inputs that require grad; none where none does."""
+    wanted = [x for x in inputs if x.requires_grad]
+    return torch.autograd.grad(loss, wanted) if wanted else ()
 
 
 def check_agreement(implementation, inputs, expected, tolerance):
@@ -173,7 +179,7 @@ class StepTimer:
         start = self.clock.mark()
         loss = self.function(*self.inputs)
         middle = self.clock.mark()
-        gradients = torch.autograd.grad(loss, [x for x in self.inputs if x.requires_grad])
+        gradients = gradients_of(loss, self.inputs)
         del loss, gradients
         return start, middle, self.clock.mark()
 
