@@ -6,6 +6,7 @@ from ssl_kernels.losses.dcl import dcl_loss
 from ssl_kernels.losses.debiased import debiased_nt_xent_loss
 from ssl_kernels.losses.imix import imix_loss
 from ssl_kernels.losses.info_nce import info_nce_loss
+from ssl_kernels.losses.moco import moco_loss
 from ssl_kernels.losses.nt_xent import nt_xent_loss
 from ssl_kernels.losses.siglip import siglip_loss
 from ssl_kernels.losses.sup_con import sup_con_loss
@@ -19,6 +20,7 @@ __all__ = [
     "debiased_nt_xent_loss",
     "imix_loss",
     "info_nce_loss",
+    "moco_loss",
     "nt_xent_loss",
     "siglip_loss",
     "sup_con_loss",

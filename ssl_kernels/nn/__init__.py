@@ -1,4 +1,4 @@
-"""The losses and the mixing of batches as modules."""
+"""The losses, the state that training keeps beside them, and the mixing of batches as modules."""
 
 from ssl_kernels.nn.losses import (
     BYOLLoss,
@@ -7,6 +7,7 @@ from ssl_kernels.nn.losses import (
     DebiasedNTXentLoss,
     IMixLoss,
     InfoNCELoss,
+    MoCoLoss,
     NTXentLoss,
     SigLIPLoss,
     SupConLoss,
@@ -14,6 +15,8 @@ from ssl_kernels.nn.losses import (
     TripletMarginLoss,
 )
 from ssl_kernels.nn.mixing import ManifoldMixup, MixingDraw, Mixup
+from ssl_kernels.nn.momentum import MomentumEncoder, cosine_momentum
+from ssl_kernels.nn.queue import MoCoQueue
 
 __all__ = [
     "BYOLLoss",
@@ -25,9 +28,13 @@ __all__ = [
     "ManifoldMixup",
     "MixingDraw",
     "Mixup",
+    "MoCoLoss",
+    "MoCoQueue",
+    "MomentumEncoder",
     "NTXentLoss",
     "SigLIPLoss",
     "SupConLoss",
     "TripletLoss",
     "TripletMarginLoss",
+    "cosine_momentum",
 ]

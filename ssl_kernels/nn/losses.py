@@ -25,6 +25,29 @@ class Loss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if name != "backend")
 
 
+class MoCoLoss(Loss):
+    """`ssl_kernels.moco_loss` as a module: `MoCoLoss(temperature=0.07)(query, key, queue)`.
+
+    The queue is an argument and no part of the module: an `nn.MoCoQueue`, a tensor, or None for MoCo v3's loss.
+
+    Args:
+        temperature: > 0, a float, a 0-d tensor, or an `nn.Parameter` to learn it.
+        normalize, symmetric, reduction, backend: As in `moco_loss`.
+    """
+
+    def __init__(self, temperature=0.07, *, normalize=True, symmetric=False, reduction="mean", backend=None):
+        super().__init__(
+            temperature=temperature,
+            normalize=normalize,
+            symmetric=symmetric,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    def forward(self, query, key, queue=None):
+        return losses.moco_loss(query, key, queue, **self.options)
+
+
 class NTXentLoss(Loss):
     """`ssl_kernels.nt_xent_loss` as a module: `NTXentLoss(temperature=0.5)(z0, z1)`.
 

@@ -1,4 +1,4 @@
-"""NT-Xent in plain PyTorch, as SimCLR training code writes it: what `nt_xent_loss` replaces."""
+"""The losses in plain PyTorch, as training code writes them: what `nt_xent_loss` and `moco_loss` replace."""
 
 import torch
 import torch.nn.functional as F
@@ -14,3 +14,20 @@ def plain_nt_xent_loss(z0, z1, temperature=0.5):
     logits.fill_diagonal_(float("-inf"))
     partner = torch.arange(len(z), device=z.device).roll(len(z0))
     return F.cross_entropy(logits, partner)
+
+
+def plain_moco_loss(query, key, queue, temperature=0.2):
+    """Mean symmetric InfoNCE against a queue, through concatenated logits (2B, 1 + K).
+
+    Args:
+        query, key: (2B, D), view 0 above view 1; a query's positive is the key of the other view.
+        queue: An `nn.MoCoQueue`.
+
+    Source: He et al., MoCo, arXiv:1911.05722, algorithm 1.
+    """
+    query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
+    positive = (query * torch.cat(key.chunk(2)[::-1])).sum(1, keepdim=True)
+    # A clone, since backward needs the keys that are overwritten before it.
+    negative = query @ queue.keys.clone().T
+    logits = torch.cat([positive, negative], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.int64, device=query.device))

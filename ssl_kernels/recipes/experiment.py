@@ -5,6 +5,8 @@ import statistics
 
 import torch
 
+from ssl_kernels.nn import MoCoQueue
+from ssl_kernels.recipes import moco
 from ssl_kernels.recipes.encoders import SimCLRModel, SmallConvNet, resnet18
 from ssl_kernels.recipes.evaluation import Accuracy, evaluate_features, extract_features
 from ssl_kernels.recipes.memory import peak_memory
@@ -50,7 +52,8 @@ def run_experiment(data, losses, settings, *, device="cpu", out=None, resume=Fal
 
     Args:
         data: An `ImageData`.
-        losses: dict from a run's name to a function of both views' embeddings.
+        losses: dict from a run's name to a function of both views' embeddings, for "moco" of queries, keys and
+            the queue.
         settings: `simclr.Settings`.
         out: Folder (a pathlib.Path) of the checkpoints, one a run, or None.
         resume: Go on from these.
@@ -65,10 +68,22 @@ def run_experiment(data, losses, settings, *, device="cpu", out=None, resume=Fal
     runs.append(_judge("untrained encoder", build_model(data, settings.seed).encoder.to(device), data))
     for name, loss in losses.items():
         model = build_model(data, settings.seed)
-        peak_bytes = measure_loss_memory(loss, settings.batch_size, device)
+        step = None
+        if settings.method == "moco":
+            model = moco.MoCoModel(model, PROJECTION_WIDTH, settings.queue_size, settings.momentum)
+            step = moco.train_step
+        peak_bytes = measure_loss_memory(loss, settings, device)
         checkpoint = checkpoint_path(out, name) if out else None
         history = pretrain(
-            model, loss, data.views, settings, device=device, checkpoint=checkpoint, resume=resume, title=name
+            model,
+            loss,
+            data.views,
+            settings,
+            step=step,
+            device=device,
+            checkpoint=checkpoint,
+            resume=resume,
+            title=name,
         )
         run = _judge(name, model.encoder, data)
         runs.append(dataclasses.replace(run, history=history, peak_bytes=peak_bytes))
@@ -80,14 +95,21 @@ def checkpoint_path(out, name):
     return out / f"{name.split()[0]}.pt"
 
 
-def measure_loss_memory(loss, batch_size, device):
+def measure_loss_memory(loss, settings, device):
     """Peak bytes of `loss`, forward and backward with the gradients, on embeddings like those of a batch."""
     generator = torch.Generator().manual_seed(0)
-    views = torch.randn(2, batch_size, PROJECTION_WIDTH, generator=generator).to(device)
+    views = torch.randn(2, settings.batch_size, PROJECTION_WIDTH, generator=generator).to(device)
+    if settings.method == "moco":
+        queue = MoCoQueue(settings.queue_size, PROJECTION_WIDTH, device=device)
+        queue.push_(torch.randn(settings.queue_size, PROJECTION_WIDTH, generator=generator).to(device))
 
     def forward_and_backward():
-        z0, z1 = (view.detach().requires_grad_() for view in views)
-        loss(z0, z1).backward()
+        if settings.method == "moco":
+            queries = torch.cat(tuple(views)).requires_grad_()
+            loss(queries, torch.cat(tuple(views)), queue).backward()
+        else:
+            z0, z1 = (view.detach().requires_grad_() for view in views)
+            loss(z0, z1).backward()
 
     forward_and_backward()  # the first call may set up what stays
     return peak_memory(forward_and_backward, device)

@@ -1,4 +1,4 @@
-"""Pretrain an encoder with SimCLR and the loss of this library, then judge it on held-out images.
+"""Pretrain an encoder with SimCLR or MoCo v2 and the loss of this library, then judge it on held-out images.
 
 Prints a table and writes loss.png, embedding.png, results.json and the checkpoints to the output folder.
 With --compare the same run is done first with the loss in plain PyTorch, from the same weights and on the
@@ -28,6 +28,16 @@ DEFAULTS = {
     "cifar10": {"epochs": 200, "batch_size": 512, "temperature": 0.5, "learning_rate": 1e-3},
     "folder": {"epochs": 100, "batch_size": 256, "temperature": 0.1, "learning_rate": 1e-3},
 }
+MOCO_DEFAULTS = {
+    "digits": {"epochs": 150, "batch_size": 256, "temperature": 0.2, "learning_rate": 3e-3},
+    "cifar10": {"epochs": 200, "batch_size": 256, "temperature": 0.2, "learning_rate": 1e-3},
+    "folder": {"epochs": 100, "batch_size": 256, "temperature": 0.2, "learning_rate": 1e-3},
+}
+QUEUE = {
+    "digits": {"queue_size": 1024, "momentum": 0.99},
+    "cifar10": {"queue_size": 16384, "momentum": 0.99},
+    "folder": {"queue_size": 65536, "momentum": 0.999},
+}
 SHORT = {
     "digits": {"epochs": 15, "batch_size": 256, "learning_rate": 3e-3},
     "cifar10": {"epochs": 1},
@@ -43,6 +53,12 @@ def add_arguments(parser):
         default="digits",
         help="digits: 1797 handwritten digits that scikit-learn carries (default), with a small convolutional"
         " network; cifar10, folder: CIFAR-10 or one folder of images a class under --root, with a ResNet-18",
+    )
+    parser.add_argument(
+        "--method",
+        choices=("simclr", "moco"),
+        default="simclr",
+        help="simclr: each view against all others of the batch (default); moco: MoCo v2, against a queue of keys",
     )
     parser.add_argument("--root", metavar="DIR", help="where the images of cifar10 or folder are")
     parser.add_argument(
@@ -62,6 +78,18 @@ def add_arguments(parser):
     )
     parser.add_argument(
         "--learning-rate", type=_positive_float, metavar="R", help="of AdamW, at the top of a cosine schedule"
+    )
+    parser.add_argument(
+        "--queue-size",
+        type=_positive_int,
+        metavar="K",
+        help=f"keys that moco's queue holds; default {QUEUE['digits']['queue_size']} for digits",
+    )
+    parser.add_argument(
+        "--momentum",
+        type=_share,
+        metavar="M",
+        help=f"of moco's key encoder, from 0 to 1; default {QUEUE['digits']['momentum']} for digits",
     )
     parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="of weights and views; default 0")
     parser.add_argument(
@@ -125,12 +153,16 @@ def set_up(args):
     """(settings, device, losses, images); raises ValueError or OSError for what cannot be done."""
     from ssl_kernels.recipes import data, simclr
 
-    choices = DEFAULTS[args.data] | (SHORT[args.data] if args.short else {})
+    with_queue = args.method == "moco"
+    if not with_queue and (args.queue_size is not None or args.momentum is not None):
+        raise ValueError("--queue-size and --momentum must come with --method moco")
+    choices = MOCO_DEFAULTS[args.data] | QUEUE[args.data] if with_queue else DEFAULTS[args.data]
+    choices = choices | (SHORT[args.data] if args.short else {})
     choices |= {name: getattr(args, name) for name in choices if getattr(args, name) is not None}
-    settings = simclr.Settings(args.data, **choices, seed=args.seed)
+    settings = simclr.Settings(args.data, **choices, seed=args.seed, method=args.method)
     device = choose_device(args.device)
     compare = args.data == "digits" if args.compare is None else args.compare
-    losses = choose_losses(settings.temperature, args.backend, compare, device)
+    losses = choose_losses(settings, args.backend, compare, device)
     images = data.load_data(
         args.data,
         settings.batch_size,
@@ -161,18 +193,23 @@ def choose_device(name):
     return device
 
 
-def choose_losses(temperature, backend, compare, device):
+def choose_losses(settings, backend, compare, device):
     """dict from a run's name to its loss. A backend that cannot run raises here, before training."""
-    from ssl_kernels.recipes.baseline import plain_nt_xent_loss
+    from ssl_kernels.recipes.baseline import plain_moco_loss, plain_nt_xent_loss
 
+    temperature = settings.temperature
     sample = torch.ones(2, 8, device=device)
     ssl_kernels.nt_xent_loss(sample, sample, temperature, backend=backend)
     if backend is None:
         usable = ssl_kernels.backends_for(ssl_kernels.nt_xent_loss, sample, sample)
         backend = next(name for name, reason in usable.items() if reason is None)
-    losses = {f"ssl_kernels ({backend})": ssl_kernels.nn.NTXentLoss(temperature, backend=backend)}
+    if settings.method == "moco":
+        loss, plain = ssl_kernels.nn.MoCoLoss(temperature, symmetric=True, backend=backend), plain_moco_loss
+    else:
+        loss, plain = ssl_kernels.nn.NTXentLoss(temperature, backend=backend), plain_nt_xent_loss
+    losses = {f"ssl_kernels ({backend})": loss}
     if compare:
-        losses = {"plain PyTorch": functools.partial(plain_nt_xent_loss, temperature=temperature)} | losses
+        losses = {"plain PyTorch": functools.partial(plain, temperature=temperature)} | losses
     return losses
 
 
@@ -204,6 +241,10 @@ def _seed(text):
 
 def _positive_float(text):
     return _number(text, float, lambda value: value > 0 and math.isfinite(value), "a finite number over 0")
+
+
+def _share(text):
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def _number(text, kind, allowed, rule):

@@ -110,7 +110,7 @@ def draw_losses(trained, path):
         # Equal curves hide each other: the first is drawn wide, the second thin on it.
         width = 5 if position < len(trained) - 1 else 1.4
         panels["curves"].plot(steps, run.history.losses, color=color, linewidth=width, label=run.name)
-    panels["curves"].set(xlabel="step", ylabel="NT-Xent loss", title="Pretraining")
+    panels["curves"].set(xlabel="step", ylabel="contrastive loss", title="Pretraining")
     panels["curves"].legend(frameon=False)
 
     names = [run.name for run in trained]

@@ -22,6 +22,9 @@ class Settings:
     weight_decay: float = 1e-4
     warmup: float = 0.05  # part of the steps over which the learning rate rises
     seed: int = 0
+    method: str = "simclr"  # or "moco", which has a queue and the momentum of its key encoder
+    queue_size: int | None = None
+    momentum: float | None = None
 
 
 @dataclasses.dataclass
@@ -34,7 +37,18 @@ class History:
     seconds: float = 0.0
 
 
-def pretrain(model, loss, views, settings, *, device="cpu", checkpoint=None, resume=False, title="pretrain"):
+def pretrain(
+    model,
+    loss,
+    views,
+    settings,
+    *,
+    step=None,
+    device="cpu",
+    checkpoint=None,
+    resume=False,
+    title="pretrain",
+):
     """Train `model` in place and return its `History`.
 
     Args:
@@ -42,6 +56,7 @@ def pretrain(model, loss, views, settings, *, device="cpu", checkpoint=None, res
         loss: Called with the embeddings of both views, (B, D) each; returns a scalar.
         views: `BatchViews` or `DatasetViews`.
         settings: A `Settings`.
+        step: One update, called as `train_step` (the default) is.
         checkpoint: File written after every epoch, or None.
         resume: Go on from `checkpoint` where the file exists. The views and the learning rate depend on the
             epoch alone, so the run ends as it would have without the break.
@@ -49,10 +64,10 @@ def pretrain(model, loss, views, settings, *, device="cpu", checkpoint=None, res
     Raises:
         ValueError: The checkpoint comes from a run with other settings.
     """
+    step = step or train_step
     model.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     history = History()
     first_epoch = 0
     if resume and checkpoint is not None and pathlib.Path(checkpoint).exists():
@@ -64,7 +79,7 @@ def pretrain(model, loss, views, settings, *, device="cpu", checkpoint=None, res
         start = time.perf_counter()
         for view0, view1 in views.epoch(epoch):
             set_learning_rate(optimizer, settings, len(history.losses), steps)
-            value, seconds = train_step(model, loss, optimizer, view0.to(device), view1.to(device))
+            value, seconds = step(model, loss, optimizer, view0.to(device), view1.to(device))
             history.losses.append(value)
             history.loss_seconds.append(seconds)
             progress.set_postfix(loss=f"{value:.4f}", refresh=False)

@@ -3,6 +3,7 @@ import torch
 from ssl_kernels.recipes.baseline import plain_nt_xent_loss
 from ssl_kernels.recipes.experiment import measure_loss_memory
 from ssl_kernels.recipes.memory import peak_memory
+from ssl_kernels.recipes.simclr import Settings
 
 MEGABYTE = 250_000  # float32 values
 
@@ -31,5 +32,6 @@ def test_peak_leaves_out_what_was_there_before():
 def test_plain_loss_holds_several_matrices_of_logits():
     batch_size = 256
     matrix = 4 * (2 * batch_size) ** 2
-    peak = measure_loss_memory(plain_nt_xent_loss, batch_size, "cpu")
+    settings = Settings("digits", epochs=1, batch_size=batch_size, temperature=0.5, learning_rate=1.0)
+    peak = measure_loss_memory(plain_nt_xent_loss, settings, "cpu")
     assert 2 * matrix < peak < 6 * matrix

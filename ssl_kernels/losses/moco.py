@@ -1,0 +1,131 @@
+"""The losses of MoCo: InfoNCE against a queue, and in the batch."""
+
+import torch
+
+from ssl_kernels.checks import DTYPES, check_embeddings, check_reduction, check_same_rows, check_scalar
+from ssl_kernels.losses._shared import inverse, reduce, unit_rows, widest_under_autocast
+from ssl_kernels.ops.contrastive import contrastive
+from ssl_kernels.ops.library import accumulation_dtype
+
+
+def moco_loss(
+    query,
+    key,
+    queue=None,
+    temperature=0.07,
+    *,
+    normalize=True,
+    symmetric=False,
+    reduction="mean",
+    backend=None,
+):
+    """InfoNCE of each query against its key and a queue of negatives.
+
+        loss_i = −log( exp(s_i) / (exp(s_i) + Σ_j exp(<q_i, queue_j> / temperature)) ),  s_i = <q_i, k_i> / temperature
+
+    One pass over the queue, whose logits are never stored; backward reads it no more, so `queue.push_(key)` may come
+    before or after `loss.backward()`. (A backend that has to read it again raises if it was overwritten.)
+
+    Args:
+        query: (N, D), float64, float32, float16 or bfloat16, any strides. Gets the gradient.
+        key: (N, D), like query, of the momentum encoder; no gradient. Under autocast both may differ in dtype.
+        queue: An `nn.MoCoQueue`, of which the filled rows count, or a (K, D) tensor of unit rows. Of any of the
+            four dtypes, but float64 goes with float64 alone. None: the other keys of the batch are the negatives.
+        temperature: > 0, a float or a 0-d tensor, which gets its gradient.
+        normalize: L2-normalise the rows of query and key first. The queue is taken as it is.
+        symmetric: query holds the predictions of view 0 above those of view 1, key likewise; each query's positive
+            is the key of the other view, and without a queue the negatives are the other keys of that view.
+            The mean over all 2B rows is half of what MoCo v2+ and v3 add up.
+        reduction: "mean", "sum" or "none".
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
+
+    Returns:
+        float32 (float64 for float64 queries): a scalar, or (N,) for "none". With an empty queue the loss is 0.
+
+    Raises:
+        TypeError: query, key or queue is no floating tensor, or their dtypes do not go together.
+        ValueError: Shapes that do not fit, an empty batch, mixed devices, temperature not > 0, an unknown reduction
+            or backend, or a backend that cannot run this call.
+        RuntimeError: A second derivative is asked of a backend other than "reference".
+
+    Source: He et al., MoCo, arXiv:1911.05722, eq. 1; Chen et al., MoCo v2, arXiv:2003.04297, and MoCo v3,
+    arXiv:2104.02057, algorithm 1 (whose factor 2 · temperature is left to the caller).
+    """
+    op = "moco_loss"
+    query, key = widest_under_autocast(query, key)
+    check_embeddings(op, query=query, key=key)
+    check_same_rows(op, query=query, key=key)
+    check_scalar(op, "temperature", temperature, query, positive=True)
+    check_reduction(op, reduction)
+    if symmetric and len(query) % 2:
+        raise ValueError(f"{op}: query must have an even number of rows with symmetric, got {len(query)}")
+    scale = inverse(temperature, query)
+    key = key.detach()
+    if symmetric:
+        key = torch.cat(key.chunk(2)[::-1])
+    if queue is None:
+        loss = _in_batch(query, key, scale, normalize, 2 if symmetric else 1, backend)
+    else:
+        loss = _against_queue(query, key, queue, scale, normalize, backend)
+    return reduce(loss, reduction, query)
+
+
+moco_loss.operation = "contrastive"
+
+
+def _in_batch(query, key, scale, normalize, views, backend):
+    """Rows' losses; the keys of each view are the columns of its queries."""
+    losses = []
+    for rows, columns in zip(query.chunk(views), key.chunk(views), strict=True):
+        lse, _, positive = contrastive(
+            rows,
+            columns,
+            scale,
+            positives=torch.arange(len(rows), device=rows.device),
+            normalize_rows=normalize,
+            normalize_columns=normalize,
+            backend=backend,
+            caller="moco_loss",
+        )
+        losses.append(lse - positive)
+    return torch.cat(losses)
+
+
+def _against_queue(query, key, queue, scale, normalize, backend):
+    if hasattr(queue, "negatives"):
+        _check_queue(query, queue.storage)
+        columns, row_ids, column_ids = queue.negatives(len(query))
+    else:
+        _check_queue(query, queue)
+        columns, row_ids, column_ids = queue.detach(), None, None
+    positive = scale * (unit_rows(query, normalize) * unit_rows(key, normalize)).sum(1)
+    lse = contrastive(
+        query,
+        columns,
+        scale,
+        row_ids=row_ids,
+        column_ids=column_ids,
+        normalize_rows=normalize,
+        normalize_columns=False,
+        backend=backend,
+        caller="moco_loss",
+    ).lse
+    positive = positive.double()
+    return torch.logaddexp(positive, lse) - positive
+
+
+def _check_queue(query, queue):
+    op = "moco_loss"
+    if not isinstance(queue, torch.Tensor):
+        raise TypeError(f"{op}: queue must be a MoCoQueue or a tensor, got {type(queue).__name__}")
+    if queue.dtype not in DTYPES or accumulation_dtype(queue) != accumulation_dtype(query):
+        raise TypeError(
+            f"{op}: queue must be floating, and float64 goes with float64 alone,"
+            f" got {queue.dtype} beside queries of {query.dtype}"
+        )
+    if queue.dim() != 2 or len(queue) == 0 or queue.shape[1] != query.shape[1]:
+        raise ValueError(
+            f"{op}: queue must have shape (K, {query.shape[1]}) with K >= 1, got {tuple(queue.shape)}"
+        )
+    if queue.device != query.device:
+        raise ValueError(f"{op}: queue must be on {query.device} as query is, got {queue.device}")

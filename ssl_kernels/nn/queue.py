@@ -1,0 +1,82 @@
+"""The queue of MoCo: a ring of the last keys."""
+
+import torch
+from torch import nn
+
+from ssl_kernels.checks import DTYPES
+from ssl_kernels.ops.queue_push import queue_push_
+
+
+class MoCoQueue(nn.Module):
+    """A ring of the last `size` keys, negatives for `moco_loss`: `queue.push_(keys)` replaces the oldest.
+
+        loss = moco_loss(query, key, queue)
+        queue.push_(key)
+        loss.backward()     # in this order or the other: the loss has what it needs, or raises
+
+    Any size and any batch. Rows that no key was pushed to are never negatives. The keys, the position and the fill
+    count are buffers: they are saved, loaded bit for bit and moved with the module. On CUDA nothing waits for the
+    device, and a push can be captured in a graph.
+
+    Args:
+        size: K, how many keys it holds, >= 1.
+        dim: D, their width, >= 1.
+        dtype: In which they are held: float32, bfloat16 or float16; float64 for float64 queries. None is torch's
+            default dtype.
+        normalize: L2-normalise keys when they are pushed, as the loss expects them.
+        device: Where; None is the default device.
+        backend: "native", "triton", "chunked" or "reference"; None picks.
+
+    Source: He et al., MoCo, arXiv:1911.05722.
+    """
+
+    def __init__(self, size, dim, dtype=None, *, normalize=True, device=None, backend=None):
+        super().__init__()
+        for name, value in (("size", size), ("dim", dim)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"MoCoQueue: {name} must be an int, got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"MoCoQueue: {name} must be at least 1, got {value}")
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in DTYPES:
+            raise TypeError(f"MoCoQueue: dtype must be float64, float32, float16 or bfloat16, got {dtype}")
+        self.normalize = normalize
+        self.backend = backend
+        self.register_buffer("storage", torch.zeros(size, dim, dtype=dtype, device=device))
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64, device=device))
+
+    @torch.no_grad()
+    def push_(self, keys):
+        """Write `keys`, (B, D) of any floating dtype, over the oldest rows; with B > size only the last stay.
+
+        Returns the queue. Raises TypeError or ValueError for keys that do not fit.
+        """
+        queue_push_(
+            self.storage, keys, self.position, self.filled, normalize=self.normalize, backend=self.backend
+        )
+        return self
+
+    @property
+    def keys(self):
+        """The filled rows, (len(queue), D), a view in the order of storage. On CUDA it waits for the device."""
+        return self.storage[: len(self)]
+
+    def __len__(self):
+        """How many rows hold keys. On CUDA it waits for the device."""
+        return int(self.filled)
+
+    def negatives(self, queries):
+        """What `contrastive` takes for this many queries: (columns, row_ids, column_ids).
+
+        Ids are equal where a row is not filled; None where the columns are the filled rows alone.
+        """
+        if self.storage.device.type == "cpu" and not torch.compiler.is_compiling() and len(self):
+            return self.keys, None, None
+        rows = torch.arange(len(self.storage), device=self.storage.device)
+        zeros = torch.zeros(queries, dtype=torch.int64, device=self.storage.device)
+        return self.storage, zeros, (rows < self.filled).long()
+
+    def extra_repr(self):
+        size, dim = self.storage.shape
+        return f"size={size}, dim={dim}, dtype={self.storage.dtype}, normalize={self.normalize}"

@@ -1,0 +1,85 @@
+"""`queue_push_`: keys written into the ring of a MoCo queue. docs/moco.md has the contract."""
+
+import torch
+
+from ssl_kernels import backends
+from ssl_kernels.checks import DTYPES
+from ssl_kernels.chunked import queue_push as chunked
+from ssl_kernels.ops.library import define, implement_in_triton, library, where_it_runs
+from ssl_kernels.reference import queue_push as reference
+
+_TRITON = "ssl_kernels.triton.queue_push"
+
+_in_place = define(
+    "queue_push_",
+    "(Tensor(a!) storage, Tensor keys, Tensor(b!) position, Tensor(c!) filled, bool normalize) -> ()",
+    lambda *_: None,
+)
+library.impl("queue_push_.chunked", chunked.queue_push_, "CompositeExplicitAutograd")
+implement_in_triton(("queue_push_",), _TRITON)
+backends.register_operation("queue_push", where_it_runs("queue_push_", _TRITON))
+
+
+def queue_push_(storage, keys, position, filled, *, normalize=True, backend=None):
+    """Write `keys` into the ring `storage` in place, from `position` on, and advance `position` and `filled`.
+
+    With more keys than rows the last ones stay, where they would have come to lie. The version counters of the three
+    tensors advance: a backward that still needs the overwritten rows raises.
+
+    Args:
+        storage: (K, D) contiguous, float64, float32, float16 or bfloat16.
+        keys: (B, D), any of these dtypes and any strides, oldest first; B may be 0. No gradient flows into the ring.
+        position: 0-d int64, the row the next key goes to.
+        filled: 0-d int64, how many rows hold keys.
+        normalize: L2-normalise the keys first, as F.normalize does.
+        backend: "native", "triton", "chunked" or "reference"; None picks.
+
+    Raises:
+        TypeError, ValueError: A shape, dtype or device that does not fit; keys that share memory with storage. On the
+            CPU also a position or fill count out of range.
+    """
+    _check(storage, keys, position, filled)
+    chosen = backends.choose_backend("queue_push", backend, "queue_push_", storage, keys)
+    with torch.no_grad():
+        if chosen == "reference":
+            reference.queue_push_(storage, keys, position, filled, normalize)
+        else:
+            _in_place[chosen](storage, keys.detach(), position, filled, normalize)
+
+
+def _check(storage, keys, position, filled):
+    for name, tensor in (("storage", storage), ("keys", keys), ("position", position), ("filled", filled)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"queue_push_: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.device != storage.device:
+            raise ValueError(
+                f"queue_push_: {name} must be on {storage.device} as storage is, got {tensor.device}"
+            )
+    for name, tensor in (("storage", storage), ("keys", keys)):
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"queue_push_: {name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}"
+            )
+    if storage.dim() != 2 or 0 in storage.shape or not storage.is_contiguous():
+        raise ValueError(
+            f"queue_push_: storage must be contiguous with shape (K, D), K, D >= 1, got {tuple(storage.shape)}"
+        )
+    if keys.dim() != 2 or keys.shape[1] != storage.shape[1]:
+        raise ValueError(
+            f"queue_push_: keys must have shape (B, {storage.shape[1]}), got {tuple(keys.shape)}"
+        )
+    for name, tensor in (("position", position), ("filled", filled)):
+        if tensor.dtype != torch.int64 or tensor.dim() != 0:
+            raise TypeError(
+                f"queue_push_: {name} must be 0-d int64, got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._is_alias_of(keys, storage):
+        raise ValueError("queue_push_: keys must not share memory with storage; pass a clone")
+    if storage.device.type == "cpu":  # elsewhere reading them would wait for the device
+        size = len(storage)
+        if not 0 <= int(position) < size:
+            raise ValueError(f"queue_push_: position must lie in [0, {size}), got {int(position)}")
+        if not 0 <= int(filled) <= size:
+            raise ValueError(f"queue_push_: filled must lie in [0, {size}], got {int(filled)}")
