@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from ssl_kernels.checks import check_embeddings, check_ids, check_reduction, check_scalar
-from ssl_kernels.losses._shared import reduce, unit_rows
+from ssl_kernels.chunked.rows import input_gradient, unit_rows
+from ssl_kernels.losses._shared import reduce
 from ssl_kernels.ops.batch_hard import DISTANCES, batch_hard
 from ssl_kernels.ops.library import accumulation_dtype
 
@@ -74,27 +75,67 @@ def triplet_loss(
     )
     hardest = torch.stack(indices)  # (2, N)
     complete = (hardest >= 0).all(0)
-    # Where there is no triplet, the row itself twice: distances of 0, whatever the other rows hold.
-    itself = torch.arange(len(embeddings), device=embeddings.device)
-    x = unit_rows(embeddings, normalize)
-    # (2, N, D). The gradient of F.embedding is summed in one order; that of x[index] is not.
-    others = F.embedding(hardest.where(complete, itself), x)
-    if distance == "cosine":
-        gap = (x * (others[1] - others[0])).sum(1)
-    else:
-        to_positive, to_negative = _lengths(x - others).unbind()
-        gap = to_positive - to_negative
-    losses = torch.relu(gap.double() + margin).where(complete, 0)
+    losses = torch.relu(_Gap.apply(embeddings, hardest, complete, normalize, distance) + margin)
     if reduction == "mean":
-        return (losses.sum() / complete.sum().clamp_min(1)).to(accumulation_dtype(x))
-    return reduce(losses, reduction, x)
-
-
-def _lengths(x):
-    """Norms along the last dimension, with derivatives of 0 at 0 (the second one of vector_norm is NaN there)."""
-    squares = (x * x).sum(-1)
-    zero = squares == 0
-    return squares.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+        return (losses.sum() / complete.sum().clamp_min(1)).to(accumulation_dtype(embeddings))
+    return reduce(losses, reduction, embeddings)
 
 
 triplet_loss.operation = "batch_hard"
+
+
+class _Gap(torch.autograd.Function):
+    """d(x_i, x_p) − d(x_i, x_n) of each anchor, float64, −inf where there is no triplet.
+
+    In small batches most of the time would go into autograd's steps from one operator to the next: here the gradient
+    is one. Its second derivative is that of the same formula under autograd.
+    """
+
+    @staticmethod
+    def forward(ctx, embeddings, hardest, complete, normalize, distance):
+        # Where there is no triplet, the row itself twice: distances of 0, whatever the other rows hold.
+        index = hardest.where(complete, torch.arange(len(embeddings), device=embeddings.device))
+        x, rnorm = unit_rows(embeddings, normalize)
+        towards = F.embedding(index, x)  # (2, N, D)
+        if distance == "cosine":
+            lengths = x.new_empty(0)
+            towards = towards[1] - towards[0]
+            gap = (x * towards).sum(1)
+        else:
+            towards = x - towards
+            lengths = torch.linalg.vector_norm(towards, dim=2)  # (2, N)
+            gap = lengths[0] - lengths[1]
+        ctx.save_for_backward(embeddings, index, complete, x, rnorm, towards, lengths)
+        ctx.options = normalize, distance
+        return gap.double().masked_fill_(~complete, -torch.inf)
+
+    @staticmethod
+    def backward(ctx, grad):
+        embeddings, index, complete, x, rnorm, towards, lengths = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        if torch.is_grad_enabled():
+            gap = _gap(embeddings, index, *ctx.options)
+            (grad,) = torch.autograd.grad(gap, embeddings, grad.where(complete, 0), create_graph=True)
+            return grad, *[None] * 4
+        if ctx.options[1] == "cosine":
+            to_others = torch.stack((-grad, grad))[:, :, None] * x
+            to_anchors = grad[:, None] * towards
+        else:
+            weights = torch.stack((grad, -grad)).div_(lengths).masked_fill_(lengths == 0, 0)
+            to_others = weights[:, :, None] * -towards
+            to_anchors = -to_others.sum(0)
+        # As the gradient of F.embedding: summed in one order, as index_add_ is not.
+        gathered = torch.ops.aten.embedding_dense_backward(to_others, index, len(x), -1, False)
+        return input_gradient(gathered.add_(to_anchors), x, rnorm).to(embeddings.dtype), *[None] * 4
+
+
+def _gap(embeddings, index, normalize, distance):
+    """What `_Gap` computes, by operators that differentiate twice."""
+    x, _ = unit_rows(embeddings, normalize)
+    others = F.embedding(index, x)
+    if distance == "cosine":
+        return (x * (others[1] - others[0])).sum(1)
+    squares = (x - others).square().sum(2)
+    zero = squares == 0  # derivatives of 0 there; the second one of vector_norm is NaN
+    to_positive, to_negative = squares.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+    return to_positive - to_negative
