@@ -30,12 +30,13 @@ def check(gpu, call, smoothing=0.0, **options):
     with gpu.triton(**options) as launches:
         loss, lse = kernels.mixup_cross_entropy_fwd(*operands, smoothing)
         grad = kernels.mixup_cross_entropy_bwd(upstream, *operands, lse, smoothing)
-    size = 1 + leaf.detach().abs().amax(1) + torch.log(torch.tensor(1.0 * logits.shape[1]))
+    # Differences of logits enter, so that their size does not count, but in the mean that smoothing takes.
+    size = 2 + smoothing * leaf.detach().abs().amax(1)
     eps = torch.finfo(lam.dtype).eps
     assert ((loss.cpu() - exact.detach()).abs() <= 4 * eps * size).all()
     info = torch.finfo(grad.dtype)
     stored = 0 if grad.dtype == lam.dtype else info.eps / 2
-    allowed = stored * exact_grad.abs() + 4 * eps * (size * grad_loss.abs())[:, None]
+    allowed = stored * exact_grad.abs() + 8 * eps * grad_loss.abs()[:, None]
     assert ((grad.cpu().double() - exact_grad).abs() <= allowed + info.smallest_normal * info.eps).all()
     return launches
 
