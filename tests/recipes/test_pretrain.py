@@ -46,6 +46,17 @@ def test_digits_end_to_end(tmp_path, capsys):
     assert "--resume: temperature must be 0.5 as in" in capsys.readouterr().err
 
 
+def test_moco_end_to_end(tmp_path, capsys):
+    options = ["--method", "moco", "--epochs", 1, "--batch-size", 256, "--queue-size", 600, "--no-compare"]
+    assert pretrain(*options, "--out", tmp_path) == 0
+    (ours,) = trained_runs(tmp_path)
+    assert len(ours["losses"]) == 5
+    assert ours["accuracy"]["knn"] > 0.8
+    assert ours["loss_peak_bytes"] > 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["settings"]["queue_size"], results["settings"]["momentum"]) == (600, 0.99)
+
+
 def test_folder(tmp_path, capsys):
     write_folder(tmp_path / "images")
     out = tmp_path / "out"
@@ -77,6 +88,12 @@ def test_cifar10(tmp_path, monkeypatch):
         (["--temperature", "0"], "argument --temperature: must be a finite number over 0, got 0"),
         (["--temperature", "nan"], "argument --temperature: must be a finite number over 0, got nan"),
         (["--seed", "-1"], "argument --seed: must be a whole number from 0 to 2**32 - 1, got -1"),
+        (["--method", "byol"], "argument --method: invalid choice: 'byol'"),
+        (["--queue-size", "100"], "--queue-size and --momentum must come with --method moco"),
+        (
+            ["--method", "moco", "--momentum", "1.5"],
+            "argument --momentum: must be a number from 0 to 1, got 1.5",
+        ),
         (["--workers", "-1"], "argument --workers: must be a whole number from 0, got -1"),
         (["--data", "mnist"], "argument --data: invalid choice: 'mnist'"),
         (["--data", "cifar10"], "--root must name the folder of the images for --data cifar10, got none"),

@@ -1,0 +1,105 @@
+"""The MoCo recipe: it learns, repeats itself, and goes on from a checkpoint with the same losses."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+import ssl_kernels
+from ssl_kernels.nn import MoCoLoss, MoCoQueue
+from ssl_kernels.recipes import data, experiment, moco, simclr
+from ssl_kernels.recipes.baseline import plain_moco_loss
+from tests.helpers import random_rows
+
+SETTINGS = simclr.Settings(
+    "digits",
+    epochs=3,
+    batch_size=256,
+    temperature=0.2,
+    learning_rate=3e-3,
+    method="moco",
+    queue_size=700,  # no multiple of the 512 keys of a step
+    momentum=0.9,
+)
+
+
+def train(settings=SETTINGS, loss=None, **options):
+    """(model, history) of a run on the digits, two steps an epoch."""
+    images = data.load_data("digits", settings.batch_size, settings.seed)
+    images.views.images = images.views.images[:512]
+    query = experiment.build_model(images, settings.seed)
+    model = moco.MoCoModel(query, experiment.PROJECTION_WIDTH, settings.queue_size, settings.momentum)
+    loss = loss or MoCoLoss(settings.temperature, symmetric=True)
+    return model, simclr.pretrain(model, loss, images.views, settings, step=moco.train_step, **options)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train()
+
+
+def test_queue_fills_and_average_follows(trained):
+    model, history = trained
+    assert len(history.losses) == 6
+    assert history.losses[0] == pytest.approx(0, abs=1e-6)  # the queue is empty
+    assert history.losses[5] < history.losses[2]
+    assert len(model.queue) == 700
+    assert model.queue.position.item() == 6 * 512 % 700
+    assert model.key.updates == 6
+    for average, parameter in zip(model.key.module.parameters(), model.query.parameters(), strict=True):
+        assert not torch.equal(average, parameter)
+        assert not average.requires_grad
+
+
+def test_plain_loss_trains_the_same(trained):
+    _, ours = trained
+    _, plain = train(loss=functools.partial(plain_moco_loss, temperature=0.2))
+    assert plain.losses == pytest.approx(ours.losses, rel=1e-3, abs=1e-6)
+
+
+def test_resumed_run_ends_as_the_unbroken_one(trained, tmp_path):
+    class Break(Exception):
+        pass
+
+    calls = 0
+
+    def breaking_loss(query, key, queue):
+        nonlocal calls
+        calls += 1
+        if calls > 4:  # in the third epoch
+            raise Break
+        return ssl_kernels.moco_loss(query, key, queue, 0.2, symmetric=True)
+
+    checkpoint = tmp_path / "run.pt"
+    with pytest.raises(Break):
+        train(loss=breaking_loss, checkpoint=checkpoint)
+    model, history = train(checkpoint=checkpoint, resume=True)
+    whole_model, whole = trained
+    assert history.losses == whole.losses
+    for name, value in model.state_dict().items():
+        if torch.is_tensor(value):
+            assert torch.equal(value, whole_model.state_dict()[name]), name
+    assert model.key.updates == 6
+
+
+def test_resume_refuses_another_queue(tmp_path):
+    checkpoint = tmp_path / "run.pt"
+    settings = dataclasses.replace(SETTINGS, epochs=1)
+    train(settings, checkpoint=checkpoint)
+    changed = dataclasses.replace(settings, queue_size=800)
+    with pytest.raises(ValueError, match=r"--resume: queue_size must be 700 as in .*run\.pt, got 800"):
+        train(changed, checkpoint=checkpoint, resume=True)
+
+
+def test_plain_loss_is_the_fused_one():
+    queue = MoCoQueue(40, 8)
+    for _ in range(2):
+        query, key = random_rows(10, 8).requires_grad_(), random_rows(10, 8, seed=1)
+        losses = [
+            ssl_kernels.moco_loss(query, key, queue, 0.2, symmetric=True),
+            plain_moco_loss(query, key, queue, 0.2),
+        ]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, query)[0] for loss in losses))
+        queue.push_(random_rows(30, 8, seed=2))
