@@ -3,7 +3,8 @@
 import torch
 
 from ssl_kernels.checks import DTYPES, check_embeddings, check_reduction, check_same_rows, check_scalar
-from ssl_kernels.losses._shared import inverse, reduce, unit_rows, widest_under_autocast
+from ssl_kernels.losses._rows import pair_products
+from ssl_kernels.losses._shared import inverse, minus_log_sigmoid, reduce, widest_under_autocast
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
 
@@ -98,7 +99,7 @@ def _against_queue(query, key, queue, scale, normalize, backend):
     else:
         _check_queue(query, queue)
         columns, row_ids, column_ids = queue.detach(), None, None
-    positive = scale * (unit_rows(query, normalize) * unit_rows(key, normalize)).sum(1)
+    positive = scale * pair_products(query, key, normalize)
     lse = contrastive(
         query,
         columns,
@@ -110,8 +111,7 @@ def _against_queue(query, key, queue, scale, normalize, backend):
         backend=backend,
         caller="moco_loss",
     ).lse
-    positive = positive.double()
-    return torch.logaddexp(positive, lse) - positive
+    return minus_log_sigmoid(positive - lse)
 
 
 def _check_queue(query, queue):
