@@ -5,7 +5,10 @@ rows two or three times as often and at small batches cost more than the kernels
 and for a second derivative the composed form is taken: each function has it as its definition.
 """
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 
 from ssl_kernels.losses._shared import unit_rows
 from ssl_kernels.ops.library import accumulation_dtype
@@ -28,14 +31,23 @@ def triplet_gaps(anchor, positive, negative, normalize):
     return _run(_TripletGaps, _triplet_gaps, anchor, positive, negative, normalize)
 
 
-def mean_class_products(x, group, inverse_count, normalize):
-    """Mean of <x̂_i, x̂_j> over the other rows j of i's group, (N,) float64.
+def less_class_means(lse, scale, x, groups, inverse_count, normalize):
+    """lse_i less the mean of scale · <x̂_i, x̂_j> over the other rows j of i's group, (N,) float64.
 
     Args:
-        group: (N,) int64 in [0, N).
+        lse, scale: (N,) float64 and 0-d.
+        groups: `Groups` of the rows.
         inverse_count: (N,), 1 / the number of other rows in the group, 0 where there is none.
     """
-    return _run(_MeanClassProducts, _mean_class_products, x, group, inverse_count, normalize)
+    return _run(_LessClassMeans, _less_class_means, lse, scale, x, *groups, inverse_count, normalize)
+
+
+class Groups(NamedTuple):
+    """Which rows belong together; all int64."""
+
+    group: torch.Tensor  # (N,) number of each row's group
+    order: torch.Tensor  # (N,) rows, group by group
+    starts: torch.Tensor  # where each group begins in `order`; there may be empty ones at the end
 
 
 def _run(function, definition, *args):
@@ -51,9 +63,9 @@ def _triplet_gaps(anchor, positive, negative, normalize):
     return (torch.linalg.vector_norm(a - p, dim=1) - torch.linalg.vector_norm(a - n, dim=1)).double()
 
 
-def _mean_class_products(x, group, inverse_count, normalize):
+def _less_class_means(lse, scale, x, group, order, starts, inverse_count, normalize):
     rows = unit_rows(x, normalize)
-    return row_dots(rows, _ClassSums.apply(rows, group) - rows) * inverse_count
+    return lse - scale * row_dots(rows, _ClassSums.apply(rows, group, order, starts) - rows) * inverse_count
 
 
 def _reciprocal_norms(x):
@@ -153,47 +165,50 @@ def _distances(a, b):
     return distance, direction.div_(distance.masked_fill(distance == 0, torch.inf)[:, None])
 
 
-class _MeanClassProducts(torch.autograd.Function):
-    """m_i = r_i <x̂_i, S_i> with S_i = Σ x̂_j over the other rows of i's group;  dx̂_i = g_i r_i S_i + Σ_j g_j r_j x̂_j."""
+class _LessClassMeans(torch.autograd.Function):
+    """lse_i − scale r_i <x̂_i, S_i> with S_i = Σ x̂_j over the other rows of i's group.
+
+    With w_i = −scale g_i r_i:  dx̂_i = w_i S_i + Σ_j w_j x̂_j;  dlse_i = g_i;  dscale = −Σ_i g_i r_i <x̂_i, S_i>.
+    """
 
     @staticmethod
-    def forward(ctx, x, group, inverse_count, normalize):
+    def forward(ctx, lse, scale, x, group, order, starts, inverse_count, normalize):
         unit, rnorm = _normalized(x, normalize)
-        others = _class_sums(unit, group).sub_(unit)
-        products = (unit * others).sum(1).double().mul_(inverse_count)
-        ctx.save_for_backward(x, group, inverse_count, unit, others, rnorm)
-        return products
+        others = _class_sums(unit, group, order, starts).sub_(unit)
+        means = (unit * others).sum(1).double().mul_(inverse_count)
+        ctx.save_for_backward(lse, scale, x, group, order, starts, inverse_count, unit, others, means, rnorm)
+        return torch.addcmul(lse, means, scale.double(), value=-1)
 
     @staticmethod
     def backward(ctx, grad):
-        x, group, inverse_count, unit, others, rnorm = ctx.saved_tensors
+        lse, scale, x, *groups, inverse_count, unit, others, means, rnorm = ctx.saved_tensors
         if torch.is_grad_enabled():
-            rest = (group, inverse_count, rnorm is not None)
-            return *_differentiable(ctx, _mean_class_products, (x,), rest, grad), None, None, None
-        weight = (grad * inverse_count).to(unit.dtype)[:, None]
-        weighted = unit * weight
-        grad_unit = _class_sums(weighted, group).sub_(weighted).addcmul_(others, weight)
-        return _through_normalization(grad_unit, unit, rnorm, x.dtype), None, None, None
+            rest = (*groups, inverse_count, rnorm is not None)
+            return *_differentiable(ctx, _less_class_means, (lse, scale, x), rest, grad), *[None] * 5
+        grad_scale = grad_x = None
+        if ctx.needs_input_grad[1]:
+            grad_scale = -(grad * means).sum().to(scale.dtype)
+        if ctx.needs_input_grad[2]:
+            weight = (grad * inverse_count * -scale).to(unit.dtype)[:, None]
+            weighted = unit * weight
+            grad_unit = _class_sums(weighted, *groups).sub_(weighted).addcmul_(others, weight)
+            grad_x = _through_normalization(grad_unit, unit, rnorm, x.dtype)
+        return grad, grad_scale, grad_x, *[None] * 5
 
 
-def _class_sums(rows, group):
-    """For each row the sum of the rows of its group."""
-    sums = torch.zeros_like(rows)
-    if rows.device.type == "cpu":
-        sums.index_add_(0, group, rows)
-    else:
-        sums.index_put_((group,), rows, accumulate=True)  # sorts where index_add_ would use atomics
-    return sums.index_select(0, group)
+def _class_sums(rows, group, order, starts):
+    """For each row the sum of the rows of its group. A bag a group has no atomics, and on the CPU beats index_add_."""
+    return F.embedding_bag(order, rows, starts, mode="sum").index_select(0, group)
 
 
 class _ClassSums(torch.autograd.Function):
     """`_class_sums`, a symmetric map: backward is the same map."""
 
     @staticmethod
-    def forward(ctx, rows, group):
-        ctx.save_for_backward(group)
-        return _class_sums(rows, group)
+    def forward(ctx, rows, *groups):
+        ctx.save_for_backward(*groups)
+        return _class_sums(rows, *groups)
 
     @staticmethod
     def backward(ctx, grad):
-        return _ClassSums.apply(grad, *ctx.saved_tensors), None
+        return _ClassSums.apply(grad, *ctx.saved_tensors), None, None, None

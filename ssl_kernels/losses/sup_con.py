@@ -11,7 +11,7 @@ from ssl_kernels.checks import (
     check_row_weights,
     check_scalar,
 )
-from ssl_kernels.losses._rows import mean_class_products
+from ssl_kernels.losses._rows import Groups, less_class_means
 from ssl_kernels.losses._shared import inverse, reduce
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
@@ -69,9 +69,9 @@ def sup_con_loss(
     check_row_weights(OP, "row_weights", row_weights, len(features), features)
 
     look = labels.device.type == "cpu" and not torch.compiler.is_compiling()
-    group, positives = _groups(labels, look)
+    groups, positives = _groups(labels, look)
     has_positive = positives > 0
-    everywhere = look and has_positive.all()
+    everywhere = look and bool(has_positive.all())
     if look and not everywhere and not has_positive.any():
         warnings.warn(f"{OP}: no row has another of its label, so the loss is 0", stacklevel=2)
 
@@ -79,10 +79,10 @@ def sup_con_loss(
     lse = contrastive(features, None, scale, normalize_rows=normalize, backend=backend, caller=OP).lse
     inverse_count = positives.double().reciprocal()
     if everywhere:
-        loss = lse - scale * mean_class_products(features, group, inverse_count, normalize)
+        loss = less_class_means(lse, scale, features, groups, inverse_count, normalize)
         return reduce(loss, reduction, features, row_weights)
     inverse_count = inverse_count.where(has_positive, 0)
-    loss = lse - scale * mean_class_products(features, group, inverse_count, normalize)
+    loss = less_class_means(lse, scale, features, groups, inverse_count, normalize)
     loss = loss.where(has_positive, 0)
     if reduction != "mean":
         return reduce(loss, reduction, features, row_weights)
@@ -97,16 +97,16 @@ sup_con_loss.operation = "contrastive"
 
 
 def _groups(labels, look):
-    """The labels as numbers from 0 up, and how many other rows have the same; both (N,) int64.
+    """`Groups` of equal labels, and how many other rows have each row's, (N,) int64.
 
     torch.unique's number of results makes the CPU wait for a GPU and breaks torch.compile's graph: only with `look`.
     """
+    ordered, order = labels.sort(stable=True)
     if look:
         _, group, count = torch.unique(labels, return_inverse=True, return_counts=True)
-        return group, count.index_select(0, group) - 1
-    ordered, order = labels.sort()
-    rank = torch.zeros_like(order)
-    rank[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
-    group = torch.empty_like(order).scatter_(0, order, rank)
-    count = torch.zeros_like(order).scatter_add_(0, group, torch.ones_like(order))
-    return group, count[group] - 1
+    else:
+        rank = torch.zeros_like(order)
+        rank[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+        group = torch.empty_like(order).scatter_(0, order, rank)
+        count = torch.zeros_like(order).scatter_add_(0, group, torch.ones_like(order))
+    return Groups(group, order, count.cumsum(0) - count), count.index_select(0, group) - 1
