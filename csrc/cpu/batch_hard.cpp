@@ -93,11 +93,11 @@ std::pair<at::Tensor, at::Tensor> mine(const at::Tensor& embeddings, const at::T
   const auto visit_each = [&](const Tile<acc_t>& tile) {
     for (int64_t i = tile.i.begin; i < tile.i.begin + tile.i.size; ++i)
       for (int64_t j = tile.j.begin; j < tile.j.begin + tile.j.size; ++j) {
-        if (tiles.triangle ? j <= i : j == i) continue;
+        if (j <= i) continue;
         const acc_t s = tile.at(i, j);
         const bool same = classes[i] == classes[j];
         same ? farthest.offer(i, half[j] - s, j) : nearest.offer(i, half[j] - s, j);
-        if (tiles.triangle) same ? farthest.offer(j, half[i] - s, i) : nearest.offer(j, half[i] - s, i);
+        same ? farthest.offer(j, half[i] - s, i) : nearest.offer(j, half[i] - s, i);
       }
   };
 
@@ -106,7 +106,7 @@ std::pair<at::Tensor, at::Tensor> mine(const at::Tensor& embeddings, const at::T
     tiles.multiply(tile);
     if (!finite) return visit_each(tile);
     const int64_t i0 = tile.i.begin, j0 = tile.j.begin;
-    const bool mirrored = tiles.triangle && block_i != block_j;
+    const bool mirrored = block_i != block_j;
     if (!mirrored)
       for (int64_t i = i0; i < i0 + tile.i.size; ++i) tile.at(i, i) = std::numeric_limits<acc_t>::quiet_NaN();
 

@@ -4,8 +4,7 @@
 //   256 KB a thread that stays in its L2 cache; N x M never exists. In the square case (columns are the rows)
 //   only tiles on and above the diagonal are made, each serving its rows and, transposed, its columns. Tiles of a
 //   parallel round share no block (schedule.h), so every sum has one owner: no atomics, no buffer
-//   a thread, results independent of the thread count for a given tile size. Up to 256 rows the threads share
-//   the rows of the whole square instead, in one round.
+//   a thread, results independent of the thread count for a given tile size.
 // Work, in units of 2*N*M*D: forward 1 (square: 1/2); backward 1 + 1 for each side that needs a
 //   gradient (square: 1/2 + 1, less what was kept). One exponential an entry, two where rows and columns need
 //   shifts of their own, none in backward for what was kept under a fixed shift.
@@ -51,8 +50,7 @@ template <class scalar_t, class acc_t>
 class Problem : public Tiles<acc_t> {
  public:
   using Base = Tiles<acc_t>;
-  using Base::columns, Base::column_blocks, Base::m, Base::n, Base::row_blocks, Base::rows, Base::square,
-      Base::triangle;
+  using Base::columns, Base::column_blocks, Base::m, Base::n, Base::row_blocks, Base::rows, Base::square;
   using Tile = ssl_kernels::cpu::Tile<acc_t>;
 
   explicit Problem(const ContrastiveArgs& args)
@@ -119,7 +117,7 @@ class Problem : public Tiles<acc_t> {
       Base::multiply(tile, static_cast<acc_t>(scale * kLog2E));
     // Backward takes exp(s_ij - lse_j) from the entry above the diagonal: where rounding leaves logits far
     // apart, lse_j must come from the same number.
-    if (triangle && tile.i.begin == tile.j.begin && !fixed_shift)
+    if (square && tile.i.begin == tile.j.begin && !fixed_shift)
       for (int64_t row = 1; row < tile.i.size; ++row)
         for (int64_t column = 0; column < row; ++column)
           tile.s[row * tile.ld + column] = tile.s[column * tile.ld + row];
@@ -166,7 +164,7 @@ class Problem : public Tiles<acc_t> {
   // Where the tile of rows i and columns j begins among the kept ones: row blocks one after the other, of the
   // triangle without what lies below the diagonal.
   int64_t kept_offset(Block i, Block j) const {
-    if (!triangle) return i.begin * m + i.size * j.begin;
+    if (!square) return i.begin * m + i.size * j.begin;
     return i.begin * n - i.begin * (i.begin - row_blocks.size) / 2 + i.size * (j.begin - i.begin);
   }
 
@@ -246,7 +244,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   problem.prepare(/*to_multiply=*/true, /*to_add_to_columns=*/false);
   const auto& math = tile_math<acc_t>();
   const auto options = problem.rows.values.options();
-  const bool by_columns = problem.triangle || args.both_directions;
+  const bool by_columns = problem.square || args.both_directions;
   const acc_t factor = problem.factor;
   LogSumExp over_columns(problem.n, problem.fixed_shift, problem.bound);  // for each row
   LogSumExp over_rows(args.both_directions ? problem.m : 0, problem.fixed_shift, problem.bound);
@@ -261,7 +259,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
     const auto kept = problem.kept(block_i, block_j, kept_logits);
     const auto tile = kept ? *kept : problem.scratch(block_i, block_j, thread);
     problem.multiply(tile);
-    const bool mirrored = problem.triangle && block_i != block_j;
+    const bool mirrored = problem.square && block_i != block_j;
     problem.for_each_positive(tile.i, tile.j, [&](int64_t k, int64_t row, int64_t column) {
       positive[k] = kLn2 * factor * tile.at(row, column);
     });
@@ -272,7 +270,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
     problem.mask(tile);
 
     const int64_t rows = tile.i.size, columns = tile.j.size;
-    const bool columns_too = by_columns && (mirrored || !problem.triangle);
+    const bool columns_too = by_columns && (mirrored || !problem.square);
     acc_t row_sum[kLargestTile], column_sum[kLargestTile] = {};
     acc_t row_shift[kLargestTile], column_shift[kLargestTile];
     if (problem.fixed_shift) {
@@ -315,7 +313,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   // The gradient of scale comes out of the row dots of either side, so one side is always made.
   const bool columns_wanted = saved.columns_need_grad && !problem.square;
   const bool rows_wanted = saved.rows_need_grad || !columns_wanted;
-  const bool mirrored = problem.triangle && problem.row_blocks.count() > 1;
+  const bool mirrored = problem.square && problem.row_blocks.count() > 1;
   problem.prepare(/*to_multiply=*/!problem.keeps_everything(kept_logits), columns_wanted || mirrored);
   RowSums<acc_t> grad_rows(rows_wanted ? problem.n : 0, problem.d, problem.row_blocks, mirrored, options);
   RowSums<acc_t> grad_columns(columns_wanted ? problem.m : 0, problem.d, problem.column_blocks, true, options);
@@ -350,7 +348,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
         });
     }
     if (rows_wanted) problem.add_to_rows(grad_rows, tile);
-    if (columns_wanted || (problem.triangle && block_i != block_j))
+    if (columns_wanted || (problem.square && block_i != block_j))
       problem.add_to_columns(problem.square ? grad_rows : grad_columns, tile);
   };
   problem.for_each(rows_wanted && columns_wanted ? Owned::kBoth : rows_wanted ? Owned::kRows : Owned::kColumns, visit);

@@ -26,14 +26,13 @@ namespace ssl_kernels::cpu {
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // A tile of 256 x 256 float32 numbers, 256 KB, stays in the L2 cache.
-constexpr int64_t kLargestTile = 256;
-// Up to so many rows, the threads share the rows of the square case and walk all columns: twice the products of the
-// triangle, but a single parallel round.
-constexpr int64_t kLargestWhole = 256;
+constexpr int64_t kLargestTile = 256, kSmallestTile = 64;
+// Up to so many rows and columns a second thread costs more, in moving rows between caches, than it saves.
+constexpr int64_t kOneThread = 256;
 
 // Blocks of `n` for `ways` of parallelism, balanced and as large as the cache allows.
-inline Blocks cut(int64_t n, int64_t ways, int64_t smallest) {
-  const int64_t wanted = std::min(kLargestTile, std::max(smallest, (n + ways - 1) / ways));
+inline Blocks cut(int64_t n, int64_t ways) {
+  const int64_t wanted = std::min(kLargestTile, std::max(kSmallestTile, (n + ways - 1) / ways));
   const int64_t count = (n + wanted - 1) / wanted;
   const int64_t size = (n + count - 1) / count;
   return {n, std::min(kLargestTile, (size + 15) / 16 * 16)};
@@ -92,8 +91,7 @@ struct RowSums {
 template <class acc_t>
 class Tiles {
  public:
-  // Without columns the square case: they are the rows, and tiles below the diagonal are not visited (see
-  // `triangle`).
+  // Without columns the square case: they are the rows, and tiles below the diagonal are not visited.
   Tiles(const Rows& rows, const std::optional<Rows>& columns)
       : square(!columns),
         rows(rows),
@@ -101,11 +99,9 @@ class Tiles {
         n(rows.values.size(0)),
         m(this->columns.values.size(0)),
         d(rows.values.size(1)),
-        threads(has_small_products<acc_t>() || std::max(n, m) > kLargestTile ? at::get_num_threads() : 1),
-        triangle(square && (threads == 1 || n > kLargestWhole)),
-        // The tournament of the triangle plays count / 2 tiles at once.
-        row_blocks(cut(n, triangle && threads > 1 ? 2 * threads : threads, smallest())),
-        column_blocks(triangle ? row_blocks : square ? Blocks{n, (n + 15) / 16 * 16} : cut(m, threads, smallest())),
+        threads(std::max(n, m) > kOneThread ? at::get_num_threads() : 1),
+        row_blocks(cut(n, ways())),
+        column_blocks(square ? row_blocks : cut(m, ways())),
         scratch_(at::empty({threads, row_blocks.size, column_blocks.size + kPadding}, rows.values.options())) {}
 
   // The tile in the thread's scratch.
@@ -117,10 +113,10 @@ class Tiles {
   // Makes what `multiply` and `add_to_columns` need. Before the loop.
   void prepare(bool to_multiply, bool to_add_to_columns) {
     if (!has_small_products<acc_t>()) return;
-    if (to_multiply || (to_add_to_columns && triangle))
+    if (to_multiply || (to_add_to_columns && square))
       columns_transposed_ = transposed_blocks<acc_t>(columns.values, column_blocks);
     if (to_add_to_columns)
-      rows_transposed_ = triangle ? columns_transposed_ : transposed_blocks<acc_t>(rows.values, row_blocks);
+      rows_transposed_ = square ? columns_transposed_ : transposed_blocks<acc_t>(rows.values, row_blocks);
   }
 
   // Fills a tile with <x^_i, y^_j>, all pairs.
@@ -160,28 +156,26 @@ class Tiles {
     }
   }
 
-  // Visits every tile (triangle: on and above the diagonal), no two at once that share what is `owned`; the triangle
-  // owns both its blocks, the other square case its rows.
+  // Visits every tile (square: on and above the diagonal), no two at once that share what is `owned`; the square
+  // case owns both its blocks.
   template <class Visit>
   void for_each(Owned owned, const Visit& visit) const {
-    if (triangle)
+    if (square)
       for_each_pair(row_blocks.count(), 2 * threads, visit);
     else
-      for_each_tile(row_blocks.count(), column_blocks.count(), square ? Owned::kRows : owned, visit);
+      for_each_tile(row_blocks.count(), column_blocks.count(), owned, visit);
   }
 
   const bool square;
   const Rows rows, columns;
   const int64_t n, m, d;
-  // 1 where everything fits one tile of the BLAS: it is visited outside a parallel region, and the BLAS has the
-  // threads.
-  const int64_t threads;
-  const bool triangle;  // a tile serves its rows and, transposed, its columns
+  const int64_t threads;  // 1: outside a parallel region, where the BLAS has the others
   const Blocks row_blocks, column_blocks;
 
  private:
-  // Rows of the smallest tile: below, the fixed cost of a tile shows.
-  static int64_t smallest() { return has_small_products<acc_t>() ? 32 : 64; }
+  // Into how many blocks rows or columns are to be cut at least: the tournament of the square case plays count / 2
+  // tiles at once.
+  int64_t ways() const { return square && threads > 1 ? 2 * threads : threads; }
   // Keeps the rows of a tile off one another's cache sets.
   static constexpr int64_t kPadding = 16;
 

@@ -1,11 +1,9 @@
 // Differentiates `contrastive_fwd.native` by `contrastive_bwd.native`, on every device. In C++ and not in Python, since
 // at small batches the interpreter's part of a backward costs more than the kernels; the other backends' Function
 // is in ssl_kernels/ops/contrastive.py.
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "contrastive.h"
+#include "contrastive_autograd.h"
 
 namespace ssl_kernels {
 namespace {
@@ -15,43 +13,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using ForwardOp = ForwardResults(const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
-                                 const OptionalTensor&, const OptionalTensor&, bool, bool, bool, bool, bool, bool);
-using BackwardOp = std::tuple<Tensor, Tensor, Tensor>(
-    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
-    const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-    const Tensor&, const Tensor&, const Tensor&, bool, bool, bool, bool, bool, bool);
-
-const c10::TypedOperatorHandle<ForwardOp>& forward_op() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("ssl_kernels::contrastive_fwd", "native").typed<ForwardOp>();
-  return op;
-}
-
-const c10::TypedOperatorHandle<BackwardOp>& backward_op() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("ssl_kernels::contrastive_bwd", "native").typed<BackwardOp>();
-  return op;
-}
-
-OptionalTensor if_defined(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
-
 Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); }
-
-// Passes gradients through and refuses to be differentiated by anything they depend on.
-struct NoSecondDerivative : Function<NoSecondDerivative> {
-  static variable_list forward(AutogradContext*, const Tensor& grad_rows, const Tensor& grad_columns,
-                               const Tensor& grad_scale, const Tensor& /*rows*/, const OptionalTensor& /*columns*/,
-                               const Tensor& /*scale*/, const OptionalTensor& /*grad_lse*/,
-                               const OptionalTensor& /*grad_column_lse*/,
-                               const OptionalTensor& /*grad_positive_logits*/) {
-    return {grad_rows.detach(), grad_columns.detach(), grad_scale.detach()};
-  }
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false, "contrastive: backend \"native\" has no second derivative; backend=\"reference\" has one");
-  }
-};
 
 struct Contrastive : Function<Contrastive> {
   static variable_list forward(AutogradContext* ctx, const Tensor& rows, const OptionalTensor& columns,
@@ -59,7 +21,7 @@ struct Contrastive : Function<Contrastive> {
                                const OptionalTensor& column_ids, bool normalize_rows, bool normalize_columns,
                                bool keep_diagonal, bool both_directions) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept] = forward_op().call(
+    auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept] = contrastive_forward_op().call(
         rows, columns, scale, positives, row_ids, column_ids, normalize_rows, normalize_columns, keep_diagonal,
         both_directions, /*keep=*/true, /*columns_need_grad=*/columns && columns->requires_grad());
     // With the expectation kept, and no positives to look up, backward reads rows and scale alone.
@@ -87,7 +49,7 @@ struct Contrastive : Function<Contrastive> {
     variable_list results;
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      auto [grad_rows, grad_columns, grad_scale] = backward_op().call(
+      auto [grad_rows, grad_columns, grad_scale] = contrastive_backward_op().call(
           if_defined(grads[0]), both_directions ? if_defined(grads[1]) : std::nullopt, if_defined(grads[2]), saved[0],
           if_defined(saved[1]), saved[2], if_defined(saved[3]), if_defined(saved[4]), if_defined(saved[5]), saved[6],
           saved[7], saved[8], saved[9], saved[10], flags[0], flags[1], flags[2], both_directions, rows_need_grad,
@@ -105,7 +67,7 @@ struct Contrastive : Function<Contrastive> {
   }
 };
 
-ForwardResults contrastive_fwd(const Tensor& rows, const OptionalTensor& columns, const Tensor& scale,
+ContrastiveForwardResults contrastive_fwd(const Tensor& rows, const OptionalTensor& columns, const Tensor& scale,
                                const OptionalTensor& positives, const OptionalTensor& row_ids,
                                const OptionalTensor& column_ids, bool normalize_rows, bool normalize_columns,
                                bool keep_diagonal, bool both_directions, bool keep, bool columns_need_grad) {
@@ -113,7 +75,7 @@ ForwardResults contrastive_fwd(const Tensor& rows, const OptionalTensor& columns
                              (rows.requires_grad() || scale.requires_grad() || (columns && columns->requires_grad()));
   if (!differentiate) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return forward_op().call(rows, columns, scale, positives, row_ids, column_ids, normalize_rows, normalize_columns,
+    return contrastive_forward_op().call(rows, columns, scale, positives, row_ids, column_ids, normalize_rows, normalize_columns,
                              keep_diagonal, both_directions, keep, columns_need_grad);
   }
   const variable_list results =

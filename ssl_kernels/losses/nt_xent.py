@@ -2,6 +2,7 @@
 
 import torch
 
+from ssl_kernels.backends import choose_backend
 from ssl_kernels.checks import (
     check_embeddings,
     check_reduction,
@@ -57,12 +58,17 @@ def nt_xent_loss(
     check_scalar(op, "temperature", temperature, z0, positive=True)
     check_reduction(op, reduction)
     check_row_weights(op, "row_weights", row_weights, 2 * len(z0), z0)
+    scale = inverse(temperature, z0)
+    in_one_node = reduction != "none" and row_weights is None and not torch.compiler.is_compiling()
+    if in_one_node and choose_backend("contrastive", backend, op, z0) == "native":
+        # The same in C++: csrc/ops/nt_xent_loss.cpp says why.
+        return torch.ops.ssl_kernels.nt_xent_loss.native(z0, z1, scale, normalize, reduction == "mean")
     views = torch.cat((z0, z1))
     partner = torch.arange(-len(z0), len(z0), device=views.device)  # negative indices count from the end
     lse, _, positive = contrastive(
         views,
         None,
-        inverse(temperature, views),
+        scale,
         positives=partner,
         normalize_rows=normalize,
         backend=backend,

@@ -125,7 +125,10 @@ def test_no_worse_than_plain_pytorch_in_the_same_dtype(case, backend, dtype):
         logit = (4 if case.scalar in ("margin", None) else 4 / 0.3) * (24 if "raw" in case.name else 1)
         rounding = torch.finfo(dtype).eps * max(largest, logit * (name == "value"))
         error, plain_error = ((t.double() - value).abs().max().item() for t in (ours, theirs))
-        assert error <= 2 * plain_error + 4 * rounding, name
+        factor = (
+            16 if value.dim() == 0 else 4
+        )  # the gradient by a scalar sums terms of all rows, which cancel
+        assert error <= 2 * plain_error + factor * rounding, name
 
 
 @every_case_and_operator

@@ -1,0 +1,89 @@
+// `nt_xent_loss.native`: the algebra of ssl_kernels/losses/nt_xent.py over `contrastive`, reduced, as one node of
+// autograd, on every device. At small batches the interpreter and the nodes of cat, sub and mean cost more than the kernels.
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "contrastive_autograd.h"
+
+namespace ssl_kernels {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+struct Saved {
+  Tensor rows, partner, lse, row_rnorm, kept;
+};
+
+Tensor forward(const Tensor& z0, const Tensor& z1, const Tensor& scale, bool normalize, bool mean, Saved* saved) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const int64_t b = z0.size(0);
+  const Tensor rows = at::cat({z0, z1});
+  const Tensor partner = at::arange(-b, b, rows.options().dtype(at::kLong));  // negative ones count from the end
+  auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept] = contrastive_forward_op().call(
+      rows, std::nullopt, scale, partner, std::nullopt, std::nullopt, normalize, normalize, /*keep_diagonal=*/false,
+      /*both_directions=*/false, /*keep=*/saved != nullptr, /*columns_need_grad=*/false);
+  if (saved) *saved = {rows, partner, lse, row_rnorm, kept};
+  const Tensor losses = lse.sub(positive_logits);
+  return mean ? losses.mean(scale.scalar_type()) : losses.sum(scale.scalar_type());
+}
+
+struct NTXentLoss : Function<NTXentLoss> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& z0, const Tensor& z1, const Tensor& scale, bool normalize,
+                        bool mean) {
+    Saved saved;
+    const Tensor loss = ssl_kernels::forward(z0, z1, scale, normalize, mean, &saved);
+    ctx->save_for_backward({saved.rows, scale, saved.partner, saved.lse, saved.row_rnorm, saved.kept});
+    ctx->saved_data["normalize"] = normalize;
+    ctx->saved_data["mean"] = mean;
+    ctx->saved_data["z0"] = z0;  // not read: what a second derivative would lead to
+    ctx->saved_data["z1"] = z1;
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &rows = saved[0], &scale = saved[1], &lse = saved[3];
+    const bool normalize = ctx->saved_data["normalize"].toBool(), mean = ctx->saved_data["mean"].toBool();
+    const bool rows_need_grad = ctx->needs_input_grad(0) || ctx->needs_input_grad(1);
+    const int64_t n = rows.size(0), b = n / 2;
+    variable_list results;
+    {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      const Tensor grad = mean ? grads[0].to(at::kDouble).div_(n) : grads[0].to(at::kDouble);
+      const Tensor none = at::empty({0}, lse.options());
+      auto [grad_rows, grad_columns, grad_scale] = contrastive_backward_op().call(
+          grad.expand({n}), std::nullopt, grad.neg().expand({n}), rows, std::nullopt, scale, saved[2], std::nullopt,
+          std::nullopt, lse, none, saved[4], none, saved[5], normalize, normalize, /*keep_diagonal=*/false,
+          /*both_directions=*/false, rows_need_grad, /*columns_need_grad=*/false);
+      results = {grad_rows, grad_columns, grad_scale};
+    }
+    if (at::GradMode::is_enabled())
+      results = NoSecondDerivative::apply(results[0], results[1], results[2], ctx->saved_data["z0"].toTensor(),
+                                          ctx->saved_data["z1"].toTensor(), scale, grads[0], std::nullopt, std::nullopt);
+    variable_list by_input(5);
+    if (ctx->needs_input_grad(0)) by_input[0] = results[0].narrow(0, 0, b);
+    if (ctx->needs_input_grad(1)) by_input[1] = results[0].narrow(0, b, b);
+    if (ctx->needs_input_grad(2)) by_input[2] = results[2];
+    return by_input;
+  }
+};
+
+Tensor nt_xent_loss(const Tensor& z0, const Tensor& z1, const Tensor& scale, bool normalize, bool mean) {
+  const bool differentiate =
+      at::GradMode::is_enabled() && (z0.requires_grad() || z1.requires_grad() || scale.requires_grad());
+  return differentiate ? NTXentLoss::apply(z0, z1, scale, normalize, mean)
+                       : forward(z0, z1, scale, normalize, mean, nullptr);
+}
+
+TORCH_LIBRARY_FRAGMENT(ssl_kernels, library) {
+  library.def("nt_xent_loss.native(Tensor z0, Tensor z1, Tensor scale, bool normalize, bool mean) -> Tensor",
+              &nt_xent_loss);
+}
+
+}  // namespace
+}  // namespace ssl_kernels
