@@ -30,21 +30,33 @@ struct Terms {
 };
 
 template <class T>
-std::vector<Terms> checked_terms(const at::Tensor& target, const at::Tensor& permutation, const at::Tensor& lam,
-                                 int64_t classes, double label_smoothing) {
-  const auto partner = checked_permutation(kOp, permutation);
-  const auto shares = checked_lam<T>(kOp, lam);
-  const int64_t* values = target.const_data_ptr<int64_t>();
-  const int64_t stride = target.stride(0), n = target.size(0);
-  for (int64_t i = 0; i < n; ++i)
-    TORCH_CHECK_VALUE(values[i * stride] >= 0 && values[i * stride] < classes, kOp, ": target must be in 0 to ",
-                      classes - 1, ", got ", values[i * stride], " at ", i);
-  std::vector<Terms> terms;
-  for (int64_t i = 0; i < n; ++i)
-    terms.push_back({{values[i * stride], values[partner[i] * stride]},
-                     {(1 - label_smoothing) * shares[i], (1 - label_smoothing) * (T(1) - shares[i])}});
-  return terms;
-}
+class MixedTarget {
+ public:
+  MixedTarget(const at::Tensor& target, const at::Tensor& permutation, const at::Tensor& lam, int64_t classes,
+              double label_smoothing)
+      : partner_(checked_permutation(kOp, permutation)),
+        lam_(checked_lam<T>(kOp, lam)),
+        target_(target.const_data_ptr<int64_t>()),
+        stride_(target.stride(0)),
+        kept_(1 - label_smoothing) {
+    for (int64_t i = 0; i < target.size(0); ++i)
+      TORCH_CHECK_VALUE(at(i) >= 0 && at(i) < classes, kOp, ": target must be in 0 to ", classes - 1, ", got ", at(i),
+                        " at ", i);
+  }
+
+  Terms operator[](int64_t i) const {
+    return {{at(i), at(partner_[i])}, {kept_ * lam_[i], kept_ * (T(1) - lam_[i])}};
+  }
+
+ private:
+  int64_t at(int64_t i) const { return target_[i * stride_]; }
+
+  std::vector<int64_t> partner_;
+  std::vector<T> lam_;
+  const int64_t* target_;
+  int64_t stride_;
+  double kept_;
+};
 
 at::Tensor with_consecutive_classes(const at::Tensor& logits) {
   return logits.size(1) == 1 || logits.stride(1) == 1 ? logits : logits.contiguous();
@@ -57,7 +69,7 @@ std::tuple<at::Tensor, at::Tensor> mixup_cross_entropy_fwd(const at::Tensor& log
                                                            double label_smoothing) {
   return SSL_KERNELS_DISPATCH(logits.scalar_type(), kOp, [&] {
     const int64_t n = logits.size(0), classes = logits.size(1);
-    const auto terms = checked_terms<acc_t>(target, permutation, lam, classes, label_smoothing);
+    const MixedTarget<acc_t> mixed_target(target, permutation, lam, classes, label_smoothing);
     const at::Tensor z = with_consecutive_classes(logits);
     const auto doubles = logits.options().dtype(at::kDouble);
     at::Tensor loss = at::empty({n}, doubles), lse = at::empty({n}, doubles);
@@ -69,11 +81,11 @@ std::tuple<at::Tensor, at::Tensor> mixup_cross_entropy_fwd(const at::Tensor& log
       for (int64_t i = begin; i < end; ++i) {
         const scalar_t* row = in + i * z.stride(0);
         const auto sums = math.sums(row, classes);
+        const Terms terms = mixed_target[i];
         lses[i] = double(sums.top) + std::log(sums.exp_total);
         double expected = label_smoothing == 0 ? 0 : label_smoothing / classes * sums.total;
         for (int k = 0; k < 2; ++k)
-          if (terms[i].weights[k] != 0)
-            expected += terms[i].weights[k] * static_cast<double>(row[terms[i].classes[k]]);
+          if (terms.weights[k] != 0) expected += terms.weights[k] * static_cast<double>(row[terms.classes[k]]);
         losses[i] = lses[i] - expected;
       }
     });
@@ -86,7 +98,7 @@ at::Tensor mixup_cross_entropy_bwd(const at::Tensor& grad_loss, const at::Tensor
                                    double label_smoothing) {
   return SSL_KERNELS_DISPATCH(logits.scalar_type(), kOp, [&] {
     const int64_t n = logits.size(0), classes = logits.size(1);
-    const auto terms = checked_terms<acc_t>(target, permutation, lam, classes, label_smoothing);
+    const MixedTarget<acc_t> mixed_target(target, permutation, lam, classes, label_smoothing);
     const at::Tensor z = with_consecutive_classes(logits);
     at::Tensor grad = in_huge_pages(at::empty({n, classes}, logits.options()));
     const scalar_t* in = z.const_data_ptr<scalar_t>();
@@ -98,15 +110,17 @@ at::Tensor mixup_cross_entropy_bwd(const at::Tensor& grad_loss, const at::Tensor
       for (int64_t i = begin; i < end; ++i) {
         const scalar_t* row = in + i * z.stride(0);
         const double g = weights[i * grad_loss.stride(0)];
-        // lse is rounded to acc_t; the factor makes up for it.
+        // lse is rounded to acc_t; the factor e^lost makes up for it.
         const acc_t shift = static_cast<acc_t>(lses[i]);
-        const acc_t weight = static_cast<acc_t>(g * std::exp(double(shift) - lses[i]));
-        const double offset = g * label_smoothing / classes;
-        math.gradient(out + i * classes, row, shift, weight, static_cast<acc_t>(offset), classes);
-        for (int64_t c : terms[i].classes) {
-          double value = g * std::exp(static_cast<double>(row[c]) - lses[i]) - offset;
+        const double lost = double(shift) - lses[i];
+        const acc_t weight = static_cast<acc_t>(g * (1 + lost + lost * lost / 2));
+        const acc_t offset = static_cast<acc_t>(g * label_smoothing / classes);
+        math.gradient(out + i * classes, row, shift, weight, offset, classes);
+        const Terms terms = mixed_target[i];
+        for (int64_t c : terms.classes) {
+          double value = double(weight) * std::exp(static_cast<acc_t>(row[c]) - shift) - offset;
           for (int k = 0; k < 2; ++k)
-            if (terms[i].classes[k] == c) value -= g * terms[i].weights[k];
+            if (terms.classes[k] == c) value -= g * terms.weights[k];
           out[i * classes + c] = static_cast<scalar_t>(static_cast<acc_t>(value));
         }
       }
