@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssl_kernels
 from ssl_kernels.nn import ManifoldMixup, Mixup
@@ -161,6 +162,26 @@ def test_same_seed_same_draws():
         for found, expected in zip(run, runs[0], strict=True):
             torch.testing.assert_close(found, expected)
     assert not torch.equal(runs[0][0], runs[0][2])
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails at operations that would wait for a GPU: those that turn values into Python numbers or shapes."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("num_classes", [None, 5])
+def test_nothing_is_read_on_the_host(mode, num_classes):
+    x, target = batch_of()
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHostReads():
+        x.sum().item()
+    module = Mixup(0.5, 0.5, mode=mode, generator=1, num_classes=num_classes, prob=0.5, backend="native")
+    with NoHostReads():
+        module(x, target, x.clone())
 
 
 def test_own_generator_leaves_the_global_one():
