@@ -9,19 +9,18 @@ import torch
 from ssl_kernels.ops import contrastive as operation
 from tests.losses.cases import CASES, value_and_gradients
 
-# Those that use `contrastive`, each with the flags, ids and positives that it calls it with.
-NAMES = (
-    "info_nce",
-    "info_nce-symmetric-ids",
-    "info_nce-unpaired-ids",
-    "clip-smoothed",
-    "clip-ids",
-    "sup_con",
-    "dcl",
-    "debiased",
-    "imix-queue",
+# Each calls `contrastive` with other flags, ids and positives.
+NAMES = ("info_nce-unpaired-ids", "clip-smoothed", "sup_con")
+SLOW_NAMES = ("info_nce", "info_nce-symmetric-ids", "clip-ids", "dcl", "debiased", "imix-queue")
+cases = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] if case.name in SLOW_NAMES else [])
+        for case in CASES
+        if case.name in NAMES + SLOW_NAMES
+    ],
+    ids=str,
 )
-cases = pytest.mark.parametrize("case", [case for case in CASES if case.name in NAMES], ids=str)
 
 
 def run_on(monkeypatch, forward, backward):

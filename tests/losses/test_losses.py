@@ -40,7 +40,7 @@ def weights_of_either_sign(count, seed=0):
 
 
 @every_case_and_backend
-@pytest.mark.parametrize("n, d", [(1, 1), (7, 1), (37, 16)])
+@pytest.mark.parametrize("n, d", [(1, 3), (7, 1), (37, 16)])
 def test_rows_and_gradients_of_weighted_sums_are_the_definitions(case, backend, n, d):
     arguments = case.arguments(n, d)
     rows = len(case.definition(**arguments))
@@ -51,7 +51,7 @@ def test_rows_and_gradients_of_weighted_sums_are_the_definitions(case, backend, 
         torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
 
 
-@every_case_and_operator
+@every_loss_and_operator
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_reductions_are_those_of_the_rows(case, backend, reduction):
     arguments = case.arguments(19, 5)
@@ -106,7 +106,7 @@ def test_gradcheck(case, backend):
 
 
 @every_case_and_operator
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES[1:3], pytest.param(DTYPES[3], marks=pytest.mark.slow)], ids=str)
 def test_no_worse_than_plain_pytorch_in_the_same_dtype(case, backend, dtype):
     arguments = case.arguments(40, 24, dtype)
     wide = {
@@ -131,7 +131,7 @@ def test_no_worse_than_plain_pytorch_in_the_same_dtype(case, backend, dtype):
         assert error <= 2 * plain_error + factor * rounding, name
 
 
-@every_case_and_operator
+@every_loss_and_operator
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes_and_shapes(case, backend, dtype):
     arguments = case.arguments(9, 8, dtype)
@@ -201,10 +201,13 @@ def test_compiles_without_a_graph_break(case):
         torch.testing.assert_close(ours, eager)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.has_backend], ids=str)
-def test_second_derivative_is_right_or_an_error(case):
-    if case.loss != "sup_con_loss":  # its paired terms differentiate twice too, so one loss shows them
-        return
+SECOND = ("info_nce-unpaired", "sup_con", "triplet_margin", "triplet_margin-cosine", "byol")
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_second_derivative_is_right(name):
+    """Of those that write out their gradient."""
+    case = case_named(name)
     arguments = case.arguments(5, 3)
     leaves = case.leaves(arguments)
 
@@ -212,7 +215,12 @@ def test_second_derivative_is_right_or_an_error(case):
         return case.ours("reference")(**arguments | dict(zip(leaves, values, strict=True)))
 
     assert torch.autograd.gradgradcheck(of_leaves, tuple(leaves.values()))
-    (grad,) = torch.autograd.grad(case.ours("native")(**arguments), arguments["features"], create_graph=True)
+
+
+def test_second_derivative_of_a_kernel_is_an_error():
+    arguments = case_named("sup_con").arguments(5, 3)
+    loss = case_named("sup_con").ours("native")(**arguments)
+    (grad,) = torch.autograd.grad(loss, arguments["features"], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(grad.square().sum(), arguments["features"])
 
@@ -251,7 +259,7 @@ def test_extreme_temperatures_are_exact(case, backend, scalar):
         torch.testing.assert_close(ours.double(), value, **close)
 
 
-@every_case_and_operator
+@every_loss_and_operator
 def test_float16_near_overflow(case, backend):
     """Rows of lengths that float16 cannot hold, and that its squares leave by far."""
     if "raw" in case.name:
