@@ -442,7 +442,7 @@ def test_memory_of_a_step_in_plain_pytorch(case):
     assert peak < 100 * MB < matrix
 
 
-@pytest.mark.parametrize("case, backend", on_backends(CASES, OPERATORS), ids=str)
+@every_loss_and_operator
 def test_saved_memory_is_linear_in_the_batch(case, backend):
     """Embeddings, their normalised rows where terms are made from them, a few numbers a row."""
     arguments = case.arguments(1500, 16, torch.float32)
