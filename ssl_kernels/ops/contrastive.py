@@ -9,6 +9,7 @@ from ssl_kernels import backends
 from ssl_kernels.chunked import contrastive as chunked
 from ssl_kernels.ops.library import accumulation_dtype, define, library
 from ssl_kernels.reference import contrastive as reference
+from ssl_kernels.triton.tiles import keeps_expectation
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -34,7 +35,7 @@ def _kept_by_cpu_kernel(rows, columns):
 def _keeps_expectation(overload, rows, columns, both_directions, keep, columns_need_grad):
     """Whether `kept` is the expectation of the columns."""
     wanted = keep and columns is not None and not columns_need_grad and not both_directions
-    return wanted and overload in ("chunked", "native")
+    return wanted and (overload in ("chunked", "native") or keeps_expectation(rows))
 
 
 def _fwd_fake(

@@ -226,3 +226,78 @@ def merge_lse_kernel(
     else:
         tl.store(partial_ptr + rows, maximum, mask=rows < N)
         tl.store(partial_ptr + slots.to(tl.int64) * N + rows, total, mask=rows < N)
+
+
+@triton.jit
+def normalize_tile(tile, rnorm_ptr, index, size, ACC: tl.constexpr):
+    """Rows of a tile times their 1 / norm, rounded back to storage type."""
+    rnorm = tl.load(rnorm_ptr + index, mask=index < size, other=0.0)
+    return (tile.to(ACC) * rnorm[:, None]).to(tile.dtype)
+
+
+@triton.jit
+def through_norm(gradient, x, rnorm, row_dot):
+    """Gradient of x from that of x̂ = x · rnorm, row_dot = ⟨x̂, gradient⟩; x̂ is linear below the norm bound."""
+    projected = gradient - x * (rnorm * row_dot)[:, None]
+    # 1e12 rounded to float32 is one of the values that a norm at the bound can give, hence the margin.
+    return rnorm[:, None] * tl.where((rnorm < 0.999999e12)[:, None], projected, gradient)
+
+
+@triton.jit(do_not_specialize=["N", "splits"])
+def finish_rows_kernel(
+    partial_ptr,
+    x_ptr,
+    x_rnorm_ptr,
+    scale_ptr,
+    bound_ptr,
+    grad_ptr,
+    row_dots_ptr,
+    N,
+    D,
+    stride_xn,
+    stride_xd,
+    splits,
+    HAS_RNORM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # From the gradient g = Σ_split partial (splits, N, D) of scale · x̂: row_dots_i = ⟨x̂_i, g_i⟩ and grad_i =
+    # d(x̂_i)/d(x_i) · scale · g_i. HAS_RNORM: the partial sums carry a factor x_rnorm_i, taken out here.
+    # Traffic: reads partial and x twice, writes N·D elements.
+    ACC: tl.constexpr = scale_ptr.dtype.element_ty
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    scale = tl.load(scale_ptr)
+    x_rnorm = load_vector(x_rnorm_ptr, rows, N, 1.0)
+    factor = tl.full([BLOCK_N], 1.0, ACC)
+    if bound_ptr is not None:
+        factor *= tl.load(bound_ptr)
+    if HAS_RNORM:
+        factor /= x_rnorm
+
+    row_dots = tl.zeros([BLOCK_N], ACC)
+    for d0 in range(0, D, BLOCK_D):
+        features = d0 + tl.arange(0, BLOCK_D)
+        gradient = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+        for split in range(splits):
+            base = partial_ptr + split.to(tl.int64) * N * D
+            gradient += load_tile(base, rows, features, N, D, D, 1, False)
+        x = load_tile(x_ptr, rows, features, N, D, stride_xn, stride_xd, False).to(ACC)
+        row_dots += row_inner_products(x, gradient * factor[:, None], rows[:, None] < N)
+    if x_rnorm is not None:
+        row_dots *= x_rnorm
+    tl.store(row_dots_ptr + rows, row_dots, mask=rows < N)
+
+    if grad_ptr is not None:
+        for d0 in range(0, D, BLOCK_D):
+            features = d0 + tl.arange(0, BLOCK_D)
+            gradient = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+            for split in range(splits):
+                base = partial_ptr + split.to(tl.int64) * N * D
+                gradient += load_tile(base, rows, features, N, D, D, 1, False)
+            gradient *= factor[:, None]
+            if x_rnorm is not None:
+                x = load_tile(x_ptr, rows, features, N, D, stride_xn, stride_xd, False).to(ACC)
+                gradient = through_norm(gradient, x, x_rnorm, row_dots)
+            offsets = rows.to(tl.int64)[:, None] * D + features[None, :]
+            inside = (rows[:, None] < N) & (features[None, :] < D)
+            tl.store(grad_ptr + offsets, (scale * gradient).to(grad_ptr.dtype.element_ty), mask=inside)

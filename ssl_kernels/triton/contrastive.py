@@ -1,6 +1,5 @@
 """Triton kernels of `contrastive`; docs/contrastive.md is the contract. Tiles come from `tiles.py`."""
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from ssl_kernels.triton.common import (
     column_softmax,
     exclude,
     exp2,
+    finite_shift,
     index_range,
     inner_products,
     load_index,
@@ -20,19 +20,27 @@ from ssl_kernels.triton.common import (
     load_vector,
     merge_lse_kernel,
     natural_lse,
+    normalize_tile,
     online_softmax,
     row_inner_products,
-    row_rnorm_kernel,
     scale_logits,
+    through_norm,
 )
-from ssl_kernels.triton.tiles import TILES, Tile
+from ssl_kernels.triton.launch import (
+    contiguous,
+    finish_rows,
+    launch_options,
+    precision,
+    row_rnorm_of,
+    split_walk,
+    tile_for,
+    unsupported_operands,
+)
+from ssl_kernels.triton.tiles import keeps_expectation
 
 # Scratch that does not grow with the problem: column sums of the forward and coefficients of the backward are
 # worked off in panels of rows that stay below this.
 SCRATCH_BYTES = 128 << 20
-# A walk over columns is split no finer than this many tiles: below, merging costs more than the idle
-# processors.
-TILES_PER_SPLIT = 4
 
 
 # --- forward ----------------------------------------------------------------------------------------------
@@ -63,6 +71,7 @@ def contrastive_fwd_kernel(
     lse_ptr,
     row_partial_ptr,
     column_partial_ptr,
+    expectation_partial_ptr,
     N,
     M,
     D,
@@ -91,6 +100,9 @@ def contrastive_fwd_kernel(
     #   maximum and sum in registers. With ONE_BLOCK_D (D <= BLOCK_D) its rows stay on chip; else each tile
     #   loops over D. Where the walk is split, maxima and sums go to row_partial (2, splits, N) and
     #   merge_lse_kernel finishes them. column_partial (2, slots, M) likewise, from slot 1 on.
+    # Expectation: with expectation_partial (splits, N, D) also Σ_j 2^(s'_ij - maximum_i) ŷ_j, attention with V = K: y
+    #   is loaded once and multiplied twice, the sum scaled down where the maximum rises. Needs ONE_BLOCK_D and
+    #   row_partial; expectation_merge_kernel makes E of both. 2 units, and 4·splits·N·D bytes more.
     # Traffic: with B = ceil(N / BLOCK_N), y is read B times (mostly from L2), x once for each split or,
     #   without ONE_BLOCK_D, ceil(M / BLOCK_M) times. Every warp reads y_rnorm: 4·B·M·num_warps bytes, on
     #   sm_90 twice that. Writes 8·N·(1 + P) bytes, or 8·N·splits; 8·B·M for column sums.
@@ -117,21 +129,44 @@ def contrastive_fwd_kernel(
 
     maximum = tl.full([BLOCK_N], float("-inf"), ACC)
     total = tl.zeros([BLOCK_N], ACC)
+    if expectation_partial_ptr is not None:
+        expectation = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     start = split * tiles_per_split * BLOCK_M
     stop = min(M, start + tiles_per_split * BLOCK_M)
     for m0 in range(start, stop, BLOCK_M):
         columns = m0 + tl.arange(0, BLOCK_M)
-        products = inner_products(
-            x, x_ptr, y_ptr, rows, columns, N, M, D, stride_xn, stride_xd, stride_yn, stride_yd,
-            EVEN_D, BLOCK_D, ACC, PRECISION,
-        )  # fmt: skip
+        if expectation_partial_ptr is not None:
+            y = load_tile(y_ptr, columns, tl.arange(0, BLOCK_D), M, D, stride_yn, stride_yd, EVEN_D)
+            products = tl.dot(x, tl.trans(y), out_dtype=ACC, input_precision=PRECISION)
+        else:
+            products = inner_products(
+                x, x_ptr, y_ptr, rows, columns, N, M, D, stride_xn, stride_xd, stride_yn, stride_yd,
+                EVEN_D, BLOCK_D, ACC, PRECISION,
+            )  # fmt: skip
         logits = scale_logits(products, row_scale, load_vector(y_rnorm_ptr, columns, M, 0.0), columns, M)
         if positives_ptr is not None:
             if (lowest < m0 + BLOCK_M) & (highest >= m0):
                 store_positive_logits(logits, positives_ptr, positive_logits_ptr, rows, columns, m0, N, M, P)
         column_ids = load_vector(y_ids_ptr, columns, M, 0)
         logits = exclude(logits, row_ids, column_ids, rows, columns, SQUARE, KEEP_DIAGONAL)
-        maximum, total = online_softmax(maximum, total, logits)
+        if expectation_partial_ptr is not None:
+            new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
+            shift = finite_shift(new_maximum)
+            shrink = exp2(maximum - shift)
+            maximum = new_maximum
+            weights = exp2(logits - shift[:, None])
+            total = total * shrink + tl.sum(weights, axis=1)
+            if y_rnorm_ptr is not None:
+                if x.dtype == tl.float16:
+                    y = normalize_tile(y, y_rnorm_ptr, columns, M, ACC)
+                else:
+                    weights *= load_vector(y_rnorm_ptr, columns, M, 0.0)[None, :]
+            expectation *= shrink[:, None]
+            expectation = tl.dot(
+                weights.to(x.dtype), y, expectation, out_dtype=ACC, input_precision=PRECISION
+            )
+        else:
+            maximum, total = online_softmax(maximum, total, logits)
         if column_partial_ptr is not None:
             inside = tl.where(rows[:, None] < N, logits, float("-inf"))
             column_maximum, column_total = column_softmax(inside)
@@ -145,6 +180,48 @@ def contrastive_fwd_kernel(
         tl.store(pointers + tl.num_programs(1).to(tl.int64) * N, total, mask=rows < N)
     else:
         tl.store(lse_ptr + rows, natural_lse(maximum, total), mask=rows < N)
+    if expectation_partial_ptr is not None:
+        features = tl.arange(0, BLOCK_D)
+        pointers = expectation_partial_ptr + (split.to(tl.int64) * N + rows.to(tl.int64))[:, None] * D
+        inside = (rows[:, None] < N) & (features[None, :] < D)
+        tl.store(pointers + features[None, :], expectation, mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "splits"])
+def expectation_merge_kernel(
+    row_partial_ptr,
+    expectation_partial_ptr,
+    expectation_ptr,
+    N,
+    D,
+    splits,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # E_i = Σ_split 2^(maximum_split,i - maximum_i) partial_split,i / Σ_split 2^(maximum_split,i - maximum_i)
+    # total_split,i, for row_partial (2, splits, N) and expectation_partial (splits, N, D); 0 where nothing was allowed.
+    # Traffic: reads partial once, writes N·D.
+    ACC: tl.constexpr = expectation_ptr.dtype.element_ty
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    features = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (rows[:, None] < N) & (features[None, :] < D)
+    maximum = tl.full([BLOCK_N], float("-inf"), ACC)
+    total = tl.zeros([BLOCK_N], ACC)
+    expectation = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    for split in range(splits):
+        pointers = row_partial_ptr + split.to(tl.int64) * N + rows
+        part_maximum = tl.load(pointers, mask=rows < N, other=float("-inf"))
+        part_total = tl.load(pointers + splits.to(tl.int64) * N, mask=rows < N, other=0.0)
+        offsets = (split.to(tl.int64) * N + rows.to(tl.int64))[:, None] * D + features[None, :]
+        part = tl.load(expectation_partial_ptr + offsets, mask=inside, other=0.0)
+        new_maximum = tl.maximum(maximum, part_maximum)
+        shift = finite_shift(new_maximum)
+        shrink, part_shrink = exp2(maximum - shift), exp2(part_maximum - shift)
+        total = total * shrink + part_total * part_shrink
+        expectation = expectation * shrink[:, None] + part * part_shrink[:, None]
+        maximum = new_maximum
+    expectation = tl.where((total == 0.0)[:, None], 0.0, expectation / total[:, None])
+    tl.store(expectation_ptr + rows.to(tl.int64)[:, None] * D + features[None, :], expectation, mask=inside)
 
 
 # --- backward ---------------------------------------------------------------------------------------------
@@ -204,21 +281,6 @@ def add_column_positives(coefficients, positives_ptr, grad_ptr, rows, columns, M
         grad = tl.load(grad_ptr + offsets, mask=columns < M, other=0.0)
         coefficients += tl.where(index[None, :] == rows[:, None], grad[None, :], 0.0)
     return coefficients
-
-
-@triton.jit
-def normalize_tile(tile, rnorm_ptr, index, size, ACC: tl.constexpr):
-    """Rows of a tile times their 1 / norm, rounded back to storage type."""
-    rnorm = tl.load(rnorm_ptr + index, mask=index < size, other=0.0)
-    return (tile.to(ACC) * rnorm[:, None]).to(tile.dtype)
-
-
-@triton.jit
-def through_norm(gradient, x, rnorm, row_dot):
-    """Gradient of x from that of x̂ = x · rnorm, row_dot = ⟨x̂, gradient⟩; x̂ is linear below the norm bound."""
-    projected = gradient - x * (rnorm * row_dot)[:, None]
-    # 1e12 rounded to float32 is one of the values that a norm at the bound can give, hence the margin.
-    return rnorm[:, None] * tl.where((rnorm < 0.999999e12)[:, None], projected, gradient)
 
 
 @triton.jit(do_not_specialize=["N", "M", "tiles_per_split"])
@@ -498,66 +560,6 @@ def contrastive_product_kernel(
     tl.store(pointers, product, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "splits"])
-def contrastive_finish_kernel(
-    partial_ptr,
-    x_ptr,
-    x_rnorm_ptr,
-    scale_ptr,
-    bound_ptr,
-    grad_ptr,
-    row_dots_ptr,
-    N,
-    D,
-    stride_xn,
-    stride_xd,
-    splits,
-    HAS_RNORM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    # The last line of contrastive_bwd_kernel's math for g = Σ_split partial (splits, N, D). HAS_RNORM: the
-    # partial sums carry a factor x_rnorm_i (contrastive_coefficient_kernel), taken out here.
-    # Traffic: reads partial and x twice, writes N·D elements.
-    ACC: tl.constexpr = scale_ptr.dtype.element_ty
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    scale = tl.load(scale_ptr)
-    x_rnorm = load_vector(x_rnorm_ptr, rows, N, 1.0)
-    factor = tl.full([BLOCK_N], 1.0, ACC)
-    if bound_ptr is not None:
-        factor *= tl.load(bound_ptr)
-    if HAS_RNORM:
-        factor /= x_rnorm
-
-    row_dots = tl.zeros([BLOCK_N], ACC)
-    for d0 in range(0, D, BLOCK_D):
-        features = d0 + tl.arange(0, BLOCK_D)
-        gradient = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-        for split in range(splits):
-            base = partial_ptr + split.to(tl.int64) * N * D
-            gradient += load_tile(base, rows, features, N, D, D, 1, False)
-        x = load_tile(x_ptr, rows, features, N, D, stride_xn, stride_xd, False).to(ACC)
-        row_dots += row_inner_products(x, gradient * factor[:, None], rows[:, None] < N)
-    if x_rnorm is not None:
-        row_dots *= x_rnorm
-    tl.store(row_dots_ptr + rows, row_dots, mask=rows < N)
-
-    if grad_ptr is not None:
-        for d0 in range(0, D, BLOCK_D):
-            features = d0 + tl.arange(0, BLOCK_D)
-            gradient = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-            for split in range(splits):
-                base = partial_ptr + split.to(tl.int64) * N * D
-                gradient += load_tile(base, rows, features, N, D, D, 1, False)
-            gradient *= factor[:, None]
-            if x_rnorm is not None:
-                x = load_tile(x_ptr, rows, features, N, D, stride_xn, stride_xd, False).to(ACC)
-                gradient = through_norm(gradient, x, x_rnorm, row_dots)
-            offsets = rows.to(tl.int64)[:, None] * D + features[None, :]
-            inside = (rows[:, None] < N) & (features[None, :] < D)
-            tl.store(grad_ptr + offsets, (scale * gradient).to(grad_ptr.dtype.element_ty), mask=inside)
-
-
 # --- host -------------------------------------------------------------------------------------------------
 
 
@@ -575,19 +577,7 @@ class Side(NamedTuple):
 
 def unsupported(rows, columns=None, *_, **__):
     """Why this backend cannot run a call, or None if it can; takes the arguments of `contrastive_fwd`."""
-    if rows.dtype not in DTYPE_CLASSES:
-        return f"dtype {rows.dtype} is none of {', '.join(str(dtype) for dtype in DTYPE_CLASSES)}"
-    if 0 in rows.shape or (columns is not None and 0 in columns.shape):
-        shapes = [tuple(x.shape) for x in (rows, columns) if x is not None]
-        return f"an operand is empty, shapes {shapes}"
-    largest = max(rows.shape[0], 0 if columns is None else columns.shape[0])
-    if largest >= 2**31 - 2**16:
-        return f"{largest} rows are too many for 32-bit row numbers"
-    with torch.cuda.device_of(rows):
-        arch = triton.runtime.driver.active.get_current_target().arch
-    if not isinstance(arch, int) or arch < 80:
-        return f"architecture {arch} has no tile table, which begin at compute capability 8.0"
-    return None
+    return unsupported_operands(rows, columns)
 
 
 def contrastive_fwd(
@@ -609,11 +599,11 @@ def contrastive_fwd(
         square = columns is None
         n, d = rows.shape
         m = n if square else columns.shape[0]
-        row_rnorm = _row_rnorm(rows, scale) if normalize_rows else None
+        row_rnorm = row_rnorm_of(rows, scale) if normalize_rows else None
         if square:
             columns, column_ids, column_rnorm = rows, row_ids, row_rnorm
         else:
-            column_rnorm = _row_rnorm(columns, scale) if normalize_columns else None
+            column_rnorm = row_rnorm_of(columns, scale) if normalize_columns else None
         if positives is not None and positives.numel() == 0:
             positive_logits, positives = _empty_float64(scale, positives.shape), None
         elif positives is not None:
@@ -622,11 +612,15 @@ def contrastive_fwd(
         else:
             positive_logits = _empty_float64(scale, 0)
 
-        tile = _tile("forward", rows)
+        expectation = None
+        if not square and keep and not columns_need_grad and not both_directions and keeps_expectation(rows):
+            expectation = scale.new_empty(n, d)
+        tile = tile_for("forward" if expectation is None else "backward", rows)
         blocks, tiles = triton.cdiv(n, tile.block_n), triton.cdiv(m, tile.block_m)
-        splits, tiles_per_split = _split(blocks, tiles)
+        splits, tiles_per_split = split_walk(blocks, tiles)
         lse = _empty_float64(scale, n)
-        row_partial = scale.new_empty(2, splits, n) if splits > 1 else None
+        row_partial = scale.new_empty(2, splits, n) if splits > 1 or expectation is not None else None
+        expectation_partial = None if expectation is None else scale.new_empty(splits, n, d)
         # The column sums of each row block are merged panel by panel, in scratch that does not grow with N.
         panel = blocks
         if both_directions:
@@ -641,13 +635,14 @@ def contrastive_fwd(
                 scale,
                 row_rnorm,
                 column_rnorm,
-                _contiguous(row_ids),
-                _contiguous(column_ids),
+                contiguous(row_ids),
+                contiguous(column_ids),
                 positives,
                 positive_logits if positives is not None else None,
                 lse,
                 row_partial,
                 column_partial,
+                expectation_partial,
                 n,
                 m,
                 d,
@@ -659,10 +654,10 @@ def contrastive_fwd(
                 1 + panel,
                 SQUARE=square,
                 KEEP_DIAGONAL=keep_diagonal,
-                PRECISION=_precision(rows),
+                PRECISION=precision(rows),
                 EVEN_D=d % tile.block_d == 0,
                 ONE_BLOCK_D=d <= tile.block_d,
-                **_launch_options(tile),
+                **launch_options(tile),
             )
             if both_directions:
                 # Slot 0 carries the sums of the panels before.
@@ -672,6 +667,11 @@ def contrastive_fwd(
                 _merge_lse(column_partial, column_lse if last else None, first_part, parts)
         if row_partial is not None:
             _merge_lse(row_partial, lse, 0, splits)
+        if expectation is not None:
+            block_n, block_d = 16, min(128, triton.next_power_of_2(d))
+            expectation_merge_kernel[triton.cdiv(n, block_n), triton.cdiv(d, block_d)](
+                row_partial, expectation_partial, expectation, n, d, splits, BLOCK_N=block_n, BLOCK_D=block_d
+            )
 
         return (
             lse,
@@ -679,7 +679,7 @@ def contrastive_fwd(
             positive_logits,
             scale.new_empty(0) if row_rnorm is None else row_rnorm,
             scale.new_empty(0) if square or column_rnorm is None else column_rnorm,
-            scale.new_empty(0),  # the logits are recomputed: nothing is kept
+            scale.new_empty(0) if expectation is None else expectation,  # logits are recomputed
         )
 
 
@@ -707,6 +707,11 @@ def contrastive_bwd(
 ):
     """`contrastive_bwd` of docs/contrastive.md."""
     with torch.cuda.device_of(rows):
+        if kept.dim() == 2:
+            return _bwd_from_expectation(
+                grad_lse, grad_positive_logits, rows, columns, scale, positives, row_rnorm, column_rnorm, kept,
+                normalize_rows, normalize_columns, rows_need_grad,
+            )  # fmt: skip
         square = columns is None
         has_positives = positives is not None and grad_positive_logits is not None and positives.numel() > 0
         has_columns = both_directions and grad_column_lse is not None
@@ -726,7 +731,7 @@ def contrastive_bwd(
             rows,
             row_rnorm if normalize_rows else None,
             *_softmax_weight(lse, grad_lse, bound, scale),
-            _contiguous(row_ids),
+            contiguous(row_ids),
             positives,
             grad_positive_logits,
         )
@@ -737,7 +742,7 @@ def contrastive_bwd(
                 columns,
                 column_rnorm if normalize_columns else None,
                 *_softmax_weight(column_lse, grad_column_lse, bound, scale),
-                _contiguous(column_ids),
+                contiguous(column_ids),
                 None,
                 None,
             )
@@ -748,7 +753,7 @@ def contrastive_bwd(
         first, second = (row_side, column_side) if rows_first else (column_side, row_side)
         first_grad = rows_need_grad or not rows_first
 
-        if _tile("backward", rows) is not None:
+        if tile_for("backward", rows) is not None:
             grad, row_dots = _bwd_fused(first, second, scale, bound, masks, first_grad)
             other_grad = _bwd_fused(second, first, scale, bound, masks, True)[0] if both else None
         else:
@@ -763,13 +768,35 @@ def contrastive_bwd(
         return (grad, empty[0], grad_scale) if rows_first else (empty[0], grad, grad_scale)
 
 
+def _bwd_from_expectation(
+    grad_lse, grad_positive_logits, rows, columns, scale, positives, row_rnorm, column_rnorm, expectation,
+    normalize_rows, normalize_columns, rows_need_grad,
+):  # fmt: skip
+    """Gradients of rows and scale where the forward kept the expectation of the columns: no walk over columns."""
+    n = rows.shape[0]
+    gradient = torch.zeros_like(expectation)
+    if grad_lse is not None:
+        gradient = grad_lse.to(scale.dtype)[:, None] * expectation
+    if positives is not None and grad_positive_logits is not None and positives.numel() > 0:
+        index = positives.remainder(columns.shape[0]).reshape(n, -1)
+        weight = grad_positive_logits.to(scale.dtype).reshape(index.shape)
+        if normalize_columns:
+            weight = weight * column_rnorm[index]
+        for k in range(index.shape[1]):
+            gradient += weight[:, k, None] * columns[index[:, k]].to(scale.dtype)
+    grad = torch.empty_like(rows, memory_format=torch.contiguous_format) if rows_need_grad else None
+    row_dots = scale.new_empty(n)
+    finish_rows(gradient[None], rows, row_rnorm if normalize_rows else None, scale, None, grad, row_dots)
+    return rows.new_empty(0) if grad is None else grad, rows.new_empty(0), row_dots.sum()
+
+
 def _bwd_fused(side, other, scale, bound, masks, need_grad):
     """Gradient of one side, in one kernel unless the walk over the other side is split; and its row dots."""
     n, d = side.vectors.shape
     m = other.vectors.shape[0]
-    tile = _tile("backward", side.vectors)
+    tile = tile_for("backward", side.vectors)
     tiles = triton.cdiv(m, tile.block_m)
-    splits, tiles_per_split = _split(triton.cdiv(n, tile.block_n), tiles)
+    splits, tiles_per_split = split_walk(triton.cdiv(n, tile.block_n), tiles)
     grad = torch.empty_like(side.vectors, memory_format=torch.contiguous_format) if need_grad else None
     row_dots = scale.new_empty(n)
     partial = scale.new_empty(splits, n, d) if splits > 1 else None
@@ -789,12 +816,12 @@ def _bwd_fused(side, other, scale, bound, masks, need_grad):
         *other.vectors.stride(),
         tiles_per_split,
         **masks,
-        PRECISION=_precision(side.vectors),
+        PRECISION=precision(side.vectors),
         EVEN_D=d == tile.block_d,
-        **_launch_options(tile),
+        **launch_options(tile),
     )
     if partial is not None:
-        _finish(partial, side, scale, bound, grad, row_dots, has_rnorm=False)
+        finish_rows(partial, side.vectors, side.rnorm, scale, bound, grad, row_dots, has_rnorm=False)
     return grad, row_dots
 
 
@@ -802,7 +829,7 @@ def _bwd_panels(side, other, scale, bound, masks, need_grad, other_needs_grad):
     """Gradients of one side and, if asked, the other, by panels of stored coefficients; and the row dots."""
     n, d = side.vectors.shape
     m = other.vectors.shape[0]
-    tile = _tile("coefficient", side.vectors)
+    tile = tile_for("coefficient", side.vectors)
     norms_in_panel = side.vectors.dtype != torch.float16
     # Rows of 16 elements at least, so that vector accesses stay aligned.
     stride_c = triton.cdiv(m, 16) * 16
@@ -829,10 +856,10 @@ def _bwd_panels(side, other, scale, bound, masks, need_grad, other_needs_grad):
             first,
             panel_rows,
             **masks,
-            PRECISION=_precision(side.vectors),
+            PRECISION=precision(side.vectors),
             EVEN_D=d % tile.block_d == 0,
             ONE_BLOCK_D=d <= tile.block_d,
-            **_launch_options(tile),
+            **launch_options(tile),
         )
         panel_coefficients = coefficients[:panel_rows, :m]
         rows = slice(first, first + panel_rows)
@@ -840,7 +867,16 @@ def _bwd_panels(side, other, scale, bound, masks, need_grad, other_needs_grad):
         partial = _product(panel_coefficients, other.vectors, rnorm, scale, partial, accumulate=False)
         part = Side(side.vectors[rows], None if side.rnorm is None else side.rnorm[rows], *[None] * 5)
         part_grad = None if grad is None else grad[rows]
-        _finish(partial, part, scale, bound, part_grad, row_dots[rows], has_rnorm=norms_in_panel)
+        finish_rows(
+            partial,
+            part.vectors,
+            part.rnorm,
+            scale,
+            bound,
+            part_grad,
+            row_dots[rows],
+            has_rnorm=norms_in_panel,
+        )
         if other_needs_grad:
             rnorm = None if norms_in_panel else part.rnorm
             other_partial = _product(
@@ -849,20 +885,29 @@ def _bwd_panels(side, other, scale, bound, masks, need_grad, other_needs_grad):
     other_grad = None
     if other_needs_grad:
         other_grad = torch.empty_like(other.vectors, memory_format=torch.contiguous_format)
-        _finish(other_partial, other, scale, bound, other_grad, scale.new_empty(m), has_rnorm=norms_in_panel)
+        finish_rows(
+            other_partial,
+            other.vectors,
+            other.rnorm,
+            scale,
+            bound,
+            other_grad,
+            scale.new_empty(m),
+            has_rnorm=norms_in_panel,
+        )
     return grad, other_grad, row_dots
 
 
 def _product(a, b, b_rnorm, scale, partial, accumulate):
     """Partial sums (splits, N, D) of a (N, K) @ b (K, D), added to `partial` or in a new tensor."""
     (n, k), d = a.shape, b.shape[1]
-    tile = _tile("product", b)
+    tile = tile_for("product", b)
     owners = triton.cdiv(n, tile.block_n) * triton.cdiv(d, tile.block_d)
     if accumulate:
         splits = partial.shape[0]
         tiles_per_split = triton.cdiv(triton.cdiv(k, tile.block_m), splits)
     else:
-        splits, tiles_per_split = _split(owners, triton.cdiv(k, tile.block_m))
+        splits, tiles_per_split = split_walk(owners, triton.cdiv(k, tile.block_m))
         partial = scale.new_empty(splits, n, d)
     contrastive_product_kernel[owners, splits](
         a,
@@ -876,41 +921,11 @@ def _product(a, b, b_rnorm, scale, partial, accumulate):
         *b.stride(),
         tiles_per_split,
         ACCUMULATE=accumulate,
-        PRECISION=_precision(b),
+        PRECISION=precision(b),
         EVEN_D=d % tile.block_d == 0,
-        **_launch_options(tile),
+        **launch_options(tile),
     )
     return partial
-
-
-def _finish(partial, side, scale, bound, grad, row_dots, has_rnorm):
-    splits, n, d = partial.shape
-    block_n, block_d = 16, min(128, triton.next_power_of_2(d))
-    contrastive_finish_kernel[triton.cdiv(n, block_n),](
-        partial,
-        side.vectors,
-        side.rnorm,
-        scale,
-        bound,
-        grad,
-        row_dots,
-        n,
-        d,
-        *side.vectors.stride(),
-        splits,
-        HAS_RNORM=has_rnorm and side.rnorm is not None,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-    )
-
-
-def _row_rnorm(x, scale):
-    """1 / max(‖x_i‖, 1e-12), shape (N,), in scale's type."""
-    n, d = x.shape
-    rnorm = scale.new_empty(n)
-    block_n, block_d = 16, min(128, triton.next_power_of_2(d))
-    row_rnorm_kernel[triton.cdiv(n, block_n),](x, rnorm, n, d, *x.stride(), BLOCK_N=block_n, BLOCK_D=block_d)
-    return rnorm
 
 
 def _merge_lse(partial, lse, first_part, parts):
@@ -958,70 +973,3 @@ def _side_arguments(side):
 
 def _positives_per_row(*sides):
     return max(0 if side.positives is None else side.positives.shape[1] for side in sides)
-
-
-def _contiguous(tensor):
-    return None if tensor is None else tensor.contiguous()
-
-
-# --- choice of tiles --------------------------------------------------------------------------------------
-
-DTYPE_CLASSES = {
-    torch.float16: "half",
-    torch.bfloat16: "half",
-    torch.float32: "float32",
-    torch.float64: "float64",
-}
-
-
-def _precision(x):
-    """How tl.dot multiplies float32: exactly, unless torch's own setting allows TF32 for matrix products."""
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
-
-
-def _tile(kernel, x):
-    """Tile of a kernel for vectors x (N, D) on the current device, or None where the table has none."""
-    dtype_class = "tf32" if _precision(x) == "tf32" else DTYPE_CLASSES[x.dtype]
-    arch = triton.runtime.driver.active.get_current_target().arch
-    return find_tile(kernel, arch, dtype_class, x.shape[1])
-
-
-def find_tile(kernel, arch, dtype_class, d):
-    """Entry of the tile table for a width D on compute capability `arch` (80 for 8.0)."""
-    for largest_d, tile in TILES[table_arch(arch)][dtype_class][kernel]:
-        if largest_d is None or d <= largest_d:
-            return Tile(*tile)
-    return None
-
-
-def table_arch(arch):
-    """Architecture of the tile table that serves compute capability `arch`."""
-    if arch in (86, 87, 89) or arch >= 120:
-        return 86
-    return max(known for known in TILES if known <= arch and known != 86)
-
-
-def _launch_options(tile):
-    return {
-        "BLOCK_N": tile.block_n,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_D": tile.block_d,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
-
-
-def _split(owners, tiles):
-    """Splits of a walk over `tiles` so that `owners` programs fill every processor, and the tiles in each."""
-    device = triton.runtime.driver.active.get_current_device()
-    splits = 1
-    if owners < _processors(device):
-        splits = max(1, min(triton.cdiv(2 * _processors(device), owners), tiles // TILES_PER_SPLIT))
-    tiles_per_split = triton.cdiv(tiles, splits)
-    return triton.cdiv(tiles, tiles_per_split), tiles_per_split
-
-
-@functools.cache
-def _processors(device):
-    return triton.runtime.driver.active.utils.get_device_properties(device)["multiprocessor_count"]

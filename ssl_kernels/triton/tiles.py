@@ -29,6 +29,11 @@ class Tile(NamedTuple):
     blocks: int
 
 
+def keeps_expectation(rows):
+    """Whether the forward has a tile that holds the expectation of the columns beside the logits, on any card."""
+    return rows.element_size() == 2 and rows.shape[1] <= 128
+
+
 TILES = {
     80: {
         "half": {

@@ -102,7 +102,7 @@ def main(arguments=None):
     if not torch.cuda.is_available():
         sys.exit("tune: timing tiles needs a CUDA GPU, and torch sees none")
 
-    from ssl_kernels.triton.contrastive import table_arch
+    from ssl_kernels.triton.launch import table_arch
 
     major, minor = torch.cuda.get_device_capability()
     arch = table_arch(10 * major + minor)

@@ -23,6 +23,7 @@ class Case:
     ids: bool = False
     keep_diagonal: bool = False
     both_directions: bool = False
+    expectation: bool = False  # columns get no gradient, so that the forward keeps their expectation
     normalize: bool = True
     data: str = "random"  # or "zero rows", "equal rows", "uneven norms"
     layout: str = "contiguous"  # or "transposed", "strided"
@@ -30,7 +31,7 @@ class Case:
 
     def __str__(self):
         words = [f"{self.n}x{self.m or 'square'}x{self.d}", str(self.dtype)[6:], f"T={self.temperature}"]
-        flags = ("ids", "keep_diagonal", "both_directions")
+        flags = ("ids", "keep_diagonal", "both_directions", "expectation")
         words += [flag for flag in flags if getattr(self, flag)]
         words += [] if self.normalize else ["raw"]
         words += [word for word in (self.data, self.layout) if word not in ("random", "contiguous")]
@@ -80,7 +81,7 @@ class Call:
         return (case.normalize, case.normalize, case.keep_diagonal, case.both_directions)
 
     def forward(self):
-        return kernels.contrastive_fwd(*self.operands, *self.flags, True, True)
+        return kernels.contrastive_fwd(*self.operands, *self.flags, True, not self.case.expectation)
 
     def backward(self, results, rows_need_grad=True, columns_need_grad=True):
         lse, column_lse, _, *saved = results
@@ -100,7 +101,7 @@ class Call:
     def triton(self):
         """lse, column_lse, positive_logits and the gradients of rows, columns and scale."""
         results = self.forward()
-        return [*results[:3], *self.backward(results)]
+        return [*results[:3], *self.backward(results, True, not self.case.expectation)]
 
     def autograd(self, dtype):
         """The same six of the reference computed in `dtype`, as float64."""
@@ -118,6 +119,8 @@ class Call:
         grads = list(torch.autograd.grad(objective, inputs))
         if columns is None:
             grads.insert(1, rows.new_empty(0))
+        elif self.case.expectation:
+            grads[1] = rows.new_empty(0)
         return [result.detach().double() for result in (lse, column_lse, positive_logits, *grads)]
 
     def units(self):

@@ -15,6 +15,7 @@ from ssl_kernels.triton import contrastive
 
 KERNELS = {
     "forward": contrastive.contrastive_fwd_kernel,
+    "expectation": contrastive.contrastive_fwd_kernel,
     "backward": contrastive.contrastive_bwd_kernel,
     "coefficient": contrastive.contrastive_coefficient_kernel,
     "product": contrastive.contrastive_product_kernel,
@@ -26,6 +27,8 @@ INT32 = {"x_positives_ptr", "y_positives_ptr"}
 FLOAT64 = {"lse_ptr", "positive_logits_ptr"}
 # Absent from a call as nt_xent_loss makes it, with a card full of rows.
 ABSENT = {"x_ids_ptr", "y_ids_ptr", "row_partial_ptr", "column_partial_ptr"}
+# Of the forward, in calls that keep the expectation only.
+OF_EXPECTATION = {"expectation_partial_ptr"}
 UNIT_STRIDES = {"stride_xd", "stride_yd", "stride_bd", "stride_ak"}
 FIELDS = ("REG", "STACK", "LOCAL")  # of cuobjdump's resource report
 
@@ -56,7 +59,8 @@ def compile_kernel(kernel, arch, dtype, d, tile, precision="ieee", everything=Fa
     function = KERNELS[kernel]
     acc = "fp64" if dtype == torch.float64 else "fp32"
     absent = set() if everything else set(ABSENT)
-    absent |= {"row_partial_ptr"} if kernel != "forward" else set()
+    absent |= {"column_partial_ptr"} if kernel == "expectation" else OF_EXPECTATION
+    absent |= {"row_partial_ptr"} if kernel not in ("forward", "expectation") else set()
     absent |= {"partial_ptr"} if kernel == "backward" else set()
     half = dtype == torch.float16
     absent |= set() if half else {"bound_ptr", "b_rnorm_ptr"}
@@ -71,7 +75,7 @@ def compile_kernel(kernel, arch, dtype, d, tile, precision="ieee", everything=Fa
         "BLOCK_M": tile.block_m,
         "BLOCK_D": tile.block_d,
     }
-    if kernel != "forward":
+    if kernel not in ("forward", "expectation"):
         constants["P"] = 1
     signature, constexprs, attributes = {}, {}, {}
     for position, name in enumerate(function.arg_names):

@@ -21,6 +21,10 @@ SAMPLE = [
     Case(65, 130, 64, torch.float32, both_directions=True, ids=True),
     Case(2, None, 1, torch.float64, positives=0),
     Case(65, 33, 17, torch.float64, both_directions=True, temperature=0.005, ids=True),
+    Case(65, 130, 128, torch.bfloat16, expectation=True, ids=True, keep_diagonal=True),
+    Case(130, 65, 17, torch.float16, expectation=True, positives=2, temperature=0.005),
+    Case(3, 65, 64, torch.bfloat16, expectation=True, normalize=False, temperature=10.0),
+    Case(65, 33, 64, torch.float32, expectation=True),
 ]
 
 
@@ -67,6 +71,33 @@ def test_unusual_rows_in_every_dtype(gpu, dtype, d, data):
             check(call)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_expectation_is_split_and_spares_the_second_walk(gpu, dtype):
+    call = Call(Case(3, 1100, 40, dtype, expectation=True), gpu.device)
+    with gpu.triton() as launches:
+        results = call.triton()
+    check(call, results)
+    if gpu.emulated:
+        kernels_run = [launch.kernel for launch in launches]
+        (forward,) = (launch for launch in launches if launch.kernel == "contrastive_fwd_kernel")
+        assert forward.grid[1] > 1 and "expectation_merge_kernel" in kernels_run
+        assert not {"contrastive_bwd_kernel", "contrastive_coefficient_kernel"} & set(kernels_run)
+
+
+def test_expectation_without_columns(gpu):
+    """What autograd saves when no positives are asked for: the columns are not read again."""
+    call = Call(Case(5, 70, 17, torch.bfloat16, expectation=True, positives=0), gpu.device)
+    call.row_ids = torch.tensor([7, 1, 2, 3, 4], device=gpu.device)
+    call.column_ids = torch.full((70,), 7, device=gpu.device)
+    with gpu.triton():
+        results = call.forward()
+        expected = call.backward(results, True, False)
+        call.columns = call.row_ids = call.column_ids = None
+        got = call.backward(results, True, False)
+    assert (results[5][0] == 0).all() and results[0][0] == -torch.inf
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 @pytest.mark.parametrize("layout", ["transposed", "strided"])
 def test_any_strides(gpu, layout):
     call = Call(Case(65, 33, 17, torch.bfloat16, both_directions=True, layout=layout), gpu.device)
@@ -74,9 +105,9 @@ def test_any_strides(gpu, layout):
         check(call)
 
 
-@pytest.mark.parametrize("d", [17, 257])
-def test_every_schedule_gives_the_same_bits(gpu, d):
-    call = Call(Case(65, None, d, torch.bfloat16), gpu.device)
+@pytest.mark.parametrize("d, m", [(17, None), (257, None), (40, 130)])
+def test_every_schedule_gives_the_same_bits(gpu, d, m):
+    call = Call(Case(65, m, d, torch.bfloat16, expectation=m is not None), gpu.device)
     schedules = [{"seed": 0}, {"seed": 1}, {"seed": 2, "warp_races": True}]
     results = []
     for schedule in schedules:

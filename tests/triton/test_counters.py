@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssl_kernels.triton.contrastive import find_tile
+from ssl_kernels.triton.launch import find_tile
 from tests.triton.cases import Call, Case
 
 
@@ -47,6 +47,18 @@ def test_square_case_multiplies_one_unit_forward_and_two_backward(gpu, n, d):
             first = flops // (64 * tile.block_m * 16) * 4
             second = flops // (64 * d * 16) * 4 if units == 2 else 0
             assert counted == first + second
+
+
+def test_expectation_multiplies_two_units(gpu):
+    n, m, d = 256, 512, 128
+    counters = _launches(gpu, Case(n, m, d, torch.bfloat16, expectation=True))
+    tile = find_tile("backward", gpu.arch, "half", d)
+    flops = _padded(n, tile.block_n) * _padded(m, tile.block_m) * d
+    if gpu.arch == 80:
+        stated = 2 * flops // (16 * 8 * 16)
+    else:
+        stated = flops // (64 * tile.block_m * 16) * 4 + flops // (64 * d * 16) * 4
+    assert counters["contrastive_fwd_kernel"].mma == stated
 
 
 def test_wide_rows_multiply_two_units_backward(gpu):

@@ -58,6 +58,17 @@ def test_entry_keeps_its_promise(entry):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES["half"], ids=str)
+@pytest.mark.parametrize("arch", TILES)
+def test_expectation_fits_the_tiles_of_the_backward(arch, dtype):
+    for largest_d, tile in TILES[arch]["half"]["backward"]:
+        if largest_d <= 128:
+            compiled = compile_kernel("expectation", arch, dtype, largest_d, Tile(*tile), everything=True)
+            needs = resources(compiled)
+            assert needs.spilled == 0 and needs.shared <= PROCESSORS[arch][3], largest_d
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("everything", [False, True], ids=["nt_xent", "everything"])
 @pytest.mark.parametrize("entry", ENTRIES, ids=_name)
 def test_every_entry_keeps_its_promise(entry, everything):
