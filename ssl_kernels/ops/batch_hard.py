@@ -4,10 +4,17 @@ import torch
 
 from ssl_kernels import backends
 from ssl_kernels.chunked import batch_hard as chunked
-from ssl_kernels.ops.library import accumulation_dtype, define, library
+from ssl_kernels.ops.library import (
+    accumulation_dtype,
+    define,
+    implement_in_triton,
+    library,
+    where_it_runs,
+)
 from ssl_kernels.reference import batch_hard as reference
 
 DISTANCES = ("euclidean", "cosine")
+_TRITON = "ssl_kernels.triton.batch_hard"
 
 
 def _fake(overload, embeddings, labels, normalize, distance):
@@ -22,23 +29,8 @@ _mine = define(
 )
 
 library.impl("batch_hard.chunked", chunked.batch_hard, "CompositeExplicitAutograd")
-
-
-def unsupported(backend, embeddings, labels=None, *scalars):
-    """Why `backend` cannot run this call, or None if it can."""
-    if backend in ("chunked", "reference"):
-        return None
-    if backend == "triton":
-        return "batch_hard has no Triton kernel"
-    device = embeddings.device.type
-    if backends.extension is None:
-        return backends.extension_missing
-    if device == "cuda" and not backends.extension.build_info()["cuda_architectures"]:
-        return "the extension was built without CUDA"
-    return None if device in ("cpu", "cuda") else f"it runs on cpu and cuda, not on {device}"
-
-
-backends.register_operation("batch_hard", unsupported)
+implement_in_triton(("batch_hard",), _TRITON)
+backends.register_operation("batch_hard", where_it_runs("batch_hard", _TRITON))
 
 
 def batch_hard(

@@ -4,9 +4,16 @@ import torch
 
 from ssl_kernels import backends
 from ssl_kernels.chunked import sigmoid_pairs as chunked
-from ssl_kernels.ops.library import accumulation_dtype, define, library
+from ssl_kernels.ops.library import (
+    accumulation_dtype,
+    define,
+    implement_in_triton,
+    library,
+    where_it_runs,
+)
 from ssl_kernels.reference import sigmoid_pairs as reference
 
+_TRITON = "ssl_kernels.triton.sigmoid_pairs"
 _OPERANDS = "Tensor rows, Tensor columns, Tensor scale, Tensor bias, int diagonal"
 _NORMALIZE = "bool normalize_rows, bool normalize_columns"
 _NEEDS = "bool rows_need_grad, bool columns_need_grad"
@@ -73,23 +80,8 @@ _bwd = define(
 
 library.impl("sigmoid_pairs_fwd.chunked", chunked.sigmoid_pairs_fwd, "CompositeExplicitAutograd")
 library.impl("sigmoid_pairs_bwd.chunked", chunked.sigmoid_pairs_bwd, "CompositeExplicitAutograd")
-
-
-def unsupported(backend, rows, columns=None, *scalars):
-    """Why `backend` cannot run this call, or None if it can."""
-    if backend in ("chunked", "reference"):
-        return None
-    if backend == "triton":
-        return "sigmoid_pairs has no Triton kernel"
-    device = rows.device.type
-    if backends.extension is None:
-        return backends.extension_missing
-    if device == "cuda" and not backends.extension.build_info()["cuda_architectures"]:
-        return "the extension was built without CUDA"
-    return None if device in ("cpu", "cuda") else f"it runs on cpu and cuda, not on {device}"
-
-
-backends.register_operation("sigmoid_pairs", unsupported)
+implement_in_triton(("sigmoid_pairs_fwd", "sigmoid_pairs_bwd"), _TRITON)
+backends.register_operation("sigmoid_pairs", where_it_runs("sigmoid_pairs_fwd", _TRITON))
 
 
 class _Backward(torch.autograd.Function):

@@ -1,0 +1,66 @@
+"""The Triton kernel of `sigmoid_pairs`, as compiled code, against float64."""
+
+import pytest
+import torch
+
+from ssl_kernels.triton.sigmoid_pairs import sigmoid_pairs_bwd, sigmoid_pairs_fwd, unsupported
+from tests.cuda.sigmoid_pairs_calls import plain, random_call
+
+NAMES = ("rows", "columns", "scale", "bias")
+
+
+def check(call, *, rtol):
+    """Losses, total, its gradients and weighted ones, each within rtol of the largest."""
+    ones = torch.ones(len(call.rows), dtype=torch.float64, device=call.rows.device)
+    weights = torch.linspace(0.1, 1, len(ones), dtype=torch.float64, device=ones.device) * 1e-3
+    operands, normalize = call[:5], call[5:]
+    truth, exact = plain(call, ones, torch.float64)
+    losses, *nothing = sigmoid_pairs_fwd(*operands, *normalize, False, True, True, True)
+    assert all(tensor.shape == (0,) for tensor in nothing)
+    total, *grads = sigmoid_pairs_fwd(*operands, *normalize, True, True, True, True)
+    torch.testing.assert_close(losses.cpu(), truth, rtol=2e-5, atol=1e-9)
+    torch.testing.assert_close(total.cpu(), truth.sum(), rtol=2e-5, atol=1e-9)
+    weighted = sigmoid_pairs_bwd(weights, *operands, *normalize, True, True)
+    _, exact_weighted = plain(call, weights, torch.float64)
+    for ours, right in ((grads, exact), (weighted, exact_weighted)):
+        for name, got, expected in zip(NAMES, ours, right, strict=True):
+            error = (got.double().cpu() - expected).abs().max() / expected.abs().max()
+            assert error <= rtol, (name, error)
+
+
+@pytest.mark.parametrize(
+    "n, m, d, dtype, scale, bias, diagonal, normalize",
+    [
+        (65, 130, 40, torch.bfloat16, 10.0, -5.0, 3, True),
+        (130, 65, 17, torch.float16, 2.0, 1.0, -65, True),
+        pytest.param(65, 65, 128, torch.float16, 1.0, -10.0, 0, False, marks=pytest.mark.slow),
+        pytest.param(3, 1100, 64, torch.bfloat16, 10.0, -10.0, 0, True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_matches_float64(gpu, n, m, d, dtype, scale, bias, diagonal, normalize):
+    call = random_call(
+        n, m, d, dtype, scale=scale, bias=bias, diagonal=diagonal, normalize_rows=normalize,
+        normalize_columns=normalize, device=gpu.device,
+    )  # fmt: skip
+    with gpu.triton():
+        check(call, rtol=8 * torch.finfo(dtype).eps)
+
+
+def test_gradients_that_are_not_needed(gpu):
+    call = random_call(20, 33, 24, torch.bfloat16, device=gpu.device)
+    with gpu.triton():
+        total, rows, columns, scale, bias = sigmoid_pairs_fwd(*call, True, True, True, True)
+        for needs in ((True, False), (False, True), (False, False)):
+            again = sigmoid_pairs_fwd(*call, True, True, *needs)
+            assert torch.equal(again[1], rows if needs[0] else rows.new_empty(0))
+            assert torch.equal(again[2], columns if needs[1] else rows.new_empty(0))
+            for ours, right in zip((again[0], *again[3:]), (total, scale, bias), strict=True):
+                torch.testing.assert_close(ours, right, rtol=1e-2, atol=1e-3)
+
+
+def test_unsupported_calls_say_why(gpu):
+    with gpu.triton():
+        assert unsupported(torch.ones(4, 8, dtype=torch.bfloat16, device=gpu.device)) is None
+        assert "float32" in unsupported(torch.ones(4, 8, device=gpu.device))
+        assert "129" in unsupported(torch.ones(4, 129, dtype=torch.float16, device=gpu.device))
