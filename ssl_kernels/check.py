@@ -1,7 +1,8 @@
 """Run every kernel that this machine can run against float64 and print the errors.
 
-A kernel passes when its error is at most three times that of plain PyTorch in the same dtype, or a few
-units in the last place. Exit code 1 if one fails.
+A kernel passes when its error is at most three times that of the plain PyTorch reference in the same dtype, or a few
+units in the last place. Errors are relative to the largest entry of the float64 result, the worst over all calls and
+shapes of an operation. Exit code 1 if a kernel fails.
 """
 
 import itertools
@@ -9,84 +10,213 @@ import itertools
 import torch
 import torch.nn.functional as F
 
+import ssl_kernels
 from ssl_kernels import backends
-from ssl_kernels.ops.contrastive import contrastive
+from ssl_kernels.ops.queue_push import queue_push_
 
-SHAPES = [(64, None, 128), (513, None, 123), (130, 700, 64)]  # N, M (None: square), D
-TEMPERATURES = [0.005, 0.1, 10.0]
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+SHAPES = ((64, 128), (513, 123))  # N, D
+TEMPERATURES = (0.005, 0.1, 10.0)
 
 
 def add_arguments(parser):
     parser.add_argument("--device", help="cpu or cuda (default: both where there is a GPU)")
+    parser.add_argument("op", nargs="*", help=f"of {', '.join(CALLS)}; all without any")
 
 
 def run(args, parser):
-    """Print one line a kernel and dtype; returns 0 if all pass."""
+    """Print a line for each kernel and dtype; returns 0 if all pass."""
+    unknown = [op for op in args.op if op not in CALLS]
+    if unknown:
+        parser.error(f"op must be of {', '.join(CALLS)}, got {unknown[0]}")
     devices = [args.device] if args.device else ["cpu", *["cuda"] * torch.cuda.is_available()]
     failures = 0
-    print(f"{'device':<8}{'backend':<11}{'dtype':<10}{'value':>10}{'plain':>10}{'gradient':>10}{'plain':>10}")
-    for device, dtype in itertools.product(devices, ["float64", "float32", "float16", "bfloat16"]):
-        for backend in ("native", "triton", "chunked"):
-            rows = torch.zeros(2, 128, device=device, dtype=getattr(torch, dtype))
-            reason = backends.backends_for("contrastive", rows)[backend]
-            if reason:
-                print(f"{device:<8}{backend:<11}{dtype:<10}  cannot run: {reason}")
-                continue
-            ours, plain = _worst_errors(backend, device, getattr(torch, dtype))
-            passed = all(error <= 3 * other + 1e-6 for error, other in zip(ours, plain, strict=True))
+    print(
+        f"{'operation':<22}{'device':<7}{'backend':<9}{'dtype':<10}{'value':>9}{'plain':>9}{'gradient':>10}{'plain':>9}"
+    )
+    for op, device, backend in itertools.product(args.op or CALLS, devices, ("native", "triton", "chunked")):
+        head = f"{op:<22}{device:<7}{backend:<9}"
+        reason = backends.backends_for(op, torch.zeros(2, 128, device=device))[backend]
+        if reason:
+            print(f"{head}cannot run: {reason}")
+            continue
+        for dtype in DTYPES:
+            if op == "mixup_normalize" and dtype == torch.float64:
+                continue  # images come in float32 at the widest
+            ours, plain = worst_errors(op, backend, device, dtype)
+            # The reference in float64 is the truth itself.
+            floor = 1e-12 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
+            passed = all(error <= 3 * other + floor for error, other in zip(ours, plain, strict=True))
             failures += not passed
-            numbers = (ours[0], plain[0], ours[1], plain[1])
-            cells = "".join(f"{number:>10.1e}" for number in numbers)
-            print(f"{device:<8}{backend:<11}{dtype:<10}{cells}  {'ok' if passed else 'FAILED'}")
+            cells = f"{ours[0]:>9.1e}{plain[0]:>9.1e}{ours[1]:>10.1e}{plain[1]:>9.1e}"
+            print(f"{head}{str(dtype).removeprefix('torch.'):<10}{cells}  {'ok' if passed else 'FAILED'}")
     return 1 if failures else 0
 
 
-def _worst_errors(backend, device, dtype):
-    """((value, gradient) of the backend, the same of plain PyTorch), the worst over shapes and temperatures.
-
-    Relative to the largest entry of the float64 result.
-    """
-    worst = [[0.0, 0.0], [0.0, 0.0]]
-    generator = torch.Generator().manual_seed(0)
-    for (n, m, d), temperature in itertools.product(SHAPES, TEMPERATURES):
-        inputs = [torch.randn(n, d, generator=generator)]
-        if m is not None:
-            inputs.append(torch.randn(m, d, generator=generator))
-        inputs = [tensor.to(device, dtype) for tensor in inputs]
-        positives = torch.randint(m or n, (n,), generator=generator).to(device)
-        truth = _value_and_gradients(_plain, [x.double() for x in inputs], temperature, positives)
-        for row, loss in zip(worst, (_through(backend), _plain), strict=True):
-            got = _value_and_gradients(loss, inputs, temperature, positives)
-            row[0] = max(row[0], _relative_error(got[:1], truth[:1]))
-            row[1] = max(row[1], _relative_error(got[1:], truth[1:]))
-    return worst
+def worst_errors(op, backend, device, dtype):
+    """((value, gradient) of the backend, the same of "reference")."""
+    worst = {backend: [0.0, 0.0], "reference": [0.0, 0.0]}
+    for seed, (n, d) in enumerate(SHAPES):
+        for call, inputs in CALLS[op](n, d, dtype, torch.Generator().manual_seed(seed)):
+            inputs = [tensor.to(device) for tensor in inputs]
+            wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
+            truth = value_and_gradients(call, "reference", wide)
+            for name, errors in worst.items():
+                found = value_and_gradients(call, name, inputs)
+                errors[:] = [
+                    max(error, relative_error(got, true))
+                    for error, got, true in zip(errors, found, truth, strict=True)
+                ]
+    return worst[backend], worst["reference"]
 
 
-def _plain(rows, columns, temperature, positives):
-    """Mean loss as plain PyTorch code computes it, in the dtype of rows."""
-    unit = F.normalize(rows, dim=1)
-    logits = unit @ (unit if columns is None else F.normalize(columns, dim=1)).T / temperature
-    wanted = logits.gather(1, positives[:, None]).squeeze(1)
-    if columns is None:
-        logits = logits.masked_fill(torch.eye(len(rows), dtype=torch.bool, device=rows.device), -torch.inf)
-    return (torch.logsumexp(logits, 1) - wanted).mean()
+def value_and_gradients(call, backend, inputs):
+    """([result], gradients of the floating inputs that the result depends on), by the sum of the result's squares."""
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    result = call(backend, *leaves)
+    if not result.requires_grad:
+        return [result], []
+    grads = torch.autograd.grad(
+        result.double().square().sum(), [x for x in leaves if x.requires_grad], allow_unused=True
+    )
+    return [result.detach()], [grad for grad in grads if grad is not None]
 
 
-def _through(backend):
-    def loss(rows, columns, temperature, positives):
-        acc = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        scale = torch.full((), 1 / temperature, dtype=acc, device=rows.device)
-        result = contrastive(rows, columns, scale, positives=positives, backend=backend)
-        return (result.lse - result.positive_logits).mean()
-
-    return loss
-
-
-def _value_and_gradients(loss, inputs, temperature, positives):
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-    value = loss(leaves[0], leaves[1] if len(leaves) > 1 else None, temperature, positives)
-    return [value.detach(), *torch.autograd.grad(value, leaves)]
+def relative_error(got, truth):
+    """The largest over tensors; 0 without any."""
+    errors = [
+        ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)).item()
+        for a, b in zip(got, truth, strict=True)
+    ]
+    return max((float("inf") if error != error else error for error in errors), default=0.0)
 
 
-def _relative_error(got, truth):
-    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(got, truth, strict=True))
+# For each operation a function (n, d, dtype, generator) that yields (call(backend, *inputs), inputs).
+
+
+def contrastive_calls(n, d, dtype, generator):
+    z0, z1, others = rows_of(3, n, d, dtype, generator)
+    for temperature in TEMPERATURES:
+        yield (
+            lambda backend, z0, z1, t=temperature: ssl_kernels.nt_xent_loss(z0, z1, t, backend=backend),
+            (z0, z1),
+        )
+        yield (
+            lambda backend, q, k, negatives, t=temperature: ssl_kernels.info_nce_loss(
+                q, k, negatives, t, backend=backend
+            ),
+            (z0, z1, others[: n // 2]),
+        )
+        yield (
+            lambda backend, q, k, t=temperature: ssl_kernels.clip_loss(q, k, 1 / t, backend=backend),
+            (z0, z1),
+        )
+        yield (
+            lambda backend, q, k, queue, t=temperature: ssl_kernels.moco_loss(
+                q, k, queue.detach(), t, backend=backend
+            ),
+            (z0, z1, F.normalize(others, dim=1)),
+        )
+
+
+def sigmoid_pairs_calls(n, d, dtype, generator):
+    rows, columns = rows_of(2, n, d, dtype, generator)
+    for scale in (1.0, 10.0):
+        yield (
+            lambda backend, rows, columns, s=scale: ssl_kernels.siglip_loss(
+                rows, columns, s, -s, backend=backend
+            ),
+            (rows, columns),
+        )
+
+
+def batch_hard_calls(n, d, dtype, generator):
+    (rows,) = rows_of(1, n, d, dtype, generator)
+    labels = torch.randint(n // 4, (n,), generator=generator)
+    for distance in ("euclidean", "cosine"):
+        yield (
+            lambda backend, rows, labels, by=distance: ssl_kernels.triplet_loss(
+                rows, labels, distance=by, backend=backend
+            ),
+            (rows, labels),
+        )
+
+
+def mixup_calls(n, d, dtype, generator):
+    (x,) = rows_of(1, n, d, dtype, generator)
+    lam, permutation = draw(n, generator)
+
+    def in_place(backend, x, permutation):
+        return ssl_kernels.mixup_(x.detach().clone(), lam.to(x.device), permutation, backend=backend)
+
+    yield (
+        lambda backend, x, p: ssl_kernels.mixup(x, lam.to(x.device), p, backend=backend),
+        (x, permutation),
+    )
+    yield in_place, (x, permutation)
+
+
+def cutmix_calls(n, d, dtype, generator):
+    (x,) = rows_of(1, n, d, dtype, generator)
+    low, high = torch.randint(0, d + 1, (2, n), generator=generator).sort(0).values
+    boxes = torch.stack((torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.int64), low, high), 1)
+    yield (
+        lambda backend, x, p, boxes: ssl_kernels.cutmix(x[:, None], boxes, p, backend=backend),
+        (x, draw(n, generator)[1], boxes),
+    )
+
+
+def mixup_normalize_calls(n, d, dtype, generator):
+    images = torch.randint(0, 256, (n, 3, 4, d), dtype=torch.uint8, generator=generator)
+    lam, permutation = draw(n, generator)
+    yield (
+        lambda backend, x, p: ssl_kernels.mixup_normalize(
+            x, lam.to(x.device), p, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), dtype, backend=backend
+        ),
+        (images, permutation),
+    )
+
+
+def mixup_cross_entropy_calls(n, d, dtype, generator):
+    (logits,) = rows_of(1, n, d, dtype, generator)
+    lam, permutation = draw(n, generator)
+    yield (
+        lambda backend, logits, target, p: ssl_kernels.mixup_cross_entropy(
+            logits, target, p, lam.to(logits.device), label_smoothing=0.1, backend=backend
+        ),
+        (logits, torch.randint(d, (n,), generator=generator), permutation),
+    )
+
+
+def queue_push_calls(n, d, dtype, generator):
+    storage, keys = rows_of(2, n, d, dtype, generator)
+
+    def push(backend, storage, keys):
+        storage = storage.detach().clone()
+        counters = torch.zeros((2,), dtype=torch.int64, device=storage.device)
+        queue_push_(storage, keys.detach()[: n // 3], counters[0], counters[1], backend=backend)
+        queue_push_(storage, keys.detach()[n // 3 :], counters[0], counters[1], backend=backend)
+        return storage
+
+    yield push, (storage, keys)
+
+
+CALLS = {
+    "contrastive": contrastive_calls,
+    "sigmoid_pairs": sigmoid_pairs_calls,
+    "batch_hard": batch_hard_calls,
+    "mixup": mixup_calls,
+    "cutmix": cutmix_calls,
+    "mixup_normalize": mixup_normalize_calls,
+    "mixup_cross_entropy": mixup_cross_entropy_calls,
+    "queue_push": queue_push_calls,
+}
+
+
+def rows_of(count, n, d, dtype, generator):
+    return [torch.randn(n, d, generator=generator).to(dtype) for _ in range(count)]
+
+
+def draw(n, generator):
+    """λ (n,) and a permutation."""
+    return torch.rand(n, generator=generator), torch.randperm(n, generator=generator)

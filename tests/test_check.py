@@ -1,0 +1,38 @@
+"""`python -m ssl_kernels check`: every operation is in it, right kernels pass, and a wrong one fails."""
+
+import pytest
+import torch
+
+from ssl_kernels import backends, check, cli
+
+
+def test_every_operation_is_checked():
+    assert set(check.CALLS) == set(backends.operations())
+
+
+@pytest.mark.parametrize("op", check.CALLS)
+def test_kernels_of_this_machine_pass(op, capsys):
+    assert cli.main(["check", op, "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith("ok") for line in lines) >= 3 and not any("FAILED" in line for line in lines)
+
+
+@pytest.mark.parametrize("wrong", ["value", "gradient", "nan"])
+def test_a_wrong_kernel_fails(wrong, monkeypatch, capsys):
+    def found(call, backend, inputs, right=check.value_and_gradients):
+        values, gradients = right(call, backend, inputs)
+        if backend == "chunked" and inputs[0].dtype == torch.float32:
+            spoilt = gradients if wrong == "gradient" else values
+            spoilt[0] = spoilt[0] * (float("nan") if wrong == "nan" else 1.001)
+        return values, gradients
+
+    monkeypatch.setattr(check, "value_and_gradients", found)
+    assert cli.main(["check", "sigmoid_pairs", "--device", "cpu"]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.endswith("FAILED")]
+    assert len(failed) == 1 and "chunked" in failed[0] and "float32" in failed[0]
+
+
+def test_unknown_operation_is_named(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["check", "nonesuch"])
+    assert "nonesuch" in capsys.readouterr().err
