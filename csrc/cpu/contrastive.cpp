@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "contrastive_expectation.h"
+#include "pairs.h"
 #include "rows.h"
 #include "tile_math.h"
 #include "tiles.h"
@@ -58,21 +59,10 @@ class Problem : public Tiles<acc_t> {
              args.columns ? std::optional(load_rows_of<acc_t>(*args.columns, args.normalize_columns))
                           : std::nullopt),
         scale(without_payload(*args.scale.const_data_ptr<acc_t>())),
-        positives_per_row(args.positives ? args.positives->numel() / n : 0),
         bound(static_cast<acc_t>(std::abs(scale) * kLog2E * rows.longest * columns.longest)),
         fixed_shift(bound <= kFixedShift),  // false for NaN
         factor(fixed_shift && scale > 0 ? static_cast<acc_t>(scale * kLog2E) : acc_t(1)),
-        args_(args) {
-    if (args.positives) {
-      positives_ = args.positives->contiguous();
-      const int64_t* index = positives_.const_data_ptr<int64_t>();
-      for (int64_t k = 0; k < positives_.numel(); ++k)
-        TORCH_CHECK_INDEX(-m <= index[k] && index[k] < m, "contrastive: positives must lie in [", -m, ", ", m,
-                          "), got ", index[k]);
-    }
-    if (args.row_ids) row_ids_ = args.row_ids->contiguous();
-    if (args.column_ids) column_ids_ = args.column_ids->contiguous();
-  }
+        pairs_(args) {}
 
   // The tile's place among the logits kept for backward, if it has one.
   std::optional<Tile> kept(int64_t block_i, int64_t block_j, const at::Tensor& kept_logits) const {
@@ -124,38 +114,14 @@ class Problem : public Tiles<acc_t> {
   }
 
   // Entries left out of the sums become -inf.
-  void mask(const Tile& tile) const {
-    constexpr acc_t left_out = -std::numeric_limits<acc_t>::infinity();
-    const int64_t first = std::max(tile.i.begin, tile.j.begin);
-    const int64_t last = std::min(tile.i.begin + tile.i.size, tile.j.begin + tile.j.size);
-    std::vector<acc_t> diagonal;
-    if (row_ids_.defined()) {
-      if (args_.keep_diagonal && !square)
-        for (int64_t k = first; k < last; ++k) diagonal.push_back(tile.at(k, k));
-      const int64_t* of_rows = row_ids_.const_data_ptr<int64_t>();
-      const int64_t* of_columns = square ? of_rows : column_ids_.const_data_ptr<int64_t>();
-      tile_math<acc_t>().mask_equal_ids(tile.s, tile.ld, tile.i.size, tile.j.size, of_rows + tile.i.begin,
-                                        of_columns + tile.j.begin);
-      for (size_t k = 0; k < diagonal.size(); ++k) tile.at(first + k, first + k) = diagonal[k];
-    }
-    if (square)
-      for (int64_t k = first; k < last; ++k) tile.at(k, k) = left_out;
-  }
+  void mask(const Tile& tile) const { pairs_.mask(tile.s, tile.ld, tile.i, tile.j); }
 
-  // visit(flat index of the positive, its row, its column) for the positives of the rows of `i` that lie in `j`.
   template <class Visit>
   void for_each_positive(Block i, Block j, const Visit& visit) const {
-    if (!positives_per_row) return;
-    const int64_t* positives = positives_.const_data_ptr<int64_t>();
-    for (int64_t row = i.begin; row < i.begin + i.size; ++row)
-      for (int64_t k = row * positives_per_row; k < (row + 1) * positives_per_row; ++k) {
-        const int64_t column = positives[k] < 0 ? positives[k] + m : positives[k];  // negative: from the end
-        if (column >= j.begin && column < j.begin + j.size) visit(k, row, column);
-      }
+    pairs_.for_each_positive(i, j, visit);
   }
 
   const double scale;
-  const int64_t positives_per_row;
   const double bound;      // of |s| * log2 e
   const bool fixed_shift;  // whether `bound` serves as the shift of every row and column
   const acc_t factor;      // > 0; times it, entries of tiles are logits in units of log 2
@@ -168,8 +134,7 @@ class Problem : public Tiles<acc_t> {
     return i.begin * n - i.begin * (i.begin - row_blocks.size) / 2 + i.size * (j.begin - i.begin);
   }
 
-  const ContrastiveArgs& args_;
-  at::Tensor positives_, row_ids_, column_ids_;
+  Pairs pairs_;
 };
 
 // Running sum of 2^(s - shift) for each row (or column).
@@ -371,7 +336,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
 }  // namespace
 
 ContrastiveFwd contrastive_fwd(const ContrastiveArgs& args) {
-  if (keeps_expectation(args)) return contrastive_expectation_fwd(args);
+  if (streams_columns(args)) return contrastive_expectation_fwd(args);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return SSL_KERNELS_DISPATCH(args.rows.scalar_type(), "contrastive_fwd",
                               [&] { return forward<scalar_t, acc_t>(args); });

@@ -5,7 +5,7 @@
 //   columns, and adds up E for it; where there are fewer blocks of rows than threads, the columns fall into as many
 //   parts as there are threads, which are merged in their order. Every sum has one owner: no atomics, and the same bits
 //   for the same number of threads.
-// Work: 2 * 2*N*M*D operations, one exponential an entry, a transpose of each tile's columns (small products read
+// Work: 2 * 2*N*M*D operations (half where no backward follows: without E), one exponential an entry, a transpose of each tile's columns (small products read
 //   their right operand by rows, product.h).
 // Memory: rows in acc_t and E (2*N*D), one more E a part but the first, and a thread 256 KB of logits and 2 tiles of columns.
 //   Columns in acc_t that need no normalisation are read where they lie: once a block of rows.
@@ -31,12 +31,12 @@
 #include "rows.h"
 #include "schedule.h"
 #include "tile_math.h"
+#include "tiles.h"
 
 namespace ssl_kernels::cpu {
 namespace {
 
-constexpr double kLog2 = 1.4426950408889634, kLn = 0.6931471805599453;
-constexpr int64_t kTile = 256, kPad = 16;
+constexpr int64_t kPad = 16;
 
 // The columns a tile at a time, in acc_t and normalised if asked: where they lie, or converted into scratch.
 template <class acc_t>
@@ -52,7 +52,7 @@ class ColumnReader {
                         columns.options().dtype(c10::CppTypeToScalarType<acc_t>::value))) {}
 
   // Elements of scratch for a tile.
-  int64_t scratch_size() const { return in_place_ ? 0 : kTile * d_; }
+  int64_t scratch_size() const { return in_place_ ? 0 : kLargestTile * d_; }
 
   struct View {
     const acc_t* values;
@@ -112,26 +112,29 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   const auto& math = tile_math<acc_t>();
   const auto options = rows.values.options();
   const int64_t n = rows.values.size(0), d = rows.values.size(1), m = args.columns->size(0);
-  const Pairs pairs(n, m, args.positives, args.row_ids, args.column_ids, args.keep_diagonal);
+  const Pairs pairs(args);
   const double scale = without_payload(*args.scale.const_data_ptr<acc_t>());
   // The rows take the factor: a BLAS may take one that is NaN for 1.
   acc_t* x = rows.values.template mutable_data_ptr<acc_t>();
-  math.scale(x, static_cast<acc_t>(scale * kLog2), n * d);
+  math.scale(x, static_cast<acc_t>(scale * kLog2E), n * d);
 
-  const int64_t threads = n * m <= kTile * kTile ? 1 : at::get_num_threads();
-  int64_t blocks = (n + kTile - 1) / kTile;
+  const int64_t threads = n * m <= kLargestTile * kLargestTile ? 1 : at::get_num_threads();
+  int64_t blocks = (n + kLargestTile - 1) / kLargestTile;
   if (blocks >= threads) blocks = (blocks + threads - 1) / threads * threads;
-  const Blocks row_blocks{n, std::min<int64_t>(kTile, ((n + blocks - 1) / blocks + kPad - 1) / kPad * kPad)};
-  const Blocks column_blocks{m, std::min<int64_t>(kTile, (m + kPad - 1) / kPad * kPad)};
+  const Blocks row_blocks{n, std::min<int64_t>(kLargestTile, ((n + blocks - 1) / blocks + kPad - 1) / kPad * kPad)};
+  const Blocks column_blocks{m, std::min<int64_t>(kLargestTile, (m + kPad - 1) / kPad * kPad)};
   const int64_t parts = row_blocks.count() >= threads ? 1 : std::min(threads, column_blocks.count());
 
-  const at::Tensor kept = at::empty({n, d}, options);
-  const at::Tensor other_sums = at::empty({parts - 1, n, d}, options);
+  const int64_t width = args.keep ? d : 0;  // of E
+  const at::Tensor kept = args.keep ? at::empty({n, d}, options) : at::empty({0}, options);
+  const at::Tensor other_sums = at::empty({parts - 1, n, width}, options);
   std::vector<acc_t> tops(parts * n, -std::numeric_limits<acc_t>::infinity());
   std::vector<double> totals(parts * n, 0.);
+  acc_t* first_sums = kept.template mutable_data_ptr<acc_t>();
+  acc_t* more_sums = other_sums.template mutable_data_ptr<acc_t>();
   const auto part_of = [&](int64_t part, int64_t row) {
-    acc_t* sums = (part ? other_sums.select(0, part - 1) : kept).template mutable_data_ptr<acc_t>();
-    return Part<acc_t>{tops.data() + part * n + row, totals.data() + part * n + row, sums + row * d};
+    acc_t* sums = part ? more_sums + (part - 1) * n * width : first_sums;
+    return Part<acc_t>{tops.data() + part * n + row, totals.data() + part * n + row, sums + row * width};
   };
   at::Tensor positive_logits = at::empty(args.positives ? args.positives->sizes() : at::IntArrayRef({0}),
                                          options.dtype(at::kDouble));
@@ -164,7 +167,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
         blas(i.size, j.size, d, rows_here, d, y.values, y.ld, true, s, ld, false, options);
       }
       pairs.for_each_positive(i, j, [&](int64_t k, int64_t row, int64_t column) {
-        positive[k] = kLn * s[(row - i.begin) * ld + column - j.begin];
+        positive[k] = kLn2 * s[(row - i.begin) * ld + column - j.begin];
       });
       pairs.mask(s, ld, i, j);
       std::copy_n(part.top, i.size, before.data());
@@ -173,10 +176,11 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
         if (before[k] != part.top[k] && block_j != first) {
           const acc_t factor = std::exp2(before[k] - part.top[k]);  // 0 for the first entries of a row
           part.total[k] *= factor;
-          math.scale(part.sums + k * d, factor, d);
+          math.scale(part.sums + k * width, factor, width);
         }
         part.total[k] += sum[k];
       }
+      if (!args.keep) continue;
       if (small)
         multiply_small<acc_t>(i.size, d, j.size, s, ld, y.values, y.ld, part.sums, d, block_j != first);
       else
@@ -203,13 +207,13 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
       const double weight = *part.total == 0 ? 0 : std::exp2(*part.top - top);
       total += *part.total * weight;
       if (p == 0) {
-        if (weight != 1) math.scale(into.sums, static_cast<acc_t>(weight), d);
+        if (weight != 1) math.scale(into.sums, static_cast<acc_t>(weight), width);
       } else {
-        math.add_scaled(into.sums, part.sums, static_cast<acc_t>(weight), d);
+        math.add_scaled(into.sums, part.sums, static_cast<acc_t>(weight), width);
       }
     }
-    out[row] = total == 0 ? -std::numeric_limits<double>::infinity() : kLn * (top + std::log2(total));
-    if (total != 0) math.scale(into.sums, static_cast<acc_t>(1 / total), d);
+    out[row] = total == 0 ? -std::numeric_limits<double>::infinity() : kLn2 * (top + std::log2(total));
+    if (total != 0) math.scale(into.sums, static_cast<acc_t>(1 / total), width);
   };
   at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) merge(row);

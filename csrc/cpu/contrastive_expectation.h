@@ -5,9 +5,10 @@
 
 namespace ssl_kernels::cpu {
 
-// Whether forward keeps the expectation of the columns (docs/contrastive.md).
-inline bool keeps_expectation(const ContrastiveArgs& args) {
-  return args.keep && !args.columns_need_grad && args.columns && !args.both_directions;
+// Whether forward streams the columns here: where it keeps their expectation (docs/contrastive.md), and where no backward
+// follows.
+inline bool streams_columns(const ContrastiveArgs& args) {
+  return args.columns && !args.both_directions && !(args.keep && args.columns_need_grad);
 }
 
 ContrastiveFwd contrastive_expectation_fwd(const ContrastiveArgs& args);

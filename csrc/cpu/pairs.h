@@ -1,13 +1,12 @@
-// Which pairs of a tile are looked up (positives) and which are left out of its sums (ids).
+// Which pairs of a tile of `contrastive` are looked up (positives) and which are left out of its sums (ids, and in the
+// square case the diagonal).
 #pragma once
-
-#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <limits>
-#include <optional>
 #include <vector>
 
+#include "contrastive.h"
 #include "schedule.h"
 #include "tile_math.h"
 
@@ -15,32 +14,39 @@ namespace ssl_kernels::cpu {
 
 class Pairs {
  public:
-  // The rectangular case; entry (i, i) stays in the sums with keep_diagonal.
-  Pairs(int64_t n, int64_t m, const std::optional<at::Tensor>& positives, const std::optional<at::Tensor>& row_ids,
-        const std::optional<at::Tensor>& column_ids, bool keep_diagonal)
-      : m_(m), positives_per_row_(positives ? positives->numel() / n : 0), keep_diagonal_(keep_diagonal) {
-    if (row_ids) row_ids_ = row_ids->contiguous();
-    if (column_ids) column_ids_ = column_ids->contiguous();
-    if (!positives) return;
-    positives_ = positives->contiguous();
+  explicit Pairs(const ContrastiveArgs& args)
+      : square_(!args.columns),
+        keep_diagonal_(args.keep_diagonal && !square_),
+        m_(square_ ? args.rows.size(0) : args.columns->size(0)),
+        positives_per_row_(args.positives ? args.positives->numel() / args.rows.size(0) : 0) {
+    if (args.row_ids) {
+      row_ids_ = args.row_ids->contiguous();
+      column_ids_ = square_ ? row_ids_ : args.column_ids->contiguous();
+    }
+    if (!args.positives) return;
+    positives_ = args.positives->contiguous();
     const int64_t* index = positives_.const_data_ptr<int64_t>();
     for (int64_t k = 0; k < positives_.numel(); ++k)
-      TORCH_CHECK_INDEX(-m <= index[k] && index[k] < m, "contrastive: positives must lie in [", -m, ", ", m,
+      TORCH_CHECK_INDEX(-m_ <= index[k] && index[k] < m_, "contrastive: positives must lie in [", -m_, ", ", m_,
                         "), got ", index[k]);
   }
 
-  // Entries left out of the sums become -inf.
+  // Entries left out of the sums become -inf, in the tile s of rows i and columns j.
   template <class acc_t>
   void mask(acc_t* s, int64_t ld, Block i, Block j) const {
-    if (!row_ids_.defined()) return;
+    constexpr acc_t left_out = -std::numeric_limits<acc_t>::infinity();
     const int64_t first = std::max(i.begin, j.begin), last = std::min(i.begin + i.size, j.begin + j.size);
-    const auto at = [&](int64_t k) -> acc_t& { return s[(k - i.begin) * ld + k - j.begin]; };
-    std::vector<acc_t> diagonal;
-    if (keep_diagonal_)
-      for (int64_t k = first; k < last; ++k) diagonal.push_back(at(k));
-    tile_math<acc_t>().mask_equal_ids(s, ld, i.size, j.size, row_ids_.const_data_ptr<int64_t>() + i.begin,
-                                      column_ids_.const_data_ptr<int64_t>() + j.begin);
-    for (size_t k = 0; k < diagonal.size(); ++k) at(first + k) = diagonal[k];
+    const auto on_diagonal = [&](int64_t k) -> acc_t& { return s[(k - i.begin) * ld + k - j.begin]; };
+    if (row_ids_.defined()) {
+      std::vector<acc_t> diagonal;
+      if (keep_diagonal_)
+        for (int64_t k = first; k < last; ++k) diagonal.push_back(on_diagonal(k));
+      tile_math<acc_t>().mask_equal_ids(s, ld, i.size, j.size, row_ids_.const_data_ptr<int64_t>() + i.begin,
+                                        column_ids_.const_data_ptr<int64_t>() + j.begin);
+      for (size_t k = 0; k < diagonal.size(); ++k) on_diagonal(first + k) = diagonal[k];
+    }
+    if (square_)
+      for (int64_t k = first; k < last; ++k) on_diagonal(k) = left_out;
   }
 
   // visit(flat index of the positive, its row, its column) for the positives of the rows of `i` that lie in `j`.
@@ -56,8 +62,8 @@ class Pairs {
   }
 
  private:
+  bool square_, keep_diagonal_;
   int64_t m_, positives_per_row_;
-  bool keep_diagonal_;
   at::Tensor positives_, row_ids_, column_ids_;
 };
 

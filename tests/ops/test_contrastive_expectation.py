@@ -321,3 +321,33 @@ def test_compiles_without_a_graph_break(backend):
         gradients.append((lse.detach(), torch.autograd.grad(lse.sum(), rows)[0]))
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_any_number_of_threads(set_threads, threads):
+    """Few rows: the columns are split over the threads and merged. Many: each thread has rows of its own."""
+    set_threads(threads)
+    for n, m in ((1, 700), (70, 1100), (600, 530)):
+        for temperature in (0.01, 0.5):
+            call = random_call(n, m, 33, temperature=temperature)
+            check_against_float64("native", call)
+            first, again = (forward("native", call) for _ in range(2))
+            assert all(same_bits(a, b) for a, b in zip(first, again, strict=True))
+
+
+@every_operator
+def test_rising_and_falling_logits(backend):
+    """Each tile raises every row's maximum, or none does: what was added up before is rescaled."""
+    for descending in (False, True):
+        call = random_call(66, 1100, 2, temperature=0.02, normalize_columns=False)
+        call.rows[:] = torch.tensor([1.0, 0.1])
+        call.columns[:, 0] = torch.linspace(-1, 1, 1100).sort(descending=descending).values
+        check_against_float64(backend, call)
+
+
+def test_native_backward_refuses_a_foreign_expectation():
+    call = random_call(6, 9, 3, positives_per_row=0)
+    results = list(forward("native", call))
+    for kept in (results[5][:5], results[5].double()):
+        with pytest.raises(RuntimeError, match="kept must be what contrastive_fwd returned"):
+            backward("native", call, [*results[:5], kept])
