@@ -12,6 +12,8 @@ import importlib.util
 
 import torch
 
+from ssl_kernels.preference import architecture_of, prefer
+
 BACKENDS = ("native", "triton", "chunked", "reference")
 
 try:
@@ -26,6 +28,7 @@ triton_missing = None if importlib.util.find_spec("triton") else "the package tr
 
 _forced = None
 _operations = {}
+_preferences = {}
 
 
 class use_backend:
@@ -58,9 +61,31 @@ class use_backend:
         _forced = self._previous
 
 
-def register_operation(name, unsupported):
-    """Declare an operation. `unsupported(backend, *tensors)` tells why a backend cannot run a call, or None."""
+def register_operation(name, unsupported, preference=()):
+    """Declare an operation.
+
+    Args:
+        unsupported: `unsupported(backend, *tensors)` tells why a backend cannot run a call, or None.
+        preference: A table of `ssl_kernels.preference`: which goes first on a GPU. Without, the order of BACKENDS.
+    """
     _operations[name] = unsupported
+    _preferences[name] = preference
+
+
+def preferred(op, *tensors):
+    """(backend to try first, the reason) of a call, before it is asked what can run."""
+    if _preferences[op] and tensors and tensors[0].is_cuda:
+        entry = prefer(_preferences[op], tensors[0], architecture_of(tensors[0].device))
+        if entry is not None:
+            return entry.backend, entry.reason
+    return BACKENDS[0], "it is compiled for this device"
+
+
+def _order(op, *tensors):
+    if not _preferences[op] or not tensors or not tensors[0].is_cuda:
+        return BACKENDS
+    first, _ = preferred(op, *tensors)
+    return (first, *[backend for backend in BACKENDS if backend != first])
 
 
 def operations():
@@ -86,7 +111,7 @@ def backends_for(op, *args):
     if name not in _operations:
         raise ValueError(f"backends_for: op must be one of {', '.join(_operations)} or a loss, got {op!r}")
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    return {backend: _operations[name](backend, *tensors) for backend in BACKENDS}
+    return {backend: _operations[name](backend, *tensors) for backend in _order(name, *tensors)}
 
 
 def choose_backend(op, backend, caller, *tensors):
@@ -94,7 +119,7 @@ def choose_backend(op, backend, caller, *tensors):
     unsupported = _operations[op]
     wanted = backend if backend is not None else _forced
     if wanted is None:
-        for candidate in BACKENDS:
+        for candidate in _order(op, *tensors):
             if unsupported(candidate, *tensors) is None:
                 return candidate
     if wanted not in BACKENDS:

@@ -39,4 +39,6 @@ def run(args, parser):
             print(f"\n{operation} on {device}, float32, D = 128:")
             for name, reason in backends.backends_for(operation, rows).items():
                 print(f"  {name:<10} {reason or 'can run'}")
+            if device == "cuda":
+                print("  first {}: {}".format(*backends.preferred(operation, rows)))
     return 0

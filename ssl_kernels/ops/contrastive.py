@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ssl_kernels import backends
+from ssl_kernels import backends, preference
 from ssl_kernels.chunked import contrastive as chunked
 from ssl_kernels.ops.library import accumulation_dtype, define, library
 from ssl_kernels.reference import contrastive as reference
@@ -147,7 +147,7 @@ def unsupported(backend, rows, columns=None, *_):
     return backends.triton_missing or _triton().unsupported(rows, columns)
 
 
-backends.register_operation("contrastive", unsupported)
+backends.register_operation("contrastive", unsupported, preference.CONTRASTIVE)
 
 
 class _Backward(torch.autograd.Function):

@@ -1,0 +1,70 @@
+"""Which of `native` and `triton` goes first on a GPU: a table over architecture, dtype, rows and width.
+
+Neither was timed on a GPU yet: every entry rests on what the two compile to, and says so. The first entry that fits a
+call decides; `backend=` and `use_backend` go before it.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+HALF = (torch.float16, torch.bfloat16)
+WIDE = (torch.float32, torch.float64)
+ANY = (0, 2**63)
+
+
+class Entry(NamedTuple):
+    """A region of calls and the backend to try first in it. Ranges hold their ends."""
+
+    backend: str
+    architectures: tuple  # compute capability times 10: (80, 89)
+    dtypes: tuple
+    rows: tuple
+    width: tuple
+    reason: str
+
+
+CONTRASTIVE = (
+    Entry(
+        "native",
+        ANY,
+        WIDE,
+        ANY,
+        ANY,
+        "exact float32 and float64 products are fused multiply-adds in both; the CUDA kernel runs the backward of"
+        " NT-Xent in 2 products, the Triton kernel in 3 where rows come in panels",
+    ),
+    Entry(
+        "triton",
+        (90, 129),
+        HALF,
+        (2048, 2**63),
+        (64, 256),
+        "Triton's products are wgmma (tcgen05 from sm_100 on), which feeds the tensor cores from shared memory; the"
+        " mma.sync of the CUDA kernel does not reach their peak there (arXiv:2402.13499)",
+    ),
+    Entry(
+        "native",
+        ANY,
+        HALF,
+        ANY,
+        ANY,
+        "both are mma.sync or too small to fill the card: the CUDA kernel is launched without Python in between and"
+        " splits the columns where rows are few",
+    ),
+)
+
+
+def prefer(table, rows, architecture):
+    """The entry of `table` that fits rows (N, D) on a GPU of compute capability `architecture` / 10; None without."""
+    n, d = rows.shape
+    for entry in table:
+        ranges = ((entry.architectures, architecture), (entry.rows, n), (entry.width, d))
+        if rows.dtype in entry.dtypes and all(low <= value <= high for (low, high), value in ranges):
+            return entry
+    return None
+
+
+def architecture_of(device):
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
