@@ -4,10 +4,11 @@
 //   along the cycles of the permutation (permutation_walk.cuh): a sample is read for its predecessor before its own
 //   box is pasted over. Only the first of a cycle is pasted too early for the last, and where both boxes cover a
 //   feature it is held aside. Boxes come through shared memory, kCutChunk steps at a time. Out of place and backward, a
-//   thread takes kGatherSamples samples one after the other. Where samples are not aligned to 16 bytes, and for the features left
-//   over, a thread owns one feature.
+//   thread takes kGatherSamples samples one after the other. Where samples are not aligned to 16 bytes, and for the
+//   features left over, a thread owns one feature.
 // Traffic: in place the sectors under the boxes, read once and written once, plus those of the first samples held
-//   aside; 32 bytes a sample for each block. Out of place and backward 2 B F elements, and the boxes once for each block.
+//   aside; 32 bytes a sample for each block. Out of place and backward 2 B F elements, and the boxes once for each
+//   block.
 // Numerics: values are moved as they are; the gradient adds two at most, in acc_t, rounded once.
 #pragma once
 
@@ -216,9 +217,10 @@ __device__ __forceinline__ void gather(const scalar_t* x, int64_t x_stride, scal
 }
 
 template <typename bits_t, int kVec>
-__global__ __launch_bounds__(kGatherThreads, 2) void cutmix_gather_kernel(const bits_t* x, int64_t x_stride, bits_t* out,
-                                                                      int64_t out_stride, int64_t first_feature,
-                                                                      int64_t features, Image image, Boxes boxes,
+__global__ __launch_bounds__(kGatherThreads, 2) void cutmix_gather_kernel(const bits_t* x, int64_t x_stride,
+                                                                      bits_t* out, int64_t out_stride,
+                                                                      int64_t first_feature, int64_t features,
+                                                                      Image image, Boxes boxes,
                                                                       Permutation permutation) {
   gather<bits_t, kVec>(
       x, x_stride, out, out_stride, first_feature, features, image, permutation.count,

@@ -39,11 +39,11 @@ int64_t walk_features(Launcher& launcher, const MixupArgs& args, int64_t from, c
   if (args.out == args.x && parts > 1) {
     const int rows = 2 * (parts - 1);
     edges = launcher.scratch<scalar_t>(rows * features);
-    launcher.launch(mixup_edges_kernel<scalar_t, kVec, acc_t>, dim3(blocks, rows), kThreads, 0, x, features, count, parts,
-                    steps, edges);
+    launcher.launch(mixup_edges_kernel<scalar_t, kVec, acc_t>, dim3(blocks, rows), kThreads, 0, x, features, count,
+                    parts, steps, edges);
   }
-  launcher.launch(mixup_walk_kernel<scalar_t, kVec, acc_t>, dim3(blocks, parts), kThreads, 0, x, out, features, count, steps,
-                  edges);
+  launcher.launch(mixup_walk_kernel<scalar_t, kVec, acc_t>, dim3(blocks, parts), kThreads, 0, x, out, features, count,
+                  steps, edges);
   return from + features;
 }
 

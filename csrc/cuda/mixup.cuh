@@ -58,8 +58,9 @@ __device__ __forceinline__ Chunk<scalar_t, kVec> mix(acc_t own, const Chunk<scal
 // In place: copies to `edges` (2 (parts - 1), features) what other parts overwrite before it is read: for every cut
 // between parts the sample after it, then the head of the cycle that it cuts.
 template <typename scalar_t, int kVec, typename acc_t>
-__global__ __launch_bounds__(kThreads, 4) void mixup_edges_kernel(Batch<scalar_t> x, int64_t features, int count, int parts,
-                                                         const Step<acc_t>* steps, scalar_t* edges) {
+__global__ __launch_bounds__(kThreads, 4) void mixup_edges_kernel(Batch<scalar_t> x, int64_t features, int count,
+                                                                  int parts, const Step<acc_t>* steps,
+                                                                  scalar_t* edges) {
   const int64_t feature = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kVec;
   if (feature >= features) return;
   const int cut = blockIdx.y / 2 + 1;
@@ -73,8 +74,9 @@ __global__ __launch_bounds__(kThreads, 4) void mixup_edges_kernel(Batch<scalar_t
 
 // Out of place `edges` is null: nothing that is read is overwritten.
 template <typename scalar_t, int kVec, typename acc_t>
-__global__ __launch_bounds__(kThreads, 4) void mixup_walk_kernel(Batch<scalar_t> x, Batch<scalar_t> out, int64_t features,
-                                                        int count, const Step<acc_t>* steps, scalar_t* edges) {
+__global__ __launch_bounds__(kThreads, 4) void mixup_walk_kernel(Batch<scalar_t> x, Batch<scalar_t> out,
+                                                                 int64_t features, int count,
+                                                                 const Step<acc_t>* steps, scalar_t* edges) {
   const int64_t feature = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kVec;
   if (feature >= features) return;
   using Values = Chunk<scalar_t, kVec>;
@@ -97,14 +99,14 @@ __global__ __launch_bounds__(kThreads, 4) void mixup_walk_kernel(Batch<scalar_t>
 
 // Backward with the gradient by lam: g is walked along the inverse, and x with it.
 //   grad_x_j = own_j g_j + next_j g_s(j)        grad_lam_s(j) = sum_f g_s(j)f (x_s(j)f - x_jf), as p(s(j)) = j
-// Tiling: as above, without parts in need of edges; a warp adds up its features of each sample and writes one number
-//   to `partial` (warps, B), from row `first_warp` on, which mixup_grad_lam_kernel adds up.
-// Traffic: reads 2 B F elements, writes B F and 4 B F / 256 bytes of partial sums (half: 4 B F / 512).
+// Tiling: as above; parts need no edges, as nothing that is read is overwritten. A warp adds up its features of each
+//   sample and writes one number to `partial` (warps, B), which mixup_grad_lam_kernel adds up.
+// Traffic: reads 2 B F elements, writes B F and 4 bytes of partial sums for each 512 of a sample.
 // Numerics: products and sums in acc_t: over a thread's features, a warp, then all warps, in a fixed order.
 template <typename scalar_t, int kVec, typename acc_t>
-__global__ __launch_bounds__(kThreads, 4) void mixup_grad_kernel(Batch<scalar_t> g, Batch<scalar_t> x, Batch<scalar_t> grad_x,
-                                                       int64_t features, int count, const Step<acc_t>* steps,
-                                                       acc_t* partial) {
+__global__ __launch_bounds__(kThreads, 4) void mixup_grad_kernel(Batch<scalar_t> g, Batch<scalar_t> x,
+                                                                 Batch<scalar_t> grad_x, int64_t features, int count,
+                                                                 const Step<acc_t>* steps, acc_t* partial) {
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t feature = thread * kVec;
   const bool inside = feature < features;

@@ -25,7 +25,7 @@ struct Permutation {
   __device__ __forceinline__ int64_t operator[](int j) const { return data[j * stride]; }
 };
 
-// Scratch memory of order_kernel, count numbers each; two hold the pointers of a round and of the next.
+// Scratch memory of order_walk, count numbers each; of two one is for this round, one for the next.
 struct OrderScratch {
   int* successor;
   int* jump[2];

@@ -111,6 +111,10 @@ def test_a_weight_of_zero_leaves_out_what_is_not_finite(library, gpu):
     out, _ = mixup(library, x, lam, torch.tensor([2, 0, 1], device=gpu.device))
     assert out[0].tolist() == [3.0, 4.0] and out[1, 1] == 2 and out[1, 0].isnan()
     assert out[2, 0].isnan() and out[2, 1] == 3
+    grad = torch.tensor([[torch.inf], [2.0]], device=gpu.device)
+    lam, permutation = torch.tensor([0.0, 0.5], device=gpu.device), torch.tensor([1, 0], device=gpu.device)
+    grad_x, _, _ = mixup_bwd(library, grad, None, lam, permutation)
+    assert grad_x[0] == 1
 
 
 def test_offsets_over_32_bits(library, gpu):
@@ -151,6 +155,11 @@ def test_what_is_no_permutation_leaves_the_batch_as_it_is(library, gpu, bad):
     assert torch.equal(x, before)
     grad_x, grad_lam, _ = mixup_bwd(library, before, x, lam, torch.tensor(bad, device=gpu.device))
     assert torch.equal(grad_x, before) and (grad_lam == 0).all()
+    x, none = batch_of(70, 3, torch.float32, gpu.device), torch.arange(70, device=gpu.device).roll(1)
+    none[69] = bad[0] + 70  # which only the last of three warps sees
+    before = x.clone()
+    mixup(library, x, torch.rand(70, device=gpu.device), none, x)
+    assert torch.equal(x, before)
 
 
 def test_shares_that_are_none_end_inside_the_tensors(library, gpu):
