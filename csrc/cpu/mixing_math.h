@@ -16,11 +16,8 @@ template <class S>
 struct MixingMath {
   using T = Accumulation<S>;
 
-  // out_i = a x_i + b y_i; out may be x or y.
-  void (*mix)(S* out, const S* x, T a, const S* y, T b, int64_t n);
-
-  // The same past the caches, for results larger than they are; out is neither x nor y.
-  void (*mix_to_memory)(S* out, const S* x, T a, const S* y, T b, int64_t n);
+  // out_i = a x_i + b y_i; out may be x or y. Meanwhile n elements at `next` are brought into the caches.
+  void (*mix)(S* out, const S* x, T a, const S* y, T b, int64_t n, const S* next);
 
   // out_i = a x_i; out may be x.
   void (*scale)(S* out, const S* x, T a, int64_t n);
