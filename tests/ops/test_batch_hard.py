@@ -165,16 +165,16 @@ def test_any_strides(backend):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_number_of_threads_does_not_matter(set_threads):
-    x, labels = random_rows(1500, 24), labels_of(1500, 100)
-    found = []
+@pytest.mark.parametrize("n", [200, 1500])
+def test_any_number_of_threads(n, set_threads):
+    x, labels = random_rows(n, 24), labels_of(n, n // 15)
+    exact = torch.randint(-3, 4, (n, 2), generator=torch.Generator().manual_seed(n)).float()
+    expected = batch_hard(exact, labels, normalize=False, backend="reference")
     for threads in (1, 2, 3):
         set_threads(threads)
-        found.append(batch_hard(x, labels, backend="native"))
-        check_choice(found[-1], x, labels, True, "euclidean")
-    set_threads(2)
-    again = batch_hard(x, labels, backend="native")
-    assert all(torch.equal(a, b) for a, b in zip(again, found[1], strict=True))
+        check_choice(batch_hard(x, labels, backend="native"), x, labels, True, "euclidean")
+        found = batch_hard(exact, labels, normalize=False, backend="native")
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 CHECK = """

@@ -261,6 +261,13 @@ def test_repeated_calls_are_equal_bit_for_bit(backend, total):
         assert all(same_bits(first[name], again[name]) for name in NAMES)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_number_of_threads(threads, set_threads):
+    set_threads(threads)
+    for n, m in ((200, 190), (600, 530), (40, 900)):
+        check_against_float64("native", random_call(n, m, 40, total=True))
+
+
 SAVE_RESULTS = """
 import sys, torch
 from ssl_kernels import _C
