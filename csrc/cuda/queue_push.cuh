@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 }
 
 // After all keys are written. One thread.
-inline __global__ void queue_push_advance_kernel(int64_t* position, int64_t* filled, int64_t K, int64_t B) {
+__global__ void queue_push_advance_kernel(int64_t* position, int64_t* filled, int64_t K, int64_t B) {
   *position = wrap(wrap(*position, K) + B % K, K);
   const int64_t count = *filled < 0 ? 0 : *filled;
   *filled = count < K && B < K - count ? count + B : K;

@@ -329,7 +329,7 @@ def contrastive_bwd_kernel(
     #   g_i = Σ_j C_ij ŷ_j;   row_dots_i = ⟨x̂_i, g_i⟩;   grad_i = d(x̂_i)/d(x_i) · scale · g_i
     # Square: C is A + Aᵀ, symmetric, so this one product is the whole gradient.
     # Tiling: as the forward kernel with D <= BLOCK_D; y is loaded once and multiplied twice, g stays in
-    #   registers. Where the walk is split, g goes to partial (splits, N, D) and contrastive_finish_kernel
+    #   registers. Where the walk is split, g goes to partial (splits, N, D) and finish_rows_kernel
     #   does the last line.
     # Traffic: with B = ceil(N / BLOCK_N), y is read B times (mostly from L2), x once for each split, and each
     #   of a column's rnorm, lse, weight, positive and its gradient takes 4·B·M bytes. Writes N·D elements,
