@@ -176,8 +176,10 @@ def check_cutmix(library):
 
 
 def check_mixup_normalize(library):
-    for shape in [(7, 3, 4, 8), (5, 2, 3, 7)]:
+    layouts = [torch.contiguous_format, torch.channels_last]
+    for shape, layout in zip([(7, 3, 4, 8), (5, 2, 3, 7)], layouts, strict=True):
         x = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+        x = x.to(memory_format=layout)
         lam, permutation = shares_of(shape[0], torch.float32), permutation_of("random", shape[0])
         mean, std = torch.linspace(0.1, 0.6, shape[1]), torch.linspace(0.2, 0.4, shape[1])
         doubles = (tensor.double() for tensor in (mean, std))

@@ -5,6 +5,7 @@ import torch
 
 from ssl_kernels.reference import mixup as reference
 from ssl_kernels.triton import mixup as kernels
+from ssl_kernels.triton import permutation_walk
 from tests.cuda.mixing_calls import aligned, counted
 from tests.mixing_cases import PERMUTATIONS, check_rounded_once, permutation_of, shares_of
 from tests.triton.cases import DTYPES
@@ -85,13 +86,15 @@ def test_layouts(gpu):
     assert torch.equal(memory, exact)
 
 
-def test_every_schedule_gives_the_same_bits(gpu):
-    """More samples than a block of those that order them."""
-    x, lam, permutation = randn(1100, 5, dtype=torch.float32), shares_of(1100, torch.float32), None
-    permutation = permutation_of("random", 1100)
-    for options in ({}, {"seed": 1}):
-        check(gpu, x, lam, permutation, **options)
-    x, lam, permutation = x[:40], lam[:40], permutation_of("random", 40)
+def test_every_schedule_gives_the_same_bits(gpu, monkeypatch):
+    """More samples than a block of those that order them; races within a warp are looked for as well."""
+    monkeypatch.setattr(permutation_walk, "BLOCK", 64)
+    x, lam, permutation = (
+        randn(150, 5, dtype=torch.float32),
+        shares_of(150, torch.float32),
+        permutation_of("random", 150),
+    )
+    check(gpu, x, lam, permutation)
     check(gpu, x, lam, permutation, seed=2, warp_races=True)
     check_bwd(gpu, x, x.flip(0), lam, permutation, seed=2, warp_races=True)
 
