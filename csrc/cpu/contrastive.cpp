@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "contrastive_expectation.h"
+#include "kept_buffer.h"
 #include "pairs.h"
 #include "rows.h"
 #include "tile_math.h"
@@ -41,8 +42,8 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // of 2^40 in the incoming gradient still fits float32.
 constexpr double kFixedShift = 43;
 
-// Bytes of logits kept for backward at most. Below 32 MB, malloc reuses the block from step to step. Logits of
-// narrow rows are recomputed: their products cost about as much as reading a tile back (an estimate).
+// Bytes of logits kept for backward at most. Logits of narrow rows are recomputed: their products cost about as
+// much as reading a tile back (an estimate).
 constexpr int64_t kKeptBytes = 24 << 20, kNarrow = 32;
 constexpr int64_t kKeptHeader = 16;  // see Problem::note_tiles
 
@@ -217,7 +218,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
       args.positives ? at::empty(args.positives->sizes(), options.dtype(at::kDouble))
                      : at::empty({0}, options.dtype(at::kDouble));
   double* positive = positive_logits.mutable_data_ptr<double>();
-  const at::Tensor kept_logits = at::empty({args.keep ? problem.room_for_logits() : 0}, options);
+  const at::Tensor kept_logits = kept_buffer(args.keep ? problem.room_for_logits() : 0, options);
   problem.note_tiles(kept_logits);
 
   const auto visit = [&](int64_t block_i, int64_t block_j, int thread) {

@@ -181,3 +181,22 @@ def test_saved_tensors_are_bounded():
         saved = saved_bytes(on_backend("native"), z, None, torch.tensor(2.0), positives=positives)
         kept = 0 if d < 32 else min(24 << 20, n * (n + 256) // 2 * 4) + 64
         assert z.nbytes <= saved <= z.nbytes + kept + 40 * n + 64
+
+
+def test_kept_memory_is_reused_and_never_shared(monkeypatch):
+    """Two steps whose backwards come after both forwards have kept logits of their own; later steps take them over."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # see kept_buffer.h
+    calls = [random_call(700, None, 32, seed=seed) for seed in range(2)]
+    alone = []
+    for call in calls:
+        results = forward(*call.operands, *call.flags, True, False)
+        alone.append(backward(*backward_arguments(call, results)))
+    interleaved = [forward(*call.operands, *call.flags, True, False) for call in calls]
+    kept = [results[5].data_ptr() for results in interleaved]
+    assert interleaved[0][5].nbytes > 1 << 20 and len(set(kept)) == 2
+    for call, results, expected in zip(calls, interleaved, alone, strict=True):
+        for found, right in zip(backward(*backward_arguments(call, results)), expected, strict=True):
+            assert same_bits(found, right)
+    del results
+    interleaved.clear()
+    assert forward(*calls[0].operands, *calls[0].flags, True, False)[5].data_ptr() in kept
