@@ -9,11 +9,12 @@ TEST_ARGS ?=
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-all bench lint info clean
+.PHONY: help demo test test-all sanitize bench lint info clean
 
 help:
 	@echo "make demo      pretrain an encoder with the fused loss and with plain PyTorch's, and compare"
 	@echo "make test      build and run the tests (make test-all: the slow sweeps too)"
+	@echo "make sanitize  test the C++ kernels under address and undefined-behaviour sanitizers"
 	@echo "make bench     measure against plain PyTorch, torch.compile and lightly"
 	@echo "make info      what is built and what can run here"
 	@echo "make lint      ruff"
@@ -26,6 +27,23 @@ test: .venv/built
 
 test-all: .venv/built
 	$(BIN)/python -m pytest -m "slow or not slow" $(TEST_ARGS)
+
+# A copy of the package with an extension of its own. The libraries of the sanitizers must be in the process before Python
+# is, which leaks by design. torch.compile, opcheck, processes of their own and larger sizes add time, not kernels.
+SANITIZED := build/sanitize/package
+sanitize: $(SANITIZED)/built
+	rm -rf $(SANITIZED)/tests && cp -r tests pyproject.toml $(SANITIZED)
+	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		$(CURDIR)/$(BIN)/python -m pytest tests/ops --hypothesis-profile=short \
+		-k "native and not compile and not opcheck and not sets_agree and not large \
+		and not usual_sizes and not many_tiles and not threads and not bad_input and not fake_tensors"
+
+$(SANITIZED)/built: .venv/installed setup.py $(SOURCES) $(wildcard ssl_kernels/*.py ssl_kernels/*/*.py)
+	@mkdir -p $(SANITIZED)
+	SSL_KERNELS_SANITIZE=1 SSL_KERNELS_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize \
+		--build-lib $(SANITIZED) > build/sanitize/build.log 2>&1 || { cat build/sanitize/build.log; exit 1; }
+	@touch $@
 
 bench: .venv/built .venv/peers
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -9,6 +9,7 @@ import torch
 hypothesis.settings.register_profile(
     "default", deadline=None, max_examples=25, derandomize="CI" in os.environ
 )
+hypothesis.settings.register_profile("short", deadline=None, max_examples=5, derandomize=True)
 hypothesis.settings.load_profile("default")
 
 
