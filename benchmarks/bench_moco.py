@@ -8,7 +8,7 @@ from benchmarks.bench_contrastive import TOLERANCES, our_implementations
 from benchmarks.harness import Implementation, Workload, loss_and_gradients
 from benchmarks.peers import compiled
 
-BATCH_SIZES = (32, 256, 1024)
+BATCH_SIZES = (64, 256)
 QUICK_BATCH_SIZES = (256,)
 QUEUE_SIZE = 65536
 TEMPERATURE = 0.07

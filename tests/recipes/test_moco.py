@@ -1,14 +1,16 @@
 """The MoCo recipe: it learns, repeats itself, and goes on from a checkpoint with the same losses."""
 
+import argparse
 import dataclasses
 import functools
+import tempfile
 
 import pytest
 import torch
 
 import ssl_kernels
 from ssl_kernels.nn import MoCoLoss, MoCoQueue
-from ssl_kernels.recipes import data, experiment, moco, simclr
+from ssl_kernels.recipes import data, experiment, moco, pretrain, simclr
 from ssl_kernels.recipes.baseline import plain_moco_loss
 from tests.helpers import random_rows
 
@@ -103,3 +105,28 @@ def test_plain_loss_is_the_fused_one():
         torch.testing.assert_close(*losses)
         torch.testing.assert_close(*(torch.autograd.grad(loss, query)[0] for loss in losses))
         queue.push_(random_rows(30, 8, seed=2))
+
+
+@pytest.mark.slow
+def test_reaches_the_accuracy_of_simclr():
+    """k-NN accuracy on the held-out digits, each recipe with its defaults: at most two points below."""
+    accuracy = {}
+    for method in ("simclr", "moco"):
+        arguments = argparse.ArgumentParser()
+        pretrain.add_arguments(arguments)
+        with tempfile.TemporaryDirectory() as out:
+            options = [
+                "--method",
+                method,
+                "--no-compare",
+                "--device",
+                "cpu",
+                "--backend",
+                "chunked",
+                "--out",
+                out,
+            ]
+            settings, device, losses, images = pretrain.set_up(arguments.parse_args(options))
+            runs = experiment.run_experiment(images, losses, settings, device=device)
+        accuracy[method] = runs[-1].accuracy.knn
+    assert accuracy["moco"] >= accuracy["simclr"] - 0.02, accuracy
