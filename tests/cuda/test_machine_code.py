@@ -110,24 +110,24 @@ def is_ours(kernel):
     return any(f"{len(name)}{name}" in kernel for name in SOURCES) or re.search(SHARED_KERNELS, kernel)
 
 
-def resource_report(text, room=r"ssl_kernels(?!6mixing)"):
-    """{kernel: {"REG": 40, "STACK": 0, ...}} of the kernels of a namespace."""
-    pairs = re.findall(rf"Function (\S*{room}\S*):\s+(REG:.*)", text)
+def resource_report(text, wanted=is_ours):
+    """{kernel: {"REG": 40, "STACK": 0, ...}} of the kernels that are wanted."""
+    pairs = re.findall(r"Function (\S*ssl_kernels\S*):\s+(REG:.*)", text)
     return {
         name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
         for name, line in pairs
-        if is_ours(name)
+        if wanted(name)
     }
 
 
 OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
 
-def instructions(text):
-    """{kernel: Counter of the opcodes with their modifiers}"""
+def instructions(text, wanted=is_ours):
+    """{kernel: Counter of the opcodes with their modifiers} of the kernels that are wanted."""
     kernels = {}
     for part in text.split("Function : ")[1:]:
-        if is_ours(part.split()[0]):
+        if wanted(part.split()[0]):
             kernels[part.split()[0]] = Counter(OPCODE.findall(part))
     return kernels
 
