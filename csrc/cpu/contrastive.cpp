@@ -281,8 +281,8 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   const bool rows_wanted = saved.rows_need_grad || !columns_wanted;
   const bool mirrored = problem.square && problem.row_blocks.count() > 1;
   problem.prepare(/*to_multiply=*/!problem.keeps_everything(kept_logits), columns_wanted || mirrored);
-  RowSums<acc_t> grad_rows(rows_wanted ? problem.n : 0, problem.d, problem.row_blocks, mirrored, options);
-  RowSums<acc_t> grad_columns(columns_wanted ? problem.m : 0, problem.d, problem.column_blocks, true, options);
+  RowSums<acc_t> grad_rows = problem.sums_of_rows(rows_wanted, mirrored);
+  RowSums<acc_t> grad_columns = problem.sums_of_columns(columns_wanted);
 
   const auto visit = [&](int64_t block_i, int64_t block_j, int thread) {
     const auto kept = problem.kept(block_i, block_j, kept_logits);

@@ -57,10 +57,9 @@ class Problem : public Tiles<acc_t> {
     const acc_t bias2 = static_cast<acc_t>(bias * kLog2E);
     const bool gradient = rows_wanted || columns_wanted;
     Pass pass{std::vector<double>(losses_wanted ? n : 0), std::vector<double>(gradient ? n : 0), {}, {}};
-    const auto options = rows.values.options();
     this->prepare(/*to_multiply=*/true, columns_wanted);
-    RowSums<acc_t> of_rows(rows_wanted ? n : 0, this->d, this->row_blocks, false, options);
-    RowSums<acc_t> of_columns(columns_wanted ? m : 0, this->d, this->column_blocks, true, options);
+    RowSums<acc_t> of_rows = this->sums_of_rows(rows_wanted, false);
+    RowSums<acc_t> of_columns = this->sums_of_columns(columns_wanted);
 
     this->for_each(columns_wanted ? Owned::kBoth : Owned::kRows, [&](int64_t block_i, int64_t block_j, int thread) {
       const Tile<acc_t> tile = this->scratch(block_i, block_j, thread);

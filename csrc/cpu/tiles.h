@@ -113,10 +113,23 @@ class Tiles {
   // Makes what `multiply` and `add_to_columns` need. Before the loop.
   void prepare(bool to_multiply, bool to_add_to_columns) {
     if (!has_small_products<acc_t>()) return;
-    if (to_multiply || (to_add_to_columns && square))
+    if (to_multiply || (to_add_to_columns && square && !flips()))
       columns_transposed_ = transposed_blocks<acc_t>(columns.values, column_blocks);
-    if (to_add_to_columns)
+    if (!to_add_to_columns) return;
+    if (flips())
+      flipped_ = at::empty({column_blocks.size, row_blocks.size + kPadding}, rows.values.options());
+    else
       rows_transposed_ = square ? columns_transposed_ : transposed_blocks<acc_t>(rows.values, row_blocks);
+  }
+
+  // Where rows and columns are few, transposing the coefficients moves less than transposing rows and sums.
+  bool flips() const { return threads == 1 && has_small_products<acc_t>(); }
+
+  RowSums<acc_t> sums_of_rows(bool wanted, bool from_columns) const {
+    return {wanted ? n : 0, d, row_blocks, from_columns && !flips(), rows.values.options()};
+  }
+  RowSums<acc_t> sums_of_columns(bool wanted) const {
+    return {wanted ? m : 0, d, column_blocks, !flips(), rows.values.options()};
   }
 
   // Fills a tile with <x^_i, y^_j>, all pairs.
@@ -146,7 +159,13 @@ class Tiles {
 
   // sums_j += sum_i c_ij x^_i.
   void add_to_columns(RowSums<acc_t>& sums, const Tile<acc_t>& c) const {
-    if (has_small_products<acc_t>()) {
+    if (flips()) {
+      acc_t* flipped = flipped_.template mutable_data_ptr<acc_t>();
+      const int64_t ld = flipped_.stride(0);
+      tile_math<acc_t>().transpose(c.s, c.ld, flipped, ld, c.i.size, c.j.size);
+      multiply_small<acc_t>(c.j.size, d, c.i.size, flipped, ld, row(rows, c.i), d,
+                            sums.values.template mutable_data_ptr<acc_t>() + c.j.begin * d, d, true);
+    } else if (has_small_products<acc_t>()) {
       const int64_t ld = column_blocks.size;
       acc_t* out = sums.transposed.template mutable_data_ptr<acc_t>() + c.j.begin * d;
       multiply_small<acc_t>(d, c.j.size, c.i.size, block(rows_transposed_, c.i), row_blocks.size, c.s, c.ld, out, ld,
@@ -174,8 +193,11 @@ class Tiles {
 
  private:
   // Into how many blocks rows or columns are to be cut at least: the tournament of the square case plays count / 2
-  // tiles at once.
-  int64_t ways() const { return square && threads > 1 ? 2 * threads : threads; }
+  // tiles at once; on one thread, the more tiles the square case has, the fewer entries are made twice.
+  int64_t ways() const {
+    if (threads > 1) return square ? 2 * threads : threads;
+    return square && has_small_products<acc_t>() ? kOneThread / kSmallestTile : 1;
+  }
   // Keeps the rows of a tile off one another's cache sets.
   static constexpr int64_t kPadding = 16;
 
@@ -197,7 +219,7 @@ class Tiles {
     at::addmm_out(out, out, a, b, beta, 1);
   }
 
-  at::Tensor scratch_, columns_transposed_, rows_transposed_;
+  at::Tensor scratch_, columns_transposed_, rows_transposed_, flipped_;
 };
 
 }  // namespace ssl_kernels::cpu
