@@ -14,7 +14,7 @@
 
 namespace ssl_kernels::cpu {
 
-// Holds the largest block that nobody uses, one in all.
+// Holds the largest block that nobody uses, one in all, until the process ends.
 class KeptBuffers {
  public:
   // Never destroyed: tensors may outlive everything static.

@@ -1,6 +1,6 @@
 // Orders in which tiles are visited so that no two tiles of one parallel round share a row block or a
 // column block. Every block then has one owner at a time: no atomics, no buffer per thread, and sums
-// that come out in the same order, bit for bit, whatever the number of threads.
+// that come out in the same order, bit for bit, for the same blocks, whatever the number of threads.
 #pragma once
 
 #include <ATen/Parallel.h>

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "contrastive_autograd.h"
+#include "forward_mode.h"
 
 namespace ssl_kernels {
 namespace {
@@ -71,6 +72,7 @@ ContrastiveForwardResults contrastive_fwd(const Tensor& rows, const OptionalTens
                                const OptionalTensor& positives, const OptionalTensor& row_ids,
                                const OptionalTensor& column_ids, bool normalize_rows, bool normalize_columns,
                                bool keep_diagonal, bool both_directions, bool keep, bool columns_need_grad) {
+  refuse_forward_mode("contrastive", {&rows, columns ? &*columns : nullptr, &scale});
   const bool differentiate = at::GradMode::is_enabled() &&
                              (rows.requires_grad() || scale.requires_grad() || (columns && columns->requires_grad()));
   if (!differentiate) {

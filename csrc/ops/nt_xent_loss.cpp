@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "contrastive_autograd.h"
+#include "forward_mode.h"
 
 namespace ssl_kernels {
 namespace {
@@ -23,7 +24,7 @@ bool can_be_read(const Tensor& tensor) {
 }
 
 struct Saved {
-  Tensor rows, partner, lse, row_rnorm, kept;
+  Tensor partner, lse, row_rnorm, kept;
 };
 
 Tensor forward(const Tensor& z0, const Tensor& z1, const Tensor& scale, bool normalize, bool mean, Saved* saved) {
@@ -34,7 +35,7 @@ Tensor forward(const Tensor& z0, const Tensor& z1, const Tensor& scale, bool nor
   auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept] = contrastive_forward_op().call(
       rows, std::nullopt, scale, partner, std::nullopt, std::nullopt, normalize, normalize, /*keep_diagonal=*/false,
       /*both_directions=*/false, /*keep=*/saved != nullptr, /*columns_need_grad=*/false);
-  if (saved) *saved = {rows, partner, lse, row_rnorm, kept};
+  if (saved) *saved = {partner, lse, row_rnorm, kept};
   if (!can_be_read(lse)) {
     const Tensor losses = lse.sub(positive_logits);
     return mean ? losses.mean(scale.scalar_type()) : losses.sum(scale.scalar_type());
@@ -50,20 +51,19 @@ struct NTXentLoss : Function<NTXentLoss> {
                         bool mean) {
     Saved saved;
     const Tensor loss = ssl_kernels::forward(z0, z1, scale, normalize, mean, &saved);
-    ctx->save_for_backward({saved.rows, scale, saved.partner, saved.lse, saved.row_rnorm, saved.kept});
+    // The views rather than their concatenation: they are likely kept alive by others as well.
+    ctx->save_for_backward({z0, z1, scale, saved.partner, saved.lse, saved.row_rnorm, saved.kept});
     ctx->saved_data["normalize"] = normalize;
     ctx->saved_data["mean"] = mean;
-    ctx->saved_data["z0"] = z0;  // not read: what a second derivative would lead to
-    ctx->saved_data["z1"] = z1;
     return loss;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &rows = saved[0], &scale = saved[1], &lse = saved[3];
+    const Tensor &z0 = saved[0], &z1 = saved[1], &scale = saved[2], &lse = saved[4];
     const bool normalize = ctx->saved_data["normalize"].toBool(), mean = ctx->saved_data["mean"].toBool();
     const bool rows_need_grad = ctx->needs_input_grad(0) || ctx->needs_input_grad(1);
-    const int64_t n = rows.size(0), b = n / 2;
+    const int64_t b = z0.size(0), n = 2 * b;
     variable_list results;
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -79,14 +79,14 @@ struct NTXentLoss : Function<NTXentLoss> {
       }
       const Tensor none = at::empty({0}, lse.options());
       auto [grad_rows, grad_columns, grad_scale] = contrastive_backward_op().call(
-          grad_lse, std::nullopt, grad_positive, rows, std::nullopt, scale, saved[2], std::nullopt,
-          std::nullopt, lse, none, saved[4], none, saved[5], normalize, normalize, /*keep_diagonal=*/false,
+          grad_lse, std::nullopt, grad_positive, at::cat({z0, z1}), std::nullopt, scale, saved[3], std::nullopt,
+          std::nullopt, lse, none, saved[5], none, saved[6], normalize, normalize, /*keep_diagonal=*/false,
           /*both_directions=*/false, rows_need_grad, /*columns_need_grad=*/false);
       results = {grad_rows, grad_columns, grad_scale};
     }
     if (at::GradMode::is_enabled())
-      results = NoSecondDerivative::apply(results[0], results[1], results[2], ctx->saved_data["z0"].toTensor(),
-                                          ctx->saved_data["z1"].toTensor(), scale, grads[0], std::nullopt, std::nullopt);
+      results = NoSecondDerivative::apply(results[0], results[1], results[2], z0, z1, scale, grads[0], std::nullopt,
+                                          std::nullopt);
     variable_list by_input(5);
     if (ctx->needs_input_grad(0)) by_input[0] = results[0].narrow(0, 0, b);
     if (ctx->needs_input_grad(1)) by_input[1] = results[0].narrow(0, b, b);
@@ -96,6 +96,7 @@ struct NTXentLoss : Function<NTXentLoss> {
 };
 
 Tensor nt_xent_loss(const Tensor& z0, const Tensor& z1, const Tensor& scale, bool normalize, bool mean) {
+  refuse_forward_mode("nt_xent_loss", {&z0, &z1, &scale});
   const bool differentiate =
       at::GradMode::is_enabled() && (z0.requires_grad() || z1.requires_grad() || scale.requires_grad());
   return differentiate ? NTXentLoss::apply(z0, z1, scale, normalize, mean)

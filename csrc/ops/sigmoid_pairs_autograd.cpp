@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "forward_mode.h"
 #include "sigmoid_pairs.h"
 
 namespace ssl_kernels {
@@ -95,6 +96,7 @@ struct SigmoidPairs : Function<SigmoidPairs> {
 ForwardResults sigmoid_pairs_fwd(const Tensor& rows, const Tensor& columns, const Tensor& scale, const Tensor& bias,
                                  int64_t diagonal, bool normalize_rows, bool normalize_columns, bool total, bool keep,
                                  bool rows_need_grad, bool columns_need_grad) {
+  refuse_forward_mode("sigmoid_pairs", {&rows, &columns, &scale, &bias});
   const bool differentiate = at::GradMode::is_enabled() && (rows.requires_grad() || columns.requires_grad() ||
                                                             scale.requires_grad() || bias.requires_grad());
   if (!differentiate) {

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import re
+import weakref
 
 import pytest
 import torch
@@ -573,3 +574,44 @@ def test_module_can_be_copied_and_pickled(temperature, duplicate):
 def test_module_describes_itself():
     text = repr(ssl_kernels.nn.NTXentLoss(0.25, reduction="sum"))
     assert re.search(r"NTXentLoss\(temperature=0\.25, .*reduction='sum'", text)
+
+
+@pytest.mark.parametrize("loss", ["nt_xent_loss", "clip_loss", "siglip_loss"])
+def test_forward_mode_is_refused_by_a_kernel_and_right_in_the_reference(loss):
+    scalars = {"nt_xent_loss": (0.5,), "clip_loss": (2.0,), "siglip_loss": (2.0, -1.0)}[loss]
+    function = getattr(ssl_kernels, loss)
+    z0, z1 = views(5, 8, torch.float64)
+    tangent = torch.randn(z0.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(z0, tangent)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            function(dual, z1, *scalars, backend="native")
+        value = function(dual, z1, *scalars, backend="reference")
+        found = torch.autograd.forward_ad.unpack_dual(value).tangent
+    leaf = z0.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(function(leaf, z1, *scalars, backend="reference"), leaf)
+    torch.testing.assert_close(found, (grad * tangent).sum())
+
+
+@every_backend
+def test_incoming_gradient_is_left_alone(backend):
+    z0, z1 = (z.requires_grad_() for z in views(6, 8, torch.float64))
+    loss = nt_xent_loss(z0, z1, backend=backend)
+    incoming = torch.tensor(3.0, dtype=torch.float64)
+    (first,) = torch.autograd.grad(loss, z0, incoming, retain_graph=True)
+    assert incoming.item() == 3
+    (second,) = torch.autograd.grad(loss, z0, incoming)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    (both,) = torch.autograd.grad(
+        nt_xent_loss(z0, z1, backend=backend) + nt_xent_loss(z0, z1, backend=backend), z0
+    )
+    torch.testing.assert_close(both * 1.5, first)
+
+
+def test_backward_releases_what_it_saved():
+    hidden = torch.randn(8, 16, requires_grad=True) * 1
+    loss = nt_xent_loss(hidden, torch.randn(8, 16), backend="native")
+    loss.backward()
+    alive = weakref.ref(hidden)
+    del hidden
+    assert alive() is None
