@@ -1,6 +1,7 @@
 """Checks of what a user passes: each names the argument, the rule and the value, before anything runs."""
 
 import math
+import numbers
 
 import torch
 
@@ -16,7 +17,7 @@ def check_embeddings(op, **tensors):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in DTYPES:
             raise TypeError(
-                f"{op}: {name} must be float64, float32, float16 or bfloat16, got {_short(tensor.dtype)}"
+                f"{op}: {name} must be float64, float32, float16 or bfloat16, got {short(tensor.dtype)}"
             )
         if tensor.dim() != 2 or 0 in tensor.shape:
             raise ValueError(f"{op}: {name} must have shape (N, D) with N, D >= 1, got {tuple(tensor.shape)}")
@@ -26,7 +27,7 @@ def check_embeddings(op, **tensors):
             )
         if tensor.dtype != first.dtype:
             raise TypeError(
-                f"{op}: {name} must be {_short(first.dtype)} as {first_name} is, got {_short(tensor.dtype)}"
+                f"{op}: {name} must be {short(first.dtype)} as {first_name} is, got {short(tensor.dtype)}"
             )
         if tensor.shape[1] != first.shape[1]:
             raise ValueError(
@@ -55,11 +56,11 @@ def check_scalar(op, name, value, like, *, positive):
         if value.dim() != 0 or not value.is_floating_point():
             raise ValueError(
                 f"{op}: {name} must be a number or a 0-d floating tensor,"
-                f" got shape {tuple(value.shape)}, {_short(value.dtype)}"
+                f" got shape {tuple(value.shape)}, {short(value.dtype)}"
             )
         if value.device != like.device:
             raise ValueError(f"{op}: {name} must be on {like.device}, got {value.device}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+    elif not is_number(value):
         raise TypeError(f"{op}: {name} must be a number or a 0-d tensor, got {type(value).__name__}")
     elif not math.isfinite(value) or (positive and value <= 0):
         raise ValueError(f"{op}: {name} must be finite{' and > 0' if positive else ''}, got {value}")
@@ -69,7 +70,7 @@ def check_ids(op, name, value, shape, like):
     """`value` must be an integer tensor of `shape` on the device of `like`."""
     check_shape(op, name, value, shape, like)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{op}: {name} must be an integer tensor, got {_short(value.dtype)}")
+        raise TypeError(f"{op}: {name} must be an integer tensor, got {short(value.dtype)}")
 
 
 def check_row_weights(op, name, value, rows, like):
@@ -78,7 +79,7 @@ def check_row_weights(op, name, value, rows, like):
         return
     check_shape(op, name, value, (rows,), like)
     if not value.is_floating_point():
-        raise TypeError(f"{op}: {name} must be a floating tensor, got {_short(value.dtype)}")
+        raise TypeError(f"{op}: {name} must be a floating tensor, got {short(value.dtype)}")
 
 
 def check_shape(op, name, value, shape, like):
@@ -93,7 +94,7 @@ def check_shape(op, name, value, shape, like):
 
 def check_fraction(op, name, value, *, below_one=False):
     """`value` must be a number in [0, 1], or in [0, 1) with below_one."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     if not (0 <= value < 1 if below_one else 0 <= value <= 1):
         raise ValueError(f"{op}: {name} must lie in [0, 1{')' if below_one else ']'}, got {value}")
@@ -104,5 +105,10 @@ def check_least_rows(op, name, tensor, least, why):
         raise ValueError(f"{op}: {name} must have at least {least} rows, {why}, got {len(tensor)}")
 
 
-def _short(dtype):
+def is_number(value):
+    """A real number of Python or numpy, no bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def short(dtype):
     return str(dtype).removeprefix("torch.")

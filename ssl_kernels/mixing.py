@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ssl_kernels.checks import DTYPES, check_reduction
+from ssl_kernels.checks import DTYPES, check_reduction, is_number, short
 from ssl_kernels.ops import cutmix as cutmix_ops
 from ssl_kernels.ops import mixup as mixup_ops
 from ssl_kernels.ops import mixup_cross_entropy as cross_entropy_ops
@@ -40,7 +40,8 @@ def mixup_(x, lam, permutation, *, validate=False, backend=None):
     """
     op = "mixup_"
     _check_batch(op, x)
-    _check_in_place(op, x, lam)
+    check_in_place(op, "x", x, "mixup is differentiable")
+    _check_no_grad(op, "lam", lam, "mixup is differentiable")
     _check_permutation(op, permutation, x)
     lam = _shares(op, lam, x)
     _validate(op, validate, x, permutation, lam)
@@ -96,7 +97,7 @@ def cutmix_(x, boxes, permutation, *, validate=False, backend=None):
     """
     op = "cutmix_"
     _check_images(op, x)
-    _check_in_place(op, x)
+    check_in_place(op, "x", x, "cutmix is differentiable")
     _check_permutation(op, permutation, x)
     _check_boxes(op, boxes, x)
     _validate(op, validate, x, permutation, boxes=boxes, image=x.shape[-2:])
@@ -151,7 +152,7 @@ def mixup_normalize(x, lam, permutation, mean, std, dtype=torch.float32, *, vali
     op = "mixup_normalize"
     _check_tensor(op, "x", x)
     if x.dtype != torch.uint8:
-        raise TypeError(f"{op}: x must be uint8, got {_short(x.dtype)}")
+        raise TypeError(f"{op}: x must be uint8, got {short(x.dtype)}")
     if x.dim() != 4 or 0 in x.shape:
         raise ValueError(f"{op}: x must have shape (B, C, H, W), none of them 0, got {tuple(x.shape)}")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -232,7 +233,7 @@ def _check_tensor(op, name, value):
 def _check_batch(op, x, name="x"):
     _check_tensor(op, name, x)
     if x.dtype not in DTYPES:
-        raise TypeError(f"{op}: {name} must be float64, float32, float16 or bfloat16, got {_short(x.dtype)}")
+        raise TypeError(f"{op}: {name} must be float64, float32, float16 or bfloat16, got {short(x.dtype)}")
     if x.dim() == 0 or 0 in x.shape:
         raise ValueError(f"{op}: {name} must have shape (B, ...), nothing of it 0, got {tuple(x.shape)}")
 
@@ -243,23 +244,39 @@ def _check_images(op, x):
         raise ValueError(f"{op}: x must have shape (B, ..., H, W), nothing of it 0, got {tuple(x.shape)}")
 
 
-def _check_in_place(op, *tensors):
-    """The first is overwritten: autograd must not need it, and no element may be there twice."""
-    for name, value in zip(("x", "lam"), tensors, strict=False):
-        if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{op}: {name} must not require grad while gradients are recorded, got one that does;"
-                f" {op.rstrip('_')} is differentiable"
-            )
-    x = tensors[0]
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        raise ValueError(f"{op}: x must not overlap itself, got strides {x.stride()} for {tuple(x.shape)}")
+def check_in_place(op, name, x, instead):
+    """x is overwritten: autograd must not need it, and no element may be there twice."""
+    _check_no_grad(op, name, x, instead)
+    if _overlaps(x):
+        raise ValueError(
+            f"{op}: {name} must not overlap itself, got strides {x.stride()} for {tuple(x.shape)}"
+        )
+
+
+def _check_no_grad(op, name, value, instead):
+    if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: {name} must not require grad while gradients are recorded, got one that does; {instead}"
+        )
+
+
+def _overlaps(x):
+    """Whether some stride does not lead past all that the smaller ones reach; traced, whether one is 0."""
+    if torch.compiler.is_compiling():  # symbolic strides have no order
+        return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def _check_indices(op, name, value, shape, x, like="x"):
     _check_tensor(op, name, value)
     if value.dtype != torch.int64:
-        raise TypeError(f"{op}: {name} must be int64, got {_short(value.dtype)}")
+        raise TypeError(f"{op}: {name} must be int64, got {short(value.dtype)}")
     if value.shape != shape:
         raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
     if value.device != x.device:
@@ -275,7 +292,7 @@ def _check_boxes(op, boxes, x):
 
 
 def _check_share(op, name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     if not 0 <= value <= 1:  # NaN too
         raise ValueError(f"{op}: {name} must be in [0, 1], got {value}")
@@ -286,9 +303,9 @@ def _shares(op, lam, x, like="x"):
     batch, acc = x.shape[0], accumulation_dtype(x)
     if not isinstance(lam, torch.Tensor):
         _check_share(op, "lam", lam)
-        return torch.full((batch,), lam, dtype=acc, device=x.device)
+        return torch.full((batch,), float(lam), dtype=acc, device=x.device)
     if not lam.is_floating_point():
-        raise TypeError(f"{op}: lam must be floating, got {_short(lam.dtype)}")
+        raise TypeError(f"{op}: lam must be floating, got {short(lam.dtype)}")
     if lam.dim() != 0 and lam.shape != (batch,):
         raise ValueError(f"{op}: lam must be a number or have shape ({batch},), got {tuple(lam.shape)}")
     if lam.device != x.device:
@@ -316,7 +333,3 @@ def _validate(op, validate, x, *args, **options):
     """On the CPU the operators check values themselves."""
     if validate and x.device.type != "cpu":
         check_values(op, *args, **options)
-
-
-def _short(dtype):
-    return str(dtype).removeprefix("torch.")

@@ -268,6 +268,11 @@ BAD_ARGUMENTS = [
     ({"mode": "pair", "pairing": "roll"}, 'pairing must be "random" or "flip", got \'roll\''),
     ({"cutmix_minmax": (0.5, 0.2)}, "cutmix_minmax must hold 0 <= least < most <= 1"),
     ({"mean": [0.5]}, "mean and std must be given together"),
+    ({"label_smoothing": 0.1}, "label_smoothing must be 0 without dense targets, got 0.1; pass it to"),
+    (
+        {"label_smoothing": 0.1, "num_classes": 5, "dense_target": False},
+        "label_smoothing must be 0 without dense targets",
+    ),
 ]
 
 
@@ -294,6 +299,41 @@ BAD_BATCHES = [
         (torch.zeros(4, 1, 3, 3), None, torch.zeros(4, 3, 2)),
         ValueError,
         "masks must have the height and width of x",
+    ),
+    (
+        {"num_classes": 3},
+        (torch.rand(4, 2), torch.tensor([0, 1, 3, 2])),
+        ValueError,
+        "target must be in 0 to 2, got 3",
+    ),
+    ({}, (torch.rand(4, 2), [0, 1, 2, 3]), TypeError, "target must be a tensor, got list"),
+    (
+        {},
+        (torch.rand(4, 2), torch.zeros(4, dtype=torch.int32)),
+        TypeError,
+        "target must be int64 or floating",
+    ),
+    ({}, (torch.rand(4, 2), torch.zeros(4, 3, device="meta")), ValueError, "target must be on cpu as x is"),
+    ({}, (torch.rand(4, 2), None, [[1.0]] * 4), TypeError, "masks must be a tensor, got list"),
+    ({}, (torch.rand(4, 2), None, torch.zeros(3, 2)), ValueError, r"masks must have shape \(4, ...\)"),
+    (
+        {},
+        (torch.rand(4, 2), None, torch.zeros(4, 2, device="meta")),
+        ValueError,
+        "masks must be on cpu as x is",
+    ),
+    (
+        {},
+        (torch.rand(4, 2), None, torch.zeros(4, 2, requires_grad=True)),
+        ValueError,
+        "masks must not require grad",
+    ),
+    ({}, (torch.rand(4, 2), None, torch.zeros(4, 1).expand(4, 2)), ValueError, "masks must not overlap"),
+    (
+        {"mixup_alpha": 0.0, "cutmix_alpha": 1.0},
+        (torch.rand(4, 1, 3, 3), None, torch.zeros(2, 3, 3)),
+        ValueError,
+        r"masks must have shape \(4, ...\)",
     ),
 ]
 

@@ -24,14 +24,14 @@ def as_scalar(value, like):
     acc = accumulation_dtype(like)
     if isinstance(value, torch.Tensor):
         return value.to(acc)
-    return torch.scalar_tensor(value, dtype=acc, device=like.device)
+    return torch.scalar_tensor(float(value), dtype=acc, device=like.device)
 
 
 def inverse(temperature, like):
     """1 / temperature as a 0-d tensor in the accumulation dtype of `like`."""
     if isinstance(temperature, torch.Tensor):
         return 1 / as_scalar(temperature, like)
-    return as_scalar(1 / temperature, like)
+    return as_scalar(1 / float(temperature), like)
 
 
 def unit_rows(x, normalize):

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from ssl_kernels import mixing
+from ssl_kernels.checks import DTYPES, short
+from ssl_kernels.value_checks import check_target
 
 MODES = {"batch": "batch", "pair": "pair", "sample": "sample", "elem": "sample"}  # "elem" is timm's word
 PAIRINGS = ("random", "flip", "roll")
@@ -49,7 +51,8 @@ class Mixup(nn.Module):
         switch_prob: Probability of CutMix where both are on.
         mode: One draw for the "batch", one for each "pair" of samples, or one for each "sample" (timm: "elem").
         correct_lam: λ of a pasted sample is the area that is left of it, not the one that was drawn.
-        label_smoothing: In [0, 1], of dense targets made from integer ones.
+        label_smoothing: In [0, 1], of dense targets made from integer ones; 0 without: there it is an argument of
+            `ssl_kernels.mixup_cross_entropy`.
         num_classes: C, for dense targets from integer ones.
         pairing: "random": a random permutation (a random matching for mode "pair"); "flip": sample i meets B − 1 − i;
             "roll": sample i meets i − 1, not for mode "pair".
@@ -111,6 +114,11 @@ class Mixup(nn.Module):
         self.mode, self.pairing = MODES[mode], pairing
         self.label_smoothing, self.num_classes = label_smoothing, num_classes
         self.dense_target = num_classes is not None if dense_target is None else dense_target
+        if label_smoothing > 0 and not self.dense_target:
+            raise ValueError(
+                f"Mixup: label_smoothing must be 0 without dense targets, got {label_smoothing!r};"
+                " pass it to mixup_cross_entropy"
+            )
         self.inplace, self.dtype, self.generator, self.backend = inplace, dtype, generator, backend
         for name, numbers in (("mean", mean), ("std", std)):
             value = None if numbers is None else torch.as_tensor(numbers, dtype=torch.float32)
@@ -129,13 +137,16 @@ class Mixup(nn.Module):
             x alone, or a tuple of x, then target and masks where given. See `dense_target` for the form of target.
 
         Raises:
-            TypeError, ValueError: As `mixup_` and `cutmix_`; masks that cannot be mixed; a target of another shape.
+            TypeError, ValueError: As `mixup_` and `cutmix_`; masks that cannot be mixed; a target of another shape,
+                dtype or device, or on the CPU outside of torch.compile a class that is none, where it is made dense.
+                x and masks are untouched then.
         """
         self._check_batch(x, target, masks)
         draw = self.draw(x)
+        mixed_target = None if target is None else self.mix_target(target, draw)
         results = [self.mix(x, draw)]
         if target is not None:
-            results.append(self.mix_target(target, draw))
+            results.append(mixed_target)
         if masks is not None:
             results.append(self._mix_values(masks, draw))
         return results[0] if len(results) == 1 else tuple(results)
@@ -233,27 +244,52 @@ class Mixup(nn.Module):
             raise TypeError(f"Mixup: x must be floating, or uint8 with mean and std given, got {x.dtype}")
         if self.cutmix_alpha > 0 and x.dim() < 3:
             raise ValueError(f"Mixup: x must have shape (B, ..., H, W) for CutMix, got {tuple(x.shape)}")
+        if self.inplace and self.mean is None:
+            _check_overwritten("x", x)
         if target is not None:
-            dims = 2 if target.is_floating_point() else 1
-            if target.dim() != dims or len(target) != len(x):
-                raise ValueError(
-                    f"Mixup: target must have shape ({len(x)},) with classes or ({len(x)}, C) with probabilities,"
-                    f" got {tuple(target.shape)}, {target.dtype}"
-                )
-            if dims == 1 and self.dense_target and self.num_classes is None:
+            self._check_target(x, target)
+        if masks is not None:
+            self._check_masks(x, masks)
+
+    def _check_target(self, x, target):
+        if not isinstance(target, torch.Tensor):
+            raise TypeError(f"Mixup: target must be a tensor, got {type(target).__name__}")
+        if target.dtype != torch.int64 and target.dtype not in DTYPES:
+            raise TypeError(f"Mixup: target must be int64 or floating, got {short(target.dtype)}")
+        dims = 2 if target.is_floating_point() else 1
+        if target.dim() != dims or len(target) != len(x):
+            raise ValueError(
+                f"Mixup: target must have shape ({len(x)},) with classes or ({len(x)}, C) with probabilities,"
+                f" got {tuple(target.shape)}, {target.dtype}"
+            )
+        if target.device != x.device:
+            raise ValueError(f"Mixup: target must be on {x.device} as x is, got {target.device}")
+        if dims == 1 and self.dense_target:
+            if self.num_classes is None:
                 raise ValueError(
                     "Mixup: num_classes must be given for dense targets from integer ones, got None"
                 )
-        if masks is not None:
-            if not masks.is_floating_point() and self.mixup_alpha > 0:
-                raise ValueError(
-                    f"Mixup: masks must be floating for mixup (or mixup_alpha 0), got {masks.dtype}"
-                )
-            if self.cutmix_alpha > 0 and masks.shape[-2:] != x.shape[-2:]:
-                raise ValueError(
-                    f"Mixup: masks must have the height and width of x, {tuple(x.shape[-2:])},"
-                    f" got {tuple(masks.shape)}"
-                )
+            if target.device.type == "cpu" and not torch.compiler.is_compiling():
+                check_target("Mixup", target, self.num_classes)
+
+    def _check_masks(self, x, masks):
+        if not isinstance(masks, torch.Tensor):
+            raise TypeError(f"Mixup: masks must be a tensor, got {type(masks).__name__}")
+        if masks.dtype not in DTYPES and self.mixup_alpha > 0:
+            raise ValueError(f"Mixup: masks must be floating for mixup (or mixup_alpha 0), got {masks.dtype}")
+        if masks.dim() == 0 or len(masks) != len(x) or 0 in masks.shape:
+            raise ValueError(
+                f"Mixup: masks must have shape ({len(x)}, ...), nothing of it 0, got {tuple(masks.shape)}"
+            )
+        if masks.device != x.device:
+            raise ValueError(f"Mixup: masks must be on {x.device} as x is, got {masks.device}")
+        if self.cutmix_alpha > 0 and (masks.dim() < 3 or masks.shape[-2:] != x.shape[-2:]):
+            raise ValueError(
+                f"Mixup: masks must have the height and width of x, {tuple(x.shape[-2:])},"
+                f" got {tuple(masks.shape)}"
+            )
+        if self.inplace:
+            _check_overwritten("masks", masks)
 
     def _generator_on(self, device):
         if self.generator is None or isinstance(self.generator, torch.Generator):
@@ -386,6 +422,10 @@ class ManifoldMixup(nn.Module):
 def _check(condition, name, rule, value):
     if not condition:
         raise ValueError(f"Mixup: {name} must {rule}, got {value!r}")
+
+
+def _check_overwritten(name, value):
+    mixing.check_in_place("Mixup", name, value, "Mixup with inplace=False is differentiable")
 
 
 def _beta(alpha, count, device, generator):

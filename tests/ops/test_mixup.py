@@ -294,6 +294,11 @@ def test_bad_input_raises_and_changes_nothing(backend, function, wrong, message,
 def test_overlapping_batch_is_refused():
     with pytest.raises(ValueError, match=r"^mixup_: x must not overlap itself, got strides \(0, 1\)"):
         mixup_(torch.randn(1, 3).expand(4, 3), 0.5, torch.arange(4))
+    with pytest.raises(ValueError, match=r"^mixup_: x must not overlap itself, got strides \(2, 1\)"):
+        mixup_(torch.arange(10.0).unfold(0, 4, 2), 0.5, torch.arange(4))
+    windows = torch.arange(20.0).unfold(0, 3, 4).permute(1, 0)  # gaps between them
+    expected = mixup(windows, 0.25, torch.tensor([1, 2, 0]))
+    assert torch.equal(mixup_(windows, 0.25, torch.tensor([1, 2, 0])), expected)
 
 
 @every_operator
