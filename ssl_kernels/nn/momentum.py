@@ -6,6 +6,8 @@ import math
 import torch
 from torch import nn
 
+from ssl_kernels.checks import is_number
+
 BUFFER_POLICIES = ("copy", "average")
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -29,14 +31,16 @@ class MomentumEncoder(nn.Module):
     The average is held in float32 (float64 for float64 parameters), also where parameters are float16 or bfloat16:
     there a step of less than half a unit in the last place is lost, and from m = 0.996 on an average in bfloat16 does
     not move. Such parameters get a float32 master, a buffer of this module, and are rounded from it after each
-    update. Memory is written in place and never replaced by another tensor, as a captured CUDA graph needs it.
+    update; what is written into them from outside replaces the master. Memory is written in place and never replaced
+    by another tensor, as a captured CUDA graph needs it.
 
     Args:
         module: Copied, with its mode and devices. Its parameters stay as they are; those of the copy need no gradient.
         momentum: m in [0, 1].
         steps: With it the momentum rises from `momentum` to 1 along half a cosine over that many updates, as in BYOL.
-        buffers: What happens to buffers that are floating, such as the statistics of batch normalisation: "copy" takes
-            those of `module` at each update, "average" averages them as the parameters. Integer buffers are copied.
+        buffers: What happens to buffers that are floating or complex, such as the statistics of batch normalisation:
+            "copy" takes those of `module` at each update, "average" averages them as the parameters. Integer buffers
+            are copied. Complex averages are held in their own precision.
 
     Source: He et al., MoCo, arXiv:1911.05722, eq. 2.
     """
@@ -50,7 +54,7 @@ class MomentumEncoder(nn.Module):
             raise ValueError(f"MomentumEncoder: steps must be a whole number from 1 or None, got {steps!r}")
         if buffers not in BUFFER_POLICIES:
             raise ValueError(f'MomentumEncoder: buffers must be "copy" or "average", got {buffers!r}')
-        self.momentum = momentum
+        self.momentum = float(momentum)
         self.steps = steps
         self.buffer_policy = buffers
         self.updates = 0
@@ -83,19 +87,22 @@ class MomentumEncoder(nn.Module):
         """
         momentum = self.current_momentum if momentum is None else momentum
         _check_momentum(momentum)
+        momentum = float(momentum)
         module = _unwrapped(module)
         given = dict(module.named_parameters()) | dict(module.named_buffers())
         own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         _check_same_tensors(own, given)
         averaged = self._averaged()
         masters = self._masters(averaged)
+        for name, master in masters.items():
+            master.copy_(_exact(master, averaged[name]))
         averages = [masters.get(name, tensor) for name, tensor in averaged.items()]
         sources = [
             given[name].to(average.device, average.dtype)
             for name, average in zip(averaged, averages, strict=True)
         ]
         if averages:
-            torch._foreach_lerp_(averages, sources, 1 - momentum)
+            torch._foreach_lerp_(_as_real(averages), _as_real(sources), 1 - momentum)
         if masters:
             torch._foreach_copy_([averaged[name] for name in masters], list(masters.values()))
         for name, tensor in own.items():
@@ -109,7 +116,7 @@ class MomentumEncoder(nn.Module):
         tensors = dict(self.module.named_parameters())
         if self.buffer_policy == "average":
             tensors |= dict(self.module.named_buffers())
-        return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+        return {name: tensor for name, tensor in tensors.items() if _is_inexact(tensor)}
 
     def _masters(self, averaged):
         """The masters of those that have one, by name."""
@@ -126,12 +133,18 @@ class MomentumEncoder(nn.Module):
                 )
 
     def _apply(self, fn, recurse=True):
-        # A change of dtype reaches the copy; masters follow its device alone.
+        # A change of dtype reaches the copy; masters follow its device alone. The copy takes their values.
         averaged = self._averaged()
         masters = self._masters(averaged)
-        values = {name: masters.get(name, tensor.detach()) for name, tensor in averaged.items()}
+        with torch.no_grad():
+            exact = {name: _exact(master, averaged[name]) for name, master in masters.items()}
+        values = {name: exact.get(name, tensor.detach()) for name, tensor in averaged.items()}
         super()._apply(fn, recurse)
         self._set_masters(values)
+        with torch.no_grad():
+            averaged = self._averaged()
+            for name, value in (self._masters(averaged) | exact).items():
+                averaged[name].copy_(value)
         return self
 
     def get_extra_state(self):
@@ -152,8 +165,23 @@ def _unwrapped(module):
     return module
 
 
+def _is_inexact(tensor):
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _as_real(tensors):
+    return [
+        torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor for tensor in tensors
+    ]
+
+
+def _exact(master, rounded):
+    """The master, except where `rounded` was written from outside since it was rounded from the master."""
+    return torch.where(master.to(rounded.dtype) == rounded, master, rounded.to(master.dtype))
+
+
 def _check_momentum(momentum):
-    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+    if not is_number(momentum):
         raise TypeError(f"MomentumEncoder: momentum must be a number, got {type(momentum).__name__}")
     if not 0 <= momentum <= 1:
         raise ValueError(f"MomentumEncoder: momentum must lie in [0, 1], got {momentum}")

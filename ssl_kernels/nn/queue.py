@@ -66,6 +66,10 @@ class MoCoQueue(nn.Module):
         """How many rows hold keys. On CUDA it waits for the device."""
         return int(self.filled)
 
+    def __bool__(self):
+        """True, empty or not: `queue or default` is the queue."""
+        return True
+
     def negatives(self, queries):
         """What `contrastive` takes for this many queries: (columns, row_ids, column_ids).
 

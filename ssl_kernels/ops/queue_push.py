@@ -35,8 +35,8 @@ def queue_push_(storage, keys, position, filled, *, normalize=True, backend=None
         backend: "native", "triton", "chunked" or "reference"; None picks.
 
     Raises:
-        TypeError, ValueError: A shape, dtype or device that does not fit; keys that share memory with storage. On the
-            CPU also a position or fill count out of range.
+        TypeError, ValueError: A shape, dtype or device that does not fit; keys that share memory with storage; storage
+            that requires grad while gradients are recorded. On the CPU also a position or fill count out of range.
     """
     _check(storage, keys, position, filled)
     chosen = backends.choose_backend("queue_push", backend, "queue_push_", storage, keys)
@@ -73,6 +73,10 @@ def _check(storage, keys, position, filled):
             raise TypeError(
                 f"queue_push_: {name} must be 0-d int64, got {tensor.dtype} {tuple(tensor.shape)}"
             )
+    if storage.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "queue_push_: storage must not require grad while gradients are recorded, got one that does"
+        )
     if torch.compiler.is_compiling():
         return
     if torch._C._is_alias_of(keys, storage):

@@ -3,6 +3,7 @@
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -172,10 +173,41 @@ def test_casting_keeps_the_float32_average():
     assert all(same_bits(a, b) for a, b in zip(masters, before, strict=True))
     encoder.update_(moved(network))  # of float32 into a bfloat16 copy
     assert {p.dtype for p in encoder.module.parameters()} == {torch.bfloat16}
+    exact = [master.clone() for master in encoder.masters.buffers()]
     encoder.to(torch.float16)
+    encoder.update_(network, momentum=1.0)  # moves nothing
     assert len(list(encoder.masters.buffers())) == len(before)
     encoder.float()
     assert not list(encoder.masters.buffers())
+    # In bfloat16 and float16 the last update would have been rounded.
+    assert all(same_bits(a, b) for a, b in zip(encoder.module.parameters(), exact, strict=True))
+    assert not same_bits(exact[0], exact[0].half().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_written_from_outside_stay(dtype):
+    encoder = MomentumEncoder(small_network(dtype))
+    written = moved(encoder.module)
+    encoder.module.load_state_dict(written.state_dict())
+    encoder.update_(small_network(dtype), momentum=1.0)
+    for average, parameter in zip(encoder.module.parameters(), written.parameters(), strict=True):
+        assert same_bits(average, parameter)
+
+
+def test_complex_parameters_are_averaged():
+    class Wave(nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.wave = nn.Parameter(torch.full((3,), value, dtype=torch.complex64))
+
+    encoder = MomentumEncoder(Wave(1 + 2j))
+    encoder.update_(Wave(3 - 2j), momentum=0.75)
+    assert (encoder.module.wave == 1.5 + 1j).all()
+
+
+def test_momentum_of_numpy():
+    encoder = MomentumEncoder(nn.Linear(1, 1), np.float32(0.5))
+    assert type(encoder.momentum) is float and encoder.momentum == 0.5
 
 
 @pytest.mark.parametrize("change, error, message", [

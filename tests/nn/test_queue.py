@@ -111,3 +111,8 @@ def test_refuses_what_no_queue_can_be(arguments, error, message):
 def test_refuses_keys_of_another_width():
     with pytest.raises(ValueError, match=r"^queue_push_: keys must have shape \(B, 4\), got \(3, 5\)"):
         MoCoQueue(5, 4).push_(random_rows(3, 5))
+
+
+def test_an_empty_queue_is_true():
+    queue = MoCoQueue(4, 3)
+    assert len(queue) == 0 and (queue or None) is queue

@@ -214,3 +214,16 @@ def test_native_operator_refuses_what_it_would_write_out_of_bounds():
         call = good_call() | change
         with pytest.raises((RuntimeError, ValueError), match="queue_push_"):
             operator(*call.values(), True)
+
+
+@every_backend
+def test_refuses_storage_that_requires_grad(backend):
+    call = good_call()
+    call["storage"].requires_grad_()
+    before = call["storage"].detach().clone()
+    with pytest.raises(ValueError, match=r"^queue_push_: storage must not require grad while gradients are"):
+        queue_push_(**call, backend=backend)
+    assert torch.equal(call["storage"], before)
+    with torch.no_grad():
+        queue_push_(**call, backend=backend)
+    assert not torch.equal(call["storage"], before)
