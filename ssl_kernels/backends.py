@@ -72,19 +72,19 @@ def register_operation(name, unsupported, preference=()):
     _preferences[name] = preference
 
 
-def preferred(op, *tensors):
+def preferred(op, *tensors, views=1):
     """(backend to try first, the reason) of a call, before it is asked what can run."""
     if _preferences[op] and tensors and tensors[0].is_cuda:
-        entry = prefer(_preferences[op], tensors[0], architecture_of(tensors[0].device))
+        entry = prefer(_preferences[op], tensors[0], architecture_of(tensors[0].device), views)
         if entry is not None:
             return entry.backend, entry.reason
     return BACKENDS[0], "it is compiled for this device"
 
 
-def _order(op, *tensors):
+def _order(op, *tensors, views=1):
     if not _preferences[op] or not tensors or not tensors[0].is_cuda:
         return BACKENDS
-    first, _ = preferred(op, *tensors)
+    first, _ = preferred(op, *tensors, views=views)
     return (first, *[backend for backend in BACKENDS if backend != first])
 
 
@@ -111,19 +111,27 @@ def backends_for(op, *args):
     if name not in _operations:
         raise ValueError(f"backends_for: op must be one of {', '.join(_operations)} or a loss, got {op!r}")
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    return {backend: _operations[name](backend, *tensors) for backend in _order(name, *tensors)}
+    order = _order(name, *tensors, views=getattr(op, "views", 1))
+    return {backend: _operations[name](backend, *tensors) for backend in order}
 
 
-def choose_backend(op, backend, caller, *tensors):
-    """The backend that runs this call: the one asked for, the one forced by `use_backend`, or the first that can."""
+def check_name(caller, backend):
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{caller}: backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+
+
+def choose_backend(op, backend, caller, *tensors, views=1):
+    """The backend that runs this call: the one asked for, the one forced by `use_backend`, or the first that can.
+
+    The operation has `views` times the rows of the first tensor.
+    """
     unsupported = _operations[op]
     wanted = backend if backend is not None else _forced
     if wanted is None:
-        for candidate in _order(op, *tensors):
+        for candidate in _order(op, *tensors, views=views):
             if unsupported(candidate, *tensors) is None:
                 return candidate
-    if wanted not in BACKENDS:
-        raise ValueError(f"{caller}: backend must be one of {', '.join(BACKENDS)} or None, got {wanted!r}")
+    check_name(caller, wanted)
     reason = unsupported(wanted, *tensors)
     if reason is not None:
         raise ValueError(f'{caller}: backend "{wanted}" cannot run this call: {reason}')

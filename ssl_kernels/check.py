@@ -6,6 +6,7 @@ shapes of an operation. Exit code 1 if a kernel fails.
 """
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,10 @@ def run(args, parser):
             ours, plain = worst_errors(op, backend, device, dtype)
             # The reference in float64 is the truth itself.
             floor = 1e-12 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
-            passed = all(error <= 3 * other + floor for error, other in zip(ours, plain, strict=True))
+            passed = all(
+                math.isfinite(error) and error <= 3 * other + floor
+                for error, other in zip(ours, plain, strict=True)
+            )
             failures += not passed
             cells = f"{ours[0]:>9.1e}{plain[0]:>9.1e}{ours[1]:>10.1e}{plain[1]:>9.1e}"
             print(f"{head}{str(dtype).removeprefix('torch.'):<10}{cells}  {'ok' if passed else 'FAILED'}")

@@ -3,7 +3,7 @@
 import torch
 from torch import distributed as dist
 
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+from ssl_kernels.checks import DTYPES, short
 
 
 @torch.no_grad()
@@ -25,12 +25,14 @@ def gather_keys(keys, queue=None, *, group=None, check=True):
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
-        TypeError, ValueError: keys is no (B, D) floating tensor, or the ranks differ. Raised on every rank.
+        TypeError, ValueError: keys is no (B, D) floating tensor: raised on the ranks where that is so, before they
+            meet the others, who wait for them as torch.distributed does.
+        ValueError: The ranks differ: raised on every rank.
     """
     op = "gather_keys"
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(f"{op}: torch.distributed must be initialised (init_process_group)")
-    if not isinstance(keys, torch.Tensor) or keys.dtype not in _DTYPES:
+    if not isinstance(keys, torch.Tensor) or keys.dtype not in DTYPES:
         raise TypeError(f"{op}: keys must be a floating tensor, got {getattr(keys, 'dtype', type(keys))}")
     if keys.dim() != 2:
         raise ValueError(f"{op}: keys must have shape (B, D), got {tuple(keys.shape)}")
@@ -48,7 +50,7 @@ def _check_ranks_agree(op, keys, queue, group):
     mine = {
         "rows of keys": len(keys),
         "width of keys": keys.shape[1],
-        "dtype of keys": _DTYPES.index(keys.dtype),
+        "dtype of keys": DTYPES.index(keys.dtype),
     }
     names = ("queue size", "queue position", "queue fill count")
     state = (-1, -1, -1)
@@ -61,5 +63,5 @@ def _check_ranks_agree(op, keys, queue, group):
     for name, of_ranks in zip(mine, torch.stack(headers, 1).tolist(), strict=True):
         if len(set(of_ranks)) > 1:
             if name == "dtype of keys":
-                of_ranks = [str(_DTYPES[code]).removeprefix("torch.") for code in of_ranks]
+                of_ranks = [short(DTYPES[code]) for code in of_ranks]
             raise ValueError(f"{op}: {name} must be the same on every rank, got {of_ranks}")

@@ -55,11 +55,14 @@ CONTRASTIVE = (
 )
 
 
-def prefer(table, rows, architecture):
-    """The entry of `table` that fits rows (N, D) on a GPU of compute capability `architecture` / 10; None without."""
+def prefer(table, rows, architecture, views=1):
+    """The entry of `table` that fits rows (N, D) on a GPU of compute capability `architecture` / 10; None without.
+
+    `views` tensors of that shape are one above the other: (views · N, D).
+    """
     n, d = rows.shape
     for entry in table:
-        ranges = ((entry.architectures, architecture), (entry.rows, n), (entry.width, d))
+        ranges = ((entry.architectures, architecture), (entry.rows, views * n), (entry.width, d))
         if rows.dtype in entry.dtypes and all(low <= value <= high for (low, high), value in ranges):
             return entry
     return None

@@ -36,3 +36,10 @@ def test_unknown_operation_is_named(capsys):
     with pytest.raises(SystemExit):
         cli.main(["check", "nonesuch"])
     assert "nonesuch" in capsys.readouterr().err
+
+
+def test_an_error_that_is_not_finite_fails_even_if_plain_pytorch_shares_it(monkeypatch, capsys):
+    infinite = (float("inf"), 0.0)
+    monkeypatch.setattr(check, "worst_errors", lambda *_: (infinite, infinite))
+    assert cli.main(["check", "mixup", "--device", "cpu"]) == 1
+    assert not any(line.endswith("ok") for line in capsys.readouterr().out.splitlines())

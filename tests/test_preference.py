@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import ssl_kernels
 from ssl_kernels import backends, preference
 
 
@@ -54,3 +55,16 @@ def test_order_on_a_gpu_follows_the_table(monkeypatch):
 
 def test_on_the_cpu_the_order_is_that_of_the_backends():
     assert list(backends.backends_for("contrastive", torch.zeros(4, 8))) == list(backends.BACKENDS)
+
+
+@pytest.mark.parametrize("loss", ["nt_xent_loss", "dcl_loss", "debiased_nt_xent_loss"])
+def test_losses_of_two_views_are_judged_on_the_rows_they_run(loss, monkeypatch):
+    loss = getattr(ssl_kernels, loss)
+
+    class OnGPU:
+        is_cuda, device, dtype, shape = True, torch.device("cuda", 0), torch.bfloat16, (1024, 128)
+
+    monkeypatch.setattr(backends, "architecture_of", lambda device: 90)
+    monkeypatch.setitem(backends._operations, "contrastive", lambda backend, *_: None)
+    assert backends.choose_backend("contrastive", None, "test", OnGPU) == "native"
+    assert backends.choose_backend("contrastive", None, "test", OnGPU, views=loss.views) == "triton"

@@ -66,6 +66,7 @@ def dcl_loss(
 
 
 dcl_loss.operation = "contrastive"
+dcl_loss.views = 2
 
 
 def negatives_and_positive(views, scale, normalize, backend, caller):

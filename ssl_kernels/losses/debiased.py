@@ -77,9 +77,13 @@ def debiased_nt_xent_loss(
     least = math.log(negatives) - scale.double()
     log_share = math.log(negatives * positive_prior) if positive_prior else -math.inf
     excess = log_share + positive - lse
-    corrected = lse + torch.log(-torch.expm1(excess.where(excess < 0, -1))) - math.log1p(-positive_prior)
-    log_negatives = torch.maximum(corrected, least).where(excess < 0, least)
+    no_correction = excess >= 0  # false for NaN, which stays
+    corrected = (
+        lse + torch.log(-torch.expm1(excess.masked_fill(no_correction, -1))) - math.log1p(-positive_prior)
+    )
+    log_negatives = torch.maximum(corrected, least).where(~no_correction, least)
     return reduce(minus_log_sigmoid(positive - log_negatives), reduction, views, row_weights)
 
 
 debiased_nt_xent_loss.operation = "contrastive"
+debiased_nt_xent_loss.views = 2

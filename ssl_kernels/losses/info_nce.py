@@ -2,6 +2,7 @@
 
 import torch
 
+from ssl_kernels.backends import check_name
 from ssl_kernels.checks import (
     check_embeddings,
     check_ids,
@@ -80,6 +81,7 @@ def info_nce_loss(
     check_scalar(OP, "temperature", temperature, query, positive=True)
     check_reduction(OP, reduction)
     check_row_weights(OP, "row_weights", row_weights, len(query), query)
+    check_name(OP, backend)
     query_ids, key_ids = _checked_ids(query, query_ids, key_ids, negative_keys)
 
     scale = inverse(temperature, query)

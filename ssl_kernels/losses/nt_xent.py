@@ -60,7 +60,7 @@ def nt_xent_loss(
     check_row_weights(op, "row_weights", row_weights, 2 * len(z0), z0)
     scale = inverse(temperature, z0)
     in_one_node = reduction != "none" and row_weights is None and not torch.compiler.is_compiling()
-    if in_one_node and choose_backend("contrastive", backend, op, z0) == "native":
+    if in_one_node and choose_backend("contrastive", backend, op, z0, views=2) == "native":
         # The same in C++: csrc/ops/nt_xent_loss.cpp says why.
         return torch.ops.ssl_kernels.nt_xent_loss.native(z0, z1, scale, normalize, reduction == "mean")
     views = torch.cat((z0, z1))
@@ -78,3 +78,4 @@ def nt_xent_loss(
 
 
 nt_xent_loss.operation = "contrastive"
+nt_xent_loss.views = 2

@@ -90,7 +90,7 @@ def sup_con_loss(
     if row_weights is not None:
         counted = counted * row_weights
     total = counted.sum()
-    return ((loss * counted).sum() / total.where(total != 0, 1)).to(accumulation_dtype(features))
+    return ((loss * counted).sum() / total.where(has_positive.any(), 1)).to(accumulation_dtype(features))
 
 
 sup_con_loss.operation = "contrastive"

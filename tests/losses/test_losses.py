@@ -5,6 +5,7 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -230,6 +231,9 @@ def test_nan_reaches_the_loss(case):
     arguments = case.arguments(9, 4, torch.float32, requires_grad=False)
     next(iter(case.leaves(arguments).values()))[1, 0] = torch.nan
     assert case.ours()(**arguments).isnan()
+    if case.loss != "triplet_margin_loss" and case.loss != "byol_loss":
+        rows = case.ours()(**arguments, reduction="none")
+        assert rows[1].isnan(), rows
 
 
 # Edges
@@ -324,6 +328,31 @@ def test_sup_con_without_any_positive_is_zero_and_warns(backend):
             loss.sum(), [arguments["features"], arguments["temperature"]]
         )
         assert (features == 0).all() and temperature == 0
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 1, 1], [0, 0, 1, 2]], ids=["all paired", "two alone"])
+def test_sup_con_with_no_weight_at_all_is_nan(labels):
+    features, labels = random_rows(4, 3), torch.tensor(labels)
+    assert losses.sup_con_loss(features, labels, row_weights=torch.zeros(4)).isnan()
+
+
+def test_numbers_of_numpy_are_numbers():
+    z0, z1 = random_rows(6, 4), random_rows(6, 4, seed=1)
+    half = np.float32(0.5)
+    for name, options in {
+        "nt_xent_loss": {"temperature": half},
+        "debiased_nt_xent_loss": {"temperature": half, "positive_prior": half},
+        "info_nce_loss": {"temperature": half},
+        "clip_loss": {"logit_scale": half, "label_smoothing": half},
+        "siglip_loss": {"logit_scale": half, "logit_bias": half},
+        "imix_loss": {"permutation": torch.arange(6).flip(0), "lam": half, "temperature": half},
+    }.items():
+        loss = getattr(losses, name)
+        plain = {key: 0.5 if value is half else value for key, value in options.items()}
+        found, expected = loss(z0, z1, **options), loss(z0, z1, **plain)
+        assert isinstance(found, torch.Tensor) and same_bits(found, expected), name
+    with pytest.raises(TypeError, match="temperature must be a number or a 0-d tensor, got bool"):
+        losses.nt_xent_loss(z0, z1, True)
 
 
 def test_sup_con_of_a_single_row_is_zero():
@@ -611,6 +640,13 @@ BAD_CALLS = [
         ValueError,
         "label_smoothing must be 0 with ids, got 0.1",
     ),
+    (
+        "info_nce_loss",
+        (X, X, X[:, None]),
+        {"negative_mode": "paired", "backend": "bogus"},
+        ValueError,
+        "backend must be one of native, triton, chunked, reference or None, got 'bogus'",
+    ),
     ("sup_con_loss", (X, LABELS[:3]), {}, ValueError, r"labels must have shape \(4,\), got \(3,\)"),
     ("sup_con_loss", (X, X[:, 0]), {}, TypeError, "labels must be an integer tensor, got float32"),
     ("sup_con_loss", (X, [0, 0, 1, 1]), {}, TypeError, "labels must be a tensor, got list"),
@@ -635,7 +671,7 @@ BAD_CALLS = [
         (X, X, torch.tensor([0, 1, 1, 2]), 0.5),
         {},
         ValueError,
-        r"permutation must hold each of 0 ... 3 once, got \[0, 1, 1, 2\]",
+        r"permutation must hold each of 0 to 3 once, got \[0, 1, 1, 2\]",
     ),
     ("imix_loss", (X, X, ORDER[:3], 0.5), {}, ValueError, r"permutation must have shape \(4,\), got \(3,\)"),
     ("imix_loss", (X, X, X[:, 0], 0.5), {}, TypeError, "permutation must be an integer tensor, got float32"),
