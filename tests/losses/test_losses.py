@@ -231,9 +231,13 @@ def test_nan_reaches_the_loss(case):
     arguments = case.arguments(9, 4, torch.float32, requires_grad=False)
     next(iter(case.leaves(arguments).values()))[1, 0] = torch.nan
     assert case.ours()(**arguments).isnan()
-    if case.loss != "triplet_margin_loss" and case.loss != "byol_loss":
-        rows = case.ours()(**arguments, reduction="none")
-        assert rows[1].isnan(), rows
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_of_a_negative_reaches_every_row_of_debiased(backend):
+    z0, z1 = random_rows(5, 4), random_rows(5, 4, seed=1)
+    z0[1, 0] = torch.nan
+    assert losses.debiased_nt_xent_loss(z0, z1, reduction="none", backend=backend).isnan().all()
 
 
 # Edges
