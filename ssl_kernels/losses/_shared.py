@@ -10,6 +10,8 @@ def widest_under_autocast(*tensors):
     """Under autocast, tensors of different dtypes in the widest of them; otherwise as they are."""
     if not all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in tensors):
         return tensors
+    if all(tensor.dtype == tensors[0].dtype for tensor in tensors):
+        return tensors
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
