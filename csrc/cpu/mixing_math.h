@@ -16,7 +16,7 @@ template <class S>
 struct MixingMath {
   using T = Accumulation<S>;
 
-  // out_i = a x_i + b y_i; out may be x or y. Meanwhile n elements at `next` are brought into the caches.
+  // out_i = a x_i + b y_i; out may be x or y. Meanwhile n elements at `next` come into the second-level cache.
   void (*mix)(S* out, const S* x, T a, const S* y, T b, int64_t n, const S* next);
 
   // out_i = a x_i; out may be x.

@@ -2,9 +2,10 @@
 //   forward:  own_i = lam_i, other_i = 1 - lam_i, p the permutation
 //   backward: own_j = lam_j, other_j = 1 - lam_q(j), p its inverse q
 //   grad_lam_i = sum_f g_if (x_if - x_p(i)f)
-// Tiling: a task is a chunk of kChunkBytes of every sample. It walks the cycles of p: sample i's chunk is written while
-//   p(i)'s, which is read for it, stays in the second-level cache and is the next to be written, and the one after is
-//   prefetched; in place the first one of a cycle is held aside. Tasks touch disjoint elements.
+// Tiling: a task is a chunk of kChunkBytes of every sample, a quarter of a first-level cache. It walks the cycles of p:
+//   sample i's chunk is written while p(i)'s, which is read for it, stays in that cache and is the next to be written,
+//   and the one after is prefetched into the second level; in place the first one of a cycle is held aside. Tasks touch
+//   disjoint elements.
 // Traffic: in place each element is read once and written once; out of place likewise. Scratch: a few chunks a thread.
 // Numerics: in acc_t, one rounding to the storage type. Terms of weight 0 are left out, not multiplied.
 //   grad_lam: sums of a chunk in acc_t over the lanes of a vector, chunks in double in a fixed order.
@@ -25,7 +26,7 @@
 namespace ssl_kernels::cpu {
 namespace {
 
-constexpr int64_t kChunkBytes = 1 << 15;
+constexpr int64_t kChunkBytes = 1 << 13;
 constexpr int64_t kLeastBytes = 1 << 16;  // of a batch that is worth a second thread
 constexpr int64_t kLargestSums = 256;     // partial sums of grad_lam that are kept for each sample
 
