@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import ssl_kernels
 from ssl_kernels import backends
+from ssl_kernels.ops.momentum_update import momentum_update_
 from ssl_kernels.ops.queue_push import queue_push_
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -42,8 +43,8 @@ def run(args, parser):
             print(f"{head}cannot run: {reason}")
             continue
         for dtype in DTYPES:
-            if op == "mixup_normalize" and dtype == torch.float64:
-                continue  # images come in float32 at the widest
+            if op in ("mixup_normalize", "momentum_update") and dtype == torch.float64:
+                continue  # images and masters are float32 at the widest
             ours, plain = worst_errors(op, backend, device, dtype)
             # The reference in float64 is the truth itself.
             floor = 1e-12 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
@@ -205,6 +206,24 @@ def queue_push_calls(n, d, dtype, generator):
     yield push, (storage, keys)
 
 
+def momentum_update_calls(n, d, dtype, generator):
+    start, *sources = rows_of(3, n, d, dtype, generator)
+
+    def update(backend, start, *sources):
+        """The master, and how far the shadow is from it rounded."""
+        if start.dtype == torch.float64:  # the truth: masters are float32
+            for source in sources:
+                start = 0.9 * start + 0.1 * source
+            return torch.cat((start, torch.zeros_like(start))).detach()
+        master = start.detach().float()
+        shadow = master.to(torch.float16 if start.dtype == torch.float16 else torch.bfloat16)
+        for source in sources:
+            momentum_update_([master], [shadow], [source.detach()], 0.9, backend=backend)
+        return torch.cat((master, shadow.float() - master.to(shadow.dtype).float()))
+
+    yield update, (start, *sources)
+
+
 CALLS = {
     "contrastive": contrastive_calls,
     "sigmoid_pairs": sigmoid_pairs_calls,
@@ -214,6 +233,7 @@ CALLS = {
     "mixup_normalize": mixup_normalize_calls,
     "mixup_cross_entropy": mixup_cross_entropy_calls,
     "queue_push": queue_push_calls,
+    "momentum_update": momentum_update_calls,
 }
 
 

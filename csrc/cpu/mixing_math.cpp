@@ -129,6 +129,15 @@ const CrossEntropyMath<S>& cross_entropy_math() {
   return portable::kCrossEntropyMath<S>;
 }
 
+template <class H, class S>
+MomentumMath<H, S> momentum_math() {
+#ifdef SSL_KERNELS_X86
+  if (isa() == Isa::kAvx512) return avx512::momentum<H, S>;
+  if (isa() == Isa::kAvx2) return avx2::momentum<H, S>;
+#endif
+  return portable::momentum<H, S>;
+}
+
 template const MixingMath<float>& mixing_math();
 template const MixingMath<double>& mixing_math();
 template const MixingMath<c10::BFloat16>& mixing_math();
@@ -140,5 +149,11 @@ template const CrossEntropyMath<float>& cross_entropy_math();
 template const CrossEntropyMath<double>& cross_entropy_math();
 template const CrossEntropyMath<c10::BFloat16>& cross_entropy_math();
 template const CrossEntropyMath<c10::Half>& cross_entropy_math();
+template MomentumMath<c10::Half, float> momentum_math();
+template MomentumMath<c10::Half, c10::Half> momentum_math();
+template MomentumMath<c10::Half, c10::BFloat16> momentum_math();
+template MomentumMath<c10::BFloat16, float> momentum_math();
+template MomentumMath<c10::BFloat16, c10::Half> momentum_math();
+template MomentumMath<c10::BFloat16, c10::BFloat16> momentum_math();
 
 }  // namespace ssl_kernels::cpu

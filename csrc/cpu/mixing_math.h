@@ -1,4 +1,4 @@
-// Elementwise work of the mixing operations on runs of consecutive elements, in a version for each instruction set.
+// Elementwise work of the mixing operations and of momentum_update_ on runs of consecutive elements, in a version for each instruction set.
 //
 // S is the storage type, T what is computed in (float, double for double); every result is rounded once, to nearest even.
 // The loops live in mixing_math.inc and are compiled three times; the functions below pick at run time.
@@ -56,6 +56,11 @@ struct CrossEntropyMath {
   void (*gradient)(S* out, const S* z, T shift, T weight, T offset, int64_t n);
 };
 
+// shadow_i = round(master_i), master_i = average + weight (source_i - average) with average = master_i where shadow_i was
+// rounded from it, else shadow_i. From the nearer end: source_i + (weight - 1) (source_i - average) for weight >= 1/2.
+template <class H, class S>
+using MomentumMath = void (*)(float* master, H* shadow, const S* source, float weight, int64_t n);
+
 template <class S>
 const MixingMath<S>& mixing_math();
 
@@ -64,5 +69,8 @@ const NormalizeMath<S>& normalize_math();
 
 template <class S>
 const CrossEntropyMath<S>& cross_entropy_math();
+
+template <class H, class S>
+MomentumMath<H, S> momentum_math();
 
 }  // namespace ssl_kernels::cpu

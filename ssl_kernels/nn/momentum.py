@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from ssl_kernels.checks import is_number
+from ssl_kernels.ops.momentum_update import HALF, momentum_update_
 
 BUFFER_POLICIES = ("copy", "average")
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def cosine_momentum(step, steps, base):
@@ -41,11 +41,12 @@ class MomentumEncoder(nn.Module):
         buffers: What happens to buffers that are floating or complex, such as the statistics of batch normalisation:
             "copy" takes those of `module` at each update, "average" averages them as the parameters. Integer buffers
             are copied. Complex averages are held in their own precision.
+        backend: Of the kernel that moves the masters: "native", "triton", "chunked" or "reference"; None picks.
 
     Source: He et al., MoCo, arXiv:1911.05722, eq. 2.
     """
 
-    def __init__(self, module, momentum=0.999, *, steps=None, buffers="copy"):
+    def __init__(self, module, momentum=0.999, *, steps=None, buffers="copy", backend=None):
         super().__init__()
         if not isinstance(module, nn.Module):
             raise TypeError(f"MomentumEncoder: module must be an nn.Module, got {type(module).__name__}")
@@ -57,6 +58,7 @@ class MomentumEncoder(nn.Module):
         self.momentum = float(momentum)
         self.steps = steps
         self.buffer_policy = buffers
+        self.backend = backend
         self.updates = 0
         self.module = copy.deepcopy(_unwrapped(module)).requires_grad_(False)
         self.masters = nn.Module()
@@ -94,22 +96,38 @@ class MomentumEncoder(nn.Module):
         _check_same_tensors(own, given)
         averaged = self._averaged()
         masters = self._masters(averaged)
-        for name, master in masters.items():
-            master.copy_(_exact(master, averaged[name]))
-        averages = [masters.get(name, tensor) for name, tensor in averaged.items()]
-        sources = [
-            given[name].to(average.device, average.dtype)
-            for name, average in zip(averaged, averages, strict=True)
-        ]
-        if averages:
-            torch._foreach_lerp_(_as_real(averages), _as_real(sources), 1 - momentum)
-        if masters:
-            torch._foreach_copy_([averaged[name] for name in masters], list(masters.values()))
+        sources = {name: given[name].to(average.device) for name, average in averaged.items()}
+        wide = [name for name in averaged if name not in masters]
+        if wide:
+            averages = [averaged[name] for name in wide]
+            targets = [sources[name].to(averaged[name].dtype) for name in wide]
+            torch._foreach_lerp_(_as_real(averages), _as_real(targets), 1 - momentum)
+        self._update_shadows(masters, averaged, sources, momentum)
         for name, tensor in own.items():
             if name not in averaged:
                 tensor.copy_(given[name])
         self.updates += 1
         return self
+
+    def _update_shadows(self, masters, averaged, sources, momentum):
+        """Move the masters, by name, and the half-precision averages that are rounded from them."""
+        for device in {master.device for master in masters.values()}:
+            names = [name for name, master in masters.items() if master.device == device]
+            own = [masters[name] for name in names]
+            # An average that is a part of a larger tensor is updated in a copy with the layout of its master.
+            shadows = [
+                averaged[name]
+                if averaged[name].stride() == masters[name].stride()
+                else averaged[name].clone()
+                for name in names
+            ]
+            targets = [
+                sources[name] if sources[name].dtype in HALF else sources[name].float() for name in names
+            ]
+            momentum_update_(own, shadows, targets, momentum, backend=self.backend)
+            for name, shadow in zip(names, shadows, strict=True):
+                if shadow is not averaged[name]:
+                    averaged[name].copy_(shadow)
 
     def _averaged(self):
         """The tensors of the copy that are averages, by name."""
@@ -127,7 +145,7 @@ class MomentumEncoder(nn.Module):
         """Give every half-precision average a float32 master with the value of its name."""
         self.masters = nn.Module()
         for i, (name, tensor) in enumerate(self._averaged().items()):
-            if tensor.dtype in _HALF:
+            if tensor.dtype in HALF:
                 self.masters.register_buffer(
                     str(i), values[name].detach().to(tensor.device, torch.float32, copy=True)
                 )

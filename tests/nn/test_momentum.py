@@ -194,6 +194,34 @@ def test_weights_written_from_outside_stay(dtype):
         assert same_bits(average, parameter)
 
 
+@pytest.mark.parametrize("backend", ["native", "chunked", "reference"])
+@pytest.mark.parametrize("source", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_every_backend_takes_sources_of_any_dtype_and_layout(backend, source):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(5, 7)).to(torch.bfloat16)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        encoder = MomentumEncoder(network.to(memory_format=layout), 0.75, backend=backend)
+        target = moved(network).to(source).to(memory_format=torch.contiguous_format)
+        expected = [
+            (0.75 * old.double() + 0.25 * new.detach().double()).float()
+            for old, new in zip(network.parameters(), target.parameters(), strict=True)
+        ]
+        encoder.update_(target)
+        for average, master, truth in zip(
+            encoder.module.parameters(), encoder.masters.buffers(), expected, strict=True
+        ):
+            torch.testing.assert_close(master, truth, rtol=3e-7, atol=1e-7, check_stride=False)
+            assert torch.equal(average, master.to(torch.bfloat16))
+
+
+def test_averages_that_are_parts_of_a_larger_tensor():
+    network = nn.Linear(2, 3).to(torch.bfloat16)
+    network.register_buffer("part", torch.ones(4, 6, dtype=torch.bfloat16)[:, ::2])
+    encoder = MomentumEncoder(network, 0.5, buffers="average")
+    network.part.fill_(2.0)
+    encoder.update_(network)
+    assert (encoder.module.part == 1.5).all()
+
+
 def test_complex_parameters_are_averaged():
     class Wave(nn.Module):
         def __init__(self, value):

@@ -1,0 +1,120 @@
+"""`momentum_update_`: float32 averages and their half-precision shadows in one pass. docs/moco.md has the contract."""
+
+import torch
+
+from ssl_kernels import backends
+from ssl_kernels.checks import is_number
+from ssl_kernels.chunked import momentum_update as chunked
+from ssl_kernels.ops.library import define, implement_in_triton, library, where_it_runs
+from ssl_kernels.reference import momentum_update as reference
+
+HALF = (torch.float16, torch.bfloat16)
+_TRITON = "ssl_kernels.triton.momentum_update"
+
+_in_place = define(
+    "momentum_update_",
+    "(Tensor(a!)[] masters, Tensor(b!)[] shadows, Tensor[] sources, float momentum) -> ()",
+    lambda *_: None,
+)
+library.impl("momentum_update_.chunked", chunked.momentum_update_, "CompositeExplicitAutograd")
+implement_in_triton(("momentum_update_",), _TRITON)
+backends.register_operation("momentum_update", where_it_runs("momentum_update_", _TRITON))
+
+
+def momentum_update_(masters, shadows, sources, momentum, *, backend=None):
+    """master ← momentum · master + (1 − momentum) · source in float32 and shadow ← master rounded, for each triple.
+
+    A master that its shadow is not the rounding of is replaced by the shadow first, element by element: somebody wrote
+    into the shadow. The version counters of masters and shadows advance.
+
+    Args:
+        masters: Tensors of float32, dense, of any shapes.
+        shadows: As many, float16 or bfloat16, each of its master's shape and strides.
+        sources: As many, float32, float16 or bfloat16, each of its master's shape.
+        momentum: In [0, 1].
+        backend: "native", "triton", "chunked" or "reference"; None picks.
+
+    Raises:
+        TypeError, ValueError: A shape, layout, dtype or device that does not fit; momentum outside [0, 1]; masters or
+            shadows that require grad while gradients are recorded.
+    """
+    masters, shadows, sources = list(masters), list(shadows), list(sources)
+    _check(masters, shadows, sources, momentum)
+    if not masters:
+        return
+    chosen = backends.choose_backend("momentum_update", backend, "momentum_update_", masters[0])
+    with torch.no_grad():
+        sources = [
+            source if source.stride() == master.stride() else _laid_out_as(master, source)
+            for master, source in zip(masters, sources, strict=True)
+        ]
+        if chosen == "reference":
+            reference.momentum_update_(masters, shadows, sources, momentum)
+        else:
+            _in_place[chosen](masters, shadows, sources, float(momentum))
+
+
+momentum_update_.operation = "momentum_update"
+
+
+def _laid_out_as(master, source):
+    return torch.empty_like(master, dtype=source.dtype).copy_(source)
+
+
+def _check(masters, shadows, sources, momentum):
+    op = "momentum_update_"
+    if not is_number(momentum):
+        raise TypeError(f"{op}: momentum must be a number, got {type(momentum).__name__}")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"{op}: momentum must lie in [0, 1], got {momentum}")
+    if not len(masters) == len(shadows) == len(sources):
+        raise ValueError(
+            f"{op}: masters, shadows and sources must be as many,"
+            f" got {len(masters)}, {len(shadows)} and {len(sources)}"
+        )
+    for i, (master, shadow, source) in enumerate(zip(masters, shadows, sources, strict=True)):
+        for name, tensor, dtypes, rule in (
+            ("masters", master, (torch.float32,), "float32"),
+            ("shadows", shadow, HALF, "float16 or bfloat16"),
+            ("sources", source, (torch.float32, *HALF), "float32, float16 or bfloat16"),
+        ):
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{op}: {name}[{i}] must be a tensor, got {type(tensor).__name__}")
+            if tensor.dtype not in dtypes:
+                raise TypeError(f"{op}: {name}[{i}] must be {rule}, got {tensor.dtype}")
+            if tensor.shape != master.shape:
+                raise ValueError(
+                    f"{op}: {name}[{i}] must have the shape {tuple(master.shape)} of its master,"
+                    f" got {tuple(tensor.shape)}"
+                )
+            if tensor.device != masters[0].device:
+                raise ValueError(
+                    f"{op}: {name}[{i}] must be on {masters[0].device} as masters[0] is, got {tensor.device}"
+                )
+        if not _is_dense(master):
+            raise ValueError(
+                f"{op}: masters[{i}] must be dense, got shape {tuple(master.shape)}"
+                f" with strides {master.stride()}"
+            )
+        if shadow.stride() != master.stride():
+            raise ValueError(
+                f"{op}: shadows[{i}] must have the strides {master.stride()} of its master, got {shadow.stride()}"
+            )
+        if torch.is_grad_enabled() and (master.requires_grad or shadow.requires_grad):
+            raise ValueError(
+                f"{op}: masters[{i}] and shadows[{i}] must not require grad while gradients are recorded,"
+                " got one that does"
+            )
+
+
+def _is_dense(tensor):
+    """Whether its elements fill a piece of memory, each once."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
