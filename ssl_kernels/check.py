@@ -147,6 +147,18 @@ def batch_hard_calls(n, d, dtype, generator):
         )
 
 
+def row_pairs_calls(n, d, dtype, generator):
+    rows = rows_of(3, n, d, dtype, generator)
+    yield lambda backend, p, t: ssl_kernels.byol_loss(p, t, backend=backend), rows[:2]
+    for distance, normalize in itertools.product(("euclidean", "cosine"), (True, False)):
+        yield (
+            lambda backend, *rows, by=distance, unit=normalize: ssl_kernels.triplet_margin_loss(
+                *rows, 1.5, distance=by, normalize=unit, backend=backend
+            ),
+            rows,
+        )
+
+
 def mixup_calls(n, d, dtype, generator):
     (x,) = rows_of(1, n, d, dtype, generator)
     lam, permutation = draw(n, generator)
@@ -228,6 +240,7 @@ CALLS = {
     "contrastive": contrastive_calls,
     "sigmoid_pairs": sigmoid_pairs_calls,
     "batch_hard": batch_hard_calls,
+    "row_pairs": row_pairs_calls,
     "mixup": mixup_calls,
     "cutmix": cutmix_calls,
     "mixup_normalize": mixup_normalize_calls,

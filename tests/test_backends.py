@@ -94,7 +94,7 @@ def test_backends_for_explains(op):
 
 @pytest.mark.parametrize("op", ["nt_xent", print])
 def test_backends_for_an_unknown_operation(op):
-    with pytest.raises(ValueError, match=r"^backends_for: op must be one of contrastive.* or a loss, got"):
+    with pytest.raises(ValueError, match=r"^backends_for: op must be one of .*contrastive.* or a loss, got"):
         backends_for(op, Z)
 
 

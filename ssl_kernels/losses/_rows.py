@@ -1,8 +1,8 @@
-"""What the losses compute row by row, in O(N · D): unit rows, products and distances of pairs, sums over classes.
+"""What the losses compute row by row, in O(N · D): unit rows and sums over classes.
 
-Forward and backward of each are written out here because autograd's, composed of F.normalize and the rest, read the
+Forward and backward are written out here because autograd's, composed of F.normalize and the rest, read the
 rows two or three times as often and at small batches cost more than the kernels. Under torch.compile, which fuses,
-and for a second derivative the composed form is taken: each function has it as its definition.
+and for a second derivative the composed form is taken: `_less_class_means` is the definition.
 """
 
 from typing import NamedTuple
@@ -19,16 +19,6 @@ EPSILON = 1e-12  # as F.normalize
 def row_dots(x, y):
     """<x_i, y_i> along the last dimension, float64."""
     return (x * y).sum(-1, dtype=torch.float64)
-
-
-def pair_products(x, y, normalize):
-    """<x̂_i, ŷ_i>, (N,) float64."""
-    return _run(_PairProducts, _pair_products, x, y, normalize)
-
-
-def triplet_gaps(anchor, positive, negative, normalize):
-    """‖â_i − p̂_i‖ − ‖â_i − n̂_i‖, (N,) float64."""
-    return _run(_TripletGaps, _triplet_gaps, anchor, positive, negative, normalize)
 
 
 def less_class_means(lse, scale, x, groups, inverse_count, normalize):
@@ -52,15 +42,6 @@ class Groups(NamedTuple):
 
 def _run(function, definition, *args):
     return (definition if torch.compiler.is_compiling() else function.apply)(*args)
-
-
-def _pair_products(x, y, normalize):
-    return row_dots(unit_rows(x, normalize), unit_rows(y, normalize))
-
-
-def _triplet_gaps(anchor, positive, negative, normalize):
-    a, p, n = (unit_rows(rows, normalize) for rows in (anchor, positive, negative))
-    return (torch.linalg.vector_norm(a - p, dim=1) - torch.linalg.vector_norm(a - n, dim=1)).double()
 
 
 def _less_class_means(lse, scale, x, group, order, starts, inverse_count, normalize):
@@ -94,75 +75,6 @@ def _differentiable(ctx, definition, operands, rest, grad):
     wanted = [operand for operand, need in zip(operands, ctx.needs_input_grad, strict=False) if need]
     found = iter(torch.autograd.grad(definition(*operands, *rest), wanted, grad, create_graph=True))
     return [next(found) if need else None for need in ctx.needs_input_grad[: len(operands)]]
-
-
-class _PairProducts(torch.autograd.Function):
-    """c = rx ry <x, y>;  dx = g rx (ry y − rx c x)."""
-
-    @staticmethod
-    def forward(ctx, x, y, normalize):
-        acc = accumulation_dtype(x)
-        wide_x, wide_y = x.to(acc), y.to(acc)
-        products = (wide_x * wide_y).sum(1)
-        rnorms = ()
-        if normalize:
-            rnorms = _reciprocal_norms(wide_x), _reciprocal_norms(wide_y)
-            products.mul_(rnorms[0]).mul_(rnorms[1])
-        ctx.save_for_backward(x, y, products, *rnorms)
-        return products.double()
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, y, products, *rnorms = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *_differentiable(ctx, _pair_products, (x, y), (bool(rnorms),), grad), None
-        grad = grad.to(products.dtype)
-        grads = [None, None]
-        for side, (this, other) in enumerate(((x, y), (y, x))):
-            if not ctx.needs_input_grad[side]:
-                continue
-            if not rnorms:
-                grads[side] = (grad[:, None] * other).to(x.dtype)
-                continue
-            rnorm, other_rnorm = rnorms[side], rnorms[1 - side]
-            radial = (grad * products * rnorm * rnorm).masked_fill_(rnorm == 1 / EPSILON, 0)
-            wide = (grad * rnorm * other_rnorm)[:, None] * other.to(products.dtype)
-            grads[side] = wide.addcmul_(this.to(products.dtype), radial[:, None], value=-1).to(x.dtype)
-        return *grads, None
-
-
-class _TripletGaps(torch.autograd.Function):
-    """With u = (â − p̂)/‖â − p̂‖ and v = (â − n̂)/‖â − n̂‖:  dâ = g (u − v), dp̂ = −g u, dn̂ = g v; 0 at distance 0."""
-
-    @staticmethod
-    def forward(ctx, anchor, positive, negative, normalize):
-        operands = (anchor, positive, negative)
-        (a, a_rnorm), (p, p_rnorm), (n, n_rnorm) = (_normalized(rows, normalize) for rows in operands)
-        distances, directions = zip(*(_distances(a, other) for other in (p, n)), strict=True)
-        ctx.save_for_backward(*operands, a, p, n, *directions, a_rnorm, p_rnorm, n_rnorm)
-        return distances[0].double() - distances[1]
-
-    @staticmethod
-    def backward(ctx, grad):
-        *tensors, a_rnorm, p_rnorm, n_rnorm = ctx.saved_tensors
-        operands, units, (u, v) = tensors[:3], tensors[3:6], tensors[6:]
-        if torch.is_grad_enabled():
-            return *_differentiable(ctx, _triplet_gaps, operands, (a_rnorm is not None,), grad), None
-        grad = grad.to(u.dtype)[:, None]
-        by_unit = (lambda: (u - v).mul_(grad), lambda: u * -grad, lambda: v * grad)
-        rnorms = (a_rnorm, p_rnorm, n_rnorm)
-        grads = [
-            _through_normalization(make(), unit, rnorm, operands[0].dtype) if need else None
-            for make, unit, rnorm, need in zip(by_unit, units, rnorms, ctx.needs_input_grad[:3], strict=True)
-        ]
-        return *grads, None
-
-
-def _distances(a, b):
-    """‖a_i − b_i‖ and the unit vector from b_i to a_i, 0 where they are equal."""
-    direction = a - b
-    distance = torch.linalg.vector_norm(direction, dim=1)
-    return distance, direction.div_(distance.masked_fill(distance == 0, torch.inf)[:, None])
 
 
 class _LessClassMeans(torch.autograd.Function):

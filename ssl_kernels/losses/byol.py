@@ -1,13 +1,13 @@
 """BYOL's regression of unit rows."""
 
 from ssl_kernels.checks import check_embeddings, check_reduction, check_row_weights, check_same_rows
-from ssl_kernels.losses._rows import pair_products
 from ssl_kernels.losses._shared import reduce, widest_under_autocast
+from ssl_kernels.ops.row_pairs import row_pairs
 
 OP = "byol_loss"
 
 
-def byol_loss(prediction, target, *, normalize=True, reduction="mean", row_weights=None):
+def byol_loss(prediction, target, *, normalize=True, reduction="mean", row_weights=None, backend=None):
     """BYOL's loss: the squared distance of unit rows, 2 − 2 cos(prediction_i, target_i).
 
     The target gets no gradient. BYOL adds the loss of the two views swapped; so does the caller.
@@ -19,13 +19,16 @@ def byol_loss(prediction, target, *, normalize=True, reduction="mean", row_weigh
         reduction: "mean" over the N rows, "sum", or "none".
         row_weights: (N,) floating, or None. "none" and "sum" take weight · loss, "mean" divides their sum by that of
             the weights.
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
 
     Returns:
         float32 (float64 for float64 input): a scalar, or (N,) for "none".
 
     Raises:
         TypeError: prediction or target is no floating tensor, or their dtypes differ outside autocast.
-        ValueError: Shapes that do not fit, an empty batch, mixed devices, or an unknown reduction.
+        ValueError: Shapes that do not fit, an empty batch, mixed devices, an unknown reduction or backend, or a
+            backend that cannot run this call.
+        RuntimeError: A second derivative is asked of a backend other than "reference".
 
     Source: Grill et al., BYOL, arXiv:2006.07733, eq. 2.
     """
@@ -34,5 +37,10 @@ def byol_loss(prediction, target, *, normalize=True, reduction="mean", row_weigh
     check_same_rows(OP, prediction=prediction, target=target)
     check_reduction(OP, reduction)
     check_row_weights(OP, "row_weights", row_weights, len(prediction), prediction)
-    cosines = pair_products(prediction, target.detach(), normalize)
+    cosines = row_pairs(
+        prediction, target.detach(), normalize=normalize, measure="product", backend=backend, caller=OP
+    )
     return reduce(2 - 2 * cosines, reduction, prediction, row_weights)
+
+
+byol_loss.operation = "row_pairs"

@@ -11,9 +11,10 @@ from ssl_kernels.checks import (
     check_same_rows,
     check_scalar,
 )
-from ssl_kernels.losses._rows import pair_products, row_dots
+from ssl_kernels.losses._rows import row_dots
 from ssl_kernels.losses._shared import inverse, minus_log_sigmoid, reduce, unit_rows, widest_under_autocast
 from ssl_kernels.ops.contrastive import contrastive
+from ssl_kernels.ops.row_pairs import row_pairs
 
 OP = "info_nce_loss"
 NEGATIVE_MODES = ("unpaired", "paired")
@@ -56,8 +57,9 @@ def info_nce_loss(
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
         row_weights: (N,) floating, or None. "none" and "sum" take weight · loss, "mean" divides their sum by that of
             the weights.
-        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`). "paired"
-            negatives are plain PyTorch on every backend: they are N separate products, as large as their input.
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`). The
+            logits of "paired" negatives are plain PyTorch on every backend: they are N separate products, as large as
+            their input.
 
     Returns:
         float32 (float64 for float64 input): a scalar, or (N,) for "none".
@@ -107,7 +109,9 @@ def info_nce_loss(
         loss = ((lse + key_lse) / 2 if symmetric else lse) - positive
         return reduce(loss, reduction, query, row_weights)
 
-    positive = scale * pair_products(query, positive_key, normalize)
+    positive = scale * row_pairs(
+        query, positive_key, normalize=normalize, measure="product", backend=backend, caller=OP
+    )
     if negative_mode == "unpaired":
         lse = contrastive(query, negative_keys, scale, **options).lse
     else:

@@ -3,10 +3,10 @@
 import torch
 
 from ssl_kernels.checks import DTYPES, check_embeddings, check_reduction, check_same_rows, check_scalar
-from ssl_kernels.losses._rows import pair_products
 from ssl_kernels.losses._shared import inverse, minus_log_sigmoid, reduce, widest_under_autocast
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
+from ssl_kernels.ops.row_pairs import row_pairs
 
 
 def moco_loss(
@@ -99,7 +99,9 @@ def _against_queue(query, key, queue, scale, normalize, backend):
     else:
         _check_queue(query, queue)
         columns, row_ids, column_ids = queue.detach(), None, None
-    positive = scale * pair_products(query, key, normalize)
+    positive = scale * row_pairs(
+        query, key, normalize=normalize, measure="product", backend=backend, caller="moco_loss"
+    )
     lse = contrastive(
         query,
         columns,

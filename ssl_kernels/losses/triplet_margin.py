@@ -3,22 +3,29 @@
 import torch
 
 from ssl_kernels.checks import check_embeddings, check_reduction, check_same_rows, check_scalar
-from ssl_kernels.losses._rows import pair_products, triplet_gaps
 from ssl_kernels.losses._shared import reduce, widest_under_autocast
+from ssl_kernels.ops.row_pairs import row_pairs
 
 OP = "triplet_margin_loss"
 DISTANCES = ("euclidean", "cosine")
 
 
 def triplet_margin_loss(
-    anchor, positive, negative, margin=0.2, *, distance="euclidean", normalize=True, reduction="mean"
+    anchor,
+    positive,
+    negative,
+    margin=0.2,
+    *,
+    distance="euclidean",
+    normalize=True,
+    reduction="mean",
+    backend=None,
 ):
     """Triplet margin loss of given triplets: the positive nearer than the negative by a margin.
 
         loss_i = max(0, d(anchor_i, positive_i) − d(anchor_i, negative_i) + margin)
 
-    with d(a, b) = ‖a − b‖₂ or, for "cosine", 1 − <a, b> of unit rows. Plain PyTorch: N · D numbers, read a few times.
-    `triplet_loss` finds the triplets itself.
+    with d(a, b) = ‖a − b‖₂ or, for "cosine", 1 − <a, b> of unit rows. `triplet_loss` finds the triplets itself.
 
     Args:
         anchor, positive, negative: (N, D) each. float64, float32, float16 or bfloat16, any strides. Under autocast
@@ -28,14 +35,16 @@ def triplet_margin_loss(
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12). False with "cosine" takes inner
             products as they are.
         reduction: "mean" over the N triplets, "sum", or "none".
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
 
     Returns:
         float32 (float64 for float64 input): a scalar, or (N,) for "none".
 
     Raises:
         TypeError: An argument is no tensor or number of the kind above, or dtypes differ outside autocast.
-        ValueError: Shapes that do not fit, an empty batch, mixed devices, a negative margin, an unknown distance or
-            reduction.
+        ValueError: Shapes that do not fit, an empty batch, mixed devices, a negative margin, an unknown distance,
+            reduction or backend, or a backend that cannot run this call.
+        RuntimeError: A second derivative is asked of a backend other than "reference".
 
     Source: Schroff et al., FaceNet, arXiv:1503.03832, with distances instead of their squares as in Hermans et al.,
     arXiv:1703.07737.
@@ -49,8 +58,12 @@ def triplet_margin_loss(
     if distance not in DISTANCES:
         raise ValueError(f'{OP}: distance must be "euclidean" or "cosine", got {distance!r}')
     check_reduction(OP, reduction)
+    options = {"normalize": normalize, "backend": backend, "caller": OP}
     if distance == "cosine":
-        gaps = pair_products(anchor, negative, normalize) - pair_products(anchor, positive, normalize)
+        gaps = row_pairs(anchor, negative, positive, measure="product", **options)
     else:
-        gaps = triplet_gaps(anchor, positive, negative, normalize)
+        gaps = row_pairs(anchor, positive, negative, measure="distance", **options)
     return reduce(torch.relu(gaps + margin), reduction, anchor)
+
+
+triplet_margin_loss.operation = "row_pairs"

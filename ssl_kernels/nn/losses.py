@@ -196,11 +196,13 @@ class TripletMarginLoss(Loss):
     """`ssl_kernels.triplet_margin_loss` as a module: `TripletMarginLoss(margin=0.2)(anchor, positive, negative)`.
 
     Args:
-        margin, distance, normalize, reduction: As in `triplet_margin_loss`.
+        margin, distance, normalize, reduction, backend: As in `triplet_margin_loss`.
     """
 
-    def __init__(self, margin=0.2, *, distance="euclidean", normalize=True, reduction="mean"):
-        super().__init__(margin=margin, distance=distance, normalize=normalize, reduction=reduction)
+    def __init__(self, margin=0.2, *, distance="euclidean", normalize=True, reduction="mean", backend=None):
+        super().__init__(
+            margin=margin, distance=distance, normalize=normalize, reduction=reduction, backend=backend
+        )
 
     def forward(self, anchor, positive, negative):
         return losses.triplet_margin_loss(anchor, positive, negative, **self.options)
@@ -210,11 +212,11 @@ class BYOLLoss(Loss):
     """`ssl_kernels.byol_loss` as a module: `BYOLLoss()(prediction, target)`.
 
     Args:
-        normalize, reduction: As in `byol_loss`.
+        normalize, reduction, backend: As in `byol_loss`.
     """
 
-    def __init__(self, *, normalize=True, reduction="mean"):
-        super().__init__(normalize=normalize, reduction=reduction)
+    def __init__(self, *, normalize=True, reduction="mean", backend=None):
+        super().__init__(normalize=normalize, reduction=reduction, backend=backend)
 
     def forward(self, prediction, target, row_weights=None):
         return losses.byol_loss(prediction, target, row_weights=row_weights, **self.options)

@@ -19,4 +19,10 @@ def library(gpu, nvcc, request):
     return _library(gpu, getattr(request.module, "SOURCE", "contrastive.cu"))
 
 
+@pytest.fixture
+def library_of(gpu, nvcc):
+    """The launchers of a file of csrc/cuda, by its name."""
+    return functools.partial(_library, gpu)
+
+
 __all__ = ["gpu", "nvcc"]

@@ -1,14 +1,24 @@
-"""The losses over `contrastive`, from the public function down to the CUDA kernels as nvcc compiled them."""
+"""The losses over `contrastive` and `row_pairs`, down to the CUDA kernels as nvcc compiled them."""
 
 from functools import partial
 
+from ssl_kernels.ops import contrastive, row_pairs
 from tests.cuda.contrastive_calls import Call, Fwd, contrastive_bwd, contrastive_fwd
+from tests.cuda.row_pairs_calls import row_pairs_bwd, row_pairs_fwd
 from tests.losses.emulated import cases, check_loss, run_on
 
 
 @cases
-def test_loss_is_its_definition(library, gpu, case, monkeypatch):
-    run_on(monkeypatch, partial(forward, library), partial(backward, library))
+def test_loss_is_its_definition(library_of, gpu, case, monkeypatch):
+    tiles, pairs = library_of("contrastive.cu"), library_of("row_pairs.cu")
+    operators = {
+        contrastive: (partial(forward, tiles), partial(backward, tiles)),
+        row_pairs: (
+            lambda *args: row_pairs_fwd(pairs, *args)[0],
+            lambda *args: tuple(row_pairs_bwd(pairs, *args)[0]),
+        ),
+    }
+    run_on(monkeypatch, operators)
     check_loss(case, gpu.device)
 
 

@@ -13,6 +13,7 @@ from ssl_kernels import backends
         "contrastive_fwd",
         "contrastive_bwd",
         *["sigmoid_pairs_fwd", "sigmoid_pairs_bwd", "batch_hard", "queue_push_", "momentum_update_"],
+        *["row_pairs_fwd", "row_pairs_bwd"],
         *["mixup_", "mixup_fwd", "mixup_bwd"],
         *["cutmix_", "cutmix_fwd", "cutmix_bwd"],
         "mixup_normalize",

@@ -19,7 +19,6 @@ class Case:
     make: Callable
     options: tuple = ()
     scalar: str | None = "temperature"
-    has_backend: bool = True
     least_rows: int = 1
 
     def __str__(self):
@@ -52,9 +51,7 @@ class Case:
         }
 
     def ours(self, backend=None, **options):
-        if self.has_backend:
-            options["backend"] = backend
-        return lambda **arguments: getattr(losses, self.loss)(**arguments, **options)
+        return lambda **arguments: getattr(losses, self.loss)(**arguments, backend=backend, **options)
 
     def definition(self, **arguments):
         """A value a row."""
@@ -175,28 +172,22 @@ CASES = [
     Case("imix", "imix_loss", mixed),
     Case("imix-one-lam", "imix_loss", mixed_by_one_share),
     Case("imix-queue", "imix_loss", mixed_with_queue),
-    Case("triplet_margin", "triplet_margin_loss", triplets, scalar="margin", has_backend=False),
+    Case("triplet_margin", "triplet_margin_loss", triplets, scalar="margin"),
     Case(
         "triplet_margin-cosine",
         "triplet_margin_loss",
         triplets,
         (("distance", "cosine"),),
         scalar="margin",
-        has_backend=False,
     ),
-    Case("byol", "byol_loss", regression, scalar=None, has_backend=False),
-    Case("byol-raw", "byol_loss", regression, (("normalize", False),), scalar=None, has_backend=False),
+    Case("byol", "byol_loss", regression, scalar=None),
+    Case("byol-raw", "byol_loss", regression, (("normalize", False),), scalar=None),
 ]
 
 
 def on_backends(cases, backends):
-    """(case, backend) of every loss, those without an operation once."""
-    return [
-        (case, backend)
-        for case in cases
-        for backend in backends
-        if case.has_backend or backend == backends[0]
-    ]
+    """(case, backend) of every loss."""
+    return [(case, backend) for case in cases for backend in backends]
 
 
 def value_and_gradients(function, case, arguments, weight=None):

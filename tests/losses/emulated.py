@@ -1,16 +1,23 @@
 """Whole losses on GPU kernels, emulated or on a card: value and gradients against the definition in float64.
 
-`contrastive` is made to take its backend "triton", whose operators are replaced by those that a test gives.
+The operations are made to take their backend "triton", whose operators are replaced by those that a test gives.
 """
 
 import pytest
 import torch
 
-from ssl_kernels.ops import contrastive as operation
+from ssl_kernels import backends
 from tests.losses.cases import CASES, value_and_gradients
 
-# Each calls `contrastive` with other flags, ids and positives.
-NAMES = ("info_nce-unpaired-ids", "clip-smoothed", "sup_con")
+# Each calls `contrastive` or `row_pairs` with other flags, ids and positives.
+NAMES = (
+    "info_nce-unpaired-ids",
+    "clip-smoothed",
+    "sup_con",
+    "triplet_margin",
+    "triplet_margin-cosine",
+    "byol",
+)
 SLOW_NAMES = ("info_nce", "info_nce-symmetric-ids", "clip-ids", "dcl", "debiased", "imix-queue")
 cases = pytest.mark.parametrize(
     "case",
@@ -23,10 +30,12 @@ cases = pytest.mark.parametrize(
 )
 
 
-def run_on(monkeypatch, forward, backward):
-    monkeypatch.setattr(operation.backends, "choose_backend", lambda *_: "triton")
-    monkeypatch.setitem(operation._fwd, "triton", forward)
-    monkeypatch.setitem(operation._bwd, "triton", backward)
+def run_on(monkeypatch, operators):
+    """`operators` maps a module of ssl_kernels.ops to the forward and backward operator."""
+    monkeypatch.setattr(backends, "choose_backend", lambda *_: "triton")
+    for operation, (forward, backward) in operators.items():
+        monkeypatch.setitem(operation._fwd, "triton", forward)
+        monkeypatch.setitem(operation._bwd, "triton", backward)
 
 
 def check_loss(case, device, n=21, d=24):
@@ -38,7 +47,7 @@ def check_loss(case, device, n=21, d=24):
     leaves = case.leaves(arguments)
     on_device = {
         name: value.detach()
-        .to(device, torch.float32 if name in leaves else value.dtype)
+        .to(device, torch.float32 if value.is_floating_point() else value.dtype)
         .requires_grad_(name in leaves)
         if isinstance(value, torch.Tensor)
         else value

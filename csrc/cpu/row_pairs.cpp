@@ -1,0 +1,173 @@
+// row_pairs on the CPU. With u_k = y^_k (product) or x^ - y^_k (distance), y_1 = y and y_2 = z:
+//   m_k = <u_k, x^> or |u_k|      value = m_1 - m_2      p_k = <u_k, x^>
+//   with w_1 = g, w_2 = -g, for the distance over |u_k|, 0 where that is 0:
+//   dx = r_x (sum_k w_k u_k - (sum_k w_k p_k) x^)
+//   dy_k = r_k w_k (x^ - p_k y^_k), or -r_k w_k (u_k - (p_k - m_k^2) y^_k)
+//   without the term along the row where that is not normalised, or shorter than 1e-12 and only scaled.
+// Tiling: threads share the rows. Operands and gradients of one row are scratch in acc_t, in the first-level cache for
+//   all usual widths; what is summed of a row in the forward is kept in `saved`, so that the backward has no reduction.
+// Traffic: the forward reads each operand once and writes 1 + 4 k numbers a row, the backward reads the operands once and
+//   writes the gradients that are needed once.
+// Memory: at most 4 rows of acc_t a thread.
+// Numerics: in acc_t, sums of squares that leave its range again in double (rows.h); x^ and y^_k are rounded before they
+//   are subtracted, so equal rows have the distance 0. Gradients are rounded once.
+#include "row_pairs.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "rows.h"
+
+namespace ssl_kernels::cpu {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// What the forward keeps of each pair of rows.
+template <class acc_t>
+struct Saved {
+  acc_t x_rnorm, y_rnorm, measure, projection;  // r_x, r_k, m_k, p_k
+};
+
+// An operand with neighbouring elements in memory.
+template <class scalar_t>
+struct Operand {
+  explicit Operand(const Tensor& rows)
+      : tensor(rows.size(1) == 1 || rows.stride(1) == 1 ? rows : rows.contiguous()),
+        data(tensor.const_data_ptr<scalar_t>()),
+        stride(tensor.stride(0)) {}
+  const scalar_t* row(int64_t i) const { return data + i * stride; }
+  Tensor tensor;
+  const scalar_t* data;
+  int64_t stride;
+};
+
+template <class scalar_t>
+std::vector<Operand<scalar_t>> operands_of(const Tensor& x, const Tensor& y, const OptionalTensor& z) {
+  std::vector<Operand<scalar_t>> operands{Operand<scalar_t>(x), Operand<scalar_t>(y)};
+  if (z) operands.emplace_back(*z);
+  return operands;
+}
+
+template <class scalar_t, class acc_t>
+std::tuple<Tensor, Tensor> measure_pairs(const Tensor& x, const Tensor& y, const OptionalTensor& z, bool normalize,
+                                         bool distance) {
+  const auto operands = operands_of<scalar_t>(x, y, z);
+  const int64_t n = x.size(0), d = x.size(1), pairs = static_cast<int64_t>(operands.size()) - 1;
+  const Tensor values = at::empty({n}, x.options().dtype(at::kDouble));
+  const Tensor saved = at::empty({n, pairs, 4}, x.options().dtype(c10::CppTypeToScalarType<acc_t>::value));
+  double* value = values.mutable_data_ptr<double>();
+  auto* keep = reinterpret_cast<Saved<acc_t>*>(saved.template mutable_data_ptr<acc_t>());
+  const auto& math = tile_math<acc_t>();
+  const auto& squares = row_conversion<acc_t, acc_t>();
+  at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
+    std::vector<acc_t> scratch(2 * d);
+    acc_t *unit = scratch.data(), *u = unit + d;
+    for (int64_t i = begin; i < end; ++i) {
+      const double x_rnorm = load_row<scalar_t, acc_t>(unit, operands[0].row(i), d, normalize).rnorm;
+      double sum = 0;
+      for (int64_t k = 0; k < pairs; ++k) {
+        const double y_rnorm = load_row<scalar_t, acc_t>(u, operands[1 + k].row(i), d, normalize).rnorm;
+        if (distance) math.add_scaled(u, unit, -1, d);  // -u_k
+        const double projection = math.dot(u, unit, d) * (distance ? -1 : 1);
+        const double measure = distance ? std::sqrt(squares.load(u, u, d)) : projection;
+        keep[i * pairs + k] = {static_cast<acc_t>(x_rnorm), static_cast<acc_t>(y_rnorm), static_cast<acc_t>(measure),
+                               static_cast<acc_t>(projection)};
+        sum += k ? -measure : measure;
+      }
+      value[i] = sum;
+    }
+  });
+  return {values, saved};
+}
+
+// out <- factor * (grad - along * unit), the gradient through a normalised row; that of one only scaled without the
+// second term. Overwrites grad.
+template <class scalar_t, class acc_t>
+void write_gradient(scalar_t* out, acc_t* grad, const acc_t* unit, acc_t factor, acc_t along, bool project, int64_t d) {
+  if (project)
+    tile_math<acc_t>().project_out(grad, unit, factor, along, d);
+  else
+    tile_math<acc_t>().scale(grad, factor, d);
+  row_conversion<scalar_t, acc_t>().store(out, grad, d);
+}
+
+template <class scalar_t, class acc_t>
+std::tuple<Tensor, Tensor, Tensor> differentiate(const Tensor& grad_values, const Tensor& x, const Tensor& y,
+                                                 const OptionalTensor& z, const Tensor& saved, bool normalize,
+                                                 bool distance, std::array<bool, 3> needs_grad) {
+  const auto operands = operands_of<scalar_t>(x, y, z);
+  const int64_t n = x.size(0), d = x.size(1), pairs = static_cast<int64_t>(operands.size()) - 1;
+  Tensor grads[3];
+  scalar_t* out[3] = {};
+  for (int64_t k = 0; k < 3; ++k) {
+    const bool wanted = k <= pairs && needs_grad[k];
+    grads[k] = at::empty(wanted ? x.sizes() : at::IntArrayRef({0}), x.options());
+    if (wanted) out[k] = grads[k].mutable_data_ptr<scalar_t>();
+  }
+  const Tensor upstream = grad_values.contiguous();
+  const double* g = upstream.const_data_ptr<double>();
+  const auto* kept = reinterpret_cast<const Saved<acc_t>*>(saved.template const_data_ptr<acc_t>());
+  const auto& math = tile_math<acc_t>();
+  const acc_t clamped = static_cast<acc_t>(1 / kNormEpsilon);
+  const auto load = [&](acc_t* row, const scalar_t* in, acc_t rnorm) {
+    row_conversion<scalar_t, acc_t>().load(row, in, d);
+    if (normalize) math.scale(row, rnorm, d);
+  };
+  at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
+    std::vector<acc_t> scratch(4 * d);
+    acc_t *unit = scratch.data(), *other = unit + d, *u = other + d, *grad_x = u + d;
+    for (int64_t i = begin; i < end; ++i) {
+      const Saved<acc_t>* pair = kept + i * pairs;
+      load(unit, operands[0].row(i), pair->x_rnorm);
+      double along = 0;
+      for (int64_t k = 0; k < pairs; ++k) {
+        const auto [x_rnorm, y_rnorm, measure, projection] = pair[k];
+        double weight = k ? -g[i] : g[i];
+        if (distance) weight = measure == 0 ? 0 : weight / measure;
+        const acc_t w = static_cast<acc_t>(weight);
+        load(other, operands[1 + k].row(i), y_rnorm);
+        std::copy_n(unit, d, u);
+        if (distance) math.add_scaled(u, other, -1, d);
+        if (out[0]) {
+          if (k == 0) std::fill_n(grad_x, d, acc_t(0));
+          math.add_scaled(grad_x, distance ? u : other, w, d);
+          along += weight * projection;
+        }
+        if (!out[1 + k]) continue;
+        write_gradient(out[1 + k] + i * d, u, other, (distance ? -w : w) * y_rnorm,
+                       distance ? projection - measure * measure : projection, normalize && y_rnorm != clamped, d);
+      }
+      if (out[0])
+        write_gradient(out[0] + i * d, grad_x, unit, pair->x_rnorm, static_cast<acc_t>(along),
+                       normalize && pair->x_rnorm != clamped, d);
+    }
+  });
+  return {grads[0], grads[1], grads[2]};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> row_pairs_fwd(const Tensor& x, const Tensor& y, const OptionalTensor& z, bool normalize,
+                                         bool distance) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return SSL_KERNELS_DISPATCH(x.scalar_type(), "row_pairs",
+                              [&] { return measure_pairs<scalar_t, acc_t>(x, y, z, normalize, distance); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> row_pairs_bwd(const Tensor& grad_values, const Tensor& x, const Tensor& y,
+                                                 const OptionalTensor& z, const Tensor& saved, bool normalize,
+                                                 bool distance, std::array<bool, 3> needs_grad) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return SSL_KERNELS_DISPATCH(x.scalar_type(), "row_pairs", [&] {
+    return differentiate<scalar_t, acc_t>(grad_values, x, y, z, saved, normalize, distance, needs_grad);
+  });
+}
+
+}  // namespace ssl_kernels::cpu

@@ -1,0 +1,102 @@
+// Differentiates `row_pairs_fwd.native` by `row_pairs_bwd.native`, on every device. In C++ for the sake of small
+// batches; the other backends' Function is in ssl_kernels/ops/row_pairs.py.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "forward_mode.h"
+#include "row_pairs.h"
+
+namespace ssl_kernels {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+using ForwardOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, bool,
+                                             std::string_view);
+using BackwardOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                                      const OptionalTensor&, const Tensor&, bool, std::string_view,
+                                                      bool, bool, bool);
+
+const c10::TypedOperatorHandle<ForwardOp>& forward_op() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("ssl_kernels::row_pairs_fwd", "native").typed<ForwardOp>();
+  return op;
+}
+
+const c10::TypedOperatorHandle<BackwardOp>& backward_op() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("ssl_kernels::row_pairs_bwd", "native").typed<BackwardOp>();
+  return op;
+}
+
+OptionalTensor if_defined(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+
+// Passes gradients through and refuses to be differentiated by anything they depend on.
+struct NoSecondDerivative : Function<NoSecondDerivative> {
+  static variable_list forward(AutogradContext*, const Tensor& grad_x, const Tensor& grad_y, const Tensor& grad_z,
+                               const Tensor& /*grad_values*/, const Tensor& /*x*/, const Tensor& /*y*/,
+                               const OptionalTensor& /*z*/) {
+    return {grad_x.detach(), grad_y.detach(), grad_z.detach()};
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false, "row_pairs: backend \"native\" has no second derivative; backend=\"reference\" has one");
+  }
+};
+
+struct RowPairs : Function<RowPairs> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const OptionalTensor& z,
+                               bool normalize, std::string_view measure) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [values, saved] = forward_op().call(x, y, z, normalize, measure);
+    ctx->save_for_backward({x, y, z.value_or(Tensor()), saved});
+    ctx->saved_data["normalize"] = normalize;
+    ctx->saved_data["measure"] = std::string(measure);
+    ctx->mark_non_differentiable({saved});
+    ctx->set_materialize_grads(false);
+    return {values, saved};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list by_input(5);
+    if (!grads[0].defined()) return by_input;
+    const variable_list saved = ctx->get_saved_variables();
+    const OptionalTensor z = if_defined(saved[2]);
+    const bool needed[] = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), z && ctx->needs_input_grad(2)};
+    variable_list results(3);
+    {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      std::tie(results[0], results[1], results[2]) = backward_op().call(
+          grads[0], saved[0], saved[1], z, saved[3], ctx->saved_data["normalize"].toBool(),
+          ctx->saved_data["measure"].toStringRef(), needed[0], needed[1], needed[2]);
+    }
+    if (at::GradMode::is_enabled())
+      results = NoSecondDerivative::apply(results[0], results[1], results[2], grads[0], saved[0], saved[1], z);
+    for (int k = 0; k < 3; ++k)
+      if (needed[k]) by_input[k] = results[k];
+    return by_input;
+  }
+};
+
+std::tuple<Tensor, Tensor> row_pairs_fwd(const Tensor& x, const Tensor& y, const OptionalTensor& z, bool normalize,
+                                         std::string_view measure) {
+  refuse_forward_mode("row_pairs", {&x, &y, z ? &*z : nullptr});
+  const bool differentiate =
+      at::GradMode::is_enabled() && (x.requires_grad() || y.requires_grad() || (z && z->requires_grad()));
+  if (!differentiate) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return forward_op().call(x, y, z, normalize, measure);
+  }
+  const variable_list results = RowPairs::apply(x, y, z, normalize, measure);
+  return {results[0], results[1]};
+}
+
+TORCH_LIBRARY_IMPL(ssl_kernels, Autograd, library) { library.impl("row_pairs_fwd.native", &row_pairs_fwd); }
+
+}  // namespace
+}  // namespace ssl_kernels
