@@ -5,6 +5,7 @@
 
 #include "contrastive_autograd.h"
 #include "forward_mode.h"
+#include "no_second_derivative.h"
 
 namespace ssl_kernels {
 namespace {
@@ -57,9 +58,8 @@ struct Contrastive : Function<Contrastive> {
           columns_need_grad);
       results = {grad_rows, grad_columns, grad_scale};
     }
-    if (at::GradMode::is_enabled())
-      results = NoSecondDerivative::apply(results[0], results[1], results[2], saved[0], if_defined(saved[1]), saved[2],
-                                          if_defined(grads[0]), if_defined(grads[1]), if_defined(grads[2]));
+    results = without_second_derivative("contrastive", results,
+                                        {saved[0], saved[1], saved[2], grads[0], grads[1], grads[2]});
     variable_list by_input(10);
     if (rows_need_grad) by_input[0] = results[0];
     if (columns_need_grad) by_input[1] = results[1];

@@ -1,9 +1,7 @@
-// What differentiates by way of `contrastive_fwd.native` and `contrastive_bwd.native`: their calls through the
-// dispatcher, and the end of the line for second derivatives.
+// `contrastive_fwd.native` and `contrastive_bwd.native` through the dispatcher, for what differentiates by them.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <tuple>
 
@@ -41,19 +39,5 @@ inline const auto& contrastive_backward_op() {
 inline OptionalTensor if_defined(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
-
-// Passes gradients through and refuses to be differentiated by anything they depend on.
-struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext*, const at::Tensor& grad_rows, const at::Tensor& grad_columns,
-                               const at::Tensor& grad_scale, const at::Tensor& /*rows*/, const OptionalTensor& /*columns*/,
-                               const at::Tensor& /*scale*/, const OptionalTensor& /*grad_lse*/,
-                               const OptionalTensor& /*grad_column_lse*/,
-                               const OptionalTensor& /*grad_positive_logits*/) {
-    return {grad_rows.detach(), grad_columns.detach(), grad_scale.detach()};
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, const torch::autograd::variable_list&) {
-    TORCH_CHECK(false, "contrastive: backend \"native\" has no second derivative; backend=\"reference\" has one");
-  }
-};
 
 }  // namespace ssl_kernels

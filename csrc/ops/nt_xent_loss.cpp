@@ -9,6 +9,7 @@
 
 #include "contrastive_autograd.h"
 #include "forward_mode.h"
+#include "no_second_derivative.h"
 
 namespace ssl_kernels {
 namespace {
@@ -84,9 +85,7 @@ struct NTXentLoss : Function<NTXentLoss> {
           /*both_directions=*/false, rows_need_grad, /*columns_need_grad=*/false);
       results = {grad_rows, grad_columns, grad_scale};
     }
-    if (at::GradMode::is_enabled())
-      results = NoSecondDerivative::apply(results[0], results[1], results[2], z0, z1, scale, grads[0], std::nullopt,
-                                          std::nullopt);
+    results = without_second_derivative("nt_xent_loss", results, {z0, z1, scale, grads[0]});
     variable_list by_input(5);
     if (ctx->needs_input_grad(0)) by_input[0] = results[0].narrow(0, 0, b);
     if (ctx->needs_input_grad(1)) by_input[1] = results[0].narrow(0, b, b);

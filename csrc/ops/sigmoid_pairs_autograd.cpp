@@ -3,10 +3,10 @@
 // ssl_kernels/ops/sigmoid_pairs.py.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/mul.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "forward_mode.h"
+#include "no_second_derivative.h"
 #include "sigmoid_pairs.h"
 
 namespace ssl_kernels {
@@ -35,19 +35,6 @@ const c10::TypedOperatorHandle<BackwardOp>& backward_op() {
       c10::Dispatcher::singleton().findSchemaOrThrow("ssl_kernels::sigmoid_pairs_bwd", "native").typed<BackwardOp>();
   return op;
 }
-
-// Passes gradients through and refuses to be differentiated by anything they depend on.
-struct NoSecondDerivative : Function<NoSecondDerivative> {
-  static variable_list forward(AutogradContext*, const Tensor& grad_rows, const Tensor& grad_columns,
-                               const Tensor& grad_scale, const Tensor& grad_bias, const Tensor& /*grad_losses*/,
-                               const Tensor& /*rows*/, const Tensor& /*columns*/, const Tensor& /*scale*/,
-                               const Tensor& /*bias*/) {
-    return {grad_rows.detach(), grad_columns.detach(), grad_scale.detach(), grad_bias.detach()};
-  }
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false, "sigmoid_pairs: backend \"native\" has no second derivative; backend=\"reference\" has one");
-  }
-};
 
 struct SigmoidPairs : Function<SigmoidPairs> {
   static variable_list forward(AutogradContext* ctx, const Tensor& rows, const Tensor& columns, const Tensor& scale,
@@ -84,9 +71,7 @@ struct SigmoidPairs : Function<SigmoidPairs> {
                                flags[0], flags[1], needed[0], needed[1]);
       }
     }
-    if (at::GradMode::is_enabled())
-      results = NoSecondDerivative::apply(results[0], results[1], results[2], results[3], grads[0], saved[0],
-                                          saved[1], saved[2], saved[3]);
+    results = without_second_derivative("sigmoid_pairs", results, {saved[0], saved[1], saved[2], saved[3], grads[0]});
     for (int k = 0; k < 4; ++k)
       if (needed[k]) by_input[k] = results[k];
     return by_input;
