@@ -61,7 +61,6 @@ __device__ __forceinline__ int block_exclusive_sum(int x, int* scratch) {
       const int below = __shfl_up_sync(kAllLanes, sum, offset);
       if (lane >= offset) sum += below;
     }
-    __syncwarp();
     scratch[lane] = sum - total;
   }
   __syncthreads();

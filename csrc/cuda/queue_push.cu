@@ -20,7 +20,7 @@ int run(const QueuePushArgs& args, cudaStream_t stream) {
   using acc_t = std::conditional_t<std::is_same_v<key_t, double>, double, float>;
   const int64_t written = std::min(args.B, args.K);
   const unsigned blocks = static_cast<unsigned>((written + kWarps - 1) / kWarps);
-  const bool grouped = args.D % kGroup == 0 && (args.key_strides[1] == 1 || args.D == 1) &&
+  const bool grouped = (args.key_strides[1] == 1 || args.D == 1) &&
                        in_groups<key_t>(args.keys, args.B == 1 ? 0 : args.key_strides[0]) &&
                        in_groups<storage_t>(args.storage, args.D);
   queue_push_kernel<key_t, storage_t, acc_t><<<blocks, kWarps * kWarpSize, 0, stream>>>(
