@@ -214,6 +214,16 @@ def test_bit_fields(gpu, kind):
     check(gpu, f"bfi.b{bits} {{}}", f"u{bits}", [f"u{bits}", f"u{bits}", "u32", "u32"], insert)
 
 
+@pytest.mark.parametrize("mode", ["clamp", "wrap"])
+def test_bit_masks(gpu, mode):
+    def reference(start, length):
+        if mode == "wrap":
+            start, length = start & 31, length & 31
+        return ((2 ** min(length, 32) - 1) << start) & (2**32 - 1) if start < 32 else 0
+
+    check(gpu, f"bmsk.{mode}.b32 {{}}", "u32", ["u32", "u32"], reference)
+
+
 def test_prmt(gpu):
     def reference(a, b, selector):
         result = 0

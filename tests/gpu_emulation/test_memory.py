@@ -57,6 +57,27 @@ def test_vectors(gpu, elements, kind):
     assert (out == source).all()
 
 
+def test_hints_and_fences_leave_values_alone(gpu):
+    source, out = np.arange(64, dtype=np.uint32), np.zeros(64, np.uint32)
+    lines = [
+        *at("%b0", "%i", 4),
+        "prefetch.global.L2 [%address];",
+        "prefetchu.L1 [%address];",
+        "createpolicy.fractional.L2::evict_first.b64 %q1, 1.0;",
+        "nanosleep.u32 1;",
+        "ldu.global.u32 %t0, [%address];",
+        "membar.gl;",
+        "fence.acq_rel.gpu;",
+        "pmevent 1;",
+        *at("%b1", "%i", 4),
+        "st.global.u32 [%address], %t0;",
+        *(["griddepcontrol.wait;", "griddepcontrol.launch_dependents;"] if gpu.arch >= 90 else []),
+        "exit;",
+    ]
+    launch(gpu, lines, [source, out])
+    assert (out[:32] == source[:32]).all()
+
+
 def test_shared_local_and_generic_memory(gpu):
     """Each thread writes shared and local memory and reads them back through generic addresses."""
     out, generic, spaces = np.zeros(64, np.uint32), np.zeros(64, np.uint32), np.zeros(64, np.uint32)
