@@ -335,3 +335,12 @@ def run_python(code, *arguments, **environment):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def product_eps(d, acc):
+    """What a dot product over d is off by, relative to the sum of its terms' sizes.
+
+    Kernels add products up along d one after the other, torch in blocks: most of all this shows in <x, x>, whose terms
+    have one sign. For float64 the truth is rounded like that too.
+    """
+    return torch.finfo(acc).eps * (math.sqrt(d) if acc == torch.float64 else max(1.0, math.sqrt(d) / 8))

@@ -7,6 +7,7 @@ import torch
 
 from ssl_kernels.reference.contrastive import contrastive as reference
 from tests.cuda.contrastive_calls import Call, accumulation_dtype, contrastive_bwd, contrastive_fwd
+from tests.helpers import product_eps
 
 
 class Upstream(NamedTuple):
@@ -110,9 +111,7 @@ def check_parity(library, call, *, seed=1, tf32=False, **options):
     near, _ = plain(call, upstream, acc)
     _, near_gradients = plain(call, upstream, call.rows.dtype)
 
-    unit = 2.0**-11 if tf32 else torch.finfo(acc).eps
-    if acc == torch.float64:  # the truth is rounded like that too
-        unit *= math.sqrt(call.rows.shape[1])
+    unit = 2.0**-11 if tf32 else product_eps(call.rows.shape[1], acc)
     scale = call.scale.double().abs().item()
     largest = max(_largest_logit(call), 1.0)
     for ours, exact, other in zip(fwd[:3], truth, near, strict=True):
