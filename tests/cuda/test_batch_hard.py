@@ -1,98 +1,21 @@
 """CUDA kernels of `batch_hard`, as nvcc compiled them, against float64 and by the definition."""
 
-import ctypes
 from math import ceil
 
 import pytest
 import torch
 
-from ssl_kernels.reference.batch_hard import batch_hard as reference
-from tests.cuda.launching import DTYPE_CODES, launch, strides
+from tests.cuda.batch_hard_calls import (
+    batch_hard,
+    check_choice,
+    check_indices,
+    random_labels,
+    random_rows,
+)
 from tests.cuda.test_contrastive import WIDTHS, flavours
 
 SOURCE = "batch_hard.cu"
 DISTANCES = ("euclidean", "cosine")
-
-
-class Common(ctypes.Structure):
-    _fields_ = [
-        *[(name, ctypes.c_int32) for name in (
-            "dtype", "normalize", "cosine", "allow_tf32", "splits", "reserved",
-        )],
-        *[(name, ctypes.c_int64) for name in ("N", "D")],
-        ("strides", ctypes.c_int64 * 2),
-        *[(name, ctypes.c_void_p) for name in ("embeddings", "labels", "workspace")],
-    ]  # fmt: skip
-
-
-class Args(ctypes.Structure):
-    _fields_ = [
-        ("common", Common),
-        ("positive_index", ctypes.c_void_p),
-        ("negative_index", ctypes.c_void_p),
-    ]
-
-
-def batch_hard(library, x, labels, normalize, distance, *, splits=0, tf32=False, **options):
-    """((positive_index, negative_index), launches)"""
-    results = torch.full((2, len(x)), -77, dtype=torch.int64, device=x.device)
-    args = Args(
-        Common(
-            dtype=DTYPE_CODES[x.dtype],
-            normalize=normalize,
-            cosine=distance == "cosine",
-            allow_tf32=tf32,
-            splits=splits,
-            N=len(x),
-            D=x.shape[1],
-            strides=strides(x),
-            embeddings=x.data_ptr(),
-            labels=labels.data_ptr(),
-        ),
-        results[0].data_ptr(),
-        results[1].data_ptr(),
-    )
-    launches = launch(
-        library, "batch_hard", args, {"embeddings": x, "labels": labels}, {"results": results}, **options
-    )
-    return tuple(results), launches
-
-
-def random_labels(n, classes, seed=0):
-    return torch.randint(-3, classes - 3, (n,), generator=torch.Generator().manual_seed(seed)) * 2**33
-
-
-def random_rows(n, d, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, d, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def check_choice(library, x, labels, normalize, distance, **options):
-    """The chosen keys are within the rounding of a dot product of the best; returns launches."""
-    (positive, negative), launches = batch_hard(library, x, labels, normalize, distance, **options)
-    wide = x.double().cpu()
-    y = torch.nn.functional.normalize(wide, dim=1) if normalize else wide
-    keys = -(y @ y.T)
-    if distance == "euclidean":
-        keys = y.square().sum(1) / 2 + keys
-    same = labels.cpu()[:, None] == labels.cpu()[None, :]
-    largest = keys.masked_fill(~same | torch.eye(len(x), dtype=torch.bool), -torch.inf).amax(1)
-    smallest = keys.masked_fill(same, torch.inf).amin(1)
-    norm = y.norm(dim=1)
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    unit = 2.0**-10 if options.get("tf32") else 4 * torch.finfo(acc).eps
-    slack = unit * norm.max() * (norm + norm.max()) * x.shape[1] ** 0.5 + 1e-300
-    for index, best, candidates in (
-        (positive.cpu(), largest, same & ~torch.eye(len(x), dtype=torch.bool)),
-        (negative.cpu(), smallest, ~same),
-    ):
-        exists = candidates.any(1)
-        assert torch.equal(index == -1, ~exists)
-        row = torch.arange(len(x))[exists]
-        chosen = index[exists]
-        assert candidates[row, chosen].all()
-        assert ((keys[row, chosen] - best[exists]).abs() <= slack[exists]).all()
-    return launches
 
 
 @flavours
@@ -122,11 +45,7 @@ def test_exact_keys_are_chosen_to_the_index(library, gpu, distance, splits, dtyp
     x = torch.randint(-1, 2, (210, 6), generator=generator).to(dtype)
     x[100:130] = x[70]
     labels = random_labels(210, 6)
-    expected = reference(x.double(), labels, False, distance)
-    x, labels = x.to(gpu.device), labels.to(gpu.device)
-    got, _ = batch_hard(library, x, labels, False, distance, splits=splits, tf32=tf32)
-    for ours, right in zip(got, expected, strict=True):
-        assert torch.equal(ours.cpu(), right)
+    check_indices(library, x.to(gpu.device), labels.to(gpu.device), distance, splits=splits, tf32=tf32)
 
 
 @pytest.mark.parametrize("labels", [torch.zeros(70), torch.arange(70)], ids=["one class", "no pairs"])
@@ -144,10 +63,7 @@ def test_nan_goes_before_every_key(library, gpu, distance, dtype):
     labels = torch.arange(140) % 2
     for i in (37, 80, 81, 139):
         x[i, 3] = torch.nan
-    expected = reference(x.double(), labels, False, distance)
-    got, _ = batch_hard(library, x.to(gpu.device), labels.to(gpu.device), False, distance, splits=2)
-    for ours, right in zip(got, expected, strict=True):
-        assert torch.equal(ours.cpu(), right)
+    got = check_indices(library, x.to(gpu.device), labels.to(gpu.device), distance, splits=2)
     assert got[0][0] == 80 and got[1][0] == 37
 
 

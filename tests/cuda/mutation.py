@@ -1,0 +1,94 @@
+"""Breaks the CUDA kernels of an operation at one place, in a copy of csrc/cuda, and says which check notices."""
+
+import contextlib
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.gpu_emulation import EmulatedCudaLibrary, PtxError
+
+SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+
+# Left out of the mutated copies, in the operation's launchers and in those that are shared, to compile in seconds:
+# float64, bfloat16, TF32 and some of cutmix's vector widths.
+UNUSED = r"case kFloat64: .*|case kBFloat16: .*|if \(allow_tf32\) .*|case (1|8): cutmix.*"
+
+
+class Mutation(NamedTuple):
+    """The nth occurrence (from 0) of `old` in `file` becomes `new`.
+
+    With `harmless`, the reason why, no check can notice, and none may.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str = ""
+    nth: int = 0
+    harmless: str = ""
+
+    def span(self):
+        """(start, end) of what is removed from the text of the file."""
+        found = [
+            match.start() for match in re.finditer(re.escape(self.old), (SOURCES / self.file).read_text())
+        ]
+        if len(found) <= self.nth:
+            raise ValueError(f"{self.name}: {self.old!r} is {len(found)} times in {self.file}")
+        return found[self.nth], found[self.nth] + len(self.old)
+
+    def changed_span(self):
+        """The span without what `old` and `new` begin and end with alike."""
+        start, end = self.span()
+        shorter = min(len(self.old), len(self.new))
+        same = next((i for i in range(shorter) if self.old[i] != self.new[i]), shorter)
+        rest = range(shorter - same)
+        return start + same, end - next((i for i in rest if self.old[~i] != self.new[~i]), shorter - same)
+
+
+class Noticed(Exception):
+    """What a check says of a mutated kernel."""
+
+
+@contextlib.contextmanager
+def check(name):
+    """Turns what the emulator or a comparison complains of into `Noticed`."""
+    try:
+        yield
+    except PtxError as error:
+        said = re.sub(r"^_Z\w+:?\s*", "", str(error).splitlines()[0])
+        raise Noticed(f"{name}: {said}") from error
+    except AssertionError as error:
+        raise Noticed(f"{name}: wrong numbers: {(str(error).splitlines() or [''])[0]}") from error
+
+
+def require(claim, what):
+    if not claim:
+        raise AssertionError(what)
+
+
+def build(operation, mutation=None):
+    """The operation's launchers for emulated sm_80, from a copy of csrc/cuda with the mutation."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "cuda"
+        shutil.copytree(SOURCES, copy)
+        if mutation is not None:
+            start, end = mutation.span()
+            path = copy / mutation.file
+            text = path.read_text()
+            path.write_text(text[:start] + mutation.new + text[end:])
+        for name in (f"{operation}.cu", "launcher.cuh"):
+            path = copy / name
+            path.write_text(re.sub(UNUSED, "", path.read_text()))
+        return EmulatedCudaLibrary([copy / f"{operation}.cu"], 80)
+
+
+def noticed_by(checks, library):
+    """What the first complaint of `checks(library)` says, or None."""
+    try:
+        with check("parity"):
+            checks(library)
+    except Noticed as noticed:
+        return str(noticed)
+    return None

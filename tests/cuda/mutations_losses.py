@@ -1,0 +1,309 @@
+"""Mutations of the kernels of losses, queue and momentum update, and the checks that are to notice them."""
+
+import torch
+
+from tests.cuda import parity, sigmoid_pairs_calls
+from tests.cuda import test_momentum_update as momentum
+from tests.cuda.batch_hard_calls import check_choice, check_indices, random_labels, random_rows
+from tests.cuda.mutation import Mutation, check
+from tests.cuda.queue_push_calls import Ring, keys_of
+
+CONTRASTIVE, SIGMOID, HARD, QUEUE = "contrastive.cuh", "sigmoid_pairs.cuh", "batch_hard.cuh", "queue_push.cuh"
+MOMENTUM = "momentum_update.cuh"
+WALK, ROWS, TILE, WARP = "tile_walk.cuh", "rows.cuh", "device/tile.cuh", "device/warp.cuh"
+COPY, SOFTMAX = "device/async_copy.cuh", "device/online_softmax.cuh"
+WAIT, BARRIER, COMMIT = "copy_async_wait<kStages - 2>();", "__syncthreads();", "copy_async_commit();"
+
+# Of the walk over tiles, which every loss is to notice.
+REDUCING_WALK = [
+    Mutation("walk: wait for the step's copies", WALK, WAIT),
+    Mutation("walk: barrier of a step", WALK, BARRIER),
+    Mutation("walk: commit of a step's copies", WALK, COMMIT),
+    Mutation(
+        "walk: prefetch one step less", WALK, "step < kStages - 1; ++step", "step < kStages - 2; ++step"
+    ),
+    Mutation("walk: column mask of the terms", WALK, "valid = j < other_.count;", "valid = true;"),
+    Mutation("walk: one tile more", WALK, "++tile_ < split_.end", "++tile_ <= split_.end"),
+    Mutation("tile copy: row mask", TILE, "row0 + r < rows && "),
+    Mutation("tile copy: depth mask", TILE, " && column < columns"),
+]
+PRODUCT_WALK = [
+    Mutation(
+        "walk: barrier of a step of G", WALK, "step();", "copy_async_wait<kStages - 2>(); load_next();", 1
+    ),
+    Mutation("walk: row mask of the product", WALK, "row < own_.count && d < width_", "d < width_"),
+    Mutation("walk: depth mask of the product", WALK, "row < own_.count && d < width_", "row < own_.count"),
+    Mutation("finish: row mask", ROWS, "if (row >= count) return;", "", 1),
+    Mutation("half: zero rows' norms", ROWS, "rnorm.value[e] > acc_t(kZeroRowRnorm) ? acc_t(0) : ", ""),
+    Mutation("half: scale taken out again", ROWS, "coefficient_scale ? acc_t(1) / *coefficient_scale : ", ""),
+]
+
+MUTATIONS = {
+    "contrastive": [
+        *REDUCING_WALK,
+        *PRODUCT_WALK,
+        Mutation("copy: commit", COPY, '"cp.async.commit_group;"', '""'),
+        Mutation("copy: wait", COPY, '"cp.async.wait_group %0;"', '"// %0"'),
+        Mutation("walk: tiles past the end", WALK, "if (load_tile_ < split_.end) {", "{",
+                 harmless="copies zeros, or the next part's tile, into buffers that nobody reads"),
+        Mutation("block sum: barrier", WARP, BARRIER, nth=0),
+        Mutation("block maximum: barrier", WARP, BARRIER, nth=1),
+        Mutation("forward: row mask of the norms", CONTRASTIVE, "own.rnorm && row < own.count", "own.rnorm"),
+        Mutation("backward: row mask of the terms", CONTRASTIVE, "valid = i < own.count;", "valid = true;"),
+        Mutation("forward: row mask of the results",
+                 CONTRASTIVE, "lane % 4 == 0 && row < own.count", "lane % 4 == 0"),
+        Mutation("forward: one lane a row", CONTRASTIVE, "lane % 4 == 0 && row < own.count", "row < own.count"),
+        Mutation("forward: excluded entries", CONTRASTIVE, "exclude<kNTiles>", "if (false) exclude<kNTiles>", 0),
+        Mutation("backward: excluded entries", CONTRASTIVE, "exclude<kNTiles>", "if (false) exclude<kNTiles>", 1),
+        Mutation("excluded: columns past the end", CONTRASTIVE, "if (j >= problem.other.count) return false;"),
+        Mutation("excluded: the diagonal", CONTRASTIVE, "!problem.square && (", "("),
+        Mutation("excluded: the diagonal kept", CONTRASTIVE, "problem.keep_diagonal || ", ""),
+        Mutation("excluded: equal ids", CONTRASTIVE, "return !problem.own.ids || id_i != id_j;", "return true;"),
+        Mutation("excluded: tiles on the diagonal", CONTRASTIVE, "!on_diagonal && ", ""),
+        Mutation("excluded: tiles with ids", CONTRASTIVE, "&& !own.ids ", ""),
+        Mutation("excluded: tiles past the end", CONTRASTIVE, " && column0 + kColumns <= other.count", ""),
+        Mutation("ids: bound", CONTRASTIVE, "side.ids && index < side.count", "side.ids"),
+        Mutation("positives: source mask", CONTRASTIVE, "base + lane < sources && source < from.count", "true"),
+        Mutation("positives: target from the end", CONTRASTIVE, "if (valid && target < 0) target += to.count;"),
+        Mutation("positives: lower bound", CONTRASTIVE, "target >= 0 && target < targets", "target < targets"),
+        Mutation("positives: upper bound", CONTRASTIVE, "target >= 0 && target < targets", "target >= 0"),
+        Mutation("positives: one lane an entry", CONTRASTIVE, "if (!holds_element(row, column)) return;"),
+        Mutation("preparation: row mask", ROWS, "if (row >= count) return;", "", 0),
+        Mutation("preparation: zero padding",
+                 ROWS, "d < D ? x[d * column_stride] : from_acc<scalar_t>(acc_t(0))", "x[d * column_stride]"),
+        Mutation("preparation: shortest norm",
+                 ROWS, "norm < Math<acc_t>::kNormEps ? Math<acc_t>::kNormEps : norm", "norm"),
+        Mutation("merge: row mask", CONTRASTIVE, "if (row >= count) return;", "", 0),
+        Mutation("terms: row mask", CONTRASTIVE, "if (row >= count) return;", "", 1),
+        Mutation("finish: no projection of tiny rows",
+                 ROWS, "rnorm && factor < acc_t(1) / Math<acc_t>::kNormEps", "rnorm"),
+        Mutation("expectation: barrier of the maxima", CONTRASTIVE, BARRIER, nth=0),
+        Mutation("expectation: barrier of the sums", CONTRASTIVE, BARRIER, nth=1),
+        Mutation("expectation: rising maximum", CONTRASTIVE, "if (__any_sync(kAllLanes, shrinks))", "if (false)"),
+        Mutation("expectation: excluded entries", CONTRASTIVE, "exclude<kNTiles>", "if (false) exclude<kNTiles>", 2),
+        Mutation("expectation: row mask of the norms",
+                 CONTRASTIVE, "own.rnorm && row < own.count", "own.rnorm", 1),
+        Mutation("expectation: row mask of the sums",
+                 CONTRASTIVE, "lane % 4 == 0 && row < own.count", "lane % 4 == 0", 1),
+        Mutation("expectation: merge's row mask", CONTRASTIVE, "if (row >= count) return;", "", 2),
+        Mutation("expectation: merge's fence of a warp", CONTRASTIVE, "__syncwarp();"),
+        Mutation("expectation: nothing allowed", CONTRASTIVE, "state.sum == acc_t(0) ? acc_t(0) : "),
+        Mutation("expectation: backward's row mask", CONTRASTIVE, "if (row >= N) return;"),
+        Mutation("expectation: positives from the end", CONTRASTIVE, "if (j < 0) j += M;"),
+        Mutation("softmax: nothing came yet", SOFTMAX, "larger == -Math<T>::infinity() ? T(0) : ", ""),
+    ],
+    "sigmoid_pairs": [
+        *REDUCING_WALK,
+        *PRODUCT_WALK,
+        Mutation("pairs: row mask", SIGMOID, "row < rows && column < columns", "column < columns"),
+        Mutation("pairs: column mask", SIGMOID, "row < rows && column < columns", "row < rows"),
+        Mutation("pairs: whole tiles by columns alone",
+                 SIGMOID, "rows == kWarpRows && columns == kColumns", "columns == kColumns"),
+        Mutation("pairs: whole tiles by rows alone",
+                 SIGMOID, "rows == kWarpRows && columns == kColumns", "rows == kWarpRows"),
+        Mutation("pairs: zeros outside", SIGMOID, "c[m][n][e] = acc_t(0);",
+                 harmless="products with the zeros that stand for rows outside are 0"),
+        Mutation("pairs: diagonal out of reach", SIGMOID,
+                 "to_positive > -kWarpRows && to_positive < kColumns ? static_cast<int>(to_positive) : kColumns",
+                 "static_cast<int>(to_positive)"),
+        Mutation("forward: row mask of the norms", SIGMOID, "own.rnorm && row < own.count", "own.rnorm"),
+        Mutation("forward: row mask of the results",
+                 SIGMOID, "lane % 4 == 0 && row < own.count", "lane % 4 == 0"),
+        Mutation("forward: one lane a row", SIGMOID, "lane % 4 == 0 && row < own.count", "row < own.count",
+                 harmless="the lanes of a row hold the same sum"),
+        Mutation("backward: row mask of the terms", SIGMOID, "valid = i < own.count;", "valid = true;",
+                 harmless="reads the workspace for rows that are not stored"),
+        Mutation("backward: one slice makes the sums", SIGMOID, "if (blockIdx.z != 0) return;",
+                 harmless="the slices make the same sums"),
+        Mutation("backward: one lane stores the loss", SIGMOID, "if (lane == 0) losses", "losses",
+                 harmless="all lanes hold the same sum"),
+        Mutation("backward: one lane stores the bias' gradient", SIGMOID, "if (lane == 0) biases", "biases",
+                 harmless="all lanes hold the same sum"),
+        Mutation("weights: row mask", SIGMOID, "if (row < count) weight", "weight"),
+        Mutation("parts: row mask", ROWS, "if (row >= count) return;", "", 2),
+        Mutation("block sum: barrier", WARP, BARRIER, nth=0),
+        Mutation("block maximum: barrier", WARP, BARRIER, nth=1),
+    ],
+    "batch_hard": [
+        *REDUCING_WALK,
+        Mutation("columns: only threads with one", WALK, " && threadIdx.x < Shape::kBlockN"),
+        Mutation("labels: wait for their copy", COPY, '"cp.async.wait_group %0;"', '"// %0"'),
+        Mutation("labels: column mask",
+                 WALK, "terms_.labels + (valid ? j : 0), valid);", "terms_.labels + j, true);"),
+        Mutation("row mask of the norms", HARD, "rows.rnorm && row < count", "rows.rnorm",
+                 harmless="reads the workspace for rows that are not stored"),
+        Mutation("row mask of the labels", HARD, "row < count ? problem.labels[row] : 0", "problem.labels[row]"),
+        Mutation("columns past the end", HARD, "inside = column < count;", "inside = true;"),
+        Mutation("own row is no positive", HARD, "inside & same & (row != column)", "inside & same"),
+        Mutation("row mask of the results", HARD, "lane % 4 == 0 && row < count", "lane % 4 == 0"),
+        Mutation("one lane a row", HARD, "lane % 4 == 0 && row < count", "row < count",
+                 harmless="the lanes of a row hold the same choice"),
+        Mutation("merge: row mask", HARD, "if (row >= count) return;"),
+        Mutation("merge: nothing in the other part", HARD, "(other_index >= 0) & "),
+        Mutation("take: NaN goes first", HARD, " | before_all"),
+        Mutation("merge: lowest index of equal keys", HARD, "tie ? other_index < index : "),
+        Mutation("preparation: row mask", ROWS, "if (row >= count) return;", "", 0),
+    ],
+    "queue_push": [
+        Mutation("keys past the end", QUEUE, "if (b >= B) return;"),
+        Mutation("keys that others would overwrite", QUEUE, "B > K ? B - K : 0", "0"),
+        Mutation("position past the end", QUEUE, "index %= size;"),
+        Mutation("position below 0", QUEUE, "index < 0 ? index + size : index", "index"),
+        Mutation("shortest norm", QUEUE, "norm < Math<acc_t>::kNormEps ? Math<acc_t>::kNormEps : norm", "norm"),
+        Mutation("fill count below 0", QUEUE, "*filled < 0 ? 0 : *filled", "*filled"),
+        Mutation("fill count past the end", QUEUE, "count < K && B < K - count ? count + B : K", "count + B"),
+        Mutation("groups: unit stride", "queue_push.cu", "(args.key_strides[1] == 1 || args.D == 1) &&"),
+        Mutation("groups: alignment", "queue_push.cu",
+                 "reinterpret_cast<uintptr_t>(data) % sizeof(Group<T>) == 0 && "),
+        Mutation("groups: stride", "queue_push.cu", " && stride % kGroup == 0"),
+    ],
+    "momentum_update": [
+        Mutation("the tensor of a block", MOMENTUM, "batch.first_block[middle] <= block", "false"),
+        Mutation("groups: whole blocks only", MOMENTUM, "count >= kChunk && "),
+        Mutation("groups: alignment of masters", MOMENTUM, "in_groups(master) && "),
+        Mutation("groups: alignment of shadows", MOMENTUM, "in_groups(shadow) && "),
+        Mutation("groups: alignment of sources", MOMENTUM, " && in_groups(source)"),
+        Mutation("singles: end of the tensor", MOMENTUM, "i < kChunk && i < count", "i < kChunk"),
+        Mutation("singles: end of the block", MOMENTUM, "i < kChunk && i < count", "i < count"),
+    ],
+}  # fmt: skip
+
+
+def check_contrastive(library):
+    half, single, random_call = torch.float16, torch.float32, parity.random_call
+    ids_but_one = random_call(9, 8, single, ids=True)
+    ids_but_one.row_ids.zero_()
+    ids_but_one_column = random_call(9, 8, single, m=9, ids=True)
+    ids_but_one_column.row_ids[2:].zero_()
+    ids_but_one_column.column_ids.zero_()
+    zero_rows = random_call(12, 24, half)
+    zero_rows.rows[3] = 0
+    zero_rows_in_float = random_call(12, 24, single)
+    zero_rows_in_float.rows[3] = 0
+    both = random_call(65, 40, half, m=70, ids=True, both_directions=True, keep_diagonal=True, positives=2)
+    tiny = random_call(5, 8, single)
+    tiny.rows[2] = 3e-13  # a norm of 8.5e-13
+    for name, call, options in (
+        ("square", random_call(130, 72, half), {}),
+        ("square, float32", random_call(70, 72, single), {"seed": 1}),
+        ("random order", random_call(130, 72, half), {"seed": 2, "warp_races": True}),
+        ("another order", random_call(130, 200, half), {"seed": 3, "warp_races": True}),
+        ("odd width", random_call(65, 17, half), {}),
+        ("ids in both directions", both, {"splits": 2}),
+        ("ids, nothing kept", random_call(66, 40, single, m=64, ids=True), {}),
+        ("ids, whole tiles", random_call(64, 64, half, ids=True), {}),
+        ("whole tiles", random_call(128, 64, half), {}),
+        ("small temperature", random_call(65, 24, single, temperature=0.005), {}),
+        ("no column left", ids_but_one, {}),
+        ("zero row, half", zero_rows, {}),
+        ("zero row, float32", zero_rows_in_float, {}),
+        ("tiny row", tiny, {}),
+        ("expectation", random_call(130, 72, half, m=200), {"splits": 3, "expectation": True}),
+        ("expectation, random order", random_call(130, 72, half, m=200),
+         {"splits": 3, "expectation": True, "seed": 2, "warp_races": True}),
+        ("expectation, no column left", ids_but_one_column, {"expectation": True}),
+        ("unnormalised", random_call(20, 40, half, m=33, normalize=False, temperature=2.0), {}),
+    ):  # fmt: skip
+        with check(name):
+            parity.check_parity(library, call, **options)
+
+
+def check_sigmoid_pairs(library):
+    half, single, random_call = torch.float16, torch.float32, sigmoid_pairs_calls.random_call
+    zero_row = random_call(12, 20, 24, half)
+    zero_row.rows[3] = 0
+    zero_row.columns[4] = 0
+    for name, call, options in (
+        ("blocks", random_call(130, 200, 72, half), {"splits": 2}),
+        ("random order", random_call(130, 150, 200, half), {"seed": 2, "warp_races": True}),
+        ("float32", random_call(70, 65, 40, single, diagonal=-3), {"seed": 1, "warp_races": True}),
+        ("odd width", random_call(65, 33, 17, half), {}),
+        ("whole tiles", random_call(128, 64, 64, half), {}),
+        ("whole columns", random_call(100, 64, 64, half), {}),
+        ("several slices", random_call(40, 70, 520, half), {"seed": 3}),
+        ("far diagonal", random_call(20, 24, 8, single, diagonal=2**32), {}),
+        ("zero rows", zero_row, {}),
+        ("unnormalised", random_call(20, 24, 8, single, normalize_rows=False, normalize_columns=False), {}),
+        ("norms of the rows alone", random_call(20, 24, 8, single, normalize_columns=False), {}),
+    ):
+        with check(name):
+            sigmoid_pairs_calls.check_parity(library, call, **options)
+
+
+def check_batch_hard(library):
+    half, single = torch.float16, torch.float32
+    for name, x, classes, options in (
+        ("blocks", random_rows(200, 72, half), 5, {"splits": 2}),
+        ("random order", random_rows(140, 200, half), 5, {"seed": 2, "warp_races": True}),
+        ("another order", random_rows(140, 40, single), 140, {"seed": 3, "warp_races": True, "splits": 3}),
+        ("odd width", random_rows(65, 17, half), 7, {}),
+    ):
+        for normalize, distance in ((True, "euclidean"), (False, "cosine")):
+            with check(name):
+                check_choice(library, x, random_labels(len(x), classes), normalize, distance, **options)
+    equal = torch.randint(-1, 2, (210, 6), generator=torch.Generator().manual_seed(3)).to(single)
+    nan = equal.clone()
+    nan[[37, 80, 81, 139], 3] = torch.nan
+    for name, x in ("equal keys", equal), ("NaN", nan):
+        with check(name):
+            check_indices(library, x, random_labels(len(x), 2), "euclidean", splits=3)
+
+
+def check_queue_push(library):
+    single = torch.float32
+    tiny = keys_of(3, 8, single)
+    tiny[1] = 3e-13
+    wide = torch.zeros(6, 31, dtype=single)
+    for name, size, keys, options in (
+        ("few keys", 20, keys_of(7, 24, single), {}),
+        ("more keys than rows", 20, keys_of(60, 24, single), {"seed": 1, "warp_races": True}),
+        ("odd width", 9, keys_of(4, 5, torch.float16), {}),
+        ("tiny keys", 5, tiny, {}),
+        ("transposed", 9, keys_of(8, 8, single).T, {}),
+        ("every other element", 9, keys_of(6, 48, single)[:, ::2], {}),
+        ("inside wider rows", 9, wide[:, 4:28].copy_(keys_of(6, 24, single)), {}),
+        ("at an odd address", 9, torch.zeros(6, 32)[:, 5:29].copy_(keys_of(6, 24, single)), {}),
+    ):
+        for normalize in (True, False):
+            with check(name):
+                ring = Ring(library, size, keys.shape[1], single, "cpu", position=size - 2, filled=size - 3)
+                ring.push(keys, normalize, **options)
+                ring.check()
+    for position in (-3, 2**62):
+        with check(f"position {position}, fill count -5"):
+            ring = Ring(library, 4, 8, single, "cpu", position=position, filled=-5)
+            ring.push(keys_of(3, 8, single), False)
+            ring.check(exact=True)
+
+
+def check_momentum_update(library):
+    half, single = torch.float16, torch.float32
+
+    def triple(count, master_offset=0, shadow_offset=0, source_offset=0):
+        offsets = (master_offset, shadow_offset, source_offset)
+        parts = momentum.triple(count, half, single, "cpu")
+        rooms = [torch.zeros(count + 1, dtype=part.dtype) for part in parts]
+        return [
+            room[offset:][:count].copy_(part)
+            for room, offset, part in zip(rooms, offsets, parts, strict=True)
+        ]
+
+    several = [triple(5), triple(2 * momentum.CHUNK + 7), triple(30)]
+    for name, triples, options in (
+        ("several tensors", several, {"seed": 1, "warp_races": True}),
+        ("master at an odd address", [triple(momentum.CHUNK, 1, 0, 0)], {}),
+        ("shadow at an odd address", [triple(momentum.CHUNK, 0, 1, 0)], {}),
+        ("source at an odd address", [triple(momentum.CHUNK, 0, 0, 1)], {}),
+        ("singles of two blocks", [triple(momentum.CHUNK + 5, 1, 0, 0)], {}),
+    ):
+        with check(name):
+            momentum.check(library, triples, 0.99, **options)
+
+
+CHECKS = {
+    "momentum_update": check_momentum_update,
+    "contrastive": check_contrastive,
+    "sigmoid_pairs": check_sigmoid_pairs,
+    "batch_hard": check_batch_hard,
+    "queue_push": check_queue_push,
+}
