@@ -22,10 +22,10 @@ Matrix<scalar_t> columns_matrix(const ContrastiveArgs& args) {
           args.D};
 }
 
-template <typename scalar_t, typename acc_t>
-Problem<scalar_t, acc_t> problem_of(const ContrastiveArgs& args, const Side<scalar_t, acc_t>& own,
-                                    const Side<scalar_t, acc_t>& other) {
-  Problem<scalar_t, acc_t> problem = {};
+template <typename scalar_t, typename acc_t, typename other_t>
+Problem<scalar_t, acc_t, other_t> problem_of(const ContrastiveArgs& args, const Side<scalar_t, acc_t>& own,
+                                             const Side<other_t, acc_t>& other) {
+  Problem<scalar_t, acc_t, other_t> problem = {};
   problem.own = own;
   problem.other = other;
   problem.width = round_up(args.D, 16 / sizeof(scalar_t));
@@ -38,7 +38,7 @@ Problem<scalar_t, acc_t> problem_of(const ContrastiveArgs& args, const Side<scal
 
 template <typename Engine>
 void forward_pass(Launcher& launcher, const ContrastiveArgs& args,
-                  const Problem<typename Engine::scalar_t, typename Engine::acc_t>& problem, double* lse,
+                  const ProblemOf<Engine>& problem, double* lse,
                   double* positive_logits) {
   using Shape = FwdShape<Engine>;
   using acc_t = typename Engine::acc_t;
@@ -60,7 +60,7 @@ void forward_pass(Launcher& launcher, const ContrastiveArgs& args,
 // The same with the expectation of the columns, E.
 template <typename Engine, int kWarpsM, int kSliceChunks>
 void expectation_pass(Launcher& launcher, const ContrastiveArgs& args,
-                      const Problem<typename Engine::scalar_t, typename Engine::acc_t>& problem, double* lse,
+                      const ProblemOf<Engine>& problem, double* lse,
                       double* positive_logits, typename Engine::acc_t* expectation) {
   using Shape = ExpectationShape<Engine, kWarpsM, kSliceChunks>;
   using acc_t = typename Engine::acc_t;
@@ -89,8 +89,12 @@ void expectation_pass(Launcher& launcher, const ContrastiveArgs& args,
 }
 
 template <typename Engine>
+constexpr bool kWidens = !std::is_same_v<typename Engine::scalar_t, typename Engine::other_t>;
+
+template <typename Engine>
 void forward(Launcher& launcher, const ContrastiveFwdArgs& args) {
   using scalar_t = typename Engine::scalar_t;
+  using other_t = typename Engine::other_t;
   using acc_t = typename Engine::acc_t;
   const ContrastiveArgs& common = args.common;
   const bool square = common.columns == nullptr;
@@ -99,10 +103,12 @@ void forward(Launcher& launcher, const ContrastiveFwdArgs& args) {
 
   Side<scalar_t, acc_t> rows = {prepare(launcher, rows_matrix<scalar_t>(common), row_rnorm)};
   rows.ids = common.row_ids;
-  auto columns = rows;
+  Side<other_t, acc_t> columns = {};
   if (!square) {
-    columns = {prepare(launcher, columns_matrix<scalar_t>(common), column_rnorm)};
+    columns = {prepare(launcher, columns_matrix<other_t>(common), column_rnorm)};
     columns.ids = common.column_ids;
+  } else if constexpr (!kWidens<Engine>) {
+    columns = rows;
   }
   rows.positives = common.positives;
   const auto problem = problem_of(common, rows, columns);
@@ -115,8 +121,10 @@ void forward(Launcher& launcher, const ContrastiveFwdArgs& args) {
     return;
   }
   forward_pass<Engine>(launcher, common, problem, args.lse, positive_logits);
-  if (!square && common.both_directions) {
-    forward_pass<Engine>(launcher, common, problem_of(common, columns, rows), args.column_lse, nullptr);
+  if constexpr (!kWidens<Engine>) {
+    if (!square && common.both_directions) {
+      forward_pass<Engine>(launcher, common, problem_of(common, columns, rows), args.column_lse, nullptr);
+    }
   }
 }
 
@@ -134,7 +142,7 @@ void add_terms(Launcher& launcher, const double* lse, const double* grad_lse, Si
 // One owner's gradient; `matrix` is the owner's as the caller passed it. Writes the dots of its rows.
 template <typename Engine, int kWarpsM, int kSliceChunks>
 void backward_pass(Launcher& launcher, const ContrastiveArgs& args,
-                   const Problem<typename Engine::scalar_t, typename Engine::acc_t>& problem,
+                   const ProblemOf<Engine>& problem,
                    const Matrix<typename Engine::scalar_t>& matrix, const double* grad_positive_logits,
                    typename Engine::scalar_t* grad, typename Engine::acc_t* dots) {
   using Shape = BwdShape<Engine, kWarpsM, kSliceChunks>;
@@ -172,6 +180,27 @@ void backward_pass_for_width(Launcher& launcher, const ContrastiveArgs& args, co
   });
 }
 
+// The gradients from the expectation, without a walk.
+template <typename Engine>
+void expectation_backward(Launcher& launcher, const ContrastiveBwdArgs& args) {
+  using scalar_t = typename Engine::scalar_t;
+  using other_t = typename Engine::other_t;
+  using acc_t = typename Engine::acc_t;
+  const ContrastiveArgs& common = args.common;
+  auto* dots = launcher.scratch<acc_t>(common.N);
+  launcher.launch(contrastive_expectation_bwd_kernel<scalar_t, acc_t, other_t>, blocks_for(common.N, kRowWarps),
+                  kRowWarps * kWarpSize, 0, static_cast<const acc_t*>(args.expectation),
+                  rows_matrix<scalar_t>(common).strided(),
+                  common.normalize_rows ? static_cast<const acc_t*>(args.row_rnorm) : nullptr,
+                  columns_matrix<other_t>(common).strided(),
+                  common.normalize_columns ? static_cast<const acc_t*>(args.column_rnorm) : nullptr, common.N,
+                  common.M, common.D, common.positives, common.P, args.grad_lse,
+                  common.positives ? args.grad_positive_logits : nullptr, static_cast<const acc_t*>(common.scale),
+                  static_cast<scalar_t*>(args.grad_rows), dots);
+  launcher.launch(sum_rows_kernel<acc_t, acc_t>, 1, kBlockWarps * kWarpSize, 0, dots, common.N, acc_t(1),
+                  static_cast<acc_t*>(args.grad_scale));
+}
+
 template <typename Engine>
 void backward(Launcher& launcher, const ContrastiveBwdArgs& args) {
   using scalar_t = typename Engine::scalar_t;
@@ -181,19 +210,6 @@ void backward(Launcher& launcher, const ContrastiveBwdArgs& args) {
   const double* grad_positive_logits = common.positives ? args.grad_positive_logits : nullptr;
 
   const Matrix<scalar_t> row_matrix = rows_matrix<scalar_t>(common);
-  if (args.expectation) {
-    auto* dots = launcher.scratch<acc_t>(common.N);
-    launcher.launch(contrastive_expectation_bwd_kernel<scalar_t, acc_t>, blocks_for(common.N, kRowWarps),
-                    kRowWarps * kWarpSize, 0, static_cast<const acc_t*>(args.expectation), row_matrix.strided(),
-                    common.normalize_rows ? static_cast<const acc_t*>(args.row_rnorm) : nullptr,
-                    columns_matrix<scalar_t>(common).strided(),
-                    common.normalize_columns ? static_cast<const acc_t*>(args.column_rnorm) : nullptr, common.N,
-                    common.M, common.D, common.positives, common.P, args.grad_lse, grad_positive_logits,
-                    static_cast<const acc_t*>(common.scale), static_cast<scalar_t*>(args.grad_rows), dots);
-    launcher.launch(sum_rows_kernel<acc_t, acc_t>, 1, kBlockWarps * kWarpSize, 0, dots, common.N, acc_t(1),
-                    static_cast<acc_t*>(args.grad_scale));
-    return;
-  }
   Side<scalar_t, acc_t> rows = {prepare<scalar_t, acc_t>(launcher, row_matrix, nullptr)};
   rows.rnorm = common.normalize_rows ? static_cast<const acc_t*>(args.row_rnorm) : nullptr;
   rows.ids = common.row_ids;
@@ -239,13 +255,31 @@ void run(Launcher& launcher, const ContrastiveFwdArgs& args) {
 
 template <typename Engine>
 void run(Launcher& launcher, const ContrastiveBwdArgs& args) {
-  backward<Engine>(launcher, args);
+  if (args.expectation) return expectation_backward<Engine>(launcher, args);
+  if constexpr (!kWidens<Engine>) backward<Engine>(launcher, args);
+}
+
+// Calls f with the engine of float rows against columns of a Dtype of 2 bytes.
+template <typename F>
+void with_widening_engine(int column_dtype, bool allow_tf32, F f) {
+  const auto widen = [&](auto narrow) {
+    if (allow_tf32) return f(WideningEngine<MmaEngine<float>, decltype(narrow)>());
+    return f(WideningEngine<FmaEngine<float>, decltype(narrow)>());
+  };
+  if (column_dtype == kFloat16) return widen(__half());
+  return widen(__nv_bfloat16());
 }
 
 template <typename Args>
 Launcher dispatch(const Args& args, cudaStream_t stream, bool dry) {
   Launcher launcher(args.common.workspace, stream, dry);
-  with_engine(args.common.dtype, args.common.allow_tf32, [&](auto engine) { run<decltype(engine)>(launcher, args); });
+  const ContrastiveArgs& common = args.common;
+  const auto run_on = [&](auto engine) { run<decltype(engine)>(launcher, args); };
+  if (common.columns && common.column_dtype != common.dtype) {
+    with_widening_engine(common.column_dtype, common.allow_tf32, run_on);
+  } else {
+    with_engine(common.dtype, common.allow_tf32, run_on);
+  }
   return launcher;
 }
 

@@ -26,10 +26,10 @@ struct Side : Operand<scalar_t, acc_t> {
   const acc_t* weight;
 };
 
-template <typename scalar_t, typename acc_t>
+template <typename scalar_t, typename acc_t, typename other_t = scalar_t>
 struct Problem {
   Side<scalar_t, acc_t> own;
-  Side<scalar_t, acc_t> other;
+  Side<other_t, acc_t> other;
   int64_t width;  // D padded to 16 bytes
   const acc_t* scale;
   int64_t P;
@@ -37,9 +37,12 @@ struct Problem {
   bool keep_diagonal;  // (i, i) stays although its ids are equal
 };
 
+template <typename Engine>
+using ProblemOf = Problem<typename Engine::scalar_t, typename Engine::acc_t, typename Engine::other_t>;
+
 // Whether s_ij counts in the sums, given the ids of both (0 for all where there are none).
-template <typename scalar_t, typename acc_t>
-__device__ __forceinline__ bool is_allowed(const Problem<scalar_t, acc_t>& problem, int64_t i, int64_t id_i,
+template <typename scalar_t, typename acc_t, typename other_t>
+__device__ __forceinline__ bool is_allowed(const Problem<scalar_t, acc_t, other_t>& problem, int64_t i, int64_t id_i,
                                            int64_t j, int64_t id_j) {
   if (j >= problem.other.count) return false;
   if (i == j) return !problem.square && (problem.keep_diagonal || !problem.own.ids || id_i != id_j);
@@ -52,8 +55,8 @@ __device__ __forceinline__ int64_t id_of(const Side<scalar_t, acc_t>& side, int6
 }
 
 // Sets the elements of a warp's part of a tile, at (row0, column0), that stay out of the sums to `value`.
-template <int kNTiles, typename scalar_t, typename acc_t>
-__device__ __forceinline__ void exclude(Fragment<acc_t, kNTiles>& c, const Problem<scalar_t, acc_t>& problem,
+template <int kNTiles, typename scalar_t, typename acc_t, typename other_t>
+__device__ __forceinline__ void exclude(Fragment<acc_t, kNTiles>& c, const Problem<scalar_t, acc_t, other_t>& problem,
                                         int64_t row0, int64_t column0, acc_t value) {
   const auto& own = problem.own;
   const auto& other = problem.other;
@@ -83,9 +86,9 @@ __device__ __forceinline__ void exclude(Fragment<acc_t, kNTiles>& c, const Probl
 // points into rows [target0, target0 + targets) of `to`; source and target are relative to source0 and
 // target0. Called by whole warps, all lanes see every call; the order is fixed. A negative positive counts
 // from the end.
-template <typename Operand, typename F>
-__device__ __forceinline__ void for_each_positive(const Operand& from, int64_t source0, int sources,
-                                                  const Operand& to, int64_t target0, int targets, int64_t P,
+template <typename From, typename To, typename F>
+__device__ __forceinline__ void for_each_positive(const From& from, int64_t source0, int sources,
+                                                  const To& to, int64_t target0, int targets, int64_t P,
                                                   F f) {
   const int lane = threadIdx.x % kWarpSize;
   for (int base = 0; base < sources; base += kWarpSize) {
@@ -159,7 +162,7 @@ struct RowSums {
 
 template <typename Engine>
 __global__ void __launch_bounds__(FwdShape<Engine>::kThreads, FwdShape<Engine>::kBlocksPerSm)
-    contrastive_fwd_kernel(const Problem<typename Engine::scalar_t, typename Engine::acc_t> problem,
+    contrastive_fwd_kernel(const ProblemOf<Engine> problem,
                            double* lse, double* positive_logits,
                            OnlineSoftmax<typename Engine::acc_t>* partial) {
   using Shape = FwdShape<Engine>;
@@ -286,7 +289,7 @@ __global__ void contrastive_terms_kernel(const double* lse, const double* grad_l
 
 template <typename Shape, typename Engine>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
-    contrastive_bwd_kernel(const Problem<typename Engine::scalar_t, typename Engine::acc_t> problem,
+    contrastive_bwd_kernel(const ProblemOf<Engine> problem,
                            const double* grad_positive_logits,
                            const typename Engine::acc_t* coefficient_scale, typename Engine::acc_t* partial) {
   using acc_t = typename Engine::acc_t;
@@ -407,7 +410,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 // Products: 2 units of 2 N M D flops, 1 + Z where D is wider than a slice. As many mma as the backward.
 // Traffic, 32-byte sectors of global memory: operands 4 N S Z (times T where S > 3) + 4 B M S (1 + Z), positives
 //   32 B T P for each warp that shares a row, column norms B Z T kBlockN / 8, row norms B Z kBlockM / 8. Writes N D + 2
-//   N acc_t a part: 8.7 MB for 256 rows of 128 on 132 multiprocessors, whatever M.
+//   N acc_t a part. Columns of 2 bytes beside float rows are widened in the block: half of their sectors.
+// Memory: the parts' sums, 64 KB for each block of 128 rows by 128 features: 8.7 MB for 256 rows of 128 on 132
+//   multiprocessors, whatever M. That is what a card that is full holds in registers. Fewer parts would leave
+//   multiprocessors idle (2 MB: 15 parts of 2 row blocks, 30 of 132 busy); blocks of fewer rows would read the
+//   columns from L2 as much more often (2 MB: blocks of 16 rows, 8 times the traffic for the same products).
 // Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * (128 bytes + acc_t), norms
 //   and maxima of the rows. No bank conflicts but those of the backward.
 // Occupancy: one block of 256 threads per multiprocessor, at most 255 registers.
@@ -420,7 +427,7 @@ struct ExpectationShape : ProductShape<Engine, kWarpsM, kSliceChunks, 1, 1 + 8 /
 
 template <typename Shape, typename Engine>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
-    contrastive_expectation_kernel(const Problem<typename Engine::scalar_t, typename Engine::acc_t> problem,
+    contrastive_expectation_kernel(const ProblemOf<Engine> problem,
                                    const typename Engine::acc_t* coefficient_scale, double* positive_logits,
                                    OnlineSoftmax<typename Engine::acc_t>* partial_sums,
                                    typename Engine::acc_t* partial) {
@@ -600,10 +607,10 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize)
 //
 // One warp a row, everything in acc_t. Traffic: reads N D acc_t and N D (1 + P) scalar_t twice (the second time
 // from cache), writes N D scalar_t and N acc_t.
-template <typename scalar_t, typename acc_t>
+template <typename scalar_t, typename acc_t, typename other_t>
 __global__ void __launch_bounds__(kRowWarps* kWarpSize)
     contrastive_expectation_bwd_kernel(const acc_t* expectation, StridedRows<scalar_t> rows, const acc_t* row_rnorm,
-                                       StridedRows<scalar_t> columns, const acc_t* column_rnorm, int64_t N,
+                                       StridedRows<other_t> columns, const acc_t* column_rnorm, int64_t N,
                                        int64_t M, int64_t D, const int64_t* positives, int64_t P,
                                        const double* grad_lse, const double* grad_positive_logits,
                                        const acc_t* scale, scalar_t* grad, acc_t* dots) {

@@ -15,19 +15,21 @@ extern "C" {
 
 // What both directions share. acc_t is float, or double for float64.
 typedef struct {
-  int32_t dtype;           // Dtype of rows and columns
+  int32_t dtype;           // Dtype of rows
   int32_t normalize_rows;  // the booleans of the operator
   int32_t normalize_columns;
   int32_t keep_diagonal;
   int32_t both_directions;
   int32_t allow_tf32;  // float32 products may round their operands to TF32
   int32_t splits;      // parts the columns are walked in at once; 0 picks from the card and the sizes
-  int32_t reserved;
+  int32_t column_dtype;  // Dtype of columns: that of rows, or float16 or bfloat16 beside float32 rows (see columns)
   int64_t N, M, D, P;      // rows, columns (N in the square case), width, positives per row
   int64_t row_strides[2];  // in elements
   int64_t column_strides[2];
   const void* rows;           // (N, D)
-  const void* columns;        // (M, D), or null: the square case
+  // (M, D), or null: the square case. Of another dtype than rows only without both_directions, and in the backward only
+  // with the expectation.
+  const void* columns;
   const void* scale;          // one acc_t
   const int64_t* positives;   // (N, P) contiguous, negative ones count from the end, or null
   const int64_t* row_ids;     // (N,) contiguous, or null

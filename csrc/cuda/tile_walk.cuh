@@ -6,7 +6,8 @@
 // steps of 128 bytes of D. The operand tiles of a step come through a ring of kStages buffers by cp.async,
 // kStages - 1 steps ahead; each step opens with one wait and one barrier, which publish the step's tiles and
 // say that the buffer loaded next is no longer read. The owner's tiles stay in shared memory after the first
-// tile where all of D fits into kOwnerSlots steps; otherwise they come again with each tile.
+// tile where all of D fits into kOwnerSlots steps; otherwise they come again with each tile. Where the other side is
+// stored in a narrower type (WideningEngine), its tiles are widened through registers by the same schedule.
 //
 //   TileWalk<Shape, Engine> walk(shared, own, other, {other.rnorm}, width);
 //   for (walk.start(); walk.next();) {
@@ -117,14 +118,16 @@ class TileWalk {
  public:
   using scalar_t = typename Engine::scalar_t;
   using acc_t = typename Engine::acc_t;
+  using other_t = typename Engine::other_t;
   using Side = Operand<scalar_t, acc_t>;
+  using OtherSide = Operand<other_t, acc_t>;
   using Tile = Fragment<acc_t, Shape::kNTiles>;
   struct Terms {
     const acc_t* of_columns[Shape::kColumnTerms];  // (other.count,) each, null: absent
     const int64_t* labels;                         // (other.count,), with kColumnLabels
   };
 
-  __device__ __forceinline__ TileWalk(unsigned char* shared, const Side& own, const Side& other,
+  __device__ __forceinline__ TileWalk(unsigned char* shared, const Side& own, const OtherSide& other,
                                       const Terms& terms, int64_t width)
       : own_(own),
         other_(other),
@@ -294,8 +297,14 @@ class TileWalk {
         load_tile<Shape::kBlockM, Shape::kThreads>(own_tiles_ + slot * Shape::kOwnBytes, own_.data, own_.stride,
                                                    own_.count, width_, row0_, depth0);
       }
-      load_tile<Shape::kBlockN, Shape::kThreads>(other_tiles_ + load_stage_ * Shape::kOtherBytes, other_.data,
-                                                 other_.stride, other_.count, width_, column0, depth0);
+      unsigned char* other_tile = other_tiles_ + load_stage_ * Shape::kOtherBytes;
+      if constexpr (std::is_same_v<scalar_t, other_t>) {
+        load_tile<Shape::kBlockN, Shape::kThreads>(other_tile, other_.data, other_.stride, other_.count, width_,
+                                                   column0, depth0);
+      } else {
+        load_widened_tile<Shape::kBlockN, Shape::kThreads>(other_tile, other_.data, other_.stride, other_.count,
+                                                           width_, column0, depth0);
+      }
       if (load_step_ == 0 && threadIdx.x < Shape::kBlockN) {
         acc_t* to = column_terms_ + load_tile_ % kStages * Shape::kColumnTerms * Shape::kBlockN + threadIdx.x;
         const int64_t j = column0 + threadIdx.x;
@@ -320,7 +329,7 @@ class TileWalk {
   }
 
   const Side& own_;
-  const Side& other_;
+  const OtherSide& other_;
   Terms terms_;
   int64_t width_;
   int chunks_, slice0_, slice_chunks_;

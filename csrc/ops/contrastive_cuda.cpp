@@ -24,6 +24,7 @@ ContrastiveArgs common_args(const at::Tensor& rows, const OptionalTensor& column
   const at::Tensor& other = columns ? *columns : rows;
   ContrastiveArgs args = {};
   args.dtype = kernel_dtype("contrastive: rows", rows.scalar_type());
+  args.column_dtype = kernel_dtype("contrastive: columns", other.scalar_type());
   args.normalize_rows = normalize_rows;
   args.normalize_columns = normalize_columns;
   args.keep_diagonal = keep_diagonal;
@@ -46,11 +47,21 @@ ContrastiveArgs common_args(const at::Tensor& rows, const OptionalTensor& column
   return args;
 }
 
+// Columns in another dtype than rows: float16 or bfloat16 beside float32, and none of them gets a gradient.
+void check_column_dtype(const at::Tensor& rows, const OptionalTensor& columns, bool both_directions,
+                        bool columns_need_grad) {
+  if (!columns || columns->scalar_type() == rows.scalar_type()) return;
+  TORCH_CHECK(rows.scalar_type() == at::kFloat && !both_directions && !columns_need_grad,
+              "contrastive: on cuda rows of ", rows.scalar_type(), " and columns of ", columns->scalar_type(),
+              " cannot go together in this call");
+}
+
 Fwd contrastive_fwd(const at::Tensor& rows, const OptionalTensor& columns, const at::Tensor& scale,
                     const OptionalTensor& positives, const OptionalTensor& row_ids,
                     const OptionalTensor& column_ids, bool normalize_rows, bool normalize_columns,
                     bool keep_diagonal, bool both_directions, bool keep, bool columns_need_grad) {
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
+  check_column_dtype(rows, columns, both_directions, keep && columns_need_grad);
   const c10::cuda::CUDAGuard guard(rows.device());
   const auto index = contiguous(positives), row_index = contiguous(row_ids),
              column_index = contiguous(column_ids);
@@ -84,6 +95,7 @@ Bwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_c
                     const at::Tensor& kept, bool normalize_rows, bool normalize_columns, bool keep_diagonal,
                     bool both_directions, bool rows_need_grad, bool columns_need_grad) {
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
+  check_column_dtype(rows, columns, both_directions, kept.dim() != 2);
   TORCH_CHECK(lse.scalar_type() == at::kDouble && lse.numel() == rows.size(0) && lse.is_contiguous(),
               "contrastive: lse must be what contrastive_fwd returned");
   const bool expectation = kept.dim() == 2;

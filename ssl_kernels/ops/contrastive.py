@@ -129,13 +129,20 @@ library.impl("contrastive_fwd.triton", lambda *args: _triton().contrastive_fwd(*
 library.impl("contrastive_bwd.triton", lambda *args: _triton().contrastive_bwd(*args), "CUDA")
 
 
-def unsupported(backend, rows, columns=None, *_):
+def unsupported(backend, rows, columns=None, both_directions=False, *_):
     """Why `backend` cannot run this call, or None if it can."""
     if backend in ("chunked", "reference"):
         return None
     device = rows.device.type
     if device == "cuda" and columns is not None and columns.dtype != rows.dtype:
-        return "on cuda it takes rows and columns of one dtype"
+        if backend == "triton":
+            return "it takes rows and columns of one dtype"
+        if rows.dtype != torch.float32 or columns.dtype not in (torch.float16, torch.bfloat16):
+            return (
+                f"on cuda columns of {columns.dtype} go with rows of that dtype or float32, not {rows.dtype}"
+            )
+        if both_directions is True or (columns.requires_grad and torch.is_grad_enabled()):
+            return "on cuda columns of another dtype than rows get no gradient and no sums of their own"
     if backend == "native":
         if backends.extension is None:
             return backends.extension_missing
@@ -247,7 +254,7 @@ def contrastive(
         Contrastive(lse, column_lse, positive_logits).
     """
     chosen = backends.choose_backend(
-        "contrastive", backend, caller, rows, *([] if columns is None else [columns])
+        "contrastive", backend, caller, rows, *([] if columns is None else [columns, both_directions])
     )
     if columns is None:
         normalize_columns = normalize_rows

@@ -12,7 +12,7 @@ class Common(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_int32) for name in (
             "dtype", "normalize_rows", "normalize_columns", "keep_diagonal", "both_directions", "allow_tf32",
-            "splits", "reserved",
+            "splits", "column_dtype",
         )],
         *[(name, ctypes.c_int64) for name in ("N", "M", "D", "P")],
         ("row_strides", ctypes.c_int64 * 2),
@@ -128,6 +128,7 @@ def _run(library, function, args_type, call, results, inputs, splits, tf32, opti
     )}  # fmt: skip
     common = Common(
         dtype=DTYPE_CODES[call.rows.dtype],
+        column_dtype=DTYPE_CODES[(call.rows if call.columns is None else call.columns).dtype],
         normalize_rows=call.normalize_rows,
         normalize_columns=call.normalize_columns,
         keep_diagonal=call.keep_diagonal,

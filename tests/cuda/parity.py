@@ -26,12 +26,12 @@ class Gradients(NamedTuple):
 
 def random_call(
     n, d, dtype, *, m=None, temperature=0.1, positives=1, ids=False, both_directions=False,
-    keep_diagonal=False, normalize=True, seed=0, device="cpu",
+    keep_diagonal=False, normalize=True, seed=0, device="cpu", column_dtype=None,
 ):  # fmt: skip
-    """A random call: m columns, or None for the square case."""
+    """A random call: m columns, of the rows' dtype unless given, or None for the square case."""
     generator = torch.Generator().manual_seed(seed)
 
-    def rows_of(count):
+    def rows_of(count, dtype=dtype):
         return torch.randn(count, d, generator=generator, dtype=torch.float64).to(dtype).to(device)
 
     def ids_of(count):
@@ -40,7 +40,7 @@ def random_call(
     columns = n if m is None else m
     return Call(
         rows=rows_of(n),
-        columns=None if m is None else rows_of(m),
+        columns=None if m is None else rows_of(m, column_dtype or dtype),
         scale=torch.tensor(1 / temperature, dtype=accumulation_dtype(dtype), device=device),
         positives=torch.randint(-columns, columns, (n, positives), generator=generator).to(device)
         if positives

@@ -120,6 +120,42 @@ def test_expectation_everywhere(library, gpu, d, dtype, tf32):
         check_parity(library, call, tf32=tf32, seed=i, splits=i % 4, expectation=True)
 
 
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("column_dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "n, m, d, splits", [(65, 70, 40, 0), (3, 300, 17, 3), (130, 65, 128, 2), (2, 1, 1, 0), (40, 150, 260, 2)]
+)
+def test_wide_rows_against_narrow_columns(library, gpu, n, m, d, splits, column_dtype, tf32):
+    """As exact as columns of float32 would be, with the expectation and without."""
+    call = random_call(
+        n, d, torch.float32, m=m, ids=m > 1, keep_diagonal=True, positives=2, column_dtype=column_dtype,
+        normalize=d != 40, temperature=0.1 if d != 40 else 10.0, device=gpu.device,
+    )  # fmt: skip
+    fwd, _, _ = check_parity(library, call, tf32=tf32, splits=splits, expectation=True)
+    alone, _ = contrastive_fwd(library, call, splits=splits, tf32=tf32)
+    torch.testing.assert_close(alone.lse, fwd.lse, rtol=1e-6, atol=1e-6)
+    as_they_are = call._replace(normalize_columns=False)  # norms of float32 are added up in another order
+    narrow, wide = (
+        contrastive_fwd(library, one, splits=splits, tf32=tf32, expectation=True)[0]
+        for one in (as_they_are, as_they_are._replace(columns=call.columns.float()))
+    )
+    assert torch.equal(narrow.lse, wide.lse) and torch.equal(narrow.expectation, wide.expectation)
+
+
+def test_narrow_columns_of_any_layout(library, gpu):
+    """Transposed, at an odd offset, and rows that only 8-byte accesses can read."""
+    call = random_call(
+        20, 24, torch.float32, m=50, column_dtype=torch.bfloat16, temperature=1.0, device=gpu.device
+    )
+    within = torch.zeros(50, 60, dtype=torch.bfloat16, device=gpu.device)
+    for columns in (
+        call.columns.T.contiguous().T,
+        within[:, 3:27].copy_(call.columns),
+        within[:, 28:52].copy_(call.columns),
+    ):
+        check_parity(library, call._replace(columns=columns), expectation=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_expectation_is_the_softmax_average_of_the_columns(library, gpu, dtype):
     call = random_call(5, 24, dtype, m=70, ids=True, temperature=1.0, device=gpu.device)

@@ -1,12 +1,14 @@
 """What the kernels do, counted by the emulator, against the counts on paper in csrc/cuda/contrastive.cuh."""
 
+import ctypes
 from math import ceil
 
 import pytest
 import torch
 
 from tests.cuda.conftest import SOURCES
-from tests.cuda.contrastive_calls import contrastive_fwd
+from tests.cuda.contrastive_calls import Common, FwdArgs, contrastive_fwd
+from tests.cuda.launching import DTYPE_CODES
 from tests.cuda.parity import check_parity, random_call, random_upstream, run
 
 CASES = [  # n, m, d, dtype, tf32
@@ -175,6 +177,48 @@ def test_expectation_does_what_its_header_says(library, n, m, d, dtype, tf32):
         assert launch.counters.shared_wavefronts == launch.counters.shared_wavefronts_ideal
         depth = 2 * UNIT_BYTES // dtype.itemsize
         assert launch.counters.mma * 2 * 16 * 8 * depth == 2 * 2 * n * m * d  # two units
+
+
+@pytest.mark.parametrize("column_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_columns_are_read_as_they_are(library, column_dtype):
+    """Beside float32 rows: half the sectors of their walk, and everything else as with float32 columns."""
+    n, m, d = 128, 96, 64
+    call = random_call(n, d, torch.float32, m=m, column_dtype=column_dtype)
+    _, launches = contrastive_fwd(library, call, expectation=True, splits=1)
+    (launch,) = [launch for launch in launches if "expectation_kernel" in launch.kernel]
+    paper = Expectation(n, m, d, torch.float32, False, False)
+    walk = 8 * paper.blocks * m * paper.steps
+    assert launch.shared == paper.shared_bytes()
+    assert launch.counters.global_load_sectors == pytest.approx(paper.sectors() - walk / 2, rel=0.01)
+    norms = [launch for launch in launches if "prepare_rows_kernel" in launch.kernel]
+    assert sum(launch.counters.global_load_sectors for launch in norms) == (4 * n + 2 * m) * d // SECTOR
+    assert sum(launch.counters.global_store_sectors for launch in norms) <= 4 * (n + m)  # no copies
+
+
+@pytest.mark.parametrize("dtype, column_dtype", [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+], ids=str)  # fmt: skip
+def test_scratch_of_moco_does_not_grow_with_the_queue(library, gpu, dtype, column_dtype):
+    """128 x 128 sums a multiprocessor, whatever the queue's length and dtype: no copy of it, no logits."""
+    n, d, multiprocessors = 256, 128, {"sm_80": 108, "sm_90": 132}[gpu.name]
+    somewhere = 1 << 20
+
+    def scratch(m):
+        common = Common(
+            dtype=DTYPE_CODES[dtype], column_dtype=DTYPE_CODES[column_dtype], normalize_rows=True, N=n, M=m, D=d,
+            row_strides=(d, 1), column_strides=(d, 1), rows=somewhere, columns=somewhere, scale=somewhere,
+        )  # fmt: skip
+        args = FwdArgs(common=common, lse=somewhere, row_rnorm=somewhere, expectation=somewhere)
+        size = ctypes.c_size_t()
+        library.call("contrastive_fwd_workspace", ctypes.byref(args), ctypes.byref(size))
+        return size.value
+
+    parts = multiprocessors // 2
+    assert scratch(65536) <= parts * n * (d + 2) * 4 + 512
+    assert scratch(65536) == pytest.approx(scratch(1 << 20), rel=0.1)
+    assert scratch(256) < scratch(65536) / 20
 
 
 def test_moco_shape_fills_a_card(gpu, nvcc):

@@ -44,6 +44,7 @@ KERNELS = {
     r"expectation_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EELi2ELi8E": (256, 59392, 1),
     r"expectation_kernel.*EngineIfEELi4ELi8E": (256, 79744, 1),
     r"expectation_kernel.*FmaEngineIdEELi4ELi8E": (256, 98048, 1),
+    r"expectation_kernel.*WideningEngine.*(13__nv_bfloat16|6__half)EELi4ELi8E": (256, 79744, 1),
     r"sigmoid_pairs_fwd_kernel.*EngineI(13__nv_bfloat16|6__half|f)": (128, 74496, 2),
     r"sigmoid_pairs_fwd_kernel.*FmaEngineId": (128, 62208, 2),
     r"sigmoid_pairs_bwd_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EELi4ELi2E": (256, 76288, 1),
@@ -153,7 +154,7 @@ def test_tensor_cores_and_vector_accesses_are_used(cuobjdump, binaries, arch):
     """In the tile loops: tensor cores with ldmatrix, or FMA; 16-byte cp.async, 8-byte stores."""
     code = instructions(dump(cuobjdump, binaries, arch, "-sass"))
     tile_kernels = {name: opcodes for name, opcodes in code.items() if "EngineI" in name}
-    assert len(tile_kernels) == 42
+    assert len(tile_kernels) == 50
     for name, opcodes in tile_kernels.items():
 
         def total(prefix, opcodes=opcodes):
@@ -162,7 +163,7 @@ def test_tensor_cores_and_vector_accesses_are_used(cuobjdump, binaries, arch):
         assert total("LDGSTS.E.BYPASS.128") > 0, name
         assert total("LDL") == total("STL") == total("ATOM") == total("RED") == 0, name
         if "MmaEngine" in name:
-            kind = "BF16" if "bfloat16" in name else "TF32" if "MmaEngineIf" in name else "F32"
+            kind = "TF32" if "MmaEngineIf" in name else "BF16" if "bfloat16" in name else "F32"
             hmma = {opcode: count for opcode, count in opcodes.items() if opcode.startswith("HMMA")}
             assert hmma and all(kind in opcode for opcode in hmma), name
             assert total("LDSM.16.M88.4") > 0, name
@@ -170,6 +171,8 @@ def test_tensor_cores_and_vector_accesses_are_used(cuobjdump, binaries, arch):
         else:
             # The loop over a step of D is unrolled as far as the compiler likes: a fragment's worth at least.
             assert total("DFMA" if "FmaEngineId" in name else "FFMA") >= 64 and total("LDS.128") > 0, name
+        if "WideningEngine" in name:  # 8 bytes of the narrow columns, widened into 16
+            assert total("LDG.E.64") > 0 and total("STS.128") > 0, name
         if "Shape" in name and "FmaEngineId" not in name:
             assert total("STG.E") == total("STG.E.64") > 0, name
     for name, opcodes in code.items():

@@ -1,6 +1,7 @@
 """`moco_loss` and `nn.MoCoLoss`: parity with the definition, the queue in every state, gradients, what is refused."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 
 import ssl_kernels
 from ssl_kernels import moco_loss
+from ssl_kernels.chunked import contrastive as chunked
 from ssl_kernels.nn import MoCoLoss, MoCoQueue
+from ssl_kernels.ops import contrastive as operation
 from tests.helpers import BACKENDS, random_rows, same_bits, saved_bytes
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -304,6 +307,51 @@ def test_refuses_what_does_not_fit(change, error, message):
     call = {"query": random_rows(6, 8), "key": random_rows(6, 8, seed=1), "queue": MoCoQueue(9, 8)} | change
     with pytest.raises(error, match=f"^moco_loss: {message}"):
         moco_loss(**call)
+
+
+def test_a_backend_that_recomputes_raises_after_a_push(monkeypatch):
+    """As the Triton kernels do with float32 queries: they keep no expectation and read the queue again."""
+    queue, key = pushed_queue(50, 8, (50,)), random_rows(7, 8, seed=1)
+    for name, table in (("fwd", operation._fwd), ("bwd", operation._bwd)):
+        monkeypatch.setitem(table, "triton", getattr(chunked, f"contrastive_{name}"))
+    forward = operation._fwd["triton"]
+    monkeypatch.setitem(operation._fwd, "triton", lambda *args: forward(*args[:-2], False, False))
+    monkeypatch.setattr(operation.backends, "choose_backend", lambda *_, **__: "triton")
+    query = random_rows(7, 8).requires_grad_()
+    loss = moco_loss(query, key, queue)
+    (found,) = torch.autograd.grad(loss, query, retain_graph=True)
+    monkeypatch.setattr(operation.backends, "choose_backend", lambda *_, **__: "native")
+    queue.push_(key)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    wide = query.detach().double().requires_grad_()
+    truth = by_definition(wide, key.double(), pushed_queue(50, 8, (50,)).keys.double(), 0.07).mean()
+    torch.testing.assert_close(found.double(), torch.autograd.grad(truth, wide)[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows, columns, others, reason", [
+    (torch.float32, torch.bfloat16, (), None),
+    (torch.float32, torch.float16, (False,), None),
+    (torch.bfloat16, torch.bfloat16, (True,), None),
+    (torch.bfloat16, torch.float16, (), "go with rows of that dtype or float32, not torch.bfloat16"),
+    (torch.bfloat16, torch.float32, (), "go with rows of that dtype or float32, not torch.bfloat16"),
+    (torch.float32, torch.bfloat16, (True,), "get no gradient and no sums of their own"),
+])  # fmt: skip
+def test_which_dtypes_go_together_on_cuda(monkeypatch, rows, columns, others, reason):
+    class Extension:
+        build_info = staticmethod(lambda: {"cuda_architectures": "8.0"})
+
+    monkeypatch.setattr(operation.backends, "extension", Extension)
+    x, y = (
+        SimpleNamespace(dtype=d, device=torch.device("cuda"), requires_grad=False) for d in (rows, columns)
+    )
+    found = operation.unsupported("native", x, y, *others)
+    assert found is None if reason is None else reason in found
+    if rows != columns:
+        y.requires_grad = True
+        assert operation.unsupported("native", x, y)
+        with torch.no_grad():
+            assert (operation.unsupported("native", x, y, *others) is None) == (reason is None)
 
 
 def test_says_which_backends_can_run():

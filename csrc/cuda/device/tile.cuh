@@ -10,6 +10,7 @@
 #include "async_copy.cuh"
 #include "math.cuh"
 #include "matrix.cuh"
+#include "vector_access.cuh"
 #include "warp.cuh"
 
 namespace ssl_kernels {
@@ -51,11 +52,36 @@ __device__ __forceinline__ void load_tile(unsigned char* tile, const scalar_t* m
   }
 }
 
+// The same from a matrix in a narrower type, as 128 bytes of float: through registers, since asynchronous copies move
+// bits as they are. Rows are 8-byte aligned and columns a multiple of 4; the next barrier publishes the tile.
+template <int kRows, int kThreads, typename narrow_t>
+__device__ __forceinline__ void load_widened_tile(unsigned char* tile, const narrow_t* matrix, int64_t row_stride,
+                                                  int64_t rows, int64_t columns, int64_t row0, int64_t column0) {
+  constexpr int kVector = 16 / sizeof(float);
+  static_assert(kRows * kTileUnits % kThreads == 0, "every thread copies the same number of units");
+  const int unit = threadIdx.x % kTileUnits;
+  const int64_t column = column0 + unit * kVector;
+#pragma unroll
+  for (int i = 0; i < kRows * kTileUnits / kThreads; ++i) {
+    const int r = i * (kThreads / kTileUnits) + threadIdx.x / kTileUnits;
+    Vector<float> wide = {};
+    if (row0 + r < rows && column < columns) {
+      const auto narrow = *reinterpret_cast<const Chunk<narrow_t, kVector>*>(matrix + (row0 + r) * row_stride + column);
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) wide.value[e] = to_acc(narrow.value[e]);
+    }
+    *reinterpret_cast<Vector<float>*>(tile + tile_offset(r, unit)) = wide;
+  }
+}
+
+// An engine's types: scalar_t is what products are of, other_t what the walked side is stored in.
+//
 // Tensor cores: bfloat16 and half through m16n8k16, float as TF32 through m16n8k8. Either way one step of
 // depth is 32 bytes of a row, so the operand addresses are the same.
 template <typename scalar>
 struct MmaEngine {
   using scalar_t = scalar;
+  using other_t = scalar;
   using acc_t = float;
   static constexpr bool kTf32 = sizeof(scalar_t) == 4;
 
@@ -158,6 +184,7 @@ struct MmaEngine {
 template <typename scalar>
 struct FmaEngine {
   using scalar_t = scalar;
+  using other_t = scalar;
   using acc_t = scalar;
   static constexpr int kVector = 16 / sizeof(scalar_t);
 
@@ -231,6 +258,12 @@ struct FmaEngine {
     const int byte = column * static_cast<int>(sizeof(scalar_t));
     *reinterpret_cast<Pair<scalar_t>*>(tile + tile_offset(row, byte / 16) + byte % 16) = pair;
   }
+};
+
+// Float products against a walked side of half the width.
+template <typename Engine, typename narrow_t>
+struct WideningEngine : Engine {
+  using other_t = narrow_t;
 };
 
 template <typename acc_t, int kNTiles>
