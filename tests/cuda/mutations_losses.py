@@ -1,15 +1,18 @@
 """Mutations of the kernels of losses, queue and momentum update, and the checks that are to notice them."""
 
+import dataclasses
+
 import torch
 
-from tests.cuda import parity, sigmoid_pairs_calls
+from tests.cuda import parity, row_pairs_calls, sigmoid_pairs_calls
 from tests.cuda import test_momentum_update as momentum
 from tests.cuda.batch_hard_calls import check_choice, check_indices, random_labels, random_rows
 from tests.cuda.mutation import Mutation, check
 from tests.cuda.queue_push_calls import Ring, keys_of
+from tests.ops import row_pairs_calls as row_pairs
 
 CONTRASTIVE, SIGMOID, HARD, QUEUE = "contrastive.cuh", "sigmoid_pairs.cuh", "batch_hard.cuh", "queue_push.cuh"
-MOMENTUM = "momentum_update.cuh"
+MOMENTUM, PAIRS = "momentum_update.cuh", "row_pairs.cuh"
 WALK, ROWS, TILE, WARP = "tile_walk.cuh", "rows.cuh", "device/tile.cuh", "device/warp.cuh"
 COPY, SOFTMAX = "device/async_copy.cuh", "device/online_softmax.cuh"
 WAIT, BARRIER, COMMIT = "copy_async_wait<kStages - 2>();", "__syncthreads();", "copy_async_commit();"
@@ -157,6 +160,22 @@ MUTATIONS = {
                  "reinterpret_cast<uintptr_t>(data) % sizeof(Group<T>) == 0 && "),
         Mutation("groups: stride", "queue_push.cu", " && stride % kGroup == 0"),
     ],
+    "row_pairs": [
+        Mutation("forward: row mask", PAIRS, "if (row >= N) return;", "", 0),
+        Mutation("backward: row mask", PAIRS, "if (row >= N) return;", "", 1),
+        Mutation("load: depth mask of vectors", PAIRS, "if (d < D) loaded.bits", "loaded.bits"),
+        Mutation("load: depth mask of elements", PAIRS, "if (d < D) loaded.vector", "loaded.vector"),
+        Mutation("store: depth mask of vectors", PAIRS, "if (d < D) *reinterpret_cast", "*reinterpret_cast"),
+        Mutation("store: depth mask of elements", PAIRS, "if (d < D) row[d]", "row[d]"),
+        Mutation("sum: barrier before the parts are written", PAIRS, BARRIER, nth=0),
+        Mutation("sum: barrier before the parts are read", PAIRS, BARRIER, nth=1),
+        Mutation("sum: rows of a block", PAIRS, "if (team == kWarpSize) return x;", "return x;"),
+        Mutation("shortest norm", PAIRS, "norm < Math<acc_t>::kNormEps ? Math<acc_t>::kNormEps : norm", "norm"),
+        Mutation("vectors: width", "row_pairs.cu", "aligned = args.D % kSize == 0;", "aligned = true;"),
+        Mutation("vectors: unit stride", "row_pairs.cu", "args.column_strides[k] == 1 && "),
+        Mutation("vectors: alignment", "row_pairs.cu", "reinterpret_cast<uintptr_t>(args.operands[k]) % 16 == 0 &&"),
+        Mutation("vectors: stride", "row_pairs.cu", "args.row_strides[k] % kSize == 0", "true"),
+    ],
     "momentum_update": [
         Mutation("the tensor of a block", MOMENTUM, "batch.first_block[middle] <= block", "false"),
         Mutation("groups: whole blocks only", MOMENTUM, "count >= kChunk && "),
@@ -300,7 +319,45 @@ def check_momentum_update(library):
             momentum.check(library, triples, 0.99, **options)
 
 
+def check_row_pairs(library):
+    half, single = torch.float16, torch.float32
+
+    def with_x(call, x):
+        return dataclasses.replace(call, x=x.copy_(call.x))
+
+    def in_rows_of(width, call):
+        operands = {name: getattr(call, name) for name in "xyz"}
+        wide = {
+            name: torch.zeros(len(rows), width)[:, : rows.shape[1]].copy_(rows)
+            for name, rows in operands.items()
+        }
+        return dataclasses.replace(call, **wide)
+
+    short = row_pairs.random_call(6, 8)
+    short.x[0] = 0
+    ten = row_pairs.random_call(10, 24)
+    for name, call, options in (
+        ("vectors", row_pairs.random_call(9, 40, half), {}),
+        ("elements", row_pairs.random_call(9, 37, single), {}),
+        ("a block a row", row_pairs.random_call(3, 4096 + 8, half), {"seed": 1, "warp_races": True}),
+        ("a block a row, other sums", row_pairs.random_call(3, 640, single), {"seed": 2, "warp_races": True}),
+        ("zero row", short, {}),
+        ("every other element", with_x(ten, torch.zeros(10, 48)[:, ::2]), {}),
+        ("at an odd address", with_x(ten, torch.zeros(10, 32)[:, 5:29]), {}),
+        ("inside wider rows", with_x(ten, torch.zeros(10, 31)[:, 4:28]), {}),
+        ("padded rows", in_rows_of(40, row_pairs.random_call(9, 37)), {}),
+    ):
+        x, y, z, flags = call.x, call.y, call.z, (call.normalize, call.measure)
+        with check(name):
+            (values, saved), _ = row_pairs_calls.row_pairs_fwd(library, x, y, z, *flags, **options)
+            grads, _ = row_pairs_calls.row_pairs_bwd(
+                library, call.cotangent, x, y, z, saved, *flags, True, True, True, **options
+            )
+            row_pairs.check_results([values, *grads], call, "cuda")
+
+
 CHECKS = {
+    "row_pairs": check_row_pairs,
     "momentum_update": check_momentum_update,
     "contrastive": check_contrastive,
     "sigmoid_pairs": check_sigmoid_pairs,

@@ -76,6 +76,12 @@ def test_strides(library, gpu):
         check_results(found, dataclasses.replace(call, x=view.cpu()), "cuda")
 
 
+def test_rows_padded_to_whole_vectors(library, gpu):
+    call = random_call(9, 37)
+    padded = [torch.zeros(9, 40)[:, :37].copy_(rows) for rows in call.operands]
+    check(library, gpu, dataclasses.replace(call, **dict(zip("xyz", padded, strict=True))))
+
+
 @pytest.mark.parametrize("measure", MEASURES)
 def test_short_and_nan_rows(library, gpu, measure):
     call = random_call(6, 8, measure=measure)
