@@ -45,6 +45,8 @@ MUTATIONS = {
     "contrastive": [
         *REDUCING_WALK,
         *PRODUCT_WALK,
+        Mutation("widened copy: row mask", TILE, "row0 + r < rows && ", nth=1),
+        Mutation("widened copy: depth mask", TILE, " && column < columns", nth=1),
         Mutation("copy: commit", COPY, '"cp.async.commit_group;"', '""'),
         Mutation("copy: wait", COPY, '"cp.async.wait_group %0;"', '"// %0"'),
         Mutation("walk: tiles past the end", WALK, "if (load_tile_ < split_.end) {", "{",
@@ -221,6 +223,7 @@ def check_contrastive(library):
         ("expectation, random order", random_call(130, 72, half, m=200),
          {"splits": 3, "expectation": True, "seed": 2, "warp_races": True}),
         ("expectation, no column left", ids_but_one_column, {"expectation": True}),
+        ("narrow columns", random_call(20, 40, single, m=33, column_dtype=half), {"expectation": True}),
         ("unnormalised", random_call(20, 40, half, m=33, normalize=False, temperature=2.0), {}),
     ):  # fmt: skip
         with check(name):
