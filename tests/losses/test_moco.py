@@ -14,6 +14,7 @@ from ssl_kernels import moco_loss
 from ssl_kernels.chunked import contrastive as chunked
 from ssl_kernels.nn import MoCoLoss, MoCoQueue
 from ssl_kernels.ops import contrastive as operation
+from ssl_kernels.recipes.memory import peak_memory
 from tests.helpers import BACKENDS, random_rows, same_bits, saved_bytes
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -129,6 +130,15 @@ def test_the_queue_is_not_saved_for_backward(backend):
     assert (
         saved_bytes(moco_loss, query, key, queue, backend=backend) < 20 * query.nbytes < queue.storage.nbytes
     )
+
+
+@pytest.mark.parametrize("queue_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_against_a_long_queue_takes_less_than_2_mb(queue_dtype):
+    queue = pushed_queue(65536, 128, (65536,), queue_dtype)
+    query, key = random_rows(256, 128).requires_grad_(), random_rows(256, 128, seed=1)
+    moco_loss(query, key, queue).backward()  # what lasts from step to step exists
+    query.grad = None
+    assert peak_memory(lambda: moco_loss(query, key, queue).backward()) < 2_000_000
 
 
 @every_backend
@@ -316,11 +326,11 @@ def test_a_backend_that_recomputes_raises_after_a_push(monkeypatch):
         monkeypatch.setitem(table, "triton", getattr(chunked, f"contrastive_{name}"))
     forward = operation._fwd["triton"]
     monkeypatch.setitem(operation._fwd, "triton", lambda *args: forward(*args[:-2], False, False))
-    monkeypatch.setattr(operation.backends, "choose_backend", lambda *_, **__: "triton")
+    chosen = {"contrastive": "triton"}
+    monkeypatch.setattr(operation.backends, "choose_backend", lambda op, *_, **__: chosen.get(op, "chunked"))
     query = random_rows(7, 8).requires_grad_()
     loss = moco_loss(query, key, queue)
     (found,) = torch.autograd.grad(loss, query, retain_graph=True)
-    monkeypatch.setattr(operation.backends, "choose_backend", lambda *_, **__: "native")
     queue.push_(key)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
