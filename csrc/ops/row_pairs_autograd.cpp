@@ -1,12 +1,12 @@
 // Differentiates `row_pairs_fwd.native` by `row_pairs_bwd.native`, on every device. In C++ for the sake of small
 // batches; the other backends' Function is in ssl_kernels/ops/row_pairs.py.
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "forward_mode.h"
+#include "no_second_derivative.h"
 #include "row_pairs.h"
 
 namespace ssl_kernels {
@@ -37,18 +37,6 @@ const c10::TypedOperatorHandle<BackwardOp>& backward_op() {
 
 OptionalTensor if_defined(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
-// Passes gradients through and refuses to be differentiated by anything they depend on.
-struct NoSecondDerivative : Function<NoSecondDerivative> {
-  static variable_list forward(AutogradContext*, const Tensor& grad_x, const Tensor& grad_y, const Tensor& grad_z,
-                               const Tensor& /*grad_values*/, const Tensor& /*x*/, const Tensor& /*y*/,
-                               const OptionalTensor& /*z*/) {
-    return {grad_x.detach(), grad_y.detach(), grad_z.detach()};
-  }
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false, "row_pairs: backend \"native\" has no second derivative; backend=\"reference\" has one");
-  }
-};
-
 struct RowPairs : Function<RowPairs> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const OptionalTensor& z,
                                bool normalize, std::string_view measure) {
@@ -75,8 +63,7 @@ struct RowPairs : Function<RowPairs> {
           grads[0], saved[0], saved[1], z, saved[3], ctx->saved_data["normalize"].toBool(),
           ctx->saved_data["measure"].toStringRef(), needed[0], needed[1], needed[2]);
     }
-    if (at::GradMode::is_enabled())
-      results = NoSecondDerivative::apply(results[0], results[1], results[2], grads[0], saved[0], saved[1], z);
+    results = without_second_derivative("row_pairs", results, {grads[0], saved[0], saved[1], saved[2]});
     for (int k = 0; k < 3; ++k)
       if (needed[k]) by_input[k] = results[k];
     return by_input;
