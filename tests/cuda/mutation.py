@@ -13,7 +13,7 @@ SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 
 # Left out of the mutated copies, in the operation's launchers and in those that are shared, to compile in seconds:
 # float64, bfloat16, TF32 and some of cutmix's vector widths.
-UNUSED = r"case kFloat64: .*|case kBFloat16: .*|if \(allow_tf32\) .*|case (1|8): cutmix.*"
+UNUSED = r"case kFloat64: .*|case kBFloat16: .*|if \(allow_tf32\) .*|return widen\(__nv_bfloat16.*|case (1|8): cutmix.*"
 
 
 class Mutation(NamedTuple):
