@@ -45,8 +45,6 @@ MUTATIONS = {
     "contrastive": [
         *REDUCING_WALK,
         *PRODUCT_WALK,
-        Mutation("widened copy: row mask", TILE, "row0 + r < rows && ", nth=1),
-        Mutation("widened copy: depth mask", TILE, " && column < columns", nth=1),
         Mutation("copy: commit", COPY, '"cp.async.commit_group;"', '""'),
         Mutation("copy: wait", COPY, '"cp.async.wait_group %0;"', '"// %0"'),
         Mutation("walk: tiles past the end", WALK, "if (load_tile_ < split_.end) {", "{"),
