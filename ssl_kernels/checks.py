@@ -38,10 +38,11 @@ def check_embeddings(op, **tensors):
 def check_same_rows(op, **tensors):
     """All must have as many rows as the first."""
     first_name, first = next(iter(tensors.items()))
+    rows = first.shape[0]
     for name, tensor in tensors.items():
-        if len(tensor) != len(first):
+        if tensor.shape[0] != rows:
             raise ValueError(
-                f"{op}: {name} must have {len(first)} rows as {first_name} has, got {len(tensor)}"
+                f"{op}: {name} must have {rows} rows as {first_name} has, got {tensor.shape[0]}"
             )
 
 

@@ -1,11 +1,14 @@
 // `nt_xent_loss.native`: the algebra of ssl_kernels/losses/nt_xent.py over `contrastive`, reduced, as one node of
 // autograd, on every device. At small batches the interpreter and the nodes of cat, sub and mean cost more than the kernels.
 #include <ATen/ops/arange.h>
+#include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
+
+#include <algorithm>
+#include <numeric>
 
 #include "contrastive_autograd.h"
 #include "forward_mode.h"
@@ -24,6 +27,28 @@ bool can_be_read(const Tensor& tensor) {
   return tensor.is_cpu() && !tensor.key_set().has_any(c10::python_ks) && !tensor.is_meta();
 }
 
+Tensor filled(int64_t n, double value, const at::TensorOptions& options) {
+  const Tensor result = at::empty({n}, options);
+  std::fill_n(result.mutable_data_ptr<double>(), n, value);
+  return result;
+}
+
+// -b .. b - 1: the other view of each row, where negative numbers count from the end.
+Tensor partners(int64_t b, const Tensor& rows) {
+  const auto options = rows.options().dtype(at::kLong);
+  if (!can_be_read(rows)) return at::arange(-b, b, options);
+  const Tensor result = at::empty({2 * b}, options);
+  std::iota(result.mutable_data_ptr<int64_t>(), result.mutable_data_ptr<int64_t>() + 2 * b, -b);
+  return result;
+}
+
+// Rows begin .. begin + count - 1 of a contiguous gradient.
+Tensor some_rows(const Tensor& grad, int64_t begin, int64_t count) {
+  if (!can_be_read(grad) || at::GradMode::is_enabled()) return grad.narrow(0, begin, count);
+  const int64_t d = grad.size(1);
+  return at::native::as_strided_tensorimpl(grad, {count, d}, {d, 1}, begin * d);
+}
+
 struct Saved {
   Tensor partner, lse, row_rnorm, kept;
 };
@@ -32,7 +57,7 @@ Tensor forward(const Tensor& z0, const Tensor& z1, const Tensor& scale, bool nor
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const int64_t b = z0.size(0);
   const Tensor rows = at::cat({z0, z1});
-  const Tensor partner = at::arange(-b, b, rows.options().dtype(at::kLong));  // negative ones count from the end
+  const Tensor partner = partners(b, rows);
   auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept] = contrastive_forward_op().call(
       rows, std::nullopt, scale, partner, std::nullopt, std::nullopt, normalize, normalize, /*keep_diagonal=*/false,
       /*both_directions=*/false, /*keep=*/saved != nullptr, /*columns_need_grad=*/false);
@@ -47,22 +72,28 @@ Tensor forward(const Tensor& z0, const Tensor& z1, const Tensor& scale, bool nor
   return at::scalar_tensor(mean ? sum / (2 * b) : sum, scale.options());
 }
 
+Tensor scale_of(const OptionalTensor& scale, double constant, const Tensor& z0) {
+  const auto acc = z0.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return scale ? *scale : at::scalar_tensor(constant, z0.options().dtype(acc));
+}
+
 struct NTXentLoss : Function<NTXentLoss> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& z0, const Tensor& z1, const Tensor& scale, bool normalize,
-                        bool mean) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& z0, const Tensor& z1, const OptionalTensor& learned,
+                        double constant, bool normalize, bool mean) {
     Saved saved;
+    const Tensor scale = scale_of(learned, constant, z0);
     const Tensor loss = ssl_kernels::forward(z0, z1, scale, normalize, mean, &saved);
     // The views rather than their concatenation: they are likely kept alive by others as well.
     ctx->save_for_backward({z0, z1, scale, saved.partner, saved.lse, saved.row_rnorm, saved.kept});
-    ctx->saved_data["normalize"] = normalize;
-    ctx->saved_data["mean"] = mean;
+    ctx->saved_data["flags"] = int64_t{normalize} + 2 * int64_t{mean} + 4 * int64_t{learned.has_value()};
     return loss;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &z0 = saved[0], &z1 = saved[1], &scale = saved[2], &lse = saved[4];
-    const bool normalize = ctx->saved_data["normalize"].toBool(), mean = ctx->saved_data["mean"].toBool();
+    const int64_t flags = ctx->saved_data["flags"].toInt();
+    const bool normalize = flags & 1, mean = flags & 2, learns_scale = flags & 4;
     const bool rows_need_grad = ctx->needs_input_grad(0) || ctx->needs_input_grad(1);
     const int64_t b = z0.size(0), n = 2 * b;
     variable_list results;
@@ -70,9 +101,10 @@ struct NTXentLoss : Function<NTXentLoss> {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       Tensor grad_lse, grad_positive;
       if (can_be_read(grads[0])) {
-        const double grad = grads[0].item<double>() / (mean ? n : 1);
-        grad_lse = at::full({n}, grad, lse.options());
-        grad_positive = at::full({n}, -grad, lse.options());
+        const bool wide = grads[0].scalar_type() == at::kDouble;
+        const double total = wide ? *grads[0].const_data_ptr<double>() : *grads[0].const_data_ptr<float>();
+        grad_lse = filled(n, total / (mean ? n : 1), lse.options());
+        grad_positive = filled(n, -total / (mean ? n : 1), lse.options());
       } else {
         const Tensor grad = grads[0].to(at::kDouble).div(mean ? n : 1);
         grad_lse = grad.expand({n});
@@ -86,24 +118,27 @@ struct NTXentLoss : Function<NTXentLoss> {
       results = {grad_rows, grad_columns, grad_scale};
     }
     results = without_second_derivative("nt_xent_loss", results, {z0, z1, scale, grads[0]});
-    variable_list by_input(5);
-    if (ctx->needs_input_grad(0)) by_input[0] = results[0].narrow(0, 0, b);
-    if (ctx->needs_input_grad(1)) by_input[1] = results[0].narrow(0, b, b);
-    if (ctx->needs_input_grad(2)) by_input[2] = results[2];
+    variable_list by_input(6);
+    if (ctx->needs_input_grad(0)) by_input[0] = some_rows(results[0], 0, b);
+    if (ctx->needs_input_grad(1)) by_input[1] = some_rows(results[0], b, b);
+    if (learns_scale && ctx->needs_input_grad(2)) by_input[2] = results[2];
     return by_input;
   }
 };
 
-Tensor nt_xent_loss(const Tensor& z0, const Tensor& z1, const Tensor& scale, bool normalize, bool mean) {
-  refuse_forward_mode("nt_xent_loss", {&z0, &z1, &scale});
-  const bool differentiate =
-      at::GradMode::is_enabled() && (z0.requires_grad() || z1.requires_grad() || scale.requires_grad());
-  return differentiate ? NTXentLoss::apply(z0, z1, scale, normalize, mean)
-                       : forward(z0, z1, scale, normalize, mean, nullptr);
+Tensor nt_xent_loss(const Tensor& z0, const Tensor& z1, const OptionalTensor& scale, double constant, bool normalize,
+                    bool mean) {
+  refuse_forward_mode("nt_xent_loss", {&z0, &z1, scale ? &*scale : nullptr});
+  const bool differentiate = at::GradMode::is_enabled() &&
+                             (z0.requires_grad() || z1.requires_grad() || (scale && scale->requires_grad()));
+  return differentiate ? NTXentLoss::apply(z0, z1, scale, constant, normalize, mean)
+                       : forward(z0, z1, scale_of(scale, constant, z0), normalize, mean, nullptr);
 }
 
 TORCH_LIBRARY_FRAGMENT(ssl_kernels, library) {
-  library.def("nt_xent_loss.native(Tensor z0, Tensor z1, Tensor scale, bool normalize, bool mean) -> Tensor",
+  // The scale is a tensor that may be learned, or else the constant.
+  library.def("nt_xent_loss.native(Tensor z0, Tensor z1, Tensor? scale, float constant, bool normalize, bool mean) "
+              "-> Tensor",
               &nt_xent_loss);
 }
 

@@ -57,18 +57,19 @@ def nt_xent_loss(
     check_same_rows(op, z0=z0, z1=z1)
     check_scalar(op, "temperature", temperature, z0, positive=True)
     check_reduction(op, reduction)
-    check_row_weights(op, "row_weights", row_weights, 2 * len(z0), z0)
-    scale = inverse(temperature, z0)
+    check_row_weights(op, "row_weights", row_weights, 2 * z0.shape[0], z0)
     in_one_node = reduction != "none" and row_weights is None and not torch.compiler.is_compiling()
     if in_one_node and choose_backend("contrastive", backend, op, z0, views=2) == "native":
         # The same in C++: csrc/ops/nt_xent_loss.cpp says why.
-        return torch.ops.ssl_kernels.nt_xent_loss.native(z0, z1, scale, normalize, reduction == "mean")
+        learned = isinstance(temperature, torch.Tensor)
+        scale = (inverse(temperature, z0), 1.0) if learned else (None, 1 / float(temperature))
+        return torch.ops.ssl_kernels.nt_xent_loss.native(z0, z1, *scale, normalize, reduction == "mean")
     views = torch.cat((z0, z1))
     partner = torch.arange(-len(z0), len(z0), device=views.device)  # negative indices count from the end
     lse, _, positive = contrastive(
         views,
         None,
-        scale,
+        inverse(temperature, z0),
         positives=partner,
         normalize_rows=normalize,
         backend=backend,
