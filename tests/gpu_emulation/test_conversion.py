@@ -99,7 +99,11 @@ def test_flushed_float_to_integer(gpu):
 def test_nan_to_integer(gpu):
     nan = np.array([np.nan])
     assert evaluate(gpu, "cvt.rzi.s32.f32 %d0, %a0;", ["s32"], ("f32", nan)).tolist() == [0]
-    assert evaluate(gpu, "cvt.rzi.s64.f64 %d0, %a0;", ["s64"], ("f64", nan)).tolist() == [-(2**63)]
+    assert evaluate(gpu, "cvt.rzi.u64.f32 %d0, %a0;", ["u64"], ("f32", nan)).tolist() == [2**63]
+    for kind in ("s16", "s32", "s64"):
+        expected = [limits(kind)[0]]
+        assert evaluate(gpu, f"cvt.rzi.{kind}.f64 %d0, %a0;", [kind], ("f64", nan)).tolist() == expected
+    assert evaluate(gpu, "cvt.rzi.u32.f64 %d0, %a0;", ["u32"], ("f64", nan)).tolist() == [2**31]
 
 
 @pytest.mark.parametrize(
@@ -108,6 +112,20 @@ def test_nan_to_integer(gpu):
 def test_float_to_integral_float(gpu, mode, function):
     found = evaluate(gpu, f"cvt.{mode}.f32.f32 %d0, %a0;", ["f32"], ("f32", FLOATS))
     np.testing.assert_array_equal(found, function(FLOATS.astype(np.float32)))
+
+
+def test_flushed_before_it_is_rounded_or_clamped(gpu):
+    tiny = np.array([1e-40, -1e-40, 1e-30, 0.5, 2.0], np.float32)
+    for name, expected in (
+        ("rpi.ftz", [0, 0, 1, 1, 2]),
+        ("rpi", [1, 0, 1, 1, 2]),
+        ("rmi.ftz", [0, 0, 0, 0, 2]),
+        ("rmi", [0, -1, 0, 0, 2]),
+        ("ftz.sat", [0, 0, tiny[2], 0.5, 1]),
+        ("sat", [tiny[0], 0, tiny[2], 0.5, 1]),
+    ):
+        found = evaluate(gpu, f"cvt.{name}.f32.f32 %d0, %a0;", ["f32"], ("f32", tiny))
+        np.testing.assert_array_equal(found, np.array(expected, np.float32), name)
 
 
 def halfway_values():

@@ -63,6 +63,7 @@ def test_hints_and_fences_leave_values_alone(gpu):
         *at("%b0", "%i", 4),
         "prefetch.global.L2 [%address];",
         "prefetchu.L1 [%address];",
+        "applypriority.global.L2::evict_normal [%address], 128;",
         "createpolicy.fractional.L2::evict_first.b64 %q1, 1.0;",
         "nanosleep.u32 1;",
         "ldu.global.u32 %t0, [%address];",
@@ -72,6 +73,7 @@ def test_hints_and_fences_leave_values_alone(gpu):
         *at("%b1", "%i", 4),
         "st.global.u32 [%address], %t0;",
         *(["griddepcontrol.wait;", "griddepcontrol.launch_dependents;"] if gpu.arch >= 90 else []),
+        *(["setmaxnreg.inc.sync.aligned.u32 32;"] if gpu.arch == 90 and gpu.emulated else []),
         "exit;",
     ]
     launch(gpu, lines, [source, out])
@@ -508,6 +510,7 @@ def test_endless_loop(gpu):
 
 
 @emulated_only
-def test_trap(gpu):
+@pytest.mark.parametrize("statement", ["trap;", "brkpt;"])
+def test_trap(gpu, statement):
     with pytest.raises(PtxError, match="trap"):
-        launch(gpu, ["trap;"], [])
+        launch(gpu, [statement], [])

@@ -90,6 +90,9 @@ class KernelDecoder {
  public:
   KernelDecoder(Program& program, const syntax::Function& function) : program_(program) {
     kernel_.name = function.name;
+    kernel_.unsupported = function.unsupported;
+    kernel_.most_threads = function.most_threads;
+    kernel_.required_block = function.required_block;
     scopes_.emplace_back();
     declare_module_variables();
     declare_parameters(function.parameters);
@@ -438,6 +441,11 @@ void Decoding::unsupported(const std::string& what) const {
 void Decoding::finish() const {
   if (!modifiers_.empty())
     unsupported("modifier ." + std::string(modifiers_.front()) + " is not implemented");
+  for (int position = 0; position < operands(); ++position) {
+    if (!(taken_ >> position & 1)) unsupported("operand " + std::to_string(position) + " is not implemented");
+    if (!statement_.operands[position].second.empty() && !(second_taken_ >> position & 1))
+      unsupported("a second destination is not implemented");
+  }
 }
 
 bool Decoding::accept(std::string_view modifier) {
@@ -486,12 +494,11 @@ Type Decoding::type() {
   return *type;
 }
 
-bool Decoding::accept_prefix(std::string_view prefix) {
-  const auto last = std::remove_if(modifiers_.begin(), modifiers_.end(),
-                                   [&](std::string_view modifier) { return modifier.starts_with(prefix); });
-  const bool any = last != modifiers_.end();
-  modifiers_.erase(last, modifiers_.end());
-  return any;
+Type Decoding::type(std::initializer_list<Type> allowed) {
+  const Type found = type();
+  if (std::find(allowed.begin(), allowed.end(), found) == allowed.end())
+    unsupported("type is not implemented");
+  return found;
 }
 
 Space Decoding::space() {
@@ -528,6 +535,7 @@ void Decoding::expect_operands(int least, int most) {
 
 const syntax::Operand& Decoding::at(int position) const {
   if (position >= operands()) unsupported("operand " + std::to_string(position) + " is missing");
+  taken_ |= 1u << position;
   return statement_.operands[position];
 }
 
@@ -535,6 +543,7 @@ Operand Decoding::row(const syntax::Operand& operand, Type type, bool destinatio
   using Kind = syntax::Operand;
   const bool wide = is_wide(type);
   Operand result;
+  if (operand.negated) unsupported("! before an operand that is no predicate");
   if (operand.kind == Kind::kSink && destination) {
     result.kind = Operand::kSink;
     return result;
@@ -598,12 +607,19 @@ Operand Decoding::predicate(const syntax::Operand& operand) {
   return result;
 }
 
-Operand Decoding::predicate_source(int position) { return predicate(at(position)); }
+Operand Decoding::predicate_source(int position) {
+  if (at(position).kind == syntax::Operand::kSink) unsupported("operand is not a predicate");
+  return predicate(at(position));
+}
 
-Operand Decoding::predicate_destination(int position) { return predicate(at(position)); }
+Operand Decoding::predicate_destination(int position) {
+  if (at(position).negated) unsupported("! before a destination");
+  return predicate(at(position));
+}
 
 Operand Decoding::second_predicate(int position) {
   const syntax::Operand& operand = at(position);
+  second_taken_ |= 1u << position;
   if (operand.second.empty() || operand.second == "_") return {};
   syntax::Operand second;
   second.kind = syntax::Operand::kName;
@@ -644,7 +660,7 @@ uint64_t Decoding::immediate(int position) {
 
 Address Decoding::address(int position) {
   const syntax::Operand& operand = at(position);
-  if (operand.kind != syntax::Operand::kAddress)
+  if (operand.kind != syntax::Operand::kAddress || operand.negated)
     unsupported("operand " + std::to_string(position) + " is no address");
   Address address;
   address.offset = operand.offset;

@@ -13,8 +13,8 @@ namespace ptx {
 
 class KernelDecoder;
 
-// One statement being decoded. Modifiers are taken by name; one that nobody took makes the statement
-// unsupported.
+// One statement being decoded. Modifiers are taken by name, operands by position; one that nobody took makes the
+// statement unsupported.
 class Decoding {
  public:
   Decoding(KernelDecoder& kernel, const syntax::Statement& statement, Instruction& instruction);
@@ -29,8 +29,7 @@ class Decoding {
   int require_one(std::initializer_list<std::string_view> names);
   std::optional<Type> accept_type();
   Type type();
-  // Takes every modifier beginning with `prefix`, and says whether there was one.
-  bool accept_prefix(std::string_view prefix);
+  Type type(std::initializer_list<Type> allowed);
   // .global, .shared{::cta}, .local, .param{::entry}, .const; generic where there is none.
   Space space();
   // Elements of .v2, .v4, .v8; 1 where there is none.
@@ -44,6 +43,8 @@ class Decoding {
   // ---- Operands, by position.
   int operands() const { return static_cast<int>(statement_.operands.size()); }
   void expect_operands(int least, int most);
+  // Says that an operand means nothing here: a hint.
+  void ignore(int position) const { at(position); }
   // A source or destination register for values of `type`: its lanes have the width of the type.
   Operand source(int position, Type type);
   Operand destination(int position, Type type);
@@ -78,6 +79,9 @@ class Decoding {
   KernelDecoder& kernel_;
   const syntax::Statement& statement_;
   std::vector<std::string_view> modifiers_;
+  // One bit a position.
+  mutable uint32_t taken_ = 0;
+  uint32_t second_taken_ = 0;
 };
 
 // Decodes one instruction: sets execute and the operands it needs.

@@ -46,6 +46,13 @@ void Machine::launch(const Kernel& kernel, const PtxLaunchShape& shape, void** a
   const uint64_t threads = uint64_t{shape.block[0]} * shape.block[1] * shape.block[2];
   const uint64_t blocks = uint64_t{shape.grid[0]} * shape.grid[1] * shape.grid[2];
   if (threads < 1 || threads > kMaxThreads) throw Error("a block of " + std::to_string(threads) + " threads");
+  if (kernel.most_threads && threads > kernel.most_threads) {
+    throw Error("a block of " + std::to_string(threads) + " threads, .maxntid allows " +
+                std::to_string(kernel.most_threads));
+  }
+  for (size_t i = 0; i < kernel.required_block.size(); ++i) {
+    if (shape.block[i] != kernel.required_block[i]) throw Error("a block of another shape than .reqntid asks for");
+  }
   if (blocks > kMaxBlocks)
     throw Error("a grid of " + std::to_string(blocks) + " blocks is too large to emulate");
 

@@ -152,12 +152,36 @@ class Parser {
     if (!function.entry && peek() == "(") function.returns = parse_parameters();
     function.name = next();
     if (peek() == "(") function.parameters = parse_parameters();
-    while (peek() != "{" && peek() != ";") next();  // .maxntid, .minnctapersm, .noreturn ...
+    while (peek() != "{" && peek() != ";") parse_performance_directive(function);
     if (accept(";")) return;                        // a declaration
     expect("{");
     parse_block(function.body);
     std::string name = function.name;
     module_.functions.insert_or_assign(std::move(name), std::move(function));
+  }
+
+  // Section 11.4. Hints about registers and occupancy change nothing here, clusters would.
+  void parse_performance_directive(Function& function) {
+    const std::string_view directive = next();
+    if (directive == ".noreturn") return;
+    if (directive == ".pragma") {
+      skip_past(";");
+      return;
+    }
+    std::vector<uint32_t> numbers;
+    while (is_number(peek())) {
+      numbers.push_back(static_cast<uint32_t>(integer(next())));
+      accept(",");
+    }
+    if (directive == ".maxntid") {
+      function.most_threads = 1;
+      for (uint32_t number : numbers) function.most_threads *= number;
+    } else if (directive == ".reqntid") {
+      function.required_block = numbers;
+    } else if (directive != ".minnctapersm" && directive != ".maxnctapersm" && directive != ".maxnreg") {
+      function.unsupported.push_back("line " + std::to_string(line()) + ": directive " + std::string(directive) +
+                                     " is not implemented");
+    }
   }
 
   std::vector<Parameter> parse_parameters() {
@@ -346,6 +370,9 @@ class Parser {
   }
 
   void parse_call(Block& block, const Statement& statement, const char* start) {
+    for (std::string_view modifier : statement.modifiers) {
+      if (modifier != "uni") fail("modifier ." + std::string(modifier) + " of call is not implemented");
+    }
     Call call;
     call.guard = statement.guard;
     call.guard_negated = statement.guard_negated;

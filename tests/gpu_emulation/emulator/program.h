@@ -120,6 +120,8 @@ struct Kernel {
   std::vector<ConstantRow> constants;
   std::vector<SpecialRow> specials;
   std::vector<Instruction> code;
+  uint64_t most_threads = 0;             // .maxntid; 0: any
+  std::vector<uint32_t> required_block;  // .reqntid; empty: any
   std::vector<std::string> unsupported;  // what the decoder refused, by name and line
 };
 

@@ -84,6 +84,9 @@ struct Function {
   bool entry = false;
   std::vector<Parameter> returns;
   std::vector<Parameter> parameters;
+  uint64_t most_threads = 0;              // .maxntid; 0 where there is none
+  std::vector<uint32_t> required_block;   // .reqntid; empty where there is none
+  std::vector<std::string> unsupported;   // directives that change how it runs
   Block body;
 };
 

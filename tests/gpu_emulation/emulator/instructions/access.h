@@ -39,10 +39,20 @@ inline void accept_memory_order(Decoding& decoding) {
   decoding.accept_one({"cta", "cluster", "gpu", "sys"});
 }
 
-inline void accept_cache_hints(Decoding& decoding) {
+// .L2::cache_hint adds an operand, the policy, as the last of `operands` and one more.
+inline void accept_policy(Decoding& decoding, int operands) {
+  const bool policy = decoding.accept("L2::cache_hint");
+  decoding.expect_operands(operands + policy, operands + policy);
+  if (policy) decoding.ignore(operands);
+}
+
+inline void accept_cache_hints(Decoding& decoding, int operands) {
   decoding.accept_one({"ca", "cg", "cs", "lu", "cv", "wb", "wt"});
-  decoding.accept_prefix("L1::");
-  decoding.accept_prefix("L2::");  // .L2::cache_hint adds an operand, which is ignored
+  decoding.accept_one(
+      {"L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate"});
+  decoding.accept_one({"L2::evict_normal", "L2::evict_first", "L2::evict_last"});
+  decoding.accept_one({"L2::64B", "L2::128B", "L2::256B"});
+  accept_policy(decoding, operands);
 }
 
 }  // namespace ptx

@@ -1,4 +1,4 @@
-// Integer arithmetic (PTX ISA 9.0, section 9.7.1): add, sub, mul, mad, sad, div, rem, abs, neg, min, max,
+// Integer arithmetic (PTX ISA 9.0, section 9.7.1): add, sub, mul, mul24, mad, sad, div, rem, abs, neg, min, max,
 // dp4a. Floating-point arithmetic (sections 9.7.3 and 9.7.4): add, sub, mul, fma, mad, div, abs, neg, min,
 // max.
 #include <algorithm>
@@ -446,8 +446,8 @@ void decode_min_or_max(Decoding& decoding) {
 }
 
 void decode_dp4a(Decoding& decoding) {
-  const Type a = decoding.type();
-  const Type b = decoding.type();
+  const Type a = decoding.type({Type::kU32, Type::kS32});
+  const Type b = decoding.type({Type::kU32, Type::kS32});
   take_operands(decoding, Type::kU32, 3);
   Execute& execute = decoding.instruction.execute;
   if (is_signed(a)) {

@@ -119,7 +119,8 @@ void decode_cp(Decoding& decoding) {
   if (!decoding.accept("shared") && !decoding.accept("shared::cta"))
     decoding.unsupported("destination is not shared");
   decoding.require("global");
-  decoding.expect_operands(3, 5);
+  decoding.expect_operands(3, 4 + policy);
+  if (policy) decoding.ignore(decoding.operands() - 1);
   instruction.address = decoding.address(0);
   instruction.extra = std::make_shared<Source>(Source{decoding.address(1)});
   instruction.immediate = decoding.immediate(2);

@@ -180,17 +180,18 @@ void decode_atomic(Decoding& decoding, bool returns) {
   Instruction& instruction = decoding.instruction;
   accept_memory_order(decoding);
   decoding.accept("noftz");
-  decoding.accept_prefix("L2::");
+  if (decoding.accept("const")) decoding.unsupported("constant memory is only read");
   instruction.space = decoding.space();
   instruction.vector = static_cast<uint8_t>(decoding.vector());
   const int operation =
       decoding.require_one({"add", "min", "max", "and", "or", "xor", "exch", "inc", "dec", "cas"});
   const Type type = decoding.type();
   const int first = returns ? 1 : 0;
+  constexpr int kSwap = 9;
+  accept_policy(decoding, first + (operation == kSwap ? 3 : 2));
   if (returns) instruction.d_elements = decoding.destination_elements(0, type);
   instruction.address = decoding.address(first);
   instruction.b_elements = decoding.source_elements(first + 1, type);
-  constexpr int kSwap = 9;
   if (operation == kSwap) {
     if (!returns) decoding.unsupported("cas without a result");
     instruction.c = decoding.source(first + 2, type);

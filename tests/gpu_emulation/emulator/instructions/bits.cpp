@@ -224,7 +224,7 @@ Execute bits_handler(Decoding& decoding, Type type) {
 template <class Op>
 void decode_logic(Decoding& decoding) {
   constexpr int kSources = std::is_invocable_v<Op, uint32_t, uint32_t> ? 2 : 1;
-  const Type type = decoding.type();
+  const Type type = decoding.type({Type::kPred, Type::kB16, Type::kB32, Type::kB64});
   Instruction& instruction = decoding.instruction;
   if (type == Type::kPred) {
     decoding.expect_operands(kSources + 1, kSources + 1);
@@ -240,7 +240,8 @@ void decode_logic(Decoding& decoding) {
 
 template <class Op>
 void decode_shift(Decoding& decoding) {
-  const Type type = decoding.type();
+  const Type type = decoding.type({Type::kB16, Type::kB32, Type::kB64, Type::kU16, Type::kU32, Type::kU64, Type::kS16,
+                                   Type::kS32, Type::kS64});
   decoding.expect_operands(3, 3);
   Instruction& instruction = decoding.instruction;
   instruction.d = decoding.destination(0, type);
@@ -264,7 +265,7 @@ void decode_shift(Decoding& decoding) {
 void decode_funnel_shift(Decoding& decoding) {
   const bool left = decoding.require_one({"l", "r"}) == 0;
   const bool wrap = decoding.require_one({"clamp", "wrap"}) == 1;
-  take_operands(decoding, decoding.type(), 3);
+  take_operands(decoding, decoding.type({Type::kB32}), 3);
   Execute& execute = decoding.instruction.execute;
   if (left) {
     execute =
@@ -277,7 +278,7 @@ void decode_funnel_shift(Decoding& decoding) {
 
 void decode_lop3(Decoding& decoding) {
   decoding.expect_operands(5, 5);
-  const Type type = decoding.type();
+  const Type type = decoding.type({Type::kB32});
   Instruction& instruction = decoding.instruction;
   instruction.d = decoding.destination(0, type);
   instruction.a = decoding.source(1, type);
@@ -289,7 +290,7 @@ void decode_lop3(Decoding& decoding) {
 
 template <class Op>
 void decode_count(Decoding& decoding) {
-  const Type type = decoding.type();
+  const Type type = decoding.type({Type::kB32, Type::kB64});
   decoding.expect_operands(2, 2);
   decoding.instruction.d = decoding.destination(0, Type::kU32);
   decoding.instruction.a = decoding.source(1, type);
@@ -338,7 +339,7 @@ void decode_extract_field(Decoding& decoding) {
 }
 
 void decode_insert_field(Decoding& decoding) {
-  const Type type = decoding.type();
+  const Type type = decoding.type({Type::kB32, Type::kB64});
   decoding.expect_operands(5, 5);
   Instruction& instruction = decoding.instruction;
   instruction.d = decoding.destination(0, type);
@@ -350,7 +351,7 @@ void decode_insert_field(Decoding& decoding) {
 }
 
 void decode_reverse(Decoding& decoding) {
-  const Type type = decoding.type();
+  const Type type = decoding.type({Type::kB32, Type::kB64});
   take_operands(decoding, type, 1);
   decoding.instruction.execute =
       is_wide(type) ? &unary<ReverseBits, uint64_t> : &unary<ReverseBits, uint32_t>;
@@ -358,12 +359,12 @@ void decode_reverse(Decoding& decoding) {
 
 void decode_bit_mask(Decoding& decoding) {
   const bool wrap = decoding.require_one({"clamp", "wrap"}) == 1;
-  take_operands(decoding, decoding.type(), 2);
+  take_operands(decoding, decoding.type({Type::kB32}), 2);
   decoding.instruction.execute = wrap ? &binary<BitMask<true>, uint32_t> : &binary<BitMask<false>, uint32_t>;
 }
 
 void decode_permute(Decoding& decoding) {
-  take_operands(decoding, decoding.type(), 3);
+  take_operands(decoding, decoding.type({Type::kB32}), 3);
   decoding.instruction.execute = &ternary<Permute, uint32_t>;
 }
 
@@ -377,7 +378,7 @@ std::vector<Opcode> bit_opcodes() {
       {"not", decode_logic<Not>},
       {"cnot",
        [](Decoding& decoding) {
-         const Type type = decoding.type();
+         const Type type = decoding.type({Type::kB16, Type::kB32, Type::kB64});
          take_operands(decoding, type, 1);
          decoding.instruction.execute = bits_handler<LogicalNot>(decoding, type);
        }},

@@ -83,6 +83,13 @@ void decode_fence(Decoding& decoding) {
 
 void decode_nanosleep(Decoding& decoding) {
   decoding.accept_type();
+  for (int i = 0; i < decoding.operands(); ++i) decoding.ignore(i);  // none in a call of vprintf
+  decoding.instruction.execute = &nothing;
+}
+
+void decode_pmevent(Decoding& decoding) {
+  decoding.accept("mask");
+  decoding.immediate(0);
   decoding.instruction.execute = &nothing;
 }
 
@@ -95,7 +102,8 @@ void decode_setmaxnreg(Decoding& decoding) {
   decoding.require_one({"inc", "dec"});
   decoding.require("sync");
   decoding.require("aligned");
-  decoding.accept_type();
+  decoding.require("u32");
+  decoding.immediate(0);
   decoding.instruction.execute = &nothing;
 }
 
@@ -116,7 +124,7 @@ std::vector<Opcode> control_opcodes() {
       {"trap", [](Decoding& decoding) { decoding.instruction.execute = &trap; }},
       {"brkpt", [](Decoding& decoding) { decoding.instruction.execute = &trap; }},
       {"nanosleep", decode_nanosleep},
-      {"pmevent", [](Decoding& decoding) { decoding.instruction.execute = &nothing; }},
+      {"pmevent", decode_pmevent},
       {"setmaxnreg", decode_setmaxnreg},
   };
 }

@@ -45,7 +45,7 @@ struct Clamp {
   }
 };
 
-// ---- Float to integer: clamped to the range; NaN is 0, for 64-bit results the sign bit alone.
+// ---- Float to integer: clamped to the range; NaN is 0, from double or for 64-bit results the highest bit alone.
 
 template <class D, Integral kMode, bool kFtz>
 struct FloatToInteger {
@@ -53,7 +53,8 @@ struct FloatToInteger {
   Register<D> operator()(S value) const {
     auto x = widen(value);
     if constexpr (kFtz) x = flush(x);
-    if (x != x) return sizeof(D) == 8 ? static_cast<D>(1ull << 63) : 0;
+    constexpr bool kHighestBit = sizeof(D) == 8 || std::is_same_v<S, double>;
+    if (x != x) return kHighestBit ? static_cast<D>(1ull << (8 * sizeof(D) - 1)) : 0;
     x = to_integral<kMode>(x);
     // 2^bits is exact in any floating type, the largest integer is not.
     const auto limit = std::ldexp(decltype(x){1}, std::numeric_limits<D>::digits);
@@ -270,9 +271,7 @@ Execute float_to_integer(Decoding& decoding, Type result, Type source) {
 
 template <Integral kMode>
 Execute float_to_integer(Decoding& decoding, Type result, Type source) {
-  if (decoding.accept("ftz") && source == Type::kF32) {
-    return float_to_integer<kMode, true>(decoding, result, source);
-  }
+  if (source == Type::kF32 && decoding.accept("ftz")) return float_to_integer<kMode, true>(decoding, result, source);
   return float_to_integer<kMode, false>(decoding, result, source);
 }
 
@@ -313,13 +312,12 @@ Execute narrowing(Decoding& decoding, Type source) {
 
 template <class D>
 Execute widening(Decoding& decoding, Type source) {
-  const bool ftz = decoding.accept("ftz");
-  const bool sat = decoding.accept("sat");
-  if (sat) return from_float_type<Saturated<Widen<D>>>(decoding, source);
-  if (ftz && source == Type::kF32) return &unary<Flushed<Widen<D>>, float>;
-  if (ftz && std::is_same_v<D, float> && source == Type::kF64)
-    decoding.unsupported("modifier .ftz is not implemented");
-  return from_float_type<Widen<D>>(decoding, source);
+  // Values of 16-bit floats are normal ones of D.
+  const bool ftz = source != Type::kF64 && decoding.accept("ftz") && source == Type::kF32;
+  if (decoding.accept("sat")) {
+    return ftz ? &unary<Saturated<Flushed<Widen<D>>>, float> : from_float_type<Saturated<Widen<D>>>(decoding, source);
+  }
+  return ftz ? &unary<Flushed<Widen<D>>, float> : from_float_type<Widen<D>>(decoding, source);
 }
 
 void decode_float_to_float(Decoding& decoding, Type result, Type source) {
@@ -327,7 +325,15 @@ void decode_float_to_float(Decoding& decoding, Type result, Type source) {
   const int integral = decoding.accept_one({"rni", "rzi", "rmi", "rpi"});
   if (integral >= 0) {
     if (result != source) decoding.unsupported("rounding to an integer with a change of type");
-    decoding.accept("ftz");  // a subnormal becomes an integer in any case
+    const bool ftz = source == Type::kF32 && decoding.accept("ftz");
+    if (ftz) {
+      switch (integral) {
+        case 0: execute = &unary<Flushed<RoundToIntegral<Integral::kNearest>>, float>; return;
+        case 1: execute = &unary<Flushed<RoundToIntegral<Integral::kZero>>, float>; return;
+        case 2: execute = &unary<Flushed<RoundToIntegral<Integral::kDown>>, float>; return;
+        default: execute = &unary<Flushed<RoundToIntegral<Integral::kUp>>, float>; return;
+      }
+    }
     switch (integral) {
       case 0: execute = from_float_type<RoundToIntegral<Integral::kNearest>>(decoding, source); break;
       case 1: execute = from_float_type<RoundToIntegral<Integral::kZero>>(decoding, source); break;

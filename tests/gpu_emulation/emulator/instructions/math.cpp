@@ -76,32 +76,46 @@ void decode_root(Decoding& decoding) {
   if (type == Type::kF32) {
     execute = ftz ? lane_handler<Flushed<Op>, float>() : lane_handler<Op, float>();
   } else if (type == Type::kF64) {
-    execute = approximate && ftz ? lane_handler<UpperHalf<Op>, double>() : lane_handler<Op, double>();
+    constexpr bool kUpperHalf = !std::is_same_v<Op, SquareRoot>;
+    if (approximate != ftz || (approximate && !kUpperHalf))
+      decoding.unsupported("only implemented with .approx.ftz or .rn");
+    execute = approximate ? lane_handler<UpperHalf<Op>, double>() : lane_handler<Op, double>();
   } else {
     decoding.unsupported("type is not implemented");
   }
   if (!approximate) apply_rounding(decoding, type);
 }
 
+// sin, cos, lg2 of float with or without .ftz; ex2 also of the 16-bit types, bfloat16 with .ftz; tanh of the same
+// types without it.
 template <class Op>
 void decode_approximation(Decoding& decoding) {
+  constexpr bool kTanh = std::is_same_v<Op, Tanh>;
+  constexpr bool kNarrow = kTanh || std::is_same_v<Op, Exp2>;
   decoding.require("approx");
   const Type type = decoding.type();
+  if (!kNarrow && type != Type::kF32) decoding.unsupported("type is not implemented");
   take_operands(decoding, type, 1);
-  const bool ftz = decoding.accept("ftz");
+  const bool ftz = !kTanh && decoding.accept("ftz");
   Execute& execute = decoding.instruction.execute;
   switch (type) {
     case Type::kF32: execute = ftz ? lane_handler<Flushed<Op>, float>() : lane_handler<Op, float>(); break;
     case Type::kF16: execute = lane_handler<InFloat<Op, Half>, Half>(); break;
     case Type::kF16x2: execute = lane_handler<OnPairs<InFloat<Op, Half>, Half>, Pair<Half>>(); break;
-    case Type::kBf16: execute = lane_handler<InFloat<Flushed<Op>, Bfloat16>, Bfloat16>(); break;
+    case Type::kBf16:
+      execute = ftz ? lane_handler<InFloat<Flushed<Op>, Bfloat16>, Bfloat16>()
+                    : lane_handler<InFloat<Op, Bfloat16>, Bfloat16>();
+      break;
     case Type::kBf16x2:
-      execute = lane_handler<OnPairs<InFloat<Flushed<Op>, Bfloat16>, Bfloat16>, Pair<Bfloat16>>();
+      execute = ftz ? lane_handler<OnPairs<InFloat<Flushed<Op>, Bfloat16>, Bfloat16>, Pair<Bfloat16>>()
+                    : lane_handler<OnPairs<InFloat<Op, Bfloat16>, Bfloat16>, Pair<Bfloat16>>();
       break;
     default: decoding.unsupported("type is not implemented");
   }
   if (ftz && (type == Type::kF16 || type == Type::kF16x2))
     decoding.unsupported("modifier .ftz is not implemented");
+  if (!kTanh && !ftz && (type == Type::kBf16 || type == Type::kBf16x2))
+    decoding.unsupported("only implemented with .ftz");
 }
 
 void decode_copysign(Decoding& decoding) {

@@ -83,6 +83,8 @@ void decode_move_matrices(Decoding& decoding, bool load) {
   instruction.vector = static_cast<uint8_t>(1 << decoding.require_one({"x1", "x2", "x4"}));
   instruction.flag = decoding.accept("trans");
   instruction.space = decoding.space();
+  if (instruction.space != Space::kShared && instruction.space != Space::kGeneric)
+    decoding.unsupported("state space is not implemented");
   instruction.address = decoding.address(load ? 1 : 0);
   auto& elements = load ? instruction.d_elements : instruction.a_elements;
   elements = load ? decoding.destination_elements(0, Type::kB32) : decoding.source_elements(1, Type::kB32);
@@ -296,6 +298,7 @@ void decode_mma(Decoding& decoding) {
     decoding.unsupported("accumulator type is not implemented");
   }
   const bool wide = a == Type::kF64;
+  if (wide != (result == Type::kF64)) decoding.unsupported("accumulator type is not implemented");
   const Type input = wide ? Type::kF64 : Type::kB32;
   const Type accumulator = wide ? Type::kF64 : Type::kB32;
   instruction.d_elements = decoding.destination_elements(0, accumulator);

@@ -1,5 +1,5 @@
-// ld, ldu, st (PTX ISA 9.0, sections 9.7.9.8 to 9.7.9.12) and the hints prefetch, prefetchu, applypriority,
-// discard.
+// ld, ldu, st (PTX ISA 9.0, sections 9.7.9.8 to 9.7.9.12) and the hints prefetch, prefetchu (9.7.9.15), applypriority
+// (9.7.9.16).
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -108,12 +108,12 @@ Execute ld_handler(Type type) {
 // Takes the state space, vector size and type of ld and st.
 Type decode_access(Decoding& decoding, int address_position) {
   Instruction& instruction = decoding.instruction;
-  decoding.expect_operands(2, 3);
   accept_memory_order(decoding);
-  accept_cache_hints(decoding);
+  accept_cache_hints(decoding, 2);
   instruction.space = decoding.space();
   instruction.vector = static_cast<uint8_t>(decoding.vector());
-  const Type type = decoding.type();
+  const Type type = decoding.type({Type::kB8, Type::kB16, Type::kB32, Type::kB64, Type::kU8, Type::kU16, Type::kU32,
+                                   Type::kU64, Type::kS8, Type::kS16, Type::kS32, Type::kS64, Type::kF32, Type::kF64});
   instruction.element = static_cast<uint8_t>(size_of(type));
   if (instruction.vector * instruction.element > kMaxAccess)
     decoding.unsupported("access of more than 32 bytes");
@@ -139,6 +139,7 @@ void decode_ld(Decoding& decoding) {
 // st{.order}{.space}{.cache}{.vec}.type [a], b
 void decode_st(Decoding& decoding) {
   Instruction& instruction = decoding.instruction;
+  if (decoding.accept("const")) decoding.unsupported("constant memory is only read");
   const Type type = decode_access(decoding, 0);
   instruction.a_elements = decoding.source_elements(1, type, true);
   if (instruction.a_elements.size() != instruction.vector)
@@ -148,19 +149,34 @@ void decode_st(Decoding& decoding) {
 
 LaneMask nothing(Machine&, const Instruction&, LaneMask lanes) { return lanes; }
 
-void decode_hint(Decoding& decoding) {
+// prefetch{.space}.level [a]; prefetchu.L1 [a]
+void decode_prefetch(Decoding& decoding) {
+  decoding.expect_operands(1, 1);
   decoding.space();
-  decoding.accept_one({"L1", "L2"});
-  accept_cache_hints(decoding);
+  decoding.require_one({"L1", "L2", "L2::evict_normal", "L2::evict_last"});
+  decoding.address(0);
+  decoding.instruction.execute = &nothing;
+}
+
+// applypriority{.global}.L2::evict_normal [a], size
+void decode_priority(Decoding& decoding) {
+  decoding.expect_operands(2, 2);
+  decoding.space();
+  decoding.require("L2::evict_normal");
+  decoding.address(0);
+  decoding.immediate(1);
   decoding.instruction.execute = &nothing;
 }
 
 }  // namespace
 
 std::vector<Opcode> memory_opcodes() {
-  return {{"ld", decode_ld},         {"ldu", decode_ld},         {"st", decode_st},
-          {"prefetch", decode_hint}, {"prefetchu", decode_hint}, {"applypriority", decode_hint},
-          {"discard", decode_hint}};
+  return {{"ld", decode_ld},
+          {"ldu", decode_ld},
+          {"st", decode_st},
+          {"prefetch", decode_prefetch},
+          {"prefetchu", decode_prefetch},
+          {"applypriority", decode_priority}};
 }
 
 }  // namespace ptx

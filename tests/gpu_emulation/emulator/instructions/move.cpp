@@ -144,6 +144,7 @@ LaneMask isspacep(Machine& machine, const Instruction& instruction, LaneMask lan
 void decode_isspacep(Decoding& decoding) {
   decoding.expect_operands(2, 2);
   Instruction& instruction = decoding.instruction;
+  if (decoding.accept("const")) decoding.unsupported("state space is not implemented");
   instruction.space = decoding.space();
   if (instruction.space == Space::kGeneric || instruction.space == Space::kParam) {
     decoding.unsupported("state space is not implemented");
@@ -161,8 +162,11 @@ LaneMask zero(Machine& machine, const Instruction& instruction, LaneMask lanes) 
 // A cache policy is a hint: any value will do.
 void decode_createpolicy(Decoding& decoding) {
   decoding.require("fractional");
-  decoding.accept_prefix("L2::");
-  decoding.instruction.d = decoding.destination(0, decoding.type());
+  decoding.require_one({"L2::evict_last", "L2::evict_normal", "L2::evict_first", "L2::evict_unchanged"});
+  decoding.accept_one({"L2::evict_first", "L2::evict_unchanged"});
+  decoding.expect_operands(1, 2);
+  decoding.instruction.d = decoding.destination(0, decoding.type({Type::kB64}));
+  if (decoding.operands() == 2) decoding.ignore(1);
   decoding.instruction.execute = &zero;
 }
 

@@ -179,7 +179,7 @@ void decode_shfl(Decoding& decoding) {
   decoding.require("sync");
   decoding.expect_operands(5, 5);
   instruction.immediate = decoding.require_one({"up", "down", "bfly", "idx"});
-  const Type type = decoding.type();
+  const Type type = decoding.type({Type::kB32});
   instruction.d = decoding.destination(0, type);
   instruction.p = decoding.second_predicate(0);
   instruction.a = decoding.source(1, type);
@@ -195,7 +195,7 @@ void decode_vote(Decoding& decoding) {
   decoding.expect_operands(3, 3);
   instruction.immediate = decoding.require_one({"all", "any", "uni", "ballot"});
   const bool ballot = static_cast<Vote>(instruction.immediate) == Vote::kBallot;
-  const Type type = decoding.type();
+  const Type type = decoding.type({ballot ? Type::kB32 : Type::kPred});
   instruction.d = ballot ? decoding.destination(0, type) : decoding.predicate_destination(0);
   if (decoding.is_immediate(1)) {
     instruction.flag = true;  // a constant predicate, in `target`
@@ -212,9 +212,8 @@ void decode_redux(Decoding& decoding) {
   decoding.require("sync");
   decoding.expect_operands(3, 3);
   const int operation = decoding.require_one({"add", "min", "max", "and", "or", "xor"});
-  const Type type = decoding.type();
-  if (type != Type::kU32 && type != Type::kS32 && type != Type::kB32)
-    decoding.unsupported("type is not implemented");
+  const Type type =
+      operation < 3 ? decoding.type({Type::kU32, Type::kS32}) : decoding.type({Type::kB32});
   instruction.d = decoding.destination(0, type);
   instruction.a = decoding.source(1, type);
   instruction.members = decoding.source(2, Type::kB32);
@@ -234,9 +233,9 @@ void decode_match(Decoding& decoding) {
   const bool all = decoding.require_one({"any", "all"}) == 1;
   decoding.require("sync");
   decoding.expect_operands(3, 3);
-  const Type type = decoding.type();
+  const Type type = decoding.type({Type::kB32, Type::kB64});
   instruction.d = decoding.destination(0, Type::kB32);
-  instruction.p = decoding.second_predicate(0);
+  if (all) instruction.p = decoding.second_predicate(0);
   instruction.a = decoding.source(1, type);
   instruction.members = decoding.source(2, Type::kB32);
   if (is_wide(type)) {
@@ -248,7 +247,7 @@ void decode_match(Decoding& decoding) {
 
 void decode_activemask(Decoding& decoding) {
   decoding.expect_operands(1, 1);
-  decoding.instruction.d = decoding.destination(0, decoding.type());
+  decoding.instruction.d = decoding.destination(0, decoding.type({Type::kB32}));
   decoding.instruction.execute = &activemask;
 }
 

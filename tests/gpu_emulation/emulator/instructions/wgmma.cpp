@@ -30,12 +30,14 @@ struct Descriptor {
   uint64_t stride_offset;
   int swizzle_bytes;  // 16: none, or 32, 64, 128
 
+  // Bits 49 to 51 are the base offset of a matrix that does not begin at a whole swizzle pattern.
   explicit Descriptor(uint64_t bits)
       : start((bits & 0x3fff) << 4),
         leading_offset((bits >> 16 & 0x3fff) << 4),
         stride_offset((bits >> 32 & 0x3fff) << 4) {
     constexpr int kSwizzles[] = {16, 128, 64, 32};
     swizzle_bytes = kSwizzles[bits >> 62];
+    if (bits >> 49 & 7) throw Error("wgmma: the base offset of a matrix descriptor is not implemented");
   }
 
   // Shared address of element (row, k), of `bytes` bytes; the row is m of A or n of B.
@@ -152,7 +154,9 @@ LaneMask nothing(Machine&, const Instruction&, LaneMask lanes) { return lanes; }
 // wgmma.mma_async.sync.aligned.shape.f32.atype.btype d, a, b, scale-d, scale-a, scale-b{, trans-a}{, trans-b}
 void decode_wgmma(Decoding& decoding) {
   Instruction& instruction = decoding.instruction;
-  if (decoding.accept_one({"fence", "commit_group", "wait_group"}) >= 0) {
+  const int group = decoding.accept_one({"fence", "commit_group", "wait_group"});
+  if (group >= 0) {
+    if (group == 2) decoding.immediate(0);
     decoding.require("sync");
     decoding.require("aligned");
     instruction.execute = &nothing;

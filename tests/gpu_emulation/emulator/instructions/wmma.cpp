@@ -121,6 +121,12 @@ LaneMask multiply(Machine& machine, const Instruction& instruction, LaneMask lan
   return kAllLanes;
 }
 
+// The registers of a warp hold every element, a few shapes twice.
+void expect_fragment(Decoding& decoding, const std::vector<Operand>& registers, int elements, Type type) {
+  const int held = static_cast<int>(registers.size()) * kWarpSize * (4 / size_of(type));
+  if (held != elements && held != 2 * elements) decoding.unsupported("registers do not fit the shape");
+}
+
 // wmma.load.{a,b,c}.sync.aligned.layout.shape{.space}.type r, [p]{, stride}; wmma.store.d the other way.
 void decode_move(Decoding& decoding, bool load) {
   Instruction& instruction = decoding.instruction;
@@ -140,6 +146,8 @@ void decode_move(Decoding& decoding, bool load) {
   } else {
     instruction.a_elements = decoding.source_elements(1, Type::kB32);
   }
+  const auto& elements = load ? instruction.d_elements : instruction.a_elements;
+  expect_fragment(decoding, elements, wmma.rows * wmma.columns, instruction.type);
   instruction.address = decoding.address(load ? 1 : 0);
   if (decoding.operands() == 3) wmma.stride = decoding.source(2, Type::kU32);
   instruction.extra = std::make_shared<Wmma>(wmma);
@@ -177,6 +185,10 @@ void decode_multiply(Decoding& decoding) {
   instruction.a_elements = decoding.source_elements(1, Type::kB32);
   instruction.b_elements = decoding.source_elements(2, Type::kB32);
   instruction.c_elements = decoding.source_elements(3, Type::kB32);
+  expect_fragment(decoding, instruction.d_elements, wmma.m * wmma.n, wmma.d);
+  expect_fragment(decoding, instruction.a_elements, wmma.m * wmma.k, wmma.a);
+  expect_fragment(decoding, instruction.b_elements, wmma.k * wmma.n, wmma.a);
+  expect_fragment(decoding, instruction.c_elements, wmma.m * wmma.n, wmma.c);
   instruction.extra = std::make_shared<Wmma>(wmma);
   instruction.execute = &multiply;
 }
