@@ -2,7 +2,8 @@
 
 Environment:
     SSL_KERNELS_CUDA      auto (default): where nvcc and torch's CUDA fit together; 0: never; 1: or fail.
-    TORCH_CUDA_ARCH_LIST  architectures, e.g. "8.0;9.0". Default: those of the GPUs present, else 8.0, 9.0 and 10.0.
+    TORCH_CUDA_ARCH_LIST  architectures, e.g. "8.0;9.0". Default: those of the GPUs present, else 8.0, 9.0 and 10.0
+                          with the PTX of 8.0, which the driver compiles for what runs none of the three.
     SSL_KERNELS_SANITIZE  1: address and undefined-behaviour sanitizers in the C++ code.
 """
 
@@ -17,7 +18,7 @@ import torch
 from setuptools import setup
 from torch.utils import cpp_extension
 
-CUDA_ARCHITECTURES_WITHOUT_GPU = ["8.0", "9.0", "10.0"]
+CUDA_ARCHITECTURES_WITHOUT_GPU = ["8.0+PTX", "9.0", "10.0"]
 # torch forbids the implicit conversions of __half and __nv_bfloat16; the kernels include no torch header and use them.
 WITH_HALF_CONVERSIONS = ["-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
 WITH_HALF_CONVERSIONS += ["-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF2_OPERATORS__"]
@@ -71,9 +72,13 @@ def decide_cuda():
 
 def cuda_architectures():
     """(list like ["8.0", "9.0"], why)."""
-    if "TORCH_CUDA_ARCH_LIST" in os.environ:
-        wanted = os.environ["TORCH_CUDA_ARCH_LIST"]
-        return re.findall(r"\d+\.\d+[a-z]?", wanted), f"TORCH_CUDA_ARCH_LIST={wanted}"
+    if wanted := os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; "):
+        found = re.split(r"[;\s]+", wanted)
+        if not all(re.fullmatch(r"\d+\.\d+[af]?(\+PTX)?", name) for name in found):
+            raise SystemExit(
+                f'setup.py: TORCH_CUDA_ARCH_LIST must list numbers, as "8.0;9.0+PTX", got {wanted!r}'
+            )
+        return found, f"TORCH_CUDA_ARCH_LIST={wanted}"
     if torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         return [f"{major}.{minor}" for major, minor in sorted(found)], "the GPUs present"

@@ -12,7 +12,7 @@ import importlib.util
 
 import torch
 
-from ssl_kernels.preference import architecture_of, prefer
+from ssl_kernels.preference import architecture_of, prefer, runs_on
 
 BACKENDS = ("native", "triton", "chunked", "reference")
 
@@ -25,6 +25,8 @@ except ImportError as error:
     extension_missing = f"the extension ssl_kernels._C is not built or does not load ({error})"
 
 triton_missing = None if importlib.util.find_spec("triton") else "the package triton is not installed"
+
+OLDEST_FOR_TRITON = 80
 
 _forced = None
 _operations = {}
@@ -59,6 +61,35 @@ class use_backend:
     def __exit__(self, *_):
         global _forced
         _forced = self._previous
+
+
+def native_unsupported(device):
+    """Why the CUDA kernels of the extension cannot run on this GPU, or None if they can."""
+    built = extension.build_info()["cuda_architectures"].split()
+    if not built:
+        return "the extension was built without CUDA"
+    architecture = _architecture(device)
+    if architecture is None or any(runs_on(each, architecture) for each in built):
+        return None
+    return (
+        f"its CUDA kernels were built for compute capability {', '.join(built)}, which does not run on"
+        f" {architecture // 10}.{architecture % 10} (build with TORCH_CUDA_ARCH_LIST; 8.0 is the least)"
+    )
+
+
+def triton_unsupported(device):
+    """Why no Triton kernel can run on this GPU, or None."""
+    architecture = _architecture(device)
+    if architecture is None or architecture >= OLDEST_FOR_TRITON:
+        return triton_missing
+    return triton_missing or (
+        f"its kernels need compute capability 8.0, this GPU has {architecture // 10}.{architecture % 10}"
+    )
+
+
+def _architecture(device):
+    """None where there is no GPU to ask: the tensor is a fake one."""
+    return architecture_of(device) if torch.cuda.is_available() else None
 
 
 def register_operation(name, unsupported, preference=()):

@@ -146,12 +146,12 @@ def unsupported(backend, rows, columns=None, both_directions=False, *_):
     if backend == "native":
         if backends.extension is None:
             return backends.extension_missing
-        if device == "cuda" and not backends.extension.build_info()["cuda_architectures"]:
-            return "the extension was built without CUDA"
-        return None if device in ("cpu", "cuda") else f"it runs on cpu and cuda, not on {device}"
+        if device == "cuda":
+            return backends.native_unsupported(rows.device)
+        return None if device == "cpu" else f"it runs on cpu and cuda, not on {device}"
     if device != "cuda":
         return f"it runs on cuda, not on {device}"
-    return backends.triton_missing or _triton().unsupported(rows, columns)
+    return backends.triton_unsupported(rows.device) or _triton().unsupported(rows, columns)
 
 
 backends.register_operation("contrastive", unsupported, preference.CONTRASTIVE)

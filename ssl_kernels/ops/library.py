@@ -62,7 +62,7 @@ def where_it_runs(name, triton_module):
             if backends.extension is None:
                 return backends.extension_missing
             if device in native:
-                return None
+                return backends.native_unsupported(tensors[0].device) if device == "cuda" else None
             if device in ("cpu", "cuda"):
                 return f"the extension was built without its kernel for {device}"
             return f"it runs on cpu and cuda, not on {device}"
@@ -70,7 +70,9 @@ def where_it_runs(name, triton_module):
             return f"it runs on cuda, not on {device}"
         if not has_triton:
             return "it has no Triton kernel"
-        return backends.triton_missing or importlib.import_module(triton_module).unsupported(*tensors)
+        return backends.triton_unsupported(tensors[0].device) or importlib.import_module(
+            triton_module
+        ).unsupported(*tensors)
 
     return unsupported
 

@@ -1,0 +1,66 @@
+"""`python -m ssl_kernels info`: what is built, for what, what can run and why the rest cannot."""
+
+from types import SimpleNamespace
+
+import torch
+
+from ssl_kernels import backends, cli, info
+
+
+def report(capsys):
+    assert cli.main(["info"]) == 0
+    return capsys.readouterr().out
+
+
+def test_what_is_built_and_what_can_run(capsys):
+    text = report(capsys)
+    built = backends.extension.build_info()
+    assert f"torch {torch.__version__}" in text and built["compiler"] in text
+    assert f"CPU kernels: {built['cpu_instruction_set']}" in text
+    assert f"CUDA kernels: {built['cuda_architectures'] or 'none'}" in text
+    for operation in backends.operations():
+        (part,) = (part for part in text.split("\n\n") if part.startswith(f"{operation} on cpu"))
+        lines = dict(line.split(maxsplit=1) for line in part.splitlines()[1:5])
+        assert lines["native"] == lines["chunked"] == "can run"
+        assert lines["triton"] == "it runs on cuda, not on cpu"
+
+
+def test_a_missing_extension_is_explained(monkeypatch, capsys):
+    monkeypatch.setattr(backends, "extension", None)
+    monkeypatch.setattr(backends, "extension_missing", "it is not built")
+    text = report(capsys)
+    assert "extension: it is not built" in text and "native     it is not built" in text
+
+
+def test_a_gpu_that_nothing_was_built_for(monkeypatch, capsys):
+    """As a T4 sees it."""
+
+    class OnGPU(torch.Tensor):
+        is_cuda, device = True, torch.device("cuda", 0)
+
+    rows = torch.zeros(2, 128).as_subclass(OnGPU)
+    monkeypatch.setattr(backends, "operations", lambda: ("contrastive",))
+    monkeypatch.setattr(backends, "_architecture", lambda device: 75)
+    monkeypatch.setattr(backends, "architecture_of", lambda device: 75)
+    monkeypatch.setattr(
+        backends, "extension", SimpleNamespace(
+            build_info=lambda: {"torch": "2", "compiler": "3", "cpu_instruction_set": "avx2",
+                                "cuda_architectures": "8.0+PTX 9.0"})
+    )  # fmt: skip
+    for name, value in (
+        ("is_available", True), ("device_count", 1), ("get_device_capability", (7, 5)), ("get_device_name", "Tesla T4"),
+    ):  # fmt: skip
+        monkeypatch.setattr(info.torch.cuda, name, lambda *_, value=value: value)
+    real_zeros = torch.zeros
+    monkeypatch.setattr(
+        info.torch, "zeros", lambda *size, device: rows if device == "cuda" else real_zeros(*size)
+    )
+    text = report(capsys)
+    assert "CUDA kernels: 8.0+PTX 9.0" in text and "cuda:0: Tesla T4, sm_75" in text
+    on_cuda = text.split("contrastive on cuda")[1]
+    assert (
+        "native     its CUDA kernels were built for compute capability 8.0+PTX, 9.0, which does not"
+        in on_cuda
+    )
+    assert "triton     its kernels need compute capability 8.0, this GPU has 7.5" in on_cuda
+    assert "chunked    can run" in on_cuda and "first native: " in on_cuda
