@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ssl_kernels import backends, check, cli
+from ssl_kernels.triton.tiles import TILES
 
 
 def test_every_operation_is_checked():
@@ -43,3 +44,15 @@ def test_an_error_that_is_not_finite_fails_even_if_plain_pytorch_shares_it(monke
     monkeypatch.setattr(check, "worst_errors", lambda *_: (infinite, infinite))
     assert cli.main(["check", "mixup", "--device", "cpu"]) == 1
     assert not any(line.endswith("ok") for line in capsys.readouterr().out.splitlines())
+
+
+def test_every_tile_shape_of_the_gpu_kernels_is_checked():
+    """Widths on both sides of each limit at which csrc/cuda/launcher.cuh and the Triton tables change kernels."""
+    rows, widths = zip(*check.SHAPES, strict=True)
+    assert {128, 200, 520} <= set(widths) and max(rows) > 512
+    for table in (kernels for classes in TILES.values() for kernels in classes.values()):
+        for kernel, entries in table.items():
+            needed = [limit for limit, _ in entries if limit is not None and limit >= 128]
+            assert all(any(width > limit for width in widths) for limit in needed), kernel
+    calls = check.CALLS["contrastive"](8, 16, torch.float32, torch.Generator())
+    assert any(inputs[-1].dtype == torch.bfloat16 for _, inputs in calls)
