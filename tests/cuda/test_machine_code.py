@@ -178,3 +178,14 @@ def test_tensor_cores_and_vector_accesses_are_used(cuobjdump, binaries, arch):
     for name, opcodes in code.items():
         if "prepare_rows_kernel" in name:
             assert any(opcode.startswith("LDG.E.128") for opcode in opcodes), name
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_kernel_of_any_operation_spills(cuobjdump, binaries, arch):
+    """Of every operation where the extension was built, else of those on the tile walk."""
+    report = resource_report(dump(cuobjdump, binaries, arch, "--dump-resource-usage"), lambda kernel: True)
+    assert not [name for name, usage in report.items() if usage["STACK"] or usage["LOCAL"]]
+    if binaries[arch][0].suffix == ".so":
+        for file in (ROOT / "csrc" / "cuda").glob("*.cuh"):
+            for kernel in re.findall(r"\b(\w+_kernel)\(", file.read_text()):
+                assert any(f"{len(kernel)}{kernel}" in name for name in report), kernel

@@ -130,7 +130,7 @@ def test_kernel_moves_what_its_header_says(library, gpu, source):
     assert launch.counters.global_store_sectors == 2 * CHUNK * (4 + 2) // 32
 
 
-@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", [80, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (90, 100))])
 def test_machine_code_has_no_spills_and_wide_accesses(cuobjdump, nvcc, tmp_path, arch):
     cubin = tmp_path / "momentum_update.cubin"
     source = ROOT / "csrc" / "cuda" / SOURCE

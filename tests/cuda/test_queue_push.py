@@ -1,12 +1,16 @@
 """CUDA kernels of `queue_push_`, as nvcc compiled them, against a ring in Python."""
 
 import itertools
+import subprocess
 
 import pytest
 import torch
 
 from tests.cuda.queue_push_calls import Ring, keys_of
+from tests.cuda.test_machine_code import ARCHITECTURES, REGISTERS, ROOT, cuobjdump, resource_report
+from tests.gpu_emulation import nvcc_path
 
+__all__ = ["cuobjdump"]
 SOURCE = "queue_push.cu"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -91,3 +95,22 @@ def test_kernel_moves_what_its_header_says(library, gpu):
     assert push.counters.global_load_sectors == 64 * 128 * 4 // 32 + 64
     assert push.counters.global_store_sectors == 64 * 128 * 2 // 32
     assert advance.counters.global_store_sectors <= 2 and advance.block == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=[] if arch == 90 else pytest.mark.slow) for arch in ARCHITECTURES]
+)
+def test_no_spills_and_four_blocks_a_multiprocessor(cuobjdump, nvcc, tmp_path, arch):
+    cubin = tmp_path / "queue_push.cubin"
+    flags = ["-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}"]
+    subprocess.run([nvcc_path(), *flags, ROOT / "csrc" / "cuda" / SOURCE, "-o", cubin], check=True)
+    usage = subprocess.run(
+        [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    report = resource_report(usage, lambda name: "queue_push_kernel" in name)
+    assert len(report) == 16
+    for name, needs in report.items():
+        assert needs["STACK"] == needs["LOCAL"] == needs["SHARED"] == 0, name
+        assert -(-needs["REG"] * 32 // 256) * 256 * 8 * 4 <= REGISTERS, (
+            f"{name} uses {needs['REG']} registers"
+        )
