@@ -1,4 +1,4 @@
-"""Breaks the CUDA kernels, one barrier, wait, mask or fence at a time: which check notices?
+"""Breaks the CUDA kernels, one barrier, wait, mask, fence, sign, index or lane at a time: which check notices?
 
     python -m tests.cuda.mutate [--list] [NAME ...]
 
@@ -10,12 +10,12 @@ import argparse
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.cuda import mutations_losses, mutations_mixing
+from tests.cuda import mutations_arithmetic, mutations_losses, mutations_mixing
 from tests.cuda.mutation import build, noticed_by
 
 MUTATIONS = {
     f"{operation}: {mutation.name}": (operation, mutation)
-    for table in (mutations_losses.MUTATIONS, mutations_mixing.MUTATIONS)
+    for table in (mutations_losses.MUTATIONS, mutations_mixing.MUTATIONS, mutations_arithmetic.MUTATIONS)
     for operation, mutations in table.items()
     for mutation in mutations
 }

@@ -29,6 +29,15 @@ class Mutation(NamedTuple):
     nth: int = 0
     harmless: str = ""
 
+    @property
+    def kind(self):
+        """What is broken: barrier, fence, wait, commit, sign, index or lane; or mask, which is the rest."""
+        named = re.match("(sign|index|lane): ", self.name)
+        if named:
+            return named[1]
+        marks = {"barrier": "__syncthreads", "fence": "__syncwarp", "wait": "wait", "commit": "commit"}
+        return next((kind for kind, mark in marks.items() if mark in self.old), "mask")
+
     def span(self):
         """(start, end) of what is removed from the text of the file."""
         found = [

@@ -45,6 +45,8 @@ MUTATIONS = {
     "contrastive": [
         *REDUCING_WALK,
         *PRODUCT_WALK,
+        Mutation("widened copy: row mask", TILE, "row0 + r < rows && ", nth=1),
+        Mutation("widened copy: depth mask", TILE, " && column < columns", nth=1),
         Mutation("copy: commit", COPY, '"cp.async.commit_group;"', '""'),
         Mutation("copy: wait", COPY, '"cp.async.wait_group %0;"', '"// %0"'),
         Mutation("walk: tiles past the end", WALK, "if (load_tile_ < split_.end) {", "{"),
@@ -314,9 +316,10 @@ def check_momentum_update(library):
         ("shadow at an odd address", [triple(momentum.CHUNK, 0, 1, 0)], {}),
         ("source at an odd address", [triple(momentum.CHUNK, 0, 0, 1)], {}),
         ("singles of two blocks", [triple(momentum.CHUNK + 5, 1, 0, 0)], {}),
+        ("mostly the source", [triple(30)], {"momentum": 0.25}),
     ):
         with check(name):
-            momentum.check(library, triples, 0.99, **options)
+            momentum.check(library, triples, **{"momentum": 0.99, **options})
 
 
 def check_row_pairs(library):

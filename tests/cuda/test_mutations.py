@@ -1,4 +1,5 @@
-"""Every barrier, wait, mask and fence of the CUDA kernels is needed, and the checks notice where one is missing."""
+"""Every barrier, wait, mask and fence of the CUDA kernels is needed, every sign, index and lane that the table names is
+right, and the checks notice where one is not."""
 
 import re
 
@@ -8,12 +9,16 @@ from tests.cuda import mutate
 from tests.cuda.mutation import SOURCES, build, noticed_by
 
 SAMPLE = {
-    "contrastive: walk: barrier of a step of G",
+    "contrastive: expectation: merge's fence of a warp",
     "sigmoid_pairs: walk: wait for the step's copies",
-    "batch_hard: labels: column mask",
+    "batch_hard: walk: commit of a step's copies",
     "queue_push: keys past the end",
+    "queue_push: lane: sum of half a warp",
+    "momentum_update: index: group that is stored",
     "mixup: walk: the first held aside",
-    "cutmix: held for this cycle only",
+    "cutmix: cutmix: held for this cycle only",
+    "mixup_normalize: sign: mean",
+    "mixup_cross_entropy: cross-entropy: barrier",
 }
 # Outside loops' heads: a barrier, wait or fence, in CUDA or PTX, and a comparison with the size of something.
 SYNCHRONISATION = (
@@ -44,6 +49,20 @@ def test_every_one_is_in_the_table(file, what):
         if not any(first < end and start < last for first, last in spans)
     ]
     assert not missing
+
+
+def test_the_sample_has_every_kind():
+    assert SAMPLE <= set(mutate.MUTATIONS)
+    kinds = {mutation.kind for _, mutation in mutate.MUTATIONS.values()}
+    assert kinds == {"barrier", "fence", "wait", "commit", "mask", "sign", "index", "lane"}
+    assert {mutate.MUTATIONS[name][1].kind for name in SAMPLE} == kinds
+
+
+def test_every_operation_has_a_sign_or_index_in_the_table():
+    broken = {
+        operation for operation, mutation in mutate.MUTATIONS.values() if mutation.kind in ("sign", "index")
+    }
+    assert broken == set(mutate.CHECKS)
 
 
 @pytest.mark.slow
