@@ -61,7 +61,7 @@ def kernel(lines, pointers, n, arch, name="snippet", module_scope=""):
     parameters = ", ".join(f".param .u64 p{i}" for i in range(pointers))
     return "\n".join(
         [
-            ".version 8.0",
+            f".version {'8.0' if arch <= 90 else '8.7'}",  # the first that knows every card of today
             f".target sm_{arch}{'a' if arch == 90 else ''}",
             ".address_size 64",
             module_scope,
