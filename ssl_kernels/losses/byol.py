@@ -1,5 +1,7 @@
 """BYOL's regression of unit rows."""
 
+import torch
+
 from ssl_kernels.checks import check_embeddings, check_reduction, check_row_weights, check_same_rows
 from ssl_kernels.losses._shared import reduce, widest_under_autocast
 from ssl_kernels.ops.row_pairs import row_pairs
@@ -40,7 +42,7 @@ def byol_loss(prediction, target, *, normalize=True, reduction="mean", row_weigh
     cosines = row_pairs(
         prediction, target.detach(), normalize=normalize, measure="product", backend=backend, caller=OP
     )
-    return reduce(2 - 2 * cosines, reduction, prediction, row_weights)
+    return reduce(torch.rsub(cosines, 2, alpha=2), reduction, prediction, row_weights)
 
 
 byol_loss.operation = "row_pairs"

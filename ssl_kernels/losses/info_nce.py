@@ -11,9 +11,10 @@ from ssl_kernels.checks import (
     check_same_rows,
     check_scalar,
 )
-from ssl_kernels.losses._rows import row_dots
+from ssl_kernels.losses._rows import EPSILON
 from ssl_kernels.losses._shared import inverse, minus_log_sigmoid, reduce, unit_rows, widest_under_autocast
 from ssl_kernels.ops.contrastive import contrastive
+from ssl_kernels.ops.library import accumulation_dtype
 from ssl_kernels.ops.row_pairs import row_pairs
 
 OP = "info_nce_loss"
@@ -115,8 +116,7 @@ def info_nce_loss(
     if negative_mode == "unpaired":
         lse = contrastive(query, negative_keys, scale, **options).lse
     else:
-        rows = unit_rows(query, normalize)
-        logits = scale * row_dots(rows[:, None], unit_rows(negative_keys, normalize))  # (N, M)
+        logits = scale * _paired_products(query, negative_keys, normalize)
         if query_ids is not None:
             logits = logits.masked_fill(query_ids[:, None] == key_ids, -torch.inf)
         lse = torch.logsumexp(logits, 1)
@@ -124,6 +124,16 @@ def info_nce_loss(
 
 
 info_nce_loss.operation = "contrastive"
+
+
+def _paired_products(query, negative_keys, normalize):
+    """<q̂_i, k̂_ij>, (N, M) float64: norms are factors of the products, so that no normalised copy is made."""
+    with torch.autocast(query.device.type, enabled=False):
+        rows, negatives = unit_rows(query, normalize), negative_keys.to(accumulation_dtype(query))
+        products = (rows[:, None] @ negatives.mT).squeeze(1).double()
+        if normalize:
+            products = products / torch.linalg.vector_norm(negatives, dim=2).clamp_min(EPSILON)
+        return products
 
 
 def _check_negatives(query, negative_keys, negative_mode, symmetric):

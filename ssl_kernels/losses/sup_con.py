@@ -69,20 +69,22 @@ def sup_con_loss(
     check_row_weights(OP, "row_weights", row_weights, len(features), features)
 
     look = labels.device.type == "cpu" and not torch.compiler.is_compiling()
-    groups, positives = _groups(labels, look)
-    has_positive = positives > 0
-    everywhere = look and bool(has_positive.all())
+    groups, members = _groups(labels, look)
+    everywhere = look and int(members.min()) > 1
+    positives = members.index_select(0, groups.group) - 1
+    has_positive = None if everywhere else positives > 0
     if look and not everywhere and not has_positive.any():
         warnings.warn(f"{OP}: no row has another of its label, so the loss is 0", stacklevel=2)
 
     scale = inverse(temperature, features)
     lse = contrastive(features, None, scale, normalize_rows=normalize, backend=backend, caller=OP).lse
-    inverse_count = positives.double().reciprocal()
+    inverse_count = positives.double().reciprocal_()
+    if not everywhere:
+        inverse_count = inverse_count.where(has_positive, 0)
+    even = reduction != "none" and row_weights is None
+    loss = less_class_means(lse, scale, features, groups, inverse_count, normalize, even)
     if everywhere:
-        loss = less_class_means(lse, scale, features, groups, inverse_count, normalize)
         return reduce(loss, reduction, features, row_weights)
-    inverse_count = inverse_count.where(has_positive, 0)
-    loss = less_class_means(lse, scale, features, groups, inverse_count, normalize)
     loss = loss.where(has_positive, 0)
     if reduction != "mean":
         return reduce(loss, reduction, features, row_weights)
@@ -97,16 +99,16 @@ sup_con_loss.operation = "contrastive"
 
 
 def _groups(labels, look):
-    """`Groups` of equal labels, and how many other rows have each row's, (N,) int64.
+    """`Groups` of equal labels, and how many rows each has, int64.
 
     torch.unique's number of results makes the CPU wait for a GPU and breaks torch.compile's graph: only with `look`.
     """
     ordered, order = labels.sort(stable=True)
     if look:
-        _, group, count = torch.unique(labels, return_inverse=True, return_counts=True)
+        _, rank, count = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
     else:
         rank = torch.zeros_like(order)
         rank[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
-        group = torch.empty_like(order).scatter_(0, order, rank)
-        count = torch.zeros_like(order).scatter_add_(0, group, torch.ones_like(order))
-    return Groups(group, order, count.cumsum(0) - count), count.index_select(0, group) - 1
+        count = torch.zeros_like(order).scatter_add_(0, rank, torch.ones_like(order))
+    group = torch.empty_like(order).scatter_(0, order, rank)
+    return Groups(group, order, count.cumsum(0) - count), count

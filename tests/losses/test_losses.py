@@ -81,6 +81,8 @@ def test_row_weights(case, backend):
     each = case.definition(**arguments)
     weight = random_rows(len(each), 1, torch.float64)[:, 0].abs()
     weight[::4] = 0
+    weight.requires_grad_()
+    leaves = [*case.leaves(arguments).values(), weight]
     counted = weight
     if case.loss == "sup_con_loss":
         counted = weight * ((arguments["labels"][:, None] == arguments["labels"]).sum(1) > 1)
@@ -92,6 +94,12 @@ def test_row_weights(case, backend):
     for reduction, value in expected.items():
         found = case.ours(backend, reduction=reduction, row_weights=weight)(**arguments)
         torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-9)
+        seed = (
+            random_rows(len(each), 1, torch.float64, seed=4)[:, 0] if value.dim() else torch.ones_like(value)
+        )
+        truth = torch.autograd.grad(value, leaves, seed, retain_graph=True)
+        for ours, exact in zip(torch.autograd.grad(found, leaves, seed), truth, strict=True):
+            torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:sup_con_loss")
@@ -357,6 +365,18 @@ def test_numbers_of_numpy_are_numbers():
         assert isinstance(found, torch.Tensor) and same_bits(found, expected), name
     with pytest.raises(TypeError, match="temperature must be a number or a 0-d tensor, got bool"):
         losses.nt_xent_loss(z0, z1, True)
+
+
+def test_sup_con_without_any_positive_is_zero_where_no_value_is_looked_at(monkeypatch):
+    """On CUDA and under torch.compile: a warning would have to wait for the device, so there is none."""
+    arguments = case_named("sup_con").arguments(6, 5) | {"labels": torch.arange(6)}
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss = losses.sup_con_loss(**arguments)
+    assert loss == 0
+    for grad in torch.autograd.grad(loss, [arguments["features"], arguments["temperature"]]):
+        assert (grad == 0).all()
 
 
 def test_sup_con_of_a_single_row_is_zero():
