@@ -135,8 +135,6 @@ def unsupported(backend, rows, columns=None, both_directions=False, *_):
         return None
     device = rows.device.type
     if device == "cuda" and columns is not None and columns.dtype != rows.dtype:
-        if backend == "triton":
-            return "it takes rows and columns of one dtype"
         if rows.dtype != torch.float32 or columns.dtype not in (torch.float16, torch.bfloat16):
             return (
                 f"on cuda columns of {columns.dtype} go with rows of that dtype or float32, not {rows.dtype}"

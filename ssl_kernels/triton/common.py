@@ -63,16 +63,21 @@ def inner_products(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """⟨x_i, y_j⟩ of a tile, (rows, columns) in ACC. `x` is the tile of all features of the rows, or None."""
+    """⟨x_i, y_j⟩ of a tile, (rows, columns) in ACC. `x` is the tile of all features of the rows, or None.
+
+    A narrower y is widened to x's type.
+    """
     features = tl.arange(0, BLOCK_D)
     if x is not None:
-        y = load_tile(y_ptr, columns, features, M, D, stride_yn, stride_yd, EVEN_D)
+        y = load_tile(y_ptr, columns, features, M, D, stride_yn, stride_yd, EVEN_D).to(x.dtype)
         products = tl.dot(x, tl.trans(y), out_dtype=ACC, input_precision=PRECISION)
     else:
         products = tl.zeros([rows.shape[0], columns.shape[0]], ACC)
         for d0 in range(0, D, BLOCK_D):
             x_part = load_tile(x_ptr, rows, d0 + features, N, D, stride_xn, stride_xd, EVEN_D)
-            y_part = load_tile(y_ptr, columns, d0 + features, M, D, stride_yn, stride_yd, EVEN_D)
+            y_part = load_tile(y_ptr, columns, d0 + features, M, D, stride_yn, stride_yd, EVEN_D).to(
+                x_part.dtype
+            )
             products = tl.dot(x_part, tl.trans(y_part), products, out_dtype=ACC, input_precision=PRECISION)
     return products
 

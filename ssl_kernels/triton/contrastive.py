@@ -36,7 +36,7 @@ from ssl_kernels.triton.launch import (
     tile_for,
     unsupported_operands,
 )
-from ssl_kernels.triton.tiles import keeps_expectation
+from ssl_kernels.triton.tiles import WIDEST_EXPECTATION, keeps_expectation
 
 # Scratch that does not grow with the problem: column sums of the forward and coefficients of the backward are
 # worked off in panels of rows that stay below this.
@@ -103,6 +103,7 @@ def contrastive_fwd_kernel(
     # Expectation: with expectation_partial (splits, N, D) also Σ_j 2^(s'_ij - maximum_i) ŷ_j, attention with V = K: y
     #   is loaded once and multiplied twice, the sum scaled down where the maximum rises. Needs ONE_BLOCK_D and
     #   row_partial; expectation_merge_kernel makes E of both. 2 units, and 4·splits·N·D bytes more.
+    # Dtypes: y may be narrower than x (a bfloat16 queue); it is widened on chip, after it was read.
     # Traffic: with B = ceil(N / BLOCK_N), y is read B times (mostly from L2), x once for each split or,
     #   without ONE_BLOCK_D, ceil(M / BLOCK_M) times. Every warp reads y_rnorm: 4·B·M·num_warps bytes, on
     #   sm_90 twice that. Writes 8·N·(1 + P) bytes, or 8·N·splits; 8·B·M for column sums.
@@ -136,7 +137,9 @@ def contrastive_fwd_kernel(
     for m0 in range(start, stop, BLOCK_M):
         columns = m0 + tl.arange(0, BLOCK_M)
         if expectation_partial_ptr is not None:
-            y = load_tile(y_ptr, columns, tl.arange(0, BLOCK_D), M, D, stride_yn, stride_yd, EVEN_D)
+            y = load_tile(y_ptr, columns, tl.arange(0, BLOCK_D), M, D, stride_yn, stride_yd, EVEN_D).to(
+                x.dtype
+            )
             products = tl.dot(x, tl.trans(y), out_dtype=ACC, input_precision=PRECISION)
         else:
             products = inner_products(
@@ -577,6 +580,8 @@ class Side(NamedTuple):
 
 def unsupported(rows, columns=None, *_, **__):
     """Why this backend cannot run a call, or None if it can; takes the arguments of `contrastive_fwd`."""
+    if columns is not None and columns.dtype != rows.dtype and not keeps_expectation(rows):
+        return f"columns of another dtype than rows are at most {WIDEST_EXPECTATION[4]} wide, not {rows.shape[1]}"
     return unsupported_operands(rows, columns)
 
 
@@ -615,7 +620,7 @@ def contrastive_fwd(
         expectation = None
         if not square and keep and not columns_need_grad and not both_directions and keeps_expectation(rows):
             expectation = scale.new_empty(n, d)
-        tile = tile_for("forward" if expectation is None else "backward", rows)
+        tile = tile_for("forward" if expectation is None else "expectation", rows)
         blocks, tiles = triton.cdiv(n, tile.block_n), triton.cdiv(m, tile.block_m)
         splits, tiles_per_split = split_walk(blocks, tiles)
         lse = _empty_float64(scale, n)

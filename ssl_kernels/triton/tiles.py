@@ -7,11 +7,12 @@ entry of "backward" covers takes "coefficient" and "product" instead.
 Architectures: 80 (A100), 86 (also 8.7, 8.9 and 12.x: a hundred KB of shared memory), 90 (H100), 100 (B200).
 Dtype classes: half (float16, bfloat16), float32, tf32 (float32 where torch allows TF32), float64.
 
+    expectation             the forward that also sums columns: a block_n × block_d accumulator, block_d covers D
     forward, coefficient    block_n rows × block_m columns of logits, block_d features at a time
     backward                the same, and a block_n × block_d accumulator: block_d covers D
     product                 block_n × block_d of the result, block_m of the inner dimension at a time
 
-blocks is the number of blocks that fit a multiprocessor at once by registers, shared memory and threads; no
+blocks is how many blocks fit a multiprocessor at once at least, by registers, shared memory and threads; no
 entry spills a register. tests/triton/test_tiles.py holds every entry to both.
 """
 
@@ -29,9 +30,13 @@ class Tile(NamedTuple):
     blocks: int
 
 
+# The width, by bytes an element, up to which every card has an "expectation" tile.
+WIDEST_EXPECTATION = {2: 256, 4: 256, 8: 128}
+
+
 def keeps_expectation(rows):
     """Whether the forward has a tile that holds the expectation of the columns beside the logits, on any card."""
-    return rows.element_size() == 2 and rows.shape[1] <= 128
+    return rows.shape[1] <= WIDEST_EXPECTATION[rows.element_size()]
 
 
 TILES = {
@@ -45,6 +50,13 @@ TILES = {
                 (256, (128, 64, 256, 8, 2, 1)),
                 (None, (128, 64, 64, 8, 3, 1)),
             ],
+            "expectation": [
+                (16, (128, 32, 16, 8, 2, 2)),
+                (32, (128, 32, 32, 8, 2, 1)),
+                (64, (128, 32, 64, 8, 2, 1)),
+                (128, (128, 16, 128, 8, 2, 1)),
+                (256, (64, 16, 256, 8, 2, 1)),
+            ],
             "backward": [
                 (16, (128, 32, 16, 8, 2, 2)),
                 (32, (128, 32, 32, 8, 2, 1)),
@@ -56,18 +68,33 @@ TILES = {
         },
         "float32": {
             "forward": [(None, (64, 32, 16, 4, 2, 3))],
+            "expectation": [
+                (32, (32, 32, 32, 4, 1, 1)),
+                (64, (16, 32, 64, 4, 1, 1)),
+                (128, (32, 16, 128, 4, 1, 1)),
+                (256, (16, 16, 256, 8, 1, 1)),
+            ],
             "backward": [],
             "coefficient": [(None, (64, 64, 16, 4, 2, 4))],
             "product": [(None, (64, 16, 64, 4, 2, 2))],
         },
         "tf32": {
             "forward": [(None, (64, 64, 32, 4, 3, 2))],
+            "expectation": [
+                (64, (64, 32, 64, 4, 1, 1)),
+                (128, (32, 32, 128, 4, 1, 1)),
+                (256, (32, 16, 256, 8, 1, 1)),
+            ],
             "backward": [],
             "coefficient": [(None, (64, 64, 32, 4, 3, 4))],
             "product": [(None, (64, 32, 64, 4, 3, 2))],
         },
         "float64": {
             "forward": [(None, (32, 16, 16, 4, 2, 4))],
+            "expectation": [
+                (64, (16, 16, 64, 4, 1, 1)),
+                (128, (16, 16, 128, 8, 1, 1)),
+            ],
             "backward": [],
             "coefficient": [(None, (32, 16, 16, 4, 2, 7))],
             "product": [(None, (32, 16, 32, 4, 2, 7))],
@@ -82,6 +109,13 @@ TILES = {
                 (128, (128, 64, 128, 8, 3, 1)),
                 (None, (128, 64, 64, 8, 3, 1)),
             ],
+            "expectation": [
+                (16, (128, 32, 16, 8, 2, 1)),
+                (32, (128, 32, 32, 8, 2, 1)),
+                (64, (128, 32, 64, 8, 2, 1)),
+                (128, (128, 16, 128, 8, 2, 1)),
+                (256, (64, 16, 256, 8, 2, 1)),
+            ],
             "backward": [
                 (16, (128, 32, 16, 8, 2, 1)),
                 (32, (128, 32, 32, 8, 2, 1)),
@@ -93,18 +127,33 @@ TILES = {
         },
         "float32": {
             "forward": [(None, (64, 32, 16, 4, 2, 1))],
+            "expectation": [
+                (32, (32, 32, 32, 4, 1, 1)),
+                (64, (16, 32, 64, 4, 1, 1)),
+                (128, (32, 16, 128, 4, 1, 1)),
+                (256, (16, 16, 256, 8, 1, 1)),
+            ],
             "backward": [],
             "coefficient": [(None, (64, 64, 16, 4, 2, 1))],
             "product": [(None, (64, 16, 64, 4, 2, 1))],
         },
         "tf32": {
             "forward": [(None, (64, 64, 32, 4, 3, 2))],
+            "expectation": [
+                (64, (64, 32, 64, 4, 1, 1)),
+                (128, (32, 32, 128, 4, 1, 1)),
+                (256, (32, 16, 256, 8, 1, 1)),
+            ],
             "backward": [],
             "coefficient": [(None, (64, 64, 32, 4, 3, 1))],
             "product": [(None, (64, 32, 64, 4, 3, 1))],
         },
         "float64": {
             "forward": [(None, (32, 16, 16, 4, 2, 1))],
+            "expectation": [
+                (64, (16, 16, 64, 4, 1, 1)),
+                (128, (16, 16, 128, 8, 1, 1)),
+            ],
             "backward": [],
             "coefficient": [(None, (32, 16, 16, 4, 2, 1))],
             "product": [(None, (32, 16, 32, 4, 2, 1))],
@@ -120,6 +169,13 @@ TILES = {
                 (256, (128, 64, 256, 8, 2, 1)),
                 (None, (128, 64, 64, 8, 3, 1)),
             ],
+            "expectation": [
+                (16, (128, 32, 16, 8, 2, 1)),
+                (32, (128, 32, 32, 8, 2, 1)),
+                (64, (128, 32, 64, 8, 2, 1)),
+                (128, (128, 32, 128, 8, 2, 1)),
+                (256, (64, 16, 256, 8, 2, 1)),
+            ],
             "backward": [
                 (16, (128, 32, 16, 8, 2, 1)),
                 (32, (128, 32, 32, 8, 2, 1)),
@@ -132,18 +188,33 @@ TILES = {
         },
         "float32": {
             "forward": [(None, (32, 32, 16, 4, 2, 3))],
+            "expectation": [
+                (32, (32, 32, 32, 4, 1, 1)),
+                (64, (16, 32, 64, 4, 1, 1)),
+                (128, (32, 16, 128, 4, 1, 1)),
+                (256, (16, 16, 256, 8, 1, 1)),
+            ],
             "backward": [],
             "coefficient": [(None, (64, 64, 16, 4, 2, 4))],
             "product": [(None, (64, 16, 64, 4, 2, 3))],
         },
         "tf32": {
             "forward": [(None, (64, 64, 32, 4, 3, 3))],
+            "expectation": [
+                (64, (64, 32, 64, 4, 1, 1)),
+                (128, (32, 32, 128, 4, 1, 1)),
+                (256, (32, 16, 256, 8, 1, 1)),
+            ],
             "backward": [],
             "coefficient": [(None, (64, 64, 32, 4, 3, 3))],
             "product": [(None, (64, 32, 64, 4, 3, 2))],
         },
         "float64": {
             "forward": [(None, (32, 16, 16, 4, 2, 3))],
+            "expectation": [
+                (64, (16, 16, 64, 4, 1, 1)),
+                (128, (16, 16, 128, 8, 1, 1)),
+            ],
             "backward": [],
             "coefficient": [(None, (32, 16, 16, 4, 2, 7))],
             "product": [(None, (32, 16, 32, 4, 2, 8))],
@@ -159,6 +230,12 @@ TILES = {
                 (256, (128, 64, 256, 8, 2, 1)),
                 (None, (128, 64, 64, 8, 3, 1)),
             ],
+            "expectation": [
+                (32, (128, 32, 32, 8, 2, 1)),
+                (64, (128, 32, 64, 8, 2, 1)),
+                (128, (128, 32, 128, 8, 2, 1)),
+                (256, (64, 16, 256, 8, 2, 1)),
+            ],
             "backward": [
                 (32, (128, 32, 32, 8, 2, 1)),
                 (64, (128, 32, 64, 8, 2, 1)),
@@ -170,18 +247,33 @@ TILES = {
         },
         "float32": {
             "forward": [(None, (32, 32, 16, 4, 2, 3))],
+            "expectation": [
+                (32, (32, 32, 32, 4, 1, 1)),
+                (64, (16, 32, 64, 4, 1, 1)),
+                (128, (32, 16, 128, 4, 1, 1)),
+                (256, (16, 16, 256, 8, 1, 1)),
+            ],
             "backward": [],
             "coefficient": [(None, (64, 64, 16, 4, 2, 4))],
             "product": [(None, (64, 16, 64, 4, 2, 3))],
         },
         "tf32": {
             "forward": [(None, (64, 64, 32, 4, 3, 2))],
+            "expectation": [
+                (64, (64, 32, 64, 4, 1, 1)),
+                (128, (32, 32, 128, 4, 1, 1)),
+                (256, (32, 16, 256, 8, 1, 1)),
+            ],
             "backward": [],
             "coefficient": [(None, (64, 64, 32, 4, 3, 2))],
             "product": [(None, (64, 32, 64, 4, 3, 3))],
         },
         "float64": {
             "forward": [(None, (32, 16, 16, 4, 2, 3))],
+            "expectation": [
+                (64, (16, 16, 64, 4, 1, 1)),
+                (128, (16, 16, 128, 8, 1, 1)),
+            ],
             "backward": [],
             "coefficient": [(None, (32, 16, 16, 4, 2, 8))],
             "product": [(None, (32, 16, 32, 4, 2, 8))],

@@ -320,7 +320,7 @@ def test_refuses_what_does_not_fit(change, error, message):
 
 
 def test_a_backend_that_recomputes_raises_after_a_push(monkeypatch):
-    """As the Triton kernels do with float32 queries: they keep no expectation and read the queue again."""
+    """As the Triton kernels do with rows wider than their tiles: no expectation is kept, the queue is read again."""
     queue, key = pushed_queue(50, 8, (50,)), random_rows(7, 8, seed=1)
     for name, table in (("fwd", operation._fwd), ("bwd", operation._bwd)):
         monkeypatch.setitem(table, "triton", getattr(chunked, f"contrastive_{name}"))
@@ -347,7 +347,8 @@ def test_a_backend_that_recomputes_raises_after_a_push(monkeypatch):
     (torch.bfloat16, torch.float32, (), "go with rows of that dtype or float32, not torch.bfloat16"),
     (torch.float32, torch.bfloat16, (True,), "get no gradient and no sums of their own"),
 ])  # fmt: skip
-def test_which_dtypes_go_together_on_cuda(monkeypatch, rows, columns, others, reason):
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_which_dtypes_go_together_on_cuda(monkeypatch, backend, rows, columns, others, reason):
     class Extension:
         build_info = staticmethod(lambda: {"cuda_architectures": "8.0"})
 
@@ -355,13 +356,14 @@ def test_which_dtypes_go_together_on_cuda(monkeypatch, rows, columns, others, re
     x, y = (
         SimpleNamespace(dtype=d, device=torch.device("cuda"), requires_grad=False) for d in (rows, columns)
     )
-    found = operation.unsupported("native", x, y, *others)
+    monkeypatch.setattr(operation, "_triton", lambda: SimpleNamespace(unsupported=lambda *_: None))
+    found = operation.unsupported(backend, x, y, *others)
     assert found is None if reason is None else reason in found
     if rows != columns:
         y.requires_grad = True
-        assert operation.unsupported("native", x, y)
+        assert operation.unsupported(backend, x, y)
         with torch.no_grad():
-            assert (operation.unsupported("native", x, y, *others) is None) == (reason is None)
+            assert (operation.unsupported(backend, x, y, *others) is None) == (reason is None)
 
 
 def test_says_which_backends_can_run():

@@ -51,21 +51,23 @@ class Resources:
         return min(by_registers, by_shared, threads_per_processor // self.threads)
 
 
-def compile_kernel(kernel, arch, dtype, d, tile, precision="ieee", everything=False):
+def compile_kernel(kernel, arch, dtype, d, tile, precision="ieee", everything=False, columns=None):
     """The entry `tile` of `kernel`, for width d: as NT-Xent calls it, or with `everything` a call can have.
 
-    With everything: ids, both directions, a split walk and its merge; else the square case with positives.
+    With everything: ids, both directions, a split walk and its merge; else the square case with positives, or for the
+    expectation, which has none, a full queue. `columns` is their dtype where it is another.
     """
     function = KERNELS[kernel]
     acc = "fp64" if dtype == torch.float64 else "fp32"
     absent = set() if everything else set(ABSENT)
     absent |= {"column_partial_ptr"} if kernel == "expectation" else OF_EXPECTATION
     absent |= {"row_partial_ptr"} if kernel not in ("forward", "expectation") else set()
+    absent -= {"row_partial_ptr"} if kernel == "expectation" else set()
     absent |= {"partial_ptr"} if kernel == "backward" else set()
     half = dtype == torch.float16
     absent |= set() if half else {"bound_ptr", "b_rnorm_ptr"}
     constants = {
-        "SQUARE": not everything,
+        "SQUARE": not everything and kernel != "expectation",
         "KEEP_DIAGONAL": everything,
         "ACCUMULATE": everything,
         "PRECISION": precision,
@@ -84,7 +86,7 @@ def compile_kernel(kernel, arch, dtype, d, tile, precision="ieee", everything=Fa
             constexprs[(position,)] = constants.get(name, None if name in absent else 1)
         elif name.endswith("_ptr"):
             if name in VECTORS:
-                element = TRITON_NAMES[dtype]
+                element = TRITON_NAMES[columns if columns and name == "y_ptr" else dtype]
             elif name in INT64:
                 element = "i64"
             elif name in INT32:

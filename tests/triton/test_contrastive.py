@@ -25,6 +25,10 @@ SAMPLE = [
     Case(130, 65, 17, torch.float16, expectation=True, positives=2, temperature=0.005),
     Case(3, 65, 64, torch.bfloat16, expectation=True, normalize=False, temperature=10.0),
     Case(65, 33, 64, torch.float32, expectation=True),
+    Case(33, 65, 130, torch.float32, expectation=True, ids=True, temperature=0.005),
+    Case(17, 33, 100, torch.float64, expectation=True, positives=2),
+    Case(65, 33, 200, torch.bfloat16, expectation=True, normalize=False, temperature=10.0),
+    Case(17, 33, 257, torch.float32, expectation=True),  # too wide to keep it
 ]
 
 
@@ -71,7 +75,7 @@ def test_unusual_rows_in_every_dtype(gpu, dtype, d, data):
             check(call)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_expectation_is_split_and_spares_the_second_walk(gpu, dtype):
     call = Call(Case(3, 1100, 40, dtype, expectation=True), gpu.device)
     with gpu.triton() as launches:
@@ -82,6 +86,22 @@ def test_expectation_is_split_and_spares_the_second_walk(gpu, dtype):
         (forward,) = (launch for launch in launches if launch.kernel == "contrastive_fwd_kernel")
         assert forward.grid[1] > 1 and "expectation_merge_kernel" in kernels_run
         assert not {"contrastive_bwd_kernel", "contrastive_coefficient_kernel"} & set(kernels_run)
+
+
+@pytest.mark.parametrize("columns", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [17, 256])
+def test_narrow_columns_are_those_widened(gpu, columns, d):
+    """A bfloat16 queue beside float32 queries, in the forward that keeps the expectation and without."""
+    call = Call(Case(5, 70, d, torch.float32, expectation=True, positives=2), gpu.device)
+    call.columns = call.columns.to(columns)
+    results = []
+    for _ in range(2):
+        with gpu.triton():
+            forward = kernels.contrastive_fwd(*call.operands, *call.flags, False, False)
+            results.append([*call.triton(), *forward[:3]])
+        call.columns = call.columns.float()
+    for narrow, wide in zip(*results, strict=True):
+        torch.testing.assert_close(narrow, wide, rtol=1e-5, atol=1e-6)
 
 
 def test_expectation_without_columns(gpu):
@@ -228,6 +248,9 @@ def test_unsupported_calls_say_why(gpu):
         assert kernels.unsupported(rows.bfloat16(), rows.bfloat16()) is None
         assert "torch.int64" in kernels.unsupported(rows.long())
         assert "empty" in kernels.unsupported(rows, rows[:0])
+        assert kernels.unsupported(rows, rows.bfloat16()) is None
+        wide = torch.ones(4, 257, device=gpu.device)
+        assert "at most 256 wide, not 257" in kernels.unsupported(wide, wide.half())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="capture needs a card")

@@ -52,7 +52,7 @@ def test_square_case_multiplies_one_unit_forward_and_two_backward(gpu, n, d):
 def test_expectation_multiplies_two_units(gpu):
     n, m, d = 256, 512, 128
     counters = _launches(gpu, Case(n, m, d, torch.bfloat16, expectation=True))
-    tile = find_tile("backward", gpu.arch, "half", d)
+    tile = find_tile("expectation", gpu.arch, "half", d)
     flops = _padded(n, tile.block_n) * _padded(m, tile.block_m) * d
     if gpu.arch == 80:
         stated = 2 * flops // (16 * 8 * 16)

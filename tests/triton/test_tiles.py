@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssl_kernels.triton.tiles import TILES, Tile
+from ssl_kernels.triton.tiles import TILES, WIDEST_EXPECTATION, Tile
 from tests.triton.compiled import compile_kernel, resources
 
 # Registers, shared memory and threads of a multiprocessor, and shared memory a block may take.
@@ -49,6 +49,7 @@ def _check(entry, dtype, everything):
     assert needs.blocks_per_processor(*processor) >= tile.blocks
     if dtype_class in ("half", "tf32"):
         assert any(name in needs.instructions for name in ("HMMA", "HGMMA", "UTCHMMA")), "no tensor cores"
+    if dtype_class in ("half", "tf32") and tile.num_stages > 1:
         assert "LDGSTS" in needs.instructions, "no asynchronous copies"
 
 
@@ -58,14 +59,24 @@ def test_entry_keeps_its_promise(entry):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES["half"], ids=str)
+@pytest.mark.parametrize("columns", DTYPES["half"], ids=str)
+@pytest.mark.parametrize("dtype_class", ["float32", "tf32"])
 @pytest.mark.parametrize("arch", TILES)
-def test_expectation_fits_the_tiles_of_the_backward(arch, dtype):
-    for largest_d, tile in TILES[arch]["half"]["backward"]:
-        if largest_d <= 128:
-            compiled = compile_kernel("expectation", arch, dtype, largest_d, Tile(*tile), everything=True)
-            needs = resources(compiled)
-            assert needs.spilled == 0 and needs.shared <= PROCESSORS[arch][3], largest_d
+def test_expectation_of_a_narrow_queue_fits_its_tiles(arch, dtype_class, columns):
+    precision = "tf32" if dtype_class == "tf32" else "ieee"
+    for largest_d, tile in TILES[arch][dtype_class]["expectation"]:
+        options = {"everything": True, "columns": columns}
+        compiled = compile_kernel(
+            "expectation", arch, torch.float32, largest_d, Tile(*tile), precision, **options
+        )
+        needs = resources(compiled)
+        assert needs.spilled == 0 and needs.shared <= PROCESSORS[arch][3], largest_d
+
+
+@pytest.mark.parametrize("arch", TILES)
+def test_every_card_has_the_expectation_tiles_that_are_promised(arch):
+    for dtype_class, itemsize in (("half", 2), ("float32", 4), ("tf32", 4), ("float64", 8)):
+        assert TILES[arch][dtype_class]["expectation"][-1][0] == WIDEST_EXPECTATION[itemsize]
 
 
 @pytest.mark.slow
@@ -81,7 +92,8 @@ def test_entries_are_in_order_and_cover_every_width():
         for kernel, entries in kernels.items():
             widths = [float("inf") if largest_d is None else largest_d for largest_d, _ in entries]
             assert widths == sorted(set(widths))
-            assert kernel == "backward" or widths[-1] == float("inf")
+            whole_rows = kernel in ("backward", "expectation")
+            assert whole_rows or widths[-1] == float("inf")
             for largest_d, tile in entries:
-                if kernel == "backward":
+                if whole_rows:
                     assert Tile(*tile).block_d == largest_d
