@@ -74,6 +74,14 @@ def info_nce_loss(
     return _cross_entropy(logits / temperature, _one_hot(first, logits.shape[1], logits), allowed)
 
 
+def moco_loss(query, key, queue, temperature=0.07, *, normalize=True):
+    """He et al., MoCo, arXiv:1911.05722, eq. 1: no gradient to key and queue, the queue's rows as they are."""
+    q, k = _unit(query, normalize), _unit(key.detach(), normalize)
+    logits = torch.cat(((q * k).sum(1, keepdim=True), q @ queue.detach().T), 1) / temperature
+    first = torch.zeros(len(q), dtype=torch.long)
+    return _cross_entropy(logits, _one_hot(first, logits.shape[1], logits))
+
+
 def clip_loss(image_features, text_features, logit_scale, *, label_smoothing=0.0, ids=None, normalize=True):
     """Radford et al., CLIP, arXiv:2103.00020, figure 3: mean of pair i's two cross-entropies."""
     logits = logit_scale * (_unit(image_features, normalize) @ _unit(text_features, normalize).T)
@@ -81,6 +89,13 @@ def clip_loss(image_features, text_features, logit_scale, *, label_smoothing=0.0
     target = (1 - label_smoothing) * torch.eye(n, dtype=logits.dtype) + label_smoothing / n
     allowed = None if ids is None else _not_equal(ids, ids[None, :]) | torch.eye(n, dtype=torch.bool)
     return (_cross_entropy(logits, target, allowed) + _cross_entropy(logits.T, target, allowed)) / 2
+
+
+def siglip_loss(image_features, text_features, logit_scale, logit_bias, *, normalize=True):
+    """Zhai et al., SigLIP, arXiv:2303.15343, eq. 1: the sum over the texts for each image."""
+    logits = logit_scale * (_unit(image_features, normalize) @ _unit(text_features, normalize).T) + logit_bias
+    sign = 2 * torch.eye(len(logits), dtype=logits.dtype) - 1
+    return -F.logsigmoid(sign * logits).sum(1)
 
 
 def sup_con_loss(features, labels, temperature=0.07, *, normalize=True):
@@ -120,6 +135,22 @@ def imix_loss(query, key, permutation, lam, temperature=0.2, *, negative_keys=No
     lam = torch.as_tensor(lam, dtype=logits.dtype).expand(len(query))[:, None]
     own, partner = (_one_hot(index, len(k), logits) for index in (torch.arange(len(query)), permutation))
     return _cross_entropy(logits, lam * own + (1 - lam) * partner)
+
+
+def triplet_loss(embeddings, labels, margin=0.2, *, distance="euclidean", normalize=True):
+    """Hermans et al., arXiv:1703.07737, eq. 5; 0 where an anchor has no positive or no negative."""
+    x = _unit(embeddings, normalize)
+    if distance == "euclidean":
+        squares = (x[:, None] - x[None]).square().sum(2)
+        apart = squares > 0  # derivatives of 0 at 0
+        distances = torch.where(apart, squares, 1).sqrt().where(apart, 0)
+    else:
+        distances = 1 - x @ x.T
+    same = labels[:, None] == labels
+    positive = same & ~torch.eye(len(x), dtype=torch.bool)
+    far = distances.masked_fill(~positive, -torch.inf).max(1).values
+    near = distances.masked_fill(same, torch.inf).min(1).values
+    return torch.relu((far - near + margin).where(positive.any(1) & ~same.all(1), 0))
 
 
 def triplet_margin_loss(anchor, positive, negative, margin=0.2, *, distance="euclidean", normalize=True):

@@ -1,61 +1,51 @@
-"""The losses over `contrastive` and `row_pairs`, down to the CUDA kernels as nvcc compiled them."""
+"""Every loss, down to the CUDA kernels as nvcc compiled them."""
 
 from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from ssl_kernels import backends, moco_loss
-from ssl_kernels.nn import MoCoQueue
-from ssl_kernels.ops import contrastive, row_pairs
+from ssl_kernels.ops import batch_hard, contrastive, row_pairs, sigmoid_pairs
+from tests.cuda import batch_hard_calls, sigmoid_pairs_calls
 from tests.cuda.contrastive_calls import Call, Fwd, contrastive_bwd, contrastive_fwd
 from tests.cuda.row_pairs_calls import row_pairs_bwd, row_pairs_fwd
-from tests.helpers import random_rows
-from tests.losses.emulated import cases, check_loss, run_on
+from tests.losses.emulated import cases, check_edge, check_loss, check_moco, edges, run_on
+
+
+@pytest.fixture
+def operators(library_of):
+    pairs = library_of("row_pairs.cu")
+    return {
+        **contrastive_operators(library_of),
+        (row_pairs, "_fwd"): lambda *args: row_pairs_fwd(pairs, *args)[0],
+        (row_pairs, "_bwd"): lambda *args: tuple(row_pairs_bwd(pairs, *args)[0]),
+        (sigmoid_pairs, "_fwd"): partial(sigmoid_forward, library_of("sigmoid_pairs.cu")),
+        (sigmoid_pairs, "_bwd"): partial(sigmoid_backward, library_of("sigmoid_pairs.cu")),
+        (batch_hard, "_mine"): partial(mine, library_of("batch_hard.cu")),
+    }
+
+
+def contrastive_operators(library_of):
+    tiles = library_of("contrastive.cu")
+    return {(contrastive, "_fwd"): partial(forward, tiles), (contrastive, "_bwd"): partial(backward, tiles)}
 
 
 @cases
-def test_loss_is_its_definition(library_of, gpu, case, monkeypatch):
-    tiles, pairs = library_of("contrastive.cu"), library_of("row_pairs.cu")
-    operators = {
-        contrastive: (partial(forward, tiles), partial(backward, tiles)),
-        row_pairs: (
-            lambda *args: row_pairs_fwd(pairs, *args)[0],
-            lambda *args: tuple(row_pairs_bwd(pairs, *args)[0]),
-        ),
-    }
+def test_loss_is_its_definition(operators, gpu, case, monkeypatch):
     run_on(monkeypatch, operators)
     check_loss(case, gpu.device)
+
+
+@edges
+def test_loss_at_an_edge(operators, gpu, edge, monkeypatch):
+    run_on(monkeypatch, operators)
+    check_edge(edge, gpu.device, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("pushes", [(30,), (50, 60, 7)], ids=["half-filled", "wrapped"])
 def test_moco_against_a_queue(library_of, gpu, monkeypatch, dtype, pushes):
-    """float32 queries, symmetric, with the keys pushed before backward and rows told apart by ids as on CUDA."""
-    queue, device = MoCoQueue(80, 24, dtype), gpu.device
-    for seed, count in enumerate(pushes):
-        queue.push_(random_rows(count, 24, seed=seed))
-    negatives = queue.keys.double()
-    query, key = (random_rows(20, 24, seed=seed) for seed in (7, 8))
-    wide = query.double().requires_grad_()
-    unit, positive = F.normalize(wide, dim=1), F.normalize(key.double(), dim=1).roll(10, 0)
-    logits = torch.cat(((unit * positive).sum(1, keepdim=True), unit @ negatives.T), 1) / 0.07
-    truth = F.cross_entropy(logits, torch.zeros(20, dtype=torch.int64))
-    truth.backward()
-
-    queue.to(device)
-    query = query.to(device).requires_grad_()
-    operators = {"contrastive": "triton"}
-    for name, run in (("_fwd", forward), ("_bwd", backward)):
-        monkeypatch.setitem(getattr(contrastive, name), "triton", partial(run, library_of("contrastive.cu")))
-    monkeypatch.setattr(backends, "choose_backend", lambda op, *_, **__: operators.get(op, "chunked"))
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the fill count is not read
-    loss = moco_loss(query, key.to(device), queue, 0.07, symmetric=True)
-    queue.push_(key.to(device))
-    loss.backward()
-    torch.testing.assert_close(loss.detach().cpu().double(), truth.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(query.grad.cpu().double(), wide.grad, rtol=1e-4, atol=1e-6)
+    check_moco(monkeypatch, gpu.device, dtype, pushes, contrastive_operators(library_of))
 
 
 def forward(library, *args):
@@ -99,3 +89,25 @@ def backward(library, grad_lse, grad_column_lse, grad_positive_logits, *args):
 def _call(rows, columns, scale, positives, *others):
     positives = None if positives is None else positives.view(len(rows), -1).contiguous()
     return Call(rows, columns, scale, positives, *others)
+
+
+def sigmoid_forward(library, *args):
+    """The operator `sigmoid_pairs_fwd` over the launchers."""
+    call, (total, keep, *needed) = sigmoid_pairs_calls.Call(*args[:7]), args[7:]
+    empty = call.scale.new_empty(0)
+    if not (total and keep):
+        return sigmoid_pairs_calls.losses(library, call, total=total)[0], *[empty] * 4
+    losses, grads, _ = sigmoid_pairs_calls.total_with_gradients(library, call, needed=needed)
+    return losses, *(empty if grad is None else grad for grad in grads)
+
+
+def sigmoid_backward(library, grad_losses, *args):
+    """The operator `sigmoid_pairs_bwd` over the launchers."""
+    call, needed = sigmoid_pairs_calls.Call(*args[:7]), args[7:]
+    grads, _ = sigmoid_pairs_calls.weighted_gradients(library, call, grad_losses.contiguous(), needed=needed)
+    return tuple(call.scale.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def mine(library, embeddings, labels, normalize, distance):
+    """The operator `batch_hard` over the launcher."""
+    return batch_hard_calls.batch_hard(library, embeddings, labels, normalize, distance)[0]

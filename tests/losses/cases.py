@@ -20,6 +20,7 @@ class Case:
     options: tuple = ()
     scalar: str | None = "temperature"
     least_rows: int = 1
+    without_gradient: tuple = ()
 
     def __str__(self):
         return self.name
@@ -43,11 +44,13 @@ class Case:
         return arguments
 
     def leaves(self, arguments):
-        """What gets a gradient: every floating tensor but BYOL's target."""
+        """What gets a gradient: every other floating tensor."""
         return {
             name: value
             for name, value in arguments.items()
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and name != "target"
+            if isinstance(value, torch.Tensor)
+            and value.is_floating_point()
+            and name not in self.without_gradient
         }
 
     def ours(self, backend=None, **options):
@@ -117,11 +120,20 @@ def image_and_text_with_ids(n, d, seed):
     return image_and_text(n, d, seed) | {"ids": _ids((n,), seed, max(2, n // 2))}
 
 
+def image_and_text_with_bias(n, d, seed):
+    return image_and_text(n, d, seed) | {"logit_bias": torch.tensor(-1.5, dtype=torch.float64)}
+
+
 def labelled(n, d, seed):
     """Labels of any value and number of members; the first row is alone with its."""
     labels = 10 * _ids((n,), seed, max(2, n // 4)) - 7
     labels[0] = 5
     return {"features": random_rows(n, d, torch.float64, seed=seed), "labels": labels}
+
+
+def labelled_embeddings(n, d, seed):
+    made = labelled(n, d, seed)
+    return {"embeddings": made["features"], "labels": made["labels"]}
 
 
 def mixed(n, d, seed):
@@ -139,6 +151,11 @@ def mixed_by_one_share(n, d, seed):
 
 def mixed_with_queue(n, d, seed):
     return mixed(n, d, seed) | {"negative_keys": random_rows(2 * n + 3, d, torch.float64, seed=seed + 7)}
+
+
+def with_queue(n, d, seed):
+    queue = torch.nn.functional.normalize(random_rows(2 * n + 3, d, torch.float64, seed=seed + 7), dim=1)
+    return _rows(n, d, seed, "query", "key") | {"queue": queue}
 
 
 def triplets(n, d, seed):
@@ -180,8 +197,29 @@ CASES = [
         (("distance", "cosine"),),
         scalar="margin",
     ),
-    Case("byol", "byol_loss", regression, scalar=None),
-    Case("byol-raw", "byol_loss", regression, (("normalize", False),), scalar=None),
+    Case("byol", "byol_loss", regression, scalar=None, without_gradient=("target",)),
+    Case(
+        "byol-raw",
+        "byol_loss",
+        regression,
+        (("normalize", False),),
+        scalar=None,
+        without_gradient=("target",),
+    ),
+]
+# Of the losses that have a test file of their own.
+OTHER_CASES = [
+    Case("moco", "moco_loss", with_queue, without_gradient=("key", "queue")),
+    Case("siglip", "siglip_loss", image_and_text_with_bias, scalar="logit_scale"),
+    Case("triplet", "triplet_loss", labelled_embeddings, scalar="margin", least_rows=3),
+    Case(
+        "triplet-cosine",
+        "triplet_loss",
+        labelled_embeddings,
+        (("distance", "cosine"),),
+        scalar="margin",
+        least_rows=3,
+    ),
 ]
 
 

@@ -5,57 +5,162 @@ The operations are made to take their backend "triton", whose operators are repl
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from ssl_kernels import backends
-from tests.losses.cases import CASES, value_and_gradients
+from ssl_kernels import backends, moco_loss
+from ssl_kernels.nn import MoCoQueue
+from tests.helpers import random_rows
+from tests.losses.cases import CASES, OTHER_CASES, value_and_gradients
 
-# Each calls `contrastive` or `row_pairs` with other flags, ids and positives.
+# Each calls an operation with other flags, ids and positives; the rest calls them alike.
 NAMES = (
     "info_nce-unpaired-ids",
     "clip-smoothed",
     "sup_con",
+    "siglip",
+    "triplet",
     "triplet_margin",
     "triplet_margin-cosine",
     "byol",
 )
-SLOW_NAMES = ("info_nce", "info_nce-symmetric-ids", "clip-ids", "dcl", "debiased", "imix-queue")
-cases = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=[pytest.mark.slow] if case.name in SLOW_NAMES else [])
-        for case in CASES
-        if case.name in NAMES + SLOW_NAMES
-    ],
-    ids=str,
+ALL = {case.name: case for case in (*CASES, *OTHER_CASES)}
+ONE_A_LOSS = {case.loss: case for case in ALL.values() if "raw" not in case.name}
+
+
+def _marked(values, fast):
+    return [
+        pytest.param(value, marks=[] if str(value) in fast else [pytest.mark.slow], id=str(value))
+        for value in values
+    ]
+
+
+cases = pytest.mark.parametrize("case", _marked(ALL.values(), NAMES))
+
+
+class Edge:
+    """A loss at an edge: what it is called with, float64, and the dtype of its embeddings on the device."""
+
+    def __init__(self, name, case, n=21, d=24, dtype=torch.float32, scalar=0.3, **changes):
+        self.name, self.case, self.dtype = f"{name}-{case}", case, dtype
+        arguments = case.arguments(n, d, scalar=scalar, requires_grad=False) | changes
+        leaves = case.leaves(arguments)
+        if dtype == torch.float16:
+            for key, leaf in leaves.items():
+                if leaf.dim() > 1:  # the largest entry is float16's, the squares leave it by far
+                    arguments[key] = (leaf * (65504 / leaf.abs().amax())).half().double()
+        self.arguments = arguments
+        self.logit = {"temperature": 1 / scalar, "logit_scale": 1 / scalar}.get(case.scalar, 1.0)
+
+    def __str__(self):
+        return self.name
+
+
+def _edges():
+    for case in ONE_A_LOSS.values():
+        yield Edge("float16", case, dtype=torch.float16)
+        yield Edge("width-1", case, d=1)
+        if case.scalar in ("temperature", "logit_scale"):
+            yield Edge("temperature-0.001", case, scalar=1e-3)
+    same, apart = torch.zeros(21, dtype=torch.int64), torch.arange(21)
+    ids = {"query_ids": same, "key_ids": torch.zeros(45, dtype=torch.int64)}
+    yield Edge("all-excluded", ALL["info_nce-unpaired-ids"], **ids)
+    yield Edge("all-excluded", ALL["info_nce-symmetric-ids"], query_ids=same, key_ids=same)
+    yield Edge("all-excluded", ALL["clip-ids"], ids=same)
+    yield Edge("no-positive", ALL["sup_con"], labels=apart)
+    yield Edge("no-positive", ALL["triplet"], labels=apart)
+    yield Edge("one-label", ALL["sup_con"], labels=same)
+    yield Edge("one-label", ALL["triplet"], labels=same)
+
+
+edges = pytest.mark.parametrize(
+    "edge",
+    _marked(
+        _edges(),
+        (
+            "float16-moco",
+            "float16-siglip",
+            "temperature-0.001-dcl",
+            "width-1-clip-ids",
+            "all-excluded-info_nce-unpaired-ids",
+        ),
+    ),
 )
 
 
 def run_on(monkeypatch, operators):
-    """`operators` maps a module of ssl_kernels.ops to the forward and backward operator."""
-    monkeypatch.setattr(backends, "choose_backend", lambda *_: "triton")
-    for operation, (forward, backward) in operators.items():
-        monkeypatch.setitem(operation._fwd, "triton", forward)
-        monkeypatch.setitem(operation._bwd, "triton", backward)
+    """`operators` maps (module of ssl_kernels.ops, name of its table) to the operator."""
+    monkeypatch.setattr(backends, "choose_backend", lambda *_, **__: "triton")
+    for (operation, table), operator in operators.items():
+        monkeypatch.setitem(getattr(operation, table), "triton", operator)
 
 
 def check_loss(case, device, n=21, d=24):
-    """In float32: rows with weights of either sign, and every gradient."""
-    arguments = case.arguments(n, d)
+    """In float32: rows with weights of either sign, and every gradient; about as exact as its products."""
+    _check(case, case.arguments(n, d), torch.float32, device, rtol=2e-4, atol=2e-5)
+
+
+def check_edge(edge, device, monkeypatch):
+    """What is left of the digits: those of float16's gradients, and of float32's logits at a small temperature."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as on CUDA, no value is looked at
+    leaves = edge.case.leaves(edge.arguments).values()
+    for leaf in leaves:
+        leaf.requires_grad_()
+    if edge.dtype == torch.float16:
+        tolerances = {"rtol": 4e-3, "atol": 3e-7}
+    else:
+        tolerances = {"rtol": 2e-4 + 2e-6 * edge.logit, "atol": 2e-5 + 2e-6 * edge.logit}
+    _check(edge.case, edge.arguments, edge.dtype, device, **tolerances)
+
+
+def _check(case, arguments, dtype, device, *, rtol, atol):
     rows = len(case.definition(**arguments))
     weight = torch.linspace(-1, 2, rows, dtype=torch.float64)
     truth = value_and_gradients(case.definition, case, arguments, weight)
     leaves = case.leaves(arguments)
-    on_device = {
-        name: value.detach()
-        .to(device, torch.float32 if value.is_floating_point() else value.dtype)
-        .requires_grad_(name in leaves)
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in arguments.items()
-    }
+
+    def placed(name, value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        to = value.dtype
+        if value.is_floating_point():
+            to = dtype if value.dim() > 1 else torch.float32
+        return value.detach().to(device, to).requires_grad_(name in leaves)
+
+    on_device = {name: placed(name, value) for name, value in arguments.items()}
     loss = case.ours(reduction="none")
     found = value_and_gradients(loss, case, on_device, weight.to(device))
     for name, ours, value in zip(("value", *leaves), found, truth, strict=True):
+        size = 1.0 if ours.dtype != torch.float16 else value.abs().max().item()
         torch.testing.assert_close(
-            ours.cpu().double(), value, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+            ours.cpu().double(),
+            value,
+            rtol=rtol,
+            atol=max(atol, 2e-3 * size) if ours.dtype == torch.float16 else atol,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
+
+
+def check_moco(monkeypatch, device, dtype, pushes, contrastive_operators):
+    """float32 queries, symmetric, with the keys pushed before backward and rows told apart by ids as on CUDA."""
+    queue = MoCoQueue(80, 24, dtype)
+    for seed, count in enumerate(pushes):
+        queue.push_(random_rows(count, 24, seed=seed))
+    negatives = queue.keys.double()
+    query, key = (random_rows(20, 24, seed=seed) for seed in (7, 8))
+    wide = query.double().requires_grad_()
+    unit, positive = F.normalize(wide, dim=1), F.normalize(key.double(), dim=1).roll(10, 0)
+    logits = torch.cat(((unit * positive).sum(1, keepdim=True), unit @ negatives.T), 1) / 0.07
+    truth = F.cross_entropy(logits, torch.zeros(20, dtype=torch.int64))
+    truth.backward()
+
+    queue.to(device)
+    query = query.to(device).requires_grad_()
+    run_on(monkeypatch, contrastive_operators)
+    chosen = {"contrastive": "triton"}
+    monkeypatch.setattr(backends, "choose_backend", lambda op, *_, **__: chosen.get(op, "chunked"))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the fill count is not read
+    loss = moco_loss(query, key.to(device), queue, 0.07, symmetric=True)
+    queue.push_(key.to(device))
+    loss.backward()
+    torch.testing.assert_close(loss.detach().cpu().double(), truth.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(query.grad.cpu().double(), wide.grad, rtol=1e-4, atol=1e-6)
