@@ -19,6 +19,9 @@ struct MixingMath {
   // out_i = a x_i + b y_i; out may be x or y. Meanwhile n elements at `next` come into the second-level cache.
   void (*mix)(S* out, const S* x, T a, const S* y, T b, int64_t n, const S* next);
 
+  // out_x_i = a x_i + b y_i and out_y_i = c y_i + d z_i, of what was there: out_x may be x or z, out_y may be y.
+  void (*mix_two)(S* out_x, S* out_y, const S* x, T a, const S* y, T b, T c, const S* z, T d, int64_t n);
+
   // out_i = a x_i; out may be x.
   void (*scale)(S* out, const S* x, T a, int64_t n);
 

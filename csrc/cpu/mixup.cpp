@@ -2,10 +2,11 @@
 //   forward:  own_i = lam_i, other_i = 1 - lam_i, p the permutation
 //   backward: own_j = lam_j, other_j = 1 - lam_q(j), p its inverse q
 //   grad_lam_i = sum_f g_if (x_if - x_p(i)f)
-// Tiling: a task is a chunk of kChunkBytes of every sample, a quarter of a first-level cache. It walks the cycles of p:
-//   sample i's chunk is written while p(i)'s, which is read for it, stays in that cache and is the next to be written,
-//   and the one after is prefetched into the second level; in place the first one of a cycle is held aside. Tasks touch
-//   disjoint elements.
+// Tiling: a task is a chunk of kChunkBytes of every sample, a quarter of a first-level cache. It walks the cycles of p two
+//   samples at a time, which are read and written side by side with what the second one needs; that stays in the cache
+//   and is the next to be written. In place the first one of a longer cycle is held aside. A thread takes a cycle through
+//   its neighbouring chunks before it takes the next, so that short cycles stream through memory. Tasks touch disjoint
+//   elements.
 // Traffic: in place each element is read once and written once; out of place likewise. Scratch: a few chunks a thread.
 // Numerics: in acc_t, one rounding to the storage type. Terms of weight 0 are left out, not multiplied.
 //   grad_lam: sums of a chunk in acc_t over the lanes of a vector, chunks in double in a fixed order.
@@ -27,6 +28,7 @@ namespace ssl_kernels::cpu {
 namespace {
 
 constexpr int64_t kChunkBytes = 1 << 13;
+constexpr int64_t kChunksInARow = 64;     // of a cycle, before the next cycle
 constexpr int64_t kLeastBytes = 1 << 16;  // of a batch that is worth a second thread
 constexpr int64_t kLargestSums = 256;     // partial sums of grad_lam that are kept for each sample
 
@@ -44,6 +46,7 @@ struct Weights {
     }
   }
   bool keeps(int64_t i) const { return own[i] == T(1) && other[i] == T(0); }
+  bool mixes(int64_t i) const { return own[i] != T(0) && other[i] != T(0); }
 };
 
 int64_t tasks_per_thread(int64_t tasks, int64_t bytes) { return std::max<int64_t>(1, tasks * kLeastBytes / (bytes + 1)); }
@@ -83,6 +86,8 @@ void mix_batch(const at::Tensor& out, const at::Tensor& x, const Weights<Accumul
   S* const to = out.mutable_data_ptr<S>();
   const S* const from = x.const_data_ptr<S>();
   const int64_t to_batch = out.stride(0), from_batch = x.stride(0), to_step = runs.step(0), from_step = runs.step(1);
+  const bool consecutive = to_step == 1 && from_step == 1;
+  const auto& math = mixing_math<S>();
   if (cycles.count() == 0) return;
   at::parallel_for(0, chunks.count(), tasks_per_thread(chunks.count(), x.numel() * sizeof(S)), [&](int64_t begin,
                                                                                                    int64_t end) {
@@ -90,39 +95,51 @@ void mix_batch(const at::Tensor& out, const at::Tensor& x, const Weights<Accumul
     S* const held = scratch.data();
     S* const result = held + chunks.largest();
     S* const buffers[2] = {result + chunks.largest(), result + 2 * chunks.largest()};
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = chunks.length(task);
-      S* const to_chunk = to + chunks.offset(0, task);
-      const S* const from_chunk = from + chunks.offset(1, task);
-      const auto read = [&](int64_t i, int64_t q) {
-        return gathered(from_chunk + i * from_batch, from_step, n, buffers[q % 2]);
+    const auto walk = [&](int64_t cycle, int64_t n, S* to_chunk, const S* from_chunk) {
+      const int64_t* samples = cycles.order.data() + cycles.begin[cycle];
+      const int64_t length = cycles.begin[cycle + 1] - cycles.begin[cycle];
+      const auto read = [&](int64_t q) {
+        return gathered(from_chunk + samples[q] * from_batch, from_step, n, buffers[q % 2]);
       };
-      for (int64_t cycle = 0; cycle < cycles.count(); ++cycle) {
-        const int64_t* samples = cycles.order.data() + cycles.begin[cycle];
-        const int64_t length = cycles.begin[cycle + 1] - cycles.begin[cycle];
-        const S* own = read(samples[0], 0);
-        const S* first = own;
-        if (in_place ? length > 1 && weights.other[samples[length - 1]] != 0 : from_step != 1) {
-          std::memcpy(held, own, n * sizeof(S));
-          first = held;
-        }
-        for (int64_t q = 0; q < length; ++q) {
-          const int64_t i = samples[q];
-          const S* other = q + 1 < length ? read(samples[q + 1], q + 1) : first;
-          if (!in_place || !weights.keeps(i)) {
-            S* const target = to_chunk + i * to_batch;
-            S* const written = to_step == 1 ? target : result;
-            // What is read two steps from here, which a walk in no order of addresses keeps from being foreseen.
-            const int64_t soon = cycles.begin[cycle] + q + 2;
-            const bool foreseen = from_step == 1 && soon < static_cast<int64_t>(cycles.order.size());
-            const S* next = foreseen ? from_chunk + cycles.order[soon] * from_batch : own;
-            mix_chunk(written, own, weights.own[i], other, weights.other[i], n, next);
-            if (to_step != 1)
-              for (int64_t k = 0; k < n; ++k) target[k * to_step] = written[k];
-          }
-          own = other;
-        }
+      // Whether samples q and q + 1 are mixed in one pass.
+      const auto two_at = [&](int64_t q) {
+        return consecutive && q + 1 < length && weights.mixes(samples[q]) && weights.mixes(samples[q + 1]);
+      };
+      const S* own = read(0);
+      const S* first = own;
+      const bool overwritten = in_place && length > 1 && weights.other[samples[length - 1]] != 0;
+      if (in_place ? overwritten && !(length == 2 && two_at(0)) : from_step != 1) {
+        std::memcpy(held, own, n * sizeof(S));
+        first = held;
       }
+      for (int64_t q = 0; q < length; ++q) {
+        const int64_t i = samples[q];
+        const S* other = q + 1 < length ? read(q + 1) : first;
+        S* const target = to_chunk + i * to_batch;
+        if (two_at(q)) {
+          const int64_t j = samples[++q];
+          const S* after = q + 1 < length ? read(q + 1) : first;
+          math.mix_two(target, to_chunk + j * to_batch, own, weights.own[i], other, weights.other[i], weights.own[j], after,
+                       weights.other[j], n);
+          own = after;
+          continue;
+        }
+        if (!in_place || !weights.keeps(i)) {
+          S* const written = to_step == 1 ? target : result;
+          // What is read two steps from here, which a walk in no order of addresses keeps from being foreseen.
+          const S* next = from_step == 1 && q + 2 < length ? from_chunk + samples[q + 2] * from_batch : own;
+          mix_chunk(written, own, weights.own[i], other, weights.other[i], n, next);
+          if (to_step != 1)
+            for (int64_t k = 0; k < n; ++k) target[k * to_step] = written[k];
+        }
+        own = other;
+      }
+    };
+    for (int64_t group = begin; group < end; group += kChunksInARow) {
+      const int64_t group_end = std::min(end, group + kChunksInARow);
+      for (int64_t cycle = 0; cycle < cycles.count(); ++cycle)
+        for (int64_t task = group; task < group_end; ++task)
+          walk(cycle, chunks.length(task), to + chunks.offset(0, task), from + chunks.offset(1, task));
     }
   });
 }
