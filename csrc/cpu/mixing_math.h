@@ -53,7 +53,8 @@ template <class S>
 struct CrossEntropyMath {
   using T = Accumulation<S>;
 
-  LogitSums<T> (*sums)(const S* z, int64_t n);
+  // Meanwhile n elements at `next` come into the second-level cache.
+  LogitSums<T> (*sums)(const S* z, int64_t n, const S* next);
 
   // out_i = weight exp(z_i - shift) - offset
   void (*gradient)(S* out, const S* z, T shift, T weight, T offset, int64_t n);

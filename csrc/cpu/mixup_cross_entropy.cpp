@@ -2,7 +2,8 @@
 //   lse_i  = log sum_c exp(z_ic)
 //   loss_i = lse_i - (1 - eps) (lam_i z_i,t(i) + (1 - lam_i) z_i,t(p(i))) - eps / C sum_c z_ic
 //   grad_ic = g_i (exp(z_ic - lse_i) - eps / C - (1 - eps) (lam_i [c = t(i)] + (1 - lam_i) [c = t(p(i))]))
-// Tiling: a thread takes whole rows; a row is read twice forward, the second time from the cache.
+// Tiling: a thread takes whole rows; a row is read twice forward, the second time from the cache while the next row
+//   comes into it, as the exponentials take about as long as the memory.
 // Traffic: forward reads N C, backward reads N C and writes N C elements.
 // Numerics: exponentials and lane sums in acc_t, lse and loss in double, one rounding of the gradient.
 #include "mixup_cross_entropy.h"
@@ -80,7 +81,7 @@ std::tuple<at::Tensor, at::Tensor> mixup_cross_entropy_fwd(const at::Tensor& log
     at::parallel_for(0, n, rows_per_task(classes), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const scalar_t* row = in + i * z.stride(0);
-        const auto sums = math.sums(row, classes);
+        const auto sums = math.sums(row, classes, i + 1 < end ? row + z.stride(0) : row);
         const Terms terms = mixed_target[i];
         lses[i] = double(sums.top) + std::log(sums.exp_total);
         double expected = label_smoothing == 0 ? 0 : label_smoothing / classes * sums.total;
