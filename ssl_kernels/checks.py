@@ -93,6 +93,15 @@ def check_shape(op, name, value, shape, like):
         raise ValueError(f"{op}: {name} must be on {like.device}, got {value.device}")
 
 
+def check_dense(op, name, value):
+    """`value` must be a tensor whose elements lie in memory as they are: strided, not quantized."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_quantized:
+        kind = "quantized" if value.is_quantized else short(value.layout)
+        raise TypeError(f"{op}: {name} must be a dense tensor, got a {kind} one")
+
+
 def check_fraction(op, name, value, *, below_one=False):
     """`value` must be a number in [0, 1], or in [0, 1) with below_one."""
     if not is_number(value):

@@ -1,16 +1,16 @@
 """Mixup and CutMix of a batch, and the cross-entropy that goes with them."""
 
-import math
+import collections.abc
 
 import torch
 
-from ssl_kernels.checks import DTYPES, check_reduction, is_number, short
+from ssl_kernels.checks import DTYPES, check_dense, check_reduction, is_number, short
 from ssl_kernels.ops import cutmix as cutmix_ops
 from ssl_kernels.ops import mixup as mixup_ops
 from ssl_kernels.ops import mixup_cross_entropy as cross_entropy_ops
 from ssl_kernels.ops import mixup_normalize as normalize_ops
 from ssl_kernels.ops.library import accumulation_dtype
-from ssl_kernels.value_checks import check_values
+from ssl_kernels.value_checks import check_lam, check_values
 
 
 def mixup_(x, lam, permutation, *, validate=False, backend=None):
@@ -135,8 +135,8 @@ def mixup_normalize(x, lam, permutation, mean, std, dtype=torch.float32, *, vali
     Args:
         x: (B, C, H, W) uint8, any strides; the result has the layout of x (contiguous, channels_last, ...).
         lam, permutation, validate, backend: As in `mixup_`.
-        mean, std: C numbers each (a sequence or a tensor) of images in [0, 1]; std > 0. Tensors are taken as they are,
-            sequences are checked.
+        mean, std: C finite numbers each (a sequence or a tensor) of images in [0, 1]; std > 0. Tensors on CUDA
+            are checked as `validate` says.
         dtype: float32, float16 or bfloat16.
 
     Returns:
@@ -150,7 +150,7 @@ def mixup_normalize(x, lam, permutation, mean, std, dtype=torch.float32, *, vali
     Source: Zhang et al., mixup, arXiv:1710.09412.
     """
     op = "mixup_normalize"
-    _check_tensor(op, "x", x)
+    check_dense(op, "x", x)
     if x.dtype != torch.uint8:
         raise TypeError(f"{op}: x must be uint8, got {short(x.dtype)}")
     if x.dim() != 4 or 0 in x.shape:
@@ -159,7 +159,7 @@ def mixup_normalize(x, lam, permutation, mean, std, dtype=torch.float32, *, vali
         raise TypeError(f"{op}: dtype must be float32, float16 or bfloat16, got {dtype}")
     _check_permutation(op, permutation, x)
     lam = _shares(op, lam, x)
-    mean, std = (_per_channel(op, name, value, x) for name, value in (("mean", mean), ("std", std)))
+    mean, std = (_per_channel(op, name, value, x, validate) for name, value in (("mean", mean), ("std", std)))
     _validate(op, validate, x, permutation, lam)
     return normalize_ops.mixup_normalize(x, lam, permutation, mean, std, dtype, backend=backend)
 
@@ -225,13 +225,8 @@ mixup_normalize.operation = "mixup_normalize"
 mixup_cross_entropy.operation = "mixup_cross_entropy"
 
 
-def _check_tensor(op, name, value):
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
-
-
 def _check_batch(op, x, name="x"):
-    _check_tensor(op, name, x)
+    check_dense(op, name, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"{op}: {name} must be float64, float32, float16 or bfloat16, got {short(x.dtype)}")
     if x.dim() == 0 or 0 in x.shape:
@@ -239,14 +234,16 @@ def _check_batch(op, x, name="x"):
 
 
 def _check_images(op, x):
-    _check_tensor(op, "x", x)
+    check_dense(op, "x", x)
     if x.dim() < 3 or 0 in x.shape:
         raise ValueError(f"{op}: x must have shape (B, ..., H, W), nothing of it 0, got {tuple(x.shape)}")
 
 
 def check_in_place(op, name, x, instead):
-    """x is overwritten: autograd must not need it, and no element may be there twice."""
+    """x is overwritten: autograd must not need it, it must not be frozen, and no element may be there twice."""
     _check_no_grad(op, name, x, instead)
+    if not torch.compiler.is_compiling() and x.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{op}: {name} must not be an inference tensor outside of inference mode, got one")
     if _overlaps(x):
         raise ValueError(
             f"{op}: {name} must not overlap itself, got strides {x.stride()} for {tuple(x.shape)}"
@@ -274,7 +271,7 @@ def _overlaps(x):
 
 
 def _check_indices(op, name, value, shape, x, like="x"):
-    _check_tensor(op, name, value)
+    check_dense(op, name, value)
     if value.dtype != torch.int64:
         raise TypeError(f"{op}: {name} must be int64, got {short(value.dtype)}")
     if value.shape != shape:
@@ -304,29 +301,53 @@ def _shares(op, lam, x, like="x"):
     if not isinstance(lam, torch.Tensor):
         _check_share(op, "lam", lam)
         return torch.full((batch,), float(lam), dtype=acc, device=x.device)
+    check_dense(op, "lam", lam)
     if not lam.is_floating_point():
         raise TypeError(f"{op}: lam must be floating, got {short(lam.dtype)}")
     if lam.dim() != 0 and lam.shape != (batch,):
         raise ValueError(f"{op}: lam must be a number or have shape ({batch},), got {tuple(lam.shape)}")
     if lam.device != x.device:
         raise ValueError(f"{op}: lam must be on {x.device} as {like} is, got {lam.device}")
+    if lam.dtype == torch.float64 != acc and _is_read_at_once(lam):
+        check_lam(op, lam)  # rounding would hide what is just outside of [0, 1]
     return lam.to(acc).expand(batch)
 
 
-def _per_channel(op, name, value, x):
+def _per_channel(op, name, value, x, validate):
     channels = x.shape[1]
     if isinstance(value, torch.Tensor):
+        check_dense(op, name, value)
+        if not value.is_floating_point():
+            raise TypeError(f"{op}: {name} must be floating, got {short(value.dtype)}")
         if value.device != x.device:
             raise ValueError(f"{op}: {name} must be on {x.device} as x is, got {value.device}")
         if value.shape != (channels,):
             raise ValueError(f"{op}: {name} must have {channels} numbers, got shape {tuple(value.shape)}")
-        return value.detach().to(torch.float32)
-    numbers = list(value)
+        value = value.detach().to(torch.float32)
+        if _is_read_at_once(value) or (validate and value.device.type != "cpu"):
+            channel_numbers(op, name, value.tolist())
+        return value
+    numbers = channel_numbers(op, name, value)
     if len(numbers) != channels:
         raise ValueError(f"{op}: {name} must have {channels} numbers, got {len(numbers)}")
-    if not all(math.isfinite(number) and (name == "mean" or number > 0) for number in numbers):
-        raise ValueError(f"{op}: {name} must be finite{'' if name == 'mean' else ' and > 0'}, got {numbers}")
     return torch.tensor(numbers, dtype=torch.float32).to(x.device, non_blocking=True)
+
+
+def channel_numbers(op, name, value):
+    """A list of numbers of a sequence: finite in float32, and > 0 there if the name is std."""
+    if not isinstance(value, collections.abc.Iterable) or not all(is_number(number) for number in value):
+        raise TypeError(f"{op}: {name} must be a tensor or a sequence of numbers, got {value!r}")
+    numbers = list(value)
+    limits = torch.finfo(torch.float32)
+    least = -limits.max if name == "mean" else limits.tiny
+    if not all(least <= number <= limits.max for number in numbers):
+        raise ValueError(f"{op}: {name} must be finite{'' if name == 'mean' else ' and > 0'}, got {numbers}")
+    return numbers
+
+
+def _is_read_at_once(value):
+    """Whether reading values waits for nothing, in a call that is not being traced."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _validate(op, validate, x, *args, **options):

@@ -149,7 +149,10 @@ BAD_VALUES = [
     ({"permutation": torch.tensor([0, 1, 2, 9])}, "permutation must hold each of 0 to 3 once"),
     *[
         ({"boxes": torch.tensor([[0, 0, 0, 0]] * 3 + [bad])}, r"boxes must be \(y0, y1, x0, x1\) with")
-        for bad in ([0, 6, 0, 1], [-1, 2, 0, 1], [3, 2, 0, 1], [0, 1, 0, 8], [0, 1, -1, 1], [0, 1, 2, 1])
+        for bad in (
+            *([0, 6, 0, 1], [-1, 2, 0, 1], [3, 2, 0, 1], [0, 1, 0, 8], [0, 1, -1, 1], [0, 1, 2, 1]),
+            *([0, 2**62, 0, 1], [-(2**63), 1, 0, 1]),
+        )
     ],
     ({"boxes": torch.zeros(4, 3, dtype=torch.int64)}, r"boxes must have shape \(4, 4\), got \(4, 3\)"),
     ({"boxes": torch.zeros(3, 4, dtype=torch.int64)}, r"boxes must have shape \(4, 4\), got \(3, 4\)"),
@@ -162,7 +165,11 @@ BAD_VALUES = [
 ]
 BAD_TYPES = [
     ({"x": None}, "x must be a tensor, got NoneType"),
+    ({"x": torch.ones(4, 3, 5, 7).to_sparse()}, "x must be a dense tensor, got a sparse_coo one"),
     ({"boxes": torch.zeros(4, 4)}, "boxes must be int64, got float32"),
+    ({"boxes": torch.zeros(4, 4, dtype=torch.int32)}, "boxes must be int64, got int32"),
+    ({"boxes": [[0, 1, 0, 1]] * 4}, "boxes must be a tensor, got list"),
+    ({"boxes": torch.zeros(4, 4, dtype=torch.int64).to_sparse()}, "boxes must be a dense tensor"),
     ({"permutation": torch.zeros(4)}, "permutation must be int64, got float32"),
 ]
 
@@ -181,6 +188,11 @@ def test_bad_input_raises_and_changes_nothing(backend, function, wrong, message,
     with pytest.raises(error, match=f"^{function.__name__}: {message}"):
         function(**arguments, backend=backend)
     assert same_bits(x, before)
+
+
+def test_overlapping_batch_is_refused():
+    with pytest.raises(ValueError, match=r"^cutmix_: x must not overlap itself"):
+        cutmix_(torch.randn(1, 3, 5, 7).expand(4, 3, 5, 7), torch.zeros(4, 4, dtype=int), torch.arange(4))
 
 
 @every_operator

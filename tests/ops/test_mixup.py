@@ -256,6 +256,18 @@ BAD_VALUES = [
     ({"lam": torch.tensor([0.5, 0.5, 0.5, 1.5])}, r"lam must be in \[0, 1\], got 1.5"),
     ({"lam": torch.tensor([0.5, float("nan"), 0.5, 0.5])}, r"lam must be in \[0, 1\], got nan"),
     ({"lam": torch.tensor([0.5, 0.5])}, r"lam must be a number or have shape \(4,\), got \(2,\)"),
+    ({"lam": float("inf")}, r"lam must be in \[0, 1\], got inf"),
+    # Just outside, which rounding to the dtype of the shares would hide.
+    ({"lam": torch.full((4,), 1 + 1e-12, dtype=torch.float64)}, r"lam must be in \[0, 1\], got 1"),
+    ({"lam": torch.full((4,), -1e-60, dtype=torch.float64)}, r"lam must be in \[0, 1\], got -1e-60"),
+    ({"lam": torch.ones(4, 1)}, r"lam must be a number or have shape \(4,\), got \(4, 1\)"),
+    ({"permutation": torch.tensor([0, 1, 2, 2**62])}, "permutation must hold each of 0 to 3 once"),
+    ({"permutation": torch.tensor([0, 1, 2, -(2**63)])}, "permutation must hold each of 0 to 3 once"),
+    (
+        {"permutation": torch.zeros(1, dtype=torch.int64).expand(4)},
+        "permutation must hold each of 0 to 3 once",
+    ),
+    ({"permutation": torch.arange(4)[:, None]}, r"permutation must have shape \(4,\), got \(4, 1\)"),
     ({"permutation": torch.arange(3)}, r"permutation must have shape \(4,\), got \(3,\)"),
     ({"x": torch.randn(0, 3)}, r"x must have shape \(B, ...\), nothing of it 0, got \(0, 3\)"),
     ({"x": torch.tensor(1.0)}, r"x must have shape \(B, ...\), nothing of it 0, got \(\)"),
@@ -273,9 +285,22 @@ BAD_TYPES = [
     ({"lam": "half"}, "lam must be a number, got str"),
     ({"lam": True}, "lam must be a number, got bool"),
     ({"lam": torch.ones(4, dtype=torch.int64)}, "lam must be floating, got int64"),
+    ({"lam": torch.ones(4, dtype=torch.complex64)}, "lam must be floating, got complex64"),
+    ({"lam": None}, "lam must be a number, got NoneType"),
+    ({"lam": [0.5] * 4}, "lam must be a number, got list"),
+    ({"lam": torch.ones(4).to_sparse()}, "lam must be a dense tensor, got a sparse_coo one"),
+    ({"x": torch.ones(4, 3).to_sparse()}, "x must be a dense tensor, got a sparse_coo one"),
+    ({"x": torch.ones(4, 3).to_sparse_csr()}, "x must be a dense tensor, got a sparse_csr one"),
+    ({"x": torch.ones(4, 3) + 0j}, "x must be float64, float32, float16 or bfloat16, got complex64"),
+    ({"permutation": torch.arange(4, dtype=torch.int32)}, "permutation must be int64, got int32"),
+    (
+        {"permutation": torch.arange(4).to_sparse()},
+        "permutation must be a dense tensor, got a sparse_coo one",
+    ),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
 @every_backend
 @pytest.mark.parametrize("function", [mixup, mixup_], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
@@ -288,6 +313,16 @@ def test_bad_input_raises_and_changes_nothing(backend, function, wrong, message,
     arguments = {"x": x, "lam": 0.5, "permutation": torch.tensor([1, 0, 3, 2])} | wrong
     with pytest.raises(error, match=f"^{function.__name__}: {message}"):
         function(**arguments, backend=backend)
+    assert same_bits(x, before)
+
+
+def test_inference_tensors_are_overwritten_in_inference_mode_only():
+    with torch.inference_mode():
+        x = torch.randn(4, 3)
+        mixup_(x, 0.5, torch.tensor([1, 0, 3, 2]))
+    before = x.clone()
+    with pytest.raises(ValueError, match=r"^mixup_: x must not be an inference tensor"):
+        mixup_(x, 0.5, torch.tensor([1, 0, 3, 2]))
     assert same_bits(x, before)
 
 

@@ -164,6 +164,18 @@ BAD = [
     ({"target": torch.zeros(4)}, TypeError, "target must be int64, got float32"),
     ({"permutation": torch.tensor([0, 0, 1, 2])}, ValueError, "permutation must hold each of 0 to 3 once"),
     ({"lam": torch.tensor([0.5, 0.5, 0.5, 1.5])}, ValueError, r"lam must be in \[0, 1\], got 1.5"),
+    (
+        {"target": torch.tensor([0, 1, 2, 2**62])},
+        ValueError,
+        "target must be in 0 to 2, got 4611686018427387904",
+    ),
+    ({"target": None}, TypeError, "target must be a tensor, got NoneType"),
+    ({"target": torch.zeros(4, 1, dtype=torch.int64)}, ValueError, r"target must have shape \(4,\)"),
+    ({"logits": torch.randn(4, 0)}, ValueError, r"logits must have shape \(B, ...\), nothing of it 0"),
+    ({"logits": torch.ones(4, 3).to_sparse()}, TypeError, "logits must be a dense tensor"),
+    ({"lam": float("nan")}, ValueError, r"lam must be in \[0, 1\], got nan"),
+    ({"label_smoothing": float("nan")}, ValueError, r"label_smoothing must be in \[0, 1\], got nan"),
+    ({"label_smoothing": None}, TypeError, "label_smoothing must be a number, got NoneType"),
     ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
     ({"reduction": "max"}, ValueError, 'reduction must be "mean", "sum" or "none"'),
 ]
