@@ -1,5 +1,6 @@
 """`nn.Mixup` and `nn.ManifoldMixup`: draws, images, targets and masks."""
 
+import inspect
 import math
 
 import pytest
@@ -8,7 +9,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssl_kernels
+from ssl_kernels import backends
 from ssl_kernels.nn import ManifoldMixup, Mixup
+from ssl_kernels.recipes.memory import peak_memory
 from tests.helpers import same_bits
 from tests.ops.mixing_calls import BACKENDS
 
@@ -207,6 +210,65 @@ def test_targets_without_a_dense_one_feed_the_loss():
     )
 
 
+def test_draws_feed_imix_loss():
+    """The loss takes what the images were mixed with: against soft targets on the logits of every key."""
+    x, target = batch_of()
+    query, key = torch.randn(2, 8, 6)
+    for mode in MODES:
+        module = Mixup(1.0, 1.0, mode=mode, generator=4)
+        draw = module.draw(x)
+        module.mix(x.clone(), draw)
+        _, permutation, lam = module.mix_target(target, draw)
+        found = ssl_kernels.imix_loss(query, key, permutation, lam, temperature=0.5)
+        logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / 0.5
+        own = torch.eye(8)
+        expected = F.cross_entropy(logits, lam[:, None] * own + (1 - lam[:, None]) * own[permutation])
+        torch.testing.assert_close(found, expected)
+
+
+def test_timm_users_find_their_arguments():
+    """In its order, and with its pairing the numbers of its formulas."""
+    timm = (
+        "mixup_alpha cutmix_alpha cutmix_minmax prob switch_prob mode correct_lam label_smoothing num_classes"
+    )
+    assert list(inspect.signature(Mixup).parameters)[:9] == timm.split()
+    x, target = batch_of()
+    module = Mixup(0.8, 0.0, None, 1.0, 0.5, "batch", True, 0.1, 5, pairing="flip", generator=0)
+    lam = module.draw(x).lam[0]
+    module.generator.manual_seed(0)
+    smoothed = torch.full((8, 5), 0.1 / 5).scatter_(1, target[:, None], 0.9 + 0.1 / 5)
+    expected = x * lam + x.flip(0) * (1 - lam), smoothed * lam + smoothed.flip(0) * (1 - lam)
+    for found, wanted in zip(module(x, target), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_torchvision_users_find_their_arguments():
+    """`MixUp(alpha, num_classes)` by the same λ."""
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    x, target = batch_of()
+    module = Mixup(0.7, num_classes=5, pairing="roll", generator=1, inplace=False)
+    draw = module.draw(x)
+    transform = v2.MixUp(alpha=0.7, num_classes=5)
+    transform.make_params = lambda _inputs: {"lam": draw.lam[0].item()}
+    found = module.mix(x, draw), module.mix_target(target, draw)
+    for ours, theirs in zip(found, transform(x, target), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_torchvision_users_find_cutmix():
+    """`CutMix(alpha, num_classes)` by the same box and the area that it leaves."""
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    x, target = batch_of()
+    module = Mixup(0, 0.7, num_classes=5, pairing="roll", generator=1, inplace=False)
+    draw = module.draw(x)
+    y0, y1, x0, x1 = draw.boxes[0].tolist()
+    transform = v2.CutMix(alpha=0.7, num_classes=5)
+    transform.make_params = lambda _inputs: {"box": (x0, y0, x1, y1), "lam_adjusted": draw.lam[0].item()}
+    found = module.mix(x, draw), module.mix_target(target, draw)
+    for ours, theirs in zip(found, transform(x, target), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_label_smoothing_is_that_of_cross_entropy():
     x, target = batch_of()
     logits = torch.randn(8, 5)
@@ -233,6 +295,28 @@ def test_masks_follow_the_images():
     x, target = batch_of()
     mixed, _, mixed_masks = Mixup(1.0, 1.0, mode="sample", generator=1)(x, target, x[:, :1].clone())
     assert torch.equal(mixed[:, :1], mixed_masks)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_in_place_takes_a_part_of_the_batch_beside_it(mode):
+    """Also where every sample is blended or pasted into by itself."""
+    x, masks = torch.randn(64, 3, 64, 64), torch.randn(64, 64, 64)
+    module = Mixup(1.0, 1.0, mode=mode, generator=1)
+
+    def step():
+        module(x, masks=masks)
+
+    assert peak_memory(step, x.device) < 0.3 * x.nbytes
+
+
+@pytest.mark.parametrize("height", [1, 15, 16, 17, 35])
+def test_bands_of_any_height(height):
+    x = torch.randn(9, 2, height, 7).to(memory_format=torch.channels_last)
+    before = x.clone()
+    module = Mixup(1.0, 1.0, mode="sample", generator=6)
+    draw = module.draw(x)
+    assert module.mix(x, draw) is x
+    torch.testing.assert_close(x.double(), expected_images(before, draw), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -268,6 +352,22 @@ BAD_ARGUMENTS = [
     ({"mode": "pair", "pairing": "roll"}, 'pairing must be "random" or "flip", got \'roll\''),
     ({"cutmix_minmax": (0.5, 0.2)}, "cutmix_minmax must hold 0 <= least < most <= 1"),
     ({"mean": [0.5]}, "mean and std must be given together"),
+    ({"mixup_alpha": None}, "mixup_alpha must be a number >= 0, got None"),
+    ({"mixup_alpha": "1"}, "mixup_alpha must be a number >= 0, got '1'"),
+    ({"cutmix_alpha": float("nan")}, "cutmix_alpha must be a number >= 0, got nan"),
+    ({"cutmix_minmax": 0.3}, "cutmix_minmax must hold 0 <= least < most <= 1, got 0.3"),
+    ({"cutmix_minmax": (0.1,)}, "cutmix_minmax must hold 0 <= least < most <= 1"),
+    ({"prob": float("nan")}, r"prob must be in \[0, 1\], got nan"),
+    ({"prob": None}, r"prob must be in \[0, 1\], got None"),
+    ({"mode": ["batch"]}, "mode must be one of batch, pair, sample, elem"),
+    ({"num_classes": 0}, "num_classes must be an integer > 0, got 0"),
+    ({"num_classes": 2.5}, "num_classes must be an integer > 0, got 2.5"),
+    ({"generator": "seed"}, "generator must be a torch.Generator, an integer or None, got 'seed'"),
+    ({"dtype": torch.float64}, "dtype must be float32, float16 or bfloat16, got torch.float64"),
+    ({"mean": [0.5], "std": [0.0]}, r"std must be finite and > 0, got \[0.0\]"),
+    ({"mean": [float("nan")], "std": [0.5]}, r"mean must be finite, got \[nan\]"),
+    ({"mean": [0.5] * 3, "std": [0.5]}, "std must have 3 numbers as mean has"),
+    ({"backend": "cuda"}, "backend must be one of native, triton, chunked, reference or None, got 'cuda'"),
     ({"label_smoothing": 0.1}, "label_smoothing must be 0 without dense targets, got 0.1; pass it to"),
     (
         {"label_smoothing": 0.1, "num_classes": 5, "dense_target": False},
@@ -282,6 +382,9 @@ def test_bad_arguments(arguments, message):
         Mixup(**arguments)
 
 
+SHARED = torch.rand(4, 2)
+with torch.inference_mode():
+    FROZEN = torch.rand(4, 2)
 BAD_BATCHES = [
     ({}, (torch.zeros(4, 2, dtype=torch.int64),), TypeError, "x must be floating, or uint8 with"),
     ({"mean": [0.5], "std": [0.5]}, (torch.zeros(4, 1, 2, 2),), TypeError, "x must be uint8"),
@@ -329,6 +432,29 @@ BAD_BATCHES = [
         "masks must not require grad",
     ),
     ({}, (torch.rand(4, 2), None, torch.zeros(4, 1).expand(4, 2)), ValueError, "masks must not overlap"),
+    ({}, ([0.5],), TypeError, "x must be a tensor, got list"),
+    ({}, (torch.tensor(1.0),), ValueError, r"x must have shape \(B, ...\), nothing of it 0, got \(\)"),
+    ({}, (torch.rand(0, 2),), ValueError, r"x must have shape \(B, ...\), nothing of it 0, got \(0, 2\)"),
+    ({}, (torch.rand(4, 2, requires_grad=True),), ValueError, "x must not require grad"),
+    ({}, (torch.rand(1, 2).expand(4, 2),), ValueError, "x must not overlap itself"),
+    ({}, (torch.rand(4, 2).to_sparse(),), TypeError, "x must be a dense tensor, got a sparse_coo one"),
+    (
+        {"num_classes": 5},
+        (torch.rand(4, 2), torch.zeros(4, dtype=int).to_sparse()),
+        TypeError,
+        "target must be a dense tensor",
+    ),
+    ({}, (torch.rand(4, 2), None, torch.rand(4, 2).to_sparse()), TypeError, "masks must be a dense tensor"),
+    ({}, (SHARED, None, SHARED[:, :1]), ValueError, "masks must lie in memory of their own"),
+    ({"backend": "chunked"}, (torch.rand(4, 2), None, FROZEN), ValueError, "masks must not be an inference"),
+    *[
+        (arguments | {"backend": "triton"}, inputs, ValueError, 'backend "triton" cannot run this call')
+        for arguments, inputs in (
+            ({}, (torch.rand(4, 2), None, torch.rand(4, 2))),
+            ({"mixup_alpha": 0.0, "cutmix_alpha": 1.0}, (torch.rand(4, 1, 3, 3), None, torch.rand(4, 3, 3))),
+            ({"mean": [0.5], "std": [0.5]}, (torch.zeros(4, 1, 3, 3, dtype=torch.uint8),)),
+        )
+    ],
     (
         {"mixup_alpha": 0.0, "cutmix_alpha": 1.0},
         (torch.rand(4, 1, 3, 3), None, torch.zeros(2, 3, 3)),
@@ -340,10 +466,27 @@ BAD_BATCHES = [
 
 @pytest.mark.parametrize("arguments, inputs, error, message", BAD_BATCHES)
 def test_bad_batches(arguments, inputs, error, message):
-    before = inputs[0].clone()
+    watched = [value for value in inputs if isinstance(value, torch.Tensor) and value.device.type == "cpu"]
+    before = [value.to_dense().clone() for value in watched]
     with pytest.raises(error, match=f"^Mixup: {message}"):
         Mixup(**arguments)(*inputs)
-    assert same_bits(inputs[0], before)
+    assert all(same_bits(value.to_dense(), old) for value, old in zip(watched, before, strict=True))
+
+
+def test_masks_that_a_backend_cannot_take_leave_the_images_alone(monkeypatch):
+    """A backend may take the images and not the masks."""
+    takes = backends._operations["cutmix"]
+
+    def unsupported(backend, *tensors):
+        return "it takes floating pixels" if tensors[0].dtype == torch.int64 else takes(backend, *tensors)
+
+    monkeypatch.setitem(backends._operations, "cutmix", unsupported)
+    x, masks = torch.rand(4, 1, 6, 6), torch.arange(144).view(4, 6, 6)
+    before = x.clone(), masks.clone()
+    module = Mixup(0, 1.0, generator=0, backend="native")
+    with pytest.raises(ValueError, match=r'^Mixup: backend "native" cannot run this call: it takes floating'):
+        module(x, masks=masks)
+    assert same_bits(x, before[0]) and same_bits(masks, before[1])
 
 
 def two_layers():

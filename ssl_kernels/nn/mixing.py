@@ -5,12 +5,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ssl_kernels import mixing
-from ssl_kernels.checks import DTYPES, short
+from ssl_kernels import backends, mixing
+from ssl_kernels.checks import DTYPES, check_dense, is_number, short
 from ssl_kernels.value_checks import check_target
 
 MODES = {"batch": "batch", "pair": "pair", "sample": "sample", "elem": "sample"}  # "elem" is timm's word
 PAIRINGS = ("random", "flip", "roll")
+_NORMALIZED = (torch.float32, torch.float16, torch.bfloat16)  # what uint8 images become
+BANDS = 16  # of rows, in which a batch is mixed in place where both methods meet
 _MANIFOLD_OPTIONS = {"prob", "mode", "pairing", "label_smoothing", "num_classes", "dense_target", "backend"}
 
 
@@ -93,10 +95,9 @@ class Mixup(nn.Module):
     ):
         super().__init__()
         for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
-            _check(0 <= alpha < float("inf"), name, "be a number >= 0", alpha)
+            _check(is_number(alpha) and 0 <= alpha < float("inf"), name, "be a number >= 0", alpha)
         if cutmix_minmax is not None:
-            least, most = cutmix_minmax
-            _check(0 <= least < most <= 1, "cutmix_minmax", "hold 0 <= least < most <= 1", cutmix_minmax)
+            _check(_is_range(cutmix_minmax), "cutmix_minmax", "hold 0 <= least < most <= 1", cutmix_minmax)
             cutmix_alpha = cutmix_alpha or 1.0  # as timm: boxes by their sides turn CutMix on
         _check(mixup_alpha > 0 or cutmix_alpha > 0, "mixup_alpha or cutmix_alpha", "be > 0", 0)
         for name, value in (
@@ -104,11 +105,23 @@ class Mixup(nn.Module):
             ("switch_prob", switch_prob),
             ("label_smoothing", label_smoothing),
         ):
-            _check(0 <= value <= 1, name, "be in [0, 1]", value)
-        _check(mode in MODES, "mode", f"be one of {', '.join(MODES)}", mode)
+            _check(is_number(value) and 0 <= value <= 1, name, "be in [0, 1]", value)
+        _check(isinstance(mode, str) and mode in MODES, "mode", f"be one of {', '.join(MODES)}", mode)
         _check(pairing in PAIRINGS, "pairing", f"be one of {', '.join(PAIRINGS)}", pairing)
         _check(not (MODES[mode] == "pair" and pairing == "roll"), "pairing", 'be "random" or "flip"', pairing)
+        whole = isinstance(num_classes, int) and not isinstance(num_classes, bool)
+        _check(
+            num_classes is None or (whole and num_classes > 0),
+            "num_classes",
+            "be an integer > 0",
+            num_classes,
+        )
         _check((mean is None) == (std is None), "mean and std", "be given together", (mean, std))
+        _check(dtype in _NORMALIZED, "dtype", "be float32, float16 or bfloat16", dtype)
+        seeded = isinstance(generator, int) and not isinstance(generator, bool)
+        known = generator is None or isinstance(generator, torch.Generator) or seeded
+        _check(known, "generator", "be a torch.Generator, an integer or None", generator)
+        backends.check_name("Mixup", backend)
         self.mixup_alpha, self.cutmix_alpha, self.cutmix_minmax = mixup_alpha, cutmix_alpha, cutmix_minmax
         self.prob, self.switch_prob, self.correct_lam = prob, switch_prob, correct_lam
         self.mode, self.pairing = MODES[mode], pairing
@@ -121,8 +134,10 @@ class Mixup(nn.Module):
             )
         self.inplace, self.dtype, self.generator, self.backend = inplace, dtype, generator, backend
         for name, numbers in (("mean", mean), ("std", std)):
-            value = None if numbers is None else torch.as_tensor(numbers, dtype=torch.float32)
+            value = None if numbers is None else _channels(name, numbers)
             self.register_buffer(name, value, persistent=False)
+        if mean is not None:
+            _check(len(self.mean) == len(self.std), "std", f"have {len(self.mean)} numbers as mean has", std)
 
     def forward(self, x, target=None, masks=None):
         """Mix a batch.
@@ -225,19 +240,35 @@ class Mixup(nn.Module):
         if boxes is None:
             return (mixing.mixup_ if self.inplace else mixing.mixup)(x, lam, permutation, **options)
         if self._kinds_meet():
+            if self.inplace:
+                return self._mix_in_bands_(x, draw)
             blended = mixing.mixup(x, lam, permutation, **options)
             pasted = mixing.cutmix(x, boxes, permutation, **options)
-            mixed = torch.where(_is_pasted(boxes, x), pasted, blended)
-            return x.copy_(mixed) if self.inplace else mixed
+            return torch.where(_is_pasted(boxes, x), pasted, blended)
         if self.inplace:
             return mixing.cutmix_(
                 mixing.mixup_(x, lam, permutation, **options), boxes, permutation, **options
             )
         return mixing.cutmix(mixing.mixup(x, lam, permutation, **options), boxes, permutation, **options)
 
+    def _mix_in_bands_(self, x, draw):
+        """Where both methods meet, in place, with a part of the batch beside it: each band of rows is made apart."""
+        permutation, boxes, height = draw.permutation, draw.boxes, x.shape[-2]
+        is_pasted = _is_pasted(boxes, x)
+        rows = -(-height // BANDS)
+        for first in range(0, height, rows):
+            band = x[..., first : first + rows, :]
+            spans = (boxes[:, :2] - first).clamp(0, band.shape[-2])
+            inside = torch.cat([spans, boxes[:, 2:]], 1)
+            blended = mixing.mixup(band, draw.pixel_lam, permutation, backend=self.backend)
+            pasted = mixing.cutmix(band, inside, permutation, backend=self.backend)
+            band.copy_(torch.where(is_pasted, pasted, blended))
+        return x
+
     def _check_batch(self, x, target, masks):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"Mixup: x must be a tensor, got {type(x).__name__}")
+        check_dense("Mixup", "x", x)
+        if x.dim() == 0 or 0 in x.shape:
+            raise ValueError(f"Mixup: x must have shape (B, ...), nothing of it 0, got {tuple(x.shape)}")
         if self.mean is not None and x.dtype != torch.uint8:
             raise TypeError(f"Mixup: x must be uint8 for a Mixup with mean and std, got {x.dtype}")
         if self.mean is None and self.mixup_alpha > 0 and not x.is_floating_point():
@@ -246,14 +277,22 @@ class Mixup(nn.Module):
             raise ValueError(f"Mixup: x must have shape (B, ..., H, W) for CutMix, got {tuple(x.shape)}")
         if self.inplace and self.mean is None:
             _check_overwritten("x", x)
+        self._check_backend(x, self.mean is not None)
         if target is not None:
             self._check_target(x, target)
         if masks is not None:
             self._check_masks(x, masks)
 
+    def _check_backend(self, values, normalized=False):
+        """Every operation that `values` go through runs where it is asked to."""
+        if self.mixup_alpha > 0 or normalized:
+            operation = "mixup_normalize" if normalized else "mixup"
+            backends.choose_backend(operation, self.backend, "Mixup", values)
+        if self.cutmix_alpha > 0:
+            backends.choose_backend("cutmix", self.backend, "Mixup", values)
+
     def _check_target(self, x, target):
-        if not isinstance(target, torch.Tensor):
-            raise TypeError(f"Mixup: target must be a tensor, got {type(target).__name__}")
+        check_dense("Mixup", "target", target)
         if target.dtype != torch.int64 and target.dtype not in DTYPES:
             raise TypeError(f"Mixup: target must be int64 or floating, got {short(target.dtype)}")
         dims = 2 if target.is_floating_point() else 1
@@ -273,8 +312,7 @@ class Mixup(nn.Module):
                 check_target("Mixup", target, self.num_classes)
 
     def _check_masks(self, x, masks):
-        if not isinstance(masks, torch.Tensor):
-            raise TypeError(f"Mixup: masks must be a tensor, got {type(masks).__name__}")
+        check_dense("Mixup", "masks", masks)
         if masks.dtype not in DTYPES and self.mixup_alpha > 0:
             raise ValueError(f"Mixup: masks must be floating for mixup (or mixup_alpha 0), got {masks.dtype}")
         if masks.dim() == 0 or len(masks) != len(x) or 0 in masks.shape:
@@ -290,6 +328,9 @@ class Mixup(nn.Module):
             )
         if self.inplace:
             _check_overwritten("masks", masks)
+            if not torch.compiler.is_compiling() and masks.data_ptr() == x.data_ptr():
+                raise ValueError("Mixup: masks must lie in memory of their own, got a view of x")
+        self._check_backend(masks)
 
     def _generator_on(self, device):
         if self.generator is None or isinstance(self.generator, torch.Generator):
@@ -422,6 +463,17 @@ class ManifoldMixup(nn.Module):
 def _check(condition, name, rule, value):
     if not condition:
         raise ValueError(f"Mixup: {name} must {rule}, got {value!r}")
+
+
+def _is_range(pair):
+    numbers = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(is_number, pair))
+    return numbers and 0 <= pair[0] < pair[1] <= 1
+
+
+def _channels(name, numbers):
+    """(C,) float32 of numbers given as a sequence or a tensor."""
+    given = numbers.tolist() if isinstance(numbers, torch.Tensor) else numbers
+    return torch.tensor(mixing.channel_numbers("Mixup", name, given), dtype=torch.float32)
 
 
 def _check_overwritten(name, value):
