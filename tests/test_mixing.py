@@ -222,7 +222,8 @@ def test_draws_feed_imix_loss():
         found = ssl_kernels.imix_loss(query, key, permutation, lam, temperature=0.5)
         logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / 0.5
         own = torch.eye(8)
-        expected = F.cross_entropy(logits, lam[:, None] * own + (1 - lam[:, None]) * own[permutation])
+        share = draw.lam[:, None]
+        expected = F.cross_entropy(logits, share * own + (1 - share) * own[draw.permutation])
         torch.testing.assert_close(found, expected)
 
 
