@@ -93,6 +93,7 @@ def make_extension():
     # -fno-trapping-math and -fno-math-errno GCC does not vectorise its selects; neither changes a result.
     cxx = [
         "-O3",
+        "-g0",  # Python's own flags ask for debugging information, twice the size of the rest
         "-fno-trapping-math",
         "-fno-math-errno",
         "-Wall",
@@ -119,7 +120,7 @@ def make_extension():
     return cpp_extension.CUDAExtension(
         "ssl_kernels._C",
         sources,
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-lineinfo", "--threads=2", *WITH_HALF_CONVERSIONS]},
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "--threads=2", *WITH_HALF_CONVERSIONS]},
         extra_link_args=link,
     )
 
