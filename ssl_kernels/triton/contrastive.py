@@ -107,7 +107,8 @@ def contrastive_fwd_kernel(
     # Traffic: with B = ceil(N / BLOCK_N), y is read B times (mostly from L2), x once for each split or,
     #   without ONE_BLOCK_D, ceil(M / BLOCK_M) times. Every warp reads y_rnorm: 4·B·M·num_warps bytes, on
     #   sm_90 twice that. Writes 8·N·(1 + P) bytes, or 8·N·splits; 8·B·M for column sums.
-    # Work: 1 unit = 2·N·M·D flops, N, M and D rounded up to whole blocks.
+    # Work: 1 unit = 2·N·M·D flops, N, M and D rounded up to whole blocks; in both directions too, with two exponentials
+    #   an entry in the place of one.
     # Numerics: products of the stored x and y accumulated in ACC, where everything else happens; norms enter
     #   as factors of the product, so there is no rounded normalised copy. A true running maximum: any scale
     #   is exact.

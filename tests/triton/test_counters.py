@@ -61,6 +61,18 @@ def test_expectation_multiplies_two_units(gpu):
     assert counters["contrastive_fwd_kernel"].mma == stated
 
 
+def test_both_directions_multiply_one_unit_forward(gpu):
+    """Each tile is visited once; its column sums are 8 bytes a column and row block."""
+    n, m, d = 256, 512, 128
+    counters, splits = _forward_and_splits(
+        gpu, Case(n, m, d, torch.bfloat16, both_directions=True, positives=0)
+    )
+    tile = find_tile("forward", gpu.arch, "half", d)
+    flops = _padded(n, tile.block_n) * _padded(m, tile.block_m) * d
+    assert counters.mma == flops // (16 * 8 * 16 if gpu.arch == 80 else 64 * tile.block_m * 16 // 4)
+    assert counters.global_store_sectors * 32 == 8 * n * splits + 8 * m * -(-n // tile.block_n)
+
+
 def test_wide_rows_multiply_two_units_backward(gpu):
     n, d = 192, 320
     counters = _launches(gpu, Case(n, None, d, torch.bfloat16))
