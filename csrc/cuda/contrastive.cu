@@ -36,25 +36,43 @@ Problem<scalar_t, acc_t, other_t> problem_of(const ContrastiveArgs& args, const 
   return problem;
 }
 
-template <typename Engine>
+// Parts of the columns that fill the card together with the groups of row blocks.
+constexpr int64_t kPartsBesideGroups = 8;
+
+// Groups of row blocks, each with one set of column sums: no more than fill the card beside the parts, as even as
+// they can be.
+int64_t pick_groups(int64_t row_blocks, int64_t tiles, int64_t slots) {
+  const int64_t parts = std::clamp<int64_t>(tiles / kMinTilesPerSplit, 1, kPartsBesideGroups);
+  return blocks_for(row_blocks, blocks_for(row_blocks, blocks_for(slots, parts)));
+}
+
+// With `column_lse` where kBothDirections.
+template <typename Engine, bool kBothDirections>
 void forward_pass(Launcher& launcher, const ContrastiveArgs& args,
-                  const ProblemOf<Engine>& problem, double* lse,
+                  const ProblemOf<Engine>& problem, double* lse, double* column_lse,
                   double* positive_logits) {
-  using Shape = FwdShape<Engine>;
+  using Shape = FwdShape<Engine, kBothDirections>;
   using acc_t = typename Engine::acc_t;
-  const int64_t rows = problem.own.count;
+  using Softmax = OnlineSoftmax<acc_t>;
+  const int64_t rows = problem.own.count, columns = problem.other.count;
   if (rows == 0) return;
   const int64_t row_blocks = blocks_for(rows, Shape::kBlockM);
-  const int64_t tiles = blocks_for(problem.other.count, Shape::kBlockN);
-  const int parts = pick_splits(args.splits, row_blocks, tiles, int64_t{multiprocessors()} * 2);
-  auto* partial = parts > 1 ? launcher.scratch<OnlineSoftmax<acc_t>>(parts * rows) : nullptr;
+  const int64_t tiles = blocks_for(columns, Shape::kBlockN);
+  const int64_t slots = int64_t{multiprocessors()} * Shape::kBlocksPerSm;
+  const int64_t groups = kBothDirections ? pick_groups(row_blocks, tiles, slots) : row_blocks;
+  const int parts = pick_splits(args.splits, groups, tiles, slots);
+  auto* partial = parts > 1 ? launcher.scratch<Softmax>(parts * rows) : nullptr;
+  auto* column_partial = kBothDirections ? launcher.scratch<Softmax>(groups * columns) : nullptr;
   const int chunks = blocks_for(problem.width, Shape::kChunk);
-  launcher.launch(contrastive_fwd_kernel<Engine>, dim3(row_blocks, parts), Shape::kThreads,
-                  Shape::shared_bytes(std::min(chunks, kOwnerSlots)), problem, lse, positive_logits, partial);
-  if (parts > 1) {
-    launcher.launch(contrastive_merge_kernel<acc_t>, blocks_for(rows, 256), 256, 0,
-                    static_cast<const OnlineSoftmax<acc_t>*>(partial), parts, rows, problem.scale, lse);
-  }
+  launcher.launch(contrastive_fwd_kernel<Engine, kBothDirections>, dim3(groups, parts), Shape::kThreads,
+                  Shape::shared_bytes(std::min(chunks, kOwnerSlots)), problem, lse, positive_logits, partial,
+                  column_partial);
+  const auto merge = [&](const Softmax* sums, int64_t count, int64_t entries, double* result) {
+    launcher.launch(contrastive_merge_kernel<acc_t>, blocks_for(entries, 256), 256, 0, sums, static_cast<int>(count),
+                    entries, problem.scale, result);
+  };
+  if (parts > 1) merge(partial, parts, rows, lse);
+  if (kBothDirections) merge(column_partial, groups, columns, column_lse);
 }
 
 // The same with the expectation of the columns, E.
@@ -120,12 +138,13 @@ void forward(Launcher& launcher, const ContrastiveFwdArgs& args) {
     });
     return;
   }
-  forward_pass<Engine>(launcher, common, problem, args.lse, positive_logits);
   if constexpr (!kWidens<Engine>) {
     if (!square && common.both_directions) {
-      forward_pass<Engine>(launcher, common, problem_of(common, columns, rows), args.column_lse, nullptr);
+      forward_pass<Engine, true>(launcher, common, problem, args.lse, args.column_lse, positive_logits);
+      return;
     }
   }
+  forward_pass<Engine, false>(launcher, common, problem, args.lse, nullptr, positive_logits);
 }
 
 template <typename scalar_t, typename acc_t>

@@ -128,7 +128,7 @@ class TileWalk {
   };
 
   __device__ __forceinline__ TileWalk(unsigned char* shared, const Side& own, const OtherSide& other,
-                                      const Terms& terms, int64_t width)
+                                      const Terms& terms, int64_t width, int64_t row_block = blockIdx.x)
       : own_(own),
         other_(other),
         terms_(terms),
@@ -142,7 +142,7 @@ class TileWalk {
         coefficients_(other_tiles_ + kStages * Shape::kOtherBytes),
         column_terms_(reinterpret_cast<acc_t*>(coefficients_ + Shape::kPanels * Shape::kOwnBytes)),
         labels_(reinterpret_cast<int64_t*>(column_terms_ + kStages * Shape::kColumnTerms * Shape::kBlockN)),
-        row0_(static_cast<int64_t>(blockIdx.x) * Shape::kBlockM),
+        row0_(row_block * Shape::kBlockM),
         split_(ceil_div(other.count, Shape::kBlockN), blockIdx.y, gridDim.y),
         tile_(split_.begin - 1),
         load_tile_(split_.begin) {

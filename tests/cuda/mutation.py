@@ -15,6 +15,9 @@ SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 # float64, bfloat16, TF32 and some of cutmix's vector widths.
 UNUSED = r"case kFloat64: .*|case kBFloat16: .*|if \(allow_tf32\) .*|return widen\(__nv_bfloat16.*|case (1|8): cutmix.*"
 
+# Multiprocessors of the emulated card: one, so that a block of `contrastive` has several blocks of rows to walk.
+MULTIPROCESSORS = {"contrastive": 1}
+
 
 class Mutation(NamedTuple):
     """The nth occurrence (from 0) of `old` in `file` becomes `new`.
@@ -90,7 +93,9 @@ def build(operation, mutation=None):
         for name in (f"{operation}.cu", "launcher.cuh"):
             path = copy / name
             path.write_text(re.sub(UNUSED, "", path.read_text()))
-        return EmulatedCudaLibrary([copy / f"{operation}.cu"], 80)
+        return EmulatedCudaLibrary(
+            [copy / f"{operation}.cu"], 80, multiprocessors=MULTIPROCESSORS.get(operation)
+        )
 
 
 def noticed_by(checks, library):

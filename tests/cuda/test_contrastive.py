@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.cuda.conftest import SOURCES
 from tests.cuda.contrastive_calls import contrastive_bwd, contrastive_fwd
 from tests.cuda.parity import check_parity, random_call, random_upstream, run
 
@@ -67,6 +68,47 @@ def test_rectangle_in_both_directions_with_ids(library, gpu, dtype, tf32):
         device=gpu.device,
     )  # fmt: skip
     check_parity(library, call, tf32=tf32)
+
+
+@pytest.fixture
+def small_card(gpu, nvcc):
+    """The launchers for a card of one multiprocessor, where a block has several blocks of rows to walk."""
+    return gpu.cuda_library([SOURCES / "contrastive.cu"], multiprocessors=1)
+
+
+@flavours
+@pytest.mark.parametrize("n, m, d, splits", [(300, 130, 24, 0), (515, 65, 200, 2)])
+def test_both_directions_by_groups_of_row_blocks(small_card, gpu, n, m, d, splits, dtype, tf32):
+    call = random_call(
+        n, d, dtype, m=m, ids=True, both_directions=True, keep_diagonal=True, positives=2, device=gpu.device
+    )
+    _, _, launches = check_parity(small_card, call, tf32=tf32, splits=splits)
+    if gpu.emulated:
+        assert [launch.grid for launch in launches if "fwd_kernel" in launch.kernel] == [(2, splits or 1, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("scale", [1e4, 1e-3, 0.0, -30.0])
+def test_both_directions_at_any_scale(small_card, gpu, scale, dtype):
+    """With the largest logits of a column in its first, second or last block of rows."""
+    call = random_call(300, 8, dtype, m=21, both_directions=True, device=gpu.device)
+    call.rows[[0, 150, 299]] = call.columns[[1, 2, 3]]
+    call.scale.fill_(scale)
+    check_parity(small_card, call)
+
+
+def test_columns_without_any_row(small_card, gpu):
+    """Left out by all rows, or by all but those of the last block."""
+    call = random_call(300, 8, torch.float32, m=70, ids=True, both_directions=True, device=gpu.device)
+    call.row_ids[:] = 1
+    call.row_ids[256:] = 2
+    call.column_ids[:] = 3
+    call.column_ids[[4, 69]] = 1
+    fwd, _, _ = check_parity(small_card, call)
+    assert fwd.column_lse.isfinite().all()
+    call.row_ids[:] = 1
+    fwd, _, _ = check_parity(small_card, call)
+    assert torch.isneginf(fwd.column_lse).nonzero()[:, 0].tolist() == [4, 69]
 
 
 @pytest.mark.parametrize(
@@ -268,10 +310,15 @@ def test_nan_and_infinity_reach_the_results(library, gpu):
     call.rows[1, 2] = torch.nan
     fwd, bwd, _ = run(library, call, random_upstream(call))
     assert fwd.lse.isnan().tolist() == [False, True, False, False, False, False]
+    both, _ = contrastive_fwd(library, call._replace(both_directions=True))
+    assert both.lse.isnan().tolist() == fwd.lse.isnan().tolist() and both.column_lse.isnan().all()
     assert bwd.grad_rows[1].isnan().all() and bwd.grad_scale.isnan() and not bwd.grad_rows[0].isnan().any()
     call.columns[3, 0] = torch.inf
     fwd, _ = contrastive_fwd(library, call)
     assert fwd.lse.isnan().all()
+    call.rows[1, 2] = 1
+    both, _ = contrastive_fwd(library, call._replace(both_directions=True))
+    assert both.lse.isnan().all() and both.column_lse.isnan().tolist() == [j == 3 for j in range(7)]
 
 
 @pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)])
@@ -298,6 +345,15 @@ def test_absent_gradients_count_as_zero(library, gpu, absent):
     fwd, expected, _ = run(library, call, zero)
     got, _ = contrastive_bwd(library, call, fwd, *upstream._replace(**{absent: None}))
     torch.testing.assert_close(got.grad_rows, expected.grad_rows, rtol=2e-3, atol=1e-6)
+
+
+def test_every_schedule_gives_the_same_column_sums(small_card, gpu):
+    """Where a block adds to its column sums block after block of rows."""
+    call = random_call(300, 40, torch.float16, m=70, both_directions=True, ids=True, device=gpu.device)
+    first, _ = contrastive_fwd(small_card, call, splits=2)
+    for seed in (1, 2):
+        again, _ = contrastive_fwd(small_card, call, splits=2, seed=seed, warp_races=True)
+        assert torch.equal(again.lse, first.lse) and torch.equal(again.column_lse, first.column_lse)
 
 
 @pytest.mark.parametrize("expectation", [False, True])

@@ -65,6 +65,27 @@ class Forward:
         return self.blocks * (own + self.tiles * (self.steps * (self.block_n + reads) + 66))
 
 
+class BothDirections(Forward):
+    """Paper figures of one forward launch in both directions, by `groups` of row blocks and one part."""
+
+    def __init__(self, n, m, d, dtype, tf32, groups):
+        super().__init__(n, m, d, dtype, tf32)
+        self.groups = groups
+
+    def sectors(self):
+        return super().sectors() + 8 * (self.blocks - self.groups) * self.m // SECTOR
+
+    def stored_sectors(self):
+        """lse, positive logits, of which each is a sector of its own, and the column sums."""
+        return 8 * self.n // SECTOR + self.n + 8 * self.blocks * self.m // SECTOR
+
+    def shared_bytes(self):
+        return super().shared_bytes() + 4 * self.block_n * 8
+
+    def wavefronts(self):
+        return super().wavefronts() + 32 * self.blocks * self.tiles
+
+
 class Backward:
     """Paper figures of one backward launch whose owners are n rows, against m others."""
 
@@ -230,10 +251,52 @@ def test_moco_shape_fills_a_card(gpu, nvcc):
     assert launch.grid == (2, 4, 1)
 
 
-def test_forward_in_both_directions_walks_twice(library):
-    call = random_call(128, 64, torch.bfloat16, m=64, both_directions=True)
-    _, _, launches = run(library, call, random_upstream(call), splits=1)
-    assert sum("fwd_kernel" in launch.kernel for launch in launches) == 2
+@pytest.mark.parametrize("multiprocessors, groups", [(1, 2), (2, 3)])
+@pytest.mark.parametrize("d, dtype, tf32", [case[2:] for case in CASES], ids=str)
+def test_both_directions_do_what_their_header_says(gpu, nvcc, d, dtype, tf32, multiprocessors, groups):
+    """Each tile is visited once."""
+    library = gpu.cuda_library([SOURCES / "contrastive.cu"], multiprocessors=multiprocessors)
+    n, m = 384, 128
+    call = random_call(n, d, dtype, m=m, both_directions=True)
+    _, launches = contrastive_fwd(library, call, splits=1, tf32=tf32)
+    (launch,) = [launch for launch in launches if "fwd_kernel" in launch.kernel]
+    paper = BothDirections(n, m, d, dtype, tf32, groups)
+    assert launch.grid == (groups, 1, 1)
+    assert launch.counters.mma == paper.mma()
+    assert launch.shared == paper.shared_bytes()
+    assert launch.counters.global_load_sectors == pytest.approx(paper.sectors(), rel=0.01)
+    assert launch.counters.global_store_sectors == pytest.approx(paper.stored_sectors(), rel=0.01)
+    assert launch.counters.shared_wavefronts == paper.wavefronts()
+    assert launch.counters.shared_wavefronts == launch.counters.shared_wavefronts_ideal
+    (merge,) = [launch for launch in launches if "merge_kernel" in launch.kernel]
+    assert merge.counters.global_load_sectors == pytest.approx(8 * groups * m // SECTOR, abs=2 * m // 32)
+
+
+def test_scratch_of_both_directions_does_not_grow_with_rows_times_columns(library, gpu):
+    """Column sums for each group of row blocks, row sums for each part: both bounded by the card."""
+    multiprocessors = {"sm_80": 108, "sm_90": 132}[gpu.name]
+    somewhere = 1 << 20
+
+    def scratch(n, m, d=128):
+        common = Common(
+            dtype=DTYPE_CODES[torch.bfloat16], column_dtype=DTYPE_CODES[torch.bfloat16], normalize_rows=True,
+            normalize_columns=True, both_directions=True, N=n, M=m, D=d, row_strides=(d, 1), column_strides=(d, 1),
+            rows=somewhere, columns=somewhere, scale=somewhere,
+        )  # fmt: skip
+        args = FwdArgs(
+            common=common, lse=somewhere, column_lse=somewhere, row_rnorm=somewhere, column_rnorm=somewhere
+        )
+        size = ctypes.c_size_t()
+        library.call("contrastive_fwd_workspace", ctypes.byref(args), ctypes.byref(size))
+        return size.value
+
+    groups = multiprocessors // 4
+    for n in (1 << 12, 1 << 16, 1 << 20):
+        for m in (1 << 6, 1 << 12, 1 << 16, 1 << 20):
+            row_sums = 8 * 64 * n
+            column_sums = max(8 * groups * m, 1 << 20)
+            assert scratch(n, m) <= row_sums + column_sums + 512, (n, m)
+    assert scratch(1 << 16, 1 << 16) <= (1 << 17) * 128 * 2  # less than the embeddings
 
 
 def test_norms_read_the_operand_once(library):

@@ -118,4 +118,18 @@ __device__ __forceinline__ void store_pair(double* global, double x, double y) {
   asm volatile("st.global.v2.f64 [%0], {%1, %2};" ::"l"(global), "d"(x), "d"(y) : "memory");
 }
 
+// The same of 16 bytes to shared memory.
+__device__ __forceinline__ void store_vector(void* shared, const Vector<float>& x) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "f"(x.value[0]), "f"(x.value[1]), "f"(x.value[2]), "f"(x.value[3])
+               : "memory");
+}
+
+__device__ __forceinline__ void store_vector(void* shared, const Vector<double>& x) {
+  asm volatile("st.shared.v2.f64 [%0], {%1, %2};" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "d"(x.value[0]), "d"(x.value[1])
+               : "memory");
+}
+
 }  // namespace ssl_kernels

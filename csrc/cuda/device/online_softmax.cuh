@@ -25,10 +25,14 @@ struct alignas(2 * sizeof(T)) OnlineSoftmax {
     return scale == T(0) ? Math<T>::kTiny : scale * Math<T>::kLog2e;
   }
 
+  static __device__ __forceinline__ T shift_of(T largest, T a) {
+    return largest == -Math<T>::infinity() ? T(0) : Math<T>::mul(a, largest);
+  }
+
   // Makes room for values up to `candidate`; returns the shift of the terms that are added to `sum` next.
   __device__ __forceinline__ T raise(T candidate, T a) {
     const T larger = Math<T>::max(max, candidate);
-    const T shift = larger == -Math<T>::infinity() ? T(0) : Math<T>::mul(a, larger);
+    const T shift = shift_of(larger, a);
     sum *= Math<T>::exp2(Math<T>::mul(a, max) - shift);
     max = larger;
     return shift;
