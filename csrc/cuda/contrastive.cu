@@ -3,6 +3,7 @@
 
 #include "contrastive.cuh"
 #include "launcher.cuh"
+#include "slab_product.cuh"
 
 namespace ssl_kernels {
 namespace contrastive {
@@ -158,6 +159,23 @@ void add_terms(Launcher& launcher, const double* lse, const double* grad_lse, Si
   side.weight = weight;
 }
 
+// The power of two that half coefficients of one owner are scaled by; null for other types.
+template <typename Engine>
+typename Engine::acc_t* scale_coefficients(Launcher& launcher, const ContrastiveArgs& args,
+                                           const ProblemOf<Engine>& problem, const double* grad_positive_logits) {
+  using acc_t = typename Engine::acc_t;
+  acc_t* coefficient_scale = nullptr;
+  if constexpr (kScalesCoefficients<Engine>) {
+    const auto& own = problem.own;
+    const auto& other = problem.other;
+    coefficient_scale = launcher.scratch<acc_t>(1);
+    launcher.launch(coefficient_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, acc_t(0), own.weight, own.count,
+                    other.weight, other.rnorm, other.count, grad_positive_logits, args.N * args.P, args.P,
+                    coefficient_scale);
+  }
+  return coefficient_scale;
+}
+
 // One owner's gradient; `matrix` is the owner's as the caller passed it. Writes the dots of its rows.
 template <typename Engine, int kWarpsM, int kSliceChunks>
 void backward_pass(Launcher& launcher, const ContrastiveArgs& args,
@@ -168,34 +186,48 @@ void backward_pass(Launcher& launcher, const ContrastiveArgs& args,
   using scalar_t = typename Engine::scalar_t;
   using acc_t = typename Engine::acc_t;
   const auto& own = problem.own;
-  const auto& other = problem.other;
-  if (own.count == 0) return;
   const int64_t row_blocks = blocks_for(own.count, Shape::kBlockM);
-  const int64_t tiles = blocks_for(other.count, Shape::kBlockN);
+  const int64_t tiles = blocks_for(problem.other.count, Shape::kBlockN);
   const int chunks = blocks_for(problem.width, Shape::kChunk);
-  const int slices = blocks_for(chunks, Shape::kSliceChunks);
-  const int parts = pick_splits(args.splits, row_blocks * slices, tiles, multiprocessors());
+  const int parts = pick_splits(args.splits, row_blocks, tiles, multiprocessors());
   auto* partial = launcher.scratch<acc_t>(parts * own.count * problem.width);
-  acc_t* coefficient_scale = nullptr;
-  if constexpr (Shape::kScaled) {
-    coefficient_scale = launcher.scratch<acc_t>(1);
-    launcher.launch(coefficient_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, acc_t(0),
-                    own.weight, own.count, other.weight, other.rnorm, other.count, grad_positive_logits, args.N * args.P,
-                    args.P, coefficient_scale);
-  }
-  launcher.launch(contrastive_bwd_kernel<Shape, Engine>, dim3(row_blocks, parts, slices), Shape::kThreads,
+  const acc_t* coefficient_scale = scale_coefficients<Engine>(launcher, args, problem, grad_positive_logits);
+  launcher.launch(contrastive_bwd_kernel<Shape, Engine>, dim3(row_blocks, parts), Shape::kThreads,
                   Shape::shared_bytes(std::min(chunks, kOwnerSlots)), problem, grad_positive_logits,
-                  static_cast<const acc_t*>(coefficient_scale), partial);
+                  coefficient_scale, partial);
   launcher.launch(finish_rows_kernel<scalar_t, acc_t, scalar_t>, blocks_for(own.count, kRowWarps),
                   kRowWarps * kWarpSize, 0, static_cast<const acc_t*>(partial), parts, problem.width,
-                  matrix.strided(), own.count, args.D, own.rnorm, problem.scale,
-                  static_cast<const acc_t*>(coefficient_scale), grad, dots);
+                  matrix.strided(), own.count, args.D, own.rnorm, problem.scale, coefficient_scale, grad, dots);
+}
+
+// The same of wide rows.
+template <typename Engine>
+void wide_backward_pass(Launcher& launcher, const ContrastiveArgs& args, const ProblemOf<Engine>& problem,
+                        const Matrix<typename Engine::scalar_t>& matrix, const double* grad_positive_logits,
+                        typename Engine::scalar_t* grad, typename Engine::acc_t* dots) {
+  using Shape = CoefficientShape<Engine>;
+  using scalar_t = typename Engine::scalar_t;
+  using acc_t = typename Engine::acc_t;
+  const acc_t* coefficient_scale = scale_coefficients<Engine>(launcher, args, problem, grad_positive_logits);
+  const int64_t tiles = blocks_for(problem.other.count, Shape::kBlockN);
+  const auto write = [&](int64_t first_row, unsigned row_blocks, scalar_t* coefficients, int64_t stride) {
+    const int parts = pick_splits(args.splits, row_blocks, tiles, multiprocessors() * Shape::kBlocksPerSm, tiles);
+    launcher.launch(contrastive_coefficients_kernel<Engine>, dim3(row_blocks, parts), Shape::kThreads,
+                    Shape::shared_bytes(kOwnerSlots), problem, grad_positive_logits, coefficient_scale, first_row,
+                    stride, coefficients);
+  };
+  slab_gradient<Engine>(launcher, args.splits, args.slab_rows, Shape::kBlockN, problem.own, problem.other, matrix,
+                        problem.scale, coefficient_scale, grad, dots, write);
 }
 
 template <typename Engine, typename... Args>
-void backward_pass_for_width(Launcher& launcher, const ContrastiveArgs& args, const Args&... rest) {
-  with_shape_for_width<typename Engine::scalar_t>(args.D, [&](auto warps_m, auto slice_chunks) {
-    backward_pass<Engine, warps_m, slice_chunks>(launcher, args, rest...);
+void backward_pass_for_width(Launcher& launcher, const ContrastiveArgs& args, const ProblemOf<Engine>& problem,
+                             const Args&... rest) {
+  using scalar_t = typename Engine::scalar_t;
+  if (problem.own.count == 0) return;
+  if (is_wide<scalar_t>(args.D)) return wide_backward_pass<Engine>(launcher, args, problem, rest...);
+  with_shape_for_width<scalar_t>(args.D, [&](auto warps_m, auto slice_chunks) {
+    backward_pass<Engine, warps_m, slice_chunks>(launcher, args, problem, rest...);
   });
 }
 

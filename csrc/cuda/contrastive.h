@@ -23,6 +23,8 @@ typedef struct {
   int32_t allow_tf32;  // float32 products may round their operands to TF32
   int32_t splits;      // parts the columns are walked in at once; 0 picks from the card and the sizes
   int32_t column_dtype;  // Dtype of columns: that of rows, or float16 or bfloat16 beside float32 rows (see columns)
+  // Rows of a slab of the backward of wide rows, rounded up to whole blocks; 0 picks from the sizes.
+  int64_t slab_rows;
   int64_t N, M, D, P;      // rows, columns (N in the square case), width, positives per row
   int64_t row_strides[2];  // in elements
   int64_t column_strides[2];

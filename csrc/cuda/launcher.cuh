@@ -71,11 +71,11 @@ inline int multiprocessors() {
 
 constexpr int kMinTilesPerSplit = 4;
 
-// Parts of the walk over `tiles` that finish `row_blocks` owners soonest on a card with `slots` blocks at a
-// time: waves of blocks times tiles per block. Fewer parts win ties.
-inline int pick_splits(int requested, int64_t row_blocks, int64_t tiles, int64_t slots) {
+// Parts of the walk over `tiles`, at most `limit`, that finish `row_blocks` owners soonest on a card with `slots`
+// blocks at a time: waves of blocks times tiles per block. Fewer parts win ties.
+inline int pick_splits(int requested, int64_t row_blocks, int64_t tiles, int64_t slots, int64_t limit) {
   if (requested > 0) return static_cast<int>(std::min<int64_t>({requested, tiles, kMaxSplits}));
-  const int64_t most = std::min<int64_t>(kMaxSplits, tiles / kMinTilesPerSplit);
+  const int64_t most = std::min<int64_t>(kMaxSplits, limit);
   int best = 1;
   int64_t best_cost = 0;
   for (int parts = 1; parts <= std::max<int64_t>(most, 1); ++parts) {
@@ -87,6 +87,9 @@ inline int pick_splits(int requested, int64_t row_blocks, int64_t tiles, int64_t
     }
   }
   return best;
+}
+inline int pick_splits(int requested, int64_t row_blocks, int64_t tiles, int64_t slots) {
+  return pick_splits(requested, row_blocks, tiles, slots, tiles / kMinTilesPerSplit);
 }
 
 // The strided matrix a caller passed.
@@ -133,6 +136,12 @@ void with_engine(int dtype, bool allow_tf32, F f) {
   }
   if (allow_tf32) return f(MmaEngine<float>());
   return f(FmaEngine<float>());
+}
+
+// Rows of more than 1024 bytes, wider than the accumulator of any ProductShape.
+template <typename scalar_t>
+constexpr bool is_wide(int64_t D) {
+  return D * static_cast<int64_t>(sizeof(scalar_t)) > 8 * kTileRowBytes;
 }
 
 // Calls f with the narrowest accumulator of a ProductShape that holds D, as its kWarpsM and kSliceChunks, so that

@@ -109,6 +109,10 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize)
   });
 }
 
+// Whether an engine's coefficients are scaled before they are rounded.
+template <typename Engine>
+constexpr bool kScalesCoefficients = std::is_same_v<typename Engine::scalar_t, __half>;
+
 // A power of two that brings the largest possible coefficient of a pass near 2^15, for half operands:
 // bound = (constant + max |w_own| + max |w_other| + 2 P max |q|) * max rnorm_other over rows that are not
 // zero. One block.

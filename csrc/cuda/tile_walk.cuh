@@ -15,6 +15,7 @@
 //     ...                              // ReduceShape: take c in
 //     walk.store_coefficients(c, ...)  // ProductShape: C made of c, then g_i += sum_j C_ij y_j
 //     walk.accumulate(g);
+//     walk.write_coefficients(c, ...)  // MatrixShape: C into global memory
 //   }
 #pragma once
 
@@ -68,13 +69,14 @@ struct ReduceShape {
   static constexpr int kPanels = 0;
   static constexpr int kColumnTerms = kColumnTerms_;
   static constexpr bool kColumnLabels = kColumnLabels_;
+  static constexpr int kTermSlots = kStages;
   static constexpr int kBlocksPerSm = 2;
   static constexpr int kOwnBytes = kBlockM * kTileRowBytes;
   static constexpr int kOtherBytes = kBlockN * kTileRowBytes;
 
   static constexpr int shared_bytes(int own_slots) {
     return own_slots * kOwnBytes + kStages * kOtherBytes +
-           kStages * kBlockN * (kColumnTerms * static_cast<int>(sizeof(acc_t)) + (kColumnLabels ? 8 : 0));
+           kTermSlots * kBlockN * (kColumnTerms * static_cast<int>(sizeof(acc_t)) + (kColumnLabels ? 8 : 0));
   }
 };
 
@@ -102,6 +104,7 @@ struct ProductShape {
   static constexpr int kPanels = kBlockN / kChunk;  // tiles of coefficients side by side
   static constexpr int kColumnTerms = kColumnTerms_;
   static constexpr bool kColumnLabels = false;
+  static constexpr int kTermSlots = kStages;
   static constexpr int kRowTerms = kRowTerms_;
   static constexpr int kOwnBytes = kBlockM * kTileRowBytes;
   static constexpr int kOtherBytes = kBlockN * kTileRowBytes;
@@ -109,7 +112,37 @@ struct ProductShape {
 
   static constexpr int shared_bytes(int own_slots) {
     return (own_slots + kPanels) * kOwnBytes + kStages * kOtherBytes +
-           (kRowTerms * kBlockM + kStages * kColumnTerms * kBlockN) * static_cast<int>(sizeof(acc_t));
+           (kRowTerms * kBlockM + kTermSlots * kColumnTerms * kBlockN) * static_cast<int>(sizeof(acc_t));
+  }
+};
+
+// Tiling of kernels that write a matrix made of the tiles, for walks with two steps a tile at least: 8 warps, 4 x 2,
+// each 32 rows by half of the columns of the tile. The terms of two tiles are there at once.
+template <typename Engine, int kColumnTerms_>
+struct MatrixShape {
+  using scalar_t = typename Engine::scalar_t;
+  using acc_t = typename Engine::acc_t;
+  static constexpr bool kDouble = sizeof(acc_t) == 8;
+  static constexpr int kWarps = 8;
+  static constexpr int kWarpsN = 2;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kBlockM = kWarps / kWarpsN * kWarpRows;
+  static constexpr int kBlockN = kDouble ? 64 : 128;
+  static constexpr int kWarpColumns = kBlockN / kWarpsN;
+  static constexpr int kNTiles = kWarpColumns / 8;
+  static constexpr int kChunk = kTileRowBytes / sizeof(scalar_t);
+  static constexpr int kSliceChunks = 0;
+  static constexpr int kPanels = 0;
+  static constexpr int kColumnTerms = kColumnTerms_;
+  static constexpr bool kColumnLabels = false;
+  static constexpr int kTermSlots = 2;
+  static constexpr int kBlocksPerSm = kDouble ? 1 : 2;
+  static constexpr int kOwnBytes = kBlockM * kTileRowBytes;
+  static constexpr int kOtherBytes = kBlockN * kTileRowBytes;
+
+  static constexpr int shared_bytes(int own_slots) {
+    return own_slots * kOwnBytes + kStages * kOtherBytes +
+           kTermSlots * kColumnTerms * kBlockN * static_cast<int>(sizeof(acc_t));
   }
 };
 
@@ -127,8 +160,10 @@ class TileWalk {
     const int64_t* labels;                         // (other.count,), with kColumnLabels
   };
 
+  // The block owns the rows from `row0` on.
   __device__ __forceinline__ TileWalk(unsigned char* shared, const Side& own, const OtherSide& other,
-                                      const Terms& terms, int64_t width, int64_t row_block = blockIdx.x)
+                                      const Terms& terms, int64_t width,
+                                      int64_t row0 = static_cast<int64_t>(blockIdx.x) * Shape::kBlockM)
       : own_(own),
         other_(other),
         terms_(terms),
@@ -141,8 +176,8 @@ class TileWalk {
         other_tiles_(own_tiles_ + (resident_ ? chunks_ : kOwnerSlots) * Shape::kOwnBytes),
         coefficients_(other_tiles_ + kStages * Shape::kOtherBytes),
         column_terms_(reinterpret_cast<acc_t*>(coefficients_ + Shape::kPanels * Shape::kOwnBytes)),
-        labels_(reinterpret_cast<int64_t*>(column_terms_ + kStages * Shape::kColumnTerms * Shape::kBlockN)),
-        row0_(row_block * Shape::kBlockM),
+        labels_(reinterpret_cast<int64_t*>(column_terms_ + Shape::kTermSlots * Shape::kColumnTerms * Shape::kBlockN)),
+        row0_(row0),
         split_(ceil_div(other.count, Shape::kBlockN), blockIdx.y, gridDim.y),
         tile_(split_.begin - 1),
         load_tile_(split_.begin) {
@@ -159,7 +194,7 @@ class TileWalk {
   __device__ __forceinline__ int64_t column0() const { return tile_ * Shape::kBlockN + warp_column_; }
   // Shared memory for kRowTerms numbers of every row; the first step's barrier publishes what start() follows.
   __device__ __forceinline__ acc_t* row_terms() const {
-    return column_terms_ + kStages * Shape::kColumnTerms * Shape::kBlockN;
+    return column_terms_ + Shape::kTermSlots * Shape::kColumnTerms * Shape::kBlockN;
   }
 
   // Starts the copies of the first steps.
@@ -184,7 +219,7 @@ class TileWalk {
   // Term `term` of the columns of elements c[.][n][0] and c[.][n][1], which has to be there.
   __device__ __forceinline__ Pair<acc_t> column_pair(int term, int n) const {
     const acc_t* values =
-        column_terms_ + (tile_ % kStages * Shape::kColumnTerms + term) * Shape::kBlockN + warp_column_;
+        column_terms_ + (tile_ % Shape::kTermSlots * Shape::kColumnTerms + term) * Shape::kBlockN + warp_column_;
     return *reinterpret_cast<const Pair<acc_t>*>(values + fragment_column(threadIdx.x % kWarpSize, n, 0));
   }
 
@@ -195,7 +230,7 @@ class TileWalk {
 
   // Labels of the same two columns.
   __device__ __forceinline__ Pair<int64_t> column_labels(int n) const {
-    const int64_t* labels = labels_ + tile_ % kStages * Shape::kBlockN + warp_column_;
+    const int64_t* labels = labels_ + tile_ % Shape::kTermSlots * Shape::kBlockN + warp_column_;
     return *reinterpret_cast<const Pair<int64_t>*>(labels + fragment_column(threadIdx.x % kWarpSize, n, 0));
   }
 
@@ -225,8 +260,46 @@ class TileWalk {
       unsigned char* panel = coefficients_ + column / Shape::kChunk * Shape::kOwnBytes;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        Engine::store_operands(panel, warp_row_ + fragment_row(lane, i / 2, i % 2 * 2), column % Shape::kChunk,
-                               c[i / 2][n][i % 2 * 2] * by.value[0], c[i / 2][n][i % 2 * 2 + 1] * by.value[1]);
+        store_operands(panel, warp_row_ + fragment_row(lane, i / 2, i % 2 * 2), column % Shape::kChunk,
+                       Engine::to_operands(c[i / 2][n][i % 2 * 2] * by.value[0],
+                                           c[i / 2][n][i % 2 * 2 + 1] * by.value[1]));
+      }
+    }
+  }
+
+  // The same as a part of a matrix of whole tiles in global memory; `rows` is where the block's first row begins.
+  template <typename Factor>
+  __device__ __forceinline__ void write_coefficients(const Tile& c, Factor factor, scalar_t* rows,
+                                                     int64_t stride) const {
+    const int lane = threadIdx.x % kWarpSize;
+    rows += (warp_row_ + fragment_row(lane, 0, 0)) * stride + column0();
+#pragma unroll
+    for (int n = 0; n < Shape::kNTiles; n += 2) {
+      const Pair<acc_t> by[2] = {factor(n), factor(n + 1)};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scalar_t* to = rows + fragment_row(0, i / 2, i % 2 * 2) * stride;
+        Pair<scalar_t> pair[2];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          pair[k] = Engine::to_operands(c[i / 2][n + k][i % 2 * 2] * by[k].value[0],
+                                        c[i / 2][n + k][i % 2 * 2 + 1] * by[k].value[1]);
+        }
+        if constexpr (sizeof(scalar_t) == 2) {
+          // Lanes 2k and 2k + 1 exchange a pair, so that the four of a row write 32 bytes.
+          const bool odd = lane % 2 != 0;
+          const float first = *reinterpret_cast<const float*>(&pair[0]);
+          const float second = *reinterpret_cast<const float*>(&pair[1]);
+          const float kept = odd ? second : first;
+          const float received = __shfl_xor_sync(kAllLanes, odd ? first : second, 1);
+          to += fragment_column(lane & ~1, n + lane % 2, 0);
+          store_pair(reinterpret_cast<float*>(to), odd ? received : kept, odd ? kept : received);
+        } else {
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            store_pair(to + fragment_column(lane, n + k, 0), pair[k].value[0], pair[k].value[1]);
+          }
+        }
       }
     }
   }
@@ -306,7 +379,7 @@ class TileWalk {
                                                            width_, column0, depth0);
       }
       if (load_step_ == 0 && threadIdx.x < Shape::kBlockN) {
-        acc_t* to = column_terms_ + load_tile_ % kStages * Shape::kColumnTerms * Shape::kBlockN + threadIdx.x;
+        acc_t* to = column_terms_ + load_tile_ % Shape::kTermSlots * Shape::kColumnTerms * Shape::kBlockN + threadIdx.x;
         const int64_t j = column0 + threadIdx.x;
         const bool valid = j < other_.count;
 #pragma unroll
@@ -315,7 +388,7 @@ class TileWalk {
           if (from) copy_async<sizeof(acc_t)>(to + term * Shape::kBlockN, from + (valid ? j : 0), valid);
         }
         if constexpr (Shape::kColumnLabels) {
-          copy_async<8>(labels_ + load_tile_ % kStages * Shape::kBlockN + threadIdx.x,
+          copy_async<8>(labels_ + load_tile_ % Shape::kTermSlots * Shape::kBlockN + threadIdx.x,
                         terms_.labels + (valid ? j : 0), valid);
         }
       }

@@ -14,7 +14,7 @@ class Common(ctypes.Structure):
             "dtype", "normalize_rows", "normalize_columns", "keep_diagonal", "both_directions", "allow_tf32",
             "splits", "column_dtype",
         )],
-        *[(name, ctypes.c_int64) for name in ("N", "M", "D", "P")],
+        *[(name, ctypes.c_int64) for name in ("slab_rows", "N", "M", "D", "P")],
         ("row_strides", ctypes.c_int64 * 2),
         ("column_strides", ctypes.c_int64 * 2),
         *[(name, ctypes.c_void_p) for name in (
@@ -86,13 +86,15 @@ def contrastive_fwd(library, call, *, expectation=False, splits=0, tf32=False, *
         column_rnorm=poisoned((m,), acc) if call.normalize_columns and not square else None,
         expectation=poisoned(call.rows.shape, acc) if expectation else None,
     )
-    launches = _run(library, "contrastive_fwd", FwdArgs, call, results, {}, splits, tf32, options)
+    launches = _run(
+        library, "contrastive_fwd", FwdArgs, call, results, {}, options, splits=splits, allow_tf32=tf32
+    )
     return results, launches
 
 
 def contrastive_bwd(
     library, call, fwd, grad_lse, grad_column_lse=None, grad_positive_logits=None, *,
-    rows_need_grad=True, columns_need_grad=True, splits=0, tf32=False, **options,
+    rows_need_grad=True, columns_need_grad=True, splits=0, slab_rows=0, tf32=False, **options,
 ):  # fmt: skip
     """Runs the backward; returns (Bwd, launches)."""
     poisoned = poisoned_on(call.rows.device)
@@ -112,7 +114,8 @@ def contrastive_bwd(
         "column_rnorm": fwd.column_rnorm,
         "expectation": fwd.expectation,
     }
-    launches = _run(library, "contrastive_bwd", BwdArgs, call, results, inputs, splits, tf32, options)
+    flags = {"splits": splits, "slab_rows": slab_rows, "allow_tf32": tf32}
+    launches = _run(library, "contrastive_bwd", BwdArgs, call, results, inputs, options, **flags)
     return results, launches
 
 
@@ -121,7 +124,7 @@ def _sizes(call):
     return n, n if call.columns is None else call.columns.shape[0]
 
 
-def _run(library, function, args_type, call, results, inputs, splits, tf32, options):
+def _run(library, function, args_type, call, results, inputs, options, **flags):
     n, m = _sizes(call)
     tensors = {name: getattr(call, name) for name in (
         "rows", "columns", "scale", "positives", "row_ids", "column_ids",
@@ -133,8 +136,7 @@ def _run(library, function, args_type, call, results, inputs, splits, tf32, opti
         normalize_columns=call.normalize_columns,
         keep_diagonal=call.keep_diagonal,
         both_directions=call.both_directions,
-        allow_tf32=tf32,
-        splits=splits,
+        **flags,
         N=n,
         M=m,
         D=call.rows.shape[1],

@@ -14,6 +14,7 @@ from tests.ops import row_pairs_calls as row_pairs
 CONTRASTIVE, SIGMOID, HARD, QUEUE = "contrastive.cuh", "sigmoid_pairs.cuh", "batch_hard.cuh", "queue_push.cuh"
 MOMENTUM, PAIRS = "momentum_update.cuh", "row_pairs.cuh"
 WALK, ROWS, TILE, WARP = "tile_walk.cuh", "rows.cuh", "device/tile.cuh", "device/warp.cuh"
+SLABS = "slab_product.cuh"
 COPY, SOFTMAX = "device/async_copy.cuh", "device/online_softmax.cuh"
 WAIT, BARRIER, COMMIT = "copy_async_wait<kStages - 2>();", "__syncthreads();", "copy_async_commit();"
 
@@ -40,11 +41,29 @@ PRODUCT_WALK = [
     Mutation("half: zero rows' norms", ROWS, "rnorm.value[e] > acc_t(kZeroRowRnorm) ? acc_t(0) : ", ""),
     Mutation("half: scale taken out again", ROWS, "coefficient_scale ? acc_t(1) / *coefficient_scale : ", ""),
 ]
+SLAB_PRODUCT = [
+    Mutation("slabs: terms of the next tile", WALK, "kTermSlots = 2;", "kTermSlots = 1;"),
+    Mutation("slabs: first row", WALK, "row0_(first_row + ", "row0_("),
+    Mutation("slabs: wait for the step's copies", SLABS, WAIT),
+    Mutation("slabs: barrier of a step", SLABS, BARRIER),
+    Mutation("slabs: commit of a step's copies", SLABS, COMMIT),
+    Mutation(
+        "slabs: prefetch one step less", SLABS, "step < kStages - 1; ++step", "step < kStages - 2; ++step"
+    ),
+    Mutation("slabs: steps past the end", SLABS, "if (step < end) {", "{"),
+    Mutation("slabs: row mask", SLABS, "row < rows && d < width", "d < width"),
+    Mutation("slabs: depth mask", SLABS, "row < rows && d < width", "row < rows"),
+    Mutation("slabs: panels past the depth", SLABS, "if (depth0 + panel * Shape::kChunk < width)",
+             harmless="their products are not stored"),
+    Mutation("slabs: rows behind the gradient", SLABS, "x.data += first * x.row_stride;"),
+    Mutation("slabs: norms of the rows", SLABS, "own.rnorm ? own.rnorm + first", "own.rnorm ? own.rnorm"),
+]  # fmt: skip
 
 MUTATIONS = {
     "contrastive": [
         *REDUCING_WALK,
         *PRODUCT_WALK,
+        *SLAB_PRODUCT,
         Mutation("widened copy: row mask", TILE, "row0 + r < rows && ", nth=1),
         Mutation("widened copy: depth mask", TILE, " && column < columns", nth=1),
         Mutation("copy: commit", COPY, '"cp.async.commit_group;"', '""'),
@@ -234,6 +253,11 @@ def check_contrastive(library):
         ("expectation, no column left", ids_but_one_column, {"expectation": True}),
         ("unnormalised", random_call(20, 40, half, m=33, normalize=False, temperature=2.0), {}),
         ("narrow columns", random_call(65, 40, single, m=150, column_dtype=half), {"splits": 2, "expectation": True}),
+        ("slabs", random_call(130, 520, half), {"splits": 2, "slab_rows": 1}),
+        ("slabs, random order", random_call(20, 260, single, m=280),
+         {"splits": 1, "slab_rows": 1, "seed": 2, "warp_races": True}),
+        ("slabs, another order", random_call(20, 520, half, m=280),
+         {"splits": 1, "slab_rows": 1, "seed": 3, "warp_races": True}),
     ):  # fmt: skip
         with check(name):
             parity.check_parity(library, call, **options)

@@ -111,12 +111,83 @@ def test_columns_without_any_row(small_card, gpu):
     assert torch.isneginf(fwd.column_lse).nonzero()[:, 0].tolist() == [4, 69]
 
 
-@pytest.mark.parametrize(
-    "dtype, d", [(torch.bfloat16, 257), (torch.float16, 520), (torch.float32, 260)], ids=str
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_that_just_fit(library, gpu, dtype):
+    """Streamed owner tiles, the smaller row tile."""
+    call = random_call(40, 257, dtype, device=gpu.device)
+    _, _, launches = check_parity(library, call)
+    if gpu.emulated:
+        assert sum("contrastive_bwd_kernel" in launch.kernel for launch in launches) == 1
+
+
+wide = pytest.mark.parametrize(
+    "dtype, tf32, d",
+    [
+        (torch.float64, False, 129),
+        (torch.float32, False, 257),
+        (torch.float32, True, 300),
+        (torch.float16, False, 520),
+        (torch.bfloat16, False, 640),
+    ],
+    ids=["float64", "float32", "tf32", "float16", "bfloat16"],
 )
-def test_wide_rows(library, gpu, dtype, d):
-    """Over what one block accumulates: streamed owner tiles, other tile shapes, slices of D."""
-    check_parity(library, random_call(40, d, dtype, device=gpu.device))
+
+
+def slabs(launches):
+    assert not any("contrastive_bwd_kernel" in launch.kernel for launch in launches)
+    products = [launch for launch in launches if "slab_product_kernel" in launch.kernel]
+    assert len(products) == sum("coefficients_kernel" in launch.kernel for launch in launches)
+    return len(products)
+
+
+@wide
+def test_slabs_of_wide_rows(library, gpu, dtype, tf32, d):
+    """Rows over what one block accumulates: coefficients in memory, a slab of rows at a time."""
+    call = random_call(130, d, dtype, ids=True, positives=2, device=gpu.device)
+    _, _, launches = check_parity(library, call, tf32=tf32, slab_rows=1)
+    if gpu.emulated:
+        assert slabs(launches) == 2
+
+
+@wide
+def test_slabs_of_a_wide_rectangle(library, gpu, dtype, tf32, d):
+    call = random_call(
+        3, d, dtype, m=131, ids=True, both_directions=True, keep_diagonal=True, positives=2, device=gpu.device
+    )
+    _, _, launches = check_parity(library, call, tf32=tf32, splits=2, slab_rows=100)
+    if gpu.emulated:
+        assert slabs(launches) == 1 + 2
+
+
+@pytest.mark.slow
+@wide
+def test_wide_rows_everywhere(library, gpu, dtype, tf32, d):
+    for i, (n, temperature, ids) in enumerate(itertools.product(SIZES, TEMPERATURES, (False, True))):
+        for m in (None, 195 - n):
+            call = random_call(
+                n, d + i % 2 * 43, dtype, m=m, temperature=temperature, ids=ids, both_directions=bool(m) and i % 3 > 0,
+                keep_diagonal=bool(m) and i % 2 > 0, positives=i % 3, seed=i, device=gpu.device,
+            )  # fmt: skip
+            check_parity(library, call, tf32=tf32, seed=i, splits=i % 4, slab_rows=i % 5 // 2)
+
+
+@pytest.mark.parametrize("scale", [0.0, -3.0, 1e4])
+def test_wide_rows_at_any_scale(library, gpu, scale):
+    call = random_call(5, 257, torch.float32, m=7, both_directions=True, ids=True, device=gpu.device)
+    call.scale.fill_(scale)
+    check_parity(library, call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_wide_rows_of_any_layout_and_length(library, gpu, dtype):
+    call = random_call(130, 520, dtype, m=4, device=gpu.device)
+    call.rows[:6] *= 1e-3
+    call.rows[7] = 0
+    call.columns[::3] *= 1e3
+    rows = torch.zeros(130, 528, dtype=dtype, device=gpu.device)[:, 8:].copy_(call.rows)
+    columns = call.columns.T.contiguous().T
+    check_parity(library, call._replace(rows=rows, columns=columns), slab_rows=1)
+    check_parity(library, call._replace(rows=rows, columns=columns, normalize_columns=False), slab_rows=1)
 
 
 @pytest.mark.parametrize("splits", [2, 3, 100])
@@ -321,10 +392,11 @@ def test_nan_and_infinity_reach_the_results(library, gpu):
     assert both.lse.isnan().all() and both.column_lse.isnan().tolist() == [j == 3 for j in range(7)]
 
 
+@pytest.mark.parametrize("d, kernel", [(24, "bwd_kernel"), (257, "coefficients_kernel")])
 @pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)])
-def test_gradients_that_are_not_needed(library, gpu, needed):
+def test_gradients_that_are_not_needed(library, gpu, needed, d, kernel):
     """They are not computed, and grad_scale is right without them."""
-    call = random_call(20, 24, torch.float32, m=33, both_directions=True, device=gpu.device)
+    call = random_call(20, d, torch.float32, m=33, both_directions=True, device=gpu.device)
     upstream = random_upstream(call)
     fwd, everything, _ = run(library, call, upstream)
     some, launches = contrastive_bwd(
@@ -334,7 +406,7 @@ def test_gradients_that_are_not_needed(library, gpu, needed):
         assert ours is None or torch.equal(ours, full)
     torch.testing.assert_close(some.grad_scale, everything.grad_scale, rtol=1e-5, atol=1e-6)
     if gpu.emulated:
-        assert sum("bwd_kernel" in launch.kernel for launch in launches) == max(1, sum(needed))
+        assert sum(kernel in launch.kernel for launch in launches) == max(1, sum(needed))
 
 
 @pytest.mark.parametrize("absent", ["lse", "positive_logits"])
@@ -361,8 +433,17 @@ def test_every_schedule_gives_the_same_column_sums(small_card, gpu):
 def test_every_schedule_gives_the_same_bits(library, gpu, dtype, expectation):
     """Random orders of blocks, warps and lanes, with races between lanes of a warp looked for as well."""
     call = random_call(130, 72, dtype, m=70, both_directions=not expectation, ids=True, device=gpu.device)
+    check_every_schedule(library, call, splits=2, expectation=expectation)
+
+
+@pytest.mark.parametrize("dtype, d", [(torch.bfloat16, 640), (torch.float32, 260)], ids=str)
+def test_every_schedule_of_slabs_gives_the_same_bits(library, gpu, dtype, d):
+    call = random_call(130, d, dtype, m=70, device=gpu.device)
+    check_every_schedule(library, call, splits=2, slab_rows=1)
+
+
+def check_every_schedule(library, call, **options):
     upstream = random_upstream(call)
-    options = {"splits": 2, "expectation": expectation}
     first = run(library, call, upstream, **options)[:2]
     for seed in (1, 2):
         again = run(library, call, upstream, **options, seed=seed, warp_races=True)[:2]
@@ -381,3 +462,6 @@ def test_calls_can_be_captured(library, gpu):
             library, call, random_upstream(call), expectation=expectation, capturing=True, stream=7
         )
         assert {launch.stream for launch in launches} == {7}
+    call = random_call(130, 520, torch.float16)
+    _, _, launches = run(library, call, random_upstream(call), slab_rows=1, capturing=True, stream=7)
+    assert {launch.stream for launch in launches} == {7}

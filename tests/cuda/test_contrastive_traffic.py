@@ -18,6 +18,13 @@ CASES = [  # n, m, d, dtype, tf32
     (128, None, 128, torch.float32, True),
     (128, None, 64, torch.float32, False),
 ]
+WIDE_CASES = [
+    (256, None, 640, torch.bfloat16, False),
+    (128, 192, 576, torch.float16, False),
+    (256, None, 288, torch.float32, True),
+    (128, 160, 320, torch.float32, False),
+    (128, None, 144, torch.float64, False),
+]
 UNIT_BYTES, STEP_BYTES, SECTOR = 16, 128, 32
 
 
@@ -132,6 +139,61 @@ class Backward:
         return self.blocks * (copies + walk + 3 * self.block_m // 32)
 
 
+class WideBackward:
+    """Paper figures of a slab's two launches: n rows against m others."""
+
+    def __init__(self, n, m, d, dtype, tf32, square):
+        self.size, self.acc = dtype.itemsize, max(dtype.itemsize, 4)
+        self.chunk = STEP_BYTES // self.size
+        self.block_n = 64 if self.size == 8 else 128
+        self.steps, self.depth_blocks = ceil(d / self.chunk), ceil(d / 128)
+        self.blocks, self.tiles, self.chunks = ceil(n / 128), ceil(m / self.block_n), ceil(m / self.chunk)
+        self.tensor_cores = self.size == 2 or tf32
+        self.n, self.m, self.d, self.square = n, m, d, square
+
+    def coefficient_mma(self):
+        return 4 * self.blocks * self.tiles * self.steps * self.block_n if self.tensor_cores else 0
+
+    def product_mma(self):
+        return 4 * self.blocks * self.chunks * self.steps * self.chunk if self.tensor_cores else 0
+
+    def coefficient_sectors(self):
+        operands = 4 * self.n * self.steps * self.tiles + 4 * self.blocks * self.m * self.steps
+        sides = 2 if self.square else 1
+        positives = self.blocks * self.tiles * (64 + self.block_n if self.square else 64 + self.block_n / 2)
+        terms = self.blocks * self.tiles * (3 * self.block_n // 8 + 96) * self.acc // 4
+        return operands + positives + sides * self.n + terms
+
+    def coefficient_store_sectors(self):
+        return 128 * self.blocks * self.tiles * self.block_n * self.size // SECTOR
+
+    def product_sectors(self):
+        coefficients = 512 * self.blocks * self.chunks * self.depth_blocks
+        return coefficients + 4 * self.blocks * self.m * self.steps
+
+    def coefficient_shared(self):
+        return 3 * (128 + self.block_n) * STEP_BYTES + 2 * 3 * self.block_n * self.acc
+
+    def coefficient_wavefronts(self):
+        n_tiles = self.block_n // 16
+        products = 4 * (2 + n_tiles // 2) * 4 if self.tensor_cores else 8 * (4 + 2 * n_tiles) * 4
+        step = 128 + self.block_n + 8 * products
+        terms = (8 * n_tiles * 2 * 4 + 3 * self.block_n // 32) * self.acc // 4
+        return self.blocks * self.tiles * (self.steps * step + terms)
+
+    def product_wavefronts(self):
+        """Without bank conflicts, and with them."""
+        n_tiles = self.chunk // 8
+        if self.size == 2:
+            products = conflicts = 4 * (2 + n_tiles // 2) * 4
+        elif self.tensor_cores:
+            products, conflicts = (4 * (2 * 4 + ways * 4 * n_tiles // 2) for ways in (1, 2))
+        else:
+            products = conflicts = 8 * (4 * 4 + 4 * 2 * n_tiles)
+        copies = self.blocks * self.chunks * self.depth_blocks * 256
+        return [copies + self.blocks * self.chunks * self.steps * 4 * each for each in (products, conflicts)]
+
+
 class Expectation(Backward):
     """Paper figures of one expectation launch: the backward's walk with other terms."""
 
@@ -178,6 +240,35 @@ def test_backward_does_what_its_header_says(library, case):
         depth = 2 * UNIT_BYTES // dtype.itemsize
         flops = sum(launch.counters.mma for launch in backward) * 2 * 16 * 8 * depth
         assert flops == 2 * len(backward) * 2 * n * (m or n) * d
+
+
+@pytest.mark.parametrize("case", WIDE_CASES, ids=str)
+def test_backward_of_wide_rows_does_what_its_headers_say(library, case):
+    n, m, d, dtype, tf32 = case
+    call = random_call(n, d, dtype, m=m, positives=1)
+    _, _, launches = run(library, call, random_upstream(call), splits=1, tf32=tf32)
+    coefficients = [launch for launch in launches if "coefficients_kernel" in launch.kernel]
+    products = [launch for launch in launches if "slab_product_kernel" in launch.kernel]
+    owners = [(n, n)] if m is None else [(n, m), (m, n)]
+    papers = [WideBackward(*sizes, d, dtype, tf32, m is None) for sizes in owners]
+    for first, second, paper in zip(coefficients, products, papers, strict=True):
+        assert first.counters.mma == paper.coefficient_mma()
+        assert second.counters.mma == paper.product_mma()
+        assert first.shared == paper.coefficient_shared() and second.shared == 3 * 256 * STEP_BYTES
+        assert first.counters.global_load_sectors == pytest.approx(paper.coefficient_sectors(), rel=0.05)
+        assert first.counters.global_store_sectors == paper.coefficient_store_sectors()
+        assert second.counters.global_load_sectors == pytest.approx(paper.product_sectors(), rel=0.01)
+        assert second.counters.global_store_sectors == paper.n * d * paper.acc // SECTOR
+        assert first.counters.shared_wavefronts == first.counters.shared_wavefronts_ideal
+        ideal, with_conflicts = paper.product_wavefronts()
+        assert second.counters.shared_wavefronts_ideal == ideal
+        assert second.counters.shared_wavefronts == with_conflicts
+    if m is None:
+        assert coefficients[0].counters.shared_wavefronts == papers[0].coefficient_wavefronts()
+    if m is None and papers[0].tensor_cores:  # two units of 2 N M D flops
+        depth = 2 * UNIT_BYTES // dtype.itemsize
+        mma = coefficients[0].counters.mma + products[0].counters.mma
+        assert mma * 2 * 16 * 8 * depth == 2 * 2 * n * n * d
 
 
 @pytest.mark.parametrize("n, m, d, dtype, tf32", [case for case in CASES if case[1]] + [

@@ -17,11 +17,13 @@ from tests.gpu_emulation import nvcc_path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("contrastive", "sigmoid_pairs", "batch_hard")
-SHARED_KERNELS = r"(?:prepare_rows|finish_rows|sum_rows|sum_parts|coefficient_scale)_kernel"
+SHARED_KERNELS = r"(?:prepare_rows|finish_rows|sum_rows|sum_parts|coefficient_scale|slab_product)_kernel"
 ARCHITECTURES = (80, 90, 100)
 REGISTERS = 65536  # of a multiprocessor, handed out 256 at a time to a warp
 SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # of a multiprocessor; a block costs 1024 more
 SMALLEST_BLOCK_LIMIT = 99 * 1024  # shared memory of a block on sm_86 and sm_89, which run sm_80's code
+
+TWO_WHERE_THEY_FIT = {80: 1, 90: 2, 100: 2}
 
 # Kernel, by what its mangled name holds: threads, dynamic shared memory at most, blocks per multiprocessor.
 KERNELS = {
@@ -38,6 +40,10 @@ KERNELS = {
     r"contrastive_bwd_kernel.*MmaEngineIfEELi4ELi8E": (256, 80512, 1),
     r"contrastive_bwd_kernel.*FmaEngineIfEELi4ELi8E": (256, 80512, 1),
     r"contrastive_bwd_kernel.*FmaEngineIdEELi4ELi8E": (256, 99584, 1),
+    r"contrastive_coefficients_kernel.*EngineI(13__nv_bfloat16|6__half|f)": (256, 101376, TWO_WHERE_THEY_FIT),
+    r"contrastive_coefficients_kernel.*FmaEngineId": (256, 76800, 1),
+    r"slab_product_kernel.*EngineI(13__nv_bfloat16|6__half|f)": (256, 98304, TWO_WHERE_THEY_FIT),
+    r"slab_product_kernel.*FmaEngineId": (256, 98304, 1),
     r"expectation_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EELi4ELi2E": (256, 75264, 1),
     r"expectation_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EELi4ELi4E": (256, 91648, 1),
     r"expectation_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EELi2ELi8E": (256, 59392, 1),
@@ -135,7 +141,8 @@ def instructions(text, wanted=is_ours):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_spills_and_the_promised_occupancy(cuobjdump, binaries, arch):
     report = resource_report(dump(cuobjdump, binaries, arch, "--dump-resource-usage"))
-    for pattern, (threads, shared, blocks) in KERNELS.items():
+    for pattern, (threads, shared, promised) in KERNELS.items():
+        blocks = promised[arch] if isinstance(promised, dict) else promised
         found = {name: usage for name, usage in report.items() if re.search(pattern, name)}
         assert found, f"{pattern} is missing"
         for name, usage in found.items():
@@ -153,7 +160,7 @@ def test_tensor_cores_and_vector_accesses_are_used(cuobjdump, binaries, arch):
     """In the tile loops: tensor cores with ldmatrix, or FMA; 16-byte cp.async, 8-byte stores."""
     code = instructions(dump(cuobjdump, binaries, arch, "-sass"))
     tile_kernels = {name: opcodes for name, opcodes in code.items() if "EngineI" in name}
-    assert len(tile_kernels) == 55
+    assert len(tile_kernels) == 65
     for name, opcodes in tile_kernels.items():
 
         def total(prefix, opcodes=opcodes):
@@ -166,13 +173,13 @@ def test_tensor_cores_and_vector_accesses_are_used(cuobjdump, binaries, arch):
             hmma = {opcode: count for opcode, count in opcodes.items() if opcode.startswith("HMMA")}
             assert hmma and all(kind in opcode for opcode in hmma), name
             assert total("LDSM.16.M88.4") > 0, name
-            assert "batch_hard" in name or total("MUFU.EX2") >= 16, name
+            assert re.search("batch_hard|slab_product", name) or total("MUFU.EX2") >= 16, name
         else:
             # The loop over a step of D is unrolled as far as the compiler likes: a fragment's worth at least.
             assert total("DFMA" if "FmaEngineId" in name else "FFMA") >= 64 and total("LDS.128") > 0, name
         if "WideningEngine" in name:  # 8 bytes of the narrow columns, widened into 16
             assert total("LDG.E.64") > 0 and total("STS.128") > 0, name
-        if "Shape" in name and "FmaEngineId" not in name:
+        if re.search("Shape|coefficients|slab_product", name) and "FmaEngineId" not in name:
             assert total("STG.E") == total("STG.E.64") > 0, name
     for name, opcodes in code.items():
         if "prepare_rows_kernel" in name:

@@ -35,17 +35,19 @@ __device__ __forceinline__ int fragment_column(int lane, int n, int e) {
 }
 
 // Starts copying rows [row0, row0 + kRows) and columns [column0, column0 + 128 bytes) of a matrix of (rows,
-// columns) with unit column stride; 0 outside. Rows are 16-byte aligned and columns a multiple of 16 bytes.
+// columns) with unit column stride; 0 outside. Rows are 16-byte aligned and columns a multiple of 16 bytes. kThreads
+// threads share the work, this one as number `thread`.
 template <int kRows, int kThreads, typename scalar_t>
 __device__ __forceinline__ void load_tile(unsigned char* tile, const scalar_t* matrix, int64_t row_stride,
-                                          int64_t rows, int64_t columns, int64_t row0, int64_t column0) {
+                                          int64_t rows, int64_t columns, int64_t row0, int64_t column0,
+                                          int thread = threadIdx.x) {
   constexpr int kVector = 16 / sizeof(scalar_t);
   static_assert(kRows * kTileUnits % kThreads == 0, "every thread copies the same number of units");
-  const int unit = threadIdx.x % kTileUnits;
+  const int unit = thread % kTileUnits;
   const int64_t column = column0 + unit * kVector;
 #pragma unroll
   for (int i = 0; i < kRows * kTileUnits / kThreads; ++i) {
-    const int r = i * (kThreads / kTileUnits) + threadIdx.x / kTileUnits;
+    const int r = i * (kThreads / kTileUnits) + thread / kTileUnits;
     const bool valid = row0 + r < rows && column < columns;
     const scalar_t* source = valid ? matrix + (row0 + r) * row_stride + column : matrix;
     copy_async<16>(tile + tile_offset(r, unit), source, valid);
@@ -164,9 +166,8 @@ struct MmaEngine {
     }
   }
 
-  // Stores two neighbouring values of a result as an operand of product_nn.
-  static __device__ __forceinline__ void store_operands(unsigned char* tile, int row, int column, float x,
-                                                        float y) {
+  // Two neighbouring values of a result as elements of the first operand of product_nn.
+  static __device__ __forceinline__ Pair<scalar_t> to_operands(float x, float y) {
     Pair<scalar_t> pair;
     if constexpr (kTf32) {
       pair.value[0] = __uint_as_float(round_to_tf32(__float_as_uint(x)));
@@ -175,8 +176,7 @@ struct MmaEngine {
       pair.value[0] = from_acc<scalar_t>(x);
       pair.value[1] = from_acc<scalar_t>(y);
     }
-    const int byte = column * static_cast<int>(sizeof(scalar_t));
-    *reinterpret_cast<Pair<scalar_t>*>(tile + tile_offset(row, byte / 16) + byte % 16) = pair;
+    return pair;
   }
 };
 
@@ -250,13 +250,8 @@ struct FmaEngine {
     }
   }
 
-  static __device__ __forceinline__ void store_operands(unsigned char* tile, int row, int column, acc_t x,
-                                                        acc_t y) {
-    Pair<scalar_t> pair;
-    pair.value[0] = x;
-    pair.value[1] = y;
-    const int byte = column * static_cast<int>(sizeof(scalar_t));
-    *reinterpret_cast<Pair<scalar_t>*>(tile + tile_offset(row, byte / 16) + byte % 16) = pair;
+  static __device__ __forceinline__ Pair<scalar_t> to_operands(acc_t x, acc_t y) {
+    return {{x, y}};
   }
 };
 
@@ -265,6 +260,13 @@ template <typename Engine, typename narrow_t>
 struct WideningEngine : Engine {
   using other_t = narrow_t;
 };
+
+// Stores two neighbours of a tile.
+template <typename scalar_t>
+__device__ __forceinline__ void store_operands(unsigned char* tile, int row, int column, Pair<scalar_t> pair) {
+  const int byte = column * static_cast<int>(sizeof(scalar_t));
+  *reinterpret_cast<Pair<scalar_t>*>(tile + tile_offset(row, byte / 16) + byte % 16) = pair;
+}
 
 template <typename acc_t, int kNTiles>
 __device__ __forceinline__ void clear(Fragment<acc_t, kNTiles>& c) {
