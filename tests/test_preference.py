@@ -34,8 +34,8 @@ def test_the_entry_that_fits(architecture, dtype, n, d, backend):
 
 def test_every_entry_is_reached_by_some_call():
     reached = {
-        preference.prefer(preference.CONTRASTIVE, torch.empty(n, 128, dtype=dtype), architecture)
-        for n in (64, 4096)
+        preference.prefer(preference.CONTRASTIVE, torch.empty(n, d, dtype=dtype), architecture)
+        for n, d in ((64, 128), (4096, 128), (4096, 512))
         for dtype in (*preference.HALF, *preference.WIDE)
         for architecture in (80, 90, 100)
     }
