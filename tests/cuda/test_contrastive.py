@@ -140,7 +140,7 @@ def slabs(launches):
     return len(products)
 
 
-@wide
+@pytest.mark.parametrize("dtype, tf32, d", [(torch.float32, True, 300), (torch.float16, False, 520)], ids=str)
 def test_slabs_of_wide_rows(library, gpu, dtype, tf32, d):
     """Rows over what one block accumulates: coefficients in memory, a slab of rows at a time."""
     call = random_call(130, d, dtype, ids=True, positives=2, device=gpu.device)
@@ -186,8 +186,9 @@ def test_wide_rows_of_any_layout_and_length(library, gpu, dtype):
     call.columns[::3] *= 1e3
     rows = torch.zeros(130, 528, dtype=dtype, device=gpu.device)[:, 8:].copy_(call.rows)
     columns = call.columns.T.contiguous().T
-    check_parity(library, call._replace(rows=rows, columns=columns), slab_rows=1)
-    check_parity(library, call._replace(rows=rows, columns=columns, normalize_columns=False), slab_rows=1)
+    normalize_columns = dtype == torch.float16
+    call = call._replace(rows=rows, columns=columns, normalize_columns=normalize_columns)
+    check_parity(library, call, slab_rows=1)
 
 
 @pytest.mark.parametrize("splits", [2, 3, 100])
@@ -392,8 +393,15 @@ def test_nan_and_infinity_reach_the_results(library, gpu):
     assert both.lse.isnan().all() and both.column_lse.isnan().tolist() == [j == 3 for j in range(7)]
 
 
-@pytest.mark.parametrize("d, kernel", [(24, "bwd_kernel"), (257, "coefficients_kernel")])
-@pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(
+    "needed, d, kernel",
+    [
+        ((True, False), 24, "bwd_kernel"),
+        ((False, True), 24, "bwd_kernel"),
+        ((False, False), 24, "bwd_kernel"),
+        ((False, False), 257, "coefficients_kernel"),
+    ],
+)
 def test_gradients_that_are_not_needed(library, gpu, needed, d, kernel):
     """They are not computed, and grad_scale is right without them."""
     call = random_call(20, d, torch.float32, m=33, both_directions=True, device=gpu.device)
@@ -436,7 +444,9 @@ def test_every_schedule_gives_the_same_bits(library, gpu, dtype, expectation):
     check_every_schedule(library, call, splits=2, expectation=expectation)
 
 
-@pytest.mark.parametrize("dtype, d", [(torch.bfloat16, 640), (torch.float32, 260)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, d", [(torch.bfloat16, 640), pytest.param(torch.float32, 260, marks=pytest.mark.slow)], ids=str
+)
 def test_every_schedule_of_slabs_gives_the_same_bits(library, gpu, dtype, d):
     call = random_call(130, d, dtype, m=70, device=gpu.device)
     check_every_schedule(library, call, splits=2, slab_rows=1)

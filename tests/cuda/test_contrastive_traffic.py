@@ -19,10 +19,10 @@ CASES = [  # n, m, d, dtype, tf32
     (128, None, 64, torch.float32, False),
 ]
 WIDE_CASES = [
-    (256, None, 640, torch.bfloat16, False),
+    pytest.param((256, None, 640, torch.bfloat16, False), marks=pytest.mark.slow),
     (128, 192, 576, torch.float16, False),
-    (256, None, 288, torch.float32, True),
-    (128, 160, 320, torch.float32, False),
+    (128, None, 288, torch.float32, True),
+    pytest.param((128, 160, 320, torch.float32, False), marks=pytest.mark.slow),
     (128, None, 144, torch.float64, False),
 ]
 UNIT_BYTES, STEP_BYTES, SECTOR = 16, 128, 32
