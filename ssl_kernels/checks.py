@@ -41,9 +41,7 @@ def check_same_rows(op, **tensors):
     rows = first.shape[0]
     for name, tensor in tensors.items():
         if tensor.shape[0] != rows:
-            raise ValueError(
-                f"{op}: {name} must have {rows} rows as {first_name} has, got {tensor.shape[0]}"
-            )
+            raise ValueError(f"{op}: {name} must have {rows} rows as {first_name} has, got {tensor.shape[0]}")
 
 
 def check_reduction(op, reduction):
