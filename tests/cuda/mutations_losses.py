@@ -43,7 +43,7 @@ PRODUCT_WALK = [
 ]
 SLAB_PRODUCT = [
     Mutation("slabs: terms of the next tile", WALK, "kTermSlots = 2;", "kTermSlots = 1;"),
-    Mutation("slabs: first row", WALK, "row0_(first_row + ", "row0_("),
+    Mutation("slabs: first row", CONTRASTIVE, "first_row + static_cast", "static_cast"),
     Mutation("slabs: wait for the step's copies", SLABS, WAIT),
     Mutation("slabs: barrier of a step", SLABS, BARRIER),
     Mutation("slabs: commit of a step's copies", SLABS, COMMIT),
