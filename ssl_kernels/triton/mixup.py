@@ -15,7 +15,7 @@ from ssl_kernels.triton.permutation_walk import (
     order,
     sample_of,
 )
-from ssl_kernels.triton.samples import dense_result, has_dense_samples, sample_size, samples_like
+from ssl_kernels.triton.samples import dense_result, has_dense_samples, sample_size, samples_like, vector_of
 
 # Bytes of a sample that a program owns, 32 a thread.
 WALK_BYTES, WALK_WARPS = 4096, 4
@@ -32,9 +32,19 @@ def mix(own, x, next, partner):
     return tl.where((own == 0.0) & (next == 1.0), partner, mixed)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["stride_x", "stride_out", "F", "B"])
 def mixup_walk_kernel(
-    x_ptr, out_ptr, word_ptr, own_ptr, next_ptr, stride_x, stride_out, F, B, BLOCK: tl.constexpr
+    x_ptr,
+    out_ptr,
+    word_ptr,
+    own_ptr,
+    next_ptr,
+    stride_x,
+    stride_out,
+    F,
+    B,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     # out_j = own_j x_j + next_j x_s(j), s the permutation or its inverse; out may be x.
     # Tiling: a program owns BLOCK features and walks all samples along the cycles (permutation_walk.py), three samples
@@ -42,6 +52,10 @@ def mixup_walk_kernel(
     # Traffic: each element is read once and written once; in place, samples that stay as they are are not written.
     #   Three numbers a sample for each warp from the first-level cache: 5 % of its data.
     # Numerics: shares, products and sum in the type of own, rounded once.
+    # Strides and F come in vectors.
+    stride_x = stride_x.to(tl.int64) * VECTOR
+    stride_out = stride_out.to(tl.int64) * VECTOR
+    F = F.to(tl.int64) * VECTOR
     features = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     word0 = load_word(word_ptr, 0, B)
     word1 = load_word(word_ptr, 1, B)
@@ -62,7 +76,7 @@ def mixup_walk_kernel(
         x0, x1, x2 = x1, x2, x3
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["stride_grad", "stride_x", "stride_grad_x", "F", "B"])
 def mixup_grad_kernel(
     grad_ptr,
     x_ptr,
@@ -76,6 +90,7 @@ def mixup_grad_kernel(
     stride_grad_x,
     F,
     B,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # Along the inverse s of the permutation, g the gradient of the result:
@@ -83,6 +98,11 @@ def mixup_grad_kernel(
     # Tiling: as above, one sample ahead; a program of one warp adds up its features of each sample into row
     #   program_id of partial (programs, B), which torch adds up.
     # Traffic: reads 2 B F elements, writes B F and one number a sample for each program. grad_x may be absent.
+    # Strides and F come in vectors.
+    stride_grad = stride_grad.to(tl.int64) * VECTOR
+    stride_x = stride_x.to(tl.int64) * VECTOR
+    stride_grad_x = stride_grad_x.to(tl.int64) * VECTOR
+    F = F.to(tl.int64) * VECTOR
     features = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     sums_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * B
     ACC: tl.constexpr = own_ptr.dtype.element_ty
@@ -124,9 +144,18 @@ def unsupported(x, *_):
 
 def _walk(x, out, steps):
     size = sample_size(x)
-    block = WALK_BYTES // x.element_size()
+    block, vector = WALK_BYTES // x.element_size(), vector_of(x, out)
     mixup_walk_kernel[triton.cdiv(size, block),](
-        x, out, *steps, x.stride(0), out.stride(0), size, len(x), BLOCK=block, num_warps=WALK_WARPS
+        x,
+        out,
+        *steps,
+        x.stride(0) // vector,
+        out.stride(0) // vector,
+        size // vector,
+        len(x),
+        VECTOR=vector,
+        BLOCK=block,
+        num_warps=WALK_WARPS,
     )
 
 
@@ -157,17 +186,19 @@ def mixup_bwd(grad, x, lam, permutation, x_needs_grad):
         x = samples_like(x, dense)
         programs = triton.cdiv(size, block)
         partial = lam.new_empty(programs, len(grad))
+        vector = vector_of(grad, x, dense)
         mixup_grad_kernel[programs,](
             grad,
             x,
             dense if x_needs_grad else None,
             partial,
             *steps,
-            grad.stride(0),
-            x.stride(0),
-            dense.stride(0),
-            size,
+            grad.stride(0) // vector,
+            x.stride(0) // vector,
+            dense.stride(0) // vector,
+            size // vector,
             len(grad),
+            VECTOR=vector,
             BLOCK=block,
             num_warps=GRAD_WARPS,
         )

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ssl_kernels.triton.common import LOG2E, exp2, finite_shift
+from ssl_kernels.triton.samples import vector_of
 
 # Most classes that a program takes at once.
 LONGEST_BLOCK = 4096
@@ -35,7 +36,7 @@ def weighted_logit(logits_ptr, label, weight):
     return weight * tl.load(logits_ptr + tl.where(used, label, 0), mask=used, other=0).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["stride_row", "N", "C"])
 def mixup_cross_entropy_loss_kernel(
     logits_ptr,
     target_ptr,
@@ -50,6 +51,7 @@ def mixup_cross_entropy_loss_kernel(
     N,
     C,
     SMOOTH: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # lse = log sum_c exp z_c;   loss = lse - (1 - e) (lam z_y + (1 - lam) z_y') - e / C sum_c z_c
@@ -57,6 +59,9 @@ def mixup_cross_entropy_loss_kernel(
     # Tiling: a program owns a row and takes it BLOCK classes at a time, running maximum and sum.
     # Traffic: reads C elements a row and two more sectors.
     # Numerics: exponentials and sums in the type of lam, loss and lse in float64.
+    # stride_row and C come in vectors.
+    stride_row = stride_row.to(tl.int64) * VECTOR
+    C *= VECTOR
     ACC: tl.constexpr = lam_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_row
@@ -88,7 +93,7 @@ def mixup_cross_entropy_loss_kernel(
     tl.store(lse_ptr + row, lse)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["stride_row", "N", "C"])
 def mixup_cross_entropy_grad_kernel(
     grad_loss_ptr,
     logits_ptr,
@@ -104,12 +109,16 @@ def mixup_cross_entropy_grad_kernel(
     smoothing_ptr,
     N,
     C,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # dz_c = g (exp(z_c - lse) - e / C - (1 - e) (lam [c = y] + (1 - lam) [c = y'])).
     # Tiling: a program owns BLOCK classes of a row.
     # Traffic: reads and writes C elements a row.
     # Numerics: lse is taken in two parts, so that large logits cost no digits; the rest in the type of lam.
+    # stride_row and C come in vectors.
+    stride_row = stride_row.to(tl.int64) * VECTOR
+    C *= VECTOR
     ACC: tl.constexpr = lam_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -150,6 +159,7 @@ def _operands(logits, target, label_smoothing):
 def mixup_cross_entropy_fwd(logits, target, permutation, lam, label_smoothing):
     rows, target, smoothing = _operands(logits, target, label_smoothing)
     n, classes = logits.shape
+    vector = vector_of(rows)
     loss, lse = torch.empty(2, n, dtype=torch.float64, device=logits.device)
     mixup_cross_entropy_loss_kernel[n,](
         rows,
@@ -158,13 +168,14 @@ def mixup_cross_entropy_fwd(logits, target, permutation, lam, label_smoothing):
         lam,
         loss,
         lse,
-        rows.stride(0),
+        rows.stride(0) // vector,
         permutation.stride(0),
         lam.stride(0),
         smoothing,
         n,
-        classes,
+        classes // vector,
         SMOOTH=label_smoothing != 0,
+        VECTOR=vector,
         **_block(classes),
     )
     return loss, lse
@@ -173,6 +184,7 @@ def mixup_cross_entropy_fwd(logits, target, permutation, lam, label_smoothing):
 def mixup_cross_entropy_bwd(grad_loss, logits, target, permutation, lam, lse, label_smoothing):
     rows, target, smoothing = _operands(logits, target, label_smoothing)
     n, classes = logits.shape
+    vector = vector_of(rows)
     grad_logits = torch.empty(n, classes, dtype=logits.dtype, device=logits.device)
     options = _block(classes)
     mixup_cross_entropy_grad_kernel[n, triton.cdiv(classes, options["BLOCK"])](
@@ -184,12 +196,13 @@ def mixup_cross_entropy_bwd(grad_loss, logits, target, permutation, lam, lse, la
         lse.contiguous(),
         grad_logits,
         grad_loss.stride(0),
-        rows.stride(0),
+        rows.stride(0) // vector,
         permutation.stride(0),
         lam.stride(0),
         smoothing,
         n,
-        classes,
+        classes // vector,
+        VECTOR=vector,
         **options,
     )
     return grad_logits

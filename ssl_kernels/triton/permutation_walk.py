@@ -174,7 +174,7 @@ def has_flag(word, BIT: tl.constexpr):
 
 @triton.jit
 def load_sample(ptr, word, stride, features, F):
-    """Features of the step's sample, 0 where nobody needs them."""
+    """Features of the step's sample, 0 where nobody needs them; stride and F are multiples of a vector."""
     inside = (features < F) & has_flag(word, READ_BIT)
     return tl.load(ptr + sample_of(word) * stride + features, mask=inside, other=0)
 

@@ -30,6 +30,18 @@ def dense_result(result):
     )
 
 
+def vector_of(*batches):
+    """Elements of the widest access, 16 bytes at most, that every sample of batches of one dtype consists of.
+
+    Kernels get strides and sizes in such vectors: Triton sees from that how wide it may read.
+    """
+    vector = 16 // batches[0].element_size()
+    counts = [sample_size(batches[0]), *(batch.stride(0) for batch in batches)]
+    while any(count % vector for count in counts):
+        vector //= 2
+    return vector
+
+
 def sample_size(x):
     """Elements of one sample."""
     return x.numel() // len(x)

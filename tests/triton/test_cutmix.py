@@ -100,7 +100,10 @@ def test_in_place_touches_only_what_lies_under_the_boxes(gpu):
     minimum = inside.reshape(-1, SECTOR // 4).any(1).sum().item()
     both = inside & inside[permutation_of("flip", 8)]
     held = both[:4].reshape(-1, SECTOR // 4).any(1).sum().item()
-    warps = 16 * 224 // 32
+    warps = 16 * 224 // 128
+    steps = warps * 8 * 8
     assert walk.global_store_bytes == inside.sum().item() * 4
-    assert minimum <= walk.global_store_sectors <= 1.1 * minimum
-    assert minimum <= walk.global_load_sectors <= 1.1 * minimum + 1.1 * held + warps * 8 * 8
+    # An edge of a box that divides 16 bytes is stored number by number.
+    assert minimum <= walk.global_store_sectors <= 1.2 * minimum
+    assert minimum <= walk.global_load_sectors <= minimum + held + steps
+    assert walk.global_load_sectors - held - steps + walk.global_store_sectors <= 1.1 * 2 * minimum
