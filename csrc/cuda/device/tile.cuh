@@ -40,7 +40,7 @@ __device__ __forceinline__ int fragment_column(int lane, int n, int e) {
 template <int kRows, int kThreads, typename scalar_t>
 __device__ __forceinline__ void load_tile(unsigned char* tile, const scalar_t* matrix, int64_t row_stride,
                                           int64_t rows, int64_t columns, int64_t row0, int64_t column0,
-                                          int thread = threadIdx.x) {
+                                          unsigned thread = threadIdx.x) {
   constexpr int kVector = 16 / sizeof(scalar_t);
   static_assert(kRows * kTileUnits % kThreads == 0, "every thread copies the same number of units");
   const int unit = thread % kTileUnits;
