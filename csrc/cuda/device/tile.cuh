@@ -263,7 +263,7 @@ struct WideningEngine : Engine {
 
 // Stores two neighbours of a tile.
 template <typename scalar_t>
-__device__ __forceinline__ void store_operands(unsigned char* tile, int row, int column, Pair<scalar_t> pair) {
+__device__ __forceinline__ void store_operands(unsigned char* tile, int row, int column, const Pair<scalar_t>& pair) {
   const int byte = column * static_cast<int>(sizeof(scalar_t));
   *reinterpret_cast<Pair<scalar_t>*>(tile + tile_offset(row, byte / 16) + byte % 16) = pair;
 }
