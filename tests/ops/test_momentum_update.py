@@ -53,7 +53,9 @@ def test_moves_as_lerp_does_in_float32(backend, dtype):
         exact = torch.lerp(before.double(), source.double(), 0.001)
         plain = (torch.lerp(before, source, 0.001).double() - exact).abs()
         ours = (master.double() - exact).abs()
-        assert (ours <= plain + before.abs() * torch.finfo(torch.float32).eps).all()
+        # The roundings of weight, difference, product and sum, which a fused multiply-add spares in part.
+        rounding = before.abs() + 2 * 0.001 * (source.float() - before).abs()
+        assert (ours <= plain + rounding * torch.finfo(torch.float32).eps).all()
 
 
 @every_backend
