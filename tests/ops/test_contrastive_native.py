@@ -139,6 +139,7 @@ def instruction_set_calls():
             for n, m in ((270, None), (70, 83)):
                 options = {"temperature": temperature, "both_directions": m is not None, "ids": 9}
                 yield random_call(n, m, 37, dtype, **options)
+    yield random_call(70, 83, 523, torch.float32, both_directions=True)  # deeper than a product's panels
 
 
 def test_instruction_sets_agree(tmp_path):
