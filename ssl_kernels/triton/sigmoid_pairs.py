@@ -1,4 +1,4 @@
-"""Triton kernel of `sigmoid_pairs`; docs/sigmoid_pairs.md is the contract. Its tiles: the backward of `contrastive`."""
+"""Triton kernel of `sigmoid_pairs`; docs/sigmoid_pairs.md is the contract. Its tiles: the expectation's of `contrastive`."""
 
 import torch
 import triton
@@ -15,6 +15,7 @@ from ssl_kernels.triton.launch import (
     tile_for,
     unsupported_operands,
 )
+from ssl_kernels.triton.tiles import WIDEST_EXPECTATION, keeps_expectation
 
 
 @triton.jit(do_not_specialize=["N", "M", "diagonal", "tiles_per_split"])
@@ -119,15 +120,16 @@ def sigmoid_pairs_kernel(
 def unsupported(rows, *_, **__):
     """Why this backend cannot run a call, or None if it can."""
     reason = unsupported_operands(rows)
-    if reason is None and (rows.element_size() != 2 or rows.shape[1] > 128):
-        return f"it takes float16 and bfloat16 rows up to 128 wide, not {rows.dtype} of {rows.shape[1]}"
+    if reason is None and not keeps_expectation(rows):
+        widest = WIDEST_EXPECTATION[rows.element_size()]
+        return f"it takes {rows.dtype} rows up to {widest} wide, not {rows.shape[1]}"
     return reason
 
 
 def _walk(x, y, scale, bias, diagonal, *, losses=False, biases=False, gradient=False):
     """Partial sums (splits, N) of losses and biases and (splits, N, D); x, y: (vectors, rnorm, weight)."""
     (n, d), m = x[0].shape, y[0].shape[0]
-    tile = tile_for("backward", x[0])
+    tile = tile_for("expectation", x[0])
     blocks = triton.cdiv(n, tile.block_n)
     splits, tiles_per_split = split_walk(blocks, triton.cdiv(m, tile.block_m))
     loss_sums, bias_sums = (

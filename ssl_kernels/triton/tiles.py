@@ -7,7 +7,8 @@ entry of "backward" covers takes "coefficient" and "product" instead.
 Architectures: 80 (A100), 86 (also 8.7, 8.9 and 12.x: a hundred KB of shared memory), 90 (H100), 100 (B200).
 Dtype classes: half (float16, bfloat16), float32, tf32 (float32 where torch allows TF32), float64.
 
-    expectation             the forward that also sums columns: a block_n × block_d accumulator, block_d covers D
+    expectation             the forward that also sums columns: a block_n × block_d accumulator, block_d covers D;
+                            sigmoid_pairs takes these tiles too
     forward, coefficient    block_n rows × block_m columns of logits, block_d features at a time
     backward                the same, and a block_n × block_d accumulator: block_d covers D
     product                 block_n × block_d of the result, block_m of the inner dimension at a time
@@ -110,7 +111,7 @@ TILES = {
                 (None, (128, 64, 64, 8, 3, 1)),
             ],
             "expectation": [
-                (16, (128, 32, 16, 8, 2, 1)),
+                (16, (64, 32, 16, 4, 2, 3)),
                 (32, (128, 32, 32, 8, 2, 1)),
                 (64, (128, 32, 64, 8, 2, 1)),
                 (128, (128, 16, 128, 8, 2, 1)),
@@ -231,8 +232,8 @@ TILES = {
                 (None, (128, 64, 64, 8, 3, 1)),
             ],
             "expectation": [
-                (32, (128, 32, 32, 8, 2, 1)),
-                (64, (128, 32, 64, 8, 2, 1)),
+                (32, (64, 32, 32, 4, 2, 2)),
+                (64, (64, 32, 64, 4, 2, 2)),
                 (128, (128, 32, 128, 8, 2, 1)),
                 (256, (64, 16, 256, 8, 2, 1)),
             ],

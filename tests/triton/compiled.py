@@ -1,4 +1,4 @@
-"""Compiles the kernels of `contrastive` for any architecture and reads what the machine code needs."""
+"""Compiles the kernels of the tile table for any architecture and reads what the machine code needs."""
 
 import re
 import subprocess
@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ssl_kernels.triton import contrastive
+from ssl_kernels.triton import contrastive, sigmoid_pairs
 
 KERNELS = {
     "forward": contrastive.contrastive_fwd_kernel,
@@ -19,12 +19,13 @@ KERNELS = {
     "backward": contrastive.contrastive_bwd_kernel,
     "coefficient": contrastive.contrastive_coefficient_kernel,
     "product": contrastive.contrastive_product_kernel,
+    "sigmoid_pairs": sigmoid_pairs.sigmoid_pairs_kernel,
 }
 TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 VECTORS = {"x_ptr", "y_ptr", "a_ptr", "b_ptr", "grad_ptr", "coefficient_ptr"}
 INT64 = {"x_ids_ptr", "y_ids_ptr", "positives_ptr"}
 INT32 = {"x_positives_ptr", "y_positives_ptr"}
-FLOAT64 = {"lse_ptr", "positive_logits_ptr"}
+FLOAT64 = {"lse_ptr", "positive_logits_ptr", "losses_ptr", "biases_ptr"}
 # Absent from a call as nt_xent_loss makes it, with a card full of rows.
 ABSENT = {"x_ids_ptr", "y_ids_ptr", "row_partial_ptr", "column_partial_ptr"}
 # Of the forward, in calls that keep the expectation only.
@@ -54,6 +55,7 @@ class Resources:
 def compile_kernel(kernel, arch, dtype, d, tile, precision="ieee", everything=False, columns=None):
     """The entry `tile` of `kernel`, for width d: as NT-Xent calls it, or with `everything` a call can have.
 
+    "sigmoid_pairs" takes its losses with their gradients, or with everything the gradients of weighted losses.
     With everything: ids, both directions, a split walk and its merge; else the square case with positives, or for the
     expectation, which has none, a full queue. `columns` is their dtype where it is another.
     """
@@ -64,6 +66,8 @@ def compile_kernel(kernel, arch, dtype, d, tile, precision="ieee", everything=Fa
     absent |= {"row_partial_ptr"} if kernel not in ("forward", "expectation") else set()
     absent -= {"row_partial_ptr"} if kernel == "expectation" else set()
     absent |= {"partial_ptr"} if kernel == "backward" else set()
+    if kernel == "sigmoid_pairs":
+        absent |= {"losses_ptr"} if everything else {"x_weight_ptr", "y_weight_ptr"}
     half = dtype == torch.float16
     absent |= set() if half else {"bound_ptr", "b_rnorm_ptr"}
     constants = {

@@ -21,14 +21,8 @@ OPERATORS = {
 }
 
 
-def skip_what_it_refuses(case, dtype=torch.float32):
-    if case.loss == "siglip_loss" and dtype == torch.float32:
-        pytest.skip("the Triton kernel of sigmoid_pairs takes float16 and bfloat16 alone")
-
-
 @cases
 def test_loss_is_its_definition(gpu, case, monkeypatch):
-    skip_what_it_refuses(case)
     run_on(monkeypatch, OPERATORS)
     with gpu.triton():
         check_loss(case, gpu.device)
@@ -36,7 +30,6 @@ def test_loss_is_its_definition(gpu, case, monkeypatch):
 
 @edges
 def test_loss_at_an_edge(gpu, edge, monkeypatch):
-    skip_what_it_refuses(edge.case, edge.dtype)
     run_on(monkeypatch, OPERATORS)
     with gpu.triton():
         check_edge(edge, gpu.device, monkeypatch)
