@@ -6,6 +6,8 @@ BIN := .venv/bin
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 TEST_ARGS ?=
+# Processes of the tests: one a core, up to eight.
+PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
@@ -23,10 +25,10 @@ demo: .venv/built
 	$(BIN)/python -m ssl_kernels pretrain $(DEMO_ARGS)
 
 test: .venv/built
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(TEST_ARGS)
 
 test-all: .venv/built
-	$(BIN)/python -m pytest -m "slow or not slow" $(TEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow" $(TEST_ARGS)
 
 # A copy of the package with an extension of its own. The libraries of the sanitizers must be in the process before Python
 # is, which leaks by design. torch.compile, opcheck, processes of their own and larger sizes add time, not kernels.
@@ -35,7 +37,7 @@ sanitize: $(SANITIZED)/built
 	rm -rf $(SANITIZED)/tests && cp -r tests pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		$(CURDIR)/$(BIN)/python -m pytest tests/ops --hypothesis-profile=short \
+		$(CURDIR)/$(BIN)/python -m pytest $(PARALLEL) tests/ops --hypothesis-profile=short \
 		-k "native and not compile and not opcheck and not sets_agree and not large \
 		and not usual_sizes and not many_tiles and not threads and not bad_input and not fake_tensors"
 

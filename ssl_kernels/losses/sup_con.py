@@ -4,6 +4,7 @@ import warnings
 
 import torch
 
+from ssl_kernels.backends import choose_backend
 from ssl_kernels.checks import (
     check_embeddings,
     check_ids,
@@ -82,7 +83,8 @@ def sup_con_loss(
     if not everywhere:
         inverse_count = inverse_count.where(has_positive, 0)
     even = reduction != "none" and row_weights is None
-    loss = less_class_means(lse, scale, features, groups, inverse_count, normalize, even)
+    native = not torch.compiler.is_compiling() and choose_backend("contrastive", backend, OP, features) == "native"
+    loss = less_class_means(lse, scale, features, groups, inverse_count, normalize, even, native)
     if everywhere:
         return reduce(loss, reduction, features, row_weights)
     loss = loss.where(has_positive, 0)
