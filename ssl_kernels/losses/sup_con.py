@@ -83,7 +83,9 @@ def sup_con_loss(
     if not everywhere:
         inverse_count = inverse_count.where(has_positive, 0)
     even = reduction != "none" and row_weights is None
-    native = not torch.compiler.is_compiling() and choose_backend("contrastive", backend, OP, features) == "native"
+    native = (
+        not torch.compiler.is_compiling() and choose_backend("contrastive", backend, OP, features) == "native"
+    )
     loss = less_class_means(lse, scale, features, groups, inverse_count, normalize, even, native)
     if everywhere:
         return reduce(loss, reduction, features, row_weights)

@@ -1,4 +1,4 @@
-"""Triton kernel of `sigmoid_pairs`; docs/sigmoid_pairs.md is the contract. Its tiles: the expectation's of `contrastive`."""
+"""Triton kernel of `sigmoid_pairs`; docs/sigmoid_pairs.md is the contract. Tiles: contrastive's expectation."""
 
 import torch
 import triton
