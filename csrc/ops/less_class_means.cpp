@@ -8,11 +8,11 @@
 #include <ATen/ops/addcmul.h>
 #include <ATen/ops/embedding_bag.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linalg_vector_norm.h>
 #include <torch/library.h>
 
 #include "forward_mode.h"
 #include "no_second_derivative.h"
+#include "unit_rows.h"
 
 namespace ssl_kernels {
 namespace {
@@ -21,8 +21,6 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
-
-constexpr double kEpsilon = 1e-12;  // as F.normalize
 
 struct Groups {
   const Tensor &group, &order, &starts;
@@ -38,10 +36,10 @@ struct LessClassMeans : Function<LessClassMeans> {
                         const Tensor& group, const Tensor& order, const Tensor& starts, const Tensor& inverse_count,
                         bool normalize, bool even) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const Tensor rows = x.to(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+    const Tensor rows = x.to(accumulation_type(x));
     Tensor rnorm, unit = rows;
     if (normalize) {
-      rnorm = at::linalg_vector_norm(rows, 2, {{1}}).clamp_min_(kEpsilon).reciprocal_();
+      rnorm = reciprocal_norms(rows);
       unit = rows.mul(rnorm.unsqueeze(1));
     }
     const Tensor others = class_sums(unit, {group, order, starts}).sub_(unit);
@@ -73,10 +71,7 @@ struct LessClassMeans : Function<LessClassMeans> {
           grad_unit.addcmul_(others, weight.unsqueeze(1));
           radial = unit.mul(grad_unit).sum(1);
         }
-        if (rnorm.defined()) {
-          radial.masked_fill_(rnorm.eq(1 / kEpsilon), 0);  // shorter rows are only scaled
-          grad_unit.addcmul_(unit, radial.unsqueeze(1), -1).mul_(rnorm.unsqueeze(1));
-        }
+        if (rnorm.defined()) grad_unit = through_normalization_(grad_unit, unit, rnorm, radial);
         results[1] = grad_unit.to(x.scalar_type());
       }
     }

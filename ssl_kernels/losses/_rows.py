@@ -1,10 +1,14 @@
-"""What the losses compute row by row, in O(N · D): dots and sums over classes."""
+"""What the losses compute row by row, in O(N · D): dots, sums over classes, logits of each row's own negatives.
+
+Where `native` is true, two of them are nodes of autograd in C++ (csrc/ops/), with their backward written out.
+"""
 
 from typing import NamedTuple
 
 import torch
 
 from ssl_kernels.losses._shared import unit_rows
+from ssl_kernels.ops.library import accumulation_dtype
 
 EPSILON = 1e-12  # as F.normalize
 
@@ -30,7 +34,7 @@ def less_class_means(lse, scale, x, groups, inverse_count, normalize, even, nati
         groups: `Groups` of the rows.
         inverse_count: (N,), 1 / the number of other rows in the group, 0 where there is none.
         even: Whether the incoming gradient is the same for all rows of a group, as after a mean or a sum.
-        native: Whether to take csrc/ops/less_class_means.cpp: the same, with its backward written out.
+        native: Whether to take csrc/ops/less_class_means.cpp.
     """
     if native:
         return torch.ops.ssl_kernels.less_class_means.native(
@@ -38,6 +42,24 @@ def less_class_means(lse, scale, x, groups, inverse_count, normalize, even, nati
         )
     rows = unit_rows(x, normalize)
     return lse - scale * row_dots(rows, _ClassSums.apply(rows, *groups) - rows) * inverse_count
+
+
+def paired_logits(x, y, scale, normalize, native):
+    """scale · <x̂_i, ŷ_ij> of x (N, D) and y (N, M, D), (N, M) float64, without a normalised copy of y.
+
+    The norms of y are factors of the products. native: whether to take csrc/ops/paired_logits.cpp.
+    """
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):  # or bmm would be cast
+            return paired_logits(x, y, scale, normalize, native)
+    if native:
+        return torch.ops.ssl_kernels.paired_logits.native(x, y, scale, normalize)
+    rows, others = unit_rows(x, normalize), y.to(accumulation_dtype(y))
+    products = torch.bmm(rows.unsqueeze(1), others.mT).squeeze(1).double()
+    if normalize:
+        products = products / torch.linalg.vector_norm(others, dim=2).clamp_min(EPSILON)
+    return products * scale
 
 
 def _class_sums(rows, group, order, starts):

@@ -2,7 +2,7 @@
 
 import torch
 
-from ssl_kernels.backends import check_name
+from ssl_kernels.backends import check_name, choose_backend
 from ssl_kernels.checks import (
     check_embeddings,
     check_ids,
@@ -11,10 +11,9 @@ from ssl_kernels.checks import (
     check_same_rows,
     check_scalar,
 )
-from ssl_kernels.losses._rows import EPSILON
-from ssl_kernels.losses._shared import inverse, minus_log_sigmoid, reduce, unit_rows, widest_under_autocast
+from ssl_kernels.losses._rows import paired_logits
+from ssl_kernels.losses._shared import inverse, minus_log_sigmoid, reduce, widest_under_autocast
 from ssl_kernels.ops.contrastive import contrastive
-from ssl_kernels.ops.library import accumulation_dtype
 from ssl_kernels.ops.row_pairs import row_pairs
 
 OP = "info_nce_loss"
@@ -116,7 +115,11 @@ def info_nce_loss(
     if negative_mode == "unpaired":
         lse = contrastive(query, negative_keys, scale, **options).lse
     else:
-        logits = scale * _paired_products(query, negative_keys, normalize)
+        native = (
+            not torch.compiler.is_compiling()
+            and choose_backend("contrastive", backend, OP, query) == "native"
+        )
+        logits = paired_logits(query, negative_keys, scale, normalize, native)
         if query_ids is not None:
             logits = logits.masked_fill(query_ids[:, None] == key_ids, -torch.inf)
         lse = torch.logsumexp(logits, 1)
@@ -124,16 +127,6 @@ def info_nce_loss(
 
 
 info_nce_loss.operation = "contrastive"
-
-
-def _paired_products(query, negative_keys, normalize):
-    """<q̂_i, k̂_ij>, (N, M) float64: norms are factors of the products, so that no normalised copy is made."""
-    with torch.autocast(query.device.type, enabled=False):
-        rows, negatives = unit_rows(query, normalize), negative_keys.to(accumulation_dtype(query))
-        products = (rows[:, None] @ negatives.mT).squeeze(1).double()
-        if normalize:
-            products = products / torch.linalg.vector_norm(negatives, dim=2).clamp_min(EPSILON)
-        return products
 
 
 def _check_negatives(query, negative_keys, negative_mode, symmetric):

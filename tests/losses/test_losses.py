@@ -52,6 +52,21 @@ def test_rows_and_gradients_of_weighted_sums_are_the_definitions(case, backend, 
         torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
 
 
+@every_case_and_operator
+def test_rows_shorter_than_eps_are_only_scaled(case, backend):
+    """As F.normalize has it: x / eps with a gradient of grad / eps, along the row too."""
+    arguments = case.arguments(9, 4)
+    with torch.no_grad():
+        for value in case.leaves(arguments).values():
+            if value.dim() >= 2:
+                value.view(-1, value.shape[-1])[[0, -1]] *= 1e-14
+    weight = weights_of_either_sign(len(case.definition(**arguments))) + 0.5
+    expected = value_and_gradients(case.definition, case, arguments, weight)
+    found = value_and_gradients(case.ours(backend, reduction="none"), case, arguments, weight)
+    for ours, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-7, atol=1e-9)
+
+
 @every_loss_and_operator
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_reductions_are_those_of_the_rows(case, backend, reduction):
