@@ -3,9 +3,8 @@
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
-from ssl_kernels.triton.common import LOG2E, exp2, load_tile, load_vector, normalize_tile
+from ssl_kernels.triton.common import LOG2E, exp2, load_tile, load_vector, log1p_below_1, normalize_tile
 from ssl_kernels.triton.launch import (
     finish_rows,
     launch_options,
@@ -88,7 +87,7 @@ def sigmoid_pairs_kernel(
         u = tl.where(positive, -z, z)
         decay = exp2(-tl.abs(u) * LOG2E)
         if losses_ptr is not None:
-            loss = tl.where(u > 0.0, u, 0.0) + libdevice.log1p(decay)
+            loss = tl.where(u > 0.0, u, 0.0) + log1p_below_1(decay)
             losses += tl.sum(tl.where(inside, loss, 0.0), axis=1).to(tl.float64)
         if partial_ptr is not None:
             coefficients = tl.where(u >= 0.0, 1.0, decay) / (1.0 + decay)
