@@ -58,8 +58,7 @@ def info_nce_loss(
         row_weights: (N,) floating, or None. "none" and "sum" take weight · loss, "mean" divides their sum by that of
             the weights.
         backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`). The
-            logits of "paired" negatives are plain PyTorch on every backend: they are N separate products, as large as
-            their input.
+            logits of "paired" negatives are torch's batched product on every backend: as large as their input.
 
     Returns:
         float32 (float64 for float64 input): a scalar, or (N,) for "none".
