@@ -37,7 +37,7 @@ sanitize: $(SANITIZED)/built
 	rm -rf $(SANITIZED)/tests && cp -r tests pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		$(CURDIR)/$(BIN)/python -m pytest $(PARALLEL) tests/ops --hypothesis-profile=short \
+		$(CURDIR)/$(BIN)/python -m pytest tests/ops --hypothesis-profile=short \
 		-k "native and not compile and not opcheck and not sets_agree and not large \
 		and not usual_sizes and not many_tiles and not threads and not bad_input and not fake_tensors"
 
