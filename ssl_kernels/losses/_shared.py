@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from ssl_kernels.backends import choose_backend
 from ssl_kernels.ops.library import accumulation_dtype
 
 
@@ -19,6 +20,13 @@ def widest_under_autocast(*tensors):
     for tensor in tensors[1:]:
         widest = torch.promote_types(widest, tensor.dtype)
     return tuple(tensor.to(widest) for tensor in tensors)
+
+
+def takes_native_node(backend, caller, x, views=1):
+    """Whether a node of autograd in C++ stands for algebra over `contrastive`: on the native backend, run eagerly."""
+    if torch.compiler.is_compiling():
+        return False
+    return choose_backend("contrastive", backend, caller, x, views=views) == "native"
 
 
 def as_scalar(value, like):

@@ -2,7 +2,7 @@
 
 import torch
 
-from ssl_kernels.backends import check_name, choose_backend
+from ssl_kernels.backends import check_name
 from ssl_kernels.checks import (
     check_embeddings,
     check_ids,
@@ -12,7 +12,13 @@ from ssl_kernels.checks import (
     check_scalar,
 )
 from ssl_kernels.losses._rows import paired_logits
-from ssl_kernels.losses._shared import inverse, minus_log_sigmoid, reduce, widest_under_autocast
+from ssl_kernels.losses._shared import (
+    inverse,
+    minus_log_sigmoid,
+    reduce,
+    takes_native_node,
+    widest_under_autocast,
+)
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.row_pairs import row_pairs
 
@@ -114,10 +120,7 @@ def info_nce_loss(
     if negative_mode == "unpaired":
         lse = contrastive(query, negative_keys, scale, **options).lse
     else:
-        native = (
-            not torch.compiler.is_compiling()
-            and choose_backend("contrastive", backend, OP, query) == "native"
-        )
+        native = takes_native_node(backend, OP, query)
         logits = paired_logits(query, negative_keys, scale, normalize, native)
         if query_ids is not None:
             logits = logits.masked_fill(query_ids[:, None] == key_ids, -torch.inf)

@@ -2,7 +2,6 @@
 
 import torch
 
-from ssl_kernels.backends import choose_backend
 from ssl_kernels.checks import (
     check_embeddings,
     check_reduction,
@@ -10,7 +9,7 @@ from ssl_kernels.checks import (
     check_same_rows,
     check_scalar,
 )
-from ssl_kernels.losses._shared import inverse, reduce, widest_under_autocast
+from ssl_kernels.losses._shared import inverse, reduce, takes_native_node, widest_under_autocast
 from ssl_kernels.ops.contrastive import contrastive
 
 
@@ -58,8 +57,8 @@ def nt_xent_loss(
     check_scalar(op, "temperature", temperature, z0, positive=True)
     check_reduction(op, reduction)
     check_row_weights(op, "row_weights", row_weights, 2 * z0.shape[0], z0)
-    in_one_node = reduction != "none" and row_weights is None and not torch.compiler.is_compiling()
-    if in_one_node and choose_backend("contrastive", backend, op, z0, views=2) == "native":
+    is_total = reduction != "none" and row_weights is None
+    if is_total and takes_native_node(backend, op, z0, views=2):
         # The same in C++: csrc/ops/nt_xent_loss.cpp says why.
         learned = isinstance(temperature, torch.Tensor)
         scale = (inverse(temperature, z0), 1.0) if learned else (None, 1 / float(temperature))

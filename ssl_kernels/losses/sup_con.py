@@ -4,7 +4,6 @@ import warnings
 
 import torch
 
-from ssl_kernels.backends import choose_backend
 from ssl_kernels.checks import (
     check_embeddings,
     check_ids,
@@ -13,7 +12,7 @@ from ssl_kernels.checks import (
     check_scalar,
 )
 from ssl_kernels.losses._rows import Groups, less_class_means
-from ssl_kernels.losses._shared import inverse, reduce
+from ssl_kernels.losses._shared import inverse, reduce, takes_native_node
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
 
@@ -83,9 +82,7 @@ def sup_con_loss(
     if not everywhere:
         inverse_count = inverse_count.where(has_positive, 0)
     even = reduction != "none" and row_weights is None
-    native = (
-        not torch.compiler.is_compiling() and choose_backend("contrastive", backend, OP, features) == "native"
-    )
+    native = takes_native_node(backend, OP, features)
     loss = less_class_means(lse, scale, features, groups, inverse_count, normalize, even, native)
     if everywhere:
         return reduce(loss, reduction, features, row_weights)
