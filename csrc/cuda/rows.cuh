@@ -92,8 +92,8 @@ __device__ __forceinline__ void finish_row(const StridedRows<scalar_t>& x, int64
 
 // finish_row of G_i summed over its parts, (parts, count, partial_stride). One warp a row.
 //
-// Traffic: reads (parts acc_t + scalar_t) N D twice (the second time from cache), writes N D grad_t and N
-// acc_t.
+// Traffic: reads (parts acc_t + scalar_t) N D twice (the second time from cache) and 2 sectors a row, for half 3; writes
+// N D grad_t and N acc_t in N sectors.
 template <typename scalar_t, typename acc_t, typename grad_t>
 __global__ void __launch_bounds__(kRowWarps* kWarpSize)
     finish_rows_kernel(const acc_t* partial, int parts, int64_t partial_stride, StridedRows<scalar_t> x,

@@ -403,3 +403,35 @@ def test_few_rows_are_split_over_the_card(library, gpu):
     _, _, launches = check_parity(library, call)
     grids = {launch.grid for launch in launches if "wd_kernel" in launch.kernel}
     assert grids == {(1, 16, 1), (32, 1, 1)}
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_rows_are_finished_as_the_header_says(library, dtype, parts):
+    n, d = 192, 128
+    call = random_call(n, d, dtype, positives=1)
+    _, _, launches = run(library, call, random_upstream(call), splits=parts)
+    (finish,) = [launch for launch in launches if "finish_rows_kernel" in launch.kernel]
+    acc, terms = max(dtype.itemsize, 4), 3 if dtype == torch.float16 else 2
+    operands = 2 * (parts * acc + dtype.itemsize) * n * d // SECTOR
+    assert finish.counters.global_load_sectors == operands + terms * n
+    assert finish.counters.global_store_sectors == n * d * dtype.itemsize // SECTOR + n
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_expectation_is_merged_and_differentiated_as_the_headers_say(library, dtype, parts):
+    n, m, d, count = 64, 192, 128, 2
+    call = random_call(n, d, dtype, m=m, positives=count)
+    _, _, launches = run(library, call, random_upstream(call), expectation=True, splits=parts)
+    (merge,) = [launch for launch in launches if "expectation_merge_kernel" in launch.kernel]
+    (bwd,) = [launch for launch in launches if "expectation_bwd_kernel" in launch.kernel]
+    acc, scales = max(dtype.itemsize, 4), 2 if dtype == torch.float16 else 1
+    sums = acc * n * d // SECTOR
+    assert merge.counters.global_load_sectors == parts * (sums + 2 * n) + scales * n
+    assert merge.counters.global_store_sectors == sums + n
+    rows = dtype.itemsize * n * d // SECTOR
+    assert bwd.counters.global_load_sectors == 2 * (
+        sums + (1 + count) * rows + 3 * count * n * d // 32
+    ) + 3 * n
+    assert bwd.counters.global_store_sectors == rows + n
