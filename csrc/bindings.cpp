@@ -15,8 +15,12 @@ PYBIND11_MODULE(_C, module) {
         info["torch"] = SSL_KERNELS_TORCH_VERSION;
         info["compiler"] = __VERSION__;
         info["cuda_architectures"] = SSL_KERNELS_CUDA_ARCHITECTURES;
-        info["cpu_instruction_set"] = ssl_kernels::cpu::instruction_set();
+        info["cpu_instruction_set"] = name_of(ssl_kernels::cpu::isa());
+        pybind11::list runnable;
+        for (ssl_kernels::cpu::Isa isa : ssl_kernels::cpu::runnable_isas()) runnable.append(name_of(isa));
+        info["cpu_instruction_sets"] = runnable;
         return info;
       },
-      "What this extension was built with, and the instruction set its CPU kernels use on this machine.");
+      "What this extension was built with, and the instruction set its CPU kernels use on this machine, of those "
+      "that it has, the widest first.");
 }

@@ -27,8 +27,8 @@
 #include <vector>
 
 #include "contrastive_expectation.h"
-#include "kept_buffer.h"
 #include "pairs.h"
+#include "pool.h"
 #include "rows.h"
 #include "tile_math.h"
 #include "tiles.h"
@@ -218,7 +218,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
       args.positives ? at::empty(args.positives->sizes(), options.dtype(at::kDouble))
                      : at::empty({0}, options.dtype(at::kDouble));
   double* positive = positive_logits.mutable_data_ptr<double>();
-  const at::Tensor kept_logits = kept_buffer(args.keep ? problem.room_for_logits() : 0, options);
+  const at::Tensor kept_logits = pooled({args.keep ? problem.room_for_logits() : 0}, options);
   problem.note_tiles(kept_logits);
 
   const auto visit = [&](int64_t block_i, int64_t block_j, int thread) {

@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "pairs.h"
+#include "pool.h"
 #include "product.h"
 #include "rows.h"
 #include "schedule.h"
@@ -126,8 +127,8 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   const int64_t parts = row_blocks.count() >= threads ? 1 : std::min(threads, column_blocks.count());
 
   const int64_t width = args.keep ? d : 0;  // of E
-  const at::Tensor kept = args.keep ? at::empty({n, d}, options) : at::empty({0}, options);
-  const at::Tensor other_sums = at::empty({parts - 1, n, width}, options);
+  const at::Tensor kept = args.keep ? pooled({n, d}, options) : pooled({0}, options);
+  const at::Tensor other_sums = pooled({parts - 1, n, width}, options);
   std::vector<acc_t> tops(parts * n, -std::numeric_limits<acc_t>::infinity());
   std::vector<double> totals(parts * n, 0.);
   acc_t* first_sums = kept.template mutable_data_ptr<acc_t>();
@@ -145,7 +146,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   const int64_t tile_size = row_blocks.size * ld, transposed_size = small ? d * ld : 0;
   const int64_t scratch_size = tile_size + transposed_size + columns.scratch_size();
   const int64_t tasks = row_blocks.count() * parts;
-  const at::Tensor scratch = at::empty({std::min(threads, tasks), scratch_size}, options);
+  const at::Tensor scratch = pooled({std::min(threads, tasks), scratch_size}, options);
 
   const auto run = [&](int64_t task, int thread) {
     const c10::InferenceMode below_autograd;
@@ -228,7 +229,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   const int64_t n = rows.values.size(0), d = rows.values.size(1);
   const double scale = *args.scale.const_data_ptr<acc_t>();
   const at::Tensor kept = saved.kept.contiguous();
-  const at::Tensor grad = at::empty({n, d}, options);
+  const at::Tensor grad = pooled({n, d}, options);
   const at::Tensor grad_lse = saved.grad_lse ? saved.grad_lse->contiguous() : at::Tensor();
   at::Tensor grad_positive;
   Rows columns;

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <iterator>
 #include <limits>
 
@@ -58,6 +57,7 @@ inline void to_half(c10::Half* p, const Floats& v) {
 }  // namespace portable
 
 #ifdef SSL_KERNELS_X86
+// Every processor with AVX2 that is known has the conversions of F16C too.
 namespace avx2 {
 #define SSL_KERNELS_TARGET __attribute__((target("avx2,fma,f16c")))
 constexpr int kVectorBytes = 32;
@@ -90,22 +90,12 @@ SSL_KERNELS_TARGET inline __attribute__((always_inline)) void to_half(c10::Half*
 }  // namespace avx512
 #endif
 
-enum class Isa { kPortable, kAvx2, kAvx512 };
-
-// As tile_math.h chooses; every processor with AVX2 that is known has the conversions of F16C too.
-Isa isa() {
-  static const Isa chosen = std::strcmp(instruction_set(), "avx512") == 0 ? Isa::kAvx512
-                            : std::strcmp(instruction_set(), "avx2") == 0 ? Isa::kAvx2
-                                                                          : Isa::kPortable;
-  return chosen;
-}
-
 }  // namespace
 
 template <class S>
 const MixingMath<S>& mixing_math() {
 #ifdef SSL_KERNELS_X86
-  if (isa() == Isa::kAvx512) return avx512::kMixingMath<S>;
+  if (isa() >= Isa::kAvx512) return avx512::kMixingMath<S>;
   if (isa() == Isa::kAvx2) return avx2::kMixingMath<S>;
 #endif
   return portable::kMixingMath<S>;
@@ -114,7 +104,7 @@ const MixingMath<S>& mixing_math() {
 template <class S>
 const NormalizeMath<S>& normalize_math() {
 #ifdef SSL_KERNELS_X86
-  if (isa() == Isa::kAvx512) return avx512::kNormalizeMath<S>;
+  if (isa() >= Isa::kAvx512) return avx512::kNormalizeMath<S>;
   if (isa() == Isa::kAvx2) return avx2::kNormalizeMath<S>;
 #endif
   return portable::kNormalizeMath<S>;
@@ -123,7 +113,7 @@ const NormalizeMath<S>& normalize_math() {
 template <class S>
 const CrossEntropyMath<S>& cross_entropy_math() {
 #ifdef SSL_KERNELS_X86
-  if (isa() == Isa::kAvx512) return avx512::kCrossEntropyMath<S>;
+  if (isa() >= Isa::kAvx512) return avx512::kCrossEntropyMath<S>;
   if (isa() == Isa::kAvx2) return avx2::kCrossEntropyMath<S>;
 #endif
   return portable::kCrossEntropyMath<S>;
@@ -132,7 +122,7 @@ const CrossEntropyMath<S>& cross_entropy_math() {
 template <class H, class S>
 MomentumMath<H, S> momentum_math() {
 #ifdef SSL_KERNELS_X86
-  if (isa() == Isa::kAvx512) return avx512::momentum<H, S>;
+  if (isa() >= Isa::kAvx512) return avx512::momentum<H, S>;
   if (isa() == Isa::kAvx2) return avx2::momentum<H, S>;
 #endif
   return portable::momentum<H, S>;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "product_amx.h"
 #include "tile_math.h"
 
 namespace ssl_kernels::cpu {
@@ -12,7 +13,7 @@ namespace {
 
 // torch refuses where its oneDNN or the processor lacks the kernels: ask it once.
 bool has_brgemm() {
-  if (std::strcmp(instruction_set(), "avx512") != 0) return false;
+  if (isa() < Isa::kAvx512) return false;
   const float a = 2, b = 3;
   float c = 0;
   try {
@@ -119,7 +120,7 @@ Multiply chosen() {
   static const Multiply multiply = [] -> Multiply {
     if (has_brgemm()) return multiply_by_brgemm;
 #if defined(__x86_64__) && defined(__GNUC__)
-    if (std::strcmp(instruction_set(), "portable") != 0) return avx2::multiply;
+    if (isa() >= Isa::kAvx2) return avx2::multiply;
 #endif
     return nullptr;
   }();
@@ -141,6 +142,8 @@ bool has_small_products<double>() {
 template <>
 void multiply_small(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* b, int64_t ld_b,
                     float* c, int64_t ld_c, bool add) {
+  static const bool has_amx = isa() >= Isa::kAmx;
+  if (has_amx && amx::is_worthwhile(m, n, k)) return amx::multiply(m, n, k, a, ld_a, b, ld_b, c, ld_c, add);
   chosen()(m, n, k, a, ld_a, b, ld_b, c, ld_c, add);
 }
 

@@ -11,6 +11,7 @@
 #include <limits>
 #include <vector>
 
+#include "pool.h"
 #include "tile_math.h"
 
 // Dispatches over the four storage types: `scalar_t` is the storage type, `acc_t` what is computed in.
@@ -69,7 +70,7 @@ Rows load_rows(const at::Tensor& x, bool normalize) {
   const int64_t n = x.size(0), d = x.size(1);
   const at::Tensor source = d == 1 || x.stride(1) == 1 ? x : x.contiguous();
   const auto acc = x.options().dtype(c10::CppTypeToScalarType<acc_t>::value);
-  Rows rows{at::empty({n, d}, acc), at::empty({normalize ? n : 0}, acc), normalize ? 1. : 0.};
+  Rows rows{pooled({n, d}, acc), at::empty({normalize ? n : 0}, acc), normalize ? 1. : 0.};
   const scalar_t* in = source.const_data_ptr<scalar_t>();
   acc_t* out = rows.values.template mutable_data_ptr<acc_t>();
   acc_t* rnorm = rows.rnorm.template mutable_data_ptr<acc_t>();
@@ -106,7 +107,7 @@ InputGradient finish_gradient(const at::Tensor& grad, const Rows& rows, double s
   constexpr bool in_place = std::is_same_v<scalar_t, acc_t>;
   const int64_t n = grad.size(0), d = grad.size(1);
   const bool normalize = rows.rnorm.numel() > 0;
-  const at::Tensor values = in_place ? grad : at::empty({n, d}, options);
+  const at::Tensor values = in_place ? grad : pooled({n, d}, options);
   acc_t* g = grad.mutable_data_ptr<acc_t>();
   scalar_t* out = values.mutable_data_ptr<scalar_t>();
   const acc_t* unit = rows.values.template const_data_ptr<acc_t>();

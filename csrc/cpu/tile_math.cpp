@@ -10,6 +10,8 @@
 #include <string>
 #include <type_traits>
 
+#include "product_amx.h"
+
 namespace ssl_kernels::cpu {
 namespace {
 
@@ -71,48 +73,55 @@ namespace avx512 {
 }  // namespace avx512
 #endif
 
-enum class Isa { kPortable, kAvx2, kAvx512 };
-constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512"};
-
 bool runs_here(Isa isa) {
+  switch (isa) {
 #ifdef SSL_KERNELS_X86
-  if (isa == Isa::kAvx512)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (isa == Isa::kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::kAmx:
+      return runs_here(Isa::kAvx512) && amx::can_run();
+    case Isa::kAvx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Isa::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
-  return isa == Isa::kPortable;
+    case Isa::kPortable:
+      return true;
+    default:
+      return false;
+  }
 }
 
 Isa choose_isa() {
   const char* wanted = std::getenv("SSL_KERNELS_CPU");
-  for (Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kPortable}) {
-    const char* name = kIsaNames[static_cast<int>(isa)];
-    if (runs_here(isa) && (!wanted || std::strcmp(wanted, name) == 0)) return isa;
-  }
-  throw std::invalid_argument("SSL_KERNELS_CPU must be avx512, avx2 or portable and run on this processor, got " +
+  for (Isa isa : runnable_isas())
+    if (!wanted || std::strcmp(wanted, name_of(isa)) == 0) return isa;
+  throw std::invalid_argument("SSL_KERNELS_CPU must be amx, avx512, avx2 or portable and run on this processor, got " +
                               std::string(wanted));
 }
+
+}  // namespace
 
 Isa isa() {
   static const Isa chosen = choose_isa();
   return chosen;
 }
 
-}  // namespace
+const char* name_of(Isa isa) {
+  constexpr const char* names[] = {"portable", "avx2", "avx512", "amx"};
+  return names[static_cast<int>(isa)];
+}
 
-const char* instruction_set() { return kIsaNames[static_cast<int>(isa())]; }
-
-bool has_instruction_set(const char* name) {
-  for (Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kPortable})
-    if (std::strcmp(name, kIsaNames[static_cast<int>(isa)]) == 0) return runs_here(isa);
-  return false;
+std::vector<Isa> runnable_isas() {
+  std::vector<Isa> found;
+  for (Isa isa : {Isa::kAmx, Isa::kAvx512, Isa::kAvx2, Isa::kPortable})
+    if (runs_here(isa)) found.push_back(isa);
+  return found;
 }
 
 template <class T>
 const TileMath<T>& tile_math() {
 #ifdef SSL_KERNELS_X86
-  if (isa() == Isa::kAvx512) return avx512::kTileMath<T>;
+  if (isa() >= Isa::kAvx512) return avx512::kTileMath<T>;
   if (isa() == Isa::kAvx2) return avx2::kTileMath<T>;
 #endif
   return portable::kTileMath<T>;
@@ -121,7 +130,7 @@ const TileMath<T>& tile_math() {
 template <class S, class T>
 const RowConversion<S, T>& row_conversion() {
 #ifdef SSL_KERNELS_X86
-  if (isa() == Isa::kAvx512) return avx512::kRowConversion<S, T>;
+  if (isa() >= Isa::kAvx512) return avx512::kRowConversion<S, T>;
   if (isa() == Isa::kAvx2) return avx2::kRowConversion<S, T>;
 #endif
   return portable::kRowConversion<S, T>;

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace ssl_kernels::cpu {
 
@@ -100,12 +101,17 @@ struct RowConversion {
   void (*store)(S* out, const T* x, int64_t n);
 };
 
-// The widest instruction set that this processor has, or the one that the environment variable
-// SSL_KERNELS_CPU names ("avx512", "avx2", "portable"); read once.
-const char* instruction_set();
+// Each has all of the ones before. AMX is for products of matrices (product.h).
+enum class Isa { kPortable, kAvx2, kAvx512, kAmx };
 
-// Whether this build and this processor can run the named one.
-bool has_instruction_set(const char* name);
+// The widest that this processor and this build have, or the one that the environment variable SSL_KERNELS_CPU names
+// ("amx", "avx512", "avx2", "portable"); read once.
+Isa isa();
+
+const char* name_of(Isa isa);
+
+// All that can run here, the widest first.
+std::vector<Isa> runnable_isas();
 
 template <class T>
 const TileMath<T>& tile_math();

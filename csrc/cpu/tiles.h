@@ -7,9 +7,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
@@ -17,6 +15,7 @@
 #include <optional>
 #include <utility>
 
+#include "pool.h"
 #include "product.h"
 #include "rows.h"
 #include "schedule.h"
@@ -51,7 +50,7 @@ struct Tile {
 template <class acc_t>
 at::Tensor transposed_blocks(const at::Tensor& values, const Blocks& blocks) {
   const int64_t d = values.size(1), ld = blocks.size;
-  at::Tensor result = at::empty({blocks.count(), d, ld}, values.options());
+  at::Tensor result = pooled({blocks.count(), d, ld}, values.options());
   const acc_t* from = values.const_data_ptr<acc_t>();
   acc_t* to = result.mutable_data_ptr<acc_t>();
   at::parallel_for(0, blocks.count(), std::max<int64_t>(1, 32768 / (ld * d)), [&](int64_t begin, int64_t end) {
@@ -66,8 +65,8 @@ at::Tensor transposed_blocks(const at::Tensor& values, const Blocks& blocks) {
 template <class acc_t>
 struct RowSums {
   RowSums(int64_t n, int64_t d, const Blocks& blocks, bool from_columns, const at::TensorOptions& options)
-      : blocks(blocks), values(at::zeros({n, d}, options)) {
-    if (from_columns && has_small_products<acc_t>()) transposed = at::zeros({blocks.count(), d, blocks.size}, options);
+      : blocks(blocks), values(pooled({n, d}, options).zero_()) {
+    if (from_columns && has_small_products<acc_t>()) transposed = pooled({blocks.count(), d, blocks.size}, options).zero_();
   }
 
   // The sums, (n, d). Once, after the last tile.
@@ -102,7 +101,7 @@ class Tiles {
         threads(std::max(n, m) > kOneThread ? at::get_num_threads() : 1),
         row_blocks(cut(n, ways())),
         column_blocks(square ? row_blocks : cut(m, ways())),
-        scratch_(at::empty({threads, row_blocks.size, column_blocks.size + kPadding}, rows.values.options())) {}
+        scratch_(pooled({threads, row_blocks.size, column_blocks.size + kPadding}, rows.values.options())) {}
 
   // The tile in the thread's scratch.
   Tile<acc_t> scratch(int64_t block_i, int64_t block_j, int thread) const {
@@ -117,7 +116,7 @@ class Tiles {
       columns_transposed_ = transposed_blocks<acc_t>(columns.values, column_blocks);
     if (!to_add_to_columns) return;
     if (flips())
-      flipped_ = at::empty({column_blocks.size, row_blocks.size + kPadding}, rows.values.options());
+      flipped_ = pooled({column_blocks.size, row_blocks.size + kPadding}, rows.values.options());
     else
       rows_transposed_ = square ? columns_transposed_ : transposed_blocks<acc_t>(rows.values, row_blocks);
   }

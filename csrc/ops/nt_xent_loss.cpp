@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../cpu/pool.h"
 #include "contrastive_autograd.h"
 #include "forward_mode.h"
 #include "no_second_derivative.h"
@@ -49,6 +50,12 @@ Tensor some_rows(const Tensor& grad, int64_t begin, int64_t count) {
   return at::native::as_strided_tensorimpl(grad, {count, d}, {d, 1}, begin * d);
 }
 
+Tensor both_views(const Tensor& z0, const Tensor& z1) {
+  if (!can_be_read(z0)) return at::cat({z0, z1});
+  Tensor rows = cpu::pooled({2 * z0.size(0), z0.size(1)}, z0.options());
+  return at::cat_out(rows, {z0, z1});
+}
+
 struct Saved {
   Tensor partner, lse, row_rnorm, kept;
 };
@@ -56,7 +63,7 @@ struct Saved {
 Tensor forward(const Tensor& z0, const Tensor& z1, const Tensor& scale, bool normalize, bool mean, Saved* saved) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const int64_t b = z0.size(0);
-  const Tensor rows = at::cat({z0, z1});
+  const Tensor rows = both_views(z0, z1);
   const Tensor partner = partners(b, rows);
   auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept] = contrastive_forward_op().call(
       rows, std::nullopt, scale, partner, std::nullopt, std::nullopt, normalize, normalize, /*keep_diagonal=*/false,
@@ -112,7 +119,7 @@ struct NTXentLoss : Function<NTXentLoss> {
       }
       const Tensor none = at::empty({0}, lse.options());
       auto [grad_rows, grad_columns, grad_scale] = contrastive_backward_op().call(
-          grad_lse, std::nullopt, grad_positive, at::cat({z0, z1}), std::nullopt, scale, saved[3], std::nullopt,
+          grad_lse, std::nullopt, grad_positive, both_views(z0, z1), std::nullopt, scale, saved[3], std::nullopt,
           std::nullopt, lse, none, saved[5], none, saved[6], normalize, normalize, /*keep_diagonal=*/false,
           /*both_directions=*/false, rows_need_grad, /*columns_need_grad=*/false);
       results = {grad_rows, grad_columns, grad_scale};

@@ -431,7 +431,7 @@ def test_expectation_is_merged_and_differentiated_as_the_headers_say(library, dt
     assert merge.counters.global_load_sectors == parts * (sums + 2 * n) + scales * n
     assert merge.counters.global_store_sectors == sums + n
     rows = dtype.itemsize * n * d // SECTOR
-    assert bwd.counters.global_load_sectors == 2 * (
-        sums + (1 + count) * rows + 3 * count * n * d // 32
-    ) + 3 * n
+    assert (
+        bwd.counters.global_load_sectors == 2 * (sums + (1 + count) * rows + 3 * count * n * d // 32) + 3 * n
+    )
     assert bwd.counters.global_store_sectors == rows + n

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from ssl_kernels import _C
 from ssl_kernels.ops.contrastive import contrastive
 from tests.helpers import (
     check_against_float64,
@@ -119,7 +120,6 @@ def test_two_threads_at_once():
     assert not wrong
 
 
-INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 SAVE_RESULTS = """
 import sys, torch
 from ssl_kernels import _C
@@ -139,15 +139,18 @@ def instruction_set_calls():
             for n, m in ((270, None), (70, 83)):
                 options = {"temperature": temperature, "both_directions": m is not None, "ids": 9}
                 yield random_call(n, m, 37, dtype, **options)
-    yield random_call(70, 83, 523, torch.float32, both_directions=True)  # deeper than a product's panels
+    for n, m in (
+        (70, 83),
+        (147, 133),
+        (530, None),
+    ):  # deeper, and wider, than a product's panels, with ragged edges
+        yield random_call(n, m, 523, torch.float32, both_directions=m is not None)
 
 
 def test_instruction_sets_agree(tmp_path):
     """Each, in a process of its own, passes as the one that is chosen here does."""
     results = {}
-    for name in INSTRUCTION_SETS:
-        if name in ("avx512", "avx2") and not _processor_has(name):
-            continue
+    for name in _C.build_info()["cpu_instruction_sets"]:
         run_python(SAVE_RESULTS, name, str(tmp_path / name), SSL_KERNELS_CPU=name)
         results[name] = torch.load(tmp_path / name)
     assert "portable" in results
@@ -156,10 +159,20 @@ def test_instruction_sets_agree(tmp_path):
             check_results(found[index], call)
 
 
-def _processor_has(name):
-    order = ("portable", "avx2", "avx512")
-    available = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
-    return order.index(name) <= order.index(available)
+def test_features_of_any_size():
+    """Feature k is large in rows and small in columns or the other way round: every product counts the same."""
+    n, m, d = 300, 290, 128
+    generator = torch.Generator().manual_seed(0)
+    size = 10 ** torch.empty(d).uniform_(-30, 30, generator=generator)
+    rows = torch.randn(n, d, generator=generator) * size
+    columns = torch.randn(m, d, generator=generator) / size
+    scale, positives = torch.tensor(0.1), torch.randint(m, (n, 1), generator=generator)
+    lse, _, logits = on_backend("native")(
+        rows, columns, scale, positives=positives, normalize_rows=False, normalize_columns=False
+    )
+    similarities = 0.1 * rows.double() @ columns.double().T
+    torch.testing.assert_close(lse, similarities.logsumexp(1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits, similarities.gather(1, positives), rtol=0, atol=1e-5)
 
 
 def test_unknown_instruction_set_is_named():
@@ -171,7 +184,7 @@ except (RuntimeError, ValueError) as error:
     print(error)
 """
     output = run_python(code, SSL_KERNELS_CPU="neon")
-    assert "SSL_KERNELS_CPU must be avx512, avx2 or portable" in output
+    assert "SSL_KERNELS_CPU must be amx, avx512, avx2 or portable" in output
     assert "neon" in output
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ssl_kernels
-from ssl_kernels import mixup, mixup_
+from ssl_kernels import _C, mixup, mixup_
 from tests.helpers import run_python, same_bits
 from tests.ops.mixing_calls import (
     BACKENDS,
@@ -200,13 +200,7 @@ def instruction_set_results():
 
 
 def test_instruction_sets_agree(tmp_path):
-    capability = torch.backends.cpu.get_cpu_capability()
-    names = [
-        "portable",
-        *["avx2"] * (capability in ("AVX2", "AVX512")),
-        *["avx512"] * (capability == "AVX512"),
-    ]
-    for name in names:
+    for name in _C.build_info()["cpu_instruction_sets"]:
         run_python(SAVE_RESULTS, name, str(tmp_path / name), SSL_KERNELS_CPU=name)
         for found, expected in zip(torch.load(tmp_path / name), instruction_set_results(), strict=True):
             if len(found) == 3:
