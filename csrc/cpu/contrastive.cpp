@@ -56,7 +56,7 @@ class Problem : public Tiles<acc_t> {
   using Tile = ssl_kernels::cpu::Tile<acc_t>;
 
   explicit Problem(const ContrastiveArgs& args)
-      : Base(load_rows<scalar_t, acc_t>(args.rows, args.normalize_rows),
+      : Base(load_rows<scalar_t, acc_t>(args.rows, args.normalize_rows, args.more_rows),
              args.columns ? std::optional(load_rows_of<acc_t>(*args.columns, args.normalize_columns))
                           : std::nullopt),
         scale(without_payload(*args.scale.const_data_ptr<acc_t>())),

@@ -18,6 +18,9 @@ struct ContrastiveArgs {
   bool normalize_rows, normalize_columns, keep_diagonal, both_directions;
   bool keep = false;  // whether forward keeps for backward what spares it work
   bool columns_need_grad = false;
+  const at::Tensor* more_rows = nullptr;  // below `rows`, where there are no columns; of the same dtype and width
+
+  int64_t row_count() const { return rows.size(0) + (more_rows ? more_rows->size(0) : 0); }
 };
 
 struct ContrastiveSaved {

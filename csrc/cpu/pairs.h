@@ -17,8 +17,8 @@ class Pairs {
   explicit Pairs(const ContrastiveArgs& args)
       : square_(!args.columns),
         keep_diagonal_(args.keep_diagonal && !square_),
-        m_(square_ ? args.rows.size(0) : args.columns->size(0)),
-        positives_per_row_(args.positives ? args.positives->numel() / args.rows.size(0) : 0) {
+        m_(square_ ? args.row_count() : args.columns->size(0)),
+        positives_per_row_(args.positives ? args.positives->numel() / args.row_count() : 0) {
     if (args.row_ids) {
       row_ids_ = args.row_ids->contiguous();
       column_ids_ = square_ ? row_ids_ : args.column_ids->contiguous();

@@ -65,19 +65,24 @@ RowNorm load_row(acc_t* out, const scalar_t* in, int64_t d, bool normalize) {
   return {norm * rnorm, rnorm};
 }
 
+// Rows of `x` and, below them, of `more`.
 template <class scalar_t, class acc_t>
-Rows load_rows(const at::Tensor& x, bool normalize) {
-  const int64_t n = x.size(0), d = x.size(1);
-  const at::Tensor source = d == 1 || x.stride(1) == 1 ? x : x.contiguous();
+Rows load_rows(const at::Tensor& x, bool normalize, const at::Tensor* more = nullptr) {
+  const auto readable = [](const at::Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : t.contiguous(); };
+  const at::Tensor upper = readable(x), lower = more ? readable(*more) : upper;
+  const int64_t first = x.size(0), n = first + (more ? more->size(0) : 0), d = x.size(1);
   const auto acc = x.options().dtype(c10::CppTypeToScalarType<acc_t>::value);
   Rows rows{pooled({n, d}, acc), at::empty({normalize ? n : 0}, acc), normalize ? 1. : 0.};
-  const scalar_t* in = source.const_data_ptr<scalar_t>();
+  const auto row_of = [&](int64_t i) {
+    const at::Tensor& source = i < first ? upper : lower;
+    return source.const_data_ptr<scalar_t>() + (i < first ? i : i - first) * source.stride(0);
+  };
   acc_t* out = rows.values.template mutable_data_ptr<acc_t>();
   acc_t* rnorm = rows.rnorm.template mutable_data_ptr<acc_t>();
   std::vector<double> norms(n);
   at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const RowNorm row = load_row<scalar_t, acc_t>(out + i * d, in + i * source.stride(0), d, normalize);
+      const RowNorm row = load_row<scalar_t, acc_t>(out + i * d, row_of(i), d, normalize);
       norms[i] = row.norm;
       if (normalize) rnorm[i] = static_cast<acc_t>(row.rnorm);
     }

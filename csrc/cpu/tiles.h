@@ -14,6 +14,7 @@
 #include <cmath>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "pool.h"
 #include "product.h"
@@ -65,8 +66,13 @@ at::Tensor transposed_blocks(const at::Tensor& values, const Blocks& blocks) {
 template <class acc_t>
 struct RowSums {
   RowSums(int64_t n, int64_t d, const Blocks& blocks, bool from_columns, const at::TensorOptions& options)
-      : blocks(blocks), values(pooled({n, d}, options).zero_()) {
-    if (from_columns && has_small_products<acc_t>()) transposed = pooled({blocks.count(), d, blocks.size}, options).zero_();
+      : blocks(blocks), values(pooled({n, d}, options)), begun(blocks.count()), transposed_begun(blocks.count()) {
+    if (from_columns && has_small_products<acc_t>()) transposed = pooled({blocks.count(), d, blocks.size}, options);
+  }
+
+  // Whether a block has sums already, and that it has from now on. A block has one owner at a time.
+  static bool begin(std::vector<char>& begun, const Blocks& blocks, Block block) {
+    return std::exchange(begun[block.begin / blocks.size], true);
   }
 
   // The sums, (n, d). Once, after the last tile.
@@ -75,15 +81,19 @@ struct RowSums {
     const int64_t d = values.size(1), ld = blocks.size;
     const acc_t* from = transposed.template const_data_ptr<acc_t>();
     acc_t* to = values.template mutable_data_ptr<acc_t>();
+    const auto& math = tile_math<acc_t>();
     at::parallel_for(0, blocks.count(), std::max<int64_t>(1, 32768 / (ld * d)), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b)
-        tile_math<acc_t>().add_transposed(from + b * d * ld, ld, to + blocks[b].begin * d, d, d, blocks[b].size);
+        if (transposed_begun[b])
+          (begun[b] ? math.add_transposed : math.transpose)(from + b * d * ld, ld, to + blocks[b].begin * d, d, d,
+                                                            blocks[b].size);
     });
     return values;
   }
 
   Blocks blocks;
   at::Tensor values, transposed;
+  std::vector<char> begun, transposed_begun;  // blocks of `values` and `transposed` that hold sums; the others are unset
 };
 
 // Rows and columns in acc_t, how they are cut, and the tile of any pair of blocks.
@@ -150,27 +160,30 @@ class Tiles {
   // sums_i += sum_j c_ij y^_j for the coefficients c of a tile.
   void add_to_rows(RowSums<acc_t>& sums, const Tile<acc_t>& c) const {
     acc_t* out = sums.values.template mutable_data_ptr<acc_t>() + c.i.begin * d;
+    const bool add = sums.begin(sums.begun, sums.blocks, c.i);
     if (has_small_products<acc_t>())
-      multiply_small<acc_t>(c.i.size, d, c.j.size, c.s, c.ld, row(columns, c.j), d, out, d, true);
+      multiply_small<acc_t>(c.i.size, d, c.j.size, c.s, c.ld, row(columns, c.j), d, out, d, add);
     else
-      blas(slice(sums.values, c.i), matrix(c), slice(columns.values, c.j), 1);
+      blas(slice(sums.values, c.i), matrix(c), slice(columns.values, c.j), add);
   }
 
   // sums_j += sum_i c_ij x^_i.
   void add_to_columns(RowSums<acc_t>& sums, const Tile<acc_t>& c) const {
+    const bool by_features = sums.transposed.defined();
+    const bool add = sums.begin(by_features ? sums.transposed_begun : sums.begun, sums.blocks, c.j);
     if (flips()) {
       acc_t* flipped = flipped_.template mutable_data_ptr<acc_t>();
       const int64_t ld = flipped_.stride(0);
       tile_math<acc_t>().transpose(c.s, c.ld, flipped, ld, c.i.size, c.j.size);
       multiply_small<acc_t>(c.j.size, d, c.i.size, flipped, ld, row(rows, c.i), d,
-                            sums.values.template mutable_data_ptr<acc_t>() + c.j.begin * d, d, true);
+                            sums.values.template mutable_data_ptr<acc_t>() + c.j.begin * d, d, add);
     } else if (has_small_products<acc_t>()) {
       const int64_t ld = column_blocks.size;
       acc_t* out = sums.transposed.template mutable_data_ptr<acc_t>() + c.j.begin * d;
       multiply_small<acc_t>(d, c.j.size, c.i.size, block(rows_transposed_, c.i), row_blocks.size, c.s, c.ld, out, ld,
-                            true);
+                            add);
     } else {
-      blas(slice(sums.values, c.j), matrix(c).t(), slice(rows.values, c.i), 1);
+      blas(slice(sums.values, c.j), matrix(c).t(), slice(rows.values, c.i), add);
     }
   }
 

@@ -5,12 +5,13 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <numeric>
 
-#include "../cpu/pool.h"
+#include "../cpu/contrastive.h"
 #include "contrastive_autograd.h"
 #include "forward_mode.h"
 #include "no_second_derivative.h"
@@ -25,7 +26,20 @@ using torch::autograd::variable_list;
 
 // On the CPU and not a stand-in: a loop over a few hundred numbers is cheaper than the operators that it replaces.
 bool can_be_read(const Tensor& tensor) {
-  return tensor.is_cpu() && !tensor.key_set().has_any(c10::python_ks) && !tensor.is_meta();
+  return tensor.is_cpu() && !tensor.key_set().has_any(c10::python_ks) && tensor.has_storage() && !tensor.is_meta();
+}
+
+// Whether the CPU kernel can be called without the dispatcher, which has nobody to tell. It takes the views as they are.
+bool runs_directly(const Tensor& z0, const Tensor& z1, const Tensor& scale) {
+  return can_be_read(z0) && can_be_read(z1) && can_be_read(scale) && !c10::impl::dispatch_mode_enabled();
+}
+
+// `rows` are all rows, or the first view, with `more_rows` the second.
+cpu::ContrastiveArgs arguments(const Tensor& rows, const Tensor* more_rows, const Tensor& scale,
+                               const OptionalTensor& partner, bool normalize, bool keep) {
+  static const OptionalTensor none;
+  return {rows, none, scale, partner, none, none, normalize, normalize, /*keep_diagonal=*/false,
+          /*both_directions=*/false, keep, /*columns_need_grad=*/false, more_rows};
 }
 
 Tensor filled(int64_t n, double value, const at::TensorOptions& options) {
@@ -50,12 +64,6 @@ Tensor some_rows(const Tensor& grad, int64_t begin, int64_t count) {
   return at::native::as_strided_tensorimpl(grad, {count, d}, {d, 1}, begin * d);
 }
 
-Tensor both_views(const Tensor& z0, const Tensor& z1) {
-  if (!can_be_read(z0)) return at::cat({z0, z1});
-  Tensor rows = cpu::pooled({2 * z0.size(0), z0.size(1)}, z0.options());
-  return at::cat_out(rows, {z0, z1});
-}
-
 struct Saved {
   Tensor partner, lse, row_rnorm, kept;
 };
@@ -63,12 +71,15 @@ struct Saved {
 Tensor forward(const Tensor& z0, const Tensor& z1, const Tensor& scale, bool normalize, bool mean, Saved* saved) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const int64_t b = z0.size(0);
-  const Tensor rows = both_views(z0, z1);
-  const Tensor partner = partners(b, rows);
-  auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept] = contrastive_forward_op().call(
-      rows, std::nullopt, scale, partner, std::nullopt, std::nullopt, normalize, normalize, /*keep_diagonal=*/false,
-      /*both_directions=*/false, /*keep=*/saved != nullptr, /*columns_need_grad=*/false);
-  if (saved) *saved = {partner, lse, row_rnorm, kept};
+  const bool keep = saved != nullptr;
+  const OptionalTensor partner = partners(b, z0);
+  const auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept] =
+      runs_directly(z0, z1, scale)
+          ? cpu::contrastive_fwd(arguments(z0, &z1, scale, partner, normalize, keep))
+          : contrastive_forward_op().call(at::cat({z0, z1}), std::nullopt, scale, partner, std::nullopt, std::nullopt,
+                                          normalize, normalize, /*keep_diagonal=*/false, /*both_directions=*/false, keep,
+                                          /*columns_need_grad=*/false);
+  if (saved) *saved = {*partner, lse, row_rnorm, kept};
   if (!can_be_read(lse)) {
     const Tensor losses = lse.sub(positive_logits);
     return mean ? losses.mean(scale.scalar_type()) : losses.sum(scale.scalar_type());
@@ -118,10 +129,16 @@ struct NTXentLoss : Function<NTXentLoss> {
         grad_positive = grad.neg().expand({n});
       }
       const Tensor none = at::empty({0}, lse.options());
-      auto [grad_rows, grad_columns, grad_scale] = contrastive_backward_op().call(
-          grad_lse, std::nullopt, grad_positive, both_views(z0, z1), std::nullopt, scale, saved[3], std::nullopt,
-          std::nullopt, lse, none, saved[5], none, saved[6], normalize, normalize, /*keep_diagonal=*/false,
-          /*both_directions=*/false, rows_need_grad, /*columns_need_grad=*/false);
+      const OptionalTensor no_grad, partner = saved[3], by_lse = grad_lse, by_positives = grad_positive;
+      const auto [grad_rows, grad_columns, grad_scale] =
+          runs_directly(z0, z1, scale)
+              ? cpu::contrastive_bwd(arguments(z0, &z1, scale, partner, normalize, /*keep=*/false),
+                                     {by_lse, no_grad, by_positives, lse, none, saved[5], none, saved[6],
+                                      rows_need_grad, /*columns_need_grad=*/false})
+              : contrastive_backward_op().call(by_lse, no_grad, by_positives, at::cat({z0, z1}), std::nullopt, scale,
+                                               partner, std::nullopt, std::nullopt, lse, none, saved[5], none, saved[6],
+                                               normalize, normalize, /*keep_diagonal=*/false,
+                                               /*both_directions=*/false, rows_need_grad, /*columns_need_grad=*/false);
       results = {grad_rows, grad_columns, grad_scale};
     }
     results = without_second_derivative("nt_xent_loss", results, {z0, z1, scale, grads[0]});
@@ -135,6 +152,12 @@ struct NTXentLoss : Function<NTXentLoss> {
 
 Tensor nt_xent_loss(const Tensor& z0, const Tensor& z1, const OptionalTensor& scale, double constant, bool normalize,
                     bool mean) {
+  TORCH_CHECK(z0.dim() == 2 && z0.sizes() == z1.sizes() && z0.numel() > 0 && z0.scalar_type() == z1.scalar_type() &&
+                  z0.device() == z1.device(),
+              "nt_xent_loss: the views must be 2-d and alike, got ", z0.sizes(), " and ", z1.sizes());
+  TORCH_CHECK(!scale || (scale->numel() == 1 && scale->device() == z0.device() &&
+                         scale->scalar_type() == (z0.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)),
+              "nt_xent_loss: scale must be one number of the accumulation dtype");
   refuse_forward_mode("nt_xent_loss", {&z0, &z1, scale ? &*scale : nullptr});
   const bool differentiate = at::GradMode::is_enabled() &&
                              (z0.requires_grad() || z1.requires_grad() || (scale && scale->requires_grad()));
