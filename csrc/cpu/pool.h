@@ -44,13 +44,13 @@ class Pool final : public c10::Allocator {
     size_t bytes = 0;
   };
 
-  // The smallest idle block that is large enough and not twice too large, if there is one; of equal ones the last used,
+  // The smallest idle block that is large enough and at most a quarter too large, if there is one; of equal ones the last used,
   // which may lie in a cache.
   Block take(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto best = idle_.end();
     for (auto block = idle_.begin(); block != idle_.end(); ++block)
-      if (block->bytes >= bytes && block->bytes / 2 <= bytes && (best == idle_.end() || block->bytes <= best->bytes))
+      if (block->bytes >= bytes && block->bytes - bytes <= bytes / 4 && (best == idle_.end() || block->bytes <= best->bytes))
         best = block;
     if (best == idle_.end()) return {};
     const Block block = *best;
