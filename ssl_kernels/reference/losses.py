@@ -118,12 +118,15 @@ def debiased_nt_xent_loss(z0, z1, temperature=0.5, *, positive_prior=0.1, normal
     """Chuang et al., debiased contrastive learning, arXiv:2007.00224, with one positive."""
     logits, self_, partner = _two_views(z0, z1, temperature, normalize)
     negatives = len(logits) - 2
-    similarity = logits.exp()
+    # Relative to the largest of a row, which changes no loss and keeps the exponentials finite.
+    largest = logits.detach().masked_fill(self_, -torch.inf).amax(1, keepdim=True)
+    logits = logits - largest
+    similarity = logits.masked_fill(self_, -torch.inf).exp()
     positive = similarity[partner]
     mean_negative = similarity.masked_fill(self_ | partner, 0).sum(1) / negatives
     estimate = (mean_negative - positive_prior * positive) / (1 - positive_prior)
-    least = torch.as_tensor(-1 / temperature, dtype=logits.dtype).exp()
-    return -torch.log(positive / (positive + negatives * torch.maximum(estimate, least)))
+    least = (-1 / torch.as_tensor(temperature, dtype=logits.dtype) - largest[:, 0]).exp()
+    return torch.log(positive + negatives * torch.maximum(estimate, least)) - logits[partner]
 
 
 def imix_loss(query, key, permutation, lam, temperature=0.2, *, negative_keys=None, normalize=True):

@@ -10,7 +10,7 @@ from triton.language.extra import libdevice
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-NORM_EPS: tl.constexpr = tl.constexpr(1e-12)
+NORM_EPS: tl.constexpr = tl.constexpr(1e-12)  # by tl.full in its dtype: beside a tensor it is float32's
 
 
 @triton.jit
@@ -211,7 +211,7 @@ def row_rnorm_kernel(
     for d0 in range(0, D, BLOCK_D):
         x = load_tile(x_ptr, rows, d0 + tl.arange(0, BLOCK_D), N, D, stride_xn, stride_xd, False).to(ACC)
         squared_norm += row_inner_products(x, x, rows[:, None] < N)
-    rnorm = 1.0 / tl.maximum(tl.sqrt(squared_norm), NORM_EPS)
+    rnorm = 1.0 / tl.maximum(tl.sqrt(squared_norm), tl.full([], NORM_EPS, ACC))
     tl.store(rnorm_ptr + rows, rnorm, mask=rows < N)
 
 

@@ -43,7 +43,8 @@ def queue_push_kernel(
             x = tl.load(key_ptr + d * stride_kd, mask=d < D, other=0.0).to(ACC)
             squares += x * x
         norm = tl.sqrt(tl.sum(squares, axis=0))
-        factor *= 1.0 / tl.where(norm < NORM_EPS, NORM_EPS, norm)
+        eps = tl.full([], NORM_EPS, ACC)
+        factor *= 1.0 / tl.where(norm < eps, eps, norm)
     for d0 in range(0, D, BLOCK_D):
         d = (d0 + tl.arange(0, BLOCK_D)).to(tl.int64)
         x = tl.load(key_ptr + d * stride_kd, mask=d < D, other=0.0).to(ACC)

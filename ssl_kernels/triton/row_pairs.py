@@ -30,7 +30,8 @@ def norm_factor(ptr, row, part, D, stride_n, stride_d, NORMALIZE: tl.constexpr, 
             more = load_part(ptr, row, d0 + tl.arange(0, BLOCK_D), D, stride_n, stride_d, part.dtype)
             squares += more * more
         norm = tl.sqrt(tl.sum(squares, axis=0))
-        rnorm = 1.0 / tl.where(norm < NORM_EPS, NORM_EPS, norm)
+        eps = tl.full([], NORM_EPS, norm.dtype)
+        rnorm = 1.0 / tl.where(norm < eps, eps, norm)
     else:
         rnorm = tl.full([], 1.0, part.dtype)
     return rnorm

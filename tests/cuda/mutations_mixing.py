@@ -97,7 +97,8 @@ def check_mixup(library):
         (70, 37, 1, "random"),
         (40, 72, 3, "one cycle"),
         (9, 40, 2, "fixed points"),
-        (48, 512, 1, "random"),  # steps and partial sums fill whole 256 bytes of the workspace, which ends there
+        # steps and partial sums fill whole 256 bytes of the workspace, which ends there
+        (48, 512, 1, "random"),
     ]:
         for options in ({}, {"seed": 1, "warp_races": True}):
             generator = torch.Generator().manual_seed(count)
