@@ -162,6 +162,10 @@ class LogSumExp {
     }
   }
 
+  void add(const LogSumExp& other) {
+    add({0, static_cast<int64_t>(sum_.size())}, other.shift_.data(), other.sum_.data());
+  }
+
   at::Tensor result(const at::TensorOptions& options) const {
     at::Tensor lse = at::empty({static_cast<int64_t>(sum_.size())}, options.dtype(at::kDouble));
     double* out = lse.mutable_data_ptr<double>();
@@ -212,7 +216,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   const auto options = problem.rows.values.options();
   const bool by_columns = problem.square || args.both_directions;
   const acc_t factor = problem.factor;
-  LogSumExp over_columns(problem.n, problem.fixed_shift, problem.bound);  // for each row
+  std::vector<LogSumExp> over_columns(problem.parts, {problem.n, problem.fixed_shift, problem.bound});  // for each row
   LogSumExp over_rows(args.both_directions ? problem.m : 0, problem.fixed_shift, problem.bound);
   at::Tensor positive_logits =
       args.positives ? at::empty(args.positives->sizes(), options.dtype(at::kDouble))
@@ -221,7 +225,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   const at::Tensor kept_logits = pooled({args.keep ? problem.room_for_logits() : 0}, options);
   problem.note_tiles(kept_logits);
 
-  const auto visit = [&](int64_t block_i, int64_t block_j, int thread) {
+  const auto visit = [&](int64_t block_i, int64_t block_j, int thread, int part) {
     const auto kept = problem.kept(block_i, block_j, kept_logits);
     const auto tile = kept ? *kept : problem.scratch(block_i, block_j, thread);
     problem.multiply(tile);
@@ -250,13 +254,14 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
       math.exp_sums_shifted(tile.s, tile.ld, rows, columns, factor, row_shift, column_shift, row_sum,
                             columns_too ? column_sum : nullptr);
     }
-    over_columns.add(tile.i, row_shift, row_sum);
-    if (columns_too) (problem.square ? over_columns : over_rows).add(tile.j, column_shift, column_sum);
+    over_columns[part].add(tile.i, row_shift, row_sum);
+    if (columns_too) (problem.square ? over_columns[part] : over_rows).add(tile.j, column_shift, column_sum);
   };
-  problem.for_each(by_columns ? Owned::kBoth : Owned::kRows, visit);
+  problem.for_each_in_parts(by_columns ? Owned::kBoth : Owned::kRows, visit);
 
+  for (int64_t part = 1; part < problem.parts; ++part) over_columns[0].add(over_columns[part]);
   const at::Tensor none = at::empty({0}, options);
-  return {over_columns.result(options), over_rows.result(options), positive_logits, problem.rows.rnorm,
+  return {over_columns[0].result(options), over_rows.result(options), positive_logits, problem.rows.rnorm,
           problem.square ? none : problem.columns.rnorm, kept_logits};
 }
 
@@ -284,7 +289,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   RowSums<acc_t> grad_rows = problem.sums_of_rows(rows_wanted, mirrored);
   RowSums<acc_t> grad_columns = problem.sums_of_columns(columns_wanted);
 
-  const auto visit = [&](int64_t block_i, int64_t block_j, int thread) {
+  const auto visit = [&](int64_t block_i, int64_t block_j, int thread, int part) {
     const auto kept = problem.kept(block_i, block_j, kept_logits);
     const auto tile = problem.scratch(block_i, block_j, thread);
     if (!kept) {
@@ -313,11 +318,11 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
           tile.at(column, row) += static_cast<acc_t>(q[k]);
         });
     }
-    if (rows_wanted) problem.add_to_rows(grad_rows, tile);
+    if (rows_wanted) problem.add_to_rows(grad_rows, tile, part);
     if (columns_wanted || (problem.square && block_i != block_j))
-      problem.add_to_columns(problem.square ? grad_rows : grad_columns, tile);
+      problem.add_to_columns(problem.square ? grad_rows : grad_columns, tile, part);
   };
-  problem.for_each(rows_wanted && columns_wanted ? Owned::kBoth : rows_wanted ? Owned::kRows : Owned::kColumns, visit);
+  problem.for_each_in_parts(rows_wanted && columns_wanted ? Owned::kBoth : rows_wanted ? Owned::kRows : Owned::kColumns, visit);
 
   InputGradient by_rows, by_columns;
   const auto storage = args.rows.options();

@@ -56,6 +56,25 @@ void for_each_pair(int64_t count, int64_t groups, const Visit& visit) {
   }
 }
 
+// The same pairs in one round: part k of `parts` visits visit(i, j, k), a run of the triangle row by row, and the runs take
+// about equally long where a pair on the diagonal takes 2 and any other 3. Parts share blocks: what a visit adds up
+// must be a sum of its part's own.
+template <class Visit>
+void for_each_pair_in_parts(int64_t count, int64_t parts, const Visit& visit) {
+  const int64_t cost = 2 * count + 3 * (count * (count - 1) / 2);
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      int64_t spent = 0;
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t k = i; k < count; ++k) {
+          const int64_t j = i % 2 == 0 ? k : i + count - 1 - k;  // to and fro, as above
+          if (spent * parts / cost == part) visit(i, j, static_cast<int>(part));
+          spent += i == j ? 2 : 3;
+        }
+    }
+  });
+}
+
 // visit(i, j, thread) for every block i of `rows` and j of `columns`. Where rows only are owned, one thread
 // walks all columns of its rows; columns likewise; where both are, the rounds are the shifted diagonals.
 enum class Owned { kRows, kColumns, kBoth };

@@ -29,6 +29,7 @@ constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr int64_t kLargestTile = 256, kSmallestTile = 64;
 // Up to so many rows and columns a second thread costs more, in moving rows between caches, than it saves.
 constexpr int64_t kOneThread = 256;
+constexpr int64_t kPartRows = 2048, kMostParts = 4, kFewBlocks = 4;
 
 // Blocks of `n` for `ways` of parallelism, balanced and as large as the cache allows.
 inline Blocks cut(int64_t n, int64_t ways) {
@@ -62,33 +63,57 @@ at::Tensor transposed_blocks(const at::Tensor& values, const Blocks& blocks) {
 }
 
 // Sums over tiles that are rows: values_i += sum_j c_ij y_j, where tiles are added from the side of their rows, and
-// values_j += sum_i c_ij x_i from the side of their columns.
+// values_j += sum_i c_ij x_i from the side of their columns. `parts` of them, each with sums of its own.
 template <class acc_t>
 struct RowSums {
-  RowSums(int64_t n, int64_t d, const Blocks& blocks, bool from_columns, const at::TensorOptions& options)
-      : blocks(blocks), values(pooled({n, d}, options)), begun(blocks.count()), transposed_begun(blocks.count()) {
-    if (from_columns && has_small_products<acc_t>()) transposed = pooled({blocks.count(), d, blocks.size}, options);
+  RowSums(int64_t n, int64_t d, const Blocks& blocks, bool from_columns, int64_t parts, const at::TensorOptions& options)
+      : blocks(blocks),
+        values(pooled({parts, n, d}, options)),
+        begun(parts * blocks.count()),
+        transposed_begun(parts * blocks.count()) {
+    if (from_columns && has_small_products<acc_t>())
+      transposed = pooled({parts, blocks.count(), d, blocks.size}, options);
   }
 
-  // Whether a block has sums already, and that it has from now on. A block has one owner at a time.
-  static bool begin(std::vector<char>& begun, const Blocks& blocks, Block block) {
-    return std::exchange(begun[block.begin / blocks.size], true);
+  // Whether a part's block has sums already, and that it has from now on. A block of a part has one owner at a time.
+  bool begin(std::vector<char>& begun, Block block, int part) const {
+    return std::exchange(begun[part * blocks.count() + block.begin / blocks.size], true);
   }
 
-  // The sums, (n, d). Once, after the last tile.
+  acc_t* of_rows(Block block, int part) const {
+    return values.template mutable_data_ptr<acc_t>() + part * values.stride(0) + block.begin * values.stride(1);
+  }
+  acc_t* of_columns(Block block, int part) const {
+    return transposed.template mutable_data_ptr<acc_t>() + part * transposed.stride(0) + block.begin * transposed.size(2);
+  }
+
+  // The sums, (n, d), over all parts. Once, after the last tile.
   at::Tensor result() const {
-    if (!transposed.defined()) return values;
-    const int64_t d = values.size(1), ld = blocks.size;
-    const acc_t* from = transposed.template const_data_ptr<acc_t>();
-    acc_t* to = values.template mutable_data_ptr<acc_t>();
+    const int64_t d = values.size(2), ld = blocks.size, parts = values.size(0);
+    if (parts == 1 && !transposed.defined()) return values[0];
     const auto& math = tile_math<acc_t>();
-    at::parallel_for(0, blocks.count(), std::max<int64_t>(1, 32768 / (ld * d)), [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b)
-        if (transposed_begun[b])
-          (begun[b] ? math.add_transposed : math.transpose)(from + b * d * ld, ld, to + blocks[b].begin * d, d, d,
-                                                            blocks[b].size);
+    at::parallel_for(0, blocks.count(), std::max<int64_t>(1, 32768 / (ld * d)), [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; ++b) {
+        acc_t* out = of_rows(blocks[b], 0);
+        bool add = begun[b];
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t index = part * blocks.count() + b, count = blocks[b].size;
+          if (part > 0 && begun[index]) {
+            const acc_t* from = of_rows(blocks[b], part);
+            if (add)
+              math.add_scaled(out, from, 1, count * d);
+            else
+              std::copy_n(from, count * d, out);
+            add = true;
+          }
+          if (transposed.defined() && transposed_begun[index]) {
+            (add ? math.add_transposed : math.transpose)(of_columns(blocks[b], part), ld, out, d, d, count);
+            add = true;
+          }
+        }
+      }
     });
-    return values;
+    return values[0];
   }
 
   Blocks blocks;
@@ -109,6 +134,7 @@ class Tiles {
         m(this->columns.values.size(0)),
         d(rows.values.size(1)),
         threads(std::max(n, m) > kOneThread ? at::get_num_threads() : 1),
+        parts(square && threads > 1 && threads <= kMostParts && n <= kPartRows && has_small_products<acc_t>() ? threads : 1),
         row_blocks(cut(n, ways())),
         column_blocks(square ? row_blocks : cut(m, ways())),
         scratch_(pooled({threads, row_blocks.size, column_blocks.size + kPadding}, rows.values.options())) {}
@@ -126,19 +152,19 @@ class Tiles {
       columns_transposed_ = transposed_blocks<acc_t>(columns.values, column_blocks);
     if (!to_add_to_columns) return;
     if (flips())
-      flipped_ = pooled({column_blocks.size, row_blocks.size + kPadding}, rows.values.options());
+      flipped_ = pooled({threads, column_blocks.size, row_blocks.size + kPadding}, rows.values.options());
     else
       rows_transposed_ = square ? columns_transposed_ : transposed_blocks<acc_t>(rows.values, row_blocks);
   }
 
   // Where rows and columns are few, transposing the coefficients moves less than transposing rows and sums.
-  bool flips() const { return threads == 1 && has_small_products<acc_t>(); }
+  bool flips() const { return (threads == 1 || (parts > 1 && row_blocks.count() <= kFewBlocks)) && has_small_products<acc_t>(); }
 
   RowSums<acc_t> sums_of_rows(bool wanted, bool from_columns) const {
-    return {wanted ? n : 0, d, row_blocks, from_columns && !flips(), rows.values.options()};
+    return {wanted ? n : 0, d, row_blocks, from_columns && !flips(), parts, rows.values.options()};
   }
   RowSums<acc_t> sums_of_columns(bool wanted) const {
-    return {wanted ? m : 0, d, column_blocks, !flips(), rows.values.options()};
+    return {wanted ? m : 0, d, column_blocks, !flips(), 1, rows.values.options()};
   }
 
   // Fills a tile with <x^_i, y^_j>, all pairs.
@@ -158,32 +184,28 @@ class Tiles {
   }
 
   // sums_i += sum_j c_ij y^_j for the coefficients c of a tile.
-  void add_to_rows(RowSums<acc_t>& sums, const Tile<acc_t>& c) const {
-    acc_t* out = sums.values.template mutable_data_ptr<acc_t>() + c.i.begin * d;
-    const bool add = sums.begin(sums.begun, sums.blocks, c.i);
+  void add_to_rows(RowSums<acc_t>& sums, const Tile<acc_t>& c, int part = 0) const {
+    const bool add = sums.begin(sums.begun, c.i, part);
     if (has_small_products<acc_t>())
-      multiply_small<acc_t>(c.i.size, d, c.j.size, c.s, c.ld, row(columns, c.j), d, out, d, add);
+      multiply_small<acc_t>(c.i.size, d, c.j.size, c.s, c.ld, row(columns, c.j), d, sums.of_rows(c.i, part), d, add);
     else
-      blas(slice(sums.values, c.i), matrix(c), slice(columns.values, c.j), add);
+      blas(slice(sums.values[part], c.i), matrix(c), slice(columns.values, c.j), add);
   }
 
   // sums_j += sum_i c_ij x^_i.
-  void add_to_columns(RowSums<acc_t>& sums, const Tile<acc_t>& c) const {
+  void add_to_columns(RowSums<acc_t>& sums, const Tile<acc_t>& c, int part = 0) const {
     const bool by_features = sums.transposed.defined();
-    const bool add = sums.begin(by_features ? sums.transposed_begun : sums.begun, sums.blocks, c.j);
+    const bool add = sums.begin(by_features ? sums.transposed_begun : sums.begun, c.j, part);
     if (flips()) {
-      acc_t* flipped = flipped_.template mutable_data_ptr<acc_t>();
-      const int64_t ld = flipped_.stride(0);
+      acc_t* flipped = flipped_.template mutable_data_ptr<acc_t>() + part * flipped_.stride(0);
+      const int64_t ld = flipped_.stride(1);
       tile_math<acc_t>().transpose(c.s, c.ld, flipped, ld, c.i.size, c.j.size);
-      multiply_small<acc_t>(c.j.size, d, c.i.size, flipped, ld, row(rows, c.i), d,
-                            sums.values.template mutable_data_ptr<acc_t>() + c.j.begin * d, d, add);
+      multiply_small<acc_t>(c.j.size, d, c.i.size, flipped, ld, row(rows, c.i), d, sums.of_rows(c.j, part), d, add);
     } else if (has_small_products<acc_t>()) {
-      const int64_t ld = column_blocks.size;
-      acc_t* out = sums.transposed.template mutable_data_ptr<acc_t>() + c.j.begin * d;
-      multiply_small<acc_t>(d, c.j.size, c.i.size, block(rows_transposed_, c.i), row_blocks.size, c.s, c.ld, out, ld,
-                            add);
+      multiply_small<acc_t>(d, c.j.size, c.i.size, block(rows_transposed_, c.i), row_blocks.size, c.s, c.ld,
+                            sums.of_columns(c.j, part), column_blocks.size, add);
     } else {
-      blas(slice(sums.values, c.j), matrix(c).t(), slice(rows.values, c.i), add);
+      blas(slice(sums.values[part], c.j), matrix(c).t(), slice(rows.values, c.i), add);
     }
   }
 
@@ -197,10 +219,21 @@ class Tiles {
       for_each_tile(row_blocks.count(), column_blocks.count(), owned, visit);
   }
 
+  // As for_each, visit(block_i, block_j, thread, part): `parts` of the square case in one round rather than many. What a
+  // visit adds up is then its part's own.
+  template <class Visit>
+  void for_each_in_parts(Owned owned, const Visit& visit) const {
+    if (parts > 1)
+      for_each_pair_in_parts(row_blocks.count(), parts, [&](int64_t i, int64_t j, int part) { visit(i, j, part, part); });
+    else
+      for_each(owned, [&](int64_t i, int64_t j, int thread) { visit(i, j, thread, 0); });
+  }
+
   const bool square;
   const Rows rows, columns;
   const int64_t n, m, d;
   const int64_t threads;  // 1: outside a parallel region, where the BLAS has the others
+  const int64_t parts;    // in which for_each_in_parts visits the tiles
   const Blocks row_blocks, column_blocks;
 
  private:
