@@ -29,7 +29,9 @@ constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr int64_t kLargestTile = 256, kSmallestTile = 64;
 // Up to so many rows and columns a second thread costs more, in moving rows between caches, than it saves.
 constexpr int64_t kOneThread = 256;
-constexpr int64_t kPartRows = 2048, kMostParts = 4, kFewBlocks = 4;
+// Up to so many rows and threads each thread adds up sums of its own (`parts`): their memory and their merging cost less
+// than the rounds they spare. One thread up to half as many rows as without.
+constexpr int64_t kPartRows = 512, kMostParts = 4;
 
 // Blocks of `n` for `ways` of parallelism, balanced and as large as the cache allows.
 inline Blocks cut(int64_t n, int64_t ways) {
@@ -70,51 +72,49 @@ struct RowSums {
       : blocks(blocks),
         values(pooled({parts, n, d}, options)),
         begun(parts * blocks.count()),
-        transposed_begun(parts * blocks.count()) {
-    if (from_columns && has_small_products<acc_t>())
-      transposed = pooled({parts, blocks.count(), d, blocks.size}, options);
+        transposed_begun(blocks.count()) {
+    if (from_columns && has_small_products<acc_t>()) transposed = pooled({blocks.count(), d, blocks.size}, options);
   }
 
   // Whether a part's block has sums already, and that it has from now on. A block of a part has one owner at a time.
-  bool begin(std::vector<char>& begun, Block block, int part) const {
-    return std::exchange(begun[part * blocks.count() + block.begin / blocks.size], true);
-  }
+  bool begin_rows(Block block, int part) { return std::exchange(begun[part * blocks.count() + index(block)], true); }
+  bool begin_columns(Block block) { return std::exchange(transposed_begun[index(block)], true); }
 
   acc_t* of_rows(Block block, int part) const {
     return values.template mutable_data_ptr<acc_t>() + part * values.stride(0) + block.begin * values.stride(1);
   }
-  acc_t* of_columns(Block block, int part) const {
-    return transposed.template mutable_data_ptr<acc_t>() + part * transposed.stride(0) + block.begin * transposed.size(2);
+  acc_t* of_columns(Block block) const {
+    return transposed.template mutable_data_ptr<acc_t>() + block.begin * transposed.size(1);
   }
 
   // The sums, (n, d), over all parts. Once, after the last tile.
   at::Tensor result() const {
     const int64_t d = values.size(2), ld = blocks.size, parts = values.size(0);
-    if (parts == 1 && !transposed.defined()) return values[0];
+    const at::Tensor sums = values[0];
+    if (parts == 1 && !transposed.defined()) return sums;
     const auto& math = tile_math<acc_t>();
     at::parallel_for(0, blocks.count(), std::max<int64_t>(1, 32768 / (ld * d)), [&](int64_t first, int64_t last) {
       for (int64_t b = first; b < last; ++b) {
+        const int64_t size = blocks[b].size;
         acc_t* out = of_rows(blocks[b], 0);
         bool add = begun[b];
-        for (int64_t part = 0; part < parts; ++part) {
-          const int64_t index = part * blocks.count() + b, count = blocks[b].size;
-          if (part > 0 && begun[index]) {
-            const acc_t* from = of_rows(blocks[b], part);
-            if (add)
-              math.add_scaled(out, from, 1, count * d);
-            else
-              std::copy_n(from, count * d, out);
-            add = true;
-          }
-          if (transposed.defined() && transposed_begun[index]) {
-            (add ? math.add_transposed : math.transpose)(of_columns(blocks[b], part), ld, out, d, d, count);
-            add = true;
-          }
+        for (int64_t part = 1; part < parts; ++part) {
+          if (!begun[part * blocks.count() + b]) continue;
+          const acc_t* more = of_rows(blocks[b], part);
+          if (add)
+            math.add_scaled(out, more, 1, size * d);
+          else
+            std::copy_n(more, size * d, out);
+          add = true;
         }
+        if (transposed.defined() && transposed_begun[b])
+          (add ? math.add_transposed : math.transpose)(of_columns(blocks[b]), ld, out, d, d, size);
       }
     });
-    return values[0];
+    return sums;
   }
+
+  int64_t index(Block block) const { return block.begin / blocks.size; }
 
   Blocks blocks;
   at::Tensor values, transposed;
@@ -133,8 +133,10 @@ class Tiles {
         n(rows.values.size(0)),
         m(this->columns.values.size(0)),
         d(rows.values.size(1)),
-        threads(std::max(n, m) > kOneThread ? at::get_num_threads() : 1),
-        parts(square && threads > 1 && threads <= kMostParts && n <= kPartRows && has_small_products<acc_t>() ? threads : 1),
+        threads(std::max(n, m) > (square && has_small_products<acc_t>() ? kOneThread / 2 : kOneThread)
+                    ? at::get_num_threads()
+                    : 1),
+        parts(square && has_small_products<acc_t>() && n <= kPartRows && threads <= kMostParts ? threads : 1),
         row_blocks(cut(n, ways())),
         column_blocks(square ? row_blocks : cut(m, ways())),
         scratch_(pooled({threads, row_blocks.size, column_blocks.size + kPadding}, rows.values.options())) {}
@@ -158,7 +160,7 @@ class Tiles {
   }
 
   // Where rows and columns are few, transposing the coefficients moves less than transposing rows and sums.
-  bool flips() const { return (threads == 1 || (parts > 1 && row_blocks.count() <= kFewBlocks)) && has_small_products<acc_t>(); }
+  bool flips() const { return (threads == 1 || parts > 1) && has_small_products<acc_t>(); }
 
   RowSums<acc_t> sums_of_rows(bool wanted, bool from_columns) const {
     return {wanted ? n : 0, d, row_blocks, from_columns && !flips(), parts, rows.values.options()};
@@ -185,7 +187,7 @@ class Tiles {
 
   // sums_i += sum_j c_ij y^_j for the coefficients c of a tile.
   void add_to_rows(RowSums<acc_t>& sums, const Tile<acc_t>& c, int part = 0) const {
-    const bool add = sums.begin(sums.begun, c.i, part);
+    const bool add = sums.begin_rows(c.i, part);
     if (has_small_products<acc_t>())
       multiply_small<acc_t>(c.i.size, d, c.j.size, c.s, c.ld, row(columns, c.j), d, sums.of_rows(c.i, part), d, add);
     else
@@ -194,8 +196,7 @@ class Tiles {
 
   // sums_j += sum_i c_ij x^_i.
   void add_to_columns(RowSums<acc_t>& sums, const Tile<acc_t>& c, int part = 0) const {
-    const bool by_features = sums.transposed.defined();
-    const bool add = sums.begin(by_features ? sums.transposed_begun : sums.begun, c.j, part);
+    const bool add = sums.transposed.defined() ? sums.begin_columns(c.j) : sums.begin_rows(c.j, part);
     if (flips()) {
       acc_t* flipped = flipped_.template mutable_data_ptr<acc_t>() + part * flipped_.stride(0);
       const int64_t ld = flipped_.stride(1);
@@ -203,7 +204,7 @@ class Tiles {
       multiply_small<acc_t>(c.j.size, d, c.i.size, flipped, ld, row(rows, c.i), d, sums.of_rows(c.j, part), d, add);
     } else if (has_small_products<acc_t>()) {
       multiply_small<acc_t>(d, c.j.size, c.i.size, block(rows_transposed_, c.i), row_blocks.size, c.s, c.ld,
-                            sums.of_columns(c.j, part), column_blocks.size, add);
+                            sums.of_columns(c.j), column_blocks.size, add);
     } else {
       blas(slice(sums.values[part], c.j), matrix(c).t(), slice(rows.values, c.i), add);
     }

@@ -82,7 +82,7 @@ def test_equal_bit_for_bit_when_repeated(n, m, temperature, dtype):
 def test_any_number_of_threads(set_threads, threads, temperature):
     """The number of threads decides the size of the tiles, and so only the rounding of the sums."""
     set_threads(threads)
-    for n, m in ((1, None), (130, None), (517, None), (259, 131), (70, 517)):
+    for n, m in ((1, None), (130, None), (389, None), (517, None), (259, 131), (70, 517)):
         check_against_float64(
             "native", random_call(n, m, 33, temperature=temperature, both_directions=m is not None)
         )
