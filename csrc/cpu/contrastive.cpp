@@ -3,8 +3,8 @@
 // Tiling: tiles of at most 256 x 256 dot products (tiles.h), one matrix product each, in a scratch of
 //   256 KB a thread that stays in its L2 cache; N x M never exists. In the square case (columns are the rows)
 //   only tiles on and above the diagonal are made, each serving its rows and, transposed, its columns. Tiles of a
-//   parallel round share no block (schedule.h), so every sum has one owner: no atomics, no buffer
-//   a thread, results independent of the thread count for a given tile size.
+//   parallel round share no block (schedule.h), so every sum has one owner: no atomics, no buffer a thread. Up to
+//   kPartRows rows the rounds would cost more than the buffers: there each thread has sums of its own.
 // Work, in units of 2*N*M*D: forward 1 (square: 1/2); backward 1 + 1 for each side that needs a
 //   gradient (square: 1/2 + 1, less what was kept). One exponential an entry, two where rows and columns need
 //   shifts of their own, none in backward for what was kept under a fixed shift.
