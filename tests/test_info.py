@@ -1,5 +1,8 @@
 """`python -m ssl_kernels info`: what is built, for what, what can run and why the rest cannot."""
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import torch
@@ -64,3 +67,13 @@ def test_a_gpu_that_nothing_was_built_for(monkeypatch, capsys):
     )
     assert "triton     its kernels need compute capability 8.0, this GPU has 7.5" in on_cuda
     assert "chunked    can run" in on_cuda and "first native: " in on_cuda
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as nobody:
+        command = [sys.executable, "-m", "ssl_kernels", "info"]
+        done = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr

@@ -58,7 +58,8 @@ class Problem : public Tiles<acc_t> {
   explicit Problem(const ContrastiveArgs& args)
       : Base(load_rows<scalar_t, acc_t>(args.rows, args.normalize_rows, args.more_rows),
              args.columns ? std::optional(load_rows_of<acc_t>(*args.columns, args.normalize_columns))
-                          : std::nullopt),
+                          : std::nullopt,
+             /*in_parts=*/true),
         scale(without_payload(*args.scale.const_data_ptr<acc_t>())),
         bound(static_cast<acc_t>(std::abs(scale) * kLog2E * rows.longest * columns.longest)),
         fixed_shift(bound <= kFixedShift),  // false for NaN

@@ -1,6 +1,6 @@
 // Orders in which tiles are visited so that no two tiles of one parallel round share a row block or a
 // column block. Every block then has one owner at a time: no atomics, no buffer per thread, and sums
-// that come out in the same order, bit for bit, for the same blocks, whatever the number of threads.
+// that come out in the same order, bit for bit, for the same blocks and number of threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -76,18 +76,22 @@ void for_each_pair_in_parts(int64_t count, int64_t parts, const Visit& visit) {
 }
 
 // visit(i, j, thread) for every block i of `rows` and j of `columns`. Where rows only are owned, one thread
-// walks all columns of its rows; columns likewise; where both are, the rounds are the shifted diagonals.
+// walks all columns of its rows; columns likewise. Where both are, rows and columns form a group a thread; one thread
+// visits all pairs of two groups, row by row as above, and the groups meet in rounds, each shifted by one.
 enum class Owned { kRows, kColumns, kBoth };
 
 template <class Visit>
-void for_each_tile(int64_t rows, int64_t columns, Owned owned, const Visit& visit) {
+void for_each_tile(int64_t rows, int64_t columns, Owned owned, int64_t threads, const Visit& visit) {
   if (owned == Owned::kBoth) {
-    const int64_t rounds = std::max(rows, columns), width = std::min(rows, columns);
-    for (int64_t round = 0; round < rounds; ++round) {
-      at::parallel_for(0, width, 1, [&](int64_t begin, int64_t end) {
+    const int64_t groups = std::min({threads, rows, columns});
+    for (int64_t round = 0; round < groups; ++round) {
+      at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; ++k) {
-          const int64_t shifted = (k + round) % rounds;
-          visit(rows < columns ? k : shifted, rows < columns ? shifted : k, at::get_thread_num());
+          const int64_t other = (k + round) % groups;
+          const int64_t first = other * columns / groups, last = (other + 1) * columns / groups;
+          for (int64_t i = k * rows / groups; i < (k + 1) * rows / groups; ++i)
+            for (int64_t j = first; j < last; ++j)
+              visit(i, i % 2 == 0 ? j : first + last - 1 - j, at::get_thread_num());
         }
       });
     }
@@ -98,6 +102,17 @@ void for_each_tile(int64_t rows, int64_t columns, Owned owned, const Visit& visi
     for (int64_t a = begin; a < end; ++a)
       for (int64_t b = 0; b < (by_rows ? columns : rows); ++b)
         visit(by_rows ? a : b, by_rows ? b : a, at::get_thread_num());
+  });
+}
+
+// The same tiles in one round: part k of `parts` visits visit(i, j, k), all rows of its share of the columns. Parts share
+// rows: what a visit adds up for them must be a sum of its part's own.
+template <class Visit>
+void for_each_tile_in_parts(int64_t rows, int64_t columns, int64_t parts, const Visit& visit) {
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part)
+      for (int64_t j = part * columns / parts; j < (part + 1) * columns / parts; ++j)
+        for (int64_t i = 0; i < rows; ++i) visit(i, j, static_cast<int>(part));
   });
 }
 

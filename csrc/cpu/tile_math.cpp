@@ -50,9 +50,18 @@ constexpr double kAtanhSeries[kAtanhTerms] = {1.,      1 / 3.,  1 / 5.,  1 / 7.,
 // Below it, squares of float32 numbers may have lost digits to underflow.
 constexpr double kSmallestSquare = 1e-25;
 
+// Bytes of a vector register follow each target.
+#if defined(__GNUC__) && defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SSL_KERNELS_SHUFFLES 1
+#endif
+#endif
+
 namespace portable {
 #define SSL_KERNELS_TARGET
+#define SSL_KERNELS_VECTOR_BYTES 16
 #include "tile_math.inc"
+#undef SSL_KERNELS_VECTOR_BYTES
 #undef SSL_KERNELS_TARGET
 }  // namespace portable
 
@@ -61,14 +70,18 @@ namespace portable {
 
 namespace avx2 {
 #define SSL_KERNELS_TARGET __attribute__((target("avx2,fma")))
+#define SSL_KERNELS_VECTOR_BYTES 32
 #include "tile_math.inc"
+#undef SSL_KERNELS_VECTOR_BYTES
 #undef SSL_KERNELS_TARGET
 }  // namespace avx2
 
 namespace avx512 {
 #define SSL_KERNELS_TARGET \
   __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
+#define SSL_KERNELS_VECTOR_BYTES 64
 #include "tile_math.inc"
+#undef SSL_KERNELS_VECTOR_BYTES
 #undef SSL_KERNELS_TARGET
 }  // namespace avx512
 #endif

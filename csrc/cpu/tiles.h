@@ -30,8 +30,9 @@ constexpr int64_t kLargestTile = 256, kSmallestTile = 64;
 // Up to so many rows and columns a second thread costs more, in moving rows between caches, than it saves.
 constexpr int64_t kOneThread = 256;
 // Up to so many rows and threads each thread adds up sums of its own (`parts`): their memory and their merging cost less
-// than the rounds they spare. One thread up to half as many rows as without.
-constexpr int64_t kPartRows = 512, kMostParts = 4;
+// than the rounds they spare. Of columns that are not the rows there must be many more. With parts the square case is
+// worth a second thread earlier.
+constexpr int64_t kPartRows = 512, kMostParts = 4, kManyColumns = 4;
 
 // Blocks of `n` for `ways` of parallelism, balanced and as large as the cache allows.
 inline Blocks cut(int64_t n, int64_t ways) {
@@ -125,19 +126,23 @@ struct RowSums {
 template <class acc_t>
 class Tiles {
  public:
-  // Without columns the square case: they are the rows, and tiles below the diagonal are not visited.
-  Tiles(const Rows& rows, const std::optional<Rows>& columns)
+  // Without columns the square case: they are the rows, and tiles below the diagonal are not visited. `in_parts`: tiles
+  // are visited by for_each_in_parts.
+  Tiles(const Rows& rows, const std::optional<Rows>& columns, bool in_parts = false)
       : square(!columns),
         rows(rows),
         columns(square ? rows : *columns),
         n(rows.values.size(0)),
         m(this->columns.values.size(0)),
         d(rows.values.size(1)),
-        threads(std::max(n, m) > (square && has_small_products<acc_t>() ? kOneThread / 2 : kOneThread)
+        threads(std::max(n, m) > (square && in_parts && has_small_products<acc_t>() ? kOneThread / 2 : kOneThread)
                     ? at::get_num_threads()
                     : 1),
-        parts(square && has_small_products<acc_t>() && n <= kPartRows && threads <= kMostParts ? threads : 1),
-        row_blocks(cut(n, ways())),
+        parts(in_parts && has_small_products<acc_t>() && n <= kPartRows && (square || m >= kManyColumns * n) &&
+                      threads <= kMostParts
+                  ? threads
+                  : 1),
+        row_blocks(cut(n, parts > 1 && !square ? 1 : ways())),
         column_blocks(square ? row_blocks : cut(m, ways())),
         scratch_(pooled({threads, row_blocks.size, column_blocks.size + kPadding}, rows.values.options())) {}
 
@@ -160,7 +165,7 @@ class Tiles {
   }
 
   // Where rows and columns are few, transposing the coefficients moves less than transposing rows and sums.
-  bool flips() const { return (threads == 1 || parts > 1) && has_small_products<acc_t>(); }
+  bool flips() const { return (threads == 1 || (square && parts > 1)) && has_small_products<acc_t>(); }
 
   RowSums<acc_t> sums_of_rows(bool wanted, bool from_columns) const {
     return {wanted ? n : 0, d, row_blocks, from_columns && !flips(), parts, rows.values.options()};
@@ -217,17 +222,20 @@ class Tiles {
     if (square)
       for_each_pair(row_blocks.count(), 2 * threads, visit);
     else
-      for_each_tile(row_blocks.count(), column_blocks.count(), owned, visit);
+      for_each_tile(row_blocks.count(), column_blocks.count(), owned, threads, visit);
   }
 
-  // As for_each, visit(block_i, block_j, thread, part): `parts` of the square case in one round rather than many. What a
-  // visit adds up is then its part's own.
+  // As for_each, visit(block_i, block_j, thread, part). What a visit adds up for rows is its part's own, and `parts` then
+  // meet in one round rather than many.
   template <class Visit>
   void for_each_in_parts(Owned owned, const Visit& visit) const {
-    if (parts > 1)
-      for_each_pair_in_parts(row_blocks.count(), parts, [&](int64_t i, int64_t j, int part) { visit(i, j, part, part); });
-    else
+    const auto visit_part = [&](int64_t i, int64_t j, int part) { visit(i, j, part, part); };
+    if (parts == 1)
       for_each(owned, [&](int64_t i, int64_t j, int thread) { visit(i, j, thread, 0); });
+    else if (square)
+      for_each_pair_in_parts(row_blocks.count(), parts, visit_part);
+    else
+      for_each_tile_in_parts(row_blocks.count(), column_blocks.count(), parts, visit_part);
   }
 
   const bool square;

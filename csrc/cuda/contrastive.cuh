@@ -385,9 +385,9 @@ __global__ void contrastive_merge_kernel(const OnlineSoftmax<acc_t>* partial, in
 // Traffic, 32-byte sectors of global memory: operands 4 N S (times T where S > 3) + 8 B M S; 64 B T P for the
 //   positives of a side and N P for their gradients; row and column terms 3 B (kBlockM + T kBlockN) / 8. Writes
 //   N D acc_t a part.
-// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * 128 bytes, terms; at
-//   most 97.3 KB. No bank conflicts but two-way ones in TF32's reads of y for C y and in 4-byte types'
-//   writes of C.
+// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * 128 bytes, 3 * (kBlockM + 3 *
+//   kBlockN) acc_t of terms; at most 97.3 KB. No bank conflicts but two-way ones in TF32's reads of y for C y and in
+//   4-byte types' writes of C.
 // Occupancy: one block of 256 threads per multiprocessor, at most 255 registers.
 // Numerics: C in acc_t, rounded once to scalar_t. half scales C by a power of two that brings its bound
 //   near 2^15.

@@ -147,8 +147,8 @@ __global__ void __launch_bounds__(FwdShape<Engine>::kThreads, FwdShape<Engine>::
 //   types, 256 for float, 128 for double. B T S (1 + Z) kBlockM kBlockN / 32 mma.
 // Traffic, 32-byte sectors of global memory: operands 4 N S Z (times T where S > 3) + 4 B M S (1 + Z); row and
 //   column terms, of which there are 2 with weights, B Z (kBlockM + T kBlockN) / 8 each. Writes N D acc_t a part.
-// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * 128 bytes, terms. Bank
-//   conflicts as in the backward of `contrastive`.
+// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * 128 bytes, 2 * (kBlockM + 3 *
+//   kBlockN) acc_t of terms. Bank conflicts as in the backward of `contrastive`.
 // Occupancy: one block of 256 threads per multiprocessor, at most 255 registers.
 // Numerics: A in acc_t, rounded once to scalar_t; half scales it by a power of two that brings its bound near
 //   2^15. Losses and dbias are summed over a tile in acc_t, over tiles in double.

@@ -114,6 +114,11 @@ class Backward:
         own = 4 * self.n * self.steps * (self.tiles if self.streamed else 1)
         return own + 8 * self.blocks * self.m * self.steps
 
+    def shared_bytes(self):
+        panels = self.block_n * (2 if self.half else 4) // STEP_BYTES
+        own = (min(self.steps, 3) + panels) * self.block_m * STEP_BYTES
+        return own + 3 * self.block_n * STEP_BYTES + 3 * (self.block_m + 3 * self.block_n) * 4
+
     def sectors(self):
         sides = 2 if self.square else 1
         positives = sides * (self.blocks * self.tiles * 16 * 8 // 2 + self.n)
@@ -232,6 +237,7 @@ def test_backward_does_what_its_header_says(library, case):
     papers = [Backward(*sizes, d, dtype, tf32, m is None) for sizes in owners]
     for launch, paper in zip(backward, papers, strict=True):
         assert launch.counters.mma == paper.mma()
+        assert launch.shared == paper.shared_bytes()
         assert launch.counters.global_load_sectors == pytest.approx(paper.sectors(), rel=0.1)
         assert launch.counters.global_store_sectors == paper.n * d * 4 // SECTOR
     if m is None:

@@ -156,10 +156,14 @@ def test_kernels_do_what_their_headers_say(library, gpu, n, m, d, dtype):
     half = dtype.itemsize == 2
     steps, streamed = ceil(d * dtype.itemsize / STEP_BYTES), ceil(d * dtype.itemsize / STEP_BYTES) > 3
 
-    def of(launches, kernel):
-        return [launch.counters for launch in launches if kernel in launch.kernel]
+    def of(launches, kernel, shared):
+        found = [launch for launch in launches if kernel in launch.kernel]
+        assert {launch.shared for launch in found} == {shared}
+        return [launch.counters for launch in found]
 
-    (forward,) = of(losses(library, call, splits=1)[1], "fwd_kernel")
+    own_slots = min(steps, 3)
+    shared = own_slots * 128 * STEP_BYTES + 3 * 64 * (STEP_BYTES + 4)
+    (forward,) = of(losses(library, call, splits=1)[1], "fwd_kernel", shared)
     blocks, tiles = ceil(n / 128), ceil(m / 64)
     assert forward.mma == (256 * blocks * tiles * steps if half else 0)
     own = 4 * n * steps * (tiles if streamed else 1)
@@ -168,12 +172,13 @@ def test_kernels_do_what_their_headers_say(library, gpu, n, m, d, dtype):
     assert forward.shared_wavefronts == forward.shared_wavefronts_ideal
 
     block_n = 64 if half else 32
+    shared = ((own_slots + 1) * 128 + 3 * block_n) * STEP_BYTES + 2 * (128 + 3 * block_n) * 4
     weights = torch.ones(n, dtype=torch.float64)
     for launches, terms in (
         (total_with_gradients(library, call, splits=1)[2], 1),
         (weighted_gradients(library, call, weights, splits=1)[1], 2),
     ):
-        passes = of(launches, "bwd_kernel")
+        passes = of(launches, "bwd_kernel", shared)
         for counters, (rows, columns) in zip(passes, ((n, m), (m, n)), strict=True):
             blocks, tiles = ceil(rows / 128), ceil(columns / block_n)
             assert counters.mma == (2 * blocks * tiles * steps * 128 * block_n // 32 if half else 0)
