@@ -464,7 +464,7 @@ def check_every_schedule(library, call, **options):
 def test_calls_can_be_captured(library, gpu):
     """No synchronisation and no allocation between the launches, all on the stream given."""
     if not gpu.emulated:
-        pytest.skip("tests/ops captures the operator on a card")
+        pytest.skip("tests/test_card.py captures the operators on a card")
     call = random_call(20, 17, torch.float16, m=300, both_directions=True)
     for expectation in (False, True):
         call = call._replace(both_directions=not expectation)
