@@ -47,7 +47,9 @@ def test_losses_match_float64(case, dtype):
     """Every backend's error is about that of plain PyTorch on the same input."""
     arguments = case.arguments(130, 72, dtype, scalar=20.0 if "raw" in case.name else 0.3)
     wide = {
-        name: value.detach().double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        name: value.detach().double()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
         for name, value in arguments.items()
     }
     for value in case.leaves(wide).values():
@@ -65,7 +67,9 @@ def test_losses_match_float64(case, dtype):
     plain = errors("reference")
     for backend in ("native", "triton", "chunked"):
         for error, other in zip(errors(backend), plain, strict=True):
-            assert error <= FACTOR * other + 16 * torch.finfo(dtype).eps, f"{backend}: {error:.2e}, {other:.2e}"
+            assert error <= FACTOR * other + 16 * torch.finfo(dtype).eps, (
+                f"{backend}: {error:.2e}, {other:.2e}"
+            )
 
 
 @backends
@@ -189,7 +193,9 @@ def test_columns_beyond_32_bit_offsets(backend):
     share = 1 / (sums + positive_logit.double().exp())
     pull = means * share[:, None] + pair.double() * (positive_logit.double().exp() * share - 1)[:, None]
     (unit * (pull / 0.5 / 16).detach()).sum().backward()
-    torch.testing.assert_close(query.grad.float(), exact.grad, rtol=0.05, atol=0.02 * exact.grad.abs().max().item())
+    torch.testing.assert_close(
+        query.grad.float(), exact.grad, rtol=0.05, atol=0.02 * exact.grad.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("backend", [None, *GPU_BACKENDS])

@@ -9,8 +9,8 @@
 //   gradient (square: 1/2 + 1, less what was kept). One exponential an entry, two where rows and columns need
 //   shifts of their own, none in backward for what was kept under a fixed shift.
 // Memory: the rows in acc_t and transposed (2*N*D), the gradient and a transposed part of it (2*N*D), 5 numbers a row,
-//   the scratch, and from forward to backward the first tiles, as many as fit kKeptBytes: they need not be
-//   recomputed (all of them up to about 2800 rows of the square case, then backward is 1 unit).
+//   the scratch, and from forward to backward as many tiles as fit (kKeptBytes, kMemory): they need not be recomputed.
+//   Where all are kept, backward is 1 unit: of 128 features up to about 7000 rows of the square case.
 // Numerics: products, softmax and sums over a tile in acc_t (float32, float64 for float64), sums over tiles in double.
 //   While |s| <= |scale| * longest row * longest column stays below kFixedShift, that bound is the shift of every row
 //   and column: tiles hold dot products v, scale enters with the exponent, 2^(factor * v - shift), and of kept tiles
@@ -42,9 +42,11 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // of 2^40 in the incoming gradient still fits float32.
 constexpr double kFixedShift = 43;
 
-// Bytes of logits kept for backward at most. Logits of narrow rows are recomputed: their products cost about as
-// much as reading a tile back (an estimate).
-constexpr int64_t kKeptBytes = 24 << 20, kNarrow = 32;
+// Bytes of logits kept for backward: kKeptBytes, or half of the matrix if with the rows and their gradients it stays below
+// kMemory. Logits of narrow rows are recomputed: their products cost about as much as reading a tile back (an estimate).
+constexpr int64_t kKeptBytes = 24 << 20, kMemory = 116 << 20, kNarrow = 32;
+// More threads than this share too little memory bandwidth to keep more than kKeptBytes (an estimate).
+constexpr int64_t kFewThreads = 8;
 constexpr int64_t kKeptHeader = 16;  // see Problem::note_tiles
 
 // One call: its tiles of logits in units of log 2, and what is masked and looked up in them.
@@ -52,7 +54,8 @@ template <class scalar_t, class acc_t>
 class Problem : public Tiles<acc_t> {
  public:
   using Base = Tiles<acc_t>;
-  using Base::columns, Base::column_blocks, Base::m, Base::n, Base::row_blocks, Base::rows, Base::square;
+  using Base::columns, Base::column_blocks, Base::d, Base::m, Base::n, Base::row_blocks, Base::rows, Base::square,
+      Base::threads;
   using Tile = ssl_kernels::cpu::Tile<acc_t>;
 
   explicit Problem(const ContrastiveArgs& args)
@@ -66,33 +69,48 @@ class Problem : public Tiles<acc_t> {
         factor(fixed_shift && scale > 0 ? static_cast<acc_t>(scale * kLog2E) : acc_t(1)),
         pairs_(args) {}
 
-  // The tile's place among the logits kept for backward, if it has one.
+  // The tile's place among the logits kept for backward, if it has one. Where not all fit, those that do are spread evenly
+  // over the tiles, so that all threads have as much to recompute.
   std::optional<Tile> kept(int64_t block_i, int64_t block_j, const at::Tensor& kept_logits) const {
+    if (kept_logits.numel() == 0) return std::nullopt;
     const Block i = row_blocks[block_i], j = column_blocks[block_j];
-    const int64_t begin = kKeptHeader + kept_offset(i, j);
-    if (begin + i.size * j.size > kept_logits.numel()) return std::nullopt;
+    int64_t begin = kKeptHeader;
+    if (keeps_everything(kept_logits)) {
+      begin += kept_offset(i, j);
+    } else {
+      const int64_t place = number(block_i, block_j) * kept_tiles(kept_logits) / tiles();
+      const int64_t next = (number(block_i, block_j) + 1) * kept_tiles(kept_logits) / tiles();
+      if (place == next) return std::nullopt;
+      begin += place * row_blocks.size * column_blocks.size;
+    }
     return Tile{i, j, kept_logits.mutable_data_ptr<acc_t>() + begin, j.size};
   }
 
-  // Whether every tile has its place there.
   bool keeps_everything(const at::Tensor& kept_logits) const {
-    return kept(row_blocks.count() - 1, column_blocks.count() - 1, kept_logits).has_value();
+    return kept_logits.numel() > 0 && kept_tiles(kept_logits) == tiles();
   }
 
-  // How many logits are kept; ssl_kernels/ops/contrastive.py says the same to torch.compile.
+  // How many logits may be kept; ssl_kernels/ops/contrastive.py says the same to torch.compile.
   int64_t room_for_logits() const {
-    if (rows.values.size(1) < kNarrow) return 0;
-    const int64_t all = square ? n * (n + kLargestTile) / 2 : n * m;
-    return kKeptHeader + std::min(all, kKeptBytes / static_cast<int64_t>(sizeof(acc_t)));
+    constexpr int64_t size = sizeof(acc_t);
+    if (d < kNarrow) return 0;
+    const int64_t half = square ? n * (n + kLargestTile) / 2 : n * m / 2, all = square ? half : n * m;
+    const int64_t rest = kMemory / size - 4 * (square ? n : n + m) * d;
+    return kKeptHeader + std::min(all, std::max(kKeptBytes / size, std::min(half, rest)));
   }
 
-  // The kept logits lie tile after tile, and the number of threads, which decides the tiles, may have changed
-  // when backward comes: they begin with the size of their tiles.
+  // The kept logits begin with the size of their tiles and how many there are: the number of threads, which decides both,
+  // may have changed when backward comes.
   void note_tiles(const at::Tensor& kept_logits) const {
     if (kept_logits.numel() == 0) return;
+    int64_t room = kept_logits.numel() - kKeptHeader;
+    if (threads > kFewThreads) room = std::min<int64_t>(room, kKeptBytes / sizeof(acc_t));
+    const int64_t last = kept_offset(row_blocks[row_blocks.count() - 1], column_blocks[column_blocks.count() - 1]);
+    const int64_t all = last + row_blocks[row_blocks.count() - 1].size * column_blocks[column_blocks.count() - 1].size;
     acc_t* header = kept_logits.mutable_data_ptr<acc_t>();
     header[0] = static_cast<acc_t>(row_blocks.size);
     header[1] = static_cast<acc_t>(column_blocks.size);
+    header[2] = static_cast<acc_t>(all <= room ? tiles() : room / (row_blocks.size * column_blocks.size));
   }
 
   bool has_tiles_of(const at::Tensor& kept_logits) const {
@@ -129,11 +147,19 @@ class Problem : public Tiles<acc_t> {
   const acc_t factor;      // > 0; times it, entries of tiles are logits in units of log 2
 
  private:
-  // Where the tile of rows i and columns j begins among the kept ones: row blocks one after the other, of the
+  // Where the tile of rows i and columns j begins if all are kept: row blocks one after the other, of the
   // triangle without what lies below the diagonal.
   int64_t kept_offset(Block i, Block j) const {
     if (!square) return i.begin * m + i.size * j.begin;
     return i.begin * n - i.begin * (i.begin - row_blocks.size) / 2 + i.size * (j.begin - i.begin);
+  }
+  // Tiles in that order, and how many of them are kept.
+  int64_t number(int64_t i, int64_t j) const {
+    return square ? i * row_blocks.count() - i * (i - 1) / 2 + j - i : i * column_blocks.count() + j;
+  }
+  int64_t tiles() const { return number(row_blocks.count() - 1, column_blocks.count() - 1) + 1; }
+  int64_t kept_tiles(const at::Tensor& kept_logits) const {
+    return static_cast<int64_t>(kept_logits.const_data_ptr<acc_t>()[2]);
   }
 
   Pairs pairs_;

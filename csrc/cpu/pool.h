@@ -36,7 +36,7 @@ class Pool final : public c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 
  private:
-  static constexpr size_t kWorthwhile = 64 << 10, kIdle = 64 << 20;
+  static constexpr size_t kWorthwhile = 64 << 10, kIdle = 128 << 20;
   static constexpr size_t kHeader = 64;  // holds a block's size and keeps the rest aligned
 
   struct Block {

@@ -20,7 +20,7 @@ _FLAGS = "bool normalize_rows, bool normalize_columns, bool keep_diagonal, bool 
 
 
 # What csrc/cpu/contrastive.cpp keeps of the logits (constants of these names there).
-_KEPT_BYTES, _KEPT_HEADER, _NARROW, _LARGEST_TILE = 24 << 20, 16, 32, 256
+_KEPT_BYTES, _MEMORY, _KEPT_HEADER, _NARROW, _LARGEST_TILE = 24 << 20, 116 << 20, 16, 32, 256
 
 
 def _kept_by_cpu_kernel(rows, columns):
@@ -28,8 +28,17 @@ def _kept_by_cpu_kernel(rows, columns):
     n, d = rows.shape
     if d < _NARROW:
         return 0
-    everything = n * (n + _LARGEST_TILE) // 2 if columns is None else n * columns.shape[0]
-    return _KEPT_HEADER + torch.sym_min(everything, _KEPT_BYTES // accumulation_dtype(rows).itemsize)
+    size = accumulation_dtype(rows).itemsize
+    if columns is None:
+        half = everything = n * (n + _LARGEST_TILE) // 2
+        rest = _MEMORY // size - 4 * n * d
+    else:
+        m = columns.shape[0]
+        half, everything = n * m // 2, n * m
+        rest = _MEMORY // size - 4 * (n + m) * d
+    return _KEPT_HEADER + torch.sym_min(
+        everything, torch.sym_max(_KEPT_BYTES // size, torch.sym_min(half, rest))
+    )
 
 
 def _keeps_expectation(overload, rows, columns, both_directions, keep, columns_need_grad):

@@ -496,7 +496,7 @@ def peak_of_a_step(case, backend, n):
 
 @every_case
 def test_memory_of_a_step_is_below_one_matrix_of_logits(case):
-    """N × N for one-view losses, 2N × 2N or N × 2N for the others; the kernel keeps up to 24 MB of logits."""
+    """N × N for one-view losses, 2N × 2N or N × 2N for the others; of rows this narrow no logits are kept."""
     peak, matrix = peak_of_a_step(case, "native", 3500)
     assert matrix == 49_000_000
     assert peak < 40 * MB
