@@ -8,9 +8,10 @@
 //   all usual widths; what is summed of a row in the forward is kept in `saved`, so that the backward has no reduction.
 // Traffic: the forward reads each operand once and writes 1 + 4 k numbers a row, the backward reads the operands once and
 //   writes the gradients that are needed once.
-// Memory: at most 4 rows of acc_t a thread.
-// Numerics: in acc_t, sums of squares that leave its range again in double (rows.h); x^ and y^_k are rounded before they
-//   are subtracted, so equal rows have the distance 0. Gradients are rounded once.
+// Memory: at most 3 rows of acc_t a thread.
+// Numerics: in acc_t, sums of squares that leave its range again in double. A product of normalised rows is <x, y_k> r_x r_k,
+//   one pass for all three sums; for a distance x^ and y^_k are rounded before they are subtracted, so equal rows have the
+//   distance 0. Gradients are rounded once.
 #include "row_pairs.h"
 
 #include <ATen/Parallel.h>
@@ -65,37 +66,41 @@ std::tuple<Tensor, Tensor> measure_pairs(const Tensor& x, const Tensor& y, const
   double* value = values.mutable_data_ptr<double>();
   auto* keep = reinterpret_cast<Saved<acc_t>*>(saved.template mutable_data_ptr<acc_t>());
   const auto& math = tile_math<acc_t>();
-  const auto& squares = row_conversion<acc_t, acc_t>();
+  const auto& convert = row_conversion<scalar_t, acc_t>();
+  const auto rnorm_of = [&](double squares) { return normalize ? reciprocal_norm<acc_t>(std::sqrt(squares)) : 1; };
   at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
     std::vector<acc_t> scratch(2 * d);
-    acc_t *unit = scratch.data(), *u = unit + d;
+    acc_t *unit = scratch.data(), *other = unit + d;
     for (int64_t i = begin; i < end; ++i) {
-      const double x_rnorm = load_row<scalar_t, acc_t>(unit, operands[0].row(i), d, normalize).rnorm;
+      std::optional<double> x_rnorm;  // once `unit` is loaded
       double sum = 0;
       for (int64_t k = 0; k < pairs; ++k) {
-        const double y_rnorm = load_row<scalar_t, acc_t>(u, operands[1 + k].row(i), d, normalize).rnorm;
-        if (distance) math.add_scaled(u, unit, -1, d);  // -u_k
-        const double projection = math.dot(u, unit, d) * (distance ? -1 : 1);
-        const double measure = distance ? std::sqrt(squares.load(u, u, d)) : projection;
-        keep[i * pairs + k] = {static_cast<acc_t>(x_rnorm), static_cast<acc_t>(y_rnorm), static_cast<acc_t>(measure),
-                               static_cast<acc_t>(projection)};
-        sum += k ? -measure : measure;
+        const scalar_t *x_row = operands[0].row(i), *y_row = operands[1 + k].row(i);
+        Saved<double> pair;
+        if (const auto sums = distance ? std::nullopt : convert.products(x_row, y_row, d)) {
+          pair.x_rnorm = rnorm_of(sums->xx);
+          pair.y_rnorm = rnorm_of(sums->yy);
+          pair.measure = pair.projection = sums->xy * pair.x_rnorm * pair.y_rnorm;
+        } else {
+          if (!x_rnorm) x_rnorm = load_row<scalar_t, acc_t>(unit, x_row, d, normalize).rnorm;
+          pair.x_rnorm = *x_rnorm;
+          pair.y_rnorm = load_row<scalar_t, acc_t>(other, y_row, d, normalize).rnorm;
+          if (distance) {
+            const auto [squares, along] = math.difference_sums(unit, other, d);
+            pair.measure = std::sqrt(squares);
+            pair.projection = along;
+          } else {
+            pair.measure = pair.projection = math.dot(other, unit, d);
+          }
+        }
+        keep[i * pairs + k] = {static_cast<acc_t>(pair.x_rnorm), static_cast<acc_t>(pair.y_rnorm),
+                               static_cast<acc_t>(pair.measure), static_cast<acc_t>(pair.projection)};
+        sum += k ? -pair.measure : pair.measure;
       }
       value[i] = sum;
     }
   });
   return {values, saved};
-}
-
-// out <- factor * (grad - along * unit), the gradient through a normalised row; that of one only scaled without the
-// second term. Overwrites grad.
-template <class scalar_t, class acc_t>
-void write_gradient(scalar_t* out, acc_t* grad, const acc_t* unit, acc_t factor, acc_t along, bool project, int64_t d) {
-  if (project)
-    tile_math<acc_t>().project_out(grad, unit, factor, along, d);
-  else
-    tile_math<acc_t>().scale(grad, factor, d);
-  row_conversion<scalar_t, acc_t>().store(out, grad, d);
 }
 
 template <class scalar_t, class acc_t>
@@ -114,39 +119,35 @@ std::tuple<Tensor, Tensor, Tensor> differentiate(const Tensor& grad_values, cons
   const Tensor upstream = grad_values.contiguous();
   const double* g = upstream.const_data_ptr<double>();
   const auto* kept = reinterpret_cast<const Saved<acc_t>*>(saved.template const_data_ptr<acc_t>());
-  const auto& math = tile_math<acc_t>();
+  const auto& convert = row_conversion<scalar_t, acc_t>();
   const acc_t clamped = static_cast<acc_t>(1 / kNormEpsilon);
-  const auto load = [&](acc_t* row, const scalar_t* in, acc_t rnorm) {
-    row_conversion<scalar_t, acc_t>().load(row, in, d);
-    if (normalize) math.scale(row, rnorm, d);
-  };
   at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
-    std::vector<acc_t> scratch(4 * d);
-    acc_t *unit = scratch.data(), *other = unit + d, *u = other + d, *grad_x = u + d;
+    std::vector<acc_t> scratch(3 * d);
+    acc_t* const unit = scratch.data();
     for (int64_t i = begin; i < end; ++i) {
       const Saved<acc_t>* pair = kept + i * pairs;
-      load(unit, operands[0].row(i), pair->x_rnorm);
+      convert.load_scaled(unit, operands[0].row(i), pair->x_rnorm, d);
+      PairGradient<acc_t> by_x{unit, {}, {}, 0, pair->x_rnorm, distance, normalize && pair->x_rnorm != clamped};
       double along = 0;
       for (int64_t k = 0; k < pairs; ++k) {
         const auto [x_rnorm, y_rnorm, measure, projection] = pair[k];
         double weight = k ? -g[i] : g[i];
         if (distance) weight = measure == 0 ? 0 : weight / measure;
-        const acc_t w = static_cast<acc_t>(weight);
-        load(other, operands[1 + k].row(i), y_rnorm);
-        std::copy_n(unit, d, u);
-        if (distance) math.add_scaled(u, other, -1, d);
-        if (out[0]) {
-          if (k == 0) std::fill_n(grad_x, d, acc_t(0));
-          math.add_scaled(grad_x, distance ? u : other, w, d);
-          along += weight * projection;
-        }
+        along += weight * projection;
+        acc_t* const other = unit + (1 + k) * d;
+        convert.load_scaled(other, operands[1 + k].row(i), y_rnorm, d);
+        by_x.y[k] = other;
+        by_x.weight[k] = static_cast<acc_t>(weight);
         if (!out[1 + k]) continue;
-        write_gradient(out[1 + k] + i * d, u, other, (distance ? -w : w) * y_rnorm,
-                       distance ? projection - measure * measure : projection, normalize && y_rnorm != clamped, d);
+        // The measure is symmetric: <y^ - x^, y^> = m^2 - <x^ - y^, x^>.
+        const acc_t onto_other = distance ? measure * measure - projection : projection;
+        convert.pair_gradient(out[1 + k] + i * d,
+                              {other, {unit}, {1}, onto_other, by_x.weight[k] * y_rnorm, distance,
+                               normalize && y_rnorm != clamped},
+                              d);
       }
-      if (out[0])
-        write_gradient(out[0] + i * d, grad_x, unit, pair->x_rnorm, static_cast<acc_t>(along),
-                       normalize && pair->x_rnorm != clamped, d);
+      by_x.along = static_cast<acc_t>(along);
+      if (out[0]) convert.pair_gradient(out[0] + i * d, by_x, d);
     }
   });
   return {grads[0], grads[1], grads[2]};

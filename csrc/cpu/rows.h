@@ -54,14 +54,19 @@ struct RowNorm {
   double rnorm;
 };
 
+template <class acc_t>
+double reciprocal_norm(double norm) {
+  return static_cast<acc_t>(1 / (norm < kNormEpsilon ? kNormEpsilon : norm));
+}
+
 // One row in acc_t, normalised if asked. A row with a NaN becomes NaN throughout.
 template <class scalar_t, class acc_t>
 RowNorm load_row(acc_t* out, const scalar_t* in, int64_t d, bool normalize) {
   const double norm = without_payload(std::sqrt(row_conversion<scalar_t, acc_t>().load(out, in, d)));
   if (std::isnan(norm)) std::fill_n(out, d, static_cast<acc_t>(norm));
   if (!normalize) return {norm, 1};
-  const acc_t rnorm = static_cast<acc_t>(1 / (norm < kNormEpsilon ? kNormEpsilon : norm));
-  tile_math<acc_t>().scale(out, rnorm, d);
+  const double rnorm = reciprocal_norm<acc_t>(norm);
+  tile_math<acc_t>().scale(out, static_cast<acc_t>(rnorm), d);
   return {norm * rnorm, rnorm};
 }
 

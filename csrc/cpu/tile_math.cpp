@@ -50,6 +50,11 @@ constexpr double kAtanhSeries[kAtanhTerms] = {1.,      1 / 3.,  1 / 5.,  1 / 7.,
 // Below it, squares of float32 numbers may have lost digits to underflow.
 constexpr double kSmallestSquare = 1e-25;
 
+template <class T>
+bool in_range(T squares) {
+  return squares > kSmallestSquare && squares < std::numeric_limits<T>::max();
+}
+
 // Bytes of a vector register follow each target.
 #if defined(__GNUC__) && defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)

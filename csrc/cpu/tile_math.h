@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace ssl_kernels::cpu {
@@ -16,6 +17,24 @@ template <class T>
 struct ColumnHardest {
   T *far, *near;
   int32_t *far_row, *near_row;  // within the tile, -1 for none
+};
+
+struct DifferenceSums {
+  double squares, along;
+};
+
+// Sums over i of x_i * x_i, y_i * y_i and x_i * y_i.
+struct ProductSums {
+  double xx, yy, xy;
+};
+
+// factor * (sum_k weight[k] * u_k - along * x): the gradient by the row x of measures of it and the rows y_k, with
+// u_k = x - y_k (difference) or y_k. y_1 may be null, and without `project` there is no term along x.
+template <class T>
+struct PairGradient {
+  const T *x, *y[2];
+  T weight[2], along, factor;
+  bool difference, project;
 };
 
 template <class T>
@@ -91,6 +110,9 @@ struct TileMath {
 
   // g <- a * (g - b * u): the gradient through a normalised row u.
   void (*project_out)(T* g, const T* u, T a, T b, int64_t n);
+
+  // Of u = x - y: sum_i u_i * u_i, also where it leaves the range of T, and sum_i u_i * x_i.
+  DifferenceSums (*difference_sums)(const T* x, const T* y, int64_t n);
 };
 
 // Rows of storage type S as rows of T, and back (round to nearest even).
@@ -98,7 +120,13 @@ template <class S, class T>
 struct RowConversion {
   // Returns the sum of squares, also where it leaves the range of T.
   double (*load)(T* out, const S* x, int64_t n);
+  // out <- a * x
+  void (*load_scaled)(T* out, const S* x, T a, int64_t n);
   void (*store)(S* out, const T* x, int64_t n);
+  // Nothing where a sum of squares leaves the range of T.
+  std::optional<ProductSums> (*products)(const S* x, const S* y, int64_t n);
+  // out <- a gradient of row_pairs, rounded once: see PairGradient.
+  void (*pair_gradient)(S* out, const PairGradient<T>& gradient, int64_t n);
 };
 
 // Each has all of the ones before. AMX is for products of matrices (product.h).
