@@ -18,7 +18,6 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -72,7 +71,7 @@ std::tuple<Tensor, Tensor> measure_pairs(const Tensor& x, const Tensor& y, const
     std::vector<acc_t> scratch(2 * d);
     acc_t *unit = scratch.data(), *other = unit + d;
     for (int64_t i = begin; i < end; ++i) {
-      std::optional<double> x_rnorm;  // once `unit` is loaded
+      std::optional<double> x_rnorm;  // set once `unit` is loaded
       double sum = 0;
       for (int64_t k = 0; k < pairs; ++k) {
         const scalar_t *x_row = operands[0].row(i), *y_row = operands[1 + k].row(i);

@@ -19,6 +19,7 @@ struct ColumnHardest {
   int32_t *far_row, *near_row;  // within the tile, -1 for none
 };
 
+// Sums over i of u_i * u_i and u_i * x_i, with u = x - y.
 struct DifferenceSums {
   double squares, along;
 };
@@ -28,8 +29,8 @@ struct ProductSums {
   double xx, yy, xy;
 };
 
-// factor * (sum_k weight[k] * u_k - along * x): the gradient by the row x of measures of it and the rows y_k, with
-// u_k = x - y_k (difference) or y_k. y_1 may be null, and without `project` there is no term along x.
+// factor * (sum_k weight[k] * u_k - along * x): the gradient by the row x of measures of it and the rows y[k], with
+// u_k = x - y[k] (difference) or y[k]. y[1] may be null, and without `project` there is no term along x.
 template <class T>
 struct PairGradient {
   const T *x, *y[2];
@@ -111,7 +112,7 @@ struct TileMath {
   // g <- a * (g - b * u): the gradient through a normalised row u.
   void (*project_out)(T* g, const T* u, T a, T b, int64_t n);
 
-  // Of u = x - y: sum_i u_i * u_i, also where it leaves the range of T, and sum_i u_i * x_i.
+  // The sum of squares also where it leaves the range of T.
   DifferenceSums (*difference_sums)(const T* x, const T* y, int64_t n);
 };
 
