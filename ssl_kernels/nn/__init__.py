@@ -14,7 +14,8 @@ from ssl_kernels.nn.losses import (
     TripletLoss,
     TripletMarginLoss,
 )
-from ssl_kernels.nn.mixing import ManifoldMixup, MixingDraw, Mixup
+from ssl_kernels.nn.manifold_mixup import ManifoldMixup
+from ssl_kernels.nn.mixing import MixingDraw, Mixup
 from ssl_kernels.nn.momentum import MomentumEncoder, cosine_momentum
 from ssl_kernels.nn.queue import MoCoQueue
 

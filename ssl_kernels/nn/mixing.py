@@ -7,13 +7,13 @@ from torch import nn
 
 from ssl_kernels import backends, mixing
 from ssl_kernels.checks import DTYPES, check_dense, is_number, short
+from ssl_kernels.nn.draws import beta, span_around, span_within
 from ssl_kernels.value_checks import check_target
 
 MODES = {"batch": "batch", "pair": "pair", "sample": "sample", "elem": "sample"}  # "elem" is timm's word
 PAIRINGS = ("random", "flip", "roll")
 _NORMALIZED = (torch.float32, torch.float16, torch.bfloat16)  # what uint8 images become
 BANDS = 16  # of rows, in which a batch is mixed in place where both methods meet
-_MANIFOLD_OPTIONS = {"prob", "mode", "pairing", "label_smoothing", "num_classes", "dense_target", "backend"}
 
 
 class MixingDraw(NamedTuple):
@@ -183,7 +183,7 @@ class Mixup(nn.Module):
             pasted = torch.rand(groups, generator=generator, device=source) < self.switch_prob
         lam, boxes = torch.ones(groups, device=source), None
         if self.mixup_alpha > 0:
-            lam = torch.where(pasted, lam, _beta(self.mixup_alpha, groups, source, generator))
+            lam = torch.where(pasted, lam, beta(self.mixup_alpha, groups, source, generator))
         pixel_lam = torch.where(done, lam, 1)
         lam = pixel_lam
         if self.cutmix_alpha > 0:
@@ -366,98 +366,19 @@ class Mixup(nn.Module):
             return torch.rand(groups, generator=generator, device=device, dtype=torch.float64)
 
         if self.cutmix_minmax is None:
-            left = _beta(self.cutmix_alpha, groups, device, generator)
+            left = beta(self.cutmix_alpha, groups, device, generator)
             side = torch.sqrt(1 - left.double())
-            spans = [_span_around(uniform(), side, size) for size in (height, width)]
+            spans = [span_around(uniform(), side, size) for size in (height, width)]
         else:
             least, most = self.cutmix_minmax
             spans = [
-                _span_within(uniform(), least + (most - least) * uniform(), size) for size in (height, width)
+                span_within(uniform(), least + (most - least) * uniform(), size) for size in (height, width)
             ]
         boxes = torch.stack([*spans[0], *spans[1]], 1)
         area = ((boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])).double()
         if self.correct_lam or self.cutmix_minmax is not None:
             left = (1 - area / (height * width)).float()
         return boxes, left
-
-
-class ManifoldMixup(nn.Module):
-    """A model with the hidden features of one layer mixed, the layer drawn anew each call.
-
-        model = ManifoldMixup(resnet, ["layer1", "layer2"], alpha=2.0, num_classes=10)
-        logits, target = model(images, target)
-        loss = F.cross_entropy(logits, target)
-
-    In evaluation mode the model runs as it is. The layer is drawn on the host, everything else as `Mixup` draws it.
-
-    Args:
-        module: The model, called with one batch.
-        layers: Names of submodules, as in `module.named_modules()`, whose outputs (B, ...) may be mixed.
-        alpha: λ is drawn from Beta(alpha, alpha), > 0.
-        mix_input: The input counts as one more layer.
-        generator: As in `Mixup`; the layer is drawn from one of its own on the CPU with the same seed.
-        **options: Of `Mixup`: prob, mode, pairing, label_smoothing, num_classes, dense_target, backend.
-
-    Raises:
-        TypeError: An option that is none of these.
-        ValueError: No layers, a name that the module does not have, an option outside its range.
-
-    Source: Verma et al., Manifold Mixup, arXiv:1806.05236.
-    """
-
-    def __init__(self, module, layers, alpha=2.0, *, mix_input=True, generator=None, **options):
-        super().__init__()
-        names = {name for name, _ in module.named_modules() if name}
-        unknown = [name for name in layers if name not in names]
-        if unknown:
-            raise ValueError(f"ManifoldMixup: layers must be submodules of module, got {unknown}")
-        other = options.keys() - _MANIFOLD_OPTIONS
-        if other:
-            raise TypeError(
-                f"ManifoldMixup: options must be of {sorted(_MANIFOLD_OPTIONS)}, got {sorted(other)}"
-            )
-        if not layers and not mix_input:
-            raise ValueError("ManifoldMixup: layers must not be empty without mix_input, got []")
-        self.module, self.layers, self.mix_input = module, tuple(layers), mix_input
-        self.mixup = Mixup(alpha, generator=generator, inplace=False, **options)
-        self._layer_generator = None
-        if generator is not None:
-            seed = generator.initial_seed() if isinstance(generator, torch.Generator) else generator
-            self._layer_generator = torch.Generator().manual_seed(seed)
-
-    def forward(self, x, target=None):
-        """Run the model with one layer mixed.
-
-        Args:
-            x: The batch, (B, ...).
-            target: None, (B,) int64 or (B, C) floating.
-
-        Returns:
-            The output alone, or (output, mixed target) as `Mixup` returns it.
-
-        Raises:
-            TypeError: The chosen layer's output is no floating tensor.
-            ValueError: Its first dimension is not B.
-        """
-        draw = self.mixup.draw(x)
-        output = self._run(x, draw) if self.training else self.module(x)
-        return output if target is None else (output, self.mixup.mix_target(target, draw))
-
-    def _run(self, x, draw):
-        choices = [*[None] * self.mix_input, *self.layers]
-        chosen = choices[int(torch.randint(len(choices), (), generator=self._layer_generator))]
-        if chosen is None:
-            return self.module(self.mixup.mix(x, draw))
-
-        def mix_first_output(_module, _inputs, output):
-            hook.remove()  # a layer that runs several times is mixed once
-            return self.mixup.mix(output, draw)
-
-        hook = self.module.get_submodule(chosen).register_forward_hook(mix_first_output)
-        try:
-            return self.module(x)
-        finally:
-            hook.remove()
 
 
 def _check(condition, name, rule, value):
@@ -478,27 +399,6 @@ def _channels(name, numbers):
 
 def _check_overwritten(name, value):
     mixing.check_in_place("Mixup", name, value, "Mixup with inplace=False is differentiable")
-
-
-def _beta(alpha, count, device, generator):
-    """`count` numbers from Beta(alpha, alpha), float32; of two gammas in float64, which do not both vanish."""
-    shape = torch.full((2, count), float(alpha), dtype=torch.float64, device=device)
-    first, second = torch._standard_gamma(shape, generator=generator)
-    return (first / (first + second)).float()
-
-
-def _span_around(centre, side, size):
-    """Of a box of `side` times `size` around a centre drawn in [0, 1), what lies inside; begin and end."""
-    half = torch.floor(size * side).long() // 2
-    middle = torch.floor(size * centre).long()
-    return (middle - half).clamp(0, size), (middle + half).clamp(0, size)
-
-
-def _span_within(place, side, size):
-    """A box of `side` times `size` that lies inside, its place drawn in [0, 1); begin and end."""
-    length = torch.floor(size * side).long()
-    begin = torch.floor((size - length + 1) * place).long()
-    return begin, begin + length
 
 
 def _is_pasted(boxes, x):
