@@ -5,19 +5,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+CARD_ARGS ?=
 TEST_ARGS ?=
 # Processes of the tests: one a core, up to eight.
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-all sanitize bench lint info clean
+.PHONY: help demo test test-all sanitize bench card lint info clean
 
 help:
 	@echo "make demo      pretrain an encoder with the fused loss and with plain PyTorch's, and compare"
 	@echo "make test      build and run the tests (make test-all: the slow sweeps too)"
 	@echo "make sanitize  test the C++ kernels under address and undefined-behaviour sanitizers"
 	@echo "make bench     measure against plain PyTorch, torch.compile and lightly"
+	@echo "make card      on a machine with a GPU: build, check, time and store (CARD_ARGS=--dry: try that without one)"
 	@echo "make info      what is built and what can run here"
 	@echo "make lint      ruff"
 
@@ -49,6 +51,10 @@ $(SANITIZED)/built: .venv/installed setup.py $(SOURCES) $(wildcard ssl_kernels/*
 
 bench: .venv/built .venv/peers
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# With the Python at hand and what it has: a machine with a GPU may have nothing to install from.
+card:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.card $(CARD_ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
