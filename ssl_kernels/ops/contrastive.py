@@ -7,11 +7,12 @@ import torch
 
 from ssl_kernels import backends, preference
 from ssl_kernels.chunked import contrastive as chunked
-from ssl_kernels.ops.library import accumulation_dtype, define, library
+from ssl_kernels.ops.library import accumulation_dtype, define, implement_in_triton, library
 from ssl_kernels.reference import contrastive as reference
 from ssl_kernels.triton.tiles import keeps_expectation
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_TRITON = "ssl_kernels.triton.contrastive"
 
 _OPERANDS = (
     "Tensor rows, Tensor? columns, Tensor scale, Tensor? positives, Tensor? row_ids, Tensor? column_ids"
@@ -128,14 +129,7 @@ _bwd = define(
 
 library.impl("contrastive_fwd.chunked", chunked.contrastive_fwd, "CompositeExplicitAutograd")
 library.impl("contrastive_bwd.chunked", chunked.contrastive_bwd, "CompositeExplicitAutograd")
-
-
-def _triton():
-    return importlib.import_module("ssl_kernels.triton.contrastive")
-
-
-library.impl("contrastive_fwd.triton", lambda *args: _triton().contrastive_fwd(*args), "CUDA")
-library.impl("contrastive_bwd.triton", lambda *args: _triton().contrastive_bwd(*args), "CUDA")
+implement_in_triton(("contrastive_fwd", "contrastive_bwd"), _TRITON)
 
 
 def unsupported(backend, rows, columns=None, both_directions=False, *_):
@@ -158,7 +152,9 @@ def unsupported(backend, rows, columns=None, both_directions=False, *_):
         return None if device == "cpu" else f"it runs on cpu and cuda, not on {device}"
     if device != "cuda":
         return f"it runs on cuda, not on {device}"
-    return backends.triton_unsupported(rows.device) or _triton().unsupported(rows, columns)
+    return backends.triton_unsupported(rows.device) or importlib.import_module(_TRITON).unsupported(
+        rows, columns
+    )
 
 
 backends.register_operation("contrastive", unsupported, preference.CONTRASTIVE)

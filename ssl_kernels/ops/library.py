@@ -11,6 +11,7 @@ from ssl_kernels import backends
 OVERLOADS = ("native", "triton", "chunked")
 
 library = torch.library.Library("ssl_kernels", "DEF")  # lives as long as the process
+in_triton = {}  # from the name of an operator to what runs its `triton` overload
 
 
 def define(name, signature, fake):
@@ -78,10 +79,23 @@ def where_it_runs(name, triton_module):
 
 
 def implement_in_triton(names, triton_module):
-    """Register functions of `triton_module` as the `triton` overloads of the operators of their names, on CUDA."""
+    """Register functions of `triton_module` as the `triton` overloads of the operators of their names, on CUDA.
+
+    Triton launches on the current device, so each runs with the device of its tensors as the current one.
+    """
     for name in names:
 
         def run(*args, name=name):
-            return getattr(importlib.import_module(triton_module), name)(*args)
+            with torch.cuda.device_of(_first_tensor(args)):
+                return getattr(importlib.import_module(triton_module), name)(*args)
 
         library.impl(f"{name}.triton", run, "CUDA")
+        in_triton[name] = run
+
+
+def _first_tensor(args):
+    for argument in args:
+        if isinstance(argument, torch.Tensor):
+            return argument
+        if isinstance(argument, list) and argument:
+            return argument[0]

@@ -121,36 +121,35 @@ def unsupported(embeddings, *_, **__):
 
 def batch_hard(embeddings, labels, normalize, distance):
     """`batch_hard` of docs/batch_hard.md."""
-    with torch.cuda.device_of(embeddings):
-        n, d = embeddings.shape
-        acc = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-        rnorm = row_rnorm_of(embeddings, embeddings.new_empty((), dtype=acc)) if normalize else None
-        half_square = None
-        if distance == "euclidean":
-            used = embeddings.to(acc) if rnorm is None else embeddings.to(acc) * rnorm[:, None]
-            half_square = used.square().sum(1) / 2
-        none = torch.iinfo(torch.int64 if acc == torch.float64 else torch.int32).min
-        tile = tile_for("forward", embeddings)
-        blocks, tiles = triton.cdiv(n, tile.block_n), triton.cdiv(n, tile.block_m)
-        splits, tiles_per_split = split_walk(blocks, tiles)
-        partial = labels.new_empty(4, splits, n)
-        batch_hard_kernel[blocks, splits](
-            embeddings,
-            rnorm,
-            half_square,
-            labels.contiguous(),
-            partial,
-            n,
-            d,
-            *embeddings.stride(),
-            tiles_per_split,
-            NONE=none,
-            PRECISION=precision(embeddings),
-            EVEN_D=d % tile.block_d == 0,
-            ONE_BLOCK_D=d <= tile.block_d,
-            **launch_options(tile),
-        )
-        return _merged(*partial[:2]), _merged(*partial[2:])
+    n, d = embeddings.shape
+    acc = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    rnorm = row_rnorm_of(embeddings, embeddings.new_empty((), dtype=acc)) if normalize else None
+    half_square = None
+    if distance == "euclidean":
+        used = embeddings.to(acc) if rnorm is None else embeddings.to(acc) * rnorm[:, None]
+        half_square = used.square().sum(1) / 2
+    none = torch.iinfo(torch.int64 if acc == torch.float64 else torch.int32).min
+    tile = tile_for("forward", embeddings)
+    blocks, tiles = triton.cdiv(n, tile.block_n), triton.cdiv(n, tile.block_m)
+    splits, tiles_per_split = split_walk(blocks, tiles)
+    partial = labels.new_empty(4, splits, n)
+    batch_hard_kernel[blocks, splits](
+        embeddings,
+        rnorm,
+        half_square,
+        labels.contiguous(),
+        partial,
+        n,
+        d,
+        *embeddings.stride(),
+        tiles_per_split,
+        NONE=none,
+        PRECISION=precision(embeddings),
+        EVEN_D=d % tile.block_d == 0,
+        ONE_BLOCK_D=d <= tile.block_d,
+        **launch_options(tile),
+    )
+    return _merged(*partial[:2]), _merged(*partial[2:])
 
 
 def _merged(order, index):

@@ -601,92 +601,91 @@ def contrastive_fwd(
     columns_need_grad,
 ):
     """`contrastive_fwd` of docs/contrastive.md."""
-    with torch.cuda.device_of(rows):
-        square = columns is None
-        n, d = rows.shape
-        m = n if square else columns.shape[0]
-        row_rnorm = row_rnorm_of(rows, scale) if normalize_rows else None
-        if square:
-            columns, column_ids, column_rnorm = rows, row_ids, row_rnorm
-        else:
-            column_rnorm = row_rnorm_of(columns, scale) if normalize_columns else None
-        if positives is not None and positives.numel() == 0:
-            positive_logits, positives = _empty_float64(scale, positives.shape), None
-        elif positives is not None:
-            positives = positives.contiguous()
-            positive_logits = _empty_float64(scale, positives.shape)
-        else:
-            positive_logits = _empty_float64(scale, 0)
+    square = columns is None
+    n, d = rows.shape
+    m = n if square else columns.shape[0]
+    row_rnorm = row_rnorm_of(rows, scale) if normalize_rows else None
+    if square:
+        columns, column_ids, column_rnorm = rows, row_ids, row_rnorm
+    else:
+        column_rnorm = row_rnorm_of(columns, scale) if normalize_columns else None
+    if positives is not None and positives.numel() == 0:
+        positive_logits, positives = _empty_float64(scale, positives.shape), None
+    elif positives is not None:
+        positives = positives.contiguous()
+        positive_logits = _empty_float64(scale, positives.shape)
+    else:
+        positive_logits = _empty_float64(scale, 0)
 
-        expectation = None
-        if not square and keep and not columns_need_grad and not both_directions and keeps_expectation(rows):
-            expectation = scale.new_empty(n, d)
-        tile = tile_for("forward" if expectation is None else "expectation", rows)
-        blocks, tiles = triton.cdiv(n, tile.block_n), triton.cdiv(m, tile.block_m)
-        splits, tiles_per_split = split_walk(blocks, tiles)
-        lse = _empty_float64(scale, n)
-        row_partial = scale.new_empty(2, splits, n) if splits > 1 or expectation is not None else None
-        expectation_partial = None if expectation is None else scale.new_empty(splits, n, d)
-        # The column sums of each row block are merged panel by panel, in scratch that does not grow with N.
-        panel = blocks
-        if both_directions:
-            panel = min(blocks, max(1, SCRATCH_BYTES // (2 * m * scale.element_size())))
-        column_partial = scale.new_empty(2, 1 + panel, m) if both_directions else None
-        column_lse = _empty_float64(scale, m if both_directions else 0)
-        for first in range(0, blocks, panel):
-            panel_blocks = min(panel, blocks - first)
-            contrastive_fwd_kernel[panel_blocks, splits](
-                rows,
-                columns,
-                scale,
-                row_rnorm,
-                column_rnorm,
-                contiguous(row_ids),
-                contiguous(column_ids),
-                positives,
-                positive_logits if positives is not None else None,
-                lse,
-                row_partial,
-                column_partial,
-                expectation_partial,
-                n,
-                m,
-                d,
-                positives.numel() // n if positives is not None else 0,
-                *rows.stride(),
-                *columns.stride(),
-                first,
-                tiles_per_split,
-                1 + panel,
-                SQUARE=square,
-                KEEP_DIAGONAL=keep_diagonal,
-                PRECISION=precision(rows),
-                EVEN_D=d % tile.block_d == 0,
-                ONE_BLOCK_D=d <= tile.block_d,
-                **launch_options(tile),
-            )
-            if both_directions:
-                # Slot 0 carries the sums of the panels before.
-                first_part = 1 if first == 0 else 0
-                last = first + panel_blocks == blocks
-                parts = panel_blocks + 1 - first_part
-                _merge_lse(column_partial, column_lse if last else None, first_part, parts)
-        if row_partial is not None:
-            _merge_lse(row_partial, lse, 0, splits)
-        if expectation is not None:
-            block_n, block_d = 16, min(128, triton.next_power_of_2(d))
-            expectation_merge_kernel[triton.cdiv(n, block_n), triton.cdiv(d, block_d)](
-                row_partial, expectation_partial, expectation, n, d, splits, BLOCK_N=block_n, BLOCK_D=block_d
-            )
-
-        return (
+    expectation = None
+    if not square and keep and not columns_need_grad and not both_directions and keeps_expectation(rows):
+        expectation = scale.new_empty(n, d)
+    tile = tile_for("forward" if expectation is None else "expectation", rows)
+    blocks, tiles = triton.cdiv(n, tile.block_n), triton.cdiv(m, tile.block_m)
+    splits, tiles_per_split = split_walk(blocks, tiles)
+    lse = _empty_float64(scale, n)
+    row_partial = scale.new_empty(2, splits, n) if splits > 1 or expectation is not None else None
+    expectation_partial = None if expectation is None else scale.new_empty(splits, n, d)
+    # The column sums of each row block are merged panel by panel, in scratch that does not grow with N.
+    panel = blocks
+    if both_directions:
+        panel = min(blocks, max(1, SCRATCH_BYTES // (2 * m * scale.element_size())))
+    column_partial = scale.new_empty(2, 1 + panel, m) if both_directions else None
+    column_lse = _empty_float64(scale, m if both_directions else 0)
+    for first in range(0, blocks, panel):
+        panel_blocks = min(panel, blocks - first)
+        contrastive_fwd_kernel[panel_blocks, splits](
+            rows,
+            columns,
+            scale,
+            row_rnorm,
+            column_rnorm,
+            contiguous(row_ids),
+            contiguous(column_ids),
+            positives,
+            positive_logits if positives is not None else None,
             lse,
-            column_lse,
-            positive_logits,
-            scale.new_empty(0) if row_rnorm is None else row_rnorm,
-            scale.new_empty(0) if square or column_rnorm is None else column_rnorm,
-            scale.new_empty(0) if expectation is None else expectation,  # logits are recomputed
+            row_partial,
+            column_partial,
+            expectation_partial,
+            n,
+            m,
+            d,
+            positives.numel() // n if positives is not None else 0,
+            *rows.stride(),
+            *columns.stride(),
+            first,
+            tiles_per_split,
+            1 + panel,
+            SQUARE=square,
+            KEEP_DIAGONAL=keep_diagonal,
+            PRECISION=precision(rows),
+            EVEN_D=d % tile.block_d == 0,
+            ONE_BLOCK_D=d <= tile.block_d,
+            **launch_options(tile),
         )
+        if both_directions:
+            # Slot 0 carries the sums of the panels before.
+            first_part = 1 if first == 0 else 0
+            last = first + panel_blocks == blocks
+            parts = panel_blocks + 1 - first_part
+            _merge_lse(column_partial, column_lse if last else None, first_part, parts)
+    if row_partial is not None:
+        _merge_lse(row_partial, lse, 0, splits)
+    if expectation is not None:
+        block_n, block_d = 16, min(128, triton.next_power_of_2(d))
+        expectation_merge_kernel[triton.cdiv(n, block_n), triton.cdiv(d, block_d)](
+            row_partial, expectation_partial, expectation, n, d, splits, BLOCK_N=block_n, BLOCK_D=block_d
+        )
+
+    return (
+        lse,
+        column_lse,
+        positive_logits,
+        scale.new_empty(0) if row_rnorm is None else row_rnorm,
+        scale.new_empty(0) if square or column_rnorm is None else column_rnorm,
+        scale.new_empty(0) if expectation is None else expectation,  # logits are recomputed
+    )
 
 
 def contrastive_bwd(
@@ -712,66 +711,65 @@ def contrastive_bwd(
     columns_need_grad,
 ):
     """`contrastive_bwd` of docs/contrastive.md."""
-    with torch.cuda.device_of(rows):
-        if kept.dim() == 2:
-            return _bwd_from_expectation(
-                grad_lse, grad_positive_logits, rows, columns, scale, positives, row_rnorm, column_rnorm, kept,
-                normalize_rows, normalize_columns, rows_need_grad,
-            )  # fmt: skip
-        square = columns is None
-        has_positives = positives is not None and grad_positive_logits is not None and positives.numel() > 0
-        has_columns = both_directions and grad_column_lse is not None
-        if not has_columns:
-            grad_column_lse = None
-        if not has_positives:
-            positives = grad_positive_logits = None
-        bound = None
-        if rows.dtype == torch.float16:
-            bound = _gradient_bound((grad_lse, grad_column_lse, grad_positive_logits), scale)
-        if has_positives:
-            m = rows.shape[0] if square else columns.shape[0]
-            positives = positives.remainder(m).to(torch.int32).reshape(rows.shape[0], -1)
-            grad_positive_logits = grad_positive_logits if bound is None else grad_positive_logits / bound
-            grad_positive_logits = grad_positive_logits.to(scale.dtype).reshape(positives.shape)
-        row_side = Side(
-            rows,
-            row_rnorm if normalize_rows else None,
-            *_softmax_weight(lse, grad_lse, bound, scale),
-            contiguous(row_ids),
-            positives,
-            grad_positive_logits,
+    if kept.dim() == 2:
+        return _bwd_from_expectation(
+            grad_lse, grad_positive_logits, rows, columns, scale, positives, row_rnorm, column_rnorm, kept,
+            normalize_rows, normalize_columns, rows_need_grad,
+        )  # fmt: skip
+    square = columns is None
+    has_positives = positives is not None and grad_positive_logits is not None and positives.numel() > 0
+    has_columns = both_directions and grad_column_lse is not None
+    if not has_columns:
+        grad_column_lse = None
+    if not has_positives:
+        positives = grad_positive_logits = None
+    bound = None
+    if rows.dtype == torch.float16:
+        bound = _gradient_bound((grad_lse, grad_column_lse, grad_positive_logits), scale)
+    if has_positives:
+        m = rows.shape[0] if square else columns.shape[0]
+        positives = positives.remainder(m).to(torch.int32).reshape(rows.shape[0], -1)
+        grad_positive_logits = grad_positive_logits if bound is None else grad_positive_logits / bound
+        grad_positive_logits = grad_positive_logits.to(scale.dtype).reshape(positives.shape)
+    row_side = Side(
+        rows,
+        row_rnorm if normalize_rows else None,
+        *_softmax_weight(lse, grad_lse, bound, scale),
+        contiguous(row_ids),
+        positives,
+        grad_positive_logits,
+    )
+    if square:
+        column_side = row_side
+    else:
+        column_side = Side(
+            columns,
+            column_rnorm if normalize_columns else None,
+            *_softmax_weight(column_lse, grad_column_lse, bound, scale),
+            contiguous(column_ids),
+            None,
+            None,
         )
-        if square:
-            column_side = row_side
-        else:
-            column_side = Side(
-                columns,
-                column_rnorm if normalize_columns else None,
-                *_softmax_weight(column_lse, grad_column_lse, bound, scale),
-                contiguous(column_ids),
-                None,
-                None,
-            )
-        masks = {"SQUARE": square, "KEEP_DIAGONAL": keep_diagonal}
-        # The row dots of either side give the gradient of scale.
-        rows_first = rows_need_grad or square or not columns_need_grad
-        both = rows_need_grad and columns_need_grad and not square
-        first, second = (row_side, column_side) if rows_first else (column_side, row_side)
-        first_grad = rows_need_grad or not rows_first
+    masks = {"SQUARE": square, "KEEP_DIAGONAL": keep_diagonal}
+    # The row dots of either side give the gradient of scale.
+    rows_first = rows_need_grad or square or not columns_need_grad
+    both = rows_need_grad and columns_need_grad and not square
+    first, second = (row_side, column_side) if rows_first else (column_side, row_side)
+    first_grad = rows_need_grad or not rows_first
 
-        if tile_for("backward", rows) is not None:
-            grad, row_dots = _bwd_fused(first, second, scale, bound, masks, first_grad)
-            other_grad = _bwd_fused(second, first, scale, bound, masks, True)[0] if both else None
-        else:
-            grad, other_grad, row_dots = _bwd_panels(first, second, scale, bound, masks, first_grad, both)
+    if tile_for("backward", rows) is not None:
+        grad, row_dots = _bwd_fused(first, second, scale, bound, masks, first_grad)
+        other_grad = _bwd_fused(second, first, scale, bound, masks, True)[0] if both else None
+    else:
+        grad, other_grad, row_dots = _bwd_panels(first, second, scale, bound, masks, first_grad, both)
 
-        empty = [rows.new_empty(0), rows.new_empty(0)]
-        grad_scale = row_dots.sum() * 0.5 if square else row_dots.sum()
-        if not first_grad:
-            return *empty, grad_scale
-        if both:
-            return grad, other_grad, grad_scale
-        return (grad, empty[0], grad_scale) if rows_first else (empty[0], grad, grad_scale)
+    empty = [rows.new_empty(0), rows.new_empty(0)]
+    grad_scale = row_dots.sum() * 0.5 if square else row_dots.sum()
+    if not first_grad:
+        return *empty, grad_scale
+    if both:
+        return grad, other_grad, grad_scale
+    return (grad, empty[0], grad_scale) if rows_first else (empty[0], grad, grad_scale)
 
 
 def _bwd_from_expectation(

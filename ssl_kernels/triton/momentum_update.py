@@ -1,6 +1,5 @@
 """Triton kernel of `momentum_update_`; docs/moco.md is the contract."""
 
-import torch
 import triton
 import triton.language as tl
 
@@ -34,7 +33,6 @@ def momentum_update_(masters, shadows, sources, momentum):
     """`momentum_update_` of docs/moco.md: one launch a tensor."""
     for master, shadow, source in zip(masters, shadows, sources, strict=True):
         if master.numel():
-            with torch.cuda.device_of(master):
-                momentum_update_kernel[triton.cdiv(master.numel(), BLOCK),](
-                    master, shadow, source, master.numel(), 1 - momentum, BLOCK=BLOCK, num_warps=8
-                )
+            momentum_update_kernel[triton.cdiv(master.numel(), BLOCK),](
+                master, shadow, source, master.numel(), 1 - momentum, BLOCK=BLOCK, num_warps=8
+            )

@@ -70,20 +70,19 @@ def queue_push_(storage, keys, position, filled, normalize):
     (size, width), count = storage.shape, keys.shape[0]
     if count == 0:
         return
-    with torch.cuda.device_of(storage):
-        written = min(count, size)
-        queue_push_kernel[written,](
-            storage,
-            keys,
-            position,
-            size,
-            count,
-            count - written,
-            width,
-            *keys.stride(),
-            NORMALIZE=normalize,
-            ACC=tl.float64 if keys.dtype == torch.float64 else tl.float32,
-            BLOCK_D=min(1024, triton.next_power_of_2(width)),
-            num_warps=1 if width <= 256 else 4,
-        )
-        queue_push_advance_kernel[1,](position, filled, size, count, num_warps=1)
+    written = min(count, size)
+    queue_push_kernel[written,](
+        storage,
+        keys,
+        position,
+        size,
+        count,
+        count - written,
+        width,
+        *keys.stride(),
+        NORMALIZE=normalize,
+        ACC=tl.float64 if keys.dtype == torch.float64 else tl.float32,
+        BLOCK_D=min(1024, triton.next_power_of_2(width)),
+        num_warps=1 if width <= 256 else 4,
+    )
+    queue_push_advance_kernel[1,](position, filled, size, count, num_warps=1)

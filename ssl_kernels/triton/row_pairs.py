@@ -199,9 +199,8 @@ def row_pairs_fwd(x, y, z, normalize, measure):
     """`row_pairs_fwd` of docs/row_pairs.md."""
     values = x.new_empty(len(x), dtype=torch.float64)
     saved = x.new_empty((len(x), 1 if z is None else 2, 4), dtype=accumulation_dtype(x))
-    with torch.cuda.device_of(x):
-        options = _options(x, y, z, normalize, measure)
-        row_pairs_fwd_kernel[len(x),](x, y, z, values, saved, x.shape[1], **options)
+    options = _options(x, y, z, normalize, measure)
+    row_pairs_fwd_kernel[len(x),](x, y, z, values, saved, x.shape[1], **options)
     return values, saved
 
 
@@ -210,7 +209,6 @@ def row_pairs_bwd(grad_values, x, y, z, saved, normalize, measure, *needs_grad):
     grads = [
         torch.empty_like(x, memory_format=torch.contiguous_format) if need else None for need in needs_grad
     ]
-    with torch.cuda.device_of(x):
-        options = _options(x, y, z, normalize, measure)
-        row_pairs_bwd_kernel[len(x),](grad_values.contiguous(), x, y, z, saved, *grads, x.shape[1], **options)
+    options = _options(x, y, z, normalize, measure)
+    row_pairs_bwd_kernel[len(x),](grad_values.contiguous(), x, y, z, saved, *grads, x.shape[1], **options)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)

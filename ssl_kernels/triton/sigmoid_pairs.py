@@ -189,15 +189,14 @@ def sigmoid_pairs_fwd(
     rows_need_grad, columns_need_grad,
 ):  # fmt: skip
     """`sigmoid_pairs_fwd` of docs/sigmoid_pairs.md."""
-    with torch.cuda.device_of(rows):
-        x = (rows, row_rnorm_of(rows, scale) if normalize_rows else None, None)
-        y = (columns, row_rnorm_of(columns, scale) if normalize_columns else None, None)
-        if total and keep:
-            needs = (rows_need_grad, columns_need_grad)
-            return _gradients(x, y, scale, bias, diagonal, None, scale.dtype, True, *needs)
-        losses = _walk(x, y, scale, bias, diagonal, losses=True)[0]
-        losses = losses.sum() if total else losses.sum(0)
-        return losses, *(scale.new_empty(0) for _ in range(4))
+    x = (rows, row_rnorm_of(rows, scale) if normalize_rows else None, None)
+    y = (columns, row_rnorm_of(columns, scale) if normalize_columns else None, None)
+    if total and keep:
+        needs = (rows_need_grad, columns_need_grad)
+        return _gradients(x, y, scale, bias, diagonal, None, scale.dtype, True, *needs)
+    losses = _walk(x, y, scale, bias, diagonal, losses=True)[0]
+    losses = losses.sum() if total else losses.sum(0)
+    return losses, *(scale.new_empty(0) for _ in range(4))
 
 
 def sigmoid_pairs_bwd(
@@ -205,12 +204,11 @@ def sigmoid_pairs_bwd(
     rows_need_grad, columns_need_grad,
 ):  # fmt: skip
     """`sigmoid_pairs_bwd` of docs/sigmoid_pairs.md."""
-    with torch.cuda.device_of(rows):
-        bound = None
-        if rows.dtype == torch.float16:
-            bound = grad_losses.abs().amax().clamp_min(1e-30).to(scale.dtype)
-        weight = (grad_losses if bound is None else grad_losses / bound).to(scale.dtype).contiguous()
-        x = (rows, row_rnorm_of(rows, scale) if normalize_rows else None, weight)
-        y = (columns, row_rnorm_of(columns, scale) if normalize_columns else None, None)
-        needs = (rows_need_grad, columns_need_grad)
-        return _gradients(x, y, scale, bias, diagonal, bound, rows.dtype, False, *needs)[1:]
+    bound = None
+    if rows.dtype == torch.float16:
+        bound = grad_losses.abs().amax().clamp_min(1e-30).to(scale.dtype)
+    weight = (grad_losses if bound is None else grad_losses / bound).to(scale.dtype).contiguous()
+    x = (rows, row_rnorm_of(rows, scale) if normalize_rows else None, weight)
+    y = (columns, row_rnorm_of(columns, scale) if normalize_columns else None, None)
+    needs = (rows_need_grad, columns_need_grad)
+    return _gradients(x, y, scale, bias, diagonal, bound, rows.dtype, False, *needs)[1:]

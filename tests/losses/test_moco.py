@@ -356,7 +356,7 @@ def test_which_dtypes_go_together_on_cuda(monkeypatch, backend, rows, columns, o
     x, y = (
         SimpleNamespace(dtype=d, device=torch.device("cuda"), requires_grad=False) for d in (rows, columns)
     )
-    monkeypatch.setattr(operation, "_triton", lambda: SimpleNamespace(unsupported=lambda *_: None))
+    monkeypatch.setattr("ssl_kernels.triton.contrastive.unsupported", lambda *_: None)
     found = operation.unsupported(backend, x, y, *others)
     assert found is None if reason is None else reason in found
     if rows != columns:
