@@ -8,7 +8,14 @@
 | `reference` | plain PyTorch, the whole matrix of logits in memory | any device; the oracle, never picked by itself |
 """
 
+import contextlib
+import contextvars
+import functools
 import importlib.util
+import inspect
+import threading
+import types
+import weakref
 
 import torch
 
@@ -28,17 +35,83 @@ triton_missing = None if importlib.util.find_spec("triton") else "the package tr
 
 OLDEST_FOR_TRITON = 80
 
-_forced = None
 _operations = {}
 _preferences = {}
 
+# What `use_backend` was told. The with-blocks of each context, the outermost first, and the plain calls of the process;
+# both change by one atomic step, so that neither threads nor a fork need a lock.
+_blocks = contextvars.ContextVar("ssl_kernels.use_backend", default=())
+_calls = []
+# The same of code that torch.compile traces: it cannot set a context variable, but follows these. Outside compiled code
+# there are none, but for a plain call that it made.
+_traced_blocks = ()
+_traced_call = None
+
+
+class _State(types.ModuleType):
+    """Lets Dynamo read, and guard, what is behind a context variable: it takes attributes of a module as they come."""
+
+    @property
+    def in_block(self):
+        return bool(_blocks.get())
+
+    @property
+    def forced(self):
+        """The name that the innermost with-block gave, or without one the last plain call that holds here, or None."""
+        blocks = _blocks.get()
+        if blocks:
+            return blocks[-1].name
+        if _calls:
+            for call in reversed(_calls[:]):
+                if call.holds_here():
+                    return call.name
+        return None
+
+
+_state = _State("ssl_kernels.backends._state")
+
+
+class _Call:
+    """A call `use_backend(name)`. While its result may still be entered, it holds in its own thread alone."""
+
+    def __init__(self, name, result=None):
+        self.name = name
+        self.thread = threading.get_ident()
+        self.result = weakref.ref(result) if result is not None else lambda: None
+
+    def is_settled(self):
+        return self.result() is None
+
+    def holds_here(self):
+        return self.is_settled() or self.thread == threading.get_ident()
+
+
+def _remove(calls):
+    for call in calls:
+        with contextlib.suppress(ValueError):  # another thread was first
+            _calls.remove(call)
+
 
 class use_backend:
-    """Run every later call on one backend, until changed; as a context manager, until the block ends.
+    """Run calls on one backend: inside a block, inside a function, or from now on.
 
-        use_backend("chunked")             # from here on
         with use_backend("reference"):     # inside the block
             loss = nt_xent_loss(z0, z1)
+
+        @use_backend("chunked")            # inside each call of the function, which may be `async`
+        def validate(...): ...
+
+        use_backend("chunked")             # from here on, in the whole process
+
+    A block holds in its own thread or asyncio task (a context of `contextvars`) and in the tasks that are started
+    inside it; no other thread sees anything of it. The innermost block goes first, and blocks may end in any order. A
+    plain call holds wherever there is no block, in all threads, also those that start later, until the next plain
+    call. (While what it returns is kept in a variable, it holds in the calling thread alone: it may still be entered,
+    which takes the call back.) Forked processes begin with what held where they were forked, spawned ones with
+    the automatic choice.
+
+    The backward of a loss runs on the backend of its forward, in whatever thread. What torch.compile has compiled is
+    compiled again for another choice.
 
     Args:
         name: "native", "triton", "chunked", "reference", or None for the automatic choice. An explicit
@@ -49,18 +122,85 @@ class use_backend:
     """
 
     def __init__(self, name):
-        global _forced
+        global _traced_call
         if name is not None and name not in BACKENDS:
             raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)} or None, got {name!r}")
-        self._previous = _forced
-        _forced = name
+        self.name = name
+        self._call = None
+        self._traced_before = ()
+        if torch.compiler.is_dynamo_compiling():
+            self._traced_before = (_traced_call,)
+            _traced_call = (name,)
+            return
+        if _traced_call is not None:  # a compiled function made a plain call
+            _calls.append(_Call(_traced_call[0]))
+            _traced_call = None
+        earlier = _calls[:]
+        self._call = _Call(name, self)
+        _calls.append(self._call)
+        settled = [call for call in earlier if call.is_settled()]
+        _remove(settled[:-1])  # the last one comes back if this object is entered
+
+    def _take_call_back(self):
+        call, self._call = self._call, None
+        if call is not None:
+            _remove([call])
 
     def __enter__(self):
+        global _traced_blocks, _traced_call
+        if torch.compiler.is_dynamo_compiling():
+            if self._traced_before:  # made here: its call is taken back
+                _traced_call = self._traced_before[0]
+                self._traced_before = ()
+            _traced_blocks = (*_traced_blocks, self.name)
+            return self
+        self._take_call_back()
+        _blocks.set((*_blocks.get(), self))
         return self
 
     def __exit__(self, *_):
-        global _forced
-        _forced = self._previous
+        global _traced_blocks
+        if torch.compiler.is_dynamo_compiling():
+            _traced_blocks = _traced_blocks[:-1]
+            return
+        blocks = _blocks.get()
+        for place in reversed(range(len(blocks))):  # not always the last: generators may end out of order
+            if blocks[place] is self:
+                _blocks.set(blocks[:place] + blocks[place + 1 :])
+                break
+
+    def __call__(self, function):
+        """As a decorator."""
+        self._take_call_back()
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(
+                f"use_backend: it must decorate a function that is no generator, got {function.__qualname__}"
+            )
+        name = self.name
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def under_backend(*args, **kwargs):
+                with use_backend(name):
+                    return await function(*args, **kwargs)
+
+        else:
+
+            @functools.wraps(function)
+            def under_backend(*args, **kwargs):
+                with use_backend(name):
+                    return function(*args, **kwargs)
+
+        return under_backend
+
+
+def _forced():
+    """The backend that `use_backend` forces on a call made here, or None."""
+    if _traced_blocks:
+        return _traced_blocks[-1]
+    if _traced_call is not None and not _state.in_block:
+        return _traced_call[0]
+    return _state.forced
 
 
 def native_unsupported(device):
@@ -157,7 +297,7 @@ def choose_backend(op, backend, caller, *tensors, views=1):
     The operation has `views` times the rows of the first tensor.
     """
     unsupported = _operations[op]
-    wanted = backend if backend is not None else _forced
+    wanted = backend if backend is not None else _forced()
     if wanted is None:
         for candidate in _order(op, *tensors, views=views):
             if unsupported(candidate, *tensors) is None:

@@ -1,5 +1,11 @@
 """The choice of a backend, and the package where the extension or Triton is missing."""
 
+import asyncio
+import contextlib
+import os
+import sys
+import threading
+
 import pytest
 import torch
 
@@ -70,6 +76,313 @@ def test_forced_backend_that_cannot_run_says_why():
         ):
             nt_xent_loss(Z, Z)
         nt_xent_loss(Z, Z, backend="native")
+
+
+def in_a_thread(function):
+    """What `function()` returns in a thread of its own."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.fixture
+def automatic():
+    """Takes back the plain calls of a test."""
+    yield
+    use_backend(None)
+
+
+def test_blocks_of_two_threads_that_overlap_leave_nothing_behind():
+    """The first to begin is the first to end: each sees its own, and others nothing, while both are open and after."""
+    first_began, second_began, first_ended = (threading.Event() for _ in range(3))
+    seen = {}
+
+    def first():
+        with use_backend("reference"):
+            first_began.set()
+            second_began.wait(10)
+            seen["first"] = chosen()
+        seen["first after"] = chosen()
+        first_ended.set()
+
+    def second():
+        first_began.wait(10)
+        with use_backend("chunked"):
+            second_began.set()
+            seen["second"] = chosen()
+            first_ended.wait(10)
+            seen["second still"] = chosen()
+        seen["second after"] = chosen()
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    for thread in threads:
+        thread.start()
+    second_began.wait(10)
+    seen["outside"] = chosen()
+    for thread in threads:
+        thread.join()
+    assert seen == {
+        "first": "reference",
+        "first after": "native",
+        "second": "chunked",
+        "second still": "chunked",
+        "second after": "native",
+        "outside": "native",
+    }
+    assert chosen() == in_a_thread(chosen) == "native"
+
+
+def test_a_block_is_not_seen_elsewhere_not_even_while_it_is_made(automatic):
+    block = use_backend("reference")  # as `with` does, one instruction before it enters
+    assert (chosen(), in_a_thread(chosen)) == ("reference", "native")
+    with block:
+        assert (chosen(), in_a_thread(chosen)) == ("reference", "native")
+    assert (chosen(), in_a_thread(chosen)) == ("native", "native")
+
+
+def test_threads_that_hammer_blocks_disturb_nobody(automatic):
+    use_backend("chunked")
+    stop = threading.Event()
+
+    def enter_and_leave():
+        while not stop.is_set():
+            with use_backend("reference"):
+                pass
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=enter_and_leave) for _ in range(2)]
+    try:
+        for thread in threads:
+            thread.start()
+        seen = {chosen() for _ in range(3000)}
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert seen == {"chunked"}
+    assert len(backends._calls) == 1
+
+
+def test_a_plain_call_holds_in_every_thread_until_the_next(automatic):
+    use_backend("reference")
+    assert (chosen(), in_a_thread(chosen)) == ("reference", "reference")
+    in_a_thread(lambda: use_backend("chunked") and None)
+    assert (chosen(), in_a_thread(chosen)) == ("chunked", "chunked")
+    with use_backend(None):
+        use_backend("reference")  # holds where there is no block
+        assert (chosen(), in_a_thread(chosen)) == ("native", "reference")
+    assert (chosen(), in_a_thread(chosen)) == ("reference", "reference")
+    use_backend(None)
+    assert (chosen(), in_a_thread(chosen)) == ("native", "native")
+
+
+def test_a_block_takes_back_its_own_call_alone(automatic):
+    use_backend("chunked")
+    kept = use_backend("reference")
+    assert (chosen(), in_a_thread(chosen)) == ("reference", "chunked")
+    with kept:
+        pass
+    assert (chosen(), in_a_thread(chosen)) == ("chunked", "chunked")
+    with kept, kept:  # again, and inside itself
+        assert chosen() == "reference"
+    assert (chosen(), in_a_thread(chosen)) == ("chunked", "chunked")
+
+
+def test_plain_calls_do_not_pile_up(automatic):
+    for _ in range(100):
+        use_backend("chunked")
+        with use_backend("reference"):
+            pass
+    assert len(backends._calls) <= 2
+
+
+def test_one_object_entered_by_two_threads(automatic):
+    block = use_backend("reference")
+    with block:
+        assert in_a_thread(chosen) == "native"
+
+        def enter():
+            with block:
+                return chosen()
+
+        assert in_a_thread(enter) == "reference"
+        assert chosen() == "reference"
+    assert chosen() == "native"
+
+
+def test_blocks_may_end_in_any_order():
+    outer, inner = use_backend("reference"), use_backend("chunked")
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(outer)
+        second.enter_context(inner)
+        first.close()
+        assert chosen() == "chunked"
+        second.close()
+        assert chosen() == "native"
+
+
+def test_asyncio_tasks_have_blocks_of_their_own():
+    async def task(name, turns):
+        with use_backend(name):
+            for _ in range(turns):
+                await asyncio.sleep(0)
+                assert chosen() == name
+        await asyncio.sleep(0)
+        return chosen()
+
+    async def both():
+        with use_backend("chunked"):
+            inside = asyncio.create_task(decorated())
+        results = await asyncio.gather(
+            task("reference", 3), task("chunked", 1), inside, asyncio.to_thread(chosen)
+        )
+        assert results == ["native", "native", "reference", "native"]
+        assert chosen() == "native"
+
+    @use_backend("reference")
+    async def decorated():
+        await asyncio.sleep(0)
+        return chosen()
+
+    asyncio.run(both())
+
+
+def test_use_backend_as_a_decorator(automatic):
+    @use_backend("chunked")
+    def depth(count):
+        assert chosen() == "chunked"
+        return 0 if count == 0 else 1 + depth(count - 1)
+
+    assert (chosen(), in_a_thread(chosen)) == ("native", "native")
+    assert depth(3) == 3
+    assert in_a_thread(lambda: (depth(1), chosen())) == (1, "native")
+    assert depth.__name__ == "depth" and chosen() == "native"
+    with pytest.raises(
+        TypeError, match=r"^use_backend: it must decorate a function that is no generator, got "
+    ):
+
+        @use_backend("chunked")
+        def numbers():
+            yield chosen()
+
+    assert chosen() == "native"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_process_begins_with_what_held(automatic):
+    use_backend("chunked")
+    with use_backend("reference"):
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if (chosen(), in_a_thread(chosen)) == ("reference", "chunked") else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def operators_of(graph):
+    return {str(node.target) for node in graph.graph.nodes if "contrastive" in str(node.target)}
+
+
+def test_compiled_code_follows_blocks_calls_and_threads(automatic):
+    """One graph a choice, made again for none, and no graph break."""
+    graphs = []
+
+    def remember(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda z: ssl_kernels.clip_loss(z, z, 10.0), fullgraph=True, backend=remember)
+
+    def call(name):
+        before = len(graphs)
+        compiled(Z)
+        if len(graphs) > before:
+            operators = operators_of(graphs[-1])
+            assert operators == ({f"ssl_kernels.contrastive_fwd.{name}"} if name != "reference" else set())
+        return len(graphs) - before
+
+    assert call("native") == 1
+    with use_backend("chunked"):
+        assert call("chunked") == 1
+        assert in_a_thread(lambda: call("native")) == 0
+        with use_backend("reference"):
+            assert call("reference") == 1
+        assert call("chunked") == 0
+    assert call("native") == 0
+    use_backend("reference")
+    assert call("reference") <= 1
+    assert in_a_thread(lambda: call("reference")) == 0
+    use_backend(None)
+    assert call("native") == 0
+
+
+def test_blocks_and_calls_inside_compiled_code(automatic):
+    graphs = []
+
+    def remember(graph, _):
+        graphs.append(operators_of(graph))
+        return graph
+
+    made_outside = use_backend("chunked")
+
+    def blocks(z, outside):
+        with use_backend("reference"):
+            with outside:
+                first = ssl_kernels.clip_loss(z, z, 10.0)
+            with use_backend(None):
+                return first + ssl_kernels.clip_loss(z, z, 10.0)
+
+    def plain(z):
+        use_backend("chunked")
+        return ssl_kernels.clip_loss(z, z, 10.0)
+
+    torch._dynamo.reset()
+    with use_backend("reference"):
+        torch.compile(blocks, fullgraph=True, backend=remember)(Z, made_outside)
+    assert graphs.pop() == {"ssl_kernels.contrastive_fwd.chunked", "ssl_kernels.contrastive_fwd.native"}
+    del made_outside
+    use_backend(None)
+    assert (chosen(), in_a_thread(chosen)) == ("native", "native")
+    torch.compile(plain, fullgraph=True, backend=remember)(Z)
+    assert graphs.pop() == {"ssl_kernels.contrastive_fwd.chunked"}
+    assert (chosen(), in_a_thread(chosen)) == ("chunked", "chunked")
+    with use_backend("reference"):
+        assert chosen() == "reference"
+    assert chosen() == "chunked"
+    use_backend(None)
+    assert chosen() == "native"
+
+
+def test_backward_runs_on_the_backend_of_its_forward(monkeypatch):
+    def fail(*_):
+        raise AssertionError("chunked ran backward")
+
+    monkeypatch.setitem(ssl_kernels.ops.contrastive._bwd, "chunked", fail)
+    z = Z.clone().requires_grad_()
+    with use_backend("chunked"):
+        loss = nt_xent_loss(z, z)
+        native = nt_xent_loss(z, z, backend="native")
+    with pytest.raises(AssertionError, match="chunked ran backward"):
+        in_a_thread_raising(loss.backward)
+    with use_backend("chunked"):
+        in_a_thread_raising(native.backward)
+
+
+def in_a_thread_raising(function):
+    def attempt():
+        try:
+            function()
+        except AssertionError as error:
+            return error
+
+    error = in_a_thread(attempt)
+    if error is not None:
+        raise error
 
 
 @pytest.mark.parametrize("name", ["cuda", "", 1, "Native"])
