@@ -77,13 +77,15 @@ class _Call:
     def __init__(self, name, result=None):
         self.name = name
         self.thread = threading.get_ident()
+        self.is_taken_back = False
         self.result = weakref.ref(result) if result is not None else lambda: None
 
     def is_settled(self):
-        return self.result() is None
+        # In this order: another thread may take the call back, and drop its result, in between.
+        return self.result() is None and not self.is_taken_back
 
     def holds_here(self):
-        return self.is_settled() or self.thread == threading.get_ident()
+        return self.is_settled() or (self.thread == threading.get_ident() and not self.is_taken_back)
 
 
 def _remove(calls):
@@ -144,6 +146,7 @@ class use_backend:
     def _take_call_back(self):
         call, self._call = self._call, None
         if call is not None:
+            call.is_taken_back = True
             _remove([call])
 
     def __enter__(self):
