@@ -1,14 +1,14 @@
 """Manifold mixup: the hidden features of one layer mixed inside a model."""
 
 import torch
-from torch import nn
 
+from ssl_kernels.nn.draws import DrawingModule
 from ssl_kernels.nn.mixing import Mixup
 
 _OPTIONS = {"prob", "mode", "pairing", "label_smoothing", "num_classes", "dense_target", "backend"}
 
 
-class ManifoldMixup(nn.Module):
+class ManifoldMixup(DrawingModule):
     """A model with the hidden features of one layer mixed, the layer drawn anew each call.
 
         model = ManifoldMixup(resnet, ["layer1", "layer2"], alpha=2.0, num_classes=10)
@@ -33,7 +33,6 @@ class ManifoldMixup(nn.Module):
     """
 
     def __init__(self, module, layers, alpha=2.0, *, mix_input=True, generator=None, **options):
-        super().__init__()
         names = {name for name, _ in module.named_modules() if name}
         unknown = [name for name in layers if name not in names]
         if unknown:
@@ -43,12 +42,10 @@ class ManifoldMixup(nn.Module):
             raise TypeError(f"ManifoldMixup: options must be of {sorted(_OPTIONS)}, got {sorted(other)}")
         if not layers and not mix_input:
             raise ValueError("ManifoldMixup: layers must not be empty without mix_input, got []")
+        mixup = Mixup(alpha, generator=generator, inplace=False, **options)
+        super().__init__(generator.initial_seed() if isinstance(generator, torch.Generator) else generator)
         self.module, self.layers, self.mix_input = module, tuple(layers), mix_input
-        self.mixup = Mixup(alpha, generator=generator, inplace=False, **options)
-        self._layer_generator = None
-        if generator is not None:
-            seed = generator.initial_seed() if isinstance(generator, torch.Generator) else generator
-            self._layer_generator = torch.Generator().manual_seed(seed)
+        self.mixup = mixup
 
     def forward(self, x, target=None):
         """Run the model with one layer mixed.
@@ -70,7 +67,7 @@ class ManifoldMixup(nn.Module):
 
     def _run(self, x, draw):
         choices = [*[None] * self.mix_input, *self.layers]
-        chosen = choices[int(torch.randint(len(choices), (), generator=self._layer_generator))]
+        chosen = choices[self._choice()]
         if chosen is None:
             return self.module(self.mixup.mix(x, draw))
 
@@ -83,3 +80,8 @@ class ManifoldMixup(nn.Module):
             return self.module(x)
         finally:
             hook.remove()
+
+    def _choice(self):
+        """Which of the input, where it counts, and the layers."""
+        place = self.draws.uniform((), torch.device("cpu"), torch.float64)
+        return int((len(self.layers) + self.mix_input) * place)

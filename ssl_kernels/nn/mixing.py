@@ -3,11 +3,10 @@
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from ssl_kernels import backends, mixing
 from ssl_kernels.checks import DTYPES, check_dense, is_number, short
-from ssl_kernels.nn.draws import beta, span_around, span_within
+from ssl_kernels.nn.draws import DrawingModule, beta, is_seed, sides_of, span_around, span_within
 from ssl_kernels.value_checks import check_target
 
 MODES = {"batch": "batch", "pair": "pair", "sample": "sample", "elem": "sample"}  # "elem" is timm's word
@@ -27,7 +26,7 @@ class MixingDraw(NamedTuple):
     boxes: torch.Tensor | None  # (B, 4) int64, the pixels pasted from the partner; None without CutMix
 
 
-class Mixup(nn.Module):
+class Mixup(DrawingModule):
     """Mixup, CutMix, or either at random, on a batch with its targets and masks.
 
         mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=1000)
@@ -64,6 +63,10 @@ class Mixup(nn.Module):
         mean, std: C numbers each. With them the batch is uint8 and comes out normalised, ((x / 255) − mean) / std.
         dtype: Of normalised images: float32, float16 or bfloat16.
         generator: A torch.Generator, or a seed from which one is made on the device of the first batch; None: torch's.
+            Its state is in `state_dict`, as a tensor, so that a resumed run goes on with the draws of the one that was
+            saved. In a DataLoader's worker it begins anew from its state and the worker's seed: other draws in each
+            worker and epoch, which `torch.manual_seed` (or the loader's generator) determines. Ranks of a distributed
+            run draw alike unless each is given a seed of its own.
         backend: As in `ssl_kernels.mixup_`.
 
     Raises:
@@ -93,7 +96,6 @@ class Mixup(nn.Module):
         generator=None,
         backend=None,
     ):
-        super().__init__()
         for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
             _check(is_number(alpha) and 0 <= alpha < float("inf"), name, "be a number >= 0", alpha)
         if cutmix_minmax is not None:
@@ -118,10 +120,10 @@ class Mixup(nn.Module):
         )
         _check((mean is None) == (std is None), "mean and std", "be given together", (mean, std))
         _check(dtype in _NORMALIZED, "dtype", "be float32, float16 or bfloat16", dtype)
-        seeded = isinstance(generator, int) and not isinstance(generator, bool)
-        known = generator is None or isinstance(generator, torch.Generator) or seeded
+        known = generator is None or isinstance(generator, torch.Generator) or is_seed(generator)
         _check(known, "generator", "be a torch.Generator, an integer or None", generator)
         backends.check_name("Mixup", backend)
+        super().__init__(generator)
         self.mixup_alpha, self.cutmix_alpha, self.cutmix_minmax = mixup_alpha, cutmix_alpha, cutmix_minmax
         self.prob, self.switch_prob, self.correct_lam = prob, switch_prob, correct_lam
         self.mode, self.pairing = MODES[mode], pairing
@@ -132,7 +134,7 @@ class Mixup(nn.Module):
                 f"Mixup: label_smoothing must be 0 without dense targets, got {label_smoothing!r};"
                 " pass it to mixup_cross_entropy"
             )
-        self.inplace, self.dtype, self.generator, self.backend = inplace, dtype, generator, backend
+        self.inplace, self.dtype, self.backend = inplace, dtype, backend
         for name, numbers in (("mean", mean), ("std", std)):
             value = None if numbers is None else _channels(name, numbers)
             self.register_buffer(name, value, persistent=False)
@@ -173,21 +175,20 @@ class Mixup(nn.Module):
             here, ones = torch.arange(batch, device=device), torch.ones(batch, device=device)
             boxes = torch.zeros(batch, 4, dtype=torch.int64, device=device) if self.cutmix_alpha > 0 else None
             return MixingDraw(here, ones, ones, boxes)
-        generator = self._generator_on(device)
-        source = device if generator is None else generator.device
-        permutation = self._permutation(batch, source, generator)
+        source = self.draws.device(device)
+        permutation = self._permutation(batch, source)
         groups = 1 if self.mode == "batch" else batch
-        done = torch.rand(groups, generator=generator, device=source) < self.prob
+        done = self.draws.uniform((groups,), source) < self.prob
         pasted = torch.full_like(done, self.mixup_alpha == 0)
         if self.mixup_alpha > 0 and self.cutmix_alpha > 0:
-            pasted = torch.rand(groups, generator=generator, device=source) < self.switch_prob
+            pasted = self.draws.uniform((groups,), source) < self.switch_prob
         lam, boxes = torch.ones(groups, device=source), None
         if self.mixup_alpha > 0:
-            lam = torch.where(pasted, lam, beta(self.mixup_alpha, groups, source, generator))
+            lam = torch.where(pasted, lam, beta(self.mixup_alpha, groups, source, self.draws))
         pixel_lam = torch.where(done, lam, 1)
         lam = pixel_lam
         if self.cutmix_alpha > 0:
-            boxes, left = self._boxes(groups, *x.shape[-2:], source, generator)
+            boxes, left = self._boxes(groups, *x.shape[-2:], source)
             pasted = pasted & done
             lam, boxes = torch.where(pasted, left, lam), boxes * pasted[:, None]
         drawn = [permutation, *(self._for_each(part, permutation) for part in (lam, pixel_lam))]
@@ -332,19 +333,13 @@ class Mixup(nn.Module):
                 raise ValueError("Mixup: masks must lie in memory of their own, got a view of x")
         self._check_backend(masks)
 
-    def _generator_on(self, device):
-        if self.generator is None or isinstance(self.generator, torch.Generator):
-            return self.generator
-        self.generator = torch.Generator(device).manual_seed(self.generator)
-        return self.generator
-
-    def _permutation(self, batch, device, generator):
+    def _permutation(self, batch, device):
         here = torch.arange(batch, device=device)
         if self.pairing == "flip":
             return here.flip(0)
         if self.pairing == "roll":
             return here.roll(1)
-        shuffled = torch.randperm(batch, generator=generator, device=device)
+        shuffled = self.draws.permutation(batch, device)
         if self.mode != "pair":
             return shuffled
         paired = shuffled[: batch // 2 * 2].view(-1, 2)  # an odd one out meets itself
@@ -359,22 +354,25 @@ class Mixup(nn.Module):
         here = torch.arange(len(permutation), device=permutation.device)
         return drawn[torch.minimum(here, permutation)]
 
-    def _boxes(self, groups, height, width, device, generator):
+    def _boxes(self, groups, height, width, device):
         """(groups, 4) boxes and the share of the image that they leave."""
 
         def uniform():
-            return torch.rand(groups, generator=generator, device=device, dtype=torch.float64)
+            return self.draws.uniform((groups,), device, torch.float64)
 
+        places = uniform(), uniform()
         if self.cutmix_minmax is None:
-            left = beta(self.cutmix_alpha, groups, device, generator)
-            side = torch.sqrt(1 - left.double())
-            spans = [span_around(uniform(), side, size) for size in (height, width)]
+            left = beta(self.cutmix_alpha, groups, device, self.draws)
+            share, span = 1 - left.double(), span_around
+            sides = sides_of(share, height, width)
         else:
             least, most = self.cutmix_minmax
-            spans = [
-                span_within(uniform(), least + (most - least) * uniform(), size) for size in (height, width)
-            ]
+            sides, span = [least + (most - least) * uniform() for _ in places], span_within
+            share = sides[0] * sides[1]
+        spans = [span(*each) for each in zip(places, sides, (height, width), strict=True)]
         boxes = torch.stack([*spans[0], *spans[1]], 1)
+        if height == width == 1:  # in full or not at all, as often as its share says
+            boxes = boxes * (places[0] < share)[:, None]
         area = ((boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])).double()
         if self.correct_lam or self.cutmix_minmax is not None:
             left = (1 - area / (height * width)).float()
