@@ -1,0 +1,277 @@
+"""The least time that each kernel needs on each card, from what the emulator counts: `python -m benchmarks.gpu_model`.
+
+A launch on a small problem runs in the emulator (tests/gpu_emulation); what it counts is scaled by the entries of the
+matrix of similarities, which is what the work grows with. Each count over the rate of its unit is a bound, and the
+largest bound is the least time: no run of these kernels is faster, and how near one comes only a card can tell. With
+--write the tables of docs/gpu.md are made anew, with what `make card` measured where benchmarks/results has it.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+from dataclasses import dataclass
+
+import torch
+
+from tests.cuda import parity, sigmoid_pairs_calls
+from tests.gpu_emulation.runners import EmulatedGpu
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "gpu.md"
+BEGIN, END = "<!-- tables: made by python -m benchmarks.gpu_model --write -->", "<!-- end of tables -->"
+SECTOR = 32  # bytes
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card by its data sheet.
+
+    Args:
+        multiprocessors, clock: Clock in GHz, the boost clock.
+        tensor: Dense bfloat16 operations with float32 sums, per clock and multiprocessor, by any instruction.
+        by_mma: The part of `tensor` that mma.sync reaches: 1 up to compute capability 8.9; 0.63 on Hopper (Luo et al.,
+            arXiv:2402.13499); taken to be Hopper's rate on Blackwell, whose own instruction is another.
+        special: Exponentials per clock and multiprocessor. CUDA C++ Programming Guide, "Arithmetic Instructions".
+        memory: Bandwidth in TB/s.
+    """
+
+    name: str
+    multiprocessors: int
+    clock: float
+    tensor: int
+    by_mma: float
+    special: int
+    memory: float
+
+    def per_second(self, per_clock):
+        return per_clock * self.multiprocessors * self.clock * 1e9
+
+
+# Source: NVIDIA's data sheets and white papers of each card (A100 80 GB SXM, H100 and H200 SXM, B200, L4, RTX 4090).
+CARDS = (
+    Card("A100", 108, 1.41, 2048, 1.0, 16, 2.04),
+    Card("H100", 132, 1.83, 4096, 0.63, 16, 3.35),
+    Card("H200", 132, 1.83, 4096, 0.63, 16, 4.8),
+    Card("B200", 148, 1.85, 8192, 0.315, 16, 8.0),
+    Card("L4", 58, 2.04, 1024, 1.0, 16, 0.3),
+    Card("RTX 4090", 128, 2.52, 512, 1.0, 16, 1.01),
+)
+BOUNDS = ("tensor", "shared", "L2", "special")
+L2_BYTES = 64  # per clock and multiprocessor, the width of its port
+SHARED_WAVEFRONTS = 1  # per clock and multiprocessor
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a loss' launches do per entry of its matrix of similarities, forward or backward.
+
+    Args:
+        operations: Of the tensor cores.
+        wavefronts, sectors: Of shared memory; read and written through L2.
+        exponentials: By the kernel's header.
+    """
+
+    operations: float
+    wavefronts: float
+    sectors: float
+    exponentials: float
+
+    def seconds(self, card, entries):
+        """{bound: seconds} on a card."""
+        counts = {
+            "tensor": (self.operations, card.tensor * card.by_mma),
+            "shared": (self.wavefronts, SHARED_WAVEFRONTS),
+            "L2": (self.sectors * SECTOR, L2_BYTES),
+            "special": (self.exponentials, card.special),
+        }
+        return {name: entries * count / card.per_second(rate) for name, (count, rate) in counts.items()}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss at the sizes that users have.
+
+    Args:
+        name, rows, columns, width: bfloat16 rows; the matrix has rows x columns entries.
+        forward, backward: Work per entry; None without a backward that visits tiles.
+        products: Units of 2 · rows · columns · width that plain PyTorch spends.
+        passes: Times that plain PyTorch reads or writes the matrix of logits, in bfloat16.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    width: int
+    forward: Work
+    backward: Work | None
+    products: int
+    passes: int
+
+    @property
+    def entries(self):
+        return self.rows * self.columns
+
+    def plain_seconds(self, card):
+        """cuBLAS at 80 % of the tensor cores' peak, and the passes at 90 % of the memory's bandwidth."""
+        unit = 2 * self.entries * self.width
+        products = self.products * unit / card.per_second(0.8 * card.tensor)
+        return products + self.passes * 2 * self.entries / (0.9e12 * card.memory)
+
+
+@functools.cache
+def gpu():
+    return EmulatedGpu(90)
+
+
+def _library(source):
+    return gpu().cuda_library([ROOT / "csrc" / "cuda" / source])
+
+
+def _work(launches, entries, exponentials):
+    total = {
+        name: sum(getattr(launch.counters, name) for launch in launches) / entries
+        for name in (
+            "mma_flops",
+            "shared_wavefronts",
+            "global_load_sectors",
+            "global_store_sectors",
+        )
+    }
+    return Work(
+        total["mma_flops"],
+        total["shared_wavefronts"],
+        total["global_load_sectors"] + total["global_store_sectors"],
+        exponentials,
+    )
+
+
+def contrastive_work(n, m, d, *, both_directions=False, expectation=False, exponentials=(1, 2)):
+    """(forward, backward) of `contrastive` on bfloat16 rows; m None: the square case."""
+    call = parity.random_call(n, d, torch.bfloat16, m=m, positives=1, both_directions=both_directions)
+    upstream = parity.random_upstream(call)
+    library = _library("contrastive.cu")
+    _, _, launches = parity.run(library, call, upstream, splits=1, expectation=expectation)
+    entries = n * (n if m is None else m)
+    first = next(
+        (i for i, one in enumerate(launches) if "bwd" in one.kernel or "coefficients" in one.kernel),
+        len(launches),
+    )
+    forward = _work(launches[:first], entries, exponentials[0])
+    return forward, None if expectation else _work(launches[first:], entries, exponentials[1])
+
+
+def sigmoid_work(n, d):
+    """SigLIP's one pass, which leaves the gradients too: an exponential and a reciprocal per entry and visit."""
+    call = sigmoid_pairs_calls.random_call(n, n, d, torch.bfloat16)
+    _, _, launches = sigmoid_pairs_calls.total_with_gradients(_library("sigmoid_pairs.cu"), call, splits=1)
+    return _work(launches, n * n, 4)
+
+
+def cases():
+    nt_xent = contrastive_work(512, None, 128)
+    clip = contrastive_work(256, 256, 512, both_directions=True, exponentials=(2, 4))
+    moco, _ = contrastive_work(128, 512, 128, expectation=True)
+    siglip = sigmoid_work(256, 768)
+    return [
+        # Plain: logits; log_softmax read and write; its backward; the diagonal; scaled twice, forward and backward.
+        Case("NT-Xent, 4096 pairs, D = 128", 8192, 8192, 128, *nt_xent, 3, 12),
+        Case("NT-Xent, 32768 pairs, D = 128", 65536, 65536, 128, *nt_xent, 3, 12),
+        Case("CLIP, 65536 pairs, D = 512", 65536, 65536, 512, *clip, 6, 20),
+        Case("SigLIP, 65536 pairs, D = 768", 65536, 65536, 768, siglip, None, 3, 12),
+        Case("MoCo, 256 against 65536, D = 128", 256, 65536, 128, moco, None, 2, 10),
+    ]
+
+
+def markdown(header, lines):
+    rows = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def counts_table(all_cases):
+    header = ["kernels", "units", "wavefronts per mma", "sectors per 1000 entries"]
+    lines = []
+    for case in all_cases:
+        if case.name.startswith("NT-Xent, 32768"):
+            continue  # the same kernels
+        for direction, work in (("forward", case.forward), ("backward", case.backward)):
+            if work is None:
+                continue
+            mma = work.operations / 4096
+            lines.append(
+                [
+                    f"{case.name.split(',')[0]}, D = {case.width}, {direction}",
+                    f"{work.operations / (2 * case.width):.2f}",
+                    f"{work.wavefronts / mma:.2f}",
+                    f"{1000 * work.sectors:.0f}",
+                ]
+            )
+    return markdown(header, lines)
+
+
+def times_table(all_cases, measured):
+    header = ["", *[card.name for card in CARDS]]
+    lines = []
+    for case in all_cases:
+        ours, binding, plain = [], [], []
+        for card in CARDS:
+            works = [work for work in (case.forward, case.backward) if work is not None]
+            bounds = [work.seconds(card, case.entries) for work in works]
+            ours.append(sum(max(bound.values()) for bound in bounds))
+            total = {name: sum(bound[name] for bound in bounds) for name in BOUNDS}
+            binding.append(max(total, key=total.get))
+            plain.append(case.plain_seconds(card))
+        lines.append(
+            [f"{case.name}, ms", *[f"{1e3 * t:.3g} ({b})" for t, b in zip(ours, binding, strict=True)]]
+        )
+        lines.append(["plain PyTorch, ms", *[f"{1e3 * t:.3g}" for t in plain]])
+        if found := measured.get(case.name):
+            lines.append(["measured, ms", *[found.get(card.name, "") for card in CARDS]])
+    return markdown(header, lines)
+
+
+def measurements(folder=ROOT / "benchmarks" / "results"):
+    """{case: {card: milliseconds}} of steps in card.json files, where the sizes are those of a case here."""
+    keys = {
+        "nt_xent B=4096 D=128 bfloat16": "NT-Xent, 4096 pairs, D = 128",
+        "nt_xent B=32768 D=128 bfloat16": "NT-Xent, 32768 pairs, D = 128",
+        "clip N=65536 D=512 bfloat16": "CLIP, 65536 pairs, D = 512",
+        "moco N=256 K=65536 D=128 queue=bfloat16 ids=False bfloat16": "MoCo, 256 against 65536, D = 128",
+    }
+    found = {}
+    for path in sorted(folder.glob("*/card.json")):
+        record = json.loads(path.read_text())
+        card = next((card.name for card in CARDS if card.name in (record["machine"]["gpu"] or "")), None)
+        for finding in record["findings"]:
+            step = (finding.get("result") or {}) if finding["section"] == "losses" else {}
+            seconds = step.get("native", {}).get("step_seconds")
+            if card and seconds and finding["name"] in keys:
+                found.setdefault(keys[finding["name"]], {})[card] = f"{1e3 * seconds:.3g}"
+    return found
+
+
+def tables():
+    """Both tables, as docs/gpu.md has them."""
+    all_cases = cases()
+    return f"{counts_table(all_cases)}\n\n{times_table(all_cases, measurements())}"
+
+
+def with_tables(page, made):
+    """The text of the page with its tables replaced."""
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.split(END)[1]}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_model", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="into docs/gpu.md instead of to the terminal")
+    options = parser.parse_args(argv)
+    made = tables()
+    if options.write:
+        PAGE.write_text(with_tables(PAGE.read_text(), made))
+    else:
+        print(made)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The least times of docs/gpu.md: the bounds, and that the page is what the command makes."""
+
+import json
+
+import pytest
+
+from benchmarks import gpu_model
+from benchmarks.gpu_model import Card, Case, Work
+from tests.gpu_emulation import build
+
+CARD = Card("a card", multiprocessors=10, clock=1.0, tensor=1000, by_mma=0.5, special=10, memory=1.0)
+
+
+def test_bounds_by_hand():
+    work = Work(operations=100, wavefronts=0.5, sectors=2, exponentials=3)
+    seconds = work.seconds(CARD, 10**10)
+    # 10¹⁰ entries over 10¹⁰ clocks of all multiprocessors in a second.
+    assert seconds["tensor"] == pytest.approx(100 / 500) and seconds["shared"] == pytest.approx(0.5)
+    assert seconds["L2"] == pytest.approx(2 * 32 / 64) and seconds["special"] == pytest.approx(3 / 10)
+
+
+def test_plain_pytorch_by_hand():
+    case = Case("a loss", 1000, 2000, 50, None, None, products=3, passes=10)
+    products = 3 * 2 * 2e6 * 50 / (0.8 * 1000 * 10 * 1e9)
+    assert case.plain_seconds(CARD) == pytest.approx(products + 10 * 2 * 2e6 / 0.9e12)
+
+
+def test_the_times_name_what_binds():
+    case = Case("a loss", 1000, 1000, 64, Work(128, 9, 0, 0), Work(0, 0, 0, 0), 3, 1)
+    table = gpu_model.times_table([case], {"a loss": {"H200": "7"}}).splitlines()
+    assert "(shared)" in table[2] and "plain PyTorch" in table[3] and "| 7 |" in table[4]
+
+
+def test_what_a_card_measured_is_found(tmp_path):
+    folder = tmp_path / "nvidia-h200"
+    folder.mkdir()
+    finding = {"section": "losses", "name": "clip N=65536 D=512 bfloat16"}
+    finding["result"] = {"native": {"step_seconds": 0.125}}
+    failed = {"section": "losses", "name": "nt_xent B=4096 D=128 bfloat16", "error": "OutOfMemoryError"}
+    record = {"machine": {"gpu": "NVIDIA H200"}, "findings": [finding, failed]}
+    (folder / "card.json").write_text(json.dumps(record))
+    assert gpu_model.measurements(tmp_path) == {"CLIP, 65536 pairs, D = 512": {"H200": "125"}}
+
+
+def test_only_the_tables_of_the_page_are_replaced():
+    page = f"before\n{gpu_model.BEGIN}\nold\n{gpu_model.END}\nafter\n"
+    assert (
+        gpu_model.with_tables(page, "new") == f"before\n{gpu_model.BEGIN}\n\nnew\n\n{gpu_model.END}\nafter\n"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(build.nvcc_path() is None, reason="needs nvcc")
+def test_the_page_is_what_the_command_makes():
+    page = gpu_model.PAGE.read_text()
+    assert page == gpu_model.with_tables(page, gpu_model.tables())
