@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ssl_kernels.losses._shared import unit_rows
+from ssl_kernels.losses._shared import is_autocast_enabled, unit_rows
 from ssl_kernels.ops.library import accumulation_dtype
 
 EPSILON = 1e-12  # as F.normalize
@@ -50,7 +50,7 @@ def paired_logits(x, y, scale, normalize, native):
     The norms of y are factors of the products. native: whether to take csrc/ops/paired_logits.cpp.
     """
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):  # or bmm would be cast
             return paired_logits(x, y, scale, normalize, native)
     if native:

@@ -7,14 +7,21 @@ from ssl_kernels.backends import choose_backend
 from ssl_kernels.ops.library import accumulation_dtype
 
 
+def is_autocast_enabled(device):
+    """Whether autocast is on for a type of device, which may have none, as "meta"."""
+    # torch 2.11 compiled cannot look into is_autocast_available.
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device):
+        return False
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def widest_under_autocast(*tensors):
     """Under autocast, tensors of different dtypes in the widest of them; otherwise as they are."""
     if not all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in tensors):
         return tensors
     if all(tensor.dtype == tensors[0].dtype for tensor in tensors):
         return tensors
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not is_autocast_enabled(tensors[0].device.type):
         return tensors
     widest = tensors[0].dtype
     for tensor in tensors[1:]:

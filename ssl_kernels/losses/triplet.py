@@ -107,7 +107,8 @@ class _Gap(torch.autograd.Function):
             gap = lengths[0] - lengths[1]
         ctx.save_for_backward(embeddings, index, complete, x, rnorm, towards, lengths)
         ctx.options = normalize, distance
-        return gap.double().masked_fill_(~complete, -torch.inf)
+        # Not in place: torch 2.11 compiled loses the gradient of what an in-place operator returns.
+        return gap.double().masked_fill(~complete, -torch.inf)
 
     @staticmethod
     def backward(ctx, grad):
