@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/tile_math.h"
+#include "ops/allow_tf32.h"
 
 #ifndef SSL_KERNELS_CUDA_ARCHITECTURES
 #define SSL_KERNELS_CUDA_ARCHITECTURES ""
@@ -23,4 +24,6 @@ PYBIND11_MODULE(_C, module) {
       },
       "What this extension was built with, and the instruction set its CPU kernels use on this machine, of those "
       "that it has, the widest first.");
+  module.def("allow_tf32", &ssl_kernels::allow_tf32,
+             "Whether the float32 products of the CUDA kernels round their operands to TF32 now.");
 }

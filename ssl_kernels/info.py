@@ -24,7 +24,8 @@ def run(args, parser):
         architectures = built["cuda_architectures"] or "none"
         print(f"extension: built with torch {built['torch']} and compiler {built['compiler']}")
         print(f"CPU kernels: {built['cpu_instruction_set']}, {torch.get_num_threads()} threads")
-        print(f"CUDA kernels: {architectures}")
+        products = "in TF32" if backends.extension.allow_tf32() else "exact"
+        print(f"CUDA kernels: {architectures}; float32 products {products}")
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.append("cuda")

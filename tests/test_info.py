@@ -20,7 +20,7 @@ def test_what_is_built_and_what_can_run(capsys):
     built = backends.extension.build_info()
     assert f"torch {torch.__version__}" in text and built["compiler"] in text
     assert f"CPU kernels: {built['cpu_instruction_set']}" in text
-    assert f"CUDA kernels: {built['cuda_architectures'] or 'none'}" in text
+    assert f"CUDA kernels: {built['cuda_architectures'] or 'none'}; float32 products exact" in text
     for operation in backends.operations():
         (part,) = (part for part in text.split("\n\n") if part.startswith(f"{operation} on cpu"))
         lines = dict(line.split(maxsplit=1) for line in part.splitlines()[1:5])
@@ -47,6 +47,7 @@ def test_a_gpu_that_nothing_was_built_for(monkeypatch, capsys):
     monkeypatch.setattr(backends, "architecture_of", lambda device: 75)
     monkeypatch.setattr(
         backends, "extension", SimpleNamespace(
+            allow_tf32=lambda: False,
             build_info=lambda: {"torch": "2", "compiler": "3", "cpu_instruction_set": "avx2",
                                 "cuda_architectures": "8.0+PTX 9.0"})
     )  # fmt: skip

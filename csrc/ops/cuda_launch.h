@@ -1,7 +1,6 @@
 // What the torch side of every CUDA operation shares: tensors as plain pointers, scratch memory, the current stream.
 #pragma once
 
-#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -10,6 +9,7 @@
 #include <optional>
 
 #include "../cuda/dtype.h"
+#include "allow_tf32.h"
 
 namespace ssl_kernels {
 
@@ -26,12 +26,6 @@ inline Dtype kernel_dtype(const char* what, at::ScalarType dtype) {
 
 inline at::ScalarType accumulation_dtype(const at::Tensor& rows) {
   return rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-// Whether torch's own setting lets float32 products round their operands to TF32.
-inline bool allow_tf32() {
-  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
-         at::Float32Precision::TF32;
 }
 
 inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {

@@ -21,8 +21,9 @@ DTYPE_CLASSES = {
 
 
 def precision(x):
-    """How tl.dot multiplies float32: exactly, unless torch's own setting allows TF32 for matrix products."""
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    """How tl.dot multiplies float32: exactly, unless torch's own settings allow TF32 for matrix products."""
+    # What torch makes of the older and the newer switches; the older one raises after some uses of the newer.
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
