@@ -12,11 +12,12 @@ PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-all sanitize bench card lint info clean
+.PHONY: help demo test test-all test-oldest sanitize bench card lint info clean
 
 help:
 	@echo "make demo      pretrain an encoder with the fused loss and with plain PyTorch's, and compare"
 	@echo "make test      build and run the tests (make test-all: the slow sweeps too)"
+	@echo "make test-oldest  the tests with the oldest torch that is supported and its Triton"
 	@echo "make sanitize  test the C++ kernels under address and undefined-behaviour sanitizers"
 	@echo "make bench     measure against plain PyTorch, torch.compile and lightly"
 	@echo "make card      on a machine with a GPU: build, check, time and store (CARD_ARGS=--dry: try that without one)"
@@ -31,6 +32,21 @@ test: .venv/built
 
 test-all: .venv/built
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow" $(TEST_ARGS)
+
+# A copy of the repository with an extension of its own, for another torch. What the emulator builds is shared.
+OLDEST := build/oldest/package
+test-oldest: $(OLDEST)/built
+	@mkdir -p $(OLDEST)/build build/gpu_emulation && ln -sfn ../../../gpu_emulation $(OLDEST)/build/gpu_emulation
+	cd $(OLDEST) && rm -rf tests benchmarks csrc docs
+	cp -r tests benchmarks csrc docs README.md Makefile setup.py pyproject.toml $(OLDEST)
+	cd $(OLDEST) && $(CURDIR)/.venv-oldest/bin/python -m pytest $(PARALLEL) $(TEST_ARGS)
+
+$(OLDEST)/built: .venv-oldest/installed setup.py $(SOURCES) $(wildcard ssl_kernels/*.py ssl_kernels/*/*.py)
+	@mkdir -p $(OLDEST)
+	.venv-oldest/bin/python setup.py -q build --build-base build/oldest --build-lib $(OLDEST) \
+		> build/oldest/build.log 2>&1 || { cat build/oldest/build.log; exit 1; }
+	@grep '^ssl_kernels:' build/oldest/build.log
+	@touch $@
 
 # A copy of the package with an extension of its own. The libraries of the sanitizers must be in the process before Python
 # is, which leaks by design. torch.compile, opcheck, processes of their own and larger sizes add time, not kernels.
@@ -70,6 +86,12 @@ clean:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+.venv-oldest/installed: requirements-oldest.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -r requirements-oldest.txt \
+		-r <(grep -v ^torch requirements-dev.txt)
 	@touch $@
 
 .venv/peers: .venv/installed requirements-bench.txt

@@ -10,7 +10,7 @@ from . import build, ptx
 from .cuda_runtime import DEVICES
 
 # The driver interface is private to Triton: these are the versions the tests passed with.
-TESTED_VERSIONS = ("3.8",)
+TESTED_VERSIONS = ("3.6", "3.8")
 
 CTYPES = {
     "i1": ctypes.c_int8,
