@@ -4,8 +4,9 @@
 #include <torch/library.h>
 
 #include "contrastive_autograd.h"
-#include "forward_mode.h"
 #include "no_second_derivative.h"
+#include "saved.h"
+#include "transforms.h"
 
 namespace ssl_kernels {
 namespace {
@@ -28,11 +29,11 @@ struct Contrastive : Function<Contrastive> {
         both_directions, /*keep=*/true, /*columns_need_grad=*/columns && columns->requires_grad());
     // With the expectation kept, and no positives to look up, backward reads rows and scale alone.
     if (kept.dim() == 2 && !positives)
-      ctx->save_for_backward({rows, Tensor(), scale, Tensor(), Tensor(), Tensor(), lse, column_lse, row_rnorm,
-                              column_rnorm, kept});
+      ctx->save_for_backward(savable({rows, Tensor(), scale, Tensor(), Tensor(), Tensor(), lse, column_lse, row_rnorm,
+                                      column_rnorm, kept}));
     else
-      ctx->save_for_backward({rows, or_undefined(columns), scale, or_undefined(positives), or_undefined(row_ids),
-                              or_undefined(column_ids), lse, column_lse, row_rnorm, column_rnorm, kept});
+      ctx->save_for_backward(savable({rows, or_undefined(columns), scale, or_undefined(positives), or_undefined(row_ids),
+                                      or_undefined(column_ids), lse, column_lse, row_rnorm, column_rnorm, kept}));
     ctx->saved_data["flags"] = std::vector<bool>{normalize_rows, normalize_columns, keep_diagonal, both_directions};
     ctx->saved_data["square"] = !columns.has_value();
     ctx->mark_non_differentiable({row_rnorm, column_rnorm, kept});
@@ -80,6 +81,7 @@ ContrastiveForwardResults contrastive_fwd(const Tensor& rows, const OptionalTens
     return contrastive_forward_op().call(rows, columns, scale, positives, row_ids, column_ids, normalize_rows, normalize_columns,
                              keep_diagonal, both_directions, keep, columns_need_grad);
   }
+  refuse_torch_func("contrastive");
   const variable_list results =
       Contrastive::apply(rows, columns, scale, positives, row_ids, column_ids, normalize_rows, normalize_columns,
                          keep_diagonal, both_directions);

@@ -10,8 +10,9 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "forward_mode.h"
 #include "no_second_derivative.h"
+#include "saved.h"
+#include "transforms.h"
 #include "unit_rows.h"
 
 namespace ssl_kernels {
@@ -45,7 +46,8 @@ struct LessClassMeans : Function<LessClassMeans> {
     const Tensor others = class_sums(unit, {group, order, starts}).sub_(unit);
     const Tensor dots = unit.mul(others).sum(1);
     const Tensor factor = inverse_count.mul(scale).neg_();
-    ctx->save_for_backward({lse, scale, x, group, order, starts, inverse_count, unit, others, dots, factor, rnorm});
+    ctx->save_for_backward(
+        savable({lse, scale, x, group, order, starts, inverse_count, unit, others, dots, factor, rnorm}));
     ctx->saved_data["even"] = even;
     return at::addcmul(lse, dots, factor);
   }
@@ -88,6 +90,7 @@ Tensor less_class_means(const Tensor& lse, const Tensor& scale, const Tensor& x,
                         const Tensor& order, const Tensor& starts, const Tensor& inverse_count, bool normalize,
                         bool even) {
   refuse_forward_mode("less_class_means", {&lse, &scale, &x});
+  refuse_torch_func("less_class_means");
   return LessClassMeans::apply(lse, scale, x, group, order, starts, inverse_count, normalize, even);
 }
 

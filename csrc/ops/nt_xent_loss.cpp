@@ -13,8 +13,9 @@
 
 #include "../cpu/contrastive.h"
 #include "contrastive_autograd.h"
-#include "forward_mode.h"
 #include "no_second_derivative.h"
+#include "saved.h"
+#include "transforms.h"
 
 namespace ssl_kernels {
 namespace {
@@ -102,7 +103,7 @@ struct NTXentLoss : Function<NTXentLoss> {
     const Tensor scale = scale_of(learned, constant, z0);
     const Tensor loss = ssl_kernels::forward(z0, z1, scale, normalize, mean, &saved);
     // The views rather than their concatenation: they are likely kept alive by others as well.
-    ctx->save_for_backward({z0, z1, scale, saved.partner, saved.lse, saved.row_rnorm, saved.kept});
+    ctx->save_for_backward(savable({z0, z1, scale, saved.partner, saved.lse, saved.row_rnorm, saved.kept}));
     ctx->saved_data["flags"] = int64_t{normalize} + 2 * int64_t{mean} + 4 * int64_t{learned.has_value()};
     return loss;
   }
@@ -161,8 +162,9 @@ Tensor nt_xent_loss(const Tensor& z0, const Tensor& z1, const OptionalTensor& sc
   refuse_forward_mode("nt_xent_loss", {&z0, &z1, scale ? &*scale : nullptr});
   const bool differentiate = at::GradMode::is_enabled() &&
                              (z0.requires_grad() || z1.requires_grad() || (scale && scale->requires_grad()));
-  return differentiate ? NTXentLoss::apply(z0, z1, scale, constant, normalize, mean)
-                       : forward(z0, z1, scale_of(scale, constant, z0), normalize, mean, nullptr);
+  if (!differentiate) return forward(z0, z1, scale_of(scale, constant, z0), normalize, mean, nullptr);
+  refuse_torch_func("nt_xent_loss");
+  return NTXentLoss::apply(z0, z1, scale, constant, normalize, mean);
 }
 
 TORCH_LIBRARY_FRAGMENT(ssl_kernels, library) {

@@ -8,8 +8,9 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "forward_mode.h"
 #include "no_second_derivative.h"
+#include "saved.h"
+#include "transforms.h"
 #include "unit_rows.h"
 
 namespace ssl_kernels {
@@ -32,7 +33,7 @@ struct PairedLogits : Function<PairedLogits> {
     }
     const Tensor products = at::bmm(unit.unsqueeze(1), others.mT()).squeeze(1).to(at::kDouble);
     if (normalize) products.mul_(y_rnorm);
-    ctx->save_for_backward({x, y, scale, unit, products, x_rnorm, y_rnorm});
+    ctx->save_for_backward(savable({x, y, scale, unit, products, x_rnorm, y_rnorm}));
     return products.mul(scale);
   }
 
@@ -73,6 +74,7 @@ struct PairedLogits : Function<PairedLogits> {
 
 Tensor paired_logits(const Tensor& x, const Tensor& y, const Tensor& scale, bool normalize) {
   refuse_forward_mode("paired_logits", {&x, &y, &scale});
+  refuse_torch_func("paired_logits");
   return PairedLogits::apply(x, y, scale, normalize);
 }
 

@@ -5,9 +5,10 @@
 
 #include <tuple>
 
-#include "forward_mode.h"
 #include "no_second_derivative.h"
 #include "row_pairs.h"
+#include "saved.h"
+#include "transforms.h"
 
 namespace ssl_kernels {
 namespace {
@@ -42,7 +43,7 @@ struct RowPairs : Function<RowPairs> {
                                bool normalize, std::string_view measure) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [values, saved] = forward_op().call(x, y, z, normalize, measure);
-    ctx->save_for_backward({x, y, z.value_or(Tensor()), saved});
+    ctx->save_for_backward(savable({x, y, z.value_or(Tensor()), saved}));
     ctx->saved_data["normalize"] = normalize;
     ctx->saved_data["measure"] = std::string(measure);
     ctx->mark_non_differentiable({saved});
@@ -79,6 +80,7 @@ std::tuple<Tensor, Tensor> row_pairs_fwd(const Tensor& x, const Tensor& y, const
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return forward_op().call(x, y, z, normalize, measure);
   }
+  refuse_torch_func("row_pairs");
   const variable_list results = RowPairs::apply(x, y, z, normalize, measure);
   return {results[0], results[1]};
 }

@@ -5,9 +5,10 @@
 #include <ATen/ops/mul.h>
 #include <torch/library.h>
 
-#include "forward_mode.h"
 #include "no_second_derivative.h"
+#include "saved.h"
 #include "sigmoid_pairs.h"
+#include "transforms.h"
 
 namespace ssl_kernels {
 namespace {
@@ -44,7 +45,7 @@ struct SigmoidPairs : Function<SigmoidPairs> {
     auto [losses, grad_rows, grad_columns, grad_scale, grad_bias] =
         forward_op().call(rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, total,
                           /*keep=*/true, rows_need_grad, columns_need_grad);
-    ctx->save_for_backward({rows, columns, scale, bias, grad_rows, grad_columns, grad_scale, grad_bias});
+    ctx->save_for_backward(savable({rows, columns, scale, bias, grad_rows, grad_columns, grad_scale, grad_bias}));
     ctx->saved_data["diagonal"] = diagonal;
     ctx->saved_data["flags"] = std::vector<bool>{normalize_rows, normalize_columns, total};
     ctx->mark_non_differentiable({grad_rows, grad_columns, grad_scale, grad_bias});
@@ -89,6 +90,7 @@ ForwardResults sigmoid_pairs_fwd(const Tensor& rows, const Tensor& columns, cons
     return forward_op().call(rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, total, keep,
                              rows_need_grad, columns_need_grad);
   }
+  refuse_torch_func("sigmoid_pairs");
   const variable_list results =
       SigmoidPairs::apply(rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, total,
                           rows.requires_grad(), columns.requires_grad());

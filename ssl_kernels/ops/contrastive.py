@@ -7,7 +7,14 @@ import torch
 
 from ssl_kernels import backends, preference
 from ssl_kernels.chunked import contrastive as chunked
-from ssl_kernels.ops.library import accumulation_dtype, define, implement_in_triton, library
+from ssl_kernels.ops.library import (
+    accumulation_dtype,
+    define,
+    implement_in_triton,
+    library,
+    refuse_torch_func,
+    savable,
+)
 from ssl_kernels.reference import contrastive as reference
 from ssl_kernels.triton.tiles import keeps_expectation
 
@@ -185,7 +192,7 @@ class _Contrastive(torch.autograd.Function):
         lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept = results
         if kept.dim() == 2 and positives is None:  # the expectation: backward reads rows and scale alone
             operands = (rows, None, scale, None, None, None)
-        ctx.save_for_backward(*operands, lse, column_lse, row_rnorm, column_rnorm, kept)
+        ctx.save_for_backward(*map(savable, operands), lse, column_lse, row_rnorm, column_rnorm, kept)
         ctx.backend, ctx.flags = backend, flags
         ctx.set_materialize_grads(False)
         return lse, column_lse, positive_logits
@@ -265,10 +272,12 @@ def contrastive(
     if chosen == "reference":
         with torch.autocast(rows.device.type, enabled=False):
             acc = accumulation_dtype(rows)
-            rows, columns = rows.to(acc), None if columns is None else columns.to(acc)
+            rows, columns = savable(rows.to(acc)), None if columns is None else savable(columns.to(acc))
+            positives = savable(positives)
             results = reference.contrastive(rows, columns, scale, positives, row_ids, column_ids, *flags)
             return Contrastive(*[result.double() for result in results])
     operands = (rows, columns, scale, positives, row_ids, column_ids)
     if chosen == "native":  # differentiates itself: csrc/ops/contrastive_autograd.cpp
         return Contrastive(*_fwd[chosen](*operands, *flags, False, False)[:3])
+    refuse_torch_func("contrastive", chosen)
     return Contrastive(*_Contrastive.apply(chosen, *operands, *flags))

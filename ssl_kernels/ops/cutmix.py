@@ -9,6 +9,8 @@ from ssl_kernels.ops.library import (
     define,
     implement_in_triton,
     library,
+    refuse_torch_func,
+    savable,
     where_it_runs,
 )
 from ssl_kernels.reference import cutmix as reference
@@ -36,7 +38,7 @@ class _CutMix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, x, boxes, permutation):
         ctx.backend = backend
-        ctx.save_for_backward(boxes, permutation)
+        ctx.save_for_backward(*map(savable, (boxes, permutation)))
         return _fwd[backend](x, boxes, permutation)
 
     @staticmethod
@@ -72,5 +74,6 @@ def cutmix(x, boxes, permutation, *, backend=None):
     chosen = backends.choose_backend("cutmix", backend, "cutmix", x)
     if chosen == "reference":
         check_on_cpu("cutmix", permutation, boxes=boxes, image=x.shape[-2:])
-        return reference.cutmix(x, boxes, permutation)
+        return reference.cutmix(x, boxes, savable(permutation))
+    refuse_torch_func("cutmix", chosen)
     return _CutMix.apply(chosen, x, boxes, permutation)

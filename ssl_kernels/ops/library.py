@@ -44,6 +44,24 @@ def accumulation_dtype(tensor):
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def savable(tensor):
+    """An inference tensor, which autograd refuses to save for backward, as a clone; else the tensor itself.
+
+    A teacher's features are made under `torch.inference_mode()`; they need no gradient, but the pupil's need them.
+    """
+    if tensor is None or torch.compiler.is_compiling():  # Dynamo cannot ask a tensor
+        return tensor
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+
+
+def refuse_torch_func(op, backend):
+    """Called before an autograd.Function without `setup_context`, which torch.func cannot differentiate."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f'{op}: backend "{backend}" cannot run inside torch.func; backend="reference" can'
+        )
+
+
 def where_it_runs(name, triton_module):
     """`unsupported(backend, *tensors)` of an operation whose kernels take every call on a device that has them.
 

@@ -9,6 +9,8 @@ from ssl_kernels.ops.library import (
     define,
     implement_in_triton,
     library,
+    refuse_torch_func,
+    savable,
     where_it_runs,
 )
 from ssl_kernels.reference import mixup as reference
@@ -40,7 +42,7 @@ class _Mixup(torch.autograd.Function):
     def forward(ctx, backend, x, lam, permutation):
         _, x_needs_grad, lam_needs_grad, _ = ctx.needs_input_grad
         ctx.backend, ctx.x_needs_grad = backend, x_needs_grad
-        ctx.save_for_backward(x if lam_needs_grad else None, lam, permutation)
+        ctx.save_for_backward(*map(savable, (x if lam_needs_grad else None, lam, permutation)))
         return _fwd[backend](x, lam, permutation)
 
     @staticmethod
@@ -80,5 +82,6 @@ def mixup(x, lam, permutation, *, backend=None):
     if chosen == "reference":
         check_on_cpu("mixup", permutation, lam)
         acc = accumulation_dtype(x)
-        return reference.mixup(x.to(acc), lam, permutation).to(x.dtype)
+        return reference.mixup(*map(savable, (x.to(acc), lam, permutation))).to(x.dtype)
+    refuse_torch_func("mixup", chosen)
     return _Mixup.apply(chosen, x, lam, permutation)

@@ -4,7 +4,14 @@ import torch
 
 from ssl_kernels import backends
 from ssl_kernels.chunked import mixup_cross_entropy as chunked
-from ssl_kernels.ops.library import define, implement_in_triton, library, where_it_runs
+from ssl_kernels.ops.library import (
+    define,
+    implement_in_triton,
+    library,
+    refuse_torch_func,
+    savable,
+    where_it_runs,
+)
 from ssl_kernels.reference import mixup_cross_entropy as reference
 from ssl_kernels.value_checks import check_on_cpu
 
@@ -37,7 +44,7 @@ class _MixupCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, logits, target, permutation, lam, label_smoothing):
         loss, lse = _fwd[backend](logits, target, permutation, lam, label_smoothing)
-        ctx.save_for_backward(logits, target, permutation, lam, lse)
+        ctx.save_for_backward(*map(savable, (logits, target, permutation, lam)), lse)
         ctx.backend, ctx.label_smoothing = backend, label_smoothing
         return loss
 
@@ -79,5 +86,7 @@ def mixup_cross_entropy(logits, target, permutation, lam, label_smoothing=0.0, *
         check_on_cpu("mixup_cross_entropy", permutation, lam, target=target, classes=logits.shape[1])
         with torch.autocast(logits.device.type, enabled=False):
             wide = logits.to(lam.dtype)
-            return reference.mixup_cross_entropy(wide, target, permutation, lam, label_smoothing).double()
+            operands = map(savable, (wide, target, permutation, lam))
+            return reference.mixup_cross_entropy(*operands, label_smoothing).double()
+    refuse_torch_func("mixup_cross_entropy", chosen)
     return _MixupCrossEntropy.apply(chosen, logits, target, permutation, lam, label_smoothing)

@@ -9,6 +9,8 @@ from ssl_kernels.ops.library import (
     define,
     implement_in_triton,
     library,
+    refuse_torch_func,
+    savable,
     where_it_runs,
 )
 from ssl_kernels.reference import row_pairs as reference
@@ -68,7 +70,7 @@ class _RowPairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, x, y, z, normalize, measure):
         values, saved = _fwd[backend](x, y, z, normalize, measure)
-        ctx.save_for_backward(x, y, z, saved)
+        ctx.save_for_backward(*map(savable, (x, y, z)), saved)
         ctx.backend, ctx.options = backend, (normalize, measure)
         return values
 
@@ -106,8 +108,9 @@ def row_pairs(x, y, z=None, *, normalize, measure, backend=None, caller="row_pai
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
             acc = accumulation_dtype(x)
-            x, y, z = (None if rows is None else rows.to(acc) for rows in (x, y, z))
+            x, y, z = (None if rows is None else savable(rows.to(acc)) for rows in (x, y, z))
             return reference.row_pairs(x, y, z, normalize, measure).double()
     if chosen == "native":  # differentiates itself: csrc/ops/row_pairs_autograd.cpp
         return _fwd[chosen](x, y, z, normalize, measure)[0]
+    refuse_torch_func("row_pairs", chosen)
     return _RowPairs.apply(chosen, x, y, z, normalize, measure)

@@ -9,6 +9,8 @@ from ssl_kernels.ops.library import (
     define,
     implement_in_triton,
     library,
+    refuse_torch_func,
+    savable,
     where_it_runs,
 )
 from ssl_kernels.reference import sigmoid_pairs as reference
@@ -108,7 +110,7 @@ class _SigmoidPairs(torch.autograd.Function):
         ctx.options = (diagonal, normalize_rows, normalize_columns)
         needs = ctx.needs_input_grad[1:3]
         losses, *grads = _fwd[backend](*operands, *ctx.options, total, any(ctx.needs_input_grad), *needs)
-        ctx.save_for_backward(*operands, *(grads if total else ()))
+        ctx.save_for_backward(*map(savable, operands), *(grads if total else ()))
         ctx.backend = backend
         return losses
 
@@ -163,7 +165,10 @@ def sigmoid_pairs(
     if chosen == "reference":
         with torch.autocast(rows.device.type, enabled=False):
             acc = accumulation_dtype(rows)
-            return reference.sigmoid_pairs(rows.to(acc), columns.to(acc), scale, bias, *options).double()
+            return reference.sigmoid_pairs(
+                savable(rows.to(acc)), savable(columns.to(acc)), scale, bias, *options
+            ).double()
     if chosen == "native":  # differentiates itself: csrc/ops/sigmoid_pairs_autograd.cpp
         return _fwd[chosen](rows, columns, scale, bias, *options, False, False, False)[0]
+    refuse_torch_func("sigmoid_pairs", chosen)
     return _SigmoidPairs.apply(chosen, rows, columns, scale, bias, *options)

@@ -25,7 +25,7 @@ def batch_hard(embeddings, labels, normalize=True, distance="euclidean"):
     finite = torch.finfo(keys.dtype)
     keys = keys.clamp(finite.min, finite.max)  # what is left out below is beyond every key; NaN stays NaN
     same = labels[:, None] == labels[None, :]
-    positive = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+    positive = same & ~torch.eye(x.shape[0], dtype=torch.bool, device=x.device)
     farthest = keys.masked_fill(~positive, -torch.inf).argmax(1)
     nearest = keys.masked_fill(same, torch.inf).argmin(1)
     return farthest.where(positive.any(1), -1), nearest.where(~same.all(1), -1)

@@ -55,6 +55,6 @@ def contrastive(
         positive_logits = logits.new_empty(0)
     else:
         from_the_end = positives < 0
-        columns_of = (positives + from_the_end * logits.shape[1]).view(len(logits), -1)
+        columns_of = (positives + from_the_end * logits.shape[1]).view(logits.shape[0], -1)
         positive_logits = logits.gather(1, columns_of).view(positives.shape)
     return lse, column_lse, positive_logits

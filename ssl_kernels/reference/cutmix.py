@@ -24,7 +24,7 @@ def cutmix_bwd(grad, boxes, permutation):
     inverse = inverse_permutation(permutation)
     inside = inside_boxes(boxes, grad)
     taken = torch.where(inside, grad, 0).index_select(0, inverse)
-    fixed = permutation == torch.arange(len(permutation), device=permutation.device)
+    fixed = permutation == torch.arange(permutation.shape[0], device=permutation.device)
     fixed = fixed.view(-1, *[1] * (grad.dim() - 1))
     return torch.where(fixed, grad, torch.where(inside, 0, grad) + taken)
 
@@ -38,4 +38,4 @@ def inside_boxes(boxes, x, first_row=0):
     inside_rows = (row >= y0) & (row < y1)  # (B, H)
     inside_columns = (column >= x0) & (column < x1)  # (B, W)
     inside = inside_rows[:, :, None] & inside_columns[:, None, :]  # (B, H, W)
-    return inside.view(len(boxes), *[1] * (x.dim() - 3), height, width)
+    return inside.view(boxes.shape[0], *[1] * (x.dim() - 3), height, width)

@@ -17,7 +17,7 @@ def mixup(x, lam, permutation):
     partner = x.index_select(0, permutation)
     share = per_sample(lam, x)
     mixed = _weighted(share, x) + _weighted(1 - share, partner)
-    fixed = permutation == torch.arange(len(permutation), device=permutation.device)
+    fixed = permutation == torch.arange(permutation.shape[0], device=permutation.device)
     return torch.where(per_sample(fixed, x), x, mixed)
 
 
@@ -36,7 +36,7 @@ def mixup_bwd(grad, x, lam, permutation):
     Returns:
         grad_x like grad, and grad_lam (B,) or None.
     """
-    here = torch.arange(len(permutation), device=permutation.device)
+    here = torch.arange(permutation.shape[0], device=permutation.device)
     inverse = inverse_permutation(permutation)
     to_partner = _weighted(per_sample(1 - lam, grad), grad).index_select(0, inverse)
     passed_on = _weighted(per_sample(lam, grad), grad) + to_partner
@@ -48,7 +48,7 @@ def mixup_bwd(grad, x, lam, permutation):
 
 def inverse_permutation(permutation):
     """q with permutation[q[j]] = j."""
-    here = torch.arange(len(permutation), device=permutation.device)
+    here = torch.arange(permutation.shape[0], device=permutation.device)
     return torch.empty_like(here).scatter_(0, permutation, here)
 
 
