@@ -7,6 +7,8 @@ import torch
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 REDUCTIONS = ("mean", "sum", "none")
+_HOLDING_VALUES = (torch.Tensor, torch.nn.Parameter)
+_LARGEST = (2.0**127, 2.0**1023)  # a power of two below the largest float32, float64
 
 
 def check_embeddings(op, **tensors):
@@ -49,20 +51,56 @@ def check_reduction(op, reduction):
         raise ValueError(f'{op}: reduction must be "mean", "sum" or "none", got {reduction!r}')
 
 
-def check_scalar(op, name, value, like, *, positive):
-    """`value` must be a number, or a 0-d floating tensor on the device of `like`. A number must be finite (and > 0)."""
+def check_scalar(op, name, value, like, *, positive=False):
+    """`value` must be a number, or a floating tensor of one element on the device of `like`.
+
+    A number must be finite and, with `positive`, > 0, and so must be what it becomes in the accumulation dtype of
+    `like`: with `positive` its inverse. A tensor with `positive` is looked at where that is free (`can_be_read`).
+    """
     if isinstance(value, torch.Tensor):
-        if value.dim() != 0 or not value.is_floating_point():
+        if value.numel() != 1 or not value.is_floating_point():
             raise ValueError(
-                f"{op}: {name} must be a number or a 0-d floating tensor,"
+                f"{op}: {name} must be a number or a floating tensor of one element,"
                 f" got shape {tuple(value.shape)}, {short(value.dtype)}"
             )
         if value.device != like.device:
             raise ValueError(f"{op}: {name} must be on {like.device}, got {value.device}")
+        if not positive or not can_be_read(value):
+            return
+        value = value.item()
+        if value != value or value == math.inf:  # reaches the loss, as NaN and inf in the rows do
+            return
     elif not is_number(value):
-        raise TypeError(f"{op}: {name} must be a number or a 0-d tensor, got {type(value).__name__}")
-    elif not math.isfinite(value) or (positive and value <= 0):
-        raise ValueError(f"{op}: {name} must be finite{' and > 0' if positive else ''}, got {value}")
+        raise TypeError(
+            f"{op}: {name} must be a number or a tensor of one element, got {type(value).__name__}"
+        )
+    elif type(value) is not float and not torch.compiler.is_compiling():
+        value = float(value)  # numpy would compare in the narrower type
+    # Comparisons, not math.isfinite, which torch.compile cannot trace of a number that changes.
+    largest = _LARGEST[like.dtype == torch.float64]
+    if positive:
+        if not 0 < value <= _LARGEST[True]:
+            raise ValueError(f"{op}: {name} must be finite and > 0, got {value}")
+        if value < 1 / largest:
+            raise ValueError(
+                f"{op}: {name} must be at least {1 / largest:.3g} with {short(like.dtype)} rows, got {value}"
+            )
+    elif not -largest <= value <= largest:
+        rule = f"at most {largest:.3g} in size with {short(like.dtype)} rows"
+        if not -_LARGEST[True] <= value <= _LARGEST[True]:
+            rule = "finite"
+        raise ValueError(f"{op}: {name} must be {rule}, got {value}")
+
+
+def check_margin(op, margin, like):
+    """`margin` must be a scalar as `check_scalar` says, and >= 0; a tensor is looked at where that is free."""
+    check_scalar(op, "margin", margin, like)
+    if isinstance(margin, torch.Tensor):
+        if not can_be_read(margin):
+            return
+        margin = margin.item()
+    if margin < 0:
+        raise ValueError(f"{op}: margin must be >= 0, got {margin}")
 
 
 def check_ids(op, name, value, shape, like):
@@ -109,13 +147,29 @@ def check_fraction(op, name, value, *, below_one=False):
 
 
 def check_least_rows(op, name, tensor, least, why):
-    if len(tensor) < least:
-        raise ValueError(f"{op}: {name} must have at least {least} rows, {why}, got {len(tensor)}")
+    if tensor.shape[0] < least:
+        raise ValueError(f"{op}: {name} must have at least {least} rows, {why}, got {tensor.shape[0]}")
+
+
+def can_be_read(tensor):
+    """Whether looking at values waits for no device: a tensor on the CPU that is no stand-in in a trace."""
+    return (
+        not torch.compiler.is_compiling()
+        and tensor.is_cpu
+        and type(tensor) in _HOLDING_VALUES
+        and not torch._C._len_torch_dispatch_stack()  # of fake tensors, or make_fx
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def is_number(value):
     """A real number of Python or numpy, no bool."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool))
+
+
+def is_whole(value):
+    """An integer of Python or numpy, no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def short(dtype):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ssl_kernels.losses._shared import is_autocast_enabled, unit_rows
-from ssl_kernels.ops.library import accumulation_dtype
+from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func, savable
 
 EPSILON = 1e-12  # as F.normalize
 
@@ -26,7 +26,7 @@ class Groups(NamedTuple):
     starts: torch.Tensor  # where each group begins in `order`; there may be empty ones at the end
 
 
-def less_class_means(lse, scale, x, groups, inverse_count, normalize, even, native):
+def less_class_means(lse, scale, x, groups, inverse_count, normalize, even, chosen):
     """lse_i less the mean of scale · <x̂_i, x̂_j> over the other rows j of i's group, (N,) float64.
 
     Args:
@@ -34,14 +34,19 @@ def less_class_means(lse, scale, x, groups, inverse_count, normalize, even, nati
         groups: `Groups` of the rows.
         inverse_count: (N,), 1 / the number of other rows in the group, 0 where there is none.
         even: Whether the incoming gradient is the same for all rows of a group, as after a mean or a sum.
-        native: Whether to take csrc/ops/less_class_means.cpp.
+        chosen: The backend. "native" takes csrc/ops/less_class_means.cpp, unless it is traced.
     """
-    if native:
+    if chosen == "native" and not torch.compiler.is_compiling():
         return torch.ops.ssl_kernels.less_class_means.native(
             lse, scale, x, *groups, inverse_count, normalize, even
         )
     rows = unit_rows(x, normalize)
-    return lse - scale * row_dots(rows, _ClassSums.apply(rows, *groups) - rows) * inverse_count
+    if chosen == "reference":
+        sums = (groups.group[:, None] == groups.group).to(rows.dtype) @ rows
+    else:
+        refuse_torch_func("less_class_means", chosen)
+        sums = _ClassSums.apply(rows, *groups)
+    return lse - scale * row_dots(rows, sums - rows) * inverse_count
 
 
 def paired_logits(x, y, scale, normalize, native):
@@ -55,7 +60,7 @@ def paired_logits(x, y, scale, normalize, native):
             return paired_logits(x, y, scale, normalize, native)
     if native:
         return torch.ops.ssl_kernels.paired_logits.native(x, y, scale, normalize)
-    rows, others = unit_rows(x, normalize), y.to(accumulation_dtype(y))
+    rows, others = unit_rows(x, normalize), savable(y.to(accumulation_dtype(y)))
     products = torch.bmm(rows.unsqueeze(1), others.mT).squeeze(1).double()
     if normalize:
         products = products / torch.linalg.vector_norm(others, dim=2).clamp_min(EPSILON)

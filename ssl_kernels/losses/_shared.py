@@ -1,10 +1,12 @@
 """What the losses share: dtypes under autocast, scalars, reductions."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from ssl_kernels.backends import choose_backend
-from ssl_kernels.ops.library import accumulation_dtype
+from ssl_kernels.ops.library import accumulation_dtype, savable
 
 
 def is_autocast_enabled(device):
@@ -37,24 +39,47 @@ def takes_native_node(backend, caller, x, views=1):
 
 
 def as_scalar(value, like):
-    """A number or 0-d tensor as a 0-d tensor in the accumulation dtype of `like`."""
+    """A number or tensor of one element as a 0-d tensor in the accumulation dtype of `like`."""
     acc = accumulation_dtype(like)
     if isinstance(value, torch.Tensor):
-        return value.to(acc)
+        if value.dim():
+            value = value.reshape(())
+        return savable(value.to(acc))
+    if torch.compiler.is_compiling():
+        return _traced(value, like).to(acc)
     return torch.scalar_tensor(float(value), dtype=acc, device=like.device)
+
+
+def as_operand(value, like):
+    """What stands for a number or tensor of one element in arithmetic with rows: no tensor is made of a number."""
+    return as_scalar(value, like) if isinstance(value, torch.Tensor) else value
 
 
 def inverse(temperature, like):
     """1 / temperature as a 0-d tensor in the accumulation dtype of `like`."""
     if isinstance(temperature, torch.Tensor):
         return 1 / as_scalar(temperature, like)
+    if torch.compiler.is_compiling():
+        return (1 / _traced(temperature, like)).to(accumulation_dtype(like))
     return as_scalar(1 / float(temperature), like)
+
+
+def logarithm(number, like):
+    """log(number) of a number >= 0, which may be symbolic: a float, or a 0-d float64 tensor."""
+    if torch.compiler.is_compiling():
+        return _traced(number, like).log()
+    return math.log(number) if number else -math.inf
+
+
+def _traced(number, like):
+    """A number as a 0-d float64 tensor, by arithmetic: float(number) would have torch.compile make a graph of each."""
+    return torch.ones((), dtype=torch.float64, device=like.device) * number
 
 
 def unit_rows(x, normalize):
     """Rows in the accumulation dtype, L2-normalised if asked: for the terms that cost O(N · D)."""
     x = x.to(accumulation_dtype(x))
-    return F.normalize(x, dim=-1) if normalize else x
+    return F.normalize(x, dim=-1) if normalize else savable(x)
 
 
 def minus_log_sigmoid(logit):
@@ -69,7 +94,7 @@ def reduce(loss, reduction, like, row_weights=None):
     """
     acc = accumulation_dtype(like)
     if row_weights is not None:
-        row_weights = row_weights.to(loss.dtype)
+        row_weights = savable(row_weights.to(loss.dtype))
         loss = loss * row_weights
         if reduction == "mean":
             return (loss.sum() / row_weights.sum()).to(acc)

@@ -38,7 +38,7 @@ def byol_loss(prediction, target, *, normalize=True, reduction="mean", row_weigh
     check_embeddings(OP, prediction=prediction, target=target)
     check_same_rows(OP, prediction=prediction, target=target)
     check_reduction(OP, reduction)
-    check_row_weights(OP, "row_weights", row_weights, len(prediction), prediction)
+    check_row_weights(OP, "row_weights", row_weights, prediction.shape[0], prediction)
     cosines = row_pairs(
         prediction, target.detach(), normalize=normalize, measure="product", backend=backend, caller=OP
     )

@@ -40,7 +40,7 @@ def clip_loss(
     Args:
         image_features, text_features: (N, D) each, row i of both a pair. float64, float32, float16 or bfloat16, any
             strides. Under autocast they may differ in dtype; the wider one is used.
-        logit_scale: 1 / temperature, a float or a 0-d tensor, which gets its gradient: `log_scale.exp()`, as
+        logit_scale: 1 / temperature, a float or a tensor of one element, which gets its gradient: `log_scale.exp()`, as
             open_clip passes it.
         label_smoothing: ε above, in [0, 1].
         ids: (N,) integers, or None. Pairs of equal ids are no negatives of each other: known duplicates. Not with
@@ -68,7 +68,7 @@ def clip_loss(
     check_scalar(OP, "logit_scale", logit_scale, image_features, positive=False)
     check_fraction(OP, "label_smoothing", label_smoothing)
     check_reduction(OP, reduction)
-    n = len(image_features)
+    n = image_features.shape[0]
     check_row_weights(OP, "row_weights", row_weights, n, image_features)
     if ids is not None:
         check_ids(OP, "ids", ids, (n,), image_features)

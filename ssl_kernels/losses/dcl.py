@@ -35,7 +35,7 @@ def dcl_loss(
     Args:
         z0, z1: Embeddings of the two views, (B, D) each with B >= 2, row i of both from the same sample. float64,
             float32, float16 or bfloat16, any strides. Under autocast they may differ in dtype; the wider one is used.
-        temperature: > 0, a float or a 0-d tensor, which gets its gradient.
+        temperature: > 0, a float or a tensor of one element, which gets its gradient.
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
         reduction: "mean" over the 2B rows, "sum", or "none".
         row_weights: (2B,) floating, or None, the rows of z0 first. "none" and "sum" take weight · loss, "mean"
@@ -59,7 +59,7 @@ def dcl_loss(
     check_least_rows(OP, "z0", z0, 2, "so that a negative is left")
     check_scalar(OP, "temperature", temperature, z0, positive=True)
     check_reduction(OP, reduction)
-    check_row_weights(OP, "row_weights", row_weights, 2 * len(z0), z0)
+    check_row_weights(OP, "row_weights", row_weights, 2 * z0.shape[0], z0)
     views = torch.cat((z0, z1))
     lse, positive = negatives_and_positive(views, inverse(temperature, views), normalize, backend, OP)
     return reduce(lse - positive, reduction, views, row_weights)
@@ -71,7 +71,7 @@ dcl_loss.views = 2
 
 def negatives_and_positive(views, scale, normalize, backend, caller):
     """log Σ exp over all views but a sample's own two, and the logit of its other view; (2B,) float64 each."""
-    half = len(views) // 2
+    half = views.shape[0] // 2
     sample = torch.arange(half, device=views.device).repeat(2)
     partner = torch.arange(-half, half, device=views.device)  # negative indices count from the end
     lse, _, positive = contrastive(

@@ -1,7 +1,5 @@
 """Debiased contrastive loss: NT-Xent corrected for negatives that are positives in truth."""
 
-import math
-
 import torch
 
 from ssl_kernels.checks import (
@@ -13,7 +11,7 @@ from ssl_kernels.checks import (
     check_same_rows,
     check_scalar,
 )
-from ssl_kernels.losses._shared import inverse, minus_log_sigmoid, reduce, widest_under_autocast
+from ssl_kernels.losses._shared import inverse, logarithm, minus_log_sigmoid, reduce, widest_under_autocast
 from ssl_kernels.losses.dcl import negatives_and_positive
 
 OP = "debiased_nt_xent_loss"
@@ -41,7 +39,7 @@ def debiased_nt_xent_loss(
     Args:
         z0, z1: Embeddings of the two views, (B, D) each with B >= 2, row i of both from the same sample. float64,
             float32, float16 or bfloat16, any strides. Under autocast they may differ in dtype; the wider one is used.
-        temperature: > 0, a float or a 0-d tensor, which gets its gradient.
+        temperature: > 0, a float or a tensor of one element, which gets its gradient.
         positive_prior: τ above, in [0, 1).
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
         reduction: "mean" over the 2B rows, "sum", or "none".
@@ -67,19 +65,20 @@ def debiased_nt_xent_loss(
     check_scalar(OP, "temperature", temperature, z0, positive=True)
     check_fraction(OP, "positive_prior", positive_prior, below_one=True)
     check_reduction(OP, reduction)
-    check_row_weights(OP, "row_weights", row_weights, 2 * len(z0), z0)
+    check_row_weights(OP, "row_weights", row_weights, 2 * z0.shape[0], z0)
     views = torch.cat((z0, z1))
     scale = inverse(temperature, views)
     lse, positive = negatives_and_positive(views, scale, normalize, backend, OP)
 
     # log G, all in logarithms: Σ − K τ exp(s) = Σ (1 − exp(excess)), which must be positive to have one.
-    negatives = len(views) - 2
-    least = math.log(negatives) - scale.double()
-    log_share = math.log(negatives * positive_prior) if positive_prior else -math.inf
-    excess = log_share + positive - lse
+    negatives = views.shape[0] - 2
+    least = logarithm(negatives, views) - scale.double()
+    excess = logarithm(negatives * positive_prior, views) + positive - lse
     no_correction = excess >= 0  # false for NaN, which stays
     corrected = (
-        lse + torch.log(-torch.expm1(excess.masked_fill(no_correction, -1))) - math.log1p(-positive_prior)
+        lse
+        + torch.log(-torch.expm1(excess.masked_fill(no_correction, -1)))
+        - logarithm(1 - positive_prior, views)
     )
     log_negatives = torch.maximum(corrected, least).where(~no_correction, least)
     return reduce(minus_log_sigmoid(positive - log_negatives), reduction, views, row_weights)

@@ -3,6 +3,7 @@
 import torch
 
 from ssl_kernels.checks import (
+    can_be_read,
     check_embeddings,
     check_fraction,
     check_ids,
@@ -15,6 +16,7 @@ from ssl_kernels.checks import (
 )
 from ssl_kernels.losses._shared import inverse, reduce, widest_under_autocast
 from ssl_kernels.ops.contrastive import contrastive
+from ssl_kernels.ops.library import savable
 from ssl_kernels.value_checks import check_permutation
 
 OP = "imix_loss"
@@ -45,9 +47,9 @@ def imix_loss(
         query, key: (N, D) each. float64, float32, float16 or bfloat16, any strides. Under autocast they may differ
             in dtype; the widest is used.
         permutation: (N,) integers, a permutation of 0 ... N − 1: with whom each input was mixed.
-        lam: λ, a float in [0, 1], a 0-d or an (N,) floating tensor of such: the part of the input itself. It gets its
-            gradient.
-        temperature: > 0, a float or a 0-d tensor, which gets its gradient.
+        lam: λ, a float in [0, 1] or a floating tensor of such, (N,) or of one element: the part of the input itself. It
+            gets its gradient.
+        temperature: > 0, a float or a tensor of one element, which gets its gradient.
         negative_keys: (M, D) more columns that are nobody's positive, as a queue's, or None.
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
         reduction: "mean" over the N queries, "sum", or "none".
@@ -77,10 +79,10 @@ def imix_loss(
     check_same_rows(OP, query=query, key=key)
     check_scalar(OP, "temperature", temperature, query, positive=True)
     check_reduction(OP, reduction)
-    check_row_weights(OP, "row_weights", row_weights, len(query), query)
+    check_row_weights(OP, "row_weights", row_weights, query.shape[0], query)
     _check_mixing(query, permutation, lam)
 
-    index = torch.arange(len(query), device=query.device)
+    index = torch.arange(query.shape[0], device=query.device)
     options = {
         "normalize_rows": normalize,
         "normalize_columns": normalize,
@@ -93,6 +95,8 @@ def imix_loss(
     if negative_keys is not None:
         lse = torch.logaddexp(lse, contrastive(query, negative_keys, scale, **options).lse)
     own_logit, partner_logit = logits.unbind(1)
+    if isinstance(lam, torch.Tensor):
+        lam = savable(lam.reshape(()) if lam.numel() == 1 else lam)
     loss = lse - partner_logit - lam * (own_logit - partner_logit)
     return reduce(loss, reduction, query, row_weights)
 
@@ -101,18 +105,17 @@ imix_loss.operation = "contrastive"
 
 
 def _check_mixing(query, permutation, lam):
-    n = len(query)
+    n = query.shape[0]
     check_ids(OP, "permutation", permutation, (n,), query)
-    look = query.device.type == "cpu" and not torch.compiler.is_compiling()
-    if look:
+    if can_be_read(permutation):
         check_permutation(OP, permutation.long())
     if not isinstance(lam, torch.Tensor):
         check_fraction(OP, "lam", lam)
         return
-    check_shape(OP, "lam", lam, (n,) if lam.dim() else (), query)
+    check_shape(OP, "lam", lam, lam.shape if lam.numel() == 1 else (n,), query)
     if not lam.is_floating_point():
         raise TypeError(f"{OP}: lam must be a floating tensor, got {short(lam.dtype)}")
-    if look and not ((lam >= 0) & (lam <= 1)).all():
+    if can_be_read(lam) and not ((lam >= 0) & (lam <= 1)).all():
         raise ValueError(
             f"{OP}: lam must lie in [0, 1], got values from {lam.min().item()} to {lam.max().item()}"
         )

@@ -53,7 +53,7 @@ def info_nce_loss(
             any strides. Under autocast they may differ in dtype; the widest is used.
         negative_keys: None, (M, D) for "unpaired" or (N, M, D) for "paired", dtype and device of query. All three
             get their gradient.
-        temperature: > 0, a float or a 0-d tensor, which gets its gradient.
+        temperature: > 0, a float or a tensor of one element, which gets its gradient.
         reduction: "mean", "sum" or "none", over the N queries.
         negative_mode: "unpaired" or "paired"; not read without negative_keys.
         symmetric: The mean with the loss of each key against the queries. Only without negative_keys.
@@ -87,7 +87,7 @@ def info_nce_loss(
     _check_negatives(query, negative_keys, negative_mode, symmetric)
     check_scalar(OP, "temperature", temperature, query, positive=True)
     check_reduction(OP, reduction)
-    check_row_weights(OP, "row_weights", row_weights, len(query), query)
+    check_row_weights(OP, "row_weights", row_weights, query.shape[0], query)
     check_name(OP, backend)
     query_ids, key_ids = _checked_ids(query, query_ids, key_ids, negative_keys)
 
@@ -101,7 +101,7 @@ def info_nce_loss(
         "caller": OP,
     }
     if negative_keys is None:
-        own = torch.arange(len(query), device=query.device)
+        own = torch.arange(query.shape[0], device=query.device)
         lse, key_lse, positive = contrastive(
             query,
             positive_key,
@@ -132,10 +132,10 @@ info_nce_loss.operation = "contrastive"
 
 
 def _check_negatives(query, negative_keys, negative_mode, symmetric):
-    if negative_mode not in NEGATIVE_MODES:
-        raise ValueError(f'{OP}: negative_mode must be "unpaired" or "paired", got {negative_mode!r}')
     if negative_keys is None:
         return
+    if negative_mode not in NEGATIVE_MODES:
+        raise ValueError(f'{OP}: negative_mode must be "unpaired" or "paired", got {negative_mode!r}')
     if symmetric:
         raise ValueError(f"{OP}: symmetric must be False with negative_keys, got {symmetric!r}")
     if negative_mode == "unpaired":
@@ -143,9 +143,9 @@ def _check_negatives(query, negative_keys, negative_mode, symmetric):
         return
     if not isinstance(negative_keys, torch.Tensor):
         raise TypeError(f"{OP}: negative_keys must be a tensor, got {type(negative_keys).__name__}")
-    if negative_keys.dim() != 3 or len(negative_keys) != len(query) or 0 in negative_keys.shape:
+    if negative_keys.dim() != 3 or negative_keys.shape[0] != query.shape[0] or 0 in negative_keys.shape:
         raise ValueError(
-            f"{OP}: negative_keys must have shape ({len(query)}, M, {query.shape[1]}) with M >= 1,"
+            f"{OP}: negative_keys must have shape ({query.shape[0]}, M, {query.shape[1]}) with M >= 1,"
             f" got {tuple(negative_keys.shape)}"
         )
     check_embeddings(OP, query=query, negative_keys=negative_keys[0])
@@ -161,6 +161,6 @@ def _checked_ids(query, query_ids, key_ids, negative_keys):
         if negative_keys is not None:
             raise ValueError(f"{OP}: key_ids must be given with query_ids and negative_keys, got None")
         key_ids = query_ids
-    check_ids(OP, "query_ids", query_ids, (len(query),), query)
+    check_ids(OP, "query_ids", query_ids, (query.shape[0],), query)
     check_ids(OP, "key_ids", key_ids, (query if negative_keys is None else negative_keys).shape[:-1], query)
     return query_ids.long(), key_ids.long()

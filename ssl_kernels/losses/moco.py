@@ -32,7 +32,7 @@ def moco_loss(
         key: (N, D), like query, of the momentum encoder; no gradient. Under autocast both may differ in dtype.
         queue: An `nn.MoCoQueue`, of which the filled rows count, or a (K, D) tensor of unit rows. Of any of the
             four dtypes, but float64 goes with float64 alone. None: the other keys of the batch are the negatives.
-        temperature: > 0, a float or a 0-d tensor, which gets its gradient.
+        temperature: > 0, a float or a tensor of one element, which gets its gradient.
         normalize: L2-normalise the rows of query and key first. The queue is taken as it is.
         symmetric: query holds the predictions of view 0 above those of view 1, key likewise; each query's positive
             is the key of the other view, and without a queue the negatives are the other keys of that view.
@@ -58,8 +58,8 @@ def moco_loss(
     check_same_rows(op, query=query, key=key)
     check_scalar(op, "temperature", temperature, query, positive=True)
     check_reduction(op, reduction)
-    if symmetric and len(query) % 2:
-        raise ValueError(f"{op}: query must have an even number of rows with symmetric, got {len(query)}")
+    if symmetric and query.shape[0] % 2:
+        raise ValueError(f"{op}: query must have an even number of rows with symmetric, got {query.shape[0]}")
     scale = inverse(temperature, query)
     key = key.detach()
     if symmetric:
@@ -82,7 +82,7 @@ def _in_batch(query, key, scale, normalize, views, backend):
             rows,
             columns,
             scale,
-            positives=torch.arange(len(rows), device=rows.device),
+            positives=torch.arange(rows.shape[0], device=rows.device),
             normalize_rows=normalize,
             normalize_columns=normalize,
             backend=backend,
@@ -95,7 +95,7 @@ def _in_batch(query, key, scale, normalize, views, backend):
 def _against_queue(query, key, queue, scale, normalize, backend):
     if hasattr(queue, "negatives"):
         _check_queue(query, queue.storage)
-        columns, row_ids, column_ids = queue.negatives(len(query))
+        columns, row_ids, column_ids = queue.negatives(query.shape[0])
     else:
         _check_queue(query, queue)
         columns, row_ids, column_ids = queue.detach(), None, None
@@ -125,7 +125,7 @@ def _check_queue(query, queue):
             f"{op}: queue must be floating, and float64 goes with float64 alone,"
             f" got {queue.dtype} beside queries of {query.dtype}"
         )
-    if queue.dim() != 2 or len(queue) == 0 or queue.shape[1] != query.shape[1]:
+    if queue.dim() != 2 or queue.shape[0] == 0 or queue.shape[1] != query.shape[1]:
         raise ValueError(
             f"{op}: queue must have shape (K, {query.shape[1]}) with K >= 1, got {tuple(queue.shape)}"
         )

@@ -32,7 +32,7 @@ def nt_xent_loss(
     Args:
         z0, z1: Embeddings of the two views, (B, D) each, row i of both from the same sample. float64, float32,
             float16 or bfloat16, any strides. Under autocast they may differ in dtype; the wider one is used.
-        temperature: > 0, a float or a 0-d tensor, which gets its gradient.
+        temperature: > 0, a float or a tensor of one element, which gets its gradient.
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
         reduction: "mean" over the 2B rows, "sum", or "none".
         row_weights: (2B,) floating, or None, the rows of z0 first. "none" and "sum" take weight · loss, "mean"
@@ -64,7 +64,9 @@ def nt_xent_loss(
         scale = (inverse(temperature, z0), 1.0) if learned else (None, 1 / float(temperature))
         return torch.ops.ssl_kernels.nt_xent_loss.native(z0, z1, *scale, normalize, reduction == "mean")
     views = torch.cat((z0, z1))
-    partner = torch.arange(-len(z0), len(z0), device=views.device)  # negative indices count from the end
+    partner = torch.arange(
+        -z0.shape[0], z0.shape[0], device=views.device
+    )  # negative indices count from the end
     lse, _, positive = contrastive(
         views,
         None,

@@ -18,8 +18,8 @@ def siglip_loss(
     Args:
         image_features, text_features: (N, D) each, row i of both of one pair. float64, float32, float16 or bfloat16,
             any strides. Under autocast they may differ in dtype; the wider one is used.
-        logit_scale, logit_bias: A finite float or a 0-d tensor, which gets its gradient. The factor itself, not its
-            logarithm: the paper begins at 10 and −10 and learns log(logit_scale) and logit_bias.
+        logit_scale, logit_bias: A finite float or a tensor of one element, which gets its gradient. The factor itself,
+            not its logarithm: the paper begins at 10 and −10 and learns log(logit_scale) and logit_bias.
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
         reduction: "mean": the sum over all pairs divided by N, as in the paper; "sum", or "none".
         backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
@@ -55,7 +55,7 @@ def siglip_loss(
     )
     if reduction == "none":
         return reduce(losses, reduction, image_features)
-    pairs = len(image_features) if reduction == "mean" else 1
+    pairs = image_features.shape[0] if reduction == "mean" else 1
     return (losses / pairs).to(accumulation_dtype(image_features))
 
 

@@ -4,7 +4,9 @@ import warnings
 
 import torch
 
+from ssl_kernels.backends import choose_backend
 from ssl_kernels.checks import (
+    can_be_read,
     check_embeddings,
     check_ids,
     check_reduction,
@@ -12,7 +14,7 @@ from ssl_kernels.checks import (
     check_scalar,
 )
 from ssl_kernels.losses._rows import Groups, less_class_means
-from ssl_kernels.losses._shared import inverse, reduce, takes_native_node
+from ssl_kernels.losses._shared import inverse, reduce
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
 
@@ -41,7 +43,7 @@ def sup_con_loss(
     Args:
         features: (N, D), float64, float32, float16 or bfloat16, any strides.
         labels: (N,) integers, any values.
-        temperature: > 0, a float or a 0-d tensor, which gets its gradient.
+        temperature: > 0, a float or a tensor of one element, which gets its gradient.
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
         reduction: "mean" over the rows that have a positive, "sum", or "none". A row without a positive (the only
             one of its label) has loss 0 and counts nothing in the mean; as a negative of the others it stays.
@@ -63,12 +65,12 @@ def sup_con_loss(
     Source: Khosla et al., arXiv:2004.11362, eq. 2.
     """
     check_embeddings(OP, features=features)
-    check_ids(OP, "labels", labels, (len(features),), features)
+    check_ids(OP, "labels", labels, (features.shape[0],), features)
     check_scalar(OP, "temperature", temperature, features, positive=True)
     check_reduction(OP, reduction)
-    check_row_weights(OP, "row_weights", row_weights, len(features), features)
+    check_row_weights(OP, "row_weights", row_weights, features.shape[0], features)
 
-    look = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    look = can_be_read(labels)
     groups, members = _groups(labels, look)
     everywhere = look and int(members.min()) > 1
     positives = members.index_select(0, groups.group) - 1
@@ -82,8 +84,8 @@ def sup_con_loss(
     if not everywhere:
         inverse_count = inverse_count.where(has_positive, 0)
     even = reduction != "none" and row_weights is None
-    native = takes_native_node(backend, OP, features)
-    loss = less_class_means(lse, scale, features, groups, inverse_count, normalize, even, native)
+    chosen = choose_backend("contrastive", backend, OP, features)
+    loss = less_class_means(lse, scale, features, groups, inverse_count, normalize, even, chosen)
     if everywhere:
         return reduce(loss, reduction, features, row_weights)
     loss = loss.where(has_positive, 0)

@@ -3,11 +3,12 @@
 import torch
 import torch.nn.functional as F
 
-from ssl_kernels.checks import check_embeddings, check_ids, check_reduction, check_scalar
+from ssl_kernels.backends import choose_backend
+from ssl_kernels.checks import check_embeddings, check_ids, check_margin, check_reduction
 from ssl_kernels.chunked.rows import input_gradient, unit_rows
-from ssl_kernels.losses._shared import reduce
+from ssl_kernels.losses._shared import as_operand, reduce
 from ssl_kernels.ops.batch_hard import DISTANCES, batch_hard
-from ssl_kernels.ops.library import accumulation_dtype
+from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
 
 MININGS = ("batch_hard",)
 
@@ -36,7 +37,7 @@ def triplet_loss(
         embeddings: (N, D), float64, float32, float16 or bfloat16, any strides. Gradients flow to all three rows of a
             triplet; at distance 0 the gradient of the distance is 0.
         labels: (N,) integers, any values.
-        margin: >= 0, a float or a 0-d tensor, which gets its gradient.
+        margin: >= 0, a float or a tensor of one element, which gets its gradient.
         mining: "batch_hard".
         distance: "euclidean" or "cosine".
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12). False with "cosine" takes inner
@@ -56,26 +57,32 @@ def triplet_loss(
     """
     op = "triplet_loss"
     check_embeddings(op, embeddings=embeddings)
-    check_ids(op, "labels", labels, (len(embeddings),), embeddings)
-    check_scalar(op, "margin", margin, embeddings, positive=False)
-    if not isinstance(margin, torch.Tensor) and margin < 0:
-        raise ValueError(f"{op}: margin must be >= 0, got {margin}")
+    check_ids(op, "labels", labels, (embeddings.shape[0],), embeddings)
+    check_margin(op, margin, embeddings)
     if mining not in MININGS:
         raise ValueError(f'{op}: mining must be "batch_hard", got {mining!r}')
     if distance not in DISTANCES:
         raise ValueError(f'{op}: distance must be "euclidean" or "cosine", got {distance!r}')
     check_reduction(op, reduction)
+    labels = labels.to(torch.int64)
+    chosen = choose_backend("batch_hard", backend, op, embeddings, labels)
     indices = batch_hard(
         embeddings,
-        labels.to(torch.int64),
+        labels,
         normalize=normalize,
         distance=distance,
-        backend=backend,
+        backend=chosen,
         caller=op,
     )
     hardest = torch.stack(indices)  # (2, N)
     complete = (hardest >= 0).all(0)
-    losses = torch.relu(_Gap.apply(embeddings, hardest, complete, normalize, distance) + margin)
+    if chosen == "reference":
+        gaps = _gap(embeddings, _index(hardest, complete), normalize, distance).double()
+        gaps = gaps.where(complete, -torch.inf)
+    else:
+        refuse_torch_func(op, chosen)
+        gaps = _Gap.apply(embeddings, hardest, complete, normalize, distance)
+    losses = torch.relu(gaps + as_operand(margin, embeddings))
     if reduction == "mean":
         return (losses.sum() / complete.sum().clamp_min(1)).to(accumulation_dtype(embeddings))
     return reduce(losses, reduction, embeddings)
@@ -93,8 +100,7 @@ class _Gap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, embeddings, hardest, complete, normalize, distance):
-        # Where there is no triplet, the row itself twice: distances of 0, whatever the other rows hold.
-        index = hardest.where(complete, torch.arange(len(embeddings), device=embeddings.device))
+        index = _index(hardest, complete)
         x, rnorm = unit_rows(embeddings, normalize)
         towards = F.embedding(index, x)  # (2, N, D)
         if distance == "cosine":
@@ -126,8 +132,13 @@ class _Gap(torch.autograd.Function):
             to_others = weights[:, :, None] * -towards
             to_anchors = -to_others.sum(0)
         # As the gradient of F.embedding: summed in one order, as index_add_ is not.
-        gathered = torch.ops.aten.embedding_dense_backward(to_others, index, len(x), -1, False)
+        gathered = torch.ops.aten.embedding_dense_backward(to_others, index, x.shape[0], -1, False)
         return input_gradient(gathered.add_(to_anchors), x, rnorm).to(embeddings.dtype), *[None] * 4
+
+
+def _index(hardest, complete):
+    """`hardest`, but where there is no triplet, the row itself twice: distances of 0, whatever the other rows hold."""
+    return hardest.where(complete, torch.arange(hardest.shape[1], device=hardest.device))
 
 
 def _gap(embeddings, index, normalize, distance):

@@ -2,8 +2,8 @@
 
 import torch
 
-from ssl_kernels.checks import check_embeddings, check_reduction, check_same_rows, check_scalar
-from ssl_kernels.losses._shared import reduce, widest_under_autocast
+from ssl_kernels.checks import check_embeddings, check_margin, check_reduction, check_same_rows
+from ssl_kernels.losses._shared import as_operand, reduce, widest_under_autocast
 from ssl_kernels.ops.row_pairs import row_pairs
 
 OP = "triplet_margin_loss"
@@ -52,9 +52,7 @@ def triplet_margin_loss(
     anchor, positive, negative = widest_under_autocast(anchor, positive, negative)
     check_embeddings(OP, anchor=anchor, positive=positive, negative=negative)
     check_same_rows(OP, anchor=anchor, positive=positive, negative=negative)
-    check_scalar(OP, "margin", margin, anchor, positive=False)
-    if not isinstance(margin, torch.Tensor) and margin < 0:
-        raise ValueError(f"{OP}: margin must be >= 0, got {margin}")
+    check_margin(OP, margin, anchor)
     if distance not in DISTANCES:
         raise ValueError(f'{OP}: distance must be "euclidean" or "cosine", got {distance!r}')
     check_reduction(OP, reduction)
@@ -63,7 +61,7 @@ def triplet_margin_loss(
         gaps = row_pairs(anchor, negative, positive, measure="product", **options)
     else:
         gaps = row_pairs(anchor, positive, negative, measure="distance", **options)
-    return reduce(torch.relu(gaps + margin), reduction, anchor)
+    return reduce(torch.relu(gaps + as_operand(margin, anchor)), reduction, anchor)
 
 
 triplet_margin_loss.operation = "row_pairs"

@@ -31,7 +31,7 @@ class MoCoLoss(Loss):
     The queue is an argument and no part of the module: an `nn.MoCoQueue`, a tensor, or None for MoCo v3's loss.
 
     Args:
-        temperature: > 0, a float, a 0-d tensor, or an `nn.Parameter` to learn it.
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
         normalize, symmetric, reduction, backend: As in `moco_loss`.
     """
 
@@ -52,7 +52,7 @@ class NTXentLoss(Loss):
     """`ssl_kernels.nt_xent_loss` as a module: `NTXentLoss(temperature=0.5)(z0, z1)`.
 
     Args:
-        temperature: > 0, a float, a 0-d tensor, or an `nn.Parameter` to learn it.
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
         normalize, reduction, backend: As in `nt_xent_loss`.
     """
 
@@ -67,7 +67,7 @@ class InfoNCELoss(Loss):
     """`ssl_kernels.info_nce_loss` as a module: `InfoNCELoss(temperature=0.1)(query, positive_key, negative_keys)`.
 
     Args:
-        temperature: > 0, a float, a 0-d tensor, or an `nn.Parameter` to learn it.
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
         reduction, negative_mode, symmetric, normalize, backend: As in `info_nce_loss`.
     """
 
@@ -126,7 +126,7 @@ class SupConLoss(Loss):
     """`ssl_kernels.sup_con_loss` as a module: `SupConLoss(temperature=0.07)(features, labels)`.
 
     Args:
-        temperature: > 0, a float, a 0-d tensor, or an `nn.Parameter` to learn it.
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
         normalize, reduction, backend: As in `sup_con_loss`.
     """
 
@@ -141,7 +141,7 @@ class DCLLoss(Loss):
     """`ssl_kernels.dcl_loss` as a module: `DCLLoss(temperature=0.1)(z0, z1)`.
 
     Args:
-        temperature: > 0, a float, a 0-d tensor, or an `nn.Parameter` to learn it.
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
         normalize, reduction, backend: As in `dcl_loss`.
     """
 
@@ -156,7 +156,7 @@ class DebiasedNTXentLoss(Loss):
     """`ssl_kernels.debiased_nt_xent_loss` as a module: `DebiasedNTXentLoss(positive_prior=0.1)(z0, z1)`.
 
     Args:
-        temperature: > 0, a float, a 0-d tensor, or an `nn.Parameter` to learn it.
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
         positive_prior, normalize, reduction, backend: As in `debiased_nt_xent_loss`.
     """
 
@@ -179,7 +179,7 @@ class IMixLoss(Loss):
     """`ssl_kernels.imix_loss` as a module: `IMixLoss(temperature=0.2)(query, key, permutation, lam)`.
 
     Args:
-        temperature: > 0, a float, a 0-d tensor, or an `nn.Parameter` to learn it.
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
         normalize, reduction, backend: As in `imix_loss`.
     """
 
@@ -226,8 +226,8 @@ class SigLIPLoss(Loss):
     """`ssl_kernels.siglip_loss` as a module: `SigLIPLoss(scale, bias)(image_features, text_features)`.
 
     Args:
-        logit_scale, logit_bias: A float, a 0-d tensor, or an `nn.Parameter` to learn it. The paper learns the
-            logarithm of the scale: call `siglip_loss` with its exponential for that.
+        logit_scale, logit_bias: A float, a tensor of one element, or an `nn.Parameter` to learn it. The paper learns
+            the logarithm of the scale: call `siglip_loss` with its exponential for that.
         normalize, reduction, backend: As in `siglip_loss`.
     """
 
@@ -248,7 +248,7 @@ class TripletLoss(Loss):
     """`ssl_kernels.triplet_loss` as a module: `TripletLoss(margin=0.2)(embeddings, labels)`.
 
     Args:
-        margin: >= 0, a float, a 0-d tensor, or an `nn.Parameter` to learn it.
+        margin: >= 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
         mining, distance, normalize, reduction, backend: As in `triplet_loss`.
     """
 

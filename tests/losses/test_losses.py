@@ -378,7 +378,7 @@ def test_numbers_of_numpy_are_numbers():
         plain = {key: 0.5 if value is half else value for key, value in options.items()}
         found, expected = loss(z0, z1, **options), loss(z0, z1, **plain)
         assert isinstance(found, torch.Tensor) and same_bits(found, expected), name
-    with pytest.raises(TypeError, match="temperature must be a number or a 0-d tensor, got bool"):
+    with pytest.raises(TypeError, match="temperature must be a number or a tensor of one element, got bool"):
         losses.nt_xent_loss(z0, z1, True)
 
 
@@ -602,7 +602,7 @@ BAD_CALLS = [
     ),
     (
         "info_nce_loss",
-        (X, X),
+        (X, X, X),
         {"negative_mode": "all"},
         ValueError,
         'negative_mode must be "unpaired" or "paired", got \'all\'',

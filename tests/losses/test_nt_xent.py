@@ -460,17 +460,25 @@ BAD_CALLS = {
     "temperature negative": (ValueError, "temperature must be finite and > 0, got -0.5", (Z, Z, -0.5)),
     "temperature nan": (ValueError, "temperature must be finite and > 0, got nan", (Z, Z, math.nan)),
     "temperature inf": (ValueError, "temperature must be finite and > 0, got inf", (Z, Z, math.inf)),
-    "temperature bool": (TypeError, "temperature must be a number or a 0-d tensor, got bool", (Z, Z, True)),
-    "temperature str": (TypeError, "temperature must be a number or a 0-d tensor, got str", (Z, Z, "0.5")),
+    "temperature bool": (
+        TypeError,
+        "temperature must be a number or a tensor of one element, got bool",
+        (Z, Z, True),
+    ),
+    "temperature str": (
+        TypeError,
+        "temperature must be a number or a tensor of one element, got str",
+        (Z, Z, "0.5"),
+    ),
     "temperature None": (
         TypeError,
-        "temperature must be a number or a 0-d tensor, got NoneType",
+        "temperature must be a number or a tensor of one element, got NoneType",
         (Z, Z, None),
     ),
-    "temperature 1-d": (
+    "temperature of two": (
         ValueError,
-        r"temperature must be .* got shape \(1,\), float32",
-        (Z, Z, torch.ones(1)),
+        r"temperature must be .* got shape \(2,\), float32",
+        (Z, Z, torch.ones(2)),
     ),
     "temperature int tensor": (
         ValueError,

@@ -185,8 +185,12 @@ BAD_CALLS = {
     "rows": (ValueError, "text_features must have 4 rows as .*, got 3", (Z, Z[:3], 10.0, -10.0)),
     "widths": (ValueError, "text_features must have width 8 as .*, got 7", (Z, Z[:, :7], 10.0, -10.0)),
     "scale nan": (ValueError, "logit_scale must be finite, got nan", (Z, Z, math.nan, -10.0)),
-    "scale 1-d": (ValueError, r"logit_scale must be .* got shape \(1,\)", (Z, Z, torch.ones(1), -10.0)),
-    "bias str": (TypeError, "logit_bias must be a number or a 0-d tensor, got str", (Z, Z, 10.0, "0")),
+    "scale of two": (ValueError, r"logit_scale must be .* got shape \(2,\)", (Z, Z, torch.ones(2), -10.0)),
+    "bias str": (
+        TypeError,
+        "logit_bias must be a number or a tensor of one element, got str",
+        (Z, Z, 10.0, "0"),
+    ),
     "bias inf": (ValueError, "logit_bias must be finite, got -inf", (Z, Z, 10.0, -math.inf)),
 }
 

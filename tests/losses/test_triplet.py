@@ -239,7 +239,11 @@ BAD_CALLS = {
     "labels elsewhere": (ValueError, "labels must be on cpu, got meta", (Z, LABELS.to("meta"))),
     "margin negative": (ValueError, "margin must be >= 0, got -1", (Z, LABELS, -1)),
     "margin nan": (ValueError, "margin must be finite, got nan", (Z, LABELS, math.nan)),
-    "margin str": (TypeError, "margin must be a number or a 0-d tensor, got str", (Z, LABELS, "1")),
+    "margin str": (
+        TypeError,
+        "margin must be a number or a tensor of one element, got str",
+        (Z, LABELS, "1"),
+    ),
 }
 BAD_OPTIONS = {
     "mining": ("mining must be \"batch_hard\", got 'all'", {"mining": "all"}),

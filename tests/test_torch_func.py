@@ -1,0 +1,95 @@
+"""torch.func over every public function: right in the reference, an error that names it on the other backends."""
+
+import pytest
+import torch
+from torch.func import grad, vmap
+
+import ssl_kernels
+from tests.helpers import OPERATORS, random_rows
+from tests.losses.cases import CASES, OTHER_CASES
+
+
+def mixing_calls():
+    """(function, its floating tensor, the other arguments)."""
+    images, permutation = random_rows(4, 24, torch.float64).view(4, 2, 3, 4), torch.tensor([2, 0, 1, 3])
+    boxes = torch.tensor([[0, 2, 1, 3], [0, 0, 0, 0], [1, 3, 0, 4], [0, 1, 0, 1]])
+    target = torch.tensor([0, 2, 1, 1])
+    return {
+        "mixup": (images, {"lam": 0.3, "permutation": permutation}),
+        "cutmix": (images, {"boxes": boxes, "permutation": permutation}),
+        "mixup_cross_entropy": (
+            random_rows(4, 5, torch.float64),
+            {"target": target, "permutation": permutation, "lam": 0.3},
+        ),
+    }
+
+
+def calls():
+    """name -> (function of a dictionary of floating tensors and a backend, the tensors)."""
+    made = {}
+    for case in CASES + OTHER_CASES:
+        arguments = case.arguments(6, 4, requires_grad=False)
+        leaves = case.leaves(arguments)
+
+        def loss(leaves, backend, case=case, arguments=arguments):
+            return case.ours(backend)(**arguments | leaves)
+
+        made[case.name] = (loss, leaves)
+    for name, (x, options) in mixing_calls().items():
+
+        def mixed(leaves, backend, name=name, options=options):
+            result = getattr(ssl_kernels, name)(leaves["x"], **options, backend=backend)
+            return result.square().sum()
+
+        made[name] = (mixed, {"x": x})
+    return made
+
+
+CALLS = calls()
+every_call = pytest.mark.parametrize("name", CALLS)
+
+
+def test_every_function_with_a_derivative_is_called():
+    without = {"backends_for", "nn", "use_backend", "mixup_", "cutmix_", "mixup_normalize"}
+    called = {case.loss for case in CASES + OTHER_CASES} | set(mixing_calls())
+    assert called == {name for name in ssl_kernels.__all__ if name not in without}
+
+
+def gradients(call, leaves):
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+    return torch.autograd.grad(call(leaves, "reference"), list(leaves.values()))
+
+
+@every_call
+def test_the_reference_is_right(name):
+    call, leaves = CALLS[name]
+    twice = {key: 0.8 * leaf for key, leaf in leaves.items()}
+    expected = [gradients(call, leaves), gradients(call, twice)]
+    found = grad(lambda leaves: call(leaves, "reference"))(leaves)
+    for ours, truth in zip(found.values(), expected[0], strict=True):
+        torch.testing.assert_close(ours, truth)
+    both = {key: torch.stack((leaf, twice[key])) for key, leaf in leaves.items()}
+    found = vmap(grad(lambda leaves: call(leaves, "reference")))(both)
+    for ours, *truth in zip(found.values(), *expected, strict=True):
+        torch.testing.assert_close(ours, torch.stack(truth))
+
+
+@every_call
+@pytest.mark.parametrize("backend", [*OPERATORS, None])
+def test_other_backends_name_the_reference(name, backend):
+    call, leaves = CALLS[name]
+    both = {key: torch.stack((leaf, leaf)) for key, leaf in leaves.items()}
+    for transform, operands in ((grad, leaves), (lambda f: vmap(grad(f)), both)):
+        with pytest.raises(NotImplementedError, match=r'inside torch\.func; backend="reference" '):
+            transform(lambda leaves: call(leaves, backend))(operands)
+
+
+def test_labels_may_be_mapped_over_too():
+    features, labels = random_rows(18, 4, torch.float64).view(3, 6, 4), torch.arange(18).view(3, 6) % 4
+
+    def loss(features, labels):
+        return ssl_kernels.sup_con_loss(features, labels, backend="reference")
+
+    found = vmap(grad(loss))(features, labels)
+    for ours, rows, label in zip(found, features, labels, strict=True):
+        torch.testing.assert_close(ours, grad(loss)(rows, label))
