@@ -3,19 +3,30 @@
 import os
 import sys
 
-from ssl_kernels.cli import main
+from ssl_kernels.cli import INTERRUPTED, main
 
 
 def run():
-    """`main`, quiet where nobody reads on: `python -m ssl_kernels info | head`."""
+    """`main`, quiet where nobody reads on: `python -m ssl_kernels info | head`; one line where the system refuses."""
     try:
         code = main()
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("python -m ssl_kernels: interrupted", file=sys.stderr)
+        code = INTERRUPTED
     except BrokenPipeError:
-        # Python flushes once more as it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+        _drop_output()
+    except OSError as error:
+        print(f"python -m ssl_kernels: error: {error}", file=sys.stderr)
+        code = 2
+        _drop_output()
     return code
+
+
+def _drop_output():
+    """Python flushes once more as it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

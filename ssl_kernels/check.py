@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import ssl_kernels
 from ssl_kernels import backends
+from ssl_kernels.cli import usable_device
 from ssl_kernels.ops.momentum_update import momentum_update_
 from ssl_kernels.ops.queue_push import queue_push_
 
@@ -32,7 +33,14 @@ def run(args, parser):
     unknown = [op for op in args.op if op not in CALLS]
     if unknown:
         parser.error(f"op must be of {', '.join(CALLS)}, got {unknown[0]}")
-    devices = [args.device] if args.device else ["cpu", *["cuda"] * torch.cuda.is_available()]
+    if args.device is not None:
+        try:
+            device = usable_device(args.device)
+        except ValueError as error:
+            parser.error(str(error))
+        if device.type not in ("cpu", "cuda"):
+            parser.error(f"--device must be on cpu or cuda, got {args.device}")
+    devices = [args.device] if args.device is not None else ["cpu", *["cuda"] * torch.cuda.is_available()]
     failures = 0
     print(
         f"{'operation':<22}{'device':<7}{'backend':<9}{'dtype':<10}{'value':>9}{'plain':>9}{'gradient':>10}{'plain':>9}"

@@ -8,6 +8,8 @@ imported when it is called, so that no command pays for the dependencies of anot
 import argparse
 import importlib
 
+import torch
+
 import ssl_kernels
 
 # name: (module, one line for --help)
@@ -18,10 +20,36 @@ COMMANDS = {
 }
 
 
+INTERRUPTED = 130  # exit code after Ctrl-C, as of a shell
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, whatever the message is made of; --help has the rest."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def usable_device(name):
+    """The device called `name`, which can compute here.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    try:
+        device = torch.device(name)
+        computes = (torch.ones(1, device=device) + 1).item() == 2
+    except Exception as error:  # each kind of device has its own
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"--device must be one that torch can use, got {name} ({lines[0]})") from error
+    if not computes:
+        raise ValueError(f"--device must be one that computes, got {name}")
+    return device
+
+
 def main(argv=None):
     """Run the command in `argv` (default: the process's arguments) and return its exit code."""
     summaries = [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m ssl_kernels",
         description=ssl_kernels.__doc__.splitlines()[0],
         epilog="\n".join(["commands:", *summaries]),
@@ -36,7 +64,7 @@ def main(argv=None):
 
 def run_command(name, argv):
     module = importlib.import_module(COMMANDS[name][0])
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"python -m ssl_kernels {name}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,5 +1,7 @@
 """`python -m ssl_kernels check`: every operation is in it, right kernels pass, and a wrong one fails."""
 
+import re
+
 import pytest
 import torch
 
@@ -37,6 +39,17 @@ def test_unknown_operation_is_named(capsys):
     with pytest.raises(SystemExit):
         cli.main(["check", "nonesuch"])
     assert "nonesuch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nope", "", "meta", "cuda:99", "hpu"])
+def test_a_device_that_cannot_be_used_is_one_line(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["check", "mixup", "--device", name])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == ""
+    assert re.fullmatch(
+        rf"python -m ssl_kernels check: error: --device must be .*, got {name} ?(\(.*\))?\n", printed.err
+    )
 
 
 def test_an_error_that_is_not_finite_fails_even_if_plain_pytorch_shares_it(monkeypatch, capsys):

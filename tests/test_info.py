@@ -5,6 +5,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from ssl_kernels import backends, cli, info
@@ -68,6 +69,15 @@ def test_a_gpu_that_nothing_was_built_for(monkeypatch, capsys):
     )
     assert "triton     its kernels need compute capability 8.0, this GPU has 7.5" in on_cuda
     assert "chunked    can run" in on_cuda and "first native: " in on_cuda
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_output_that_cannot_be_written_is_one_line():
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "ssl_kernels", "info"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "python -m ssl_kernels: error: [Errno 28] No space left on device\n"
 
 
 def test_a_reader_that_leaves_is_no_traceback():

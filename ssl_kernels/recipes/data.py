@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode, v2
 
-from ssl_kernels.recipes.views import BatchViews, DatasetViews
+from ssl_kernels.recipes.views import BatchViews, DatasetViews, ignore_interrupts
 
 HELD_OUT = 0.25  # of the images, where a set comes without a split of its own
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, customary for photographs
@@ -142,10 +142,12 @@ def _folder(root):
             training, held_out = datasets.ImageFolder(root / "train"), datasets.ImageFolder(root / "val")
             if training.classes != held_out.classes:
                 raise ValueError(f"--root must have the same classes in train and val, got {root}")
+            _check_classes(training.classes, root)
             return training, held_out
         images = datasets.ImageFolder(root)
     except FileNotFoundError as error:
         raise ValueError(f"--root must hold one folder of images a class, got {root} ({error})") from error
+    _check_classes(images.classes, root)
     classes = len(images.classes)
     fewest = min(images.targets.count(label) for label in range(classes))
     if fewest < 2:
@@ -157,8 +159,18 @@ def _folder(root):
     return Subset(images, training), Subset(images, held_out)
 
 
+def _check_classes(classes, root):
+    if len(classes) < 2:
+        raise ValueError(f"--root must hold at least 2 classes, got {root} with {len(classes)}")
+
+
 def _labelled(dataset, transform, workers):
-    return DataLoader(_Transformed(dataset, transform), batch_size=256, num_workers=workers)
+    return DataLoader(
+        _Transformed(dataset, transform),
+        batch_size=256,
+        num_workers=workers,
+        worker_init_fn=ignore_interrupts,
+    )
 
 
 class _Transformed(torch.utils.data.Dataset):

@@ -7,10 +7,11 @@ import torch
 
 from ssl_kernels.nn import MoCoQueue
 from ssl_kernels.recipes import moco
+from ssl_kernels.recipes.contention import Watch
 from ssl_kernels.recipes.encoders import SimCLRModel, SmallConvNet, resnet18
 from ssl_kernels.recipes.evaluation import Accuracy, evaluate_features, extract_features
 from ssl_kernels.recipes.memory import peak_memory
-from ssl_kernels.recipes.simclr import History, pretrain
+from ssl_kernels.recipes.simclr import History, Training, train
 
 LARGEST_SMALL_IMAGE = 64  # pixels a side, up to which ResNet-18 gets the CIFAR stem
 PROJECTION_WIDTH = 128
@@ -47,8 +48,8 @@ def build_model(data, seed):
         return SimCLRModel(encoder, PROJECTION_WIDTH)
 
 
-def run_experiment(data, losses, settings, *, device="cpu", out=None, resume=False):
-    """Judge what is there before training, then train once with each loss from the same weights and views.
+def prepare_trainings(data, losses, settings, *, device="cpu", out=None, resume=False):
+    """A `Training` for each loss, all from the same weights, with what a checkpoint holds of it.
 
     Args:
         data: An `ImageData`.
@@ -59,35 +60,54 @@ def run_experiment(data, losses, settings, *, device="cpu", out=None, resume=Fal
         resume: Go on from these.
 
     Returns:
-        list of `Run`: raw pixels (of digits only: too many columns elsewhere), the untrained encoder, then
-        the trained ones in the order of `losses`.
+        dict from a run's name to its `Training`.
+
+    Raises:
+        ValueError: A checkpoint cannot be used, or the queue does not fit into memory.
+    """
+    trainings = {}
+    for name, loss in losses.items():
+        model = build_model(data, settings.seed)
+        step = None
+        if settings.method == "moco":
+            try:
+                model = moco.MoCoModel(model, PROJECTION_WIDTH, settings.queue_size, settings.momentum)
+            except RuntimeError as error:
+                raise ValueError(f"--queue-size must fit into memory, got {settings.queue_size}") from error
+            step = moco.train_step
+        checkpoint = checkpoint_path(out, name) if out else None
+        trainings[name] = Training(model, loss, settings, step=step, device=device, checkpoint=checkpoint)
+        if resume and checkpoint is not None and checkpoint.exists():
+            trainings[name].load(len(data.views))
+    return trainings
+
+
+def run_experiment(data, trainings, settings, *, device="cpu"):
+    """Judge what is there before training, then take all trainings to their end, step by step in turn, and judge them.
+
+    Args:
+        data: An `ImageData`.
+        trainings: From `prepare_trainings`.
+        settings: `simclr.Settings`.
+
+    Returns:
+        (runs, contention): list of `Run`, which are raw pixels (of digits only: too many columns elsewhere), the
+        untrained encoder, then the trained ones in the order of `trainings`; and a `Contention` of the training.
     """
     runs = []
     if data.name == "digits":
         runs.append(_judge("raw pixels", torch.nn.Flatten(), data))
     runs.append(_judge("untrained encoder", build_model(data, settings.seed).encoder.to(device), data))
-    for name, loss in losses.items():
-        model = build_model(data, settings.seed)
-        step = None
-        if settings.method == "moco":
-            model = moco.MoCoModel(model, PROJECTION_WIDTH, settings.queue_size, settings.momentum)
-            step = moco.train_step
-        peak_bytes = measure_loss_memory(loss, settings, device)
-        checkpoint = checkpoint_path(out, name) if out else None
-        history = pretrain(
-            model,
-            loss,
-            data.views,
-            settings,
-            step=step,
-            device=device,
-            checkpoint=checkpoint,
-            resume=resume,
-            title=name,
-        )
-        run = _judge(name, model.encoder, data)
-        runs.append(dataclasses.replace(run, history=history, peak_bytes=peak_bytes))
-    return runs
+    peak_bytes = {
+        name: measure_loss_memory(training.loss, settings, device) for name, training in trainings.items()
+    }
+    watch = Watch()
+    train(list(trainings.values()), data.views)
+    contention = watch.read()
+    for name, training in trainings.items():
+        run = _judge(name, training.model.encoder, data)
+        runs.append(dataclasses.replace(run, history=training.history, peak_bytes=peak_bytes[name]))
+    return runs, contention
 
 
 def checkpoint_path(out, name):

@@ -1,8 +1,8 @@
 """Pretrain an encoder with SimCLR or MoCo v2 and the loss of this library, then judge it on held-out images.
 
 Prints a table and writes loss.png, embedding.png, results.json and the checkpoints to the output folder.
-With --compare the same run is done first with the loss in plain PyTorch, from the same weights and on the
-same views.
+With --compare the same run is done with the loss in plain PyTorch too, from the same weights and on the same
+views, step by step in turn. Ctrl-C ends the step and writes checkpoints; --resume goes on from them, bit for bit.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import time
 import torch
 
 import ssl_kernels
+from ssl_kernels.cli import INTERRUPTED, usable_device
 
 DEMO_PACKAGES = {
     "sklearn": "scikit-learn",
@@ -130,32 +131,46 @@ def add_arguments(parser):
 def run(args, parser):
     missing = missing_packages()
     if missing:
-        parser.error(f"{', '.join(missing)} must be installed for it: pip install ssl_kernels[demo]")
-    from ssl_kernels.recipes import experiment, report
+        parser.error(f"{', '.join(missing)} must be installed for it: pip install {' '.join(missing)}")
+    try:
+        from ssl_kernels.recipes import experiment, report, simclr
+    except (ImportError, OSError, RuntimeError) as error:
+        parser.error(f"{', '.join(DEMO_PACKAGES.values())} must load for it: {error}")
 
     start = time.perf_counter()
     try:
-        settings, device, losses, images = set_up(args)
+        settings, device, images, trainings = set_up(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     machine = report.describe_machine(device)
     print(f"{machine}\n{settings}", flush=True)
-    runs = experiment.run_experiment(
-        images, losses, settings, device=device, out=args.out, resume=args.resume
-    )
-    labels = torch.cat([batch_labels for _, batch_labels in images.test])
-    print(report.write_report(runs, labels, settings, machine, args.out))
+    try:
+        runs, contention = experiment.run_experiment(images, trainings, settings, device=device)
+        labels = torch.cat([batch_labels for _, batch_labels in images.test])
+        text = report.write_report(runs, labels, settings, machine, contention, args.out)
+    except (OSError, simclr.Diverged) as error:
+        parser.error(str(error).strip().splitlines()[-1])  # a worker process puts its traceback before
+    except KeyboardInterrupt:
+        parser.exit(INTERRUPTED, f"{parser.prog}: interrupted; --resume goes on from what is in {args.out}\n")
+    print(text)
     print(f"{time.perf_counter() - start:.0f} s in all")
     return 0
 
 
 def set_up(args):
-    """(settings, device, losses, images); raises ValueError or OSError for what cannot be done."""
-    from ssl_kernels.recipes import data, simclr
+    """(settings, device, images, trainings); raises ValueError or OSError for what cannot be done."""
+    from ssl_kernels.recipes import data, experiment, report, simclr
+    from ssl_kernels.recipes.files import check_folder
 
     with_queue = args.method == "moco"
     if not with_queue and (args.queue_size is not None or args.momentum is not None):
         raise ValueError("--queue-size and --momentum must come with --method moco")
+    for option, value, data_sets in (
+        ("--root", args.root, ("cifar10", "folder")),
+        ("--image-size", args.image_size, ("folder",)),
+    ):
+        if value is not None and args.data not in data_sets:
+            raise ValueError(f"{option} must come with --data {' or '.join(data_sets)}, got {args.data}")
     choices = MOCO_DEFAULTS[args.data] | QUEUE[args.data] if with_queue else DEFAULTS[args.data]
     choices = choices | (SHORT[args.data] if args.short else {})
     choices |= {name: getattr(args, name) for name in choices if getattr(args, name) is not None}
@@ -171,10 +186,17 @@ def set_up(args):
         image_size=args.image_size,
         workers=args.workers,
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.resume:
-        check_checkpoints(args.out, losses, settings)
-    return settings, device, losses, images
+    trainings = experiment.prepare_trainings(
+        images, losses, settings, device=device, out=args.out, resume=args.resume
+    )
+    checkpoints = [training.checkpoint for training in trainings.values()]
+    sizes = [training.bytes_of_checkpoint for training in trainings.values()]
+    there = sum(path.stat().st_size for path in checkpoints if path.is_file())
+    # One more, since each is written aside.
+    check_folder(
+        args.out, [*report.FILES, *(path.name for path in checkpoints)], sum(sizes) + max(sizes) - there
+    )
+    return settings, device, images, trainings
 
 
 def missing_packages():
@@ -185,12 +207,7 @@ def missing_packages():
 def choose_device(name):
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device must be one that torch can use, got {name} ({error})") from error
-    return device
+    return usable_device(name)
 
 
 def choose_losses(settings, backend, compare, device):
@@ -211,16 +228,6 @@ def choose_losses(settings, backend, compare, device):
     if compare:
         losses = {"plain PyTorch": functools.partial(plain, temperature=temperature)} | losses
     return losses
-
-
-def check_checkpoints(out, losses, settings):
-    """Refuse those of other settings before anything is trained."""
-    from ssl_kernels.recipes import experiment, simclr
-
-    for name in losses:
-        path = experiment.checkpoint_path(out, name)
-        if path.exists():
-            simclr.read_checkpoint(path, settings)
 
 
 def _positive_int(text):

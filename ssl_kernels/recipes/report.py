@@ -1,6 +1,7 @@
 """The report of an experiment: a table, figures, and the numbers as JSON."""
 
 import dataclasses
+import io
 import json
 import os
 import platform
@@ -11,32 +12,39 @@ import torch
 from sklearn.manifold import TSNE
 
 from ssl_kernels.recipes.evaluation import FEW_LABELS
+from ssl_kernels.recipes.files import write_whole
 
 matplotlib.use("Agg")  # needs no display
 from matplotlib import pyplot
 
+FILES = ("loss.png", "embedding.png", "results.json")
 COLORS = ("#b8b8b8", "#d1495b")  # the loss compared with, then ours
 EMBEDDED = 2000  # held-out images drawn at most
 LARGEST_LEGEND = 10
+QUARTILES = (0.25, 0.5, 0.75)
 
 
-def write_report(runs, labels, settings, machine, out):
-    """Write loss.png, embedding.png and results.json to the folder `out`; returns the text to print.
+def write_report(runs, labels, settings, machine, contention, out):
+    """Write the FILES to the folder `out`; returns the text to print.
 
     Args:
         runs: From `experiment.run_experiment`: the untrained encoder comes right before the trained ones, and
             ours is the last of these.
         labels: Of the held-out images, (N,).
+        contention: A `Contention` of the training.
+
+    Raises:
+        OSError: A file cannot be written; what was there before stays.
     """
     trained = [run for run in runs if run.history is not None]
     untrained = runs[-len(trained) - 1]
-    draw_losses(trained, out / "loss.png")
-    draw_embeddings([untrained, trained[-1]], labels, out / "embedding.png")
-    write_results(runs, settings, machine, out / "results.json")
+    loss, embedding, results = (out / name for name in FILES)
+    draw_losses(trained, loss)
+    draw_embeddings([untrained, trained[-1]], labels, embedding)
+    write_results(runs, settings, machine, contention, results)
     gain = [format_gain(*trained)] if len(trained) == 2 else []
-    return "\n".join(
-        ["", format_table(runs), "", *gain, f"wrote loss.png, embedding.png, results.json to {out}"]
-    )
+    busy = [contention.describe()] if contention.is_busy else []
+    return "\n".join(["", format_table(runs), "", *gain, *busy, f"wrote {', '.join(FILES)} to {out}"])
 
 
 def describe_machine(device):
@@ -55,9 +63,9 @@ def _cpu_name():
 
 
 def format_table(runs):
-    """One line a run; a dash where a run has no training."""
+    """One line a run; a dash where a run has no training. Times are the median step's, with quartiles in brackets."""
     accuracies = ("kNN", "linear probe", f"{FEW_LABELS} labels/class")
-    header = ("", "loss", *accuracies, "loss time", "total time", "loss memory")
+    header = ("", "loss", *accuracies, "loss, ms a step", "training, ms a step", "loss memory")
     lines = [header, *(_table_line(run) for run in runs)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     first, *rest = (_align(line, widths) for line in lines)
@@ -78,21 +86,29 @@ def _table_line(run):
         run.name,
         f"{run.final_loss:.4f}",
         *accuracies,
-        f"{sum(run.history.loss_seconds):.2f} s",
-        f"{run.history.seconds:.1f} s",
+        _milliseconds(run.history.loss_seconds),
+        _milliseconds(run.history.step_seconds),
         f"{run.peak_bytes / 1e6:.1f} MB",
     )
 
 
+def _milliseconds(seconds):
+    low, median, high = 1e3 * np.quantile(seconds, QUARTILES)
+    return f"{median:.1f} ({low:.1f} to {high:.1f})"
+
+
 def format_gain(plain, ours):
     """One sentence: what the loss of `ours` saved beside that of `plain`."""
-    # By the median step, which other work on the machine disturbs least.
-    time = np.median(plain.history.loss_seconds) / np.median(ours.history.loss_seconds)
+    # Steps that ran one after the other are compared with each other: other work on the machine slows both.
+    loss, training = (
+        np.quantile(np.divide(getattr(plain.history, name), getattr(ours.history, name)), QUARTILES)
+        for name in ("loss_seconds", "step_seconds")
+    )
     memory = plain.peak_bytes / ours.peak_bytes
-    total = plain.history.seconds / ours.history.seconds
     return (
-        f"{ours.name} against {plain.name}: loss {time:.1f} times as fast in 1/{memory:.1f} of the memory,"
-        f" whole training {total:.2f} times as fast"
+        f"{ours.name} against {plain.name}: loss {loss[1]:.1f} ({loss[0]:.1f} to {loss[2]:.1f}) times as fast in"
+        f" 1/{memory:.1f} of the memory, training {training[1]:.2f} ({training[0]:.2f} to {training[2]:.2f}) times as"
+        " fast (median of the steps and quartiles)"
     )
 
 
@@ -120,8 +136,14 @@ def draw_losses(trained, path):
     _draw_bars(panels["memory"], names, megabytes, colors, "Peak memory of the loss (MB)")
     for panel in panels.values():
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
+
+
+def _save(figure, path):
+    content = io.BytesIO()
+    figure.savefig(content, dpi=150, format="png")
     pyplot.close(figure)
+    write_whole(path, content.getvalue())
 
 
 def _draw_bars(panel, names, values, colors, title):
@@ -154,21 +176,26 @@ def draw_embeddings(runs, labels, path):
     if len(classes) <= LARGEST_LEGEND:
         handles, names = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right center", frameon=False, title="class", markerscale=2)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
-def write_results(runs, settings, machine, path):
-    """All numbers of the report, with the loss of every step."""
-    results = {"machine": machine, "settings": dataclasses.asdict(settings), "runs": []}
+def write_results(runs, settings, machine, contention, path):
+    """All numbers of the report, with the loss and the times of every step."""
+    results = {
+        "machine": machine,
+        "contention": dataclasses.asdict(contention),
+        "settings": dataclasses.asdict(settings),
+        "runs": [],
+    }
     for run in runs:
         entry = {"name": run.name, "accuracy": dataclasses.asdict(run.accuracy)}
         if run.history is not None:
             entry |= {
                 "final_loss": run.final_loss,
                 "loss_seconds_total": sum(run.history.loss_seconds),
+                "seconds": run.history.seconds,
                 "loss_peak_bytes": run.peak_bytes,
                 **dataclasses.asdict(run.history),
             }
         results["runs"].append(entry)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    write_whole(path, (json.dumps(results, indent=1) + "\n").encode())

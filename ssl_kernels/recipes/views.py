@@ -1,11 +1,12 @@
 """Two augmented views of every image, in batches, reproducible epoch by epoch.
 
 What epoch e yields depends on the seed and on e alone, so two runs see the same views and a resumed run
-goes on with those it would have seen. Both classes have `epoch(e)`, an iterator over (view0, view1), each
-(B, C, H, W), and `len`, the batches of an epoch; the images that fill no batch differ by epoch.
+goes on with those it would have seen. Both classes have `epoch(e, first=0)`, an iterator over (view0, view1), each
+(B, C, H, W), from batch `first` on, and `len`, the batches of an epoch; the images that fill no batch differ by epoch.
 """
 
 import contextlib
+import signal
 
 import numpy as np
 import torch
@@ -42,10 +43,10 @@ class BatchViews:
     def __len__(self):
         return len(self.images) // self.batch_size
 
-    def epoch(self, epoch):
+    def epoch(self, epoch, first=0):
         shuffle = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
         order = torch.randperm(len(self.images), generator=shuffle)
-        for step in range(len(self)):
+        for step in range(first, len(self)):
             batch = self.images[order[step * self.batch_size : (step + 1) * self.batch_size]]
             with seeded(self.seed, epoch, step):
                 views = self._view(batch), self._view(batch)
@@ -68,17 +69,24 @@ class DatasetViews:
     def __len__(self):
         return len(self.dataset) // self.batch_size
 
-    def epoch(self, epoch):
+    def epoch(self, epoch, first=0):
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
+        order = torch.randperm(len(self.dataset), generator=generator)
+        batches = order[: len(self) * self.batch_size].view(-1, self.batch_size).tolist()
         return iter(
             DataLoader(
                 _TwoViews(self.dataset, self.transform, self.seed, epoch),
-                batch_size=self.batch_size,
-                shuffle=True,
-                drop_last=True,
+                batch_sampler=batches[first:],
                 num_workers=self.workers,
-                generator=torch.Generator().manual_seed(mix_seed(self.seed, epoch)),
+                worker_init_fn=ignore_interrupts,
+                generator=generator,
             )
         )
+
+
+def ignore_interrupts(worker):
+    """For a worker process: Ctrl-C reaches all processes of a terminal, and the main one decides when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _TwoViews(Dataset):

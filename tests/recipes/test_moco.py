@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import functools
+import os
+import signal
 import tempfile
 
 import pytest
@@ -85,6 +87,27 @@ def test_resumed_run_ends_as_the_unbroken_one(trained, tmp_path):
     assert model.key.updates == 6
 
 
+def test_ctrl_c_in_the_middle_of_an_epoch_keeps_queue_and_average(trained, tmp_path):
+    calls = 0
+
+    def interrupting_loss(query, key, queue):
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # the first step of the second epoch
+            os.kill(os.getpid(), signal.SIGINT)
+        return ssl_kernels.moco_loss(query, key, queue, 0.2, symmetric=True)
+
+    checkpoint = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(loss=interrupting_loss, checkpoint=checkpoint)
+    state = torch.load(checkpoint, weights_only=True)
+    assert (state["epoch"], state["batch"]) == (1, 1)
+    model, history = train(checkpoint=checkpoint, resume=True)
+    whole_model, whole = trained
+    assert history.losses == whole.losses
+    torch.testing.assert_close(model.state_dict(), whole_model.state_dict(), rtol=0, atol=0)
+
+
 def test_resume_refuses_another_queue(tmp_path):
     checkpoint = tmp_path / "run.pt"
     settings = dataclasses.replace(SETTINGS, epochs=1)
@@ -126,7 +149,7 @@ def test_reaches_the_accuracy_of_simclr():
                 "--out",
                 out,
             ]
-            settings, device, losses, images = pretrain.set_up(arguments.parse_args(options))
-            runs = experiment.run_experiment(images, losses, settings, device=device)
+            settings, device, images, trainings = pretrain.set_up(arguments.parse_args(options))
+            runs, _ = experiment.run_experiment(images, trainings, settings, device=device)
         accuracy[method] = runs[-1].accuracy.knn
     assert accuracy["moco"] >= accuracy["simclr"] - 0.02, accuracy

@@ -1,14 +1,23 @@
+import errno
 import importlib.util
+import io
 import json
 import os
+import pickle
 import re
+import shutil
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import ssl_kernels
 from ssl_kernels.cli import main
+from ssl_kernels.recipes import experiment, report, simclr
+from ssl_kernels.recipes.evaluation import Accuracy
 from tests.recipes.image_sets import write_cifar10, write_folder
 
 FILES = {"loss.png", "embedding.png", "results.json"}
@@ -102,6 +111,13 @@ def test_cifar10(tmp_path, monkeypatch):
             ["--backend", "fast"],
             "backend must be one of native, triton, chunked, reference or None, got 'fast'",
         ),
+        (["--device", "meta"], "--device must be one that torch can use, got meta"),
+        (["--root", "."], "--root must come with --data cifar10 or folder, got digits"),
+        (["--image-size", "8"], "--image-size must come with --data folder, got digits"),
+        (
+            ["--method", "moco", "--queue-size", str(10**15)],
+            f"--queue-size must fit into memory, got {10**15}",
+        ),
         (["--bogus"], "unrecognized arguments: --bogus"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -110,15 +126,222 @@ def test_errors(options, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         pretrain(*options, "--out", tmp_path)
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in one_line(capsys)
     assert not list(tmp_path.iterdir())
 
 
-def test_out_that_is_a_file(tmp_path, capsys):
+def one_line(capsys):
+    """What was printed as an error, which must be a line without a traceback."""
+    error = capsys.readouterr().err
+    lines = error.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("python -m ssl_kernels"), error
+    return error
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Fails where anything is judged or trained."""
+
+    def fail(*_, **__):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(experiment, "run_experiment", fail)
+
+
+def refused(capsys, *options):
+    """The line that refuses them."""
+    with pytest.raises(SystemExit) as stop:
+        pretrain(*options)
+    assert stop.value.code == 2
+    return one_line(capsys)
+
+
+def test_out_that_cannot_be_written(tmp_path, capsys, no_work):
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit):
-        pretrain("--out", tmp_path / "file")
-    assert str(tmp_path / "file") in capsys.readouterr().err
+    for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc", "/proc/nonesuch"):
+        assert f"--out must be a folder that can be written to, got {out} (" in refused(capsys, "--out", out)
+    for name in ("plain.pt", "results.json"):
+        (tmp_path / name).mkdir()
+        assert f"--out must be a folder without a folder {name} in it" in refused(capsys, "--out", tmp_path)
+        (tmp_path / name).rmdir()
+
+
+def test_out_without_room_for_the_checkpoints(tmp_path, capsys, no_work, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    message = refused(capsys, "--out", tmp_path)
+    assert re.search(r"--out must have room for 1\.\d MB of checkpoints, got .* with 1\.0 MB", message)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3_000_000))
+    with pytest.raises(AssertionError, match="the work began"):
+        pretrain("--out", tmp_path)
+
+
+@pytest.fixture
+def no_judging(monkeypatch):
+    """Leaves out what takes longest and is judged elsewhere."""
+    judge_nothing(monkeypatch)
+
+
+def judge_nothing(monkeypatch):
+    monkeypatch.setattr(experiment, "evaluate_features", lambda *_: Accuracy(0.5, 0.5, 0.5))
+    monkeypatch.setattr(report, "draw_embeddings", lambda *_: None)
+    monkeypatch.setattr(report, "draw_losses", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """The options of a run of two epochs of two steps, the folder that it wrote, and the bytes of its checkpoint."""
+    out = tmp_path_factory.mktemp("short")
+    options = ["--epochs", 2, "--batch-size", 512, "--no-compare", "--backend", "chunked"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        judge_nothing(monkeypatch)
+        assert pretrain(*options, "--out", out) == 0
+    return options, out, (out / "ssl_kernels.pt").read_bytes()
+
+
+def other_state(content, change):
+    state = torch.load(io.BytesIO(content), weights_only=True)
+    changed = io.BytesIO()
+    torch.save(change(state), changed)
+    return changed.getvalue()
+
+
+def narrower_model(state):
+    return state | {
+        "model": {name: value[:1] if value.dim() else value for name, value in state["model"].items()}
+    }
+
+
+def narrower_moments(state):
+    moments = {
+        index: {"step": at["step"], "exp_avg": at["exp_avg"][:1]}
+        for index, at in state["optimizer"]["state"].items()
+    }
+    return state | {"optimizer": state["optimizer"] | {"state": moments}}
+
+
+FOREIGN = {
+    "empty": lambda whole: b"",
+    "garbage": lambda whole: bytes(range(256)) * 40,
+    "text": lambda whole: b'{"epoch": 1}',
+    "truncated": lambda whole: whole[: len(whole) // 2],
+    "a flipped byte in the middle": lambda whole: whole[:900] + bytes([whole[900] ^ 255]) + whole[901:],
+    "an archive": lambda whole: b"PK\x05\x06" + bytes(18),
+    "a pickle": lambda whole: pickle.dumps(SimpleNamespace(epoch=1)),
+    "a tensor": lambda whole: other_state(whole, lambda state: torch.zeros(3)),
+    "a list": lambda whole: other_state(whole, lambda state: [1, 2]),
+    "weights": lambda whole: other_state(whole, lambda state: state["model"]),
+    "no history": lambda whole: other_state(whole, lambda state: state | {"history": {}}),
+    "history of no numbers": lambda whole: other_state(
+        whole, lambda state: state | {"history": {name: ["a"] for name in state["history"]}}
+    ),
+    "more steps": lambda whole: other_state(whole, lambda state: state | {"batch": 1}),
+    "negative": lambda whole: other_state(whole, lambda state: state | {"epoch": -2}),
+    "another model": lambda whole: other_state(whole, narrower_model),
+    "another optimizer": lambda whole: other_state(whole, narrower_moments),
+    "no generator": lambda whole: other_state(
+        whole, lambda state: state | {"random": {"cpu": torch.zeros(3, dtype=torch.uint8)}}
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_checkpoint_that_is_none_is_refused(kind, short_run, tmp_path, capsys, no_work):
+    options, _, whole = short_run
+    path = tmp_path / "ssl_kernels.pt"
+    content = FOREIGN[kind](whole)
+    path.write_bytes(content)
+    assert f"error: --resume: {path} must " in refused(capsys, *options, "--out", tmp_path, "--resume")
+    assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_that_is_a_folder(short_run, tmp_path, capsys, no_work):
+    (tmp_path / "ssl_kernels.pt").mkdir()
+    assert "ssl_kernels.pt" in refused(capsys, *short_run[0], "--out", tmp_path, "--resume")
+
+
+def test_a_checkpoint_of_an_earlier_version_is_taken(short_run, tmp_path, no_judging):
+    """It knows the epoch and the seconds of the whole run alone."""
+    options, out, whole = short_run
+
+    def earlier(state):
+        history = {name: state["history"][name] for name in ("losses", "loss_seconds")} | {"seconds": 3.0}
+        return {name: state[name] for name in ("epoch", "model", "optimizer", "settings")} | {
+            "history": history
+        }
+
+    (tmp_path / "ssl_kernels.pt").write_bytes(other_state(whole, earlier))
+    assert pretrain(*options, "--out", tmp_path, "--resume") == 0
+    (run,), (before,) = trained_runs(tmp_path), trained_runs(out)
+    assert run["losses"] == before["losses"] and run["seconds"] == pytest.approx(3.0)
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
+    short_run, tmp_path, capsys, monkeypatch, no_judging
+):
+    options, out, _ = short_run
+    calls = 0
+
+    def full(descriptor):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        message = refused(capsys, *options, "--out", tmp_path)
+    assert f"No space left on device: '{tmp_path / 'ssl_kernels.pt'}'" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["ssl_kernels.pt"]
+    assert pretrain(*options, "--out", tmp_path, "--resume") == 0
+    assert trained_runs(tmp_path)[0]["losses"] == trained_runs(out)[0]["losses"]
+
+
+def test_interrupted_run_goes_on_bit_for_bit(short_run, tmp_path, capsys, monkeypatch, no_judging):
+    """Ctrl-C in the first step of the second epoch, and once more in its last."""
+    options, out, whole = short_run
+
+    def interrupted_at(call):
+        calls = 0
+
+        def step(*args):
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                os.kill(os.getpid(), signal.SIGINT)
+            set_learning_rate(*args)
+
+        monkeypatch.setattr(simclr, "set_learning_rate", step)
+        with pytest.raises(SystemExit) as stop:
+            pretrain(*options, "--out", tmp_path, "--resume")
+        assert stop.value.code == 130
+        assert "interrupted; --resume goes on from what is in" in one_line(capsys)
+        monkeypatch.setattr(simclr, "set_learning_rate", set_learning_rate)
+        return torch.load(tmp_path / "ssl_kernels.pt", weights_only=True)
+
+    set_learning_rate = simclr.set_learning_rate
+    state = interrupted_at(3)
+    assert (state["epoch"], state["batch"], len(state["history"]["losses"])) == (1, 1, 3)
+    state = interrupted_at(1)
+    assert (state["epoch"], state["batch"]) == (2, 0)
+    assert pretrain(*options, "--out", tmp_path, "--resume") == 0
+    assert trained_runs(tmp_path)[0]["losses"] == trained_runs(out)[0]["losses"]
+    resumed = torch.load(tmp_path / "ssl_kernels.pt", weights_only=True)
+    unbroken = torch.load(io.BytesIO(whole), weights_only=True)
+    for part in ("model", "optimizer", "random", "epoch", "batch"):
+        torch.testing.assert_close(resumed[part], unbroken[part], rtol=0, atol=0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, no_judging):
+    message = refused(capsys, "--learning-rate", 1e30, "--epochs", 3, "--no-compare", "--out", tmp_path)
+    assert re.search(r"the loss is (nan|inf) at step \d: a lower --learning-rate may help", message)
+
+
+def test_a_package_that_does_not_load_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "ssl_kernels.recipes.report", None)
+    monkeypatch.delattr(ssl_kernels.recipes, "report")
+    assert "scikit-learn, matplotlib, tqdm, torchvision must load for it: " in refused(
+        capsys, "--out", tmp_path
+    )
 
 
 def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
@@ -129,7 +352,7 @@ def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
     )
     with pytest.raises(SystemExit):
         pretrain("--out", tmp_path)
-    message = "scikit-learn, tqdm must be installed for it: pip install ssl_kernels[demo]"
+    message = "scikit-learn, tqdm must be installed for it: pip install scikit-learn tqdm\n"
     assert message in capsys.readouterr().err
 
 

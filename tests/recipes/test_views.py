@@ -54,6 +54,14 @@ def test_views_depend_on_seed_and_epoch_alone(kind):
 
 
 @both_kinds
+def test_views_from_a_batch_on_are_the_rest_of_the_epoch(kind):
+    views = make_views(kind, v2.GaussianNoise(sigma=0.1))
+    whole = [torch.stack(pair) for pair in views.epoch(3)]
+    assert [torch.equal(torch.stack(pair), whole[1]) for pair in views.epoch(3, first=1)] == [True]
+    assert list(views.epoch(3, first=2)) == []
+
+
+@both_kinds
 def test_views_leave_the_global_generator_alone(kind):
     views = make_views(kind, v2.GaussianNoise())
     torch.manual_seed(0)
