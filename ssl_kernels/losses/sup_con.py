@@ -110,8 +110,8 @@ def _groups(labels, look):
     if look:
         _, rank, count = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
     else:
-        rank = torch.zeros_like(order)
-        rank[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+        begins = (ordered != ordered.roll(1)).long()  # the first may, or may not: what it counts is taken off
+        rank = begins.cumsum(0) - begins[0]
         count = torch.zeros_like(order).scatter_add_(0, rank, torch.ones_like(order))
     group = torch.empty_like(order).scatter_(0, order, rank)
     return Groups(group, order, count.cumsum(0) - count), count
