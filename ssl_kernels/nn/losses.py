@@ -1,21 +1,40 @@
 """Losses as modules: each holds the arguments of the function it names."""
 
+import torch
 from torch import nn
 
 from ssl_kernels import losses
 
 
 class Loss(nn.Module):
-    """Holds a loss function's options as attributes of their names; an `nn.Parameter` among them is learned.
+    """Holds a loss function's options as attributes of their names.
 
-    A subclass names the options and their defaults in `__init__` and passes `self.options` on in `forward`.
+    An `nn.Parameter` among them is learned. Any other tensor is a buffer: it moves with the module and is in its
+    `state_dict`. Where a `state_dict` does not have it, the module's own stays. A subclass names the options and their
+    defaults in `__init__` and passes `self.options` on in `forward`.
     """
+
+    _names = ()
 
     def __init__(self, **options):
         super().__init__()
         self._names = tuple(options)
         for name, value in options.items():
             setattr(self, name, value)
+
+    def __setattr__(self, name, value):
+        if name in self._names and name not in self._parameters:
+            if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+                self.__dict__.pop(name, None)
+                self.register_buffer(name, value)
+                return
+            self._buffers.pop(name, None)
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name, buffer in self._buffers.items():
+            state_dict.setdefault(prefix + name, buffer)  # in the copy that load_state_dict made
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def options(self):

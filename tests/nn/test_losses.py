@@ -1,0 +1,65 @@
+"""What the loss modules hold: numbers, buffers, parameters."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from ssl_kernels import nn, nt_xent_loss
+from tests.helpers import random_rows, same_bits
+
+VIEWS = random_rows(6, 4), random_rows(6, 4, seed=1)
+
+
+def test_a_tensor_moves_with_its_module_and_is_saved():
+    module = torch.nn.Sequential(nn.NTXentLoss(torch.tensor(0.3)), nn.SigLIPLoss(torch.ones(1), -5.0))
+    assert set(module.state_dict()) == {"0.temperature", "1.logit_scale"}
+    assert not list(module.parameters())
+    assert module.to(torch.float64)[0].temperature.dtype == torch.float64
+    assert module.to("meta")[1].logit_scale.is_meta
+    module = module.to_empty(device="cpu")
+    module.load_state_dict({"0.temperature": torch.tensor(0.2), "1.logit_scale": torch.tensor([7.0])})
+    assert same_bits(module[0](*VIEWS), nt_xent_loss(*VIEWS, torch.tensor(0.2, dtype=torch.float64)))
+    assert module[1].logit_scale.item() == 7
+
+
+def test_a_checkpoint_without_it_loads_and_leaves_it():
+    module = nn.NTXentLoss(torch.tensor(0.3))
+    state = {}
+    assert str(module.load_state_dict(state)) == "<All keys matched successfully>" and not state
+    assert module.temperature == torch.tensor(0.3)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        module.load_state_dict({"margin": torch.tensor(0.1)})
+    with pytest.raises(RuntimeError, match="Missing key"):  # what is learned must be there
+        nn.NTXentLoss(torch.nn.Parameter(torch.tensor(0.3))).load_state_dict({})
+
+
+def test_an_option_may_become_another_kind():
+    module = nn.NTXentLoss(0.5)
+    for value, held in (
+        (torch.tensor(0.2), {"temperature"}),
+        (0.3, set()),
+        (torch.tensor(0.4), {"temperature"}),
+        (torch.tensor([0.25]), {"temperature"}),
+        (torch.nn.Parameter(torch.tensor(0.6)), {"temperature"}),
+    ):
+        module.temperature = value
+        assert set(module.state_dict()) == held
+        assert same_bits(module(*VIEWS), nt_xent_loss(*VIEWS, value))
+        again = pickle.loads(pickle.dumps(module))
+        assert repr(again) == repr(copy.deepcopy(module)) == repr(module)
+    assert list(module.parameters()) and not list(module.buffers())
+
+
+def test_gradients_reach_a_tensor_that_is_no_parameter():
+    temperature = torch.tensor(0.3, requires_grad=True)
+    nn.NTXentLoss(temperature)(*VIEWS).backward()
+    assert temperature.grad.abs() > 0
+
+
+def test_a_tensor_in_a_functional_call():
+    module = nn.NTXentLoss(torch.tensor(0.3))
+    found = torch.func.functional_call(module, {"temperature": torch.tensor(0.2)}, VIEWS)
+    assert same_bits(found, nt_xent_loss(*VIEWS, torch.tensor(0.2)))
+    assert module.temperature == torch.tensor(0.3)

@@ -1,0 +1,167 @@
+"""torch.compile of every loss function and module: no graph break, and few graphs whatever changes from call to call.
+
+The mixing functions and modules are in tests/test_compile_mixing.py, the averages and queues beside their tests.
+"""
+
+import inspect
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import ssl_kernels
+from ssl_kernels import losses, nn
+from ssl_kernels.nn.losses import Loss
+from tests.helpers import OPERATORS
+from tests.losses.cases import CASES, OTHER_CASES
+
+CALLS = 12
+MOST_GRAPHS = 3  # the first call, a number or size that changed, and one to spare
+ALL = {case.name: case for case in CASES + OTHER_CASES}
+# A case of each form that a loss has; the others take a few options away.
+FORMS = (
+    "nt_xent",
+    "info_nce-symmetric-ids",
+    "info_nce-unpaired-ids",
+    "info_nce-paired-ids",
+    "moco",
+    "clip-smoothed",
+    "clip-ids",
+    "siglip",
+    "sup_con",
+    "dcl",
+    "debiased",
+    "imix-queue",
+    "triplet",
+    "triplet-cosine",
+    "triplet_margin",
+    "byol",
+)
+SLOW = dict.fromkeys(("clip-ids", "triplet-cosine"), pytest.mark.slow)
+NUMBERS = {
+    "temperature": lambda k: 0.2 + 0.01 * k,
+    "logit_scale": lambda k: 5.0 - 0.1 * k,
+    "logit_bias": lambda k: -1.0 - 0.1 * k,
+    "margin": lambda k: 0.3 + 0.01 * k,
+    "label_smoothing": lambda k: 0.1 + 0.01 * k,
+    "positive_prior": lambda k: 0.1 + 0.01 * k,
+    "lam": lambda k: 0.5 - 0.01 * k,
+}
+
+
+def takes(function):
+    return set(inspect.signature(function).parameters)
+
+
+def test_every_loss_and_module_is_here():
+    functions = {name for name in ssl_kernels.__all__ if name.endswith("_loss")}
+    assert functions == {ALL[name].loss for name in FORMS} == set(losses.__all__)
+    modules = {name for name in nn.__all__ if issubclass_of(getattr(nn, name), Loss)}
+    assert modules == {module.__name__ for module in MODULES.values()}
+    assert set(MODULES) == functions
+    for name in functions:  # and every option that is a number
+        defaults = inspect.signature(getattr(losses, name)).parameters.values()
+        assert {option.name for option in defaults if isinstance(option.default, float)} <= set(NUMBERS)
+
+
+def issubclass_of(value, kind):
+    return isinstance(value, type) and issubclass(value, kind)
+
+
+def arguments_of(case, k, *, numbers=True, sizes=True):
+    """Of call k: all numbers, the sizes, the widths, the labels and ids differ from those of other calls."""
+    n, d = (7 + k, 5 + 2 * k) if sizes else (9, 6)
+    arguments = case.arguments(n, d, torch.float32, seed=k)
+    if numbers:
+        names = takes(getattr(losses, case.loss)) - {"label_smoothing" if "ids" in arguments else ""}
+        arguments |= {name: NUMBERS[name](k) for name in NUMBERS if name in names}
+    return arguments
+
+
+def graphs(function, of_call, backend="aot_eager", calls=CALLS):
+    """How many graphs the calls take; their values and gradients are those without torch.compile."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for k in range(calls):
+        arguments = of_call(k)
+        leaves = [a for a in arguments.values() if isinstance(a, torch.Tensor) and a.requires_grad]
+        found, expected = compiled(**arguments), function(**arguments)
+        torch.testing.assert_close(found, expected)
+        grads = (torch.autograd.grad(value, leaves) for value in (found, expected))
+        for ours, eager in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+    return counter.frame_count
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in FORMS])
+def test_everything_changes_from_call_to_call(name):
+    case = ALL[name]
+    assert graphs(case.ours("native"), lambda k: arguments_of(case, k)) <= MOST_GRAPHS
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("backend", [*OPERATORS, "reference"])
+def test_numbers_alone_and_tensors_of_every_case(name, backend):
+    case = ALL[name]
+    run = case.ours(backend)
+    assert graphs(run, lambda k: arguments_of(case, k, sizes=False)) <= MOST_GRAPHS
+    assert graphs(run, lambda k: arguments_of(case, k, numbers=False), calls=4) <= MOST_GRAPHS
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FORMS)
+def test_numbers_that_change_with_inductor(name):
+    case = ALL[name]
+    run = case.ours("native")
+    assert graphs(run, lambda k: arguments_of(case, k), backend="inductor") <= MOST_GRAPHS
+
+
+MODULES = {
+    "byol_loss": nn.BYOLLoss,
+    "clip_loss": nn.CLIPLoss,
+    "dcl_loss": nn.DCLLoss,
+    "debiased_nt_xent_loss": nn.DebiasedNTXentLoss,
+    "imix_loss": nn.IMixLoss,
+    "info_nce_loss": nn.InfoNCELoss,
+    "moco_loss": nn.MoCoLoss,
+    "nt_xent_loss": nn.NTXentLoss,
+    "siglip_loss": nn.SigLIPLoss,
+    "sup_con_loss": nn.SupConLoss,
+    "triplet_loss": nn.TripletLoss,
+    "triplet_margin_loss": nn.TripletMarginLoss,
+}
+
+LEARN = [name for name, module in MODULES.items() if {"temperature", "margin", "logit_scale"} & takes(module)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name, learned", [(name, False) for name in MODULES] + [(name, True) for name in LEARN]
+)
+def test_modules(name, learned):
+    """Numbers of a module that are set anew before each call, or a parameter of shape (1,)."""
+    case = next(case for case in ALL.values() if case.loss == name)
+    module = MODULES[name](**{key: value for key, value in case.options if key in takes(MODULES[name])})
+    held = [option for option in NUMBERS if option in takes(MODULES[name])]
+    if learned:
+        setattr(module, case.scalar, torch.nn.Parameter(torch.full((1,), NUMBERS[case.scalar](0))))
+
+    def of_call(k):
+        if not learned:
+            for option in held:
+                setattr(module, option, NUMBERS[option](k))
+        arguments = arguments_of(case, k, sizes=False)
+        return {key: value for key, value in arguments.items() if key in takes(type(module).forward)}
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for k in range(CALLS):
+        arguments = of_call(k)
+        torch.testing.assert_close(compiled(**arguments), module(**arguments))
+    assert counter.frame_count <= MOST_GRAPHS
