@@ -28,15 +28,16 @@ cpu::ContrastiveBwd contrastive_bwd(const OptionalTensor& grad_lse, const Option
                                     bool normalize_rows, bool normalize_columns, bool keep_diagonal,
                                     bool both_directions, bool rows_need_grad, bool columns_need_grad) {
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
-  TORCH_CHECK(lse.scalar_type() == at::kDouble && lse.numel() == rows.size(0) && lse.is_contiguous(),
+  TORCH_CHECK(lse.scalar_type() == at::kDouble && lse.numel() == rows.size(0),
               "contrastive: lse must be what contrastive_fwd returned");
   TORCH_CHECK(kept.dim() != 2 || (kept.sizes() == rows.sizes() && kept.scalar_type() == scale.scalar_type() &&
                                   !columns_need_grad && !both_directions),
               "contrastive: kept must be what contrastive_fwd returned");
   return cpu::contrastive_bwd({rows, columns, scale, positives, row_ids, column_ids, normalize_rows,
                                normalize_columns, keep_diagonal, both_directions},
-                              {grad_lse, grad_column_lse, grad_positive_logits, lse, column_lse, row_rnorm,
-                               column_rnorm, kept, rows_need_grad, columns_need_grad});
+                              {grad_lse, grad_column_lse, grad_positive_logits, lse.contiguous(),
+                               column_lse.contiguous(), row_rnorm.contiguous(), column_rnorm.contiguous(),
+                               kept.contiguous(), rows_need_grad, columns_need_grad});
 }
 
 TORCH_LIBRARY_IMPL(ssl_kernels, CPU, library) {

@@ -96,17 +96,19 @@ Bwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_c
                     bool both_directions, bool rows_need_grad, bool columns_need_grad) {
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
   check_column_dtype(rows, columns, both_directions, kept.dim() != 2);
-  TORCH_CHECK(lse.scalar_type() == at::kDouble && lse.numel() == rows.size(0) && lse.is_contiguous(),
+  TORCH_CHECK(lse.scalar_type() == at::kDouble && lse.numel() == rows.size(0),
               "contrastive: lse must be what contrastive_fwd returned");
   const bool expectation = kept.dim() == 2;
-  TORCH_CHECK(!expectation || (kept.sizes() == rows.sizes() && kept.is_contiguous() &&
-                               kept.scalar_type() == accumulation_dtype(rows) && !columns_need_grad &&
-                               (columns || !positives)),
+  TORCH_CHECK(!expectation || (kept.sizes() == rows.sizes() && kept.scalar_type() == accumulation_dtype(rows) &&
+                               !columns_need_grad && (columns || !positives)),
               "contrastive: kept must be what contrastive_fwd returned");
   const c10::cuda::CUDAGuard guard(rows.device());
   const auto index = contiguous(positives), row_index = contiguous(row_ids),
              column_index = contiguous(column_ids);
   const auto g = contiguous(grad_lse), h = contiguous(grad_column_lse), q = contiguous(grad_positive_logits);
+  const at::Tensor row_sums = lse.contiguous(), column_sums = column_lse.contiguous(),
+                   row_norms = row_rnorm.contiguous(), column_norms = column_rnorm.contiguous(),
+                   expected = kept.contiguous();
   ContrastiveBwdArgs args = {};
   args.common = common_args(rows, columns, scale, index, row_index, column_index, normalize_rows,
                             normalize_columns, keep_diagonal, both_directions);
@@ -119,11 +121,11 @@ Bwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_c
   args.grad_lse = pointer<double>(g);
   args.grad_column_lse = both_directions ? pointer<double>(h) : nullptr;
   args.grad_positive_logits = pointer<double>(q);
-  args.lse = pointer<double>(lse);
-  args.column_lse = pointer<double>(column_lse);
-  args.row_rnorm = pointer(row_rnorm);
-  args.column_rnorm = pointer(column_rnorm);
-  args.expectation = expectation ? pointer(kept) : nullptr;
+  args.lse = pointer<double>(row_sums);
+  args.column_lse = pointer<double>(column_sums);
+  args.row_rnorm = pointer(row_norms);
+  args.column_rnorm = pointer(column_norms);
+  args.expectation = expectation ? pointer(expected) : nullptr;
   args.grad_rows = pointer(grad_rows);
   args.grad_columns = pointer(grad_columns);
   args.grad_scale = pointer(grad_scale);

@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> row_pairs_bwd(const Tensor& grad_values, cons
                                                  bool z_needs_grad) {
   check_row_pairs(x, y, z, measure);
   check_row_pairs_grad(grad_values, saved, x, z);
-  return cpu::row_pairs_bwd(grad_values, x, y, z, saved, normalize, measure == "distance",
+  return cpu::row_pairs_bwd(grad_values, x, y, z, saved.contiguous(), normalize, measure == "distance",
                             {x_needs_grad, y_needs_grad, z_needs_grad});
 }
 

@@ -53,8 +53,8 @@ std::tuple<Tensor, Tensor, Tensor> row_pairs_bwd(const Tensor& grad_values, cons
   check_row_pairs_grad(grad_values, saved, x, z);
   const c10::cuda::CUDAGuard guard(x.device());
   const bool needed[] = {x_needs_grad, y_needs_grad, z && z_needs_grad};
-  const Tensor upstream = grad_values.contiguous();
-  RowPairsBwdArgs args = {operands_of(x, y, z, normalize, measure), upstream.data_ptr<double>(), saved.data_ptr(), {}};
+  const Tensor upstream = grad_values.contiguous(), kept = saved.contiguous();
+  RowPairsBwdArgs args = {operands_of(x, y, z, normalize, measure), upstream.data_ptr<double>(), kept.data_ptr(), {}};
   Tensor grads[3];
   for (int k = 0; k < 3; ++k) {
     grads[k] = at::empty(needed[k] ? x.sizes() : at::IntArrayRef({0}), x.options());

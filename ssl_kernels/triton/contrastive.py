@@ -728,12 +728,12 @@ def contrastive_bwd(
         bound = _gradient_bound((grad_lse, grad_column_lse, grad_positive_logits), scale)
     if has_positives:
         m = rows.shape[0] if square else columns.shape[0]
-        positives = positives.remainder(m).to(torch.int32).reshape(rows.shape[0], -1)
+        positives = positives.remainder(m).to(torch.int32).reshape(rows.shape[0], -1).contiguous()
         grad_positive_logits = grad_positive_logits if bound is None else grad_positive_logits / bound
-        grad_positive_logits = grad_positive_logits.to(scale.dtype).reshape(positives.shape)
+        grad_positive_logits = grad_positive_logits.to(scale.dtype).reshape(positives.shape).contiguous()
     row_side = Side(
         rows,
-        row_rnorm if normalize_rows else None,
+        row_rnorm.contiguous() if normalize_rows else None,
         *_softmax_weight(lse, grad_lse, bound, scale),
         contiguous(row_ids),
         positives,
@@ -744,7 +744,7 @@ def contrastive_bwd(
     else:
         column_side = Side(
             columns,
-            column_rnorm if normalize_columns else None,
+            column_rnorm.contiguous() if normalize_columns else None,
             *_softmax_weight(column_lse, grad_column_lse, bound, scale),
             contiguous(column_ids),
             None,
@@ -778,6 +778,7 @@ def _bwd_from_expectation(
 ):  # fmt: skip
     """Gradients of rows and scale where the forward kept the expectation of the columns: no walk over columns."""
     n = rows.shape[0]
+    expectation = expectation.contiguous()
     gradient = torch.zeros_like(expectation)
     if grad_lse is not None:
         gradient = grad_lse.to(scale.dtype)[:, None] * expectation
@@ -790,7 +791,8 @@ def _bwd_from_expectation(
             gradient += weight[:, k, None] * columns[index[:, k]].to(scale.dtype)
     grad = torch.empty_like(rows, memory_format=torch.contiguous_format) if rows_need_grad else None
     row_dots = scale.new_empty(n)
-    finish_rows(gradient[None], rows, row_rnorm if normalize_rows else None, scale, None, grad, row_dots)
+    row_rnorm = row_rnorm.contiguous() if normalize_rows else None
+    finish_rows(gradient[None], rows, row_rnorm, scale, None, grad, row_dots)
     return rows.new_empty(0) if grad is None else grad, rows.new_empty(0), row_dots.sum()
 
 
@@ -946,7 +948,7 @@ def _softmax_weight(lse, grad_lse, bound, scale):
     log2_lse, weight = scale.new_empty(2, n)
     block_n = 128
     softmax_weight_kernel[triton.cdiv(n, block_n),](
-        lse, grad_lse.contiguous(), bound, log2_lse, weight, n, BLOCK_N=block_n
+        lse.contiguous(), grad_lse.contiguous(), bound, log2_lse, weight, n, BLOCK_N=block_n
     )
     return log2_lse, weight
 

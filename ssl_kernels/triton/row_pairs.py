@@ -210,5 +210,6 @@ def row_pairs_bwd(grad_values, x, y, z, saved, normalize, measure, *needs_grad):
         torch.empty_like(x, memory_format=torch.contiguous_format) if need else None for need in needs_grad
     ]
     options = _options(x, y, z, normalize, measure)
-    row_pairs_bwd_kernel[len(x),](grad_values.contiguous(), x, y, z, saved, *grads, x.shape[1], **options)
+    grad_values, saved = grad_values.contiguous(), saved.contiguous()
+    row_pairs_bwd_kernel[len(x),](grad_values, x, y, z, saved, *grads, x.shape[1], **options)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)

@@ -51,6 +51,11 @@ MUTATIONS = {
         Mutation("gradient: barrier of the sum over warps", MIXUP, BARRIER),
         Mutation("gradient: samples past the end", MIXUP, "lane == 0 && own < count", "lane == 0"),
         Mutation("mixup: own weight of 0", MIXUP, "if (own == acc_t(0)) return", "if (false) return"),
+        Mutation("index: stride of lam", WALK, "acc_t operator[](int j) const { return data[j * stride]; }",
+                 "acc_t operator[](int j) const { return data[j]; }"),
+        Mutation("index: stride of the permutation",
+                 WALK, "int64_t operator[](int j) const { return data[j * stride]; }",
+                 "int64_t operator[](int j) const { return data[j]; }"),
     ],
     "cutmix": [
         Mutation("cutmix: barrier before a chunk", CUTMIX, BARRIER, nth=0),
@@ -66,10 +71,14 @@ MUTATIONS = {
         Mutation("cutmix: barrier out of place", CUTMIX, BARRIER, nth=2),
         Mutation("cutmix: partner out of range", CUTMIX, "partner >= 0 && partner < permutation.count", "true"),
         Mutation("cutmix gradient: both", CUTMIX, "from_own && from_source ? add", "false ? add"),
+        Mutation("index: stride of boxes", CUTMIX, "data + i * strides[0]", "data + i * 4"),
+        Mutation("index: stride of a box's ends", CUTMIX, "row[column * strides[1]]", "row[column]"),
     ],
     "mixup_normalize": [
         Mutation("normalize: features past the end", NORMALIZE, "if (index >= features) return;"),
         Mutation("normalize: channel", NORMALIZE, " % channels.count"),
+        Mutation("index: stride of std", NORMALIZE, "c * channels.std_stride", "c * channels.mean_stride"),
+        Mutation("index: stride of mean", NORMALIZE, "c * channels.mean_stride", "c"),
     ],
     "mixup_cross_entropy": [
         Mutation("cross-entropy: rows past the end", CROSS_ENTROPY, "if (i >= problem.N) return;"),
@@ -84,8 +93,19 @@ MUTATIONS = {
                  "% 16 != 0) parts.vectors = 0;", "% 16 != 0) {}"),
         Mutation("cross-entropy: target out of range", CROSS_ENTROPY,
                  "return label >= 0 && label < C ?", "return true ?"),
+        Mutation("index: stride of lam", CROSS_ENTROPY, "lam[i * lam_stride]", "lam[i]"),
+        Mutation("index: stride of the permutation", CROSS_ENTROPY, "permutation[i * permutation_stride]",
+                 "permutation[i]"),
+        Mutation("index: stride of the incoming gradient", CROSS_ENTROPY, "grad_loss[i * grad_loss_stride]",
+                 "grad_loss[i]"),
     ],
 }  # fmt: skip
+
+
+def _apart(tensor, gap=2):
+    """The same values, `gap` elements apart, numbers that spoil a result between them."""
+    poison = torch.nan if tensor.dtype.is_floating_point else 10**12
+    return torch.full((*tensor.shape, gap), poison, dtype=tensor.dtype)[..., 0].copy_(tensor)
 
 
 def _close(found, exact, tolerance, what):
@@ -103,7 +123,7 @@ def check_mixup(library):
         for options in ({}, {"seed": 1, "warp_races": True}):
             generator = torch.Generator().manual_seed(count)
             x, grad = torch.randn(2, count, features, generator=generator)
-            lam, permutation = shares_of(count, x.dtype), permutation_of(kind, count)
+            lam, permutation = _apart(shares_of(count, x.dtype)), _apart(permutation_of(kind, count), 3)
             exact = mixup_reference.mixup(x.double(), lam.double(), permutation)
             in_place = x.clone()
             out, _ = calls.mixup(library, x, lam, permutation, parts=parts, **options)
@@ -148,7 +168,8 @@ def check_cutmix(library):
     ]:
         for options in ({}, {"seed": 1, "warp_races": True}):
             x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-            boxes, permutation = boxes_of(shape[0], *shape[-2:]), permutation_of(kind, shape[0])
+            boxes = _apart(boxes_of(shape[0], *shape[-2:]))
+            permutation = permutation_of(kind, shape[0])
             exact = cutmix_reference.cutmix(x, boxes, permutation)
             out, _ = calls.cutmix(library, x, boxes, permutation, **options)
             require(torch.equal(out, exact), "out of place")
@@ -170,7 +191,7 @@ def check_mixup_normalize(library):
         x = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(1)).to(torch.uint8)
         x = x.to(memory_format=layout)
         lam, permutation = shares_of(shape[0], torch.float32), permutation_of("random", shape[0])
-        mean, std = torch.linspace(0.1, 0.6, shape[1]), torch.linspace(0.2, 0.4, shape[1])
+        mean, std = _apart(torch.linspace(0.1, 0.6, shape[1])), _apart(torch.linspace(0.2, 0.4, shape[1]), 3)
         doubles = (tensor.double() for tensor in (mean, std))
         exact = normalize_reference.mixup_normalize(x, lam.double(), permutation, *doubles, torch.float64)
         out, _ = calls.mixup_normalize(library, x, lam, permutation, mean, std, torch.float32)
@@ -186,14 +207,17 @@ def check_mixup_cross_entropy(library):
                 wide[:, offset : offset + classes].contiguous() if offset == 0 else wide[:, offset:-offset]
             )
             target = torch.randint(classes, (rows,), generator=generator)
-            lam, permutation = shares_of(rows, torch.float32), permutation_of("random", rows)
+            lam, permutation = (
+                _apart(shares_of(rows, torch.float32)),
+                _apart(permutation_of("random", rows), 3),
+            )
             leaf = logits.double().requires_grad_()
             exact = cross_entropy_reference.mixup_cross_entropy(leaf, target, permutation, lam.double(), 0.1)
             (exact_grad,) = torch.autograd.grad(exact.sum(), leaf)
             operands = (logits, target, permutation, lam)
             loss, lse, _ = calls.mixup_cross_entropy_fwd(library, *operands, 0.1, **options)
             _close(loss, exact.detach(), 1e-5 + 1e-7 * shift, "loss")
-            ones = torch.ones(rows, dtype=torch.float64)
+            ones = torch.ones((), dtype=torch.float64).expand(rows)
             grad, _ = calls.mixup_cross_entropy_bwd(library, ones, *operands, lse, 0.1, **options)
             require((grad.double() - exact_grad).abs().max() < 2e-6, "gradient")
     logits, target = torch.randn(3, 5), torch.tensor([1, 2, 3])

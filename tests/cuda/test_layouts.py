@@ -1,0 +1,60 @@
+"""Side inputs in every memory layout: some go to the launchers with their strides, the rest is made contiguous."""
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cuda import mixing_calls as calls
+from tests.layouts import MAIN, check, operators
+
+OPS = Path(__file__).resolve().parents[2] / "csrc" / "ops"
+MIXING = [name for name in operators() if name.startswith(("mixup", "cutmix"))]
+# Single numbers, and what a check of the operator says must be dense.
+AS_THEY_ARE = {"scale", "bias", "position", "filled", "storage", "masters", "shadows", "sources"}
+
+
+def operation_of(operator):
+    return operator.removesuffix("_fwd").removesuffix("_bwd").removesuffix("_")
+
+
+def run_launcher(gpu, name, *args):
+    """An operator by its launcher, as the torch side of csrc/ops calls it; main inputs are dense."""
+    library = calls.library_of(gpu, operation_of(name))
+    if name in ("mixup_", "cutmix_"):
+        getattr(calls, operation_of(name))(library, *args, args[0])
+        return []
+    if name == "mixup_bwd":
+        grad, x, lam, permutation, needed = args
+        results = [torch.empty_like(grad) if needed else None, None if x is None else torch.empty_like(lam)]
+        if x is None:
+            return [calls.mixup_bwd(library, grad, x, lam, permutation)[0]]
+        grad_x, grad_lam, _ = calls.mixup_bwd(library, grad, x, lam, permutation)
+        return [t for t, wanted in zip((grad_x, grad_lam), results, strict=True) if wanted is not None]
+    if name.startswith("mixup_cross_entropy"):
+        first = 1 if name.endswith("_bwd") else 0
+        args = [*args[: first + 1], args[first + 1].contiguous(), *args[first + 2 :]]
+        if first:
+            args[5] = args[5].contiguous()
+    found = getattr(calls, {"mixup_fwd": "mixup", "cutmix_fwd": "cutmix"}.get(name, name))(library, *args)
+    return found[:-1]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str
+)
+@pytest.mark.parametrize("operator", MIXING)
+def test_launchers_read_side_inputs_by_their_strides(gpu, nvcc, operator, dtype):
+    run = functools.partial(run_launcher, gpu)
+    check(run, operator, dtype, gpu.device, unaligned=True, main=False)
+
+
+@pytest.mark.parametrize("operator", operators())
+def test_side_inputs_go_to_launchers_with_strides_or_contiguous(operator):
+    source = (OPS / f"{operation_of(operator)}_cuda.cpp").read_text()
+    for name in set(operators()[operator]) - AS_THEY_ARE - MAIN.get(operator, set()):
+        strided = re.search(rf"\b{name}(\.|->)stride\(", source)
+        dense = re.search(rf"\b{name}\.contiguous\(\)|\bcontiguous\({name}\)", source)
+        assert strided or dense, name

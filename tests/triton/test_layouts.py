@@ -1,0 +1,30 @@
+"""The Triton kernels take their tensors in every memory layout."""
+
+import importlib
+
+import pytest
+import torch
+
+from tests.layouts import check, operators
+from tests.triton.cases import DTYPES
+
+
+def run(name, *args):
+    operation = name.removesuffix("_fwd").removesuffix("_bwd").removesuffix("_")
+    return getattr(importlib.import_module(f"ssl_kernels.triton.{operation}"), name)(*args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("operator", operators())
+def test_layouts_of_side_inputs_change_no_bit(gpu, operator, dtype):
+    with gpu.triton():
+        seen = check(run, operator, dtype, gpu.device, main=False)
+    assert seen == set(operators()[operator]), "a tensor that no call has"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operator", operators())
+def test_layouts_change_no_result(gpu, operator, dtype):
+    with gpu.triton(seed=1):
+        check(run, operator, dtype, gpu.device, unaligned=True)
