@@ -30,7 +30,7 @@ void run(Launcher& launcher, const BatchHardArgs& args) {
   const int parts = pick_splits(common.splits, row_blocks, tiles, int64_t{multiprocessors()} * 2);
   auto* partial = launcher.scratch<Hardest<acc_t>>(parts * N);
   launcher.launch(batch_hard_kernel<Engine>, dim3(row_blocks, parts), Shape<Engine>::kThreads,
-                  Shape<Engine>::shared_bytes(std::min(chunks, kOwnerSlots)), problem, partial);
+                  shared_bytes_of<Shape<Engine>>(chunks), problem, partial);
   launcher.launch(batch_hard_merge_kernel<acc_t>, blocks_for(N, 256), 256, 0, partial, parts, N,
                   args.positive_index, args.negative_index);
 }

@@ -66,7 +66,7 @@ void forward_pass(Launcher& launcher, const ContrastiveArgs& args,
   auto* column_partial = kBothDirections ? launcher.scratch<Softmax>(groups * columns) : nullptr;
   const int chunks = blocks_for(problem.width, Shape::kChunk);
   launcher.launch(contrastive_fwd_kernel<Engine, kBothDirections>, dim3(groups, parts), Shape::kThreads,
-                  Shape::shared_bytes(std::min(chunks, kOwnerSlots)), problem, lse, positive_logits, partial,
+                  shared_bytes_of<Shape>(chunks), problem, lse, positive_logits, partial,
                   column_partial);
   const auto merge = [&](const Softmax* sums, int64_t count, int64_t entries, double* result) {
     launcher.launch(contrastive_merge_kernel<acc_t>, blocks_for(entries, 256), 256, 0, sums, static_cast<int>(count),
@@ -100,7 +100,7 @@ void expectation_pass(Launcher& launcher, const ContrastiveArgs& args,
     coefficient_scale = result;
   }
   launcher.launch(contrastive_expectation_kernel<Shape, Engine>, dim3(row_blocks, parts, slices),
-                  Shape::kThreads, Shape::shared_bytes(std::min(chunks, kOwnerSlots)), problem,
+                  Shape::kThreads, shared_bytes_of<Shape>(chunks), problem,
                   coefficient_scale, positive_logits, partial_sums, partial);
   launcher.launch(contrastive_expectation_merge_kernel<acc_t>, blocks_for(rows, kRowWarps),
                   kRowWarps * kWarpSize, 0, partial_sums, partial, parts, problem.width, rows, args.D,
@@ -193,7 +193,7 @@ void backward_pass(Launcher& launcher, const ContrastiveArgs& args,
   auto* partial = launcher.scratch<acc_t>(parts * own.count * problem.width);
   const acc_t* coefficient_scale = scale_coefficients<Engine>(launcher, args, problem, grad_positive_logits);
   launcher.launch(contrastive_bwd_kernel<Shape, Engine>, dim3(row_blocks, parts), Shape::kThreads,
-                  Shape::shared_bytes(std::min(chunks, kOwnerSlots)), problem, grad_positive_logits,
+                  shared_bytes_of<Shape>(chunks), problem, grad_positive_logits,
                   coefficient_scale, partial);
   launcher.launch(finish_rows_kernel<scalar_t, acc_t, scalar_t>, blocks_for(own.count, kRowWarps),
                   kRowWarps * kWarpSize, 0, static_cast<const acc_t*>(partial), parts, problem.width,

@@ -34,8 +34,9 @@ class Cutmix {
       });
       return;
     }
-    for_features<bits_t>(kGatherThreads, [&](auto vec, int64_t first, int64_t features, unsigned blocks) {
-      launcher_.launch(cutmix_gather_kernel<bits_t, decltype(vec)::value>, grid(blocks), kGatherThreads, 0,
+    for_features<bits_t>(kGatherThreads, [&](auto vec, int64_t first, int64_t features, unsigned) {
+      launcher_.launch(cutmix_gather_kernel<bits_t, decltype(vec)::value>,
+                       gather_grid(features, decltype(vec)::value), kGatherThreads, 0,
                        static_cast<const bits_t*>(args_.x), args_.x_stride, out, args_.out_stride, first, features,
                        image_, boxes_, permutation_);
     });
@@ -46,8 +47,9 @@ class Cutmix {
     int* inverse = launcher_.scratch<int>(args_.B);
     int* seen = launcher_.scratch<int>(args_.B);
     launcher_.launch(inverse_kernel, 1, kOrderThreads, 0, permutation_, inverse, seen);
-    for_features<scalar_t>(kGatherThreads, [&](auto vec, int64_t first, int64_t features, unsigned blocks) {
-      launcher_.launch(cutmix_grad_kernel<scalar_t, decltype(vec)::value>, grid(blocks), kGatherThreads, 0,
+    for_features<scalar_t>(kGatherThreads, [&](auto vec, int64_t first, int64_t features, unsigned) {
+      launcher_.launch(cutmix_grad_kernel<scalar_t, decltype(vec)::value>,
+                       gather_grid(features, decltype(vec)::value), kGatherThreads, 0,
                        static_cast<const scalar_t*>(args_.x), args_.x_stride, static_cast<scalar_t*>(args_.out),
                        args_.out_stride, first, features, image_, boxes_, permutation_.count,
                        static_cast<const int*>(inverse));
@@ -60,7 +62,10 @@ class Cutmix {
   }
 
  private:
-  dim3 grid(unsigned blocks) const { return dim3(blocks, blocks_for(args_.B, kGatherSamples)); }
+  // Below 2^31, as a result of more blocks would have 2^43 elements.
+  unsigned gather_grid(int64_t features, int vec) const {
+    return static_cast<unsigned>(gather_blocks(features, vec) * blocks_for(args_.B, kGatherSamples));
+  }
 
   // launch(elements of a thread, first feature, features, blocks): vectors as far as they go, then single elements.
   template <typename T, typename Launch>

@@ -24,6 +24,12 @@ constexpr int kCutAhead = 4;
 constexpr int kGatherThreads = 256;
 constexpr int kGatherSamples = 16;
 
+// Blocks over `features` of a sample, out of place.
+__host__ __device__ __forceinline__ int64_t gather_blocks(int64_t features, int vec) {
+  const int64_t of_a_block = int64_t{kGatherThreads} * vec;
+  return (features + of_a_block - 1) / of_a_block;
+}
+
 struct Box {
   int y0, y1, x0, x1;
 };
@@ -178,18 +184,20 @@ struct Sources {
   Box kept, taken;
 };
 
-// out_i for the samples of this block row; sources_of(i) is called once a block for each.
+// out_i for kGatherSamples samples; sources_of(i) is called once a block for each. The blocks of one group of samples
+// follow one another in blockIdx.x: groups can be more than the 65535 that another dimension of a grid has.
 template <typename scalar_t, int kVec, typename SourcesOf, typename Add>
 __device__ __forceinline__ void gather(const scalar_t* x, int64_t x_stride, scalar_t* out, int64_t out_stride,
                                        int64_t first_feature, int64_t features, const Image& image, int count,
                                        SourcesOf sources_of, Add add) {
   __shared__ Sources shared[kGatherSamples];
-  const int64_t first = int64_t{blockIdx.y} * kGatherSamples;
+  const unsigned blocks = static_cast<unsigned>(gather_blocks(features, kVec));
+  const int64_t first = int64_t{blockIdx.x / blocks} * kGatherSamples;
   const int samples = static_cast<int>(min(int64_t{kGatherSamples}, count - first));
   if (threadIdx.x < samples) shared[threadIdx.x] = sources_of(static_cast<int>(first) + threadIdx.x);
   __syncthreads();
   using Values = Chunk<scalar_t, kVec>;
-  const int64_t index = (int64_t{blockIdx.x} * kGatherThreads + threadIdx.x) * kVec;
+  const int64_t index = (int64_t{blockIdx.x % blocks} * kGatherThreads + threadIdx.x) * kVec;
   if (index >= features) return;
   const int64_t feature = first_feature + index;
   const Pixels<kVec> pixels(image, feature);

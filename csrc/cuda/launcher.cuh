@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
+#include <set>
 #include <type_traits>
 #include <utility>
 
@@ -15,6 +17,31 @@
 #include "tile_walk.cuh"
 
 namespace ssl_kernels {
+
+// Shared memory of a launch, in bytes, and the most that any launch of its kernel takes.
+struct SharedBytes {
+  int used, most;
+};
+
+// That of a Shape's launch with `chunks` steps a row.
+template <typename Shape>
+SharedBytes shared_bytes_of(int chunks) {
+  return {Shape::shared_bytes(std::min(chunks, kOwnerSlots)), Shape::shared_bytes(kOwnerSlots)};
+}
+
+// Lets launches of `kernel` have up to `bytes` on the current device. The limit is the kernel's, whichever thread
+// launches it: it is set once, to the most, so that no thread lowers it between another's setting and launch.
+inline cudaError_t allow_shared_bytes(const void* kernel, int bytes) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) allowed.insert({kernel, device});
+  return error;
+}
 
 // A launcher is written once as a sequence of launches over an arena of scratch memory; dry, the same sequence
 // tells how large the arena is.
@@ -31,14 +58,19 @@ class Launcher {
   }
 
   template <typename... Params, typename... Args>
-  void launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, Args... args) {
+  void launch(void (*kernel)(Params...), dim3 grid, int threads, SharedBytes shared, Args... args) {
     if (dry_ || error_ != cudaSuccess) return;
-    if (shared_bytes > 48 * 1024) {
-      error_ = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (shared.most > 48 * 1024) {
+      error_ = allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared.most);
       if (error_ != cudaSuccess) return;
     }
-    kernel<<<grid, threads, shared_bytes, stream_>>>(args...);
+    kernel<<<grid, threads, shared.used, stream_>>>(args...);
     error_ = cudaGetLastError();
+  }
+
+  template <typename... Params, typename... Args>
+  void launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, Args... args) {
+    launch(kernel, grid, threads, SharedBytes{shared_bytes, shared_bytes}, args...);
   }
 
   size_t used() const { return used_; }

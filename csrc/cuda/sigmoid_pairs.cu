@@ -59,7 +59,7 @@ void loss_pass(Launcher& launcher, const SigmoidPairsFwdArgs& args) {
   const int parts = pick_splits(common.splits, row_blocks, tiles, int64_t{multiprocessors()} * 2);
   double* partial = parts > 1 || args.total ? launcher.scratch<double>(parts * common.N) : args.losses;
   launcher.launch(sigmoid_pairs_fwd_kernel<Engine>, dim3(row_blocks, parts), Shape::kThreads,
-                  Shape::shared_bytes(std::min(chunks, kOwnerSlots)), call.problem, partial);
+                  shared_bytes_of<Shape>(chunks), call.problem, partial);
   if (args.total) {
     sum_into<double, double>(launcher, partial, parts * common.N, args.losses);
   } else if (parts > 1) {
@@ -103,7 +103,7 @@ void gradient_pass(Launcher& launcher, const SigmoidPairsArgs& args,
     coefficient_scale = result;
   }
   launcher.launch(sigmoid_pairs_bwd_kernel<Shape, Engine>, dim3(row_blocks, parts, slices), Shape::kThreads,
-                  Shape::shared_bytes(std::min(chunks, kOwnerSlots)), problem, coefficient_scale, losses, biases,
+                  shared_bytes_of<Shape>(chunks), problem, coefficient_scale, losses, biases,
                   partial);
   launcher.launch(finish_rows_kernel<scalar_t, acc_t, grad_t>, blocks_for(count, kRowWarps),
                   kRowWarps * kWarpSize, 0, partial, parts, problem.width, matrix.strided(), count, args.D,

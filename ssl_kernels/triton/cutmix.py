@@ -157,17 +157,19 @@ def cutmix_gather_kernel(
     # out_i = x_i outside box i, x_p(i) inside; BACKWARD, with the inverse q: [outside box_j] g_j + [inside box_q(j)]
     # g_q(j), and g_j at a fixed point.
     # Tiling: a program owns BLOCK features, a thread VECTOR of them at a time, and SAMPLES samples one after the other.
+    #   Programs of the same samples follow one another: a grid's second dimension has room for 65535 only.
     # Traffic: reads and writes B F elements, and reads twice the vectors that an edge of a box divides; the boxes come
     #   from the first-level cache.
     # Numerics: values are moved as they are; the gradient's sum in ACC, rounded once.
     # stride_x, stride_out and F come in vectors.
     stride_x = stride_x.to(tl.int64) * VECTOR
     stride_out = stride_out.to(tl.int64) * VECTOR
-    vectors = tl.program_id(0).to(tl.int64) * (BLOCK // VECTOR) + tl.arange(0, BLOCK // VECTOR)
+    programs = tl.cdiv(F, BLOCK // VECTOR)
+    vectors = (tl.program_id(0) % programs).to(tl.int64) * (BLOCK // VECTOR) + tl.arange(0, BLOCK // VECTOR)
     features = vectors[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     pixels = pixels_of(features, row_stride, column_stride, H, W)
     here = vectors < F
-    begin = tl.program_id(1) * SAMPLES
+    begin = tl.program_id(0) // programs * SAMPLES
     for i in range(begin, tl.minimum(begin + SAMPLES, B)):
         i = i.to(tl.int64)
         source = tl.load(source_ptr + i * stride_source).to(tl.int64)
@@ -234,8 +236,8 @@ def _gather(x, boxes, source, *, backward):
     dense = dense_result(out)
     x = samples_like(x, dense)
     vector, block = vector_of(x, dense), BYTES // x.element_size()
-    grid = (triton.cdiv(sample_size(x), block), triton.cdiv(len(x), SAMPLES))
-    cutmix_gather_kernel[grid](
+    programs = triton.cdiv(sample_size(x), block) * triton.cdiv(len(x), SAMPLES)
+    cutmix_gather_kernel[programs,](
         x if backward else _as_bits(x),
         dense if backward else _as_bits(dense),
         boxes,

@@ -9,6 +9,7 @@ from ssl_kernels.triton.samples import vector_of
 
 # Most classes that a program takes at once.
 LONGEST_BLOCK = 4096
+MOST_CLASSES = 65535 * LONGEST_BLOCK  # a grid's second dimension has as many blocks
 
 
 @triton.jit
@@ -141,6 +142,8 @@ def unsupported(logits, *_):
     """Why these kernels cannot run a call, or None."""
     if logits.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float64, float32, float16 and bfloat16, not {logits.dtype}"
+    if logits.shape[1] > MOST_CLASSES:
+        return f"it takes up to {MOST_CLASSES} classes, got {logits.shape[1]}"
     return None
 
 

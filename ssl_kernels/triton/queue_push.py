@@ -62,7 +62,7 @@ def queue_push_advance_kernel(position_ptr, filled_ptr, K, B):
 
 def unsupported(storage, *_, **__):
     """Why this backend cannot run a call, or None if it can."""
-    return None
+    return None if len(storage) < 2**31 else f"{len(storage)} rows are more than a grid has programs"
 
 
 def queue_push_(storage, keys, position, filled, normalize):

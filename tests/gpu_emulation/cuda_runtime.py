@@ -26,7 +26,13 @@ class _Device(ctypes.Structure):
         ("shared_per_multiprocessor", ctypes.c_int32),
         ("l2_bytes", ctypes.c_int32),
         ("capturing", ctypes.c_int32),
+        ("ordinal", ctypes.c_int32),
+        ("executes", ctypes.c_int32),
     ]
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("kernel", ctypes.c_char_p), ("device", ctypes.c_int32), ("value", ctypes.c_int32)]
 
 
 class _Launch(ctypes.Structure):
@@ -57,9 +63,12 @@ class EmulatedCudaLibrary:
             self._device[1] = multiprocessors
         self._library = ctypes.CDLL(str(build.emulated_cuda_library(sources, arch, include_dirs, defines)))
         self._library.emulated_launch.restype = ctypes.POINTER(_Launch)
+        self._library.emulated_attribute.restype = ctypes.POINTER(_Attribute)
         self._library.emulated_fault.restype = ctypes.c_char_p
 
-    def call(self, function, *args, buffers=None, read_only=(), stream=0, capturing=False, **options):
+    def call(
+        self, function, *args, buffers=None, read_only=(), stream=0, capturing=False, device=0, executes=True, **options
+    ):  # fmt: skip
         """Calls `int function(args..., [cudaStream_t])` and runs the kernels it launches.
 
         Args:
@@ -71,6 +80,8 @@ class EmulatedCudaLibrary:
             read_only: Names in buffers, or positions in args, that no kernel may write.
             stream: The handle that `STREAM` passes; each `Launch` tells which one it got.
             capturing: The stream is under graph capture: synchronising or allocating calls fail as on a card.
+            device: Number of the current device; all are alike.
+            executes: False: launches are checked and recorded, but their kernels do not run.
             options: Fields of `ptx.Options`.
 
         Returns:
@@ -88,7 +99,7 @@ class EmulatedCudaLibrary:
             else:
                 values.append(ctypes.c_void_p(stream) if arg is STREAM else _as_ctypes(arg))
         regions += [ptx.region(name, buffer, name in read_only) for name, buffer in (buffers or {}).items()]
-        device = _Device(*self._device, int(capturing))
+        device = _Device(*self._device, int(capturing), device, int(executes))
         options = ptx.native_options(ptx.Options(**options))
         self._library.emulated_begin(
             ctypes.byref(device),
@@ -105,6 +116,14 @@ class EmulatedCudaLibrary:
         if code:
             raise CudaError(function, code, ctypes.string_at(self._error_string(code)).decode())
         return [self._launch(i) for i in range(self._library.emulated_launch_count())]
+
+    def shared_limits(self):
+        """[(kernel, device, bytes)]: each setting of a kernel's most dynamic shared memory by the last call."""
+        records = [
+            self._library.emulated_attribute(ctypes.c_size_t(i)).contents
+            for i in range(self._library.emulated_attribute_count())
+        ]
+        return [(record.kernel.decode(), record.device, record.value) for record in records]
 
     def _error_string(self, code):
         self._library.emulated_error_string.restype = ctypes.c_void_p

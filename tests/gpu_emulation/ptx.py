@@ -8,6 +8,10 @@ import numpy as np
 
 from . import build
 
+# Of every card that runs sm_80 to sm_100. Source: CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability".
+GRID_LIMITS = (2**31 - 1, 65535, 65535)
+
 
 class PtxError(RuntimeError):
     """PTX the emulator cannot run, or a fault that it noticed in a kernel; says where."""
@@ -169,6 +173,7 @@ class Module:
             raise PtxError(f"no kernel {name}, the module has {sorted(self.kernels)}")
         if len(args) != self.kernels[name].parameters:
             raise PtxError(f"{name} takes {self.kernels[name].parameters} parameters, got {len(args)}")
+        check_grid(name, grid)
         values, regions = [], []
         for i, arg in enumerate(args):
             if is_buffer(arg):
@@ -236,6 +241,13 @@ def make_counters(values, warnings):
 
 def native_options(options):
     return NativeOptions(*(int(getattr(options, name)) for name, _ in NativeOptions._fields_))
+
+
+def check_grid(name, grid):
+    """Refuses a grid that no card takes."""
+    sizes = (grid,) if isinstance(grid, int) else tuple(grid)
+    if not all(1 <= size <= limit for size, limit in zip(sizes, GRID_LIMITS, strict=False)):
+        raise PtxError(f"{name}: a grid must be within 1 to {GRID_LIMITS}, got {sizes}")
 
 
 def is_buffer(value):

@@ -87,6 +87,38 @@ def test_dynamic_shared_memory_needs_the_attribute(runtime_calls):
         runtime_calls.call("reverse_launch", x, 64, 300 * 1024, STREAM)
 
 
+def test_settings_of_shared_memory_are_told_and_belong_to_a_device(runtime_calls):
+    x = torch.zeros(2, 64)
+    arguments = (x, 64, 100 * 1024, STREAM)
+    runtime_calls.call("reverse_launch", *arguments, device=3)
+    (allowed, again) = runtime_calls.shared_limits()
+    assert "reverse" in allowed[0] and allowed[1:] == (3, 100 * 1024) and again[1:] == (3, 0)
+    runtime_calls.call("allow_shared", 100 * 1024, device=3)
+    runtime_calls.call("reverse_launch_without_attribute", *arguments, device=3)
+    assert not runtime_calls.shared_limits()
+    with pytest.raises(CudaError, match="invalid argument"):
+        runtime_calls.call("reverse_launch_without_attribute", *arguments, device=4)
+
+
+def test_kernels_need_not_run(runtime_calls):
+    x = torch.zeros(2, 64)
+    (launch,) = runtime_calls.call("reverse_launch", x, 64, 1024, STREAM, executes=False)
+    assert launch.grid == (2, 1, 1) and launch.counters.instructions == 0 and not x.any()
+
+
+@pytest.mark.parametrize(
+    "y, z, fits", [(65535, 65535, True), (65536, 1, False), (1, 65536, False), (0, 1, False)]
+)
+def test_grids_that_no_card_takes_are_refused(runtime_calls, y, z, fits):
+    arguments = (torch.zeros(1), 2**31 - 1, y, z, STREAM)
+    if fits:
+        (launch,) = runtime_calls.call("grid_launch", *arguments, executes=False)
+        assert launch.grid == (2**31 - 1, y, z)
+    else:
+        with pytest.raises(CudaError, match="invalid configuration"):
+            runtime_calls.call("grid_launch", *arguments, executes=False)
+
+
 def test_device_attributes(runtime_calls, gpu):
     found = torch.zeros(5, dtype=torch.int32)
     runtime_calls.call("device_attributes", found)

@@ -105,6 +105,20 @@ def test_missing_mask_is_noticed(arch):
         _unmasked_copy[(1,)](x, y, BLOCK=128)
 
 
+@pytest.mark.parametrize("grid", [(0,), (1, 65536), (1, 1, 65536), (2**31,)], ids=str)
+def test_grids_that_no_card_takes_are_refused(grid):
+    for executes in (True, False):
+        with emulated_triton(80, executes), pytest.raises(PtxError, match="a grid must be within"):
+            _unmasked_copy[grid](torch.ones(128), torch.empty(128), BLOCK=128)
+
+
+def test_kernels_need_not_run_and_tensors_need_no_memory():
+    y = torch.zeros(128)
+    with emulated_triton(80, executes=False) as launches:
+        _unmasked_copy[(2**31 - 1, 65535)](torch.empty(2**40, device="meta"), y, BLOCK=128)
+    assert not y.any() and launches[0].grid == (2**31 - 1, 65535, 1)
+
+
 def test_driver_is_restored():
     from triton.runtime import driver
 

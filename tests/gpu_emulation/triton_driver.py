@@ -30,13 +30,14 @@ CTYPES = {
 
 
 @contextlib.contextmanager
-def emulated_triton(arch=80, **options):
+def emulated_triton(arch=80, executes=True, **options):
     """Runs Triton kernels on CPU tensors inside the block, compiled for sm_<arch>.
 
     Yields a list that receives a `ptx.Launch` for each kernel launched.
 
     Args:
         arch: 80 or 90.
+        executes: False: launches are checked and recorded, but kernels do not run. Tensors may be on "meta".
         options: Fields of `ptx.Options`.
 
     Raises:
@@ -57,7 +58,7 @@ def emulated_triton(arch=80, **options):
         )
     if arch not in DEVICES:
         raise ValueError(f"emulated_triton: arch must be one of {sorted(DEVICES)}, got {arch}")
-    emulated = _Driver(arch, ptx.Options(**options))
+    emulated = _Driver(arch, ptx.Options(**options), executes)
     previous, driver._active = driver._active, emulated
     hooks = knobs.runtime.kernel_load_start_hook
     hooks.add(_keep_ptx)
@@ -128,7 +129,10 @@ class _Launcher:
         grid, block = (grid_x, grid_y, grid_z), (32 * self.metadata.num_warps, 1, 1)
         emulated = driver.active
         options = vars(emulated.options)
-        counters = module.launch(name, grid, block, values, shared=self.metadata.shared, **options)
+        ptx.check_grid(name, grid)
+        counters = ptx.Counters()
+        if emulated.executes:
+            counters = module.launch(name, grid, block, values, shared=self.metadata.shared, **options)
         emulated.launches.append(ptx.Launch(name, grid, block, self.metadata.shared, counters, stream))
 
 
@@ -145,12 +149,13 @@ def _argument(parameter, kind, value):
 class _Driver:
     launcher_cls = _Launcher
 
-    def __init__(self, arch, options):
+    def __init__(self, arch, options, executes):
         from triton.backends.compiler import GPUTarget
 
         self.target = GPUTarget("cuda", arch, 32)
         self.utils = _Utils()
         self.options = options
+        self.executes = executes
         self.launches = []
 
     def get_current_target(self):

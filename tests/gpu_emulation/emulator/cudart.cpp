@@ -30,7 +30,12 @@ struct FatBinary {
 struct KernelHandle {
   FatBinary* binary;
   std::string name;
-  size_t dynamic_shared_limit = 48 * 1024;
+  std::map<int, size_t> dynamic_shared_limits;  // by device, where one was set
+
+  size_t dynamic_shared_limit(int device) const {
+    const auto found = dynamic_shared_limits.find(device);
+    return found == dynamic_shared_limits.end() ? 48 * 1024 : found->second;
+  }
 };
 
 struct PendingLaunch {
@@ -53,6 +58,15 @@ struct Device {
   int32_t shared_per_multiprocessor;
   int32_t l2_bytes;
   int32_t capturing;
+  int32_t ordinal;
+  int32_t executes;  // 0: launches are checked and recorded, and their kernels do not run
+};
+
+// A call that set a kernel's most dynamic shared memory.
+struct AttributeRecord {
+  const char* kernel;
+  int32_t device;
+  int32_t value;
 };
 
 struct LaunchRecord {
@@ -73,11 +87,12 @@ struct Runtime {
   std::map<const void*, KernelHandle> kernels;  // by the address of the host stub
   std::vector<PendingLaunch> pending;           // between kernel<<<...>>>'s push and pop
   std::map<void*, Allocation> allocations;
-  Device device = {80, 108, 166912, 167936, 41943040, 0};
+  Device device = {80, 108, 166912, 167936, 41943040, 0, 0, 1};
   PtxOptions options = {1, 1, 1, 0, 1, 0, 2000000000};
   std::vector<std::string> region_names;
   std::vector<PtxRegion> regions;
   std::vector<std::unique_ptr<FinishedLaunch>> launches;
+  std::vector<AttributeRecord> attributes;
   cudaError_t last_error = cudaSuccess;
   std::string fault;  // what the emulator noticed, or a request that the stand-in refuses
 };
@@ -170,6 +185,7 @@ EXPORT void emulated_begin(const Device* device, const PtxOptions* options, cons
   state.regions.assign(regions, regions + count);
   for (size_t i = 0; i < count; ++i) state.regions[i].name = state.region_names[i].c_str();
   state.launches.clear();
+  state.attributes.clear();
   state.pending.clear();
   state.last_error = cudaSuccess;
   state.fault.clear();
@@ -184,6 +200,10 @@ EXPORT const char* emulated_error_string(int code) {
 EXPORT int emulated_launch_count() { return static_cast<int>(runtime().launches.size()); }
 
 EXPORT const LaunchRecord* emulated_launch(size_t i) { return &runtime().launches[i]->record; }
+
+EXPORT int emulated_attribute_count() { return static_cast<int>(runtime().attributes.size()); }
+
+EXPORT const AttributeRecord* emulated_attribute(size_t i) { return &runtime().attributes[i]; }
 
 // ---- Registration, called by constructors in the code nvcc writes.
 
@@ -240,7 +260,7 @@ char __cudaInitModule(void**) { return 1; }
 
 void __cudaRegisterFunction(void** handle, const char* stub, char*, const char* name, int, void*, void*,
                             void*, void*, int*) {
-  runtime().kernels[stub] = {reinterpret_cast<FatBinary*>(handle), name};
+  runtime().kernels[stub] = {reinterpret_cast<FatBinary*>(handle), name, {}};
 }
 
 // Device variables work inside kernels; no host call here reaches one.
@@ -274,7 +294,7 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
   KernelHandle* kernel = find_kernel(function);
   if (!kernel) return fail(cudaErrorInvalidDeviceFunction);
   if (!valid_shape(grid, block)) return fail(cudaErrorInvalidConfiguration);
-  if (shared > kernel->dynamic_shared_limit) return fail(cudaErrorInvalidValue);
+  if (shared > kernel->dynamic_shared_limit(state.device.ordinal)) return fail(cudaErrorInvalidValue);
   if (load(*kernel->binary) != cudaSuccess) return state.last_error;
   if (kernel->binary->static_shared[kernel->name] + shared >
       static_cast<size_t>(state.device.shared_per_block)) {
@@ -289,7 +309,8 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
   launch->counters.resize(counter_count());
   const PtxLaunchShape shape = {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared};
   std::vector<char> message(16000);
-  if (ptx_launch(kernel->binary->module, kernel->name.c_str(), &shape, arguments, regions.data(),
+  if (state.device.executes &&
+      ptx_launch(kernel->binary->module, kernel->name.c_str(), &shape, arguments, regions.data(),
                  regions.size(), &state.options, launch->counters.data(), message.data(), message.size())) {
     if (state.fault.empty()) state.fault = kernel->name + ": " + message.data();
     return fail(cudaErrorLaunchFailure);
@@ -317,7 +338,9 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   if (load(*kernel->binary) != cudaSuccess) return runtime().last_error;
   const size_t limit = runtime().device.shared_per_block - kernel->binary->static_shared[kernel->name];
   if (value < 0 || static_cast<size_t>(value) > limit) return fail(cudaErrorInvalidValue);
-  kernel->dynamic_shared_limit = value;
+  const int device = runtime().device.ordinal;
+  kernel->dynamic_shared_limits[device] = value;
+  runtime().attributes.push_back({kernel->name.c_str(), device, value});
   return cudaSuccess;
 }
 
@@ -369,14 +392,16 @@ const char* cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(erro
 // ---- Device.
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = runtime().device.ordinal;
   return cudaSuccess;
 }
 
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : fail(cudaErrorInvalidDevice); }
+cudaError_t cudaSetDevice(int device) {
+  return device == runtime().device.ordinal ? cudaSuccess : fail(cudaErrorInvalidDevice);
+}
 
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = 1 + runtime().device.ordinal;
   return cudaSuccess;
 }
 

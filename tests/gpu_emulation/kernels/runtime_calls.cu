@@ -42,6 +42,15 @@ int reverse_launch(float* x, int n, int shared, cudaStream_t stream) {
   return code;
 }
 
+int allow_shared(int bytes) {
+  return cudaFuncSetAttribute(reverse, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+int grid_launch(float* x, int blocks_x, int blocks_y, int blocks_z, cudaStream_t stream) {
+  copy<<<dim3(blocks_x, blocks_y, blocks_z), 1, 0, stream>>>(x, x, 1);
+  return cudaGetLastError();
+}
+
 int device_attributes(int* found) {
   int device, major, minor;
   cudaGetDevice(&device);
