@@ -5,6 +5,9 @@ input, which is everything but the matrices and batches in `MAIN`, must not chan
 may change the order of sums.
 """
 
+import math
+import mmap
+
 import torch
 
 import ssl_kernels  # noqa: F401  defines the operators
@@ -64,6 +67,23 @@ def _in(memory, values):
     return memory.copy_(values)
 
 
+# More than 32 bits count, as a stride and all the more as a place; a multiple of every vector.
+FAR = 2**31 + 64
+
+
+def far_apart(tensor, dim=0):
+    """The same values, those along `dim` `FAR` elements apart, in address space of which only their pages exist."""
+    rest = [size for i, size in enumerate(tensor.shape) if i != dim]
+    strides = [math.prod(rest[i + 1 :]) for i in range(len(rest))]
+    strides.insert(dim, FAR)
+    count = (tensor.shape[dim] - 1) * FAR + math.prod(rest)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    no_reserve = 0x4000  # Linux's MAP_NORESERVE
+    memory = mmap.mmap(-1, count * tensor.element_size(), flags=private | no_reserve)
+    whole = torch.frombuffer(memory, dtype=tensor.dtype)
+    return _in(whole.as_strided(tensor.shape, strides), tensor)
+
+
 def variants_of(tensor, unaligned=False):
     """{name: view} of layouts; all have the values of `tensor` but for "expanded ...", which repeat some of them."""
     step = 1 if unaligned else 16 // tensor.element_size()
@@ -71,6 +91,8 @@ def variants_of(tensor, unaligned=False):
     found = {"offset": _in(start.view(tensor.shape), tensor)}
     if tensor.dim() == 0 or tensor.numel() == 0:
         return found
+    if tensor.device.type == "cpu":
+        found["far apart"] = far_apart(tensor)
     room = _poison(tensor, (*tensor.shape[:-1], 3 * tensor.shape[-1]))
     found["every third"] = _in(room[..., 1::3], tensor)
     if tensor.dim() > 1:
@@ -131,18 +153,20 @@ def _copied(value):
     """A tensor or list of the same strides and the same place in other memory."""
     if isinstance(value, list):
         return [_copied(tensor) for tensor in value]
+    if FAR in value.stride():
+        return far_apart(value, value.stride().index(FAR))
     size = value.untyped_storage().nbytes() // value.element_size()
     whole = torch.as_strided(value, (size,), (1,), 0).clone()
     return whole.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
-def check(run, operator, dtype, device="cpu", unaligned=False, main=True):
+def check(run, operator, dtype, device="cpu", unaligned=False, main=None):
     """Runs all calls of an operator in all layouts of each argument; returns the names of the arguments seen.
 
     Args:
         run: run(operator, *arguments) runs a backend.
         unaligned: Side inputs in "offset" begin between multiples of 16 bytes.
-        main: Also the layouts of the main inputs.
+        main: Layouts of main inputs that are taken, None for all.
     """
     seen = set()
     for call in calls_of(operator, dtype, device, run):
@@ -150,12 +174,12 @@ def check(run, operator, dtype, device="cpu", unaligned=False, main=True):
             if not _is_tensor(value):
                 continue
             seen.add(name)
-            if name in MAIN.get(operator, ()) and not main:
-                continue
             lists = isinstance(value, list)
             tensors = value if lists else [value]
             for position, tensor in enumerate(tensors):
                 for layout, view in layouts_of(operator, name, tensor, unaligned).items():
+                    if name in MAIN.get(operator, ()) and main is not None and layout not in main:
+                        continue
                     pair = []
                     dense = tensor if name in DENSE.get(operator, ()) else view.contiguous().clone()
                     for other in (view, dense):

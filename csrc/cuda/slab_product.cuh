@@ -126,10 +126,11 @@ __global__ void __launch_bounds__(SlabShape<Engine>::kThreads, SlabShape<Engine>
   }
 }
 
-// Rows of a slab: `requested` or, where that is 0, max(2 D, 1024), in slabs that are about equally large; whole blocks.
+// Rows of a slab: `requested` or, where that is 0, max(2 D, 1024), in slabs that are about equally large; whole blocks,
+// of which a grid's second dimension has 65535 at most.
 inline int64_t pick_slab_rows(int64_t requested, int64_t count, int64_t D, int64_t block) {
   if (requested > 0) return round_up(std::min(count, requested), block);
-  const int64_t most = round_up(std::min(count, std::max<int64_t>(2 * D, 1024)), block);
+  const int64_t most = round_up(std::min(count, std::clamp<int64_t>(2 * D, 1024, 1 << 22)), block);
   return round_up(blocks_for(count, blocks_for(count, most)), block);
 }
 

@@ -11,8 +11,8 @@ from tests.gpu_emulation import STREAM
 
 ADDRESS = 1 << 20  # of tensors that no kernel reads, as none runs
 MOST_SAMPLES = 2**30 - 1
-MOST_ROWS = 2**36
-WIDEST = 2**22  # features of a row, which docs/gpu.md says
+MOST_ROWS = 2**33
+WIDEST = 2**22
 
 
 @pytest.fixture

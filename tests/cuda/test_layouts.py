@@ -48,7 +48,7 @@ def run_launcher(gpu, name, *args):
 @pytest.mark.parametrize("operator", MIXING)
 def test_launchers_read_side_inputs_by_their_strides(gpu, nvcc, operator, dtype):
     run = functools.partial(run_launcher, gpu)
-    check(run, operator, dtype, gpu.device, unaligned=True, main=False)
+    check(run, operator, dtype, gpu.device, unaligned=True, main=())
 
 
 @pytest.mark.parametrize("operator", operators())

@@ -514,3 +514,19 @@ def test_endless_loop(gpu):
 def test_trap(gpu, statement):
     with pytest.raises(PtxError, match="trap"):
         launch(gpu, [statement], [])
+
+
+@emulated_only
+def test_races_in_a_buffer_of_terabytes(gpu):
+    """Only what is touched has a history."""
+    memory = np.frombuffer(
+        mmap.mmap(-1, 2**41, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000), np.int32
+    )
+    lines = [
+        "ld.param.u64 %address, [p0];",
+        "add.u64 %address, %address, 1099511627776;",
+        "st.global.u32 [%address], %i;",
+    ]
+    launch(gpu, lines, [memory[: 2**39]], threads=1)
+    with pytest.raises(PtxError, match="race"):
+        launch(gpu, lines, [memory[: 2**39]], threads=64)

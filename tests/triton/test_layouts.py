@@ -18,7 +18,7 @@ def run(name, *args):
 @pytest.mark.parametrize("operator", operators())
 def test_layouts_of_side_inputs_change_no_bit(gpu, operator, dtype):
     with gpu.triton():
-        seen = check(run, operator, dtype, gpu.device, main=False)
+        seen = check(run, operator, dtype, gpu.device, main=["far apart"] if dtype == torch.float16 else [])
     assert seen == set(operators()[operator]), "a tensor that no call has"
 
 

@@ -92,16 +92,16 @@ const char* AccessHistory::record(uint64_t offset, int bytes, AccessKind kind, c
   while (offset < end) {
     const uint64_t word = offset / 4;
     const bool whole = offset % 4 == 0 && end - offset >= 4;
-    if (whole && split_[word] == 0) {
+    const Word here = at(word);
+    if (whole && here.split == 0) {
       const bool same_value = new_bytes && std::memcmp(old_bytes, new_bytes, 4) == 0;
-      if (const char* race = check(words_[word], kind, accessor, options, same_value)) return race;
+      if (const char* race = check(here.cell, kind, accessor, options, same_value)) return race;
     } else {
-      if (split_[word] == 0) {
-        const Cell& cell = words_[word];
-        bytes_.push_back({cell, cell, cell, cell});
-        split_[word] = static_cast<uint32_t>(bytes_.size());
+      if (here.split == 0) {
+        bytes_.push_back({here.cell, here.cell, here.cell, here.cell});
+        here.split = static_cast<uint32_t>(bytes_.size());
       }
-      auto& cells = bytes_[split_[word] - 1];
+      auto& cells = bytes_[here.split - 1];
       for (uint64_t at = offset; at < end && at / 4 == word; ++at) {
         const uint64_t i = at - offset;
         const bool same_value = new_bytes && old_bytes[i] == new_bytes[i];

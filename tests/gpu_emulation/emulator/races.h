@@ -7,7 +7,9 @@
 #pragma once
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 namespace ptx {
@@ -36,7 +38,7 @@ struct RaceOptions {
 class AccessHistory {
  public:
   AccessHistory(uint64_t bytes, bool shared)
-      : words_((bytes + 3) / 4), split_((bytes + 3) / 4), shared_(shared) {}
+      : words_(bytes > kMostDense ? 0 : (bytes + 3) / 4), split_(words_.size()), shared_(shared) {}
 
   // Records an access and returns what is wrong with it, or null. `new_bytes`, where known, are what a write
   // stores: several threads writing what is there already is not taken for a race (compilers do it).
@@ -73,8 +75,27 @@ class AccessHistory {
   static void note_read(Cell& cell, const Access& now);
   static void note_atomic(Cell& cell, const Access& now);
 
+  // Of a region with more bytes, only the pages that are touched have a history.
+  static constexpr uint64_t kMostDense = uint64_t{1} << 24, kPageWords = 256;
+  struct Page {
+    std::array<Cell, kPageWords> words = {};
+    std::array<uint32_t, kPageWords> split = {};
+  };
+  // A word's cell, and 0 or 1 + index in bytes_.
+  struct Word {
+    Cell& cell;
+    uint32_t& split;
+  };
+  Word at(uint64_t word) {
+    if (word < words_.size()) return {words_[word], split_[word]};
+    std::unique_ptr<Page>& page = pages_[word / kPageWords];
+    if (!page) page = std::make_unique<Page>();
+    return {page->words[word % kPageWords], page->split[word % kPageWords]};
+  }
+
   std::vector<Cell> words_;
-  std::vector<uint32_t> split_;  // 0, or 1 + index in bytes_
+  std::vector<uint32_t> split_;
+  std::unordered_map<uint64_t, std::unique_ptr<Page>> pages_;
   std::vector<std::array<Cell, 4>> bytes_;
   bool shared_;
   uint32_t other_thread_ = 0;
