@@ -72,21 +72,27 @@ class Draws:
 
     def uniform(self, shape, device, dtype=torch.float32):
         """In [0, 1)."""
-        if self.own and torch.compiler.is_compiling():
-            return _draw(self.token, self.handle, "uniform", 0.0, shape, dtype, device)
-        return torch.rand(shape, generator=self.on(device), dtype=dtype, device=self.device(device))
+        return self._drawn("uniform", shape, device, dtype)
 
     def gamma(self, concentration, shape, device):
         """Of scale 1, float64."""
-        if self.own and torch.compiler.is_compiling():
-            return _draw(self.token, self.handle, "gamma", concentration, shape, torch.float64, device)
-        full = torch.full(shape, concentration, dtype=torch.float64, device=self.device(device))
-        return torch._standard_gamma(full, generator=self.on(device))
+        return self._drawn("gamma", shape, device, torch.float64, concentration)
 
     def permutation(self, count, device):
+        return self._drawn("permutation", (count,), device, torch.int64)
+
+    def _drawn(self, kind, shape, device, dtype, concentration=0.0):
         if self.own and torch.compiler.is_compiling():
-            return _draw(self.token, self.handle, "permutation", 0.0, (count,), torch.int64, device)
-        return torch.randperm(count, generator=self.on(device), device=self.device(device))
+            return _draw(self.token, self.handle, kind, concentration, shape, dtype, device)
+        # Compiled, torch takes no `generator=None` where a size is symbolic.
+        options = {"generator": self.on(device)} if self.own else {}
+        device = self.device(device)
+        if kind == "uniform":
+            return torch.rand(shape, dtype=dtype, device=device, **options)
+        if kind == "permutation":
+            return torch.randperm(shape[0], device=device, **options)
+        full = torch.full(shape, concentration, dtype=dtype, device=device)
+        return torch._standard_gamma(full, **options)
 
     def state(self):
         """All that the next draws depend on, as a uint8 tensor; None for torch's own stream."""
@@ -179,16 +185,7 @@ def _draw(
     The token is written so that draws keep their order and none is left out or made once for two.
     """
     token.add_(1)
-    draws = _by_handle[handle]
-    if kind == "uniform":
-        drawn = draws.uniform(shape, device, dtype)
-    else:
-        drawn = (
-            draws.permutation(shape[0], device)
-            if kind == "permutation"
-            else draws.gamma(concentration, shape, device)
-        )
-    return drawn.to(device)
+    return _by_handle[handle]._drawn(kind, shape, device, dtype, concentration).to(device)
 
 
 @_draw.register_fake
