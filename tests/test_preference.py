@@ -13,18 +13,23 @@ from ssl_kernels.ops import contrastive as contrastive_operation
 @pytest.mark.parametrize(
     "architecture, dtype, n, d, backend",
     [
-        (80, torch.bfloat16, 8192, 128, "native"),
-        (89, torch.float16, 8192, 128, "native"),
-        (90, torch.bfloat16, 8192, 128, "triton"),
-        (90, torch.bfloat16, 2047, 128, "native"),
-        (90, torch.bfloat16, 2048, 257, "native"),
-        (90, torch.bfloat16, 2048, 63, "native"),
-        (100, torch.float16, 2048, 256, "triton"),
-        (103, torch.float16, 2048, 128, "triton"),
-        (75, torch.float16, 8192, 128, "native"),
-        (120, torch.bfloat16, 8192, 128, "native"),
-        (90, torch.float32, 8192, 128, "native"),
-        (100, torch.float64, 8192, 128, "native"),
+        (80, torch.bfloat16, 65536, 128, "native"),
+        (89, torch.float16, 65536, 128, "native"),
+        (90, torch.bfloat16, 16384, 128, "triton"),
+        (90, torch.bfloat16, 16383, 128, "native"),
+        (90, torch.bfloat16, 16384, 257, "native"),
+        (90, torch.bfloat16, 16384, 63, "native"),
+        (100, torch.float16, 16384, 256, "triton"),
+        (103, torch.float16, 16384, 128, "triton"),
+        (75, torch.float16, 65536, 128, "native"),
+        (120, torch.bfloat16, 65536, 128, "native"),
+        (90, torch.float32, 65536, 128, "native"),
+        (80, torch.float64, 4096, 128, "triton"),
+        (90, torch.float64, 4096, 512, "triton"),
+        (90, torch.float64, 4095, 128, "native"),
+        (86, torch.float64, 65536, 128, "native"),
+        (88, torch.float64, 65536, 128, "native"),
+        (100, torch.float64, 65536, 128, "native"),
     ],
 )
 def test_the_entry_that_fits(architecture, dtype, n, d, backend):
@@ -35,8 +40,8 @@ def test_the_entry_that_fits(architecture, dtype, n, d, backend):
 def test_every_entry_is_reached_by_some_call():
     reached = {
         preference.prefer(preference.CONTRASTIVE, torch.empty(n, d, dtype=dtype), architecture)
-        for n, d in ((64, 128), (4096, 128), (4096, 512))
-        for dtype in (*preference.HALF, *preference.WIDE)
+        for n, d in ((64, 128), (16384, 128), (16384, 512))
+        for dtype in (*preference.HALF, *preference.FLOAT32, *preference.FLOAT64)
         for architecture in (80, 90, 100)
     }
     assert reached == set(preference.CONTRASTIVE)
@@ -44,14 +49,14 @@ def test_every_entry_is_reached_by_some_call():
 
 def test_order_on_a_gpu_follows_the_table(monkeypatch):
     class OnGPU:
-        is_cuda, device, dtype, shape = True, torch.device("cuda", 0), torch.bfloat16, (4096, 128)
+        is_cuda, device, dtype, shape = True, torch.device("cuda", 0), torch.bfloat16, (16384, 128)
 
     monkeypatch.setattr(backends, "architecture_of", lambda device: 90)
     monkeypatch.setitem(backends._operations, "contrastive", lambda backend, *_: None)
     assert backends.choose_backend("contrastive", None, "test", OnGPU) == "triton"
     assert backends.preferred("contrastive", OnGPU) == (
-        preference.CONTRASTIVE[1].backend,
-        preference.CONTRASTIVE[1].reason,
+        "triton",
+        next(entry.reason for entry in preference.CONTRASTIVE if "wgmma (" in entry.reason),
     )
     monkeypatch.setitem(
         backends._operations, "contrastive", lambda backend, *_: "no" if backend == "triton" else None
@@ -62,13 +67,15 @@ def test_order_on_a_gpu_follows_the_table(monkeypatch):
 @pytest.mark.parametrize(
     "built, runs, does_not",
     [
-        ("8.0", (80, 86, 89), (75, 87, 90, 100, 120)),
-        ("8.6", (86, 89), (80, 87)),
+        ("8.0", (80, 86, 89), (75, 87, 88, 90, 100, 120)),
+        ("8.6", (86, 89), (80, 87, 88)),
+        ("8.7", (87, 89), (86, 88)),
+        ("8.8", (88, 89), (86, 87)),
         ("9.0", (90,), (89, 100)),
         ("9.0a", (90,), (100,)),
         ("10.0", (100, 103), (90, 101, 110, 120)),
         ("10.0f", (100, 103), (120,)),
-        ("8.0+PTX", (80, 87, 89, 90, 110, 120), (72, 75)),
+        ("8.0+PTX", (80, 87, 88, 89, 90, 110, 120), (72, 75)),
         ("9.0a+PTX", (90,), (100, 120)),
     ],
 )
@@ -97,7 +104,7 @@ def test_what_runs_on_which_card(architecture, built, native, triton, chosen, mo
         build_info = staticmethod(lambda: {"cuda_architectures": built})
 
     rows = SimpleNamespace(
-        is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(4096, 128)
+        is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(16384, 128)
     )
     monkeypatch.setattr(backends, "extension", Extension)
     monkeypatch.setattr(backends, "_architecture", lambda device: architecture)
@@ -122,7 +129,7 @@ def test_losses_of_two_views_are_judged_on_the_rows_they_run(loss, monkeypatch):
     loss = getattr(ssl_kernels, loss)
 
     class OnGPU:
-        is_cuda, device, dtype, shape = True, torch.device("cuda", 0), torch.bfloat16, (1024, 128)
+        is_cuda, device, dtype, shape = True, torch.device("cuda", 0), torch.bfloat16, (8192, 128)
 
     monkeypatch.setattr(backends, "architecture_of", lambda device: 90)
     monkeypatch.setitem(backends._operations, "contrastive", lambda backend, *_: None)

@@ -44,7 +44,7 @@ def find_tile(kernel, arch, dtype_class, d):
 
 def table_arch(arch):
     """Architecture of the tile table that serves compute capability `arch`."""
-    if arch in (86, 87, 89) or arch >= 120:
+    if 80 < arch < 90 or arch >= 120:
         return 86
     return max(known for known in TILES if known <= arch and known != 86)
 

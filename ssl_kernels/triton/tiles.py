@@ -4,7 +4,7 @@ Plain data, so that nothing is tuned at import; `python -m ssl_kernels.triton.tu
 and writes this file anew. The first entry whose largest D covers D counts, None covers every D. A D that no
 entry of "backward" covers takes "coefficient" and "product" instead.
 
-Architectures: 80 (A100), 86 (also 8.7, 8.9 and 12.x: a hundred KB of shared memory), 90 (H100), 100 (B200).
+Architectures: 80 (A100), 86 (also 8.7, 8.8, 8.9 and 12.x: a hundred KB of shared memory), 90 (H100), 100 (B200).
 Dtype classes: half (float16, bfloat16), float32, tf32 (float32 where torch allows TF32), float64.
 
     expectation             the forward that also sums columns: a block_n × block_d accumulator, block_d covers D;
