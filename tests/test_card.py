@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import ssl_kernels
 from ssl_kernels import nn, use_backend
 from ssl_kernels.recipes.memory import peak_memory
-from tests.helpers import FACTOR, same_bits
+from tests.helpers import FACTOR, run_python, same_bits
 from tests.losses.cases import CASES, OTHER_CASES, value_and_gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -132,6 +132,27 @@ def test_training_step_in_a_cuda_graph(backend):
             assert same_bits(got, expected)
         for name, buffer in queue.named_buffers():
             assert same_bits(buffer, eager_queue.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("backend, refused", [("native", ""), ("triton", "must be loaded before")])
+def test_first_step_of_a_process_in_a_cuda_graph(backend, refused):
+    """What CUDA loads by itself is captured; what Triton would have to load is refused, and runs afterwards."""
+    found = run_python(
+        "import sys, torch, ssl_kernels\n"
+        "z0, z1 = torch.randn(2, 64, 32, device='cuda').requires_grad_()\n"
+        "step = lambda: ssl_kernels.nt_xent_loss(z0, z1, backend=sys.argv[1])\n"
+        "graph, error = torch.cuda.CUDAGraph(), ''\n"
+        "try:\n"
+        "    with torch.cuda.graph(graph):\n"
+        "        captured = step()\n"
+        "    graph.replay()\n"
+        "except RuntimeError as caught:\n"
+        "    error, captured = str(caught), step()\n"
+        "assert torch.equal(captured, step())\n"
+        "print('error:', error)",
+        backend,
+    )
+    assert "error:" in found and refused in found and ("error: \n" in found) == (not refused)
 
 
 @backends

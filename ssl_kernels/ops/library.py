@@ -1,5 +1,6 @@
 """The operator library `torch.ops.ssl_kernels`. Backends are overloads: `contrastive_fwd.native`, `.chunked`, ..."""
 
+import functools
 import importlib
 import importlib.util
 from functools import partial
@@ -105,10 +106,16 @@ def implement_in_triton(names, triton_module):
 
         def run(*args, name=name):
             with torch.cuda.device_of(_first_tensor(args)):
-                return getattr(importlib.import_module(triton_module), name)(*args)
+                return _triton_function(triton_module, name)(*args)
 
         library.impl(f"{name}.triton", run, "CUDA")
         in_triton[name] = run
+
+
+@functools.cache
+def _triton_function(triton_module, name):
+    importlib.import_module("ssl_kernels.triton.loading")
+    return getattr(importlib.import_module(triton_module), name)
 
 
 def _first_tensor(args):
