@@ -1,6 +1,10 @@
 // The Python module ssl_kernels._C: importing it registers the kernels; it tells what was built.
 #include <pybind11/pybind11.h>
 
+#include <exception>
+
+#include "cpu/pool.h"
+#include "cpu/product.h"
 #include "cpu/tile_math.h"
 #include "ops/allow_tf32.h"
 
@@ -9,6 +13,14 @@
 #endif
 
 PYBIND11_MODULE(_C, module) {
+  using ssl_kernels::cpu::Pool;
+  // Made here, not by the first thread to come: a fork in the meantime would leave its child half of them.
+  Pool::instance();
+  try {
+    ssl_kernels::cpu::has_small_products<float>();
+  } catch (const std::exception&) {
+    // An unknown instruction set is an error of the first call.
+  }
   module.def(
       "build_info",
       [] {
@@ -24,6 +36,15 @@ PYBIND11_MODULE(_C, module) {
       },
       "What this extension was built with, and the instruction set its CPU kernels use on this machine, of those "
       "that it has, the widest first.");
+  module.def("empty_cache", [] { Pool::instance().empty(); }, pybind11::call_guard<pybind11::gil_scoped_release>(),
+             "Give back the memory that the CPU kernels hold to use it again.");
+  module.def(
+      "held_bytes",
+      [] {
+        const Pool::Bytes held = Pool::instance().held();
+        return pybind11::dict(pybind11::arg("kept") = held.kept, pybind11::arg("idle") = held.idle);
+      },
+      "Bytes that the CPU kernels keep from forward to backward, and that they hold to use them again.");
   module.def("allow_tf32", &ssl_kernels::allow_tf32,
              "Whether the float32 products of the CUDA kernels round their operands to TF32 now.");
 }

@@ -21,6 +21,7 @@ from ssl_kernels.losses import (
     triplet_loss,
     triplet_margin_loss,
 )
+from ssl_kernels.memory import empty_cache
 from ssl_kernels.mixing import cutmix, cutmix_, mixup, mixup_, mixup_cross_entropy, mixup_normalize
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "cutmix_",
     "dcl_loss",
     "debiased_nt_xent_loss",
+    "empty_cache",
     "imix_loss",
     "info_nce_loss",
     "mixup",

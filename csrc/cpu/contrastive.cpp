@@ -9,7 +9,8 @@
 //   gradient (square: 1/2 + 1, less what was kept). One exponential an entry, two where rows and columns need
 //   shifts of their own, none in backward for what was kept under a fixed shift.
 // Memory: the rows in acc_t and transposed (2*N*D), the gradient and a transposed part of it (2*N*D), 5 numbers a row,
-//   the scratch, and from forward to backward as many tiles as fit (kKeptBytes, kMemory): they need not be recomputed.
+//   the scratch, and from forward to backward as many tiles as fit (kKeptBytes, and kKeptBudget for all losses of the
+//   process): they need not be recomputed. The results have the same bits either way.
 //   Where all are kept, backward is 1 unit: of 128 features up to about 7000 rows of the square case.
 // Numerics: products, softmax and sums over a tile in acc_t (float32, float64 for float64), sums over tiles in double.
 //   While |s| <= |scale| * longest row * longest column stays below kFixedShift, that bound is the shift of every row
@@ -43,11 +44,12 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kFixedShift = 43;
 
 // Bytes of logits kept for backward: kKeptBytes, or half of the matrix if with the rows and their gradients it stays below
-// kMemory. Logits of narrow rows are recomputed: their products cost about as much as reading a tile back (an estimate).
-constexpr int64_t kKeptBytes = 24 << 20, kMemory = 116 << 20, kNarrow = 32;
+// the budget, as far as other losses have left it. Logits of narrow rows are recomputed: their products cost about as much
+// as reading a tile back (an estimate).
+constexpr int64_t kKeptBytes = 24 << 20, kNarrow = 32;
 // More threads than this share too little memory bandwidth to keep more than kKeptBytes (an estimate).
 constexpr int64_t kFewThreads = 8;
-constexpr int64_t kKeptHeader = 16;  // see Problem::note_tiles
+constexpr int64_t kKeptHeader = 16;  // see Problem::keep; ssl_kernels/ops/contrastive.py has it too
 
 // One call: its tiles of logits in units of log 2, and what is masked and looked up in them.
 template <class scalar_t, class acc_t>
@@ -72,7 +74,7 @@ class Problem : public Tiles<acc_t> {
   // The tile's place among the logits kept for backward, if it has one. Where not all fit, those that do are spread evenly
   // over the tiles, so that all threads have as much to recompute.
   std::optional<Tile> kept(int64_t block_i, int64_t block_j, const at::Tensor& kept_logits) const {
-    if (kept_logits.numel() == 0) return std::nullopt;
+    if (kept_logits.numel() == 0 || kept_tiles(kept_logits) == 0) return std::nullopt;
     const Block i = row_blocks[block_i], j = column_blocks[block_j];
     int64_t begin = kKeptHeader;
     if (keeps_everything(kept_logits)) {
@@ -90,33 +92,42 @@ class Problem : public Tiles<acc_t> {
     return kept_logits.numel() > 0 && kept_tiles(kept_logits) == tiles();
   }
 
-  // How many logits may be kept; ssl_kernels/ops/contrastive.py says the same to torch.compile.
-  int64_t room_for_logits() const {
+  // Room for what forward keeps. It begins with the size of the tiles and how many there are: the number of threads, which
+  // decides both, may have changed when backward comes.
+  at::Tensor keep(const at::TensorOptions& options) const {
     constexpr int64_t size = sizeof(acc_t);
-    if (d < kNarrow) return 0;
-    const int64_t half = square ? n * (n + kLargestTile) / 2 : n * m / 2, all = square ? half : n * m;
-    const int64_t rest = kMemory / size - 4 * (square ? n : n + m) * d;
-    return kKeptHeader + std::min(all, std::max(kKeptBytes / size, std::min(half, rest)));
-  }
-
-  // The kept logits begin with the size of their tiles and how many there are: the number of threads, which decides both,
-  // may have changed when backward comes.
-  void note_tiles(const at::Tensor& kept_logits) const {
-    if (kept_logits.numel() == 0) return;
-    int64_t room = kept_logits.numel() - kKeptHeader;
-    if (threads > kFewThreads) room = std::min<int64_t>(room, kKeptBytes / sizeof(acc_t));
-    const int64_t last = kept_offset(row_blocks[row_blocks.count() - 1], column_blocks[column_blocks.count() - 1]);
-    const int64_t all = last + row_blocks[row_blocks.count() - 1].size * column_blocks[column_blocks.count() - 1].size;
+    const int64_t tile = row_blocks.size * column_blocks.size;
+    int64_t count = 0, room = 0;
+    if (d >= kNarrow) {
+      const int64_t half = square ? n * (n + kLargestTile) / 2 : n * m / 2;
+      const int64_t rest = static_cast<int64_t>(kKeptBudget) / size - 4 * (square ? n : n + m) * d;
+      int64_t most = kKeptBytes / size;
+      if (threads <= kFewThreads) most = std::max(most, std::min(half, rest));
+      const Block last_i = row_blocks[row_blocks.count() - 1], last_j = column_blocks[column_blocks.count() - 1];
+      const int64_t all = kept_offset(last_i, last_j) + last_i.size * last_j.size;
+      room = all <= most ? all : most / tile * tile;
+      count = all <= most ? tiles() : most / tile;
+    }
+    at::Tensor kept_logits = kept_for_backward<acc_t>(kKeptHeader, room, tile, options);
+    const int64_t granted = room_of<acc_t>(kept_logits);
     acc_t* header = kept_logits.mutable_data_ptr<acc_t>();
     header[0] = static_cast<acc_t>(row_blocks.size);
     header[1] = static_cast<acc_t>(column_blocks.size);
-    header[2] = static_cast<acc_t>(all <= room ? tiles() : room / (row_blocks.size * column_blocks.size));
+    header[2] = static_cast<acc_t>(granted == room ? count : granted / tile);
+    return kept_logits;
   }
 
+  // Whether `kept_logits` are from tiles as these, and still there: a copy of the tensor has its header alone.
   bool has_tiles_of(const at::Tensor& kept_logits) const {
-    if (kept_logits.numel() == 0) return false;
+    if (kept_logits.numel() != kKeptHeader || !kept_logits.is_contiguous()) return false;
     const acc_t* header = kept_logits.const_data_ptr<acc_t>();
-    return header[0] == static_cast<acc_t>(row_blocks.size) && header[1] == static_cast<acc_t>(column_blocks.size);
+    if (header[0] != static_cast<acc_t>(row_blocks.size) || header[1] != static_cast<acc_t>(column_blocks.size)) return false;
+    const int64_t count = kept_tiles(kept_logits);
+    if (count == 0) return false;
+    const Block last_i = row_blocks[row_blocks.count() - 1], last_j = column_blocks[column_blocks.count() - 1];
+    const int64_t needed = count == tiles() ? kept_offset(last_i, last_j) + last_i.size * last_j.size
+                                            : count * row_blocks.size * column_blocks.size;
+    return room_of<acc_t>(kept_logits) >= needed;
   }
 
   // Fills a tile, all pairs.
@@ -249,8 +260,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
       args.positives ? at::empty(args.positives->sizes(), options.dtype(at::kDouble))
                      : at::empty({0}, options.dtype(at::kDouble));
   double* positive = positive_logits.mutable_data_ptr<double>();
-  const at::Tensor kept_logits = pooled({args.keep ? problem.room_for_logits() : 0}, options);
-  problem.note_tiles(kept_logits);
+  const at::Tensor kept_logits = args.keep ? problem.keep(options) : at::empty({0}, options);
 
   const auto visit = [&](int64_t block_i, int64_t block_j, int thread, int part) {
     const auto kept = problem.kept(block_i, block_j, kept_logits);

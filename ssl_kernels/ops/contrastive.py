@@ -27,26 +27,9 @@ _OPERANDS = (
 _FLAGS = "bool normalize_rows, bool normalize_columns, bool keep_diagonal, bool both_directions"
 
 
-# What csrc/cpu/contrastive.cpp keeps of the logits (constants of these names there).
-_KEPT_BYTES, _MEMORY, _KEPT_HEADER, _NARROW, _LARGEST_TILE = 24 << 20, 116 << 20, 16, 32, 256
-
-
-def _kept_by_cpu_kernel(rows, columns):
-    """How many logits the native CPU kernel keeps from forward to backward."""
-    n, d = rows.shape
-    if d < _NARROW:
-        return 0
-    size = accumulation_dtype(rows).itemsize
-    if columns is None:
-        half = everything = n * (n + _LARGEST_TILE) // 2
-        rest = _MEMORY // size - 4 * n * d
-    else:
-        m = columns.shape[0]
-        half, everything = n * m // 2, n * m
-        rest = _MEMORY // size - 4 * (n + m) * d
-    return _KEPT_HEADER + torch.sym_min(
-        everything, torch.sym_max(_KEPT_BYTES // size, torch.sym_min(half, rest))
-    )
+# What `kept` of the native CPU kernel shows (kKeptHeader in csrc/cpu/contrastive.cpp): the kept logits lie in its
+# storage behind that, as many as the budget of the process had left.
+_KEPT_HEADER = 16
 
 
 def _keeps_expectation(overload, rows, columns, both_directions, keep, columns_need_grad):
@@ -78,7 +61,7 @@ def _fwd_fake(
         kept = rows.shape
     else:
         keeps_logits = keep and overload == "native" and rows.device.type == "cpu"
-        kept = _kept_by_cpu_kernel(rows, columns) if keeps_logits else 0
+        kept = _KEPT_HEADER if keeps_logits else 0
     return (
         results(n, dtype=torch.float64),
         results(m if both_directions else 0, dtype=torch.float64),

@@ -29,36 +29,44 @@ SHAPES = [(5, None), (64, None), (259, None), (1031, None), (67, 5), (300, 1027)
 
 @pytest.mark.parametrize("n, m", SHAPES)
 @pytest.mark.parametrize("temperature", [0.02, 0.5])
-def test_kept_logits_change_no_result(n, m, temperature):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_kept_logits_change_no_result(n, m, temperature, dtype):
+    """Not a bit: how much is kept depends on what else is alive in the process."""
     call = random_call(
-        n, m, 32, temperature=temperature, ids=3, both_directions=m is not None, positives_per_row=2
+        n, m, 32, dtype, temperature=temperature, ids=3, both_directions=m is not None, positives_per_row=2
     )
     kept, recomputed = (forward(*call.operands, *call.flags, keep, True) for keep in (True, False))
-    assert kept[5].numel() > 0
+    assert room(kept) > 0
     assert recomputed[5].numel() == 0
+    copied = [*kept[:5], kept[5].clone()]  # as a hook on saved tensors may: it has none of them
+    assert room(copied) == 0
     for first, second in zip(kept[:5], recomputed[:5], strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
-    for first, second in zip(
-        backward(*backward_arguments(call, kept)),
-        backward(*backward_arguments(call, recomputed)),
-        strict=True,
-    ):
-        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+        assert same_bits(first, second)
+    expected = backward(*backward_arguments(call, kept))
+    for results in (recomputed, copied):
+        for first, second in zip(backward(*backward_arguments(call, results)), expected, strict=True):
+            assert same_bits(first, second)
+
+
+def room(results):
+    """Bytes of logits that lie behind `kept`."""
+    kept = results[5]
+    return kept.untyped_storage().nbytes() - kept.nbytes
 
 
 def test_narrow_rows_are_recomputed():
     call = random_call(66, None, 31)
-    assert forward(*call.operands, *call.flags, True, True)[5].numel() == 0
+    assert room(forward(*call.operands, *call.flags, True, True)) == 0
 
 
 @pytest.mark.parametrize("n, m, d", [(4200, None, 1500), (2500, 2700, 32), (4000, 4100, 32)])
 def test_only_some_tiles_fit_the_budget(n, m, d):
     """More logits than 24 MB, or than half a matrix: some tiles are kept and the others recomputed."""
     call = random_call(n, m, d, both_directions=m is not None)
-    kept = forward(*call.operands, *call.flags, True, True)[5]
+    kept = room(forward(*call.operands, *call.flags, True, True))
     everything = n * (n + 1) // 2 if m is None else n * m
-    assert 0 < kept.nbytes <= max(24 << 20, 2 * n * (m or 0)) + 64
-    assert kept.numel() < everything
+    assert 0 < kept <= max(24 << 20, 2 * n * (m or 0))
+    assert kept < 4 * everything
     expected = results_and_gradients(on_backend("chunked"), call)
     found = results_and_gradients(on_backend("native"), call)
     for name in expected:
@@ -191,15 +199,22 @@ def test_saved_tensors_are_bounded():
     """From forward to backward: the input, a few numbers a row, and logits within a budget for everything."""
     for n, d in ((512, 16), (512, 64), (5000, 64), (5000, 1200)):
         z, positives = random_rows(n, d).requires_grad_(), torch.arange(n)
-        saved = saved_bytes(on_backend("native"), z, None, torch.tensor(2.0), positives=positives)
+        before = _C.held_bytes()["kept"]
+        loss = []
+        saved = saved_bytes(
+            lambda z=z, positives=positives, loss=loss: loss.append(
+                on_backend("native")(z, None, torch.tensor(2.0), positives=positives)
+            )
+        )
+        saved += _C.held_bytes()["kept"] - before
         budget = max(24 << 20, (116 << 20) - 4 * z.nbytes)
-        kept = 0 if d < 32 else min(budget, n * (n + 256) // 2 * 4) + 64
-        assert z.nbytes <= saved <= z.nbytes + kept + 40 * n + 64
+        kept = 0 if d < 32 else min(budget, n * (n + 256) // 2 * 4)
+        assert z.nbytes <= saved <= z.nbytes + kept + 40 * n + 256
 
 
 def test_kept_memory_is_reused_and_never_shared(monkeypatch):
     """Two steps whose backwards come after both forwards have kept logits of their own; later steps take them over."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # see kept_buffer.h
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # see pool.h
     calls = [random_call(700, None, 32, seed=seed) for seed in range(2)]
     alone = []
     for call in calls:
@@ -207,7 +222,7 @@ def test_kept_memory_is_reused_and_never_shared(monkeypatch):
         alone.append(backward(*backward_arguments(call, results)))
     interleaved = [forward(*call.operands, *call.flags, True, False) for call in calls]
     kept = [results[5].data_ptr() for results in interleaved]
-    assert interleaved[0][5].nbytes > 1 << 20 and len(set(kept)) == 2
+    assert room(interleaved[0]) > 1 << 19 and len(set(kept)) == 2
     for call, results, expected in zip(calls, interleaved, alone, strict=True):
         for found, right in zip(backward(*backward_arguments(call, results)), expected, strict=True):
             assert same_bits(found, right)
