@@ -4,12 +4,13 @@ import collections.abc
 
 import torch
 
-from ssl_kernels.checks import DTYPES, check_dense, check_reduction, is_number, short
+from ssl_kernels.checks import DTYPES, can_be_read, check_dense, check_reduction, is_number, short
 from ssl_kernels.ops import cutmix as cutmix_ops
 from ssl_kernels.ops import mixup as mixup_ops
 from ssl_kernels.ops import mixup_cross_entropy as cross_entropy_ops
 from ssl_kernels.ops import mixup_normalize as normalize_ops
 from ssl_kernels.ops.library import accumulation_dtype
+from ssl_kernels.overlap import share_memory
 from ssl_kernels.value_checks import check_lam, check_values
 
 
@@ -34,7 +35,7 @@ def mixup_(x, lam, permutation, *, validate=False, backend=None):
     Raises:
         TypeError: An argument of the wrong type or dtype.
         ValueError: Shapes or devices that do not fit, an empty batch, λ outside [0, 1] or NaN, a permutation that is
-            none, x that requires grad. x is untouched then.
+            none, x that requires grad, lam or permutation in memory of x. x is untouched then.
 
     Source: Zhang et al., mixup, arXiv:1710.09412.
     """
@@ -44,6 +45,7 @@ def mixup_(x, lam, permutation, *, validate=False, backend=None):
     _check_no_grad(op, "lam", lam, "mixup is differentiable")
     _check_permutation(op, permutation, x)
     lam = _shares(op, lam, x)
+    _check_apart(op, x, permutation=permutation, lam=lam)
     _validate(op, validate, x, permutation, lam)
     mixup_ops.mixup_(x, lam, permutation, backend=backend)
     return x
@@ -91,7 +93,7 @@ def cutmix_(x, boxes, permutation, *, validate=False, backend=None):
     Raises:
         TypeError: An argument of the wrong type or dtype.
         ValueError: Shapes or devices that do not fit, an empty batch, a box outside the image, a permutation that is
-            none, x that requires grad. x is untouched then.
+            none, x that requires grad, boxes or permutation in memory of x. x is untouched then.
 
     Source: Yun et al., CutMix, arXiv:1905.04899.
     """
@@ -100,6 +102,7 @@ def cutmix_(x, boxes, permutation, *, validate=False, backend=None):
     check_in_place(op, "x", x, "cutmix is differentiable")
     _check_permutation(op, permutation, x)
     _check_boxes(op, boxes, x)
+    _check_apart(op, x, permutation=permutation, boxes=boxes)
     _validate(op, validate, x, permutation, boxes=boxes, image=x.shape[-2:])
     cutmix_ops.cutmix_(x, boxes, permutation, backend=backend)
     return x
@@ -257,6 +260,13 @@ def _check_no_grad(op, name, value, instead):
         )
 
 
+def _check_apart(op, x, **read):
+    """What is read while x is overwritten must not lie in its memory."""
+    for name, value in read.items():
+        if share_memory(x, value):
+            raise ValueError(f"{op}: {name} must lie in memory of its own, got a view of x")
+
+
 def _overlaps(x):
     """Whether some stride does not lead past all that the smaller ones reach; traced, whether one is 0."""
     if torch.compiler.is_compiling():  # symbolic strides have no order
@@ -300,6 +310,10 @@ def _shares(op, lam, x, like="x"):
     batch, acc = x.shape[0], accumulation_dtype(x)
     if not isinstance(lam, torch.Tensor):
         _check_share(op, "lam", lam)
+        if (
+            torch.compiler.is_compiling()
+        ):  # a number that changes stays one graph; `full` has one for each value
+            return torch.ones(batch, dtype=acc, device=x.device) * lam
         return torch.full((batch,), float(lam), dtype=acc, device=x.device)
     check_dense(op, "lam", lam)
     if not lam.is_floating_point():
@@ -308,7 +322,7 @@ def _shares(op, lam, x, like="x"):
         raise ValueError(f"{op}: lam must be a number or have shape ({batch},), got {tuple(lam.shape)}")
     if lam.device != x.device:
         raise ValueError(f"{op}: lam must be on {x.device} as {like} is, got {lam.device}")
-    if lam.dtype == torch.float64 != acc and _is_read_at_once(lam):
+    if lam.dtype == torch.float64 != acc and can_be_read(lam):
         check_lam(op, lam)  # rounding would hide what is just outside of [0, 1]
     return lam.to(acc).expand(batch)
 
@@ -324,13 +338,13 @@ def _per_channel(op, name, value, x, validate):
         if value.shape != (channels,):
             raise ValueError(f"{op}: {name} must have {channels} numbers, got shape {tuple(value.shape)}")
         value = value.detach().to(torch.float32)
-        if _is_read_at_once(value) or (validate and value.device.type != "cpu"):
+        if can_be_read(value) or (validate and value.device.type != "cpu"):
             channel_numbers(op, name, value.tolist())
         return value
     numbers = channel_numbers(op, name, value)
     if len(numbers) != channels:
         raise ValueError(f"{op}: {name} must have {channels} numbers, got {len(numbers)}")
-    return torch.tensor(numbers, dtype=torch.float32).to(x.device, non_blocking=True)
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu").to(x.device, non_blocking=True)
 
 
 def channel_numbers(op, name, value):
@@ -343,11 +357,6 @@ def channel_numbers(op, name, value):
     if not all(least <= number <= limits.max for number in numbers):
         raise ValueError(f"{op}: {name} must be finite{'' if name == 'mean' else ' and > 0'}, got {numbers}")
     return numbers
-
-
-def _is_read_at_once(value):
-    """Whether reading values waits for nothing, in a call that is not being traced."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _validate(op, validate, x, *args, **options):

@@ -2,6 +2,8 @@
 
 import torch
 
+from ssl_kernels.checks import can_be_read
+
 
 def check_values(op, permutation, lam=None, *, boxes=None, image=None, target=None, classes=None):
     """All of those below whose tensors are given; `image` is (height, width)."""
@@ -16,7 +18,7 @@ def check_values(op, permutation, lam=None, *, boxes=None, image=None, target=No
 
 def check_on_cpu(op, permutation, *args, **options):
     """`check_values` where reading values waits for nothing, and in calls that are not being traced."""
-    if permutation.device.type == "cpu" and not torch.compiler.is_compiling():
+    if can_be_read(permutation):
         check_values(op, permutation, *args, **options)
 
 

@@ -392,7 +392,7 @@ def _is_range(pair):
 def _channels(name, numbers):
     """(C,) float32 of numbers given as a sequence or a tensor."""
     given = numbers.tolist() if isinstance(numbers, torch.Tensor) else numbers
-    return torch.tensor(mixing.channel_numbers("Mixup", name, given), dtype=torch.float32)
+    return torch.tensor(mixing.channel_numbers("Mixup", name, given), dtype=torch.float32, device="cpu")
 
 
 def _check_overwritten(name, value):

@@ -31,7 +31,7 @@ def _not_equal(row_ids, column_ids):
 def _two_views(z0, z1, temperature, normalize):
     """Logits of the 2B rows, self, and whether j is the other view of i."""
     z = _unit(torch.cat((z0, z1)), normalize)
-    identity = torch.eye(len(z), dtype=torch.bool)
+    identity = torch.eye(len(z), dtype=torch.bool, device=z.device)
     return z @ z.T / temperature, identity, identity.roll(len(z0), 1)
 
 
@@ -56,10 +56,10 @@ def info_nce_loss(
     """van den Oord et al., CPC, arXiv:1807.03748."""
     q, k = _unit(query, normalize), _unit(positive_key, normalize)
     if negative_keys is None:
-        allowed = torch.eye(len(q), dtype=torch.bool)
+        allowed = torch.eye(len(q), dtype=torch.bool, device=q.device)
         key_ids = query_ids if key_ids is None else key_ids
         allowed |= True if query_ids is None else _not_equal(query_ids, key_ids[None, :])
-        own = torch.eye(len(q), dtype=q.dtype)
+        own = torch.eye(len(q), dtype=q.dtype, device=q.device)
         logits = q @ k.T / temperature
         loss = _cross_entropy(logits, own, allowed)
         return (loss + _cross_entropy(logits.T, own, allowed.T)) / 2 if symmetric else loss
@@ -70,7 +70,7 @@ def info_nce_loss(
     allowed = torch.ones_like(logits, dtype=torch.bool)
     if query_ids is not None:
         allowed[:, 1:] = _not_equal(query_ids, key_ids)
-    first = torch.zeros(len(q), dtype=torch.long)
+    first = torch.zeros(len(q), dtype=torch.long, device=q.device)
     return _cross_entropy(logits / temperature, _one_hot(first, logits.shape[1], logits), allowed)
 
 
@@ -78,7 +78,7 @@ def moco_loss(query, key, queue, temperature=0.07, *, normalize=True):
     """He et al., MoCo, arXiv:1911.05722, eq. 1: no gradient to key and queue, the queue's rows as they are."""
     q, k = _unit(query, normalize), _unit(key.detach(), normalize)
     logits = torch.cat(((q * k).sum(1, keepdim=True), q @ queue.detach().T), 1) / temperature
-    first = torch.zeros(len(q), dtype=torch.long)
+    first = torch.zeros(len(q), dtype=torch.long, device=q.device)
     return _cross_entropy(logits, _one_hot(first, logits.shape[1], logits))
 
 
@@ -86,22 +86,28 @@ def clip_loss(image_features, text_features, logit_scale, *, label_smoothing=0.0
     """Radford et al., CLIP, arXiv:2103.00020, figure 3: mean of pair i's two cross-entropies."""
     logits = logit_scale * (_unit(image_features, normalize) @ _unit(text_features, normalize).T)
     n = len(logits)
-    target = (1 - label_smoothing) * torch.eye(n, dtype=logits.dtype) + label_smoothing / n
-    allowed = None if ids is None else _not_equal(ids, ids[None, :]) | torch.eye(n, dtype=torch.bool)
+    target = (1 - label_smoothing) * torch.eye(
+        n, dtype=logits.dtype, device=logits.device
+    ) + label_smoothing / n
+    allowed = (
+        None
+        if ids is None
+        else _not_equal(ids, ids[None, :]) | torch.eye(n, dtype=torch.bool, device=logits.device)
+    )
     return (_cross_entropy(logits, target, allowed) + _cross_entropy(logits.T, target, allowed)) / 2
 
 
 def siglip_loss(image_features, text_features, logit_scale, logit_bias, *, normalize=True):
     """Zhai et al., SigLIP, arXiv:2303.15343, eq. 1: the sum over the texts for each image."""
     logits = logit_scale * (_unit(image_features, normalize) @ _unit(text_features, normalize).T) + logit_bias
-    sign = 2 * torch.eye(len(logits), dtype=logits.dtype) - 1
+    sign = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
     return -F.logsigmoid(sign * logits).sum(1)
 
 
 def sup_con_loss(features, labels, temperature=0.07, *, normalize=True):
     """Khosla et al., SupCon, arXiv:2004.11362, eq. 2 (L_out); 0 where i has no positive."""
     z = _unit(features, normalize)
-    identity = torch.eye(len(z), dtype=torch.bool)
+    identity = torch.eye(len(z), dtype=torch.bool, device=z.device)
     positive = ((labels[:, None] == labels[None, :]) & ~identity).to(z.dtype)
     count = positive.sum(1, keepdim=True)
     return _cross_entropy(z @ z.T / temperature, positive / count.clamp_min(1), allowed=~identity)
@@ -125,7 +131,9 @@ def debiased_nt_xent_loss(z0, z1, temperature=0.5, *, positive_prior=0.1, normal
     positive = similarity[partner]
     mean_negative = similarity.masked_fill(self_ | partner, 0).sum(1) / negatives
     estimate = (mean_negative - positive_prior * positive) / (1 - positive_prior)
-    least = (-1 / torch.as_tensor(temperature, dtype=logits.dtype) - largest[:, 0]).exp()
+    least = (
+        -1 / torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device) - largest[:, 0]
+    ).exp()
     return torch.log(positive + negatives * torch.maximum(estimate, least)) - logits[partner]
 
 
@@ -135,8 +143,11 @@ def imix_loss(query, key, permutation, lam, temperature=0.2, *, negative_keys=No
     if negative_keys is not None:
         k = torch.cat((k, _unit(negative_keys, normalize)))
     logits = _unit(query, normalize) @ k.T / temperature
-    lam = torch.as_tensor(lam, dtype=logits.dtype).expand(len(query))[:, None]
-    own, partner = (_one_hot(index, len(k), logits) for index in (torch.arange(len(query)), permutation))
+    lam = torch.as_tensor(lam, dtype=logits.dtype, device=logits.device).expand(len(query))[:, None]
+    own, partner = (
+        _one_hot(index, len(k), logits)
+        for index in (torch.arange(len(query), device=query.device), permutation)
+    )
     return _cross_entropy(logits, lam * own + (1 - lam) * partner)
 
 
@@ -150,7 +161,7 @@ def triplet_loss(embeddings, labels, margin=0.2, *, distance="euclidean", normal
     else:
         distances = 1 - x @ x.T
     same = labels[:, None] == labels
-    positive = same & ~torch.eye(len(x), dtype=torch.bool)
+    positive = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
     far = distances.masked_fill(~positive, -torch.inf).max(1).values
     near = distances.masked_fill(same, torch.inf).min(1).values
     return torch.relu((far - near + margin).where(positive.any(1) & ~same.all(1), 0))
