@@ -10,16 +10,24 @@ import argparse
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.cuda import mutations_arithmetic, mutations_losses, mutations_mixing
+from tests.cuda import mutations_arithmetic, mutations_edges, mutations_losses, mutations_mixing
 from tests.cuda.mutation import build, noticed_by
 
 MUTATIONS = {
     f"{operation}: {mutation.name}": (operation, mutation)
-    for table in (mutations_losses.MUTATIONS, mutations_mixing.MUTATIONS, mutations_arithmetic.MUTATIONS)
+    for table in (
+        mutations_losses.MUTATIONS,
+        mutations_mixing.MUTATIONS,
+        mutations_arithmetic.MUTATIONS,
+        mutations_edges.MUTATIONS,
+    )
     for operation, mutations in table.items()
     for mutation in mutations
 }
-CHECKS = {**mutations_losses.CHECKS, **mutations_mixing.CHECKS}
+CHECKS = {
+    operation: mutations_edges.with_edges(operation, check)
+    for operation, check in {**mutations_losses.CHECKS, **mutations_mixing.CHECKS}.items()
+}
 
 
 def main():

@@ -29,6 +29,8 @@ structure are named:
 Launchers must be `extern "C"`, return int (cudaError_t, 0 for success) and be free of torch headers. The
 runtime calls they may make are those of emulator/cudart.cpp; another one fails the link by its name.
 `capturing=True` makes the stream one under graph capture: a call that synchronises or allocates then fails.
+`executes=False` records launches without running their kernels: at sizes for which there is no memory. `device=`
+is the number of the current device, `library.shared_limits()` tells what the last call set of kernels' shared memory.
 `multiprocessors=` of `cuda_library` changes the number the device reports.
 
 A Triton kernel runs unchanged inside a context:
@@ -36,6 +38,8 @@ A Triton kernel runs unchanged inside a context:
     with gpu.triton(seed=1) as launches:
         kernel[grid](x, y, n, BLOCK=128)
     assert launches[-1].counters.mma == 64
+
+With `executes=False` kernels do not run, and tensors may be on "meta".
 
 Results: a list of `Launch(kernel, grid, block, shared, counters, stream)`; `Counters` has instructions, mma,
 global_load_sectors, shared_wavefronts and so on (see `ptx.Counters`). On a card the lists are empty: guard

@@ -1,0 +1,360 @@
+"""Calls of the CUDA launchers at the edges of what they promise, each with what must come out.
+
+Every `check_*` takes the launchers of an operation; tests run them on each device, mutations on broken kernels.
+"""
+
+import torch
+
+from tests.cuda import batch_hard_calls, contrastive_calls, parity, row_pairs_calls, sigmoid_pairs_calls
+from tests.cuda import mixing_calls as mixing
+from tests.cuda import test_momentum_update as momentum
+from tests.cuda.mutation import check, require
+from tests.cuda.queue_push_calls import Ring, keys_of
+from tests.layouts import far_apart
+
+# One below, at and one above the blocks of rows and tiles of columns of every engine: 32, 64 and 128.
+SIZES = (31, 32, 33, 63, 64, 65, 127, 128, 129)
+# The same of the steps of 128 bytes of halves and of the widths at which another accumulator or kernel begins.
+WIDTHS = (63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513)
+# Norms beside 1e-12, where a row begins to be normalised rather than scaled.
+SHORT = (0.97e-12, 1.03e-12)
+
+
+def short_rows(count, width, dtype):
+    """Rows of the norms `SHORT` in turn, in directions of their own."""
+    rows = torch.nn.functional.normalize(keys_of(count, width, torch.float64), dim=1)
+    lengths = torch.tensor(SHORT, dtype=torch.float64)[torch.arange(count) % 2]
+    return (rows * lengths[:, None]).to(dtype)
+
+
+def check_contrastive(library, sizes=SIZES, widths=WIDTHS):
+    half, single = torch.float16, torch.float32
+    for d in widths:
+        with check(f"width {d}"):
+            parity.check_parity(library, parity.random_call(5, d, half, m=7))
+            parity.check_parity(library, parity.random_call(5, d, half, m=7), expectation=True)
+    # Near 0 logits, so that one entry too many or too few is one in as many as there are.
+    for n, m in zip(sizes, reversed(sizes), strict=True):
+        with check(f"{n} rows, {m} columns"):
+            both = parity.random_call(n, 8, single, m=m, temperature=10.0, both_directions=True)
+            parity.check_parity(library, both, splits=2)
+            square = parity.random_call(n, 8, half, temperature=10.0)
+            parity.check_parity(library, square)
+            kept = parity.random_call(n, 8, half, m=m, temperature=10.0)
+            parity.check_parity(library, kept, expectation=True, splits=2)
+    with check("a slab of one row"):
+        parity.check_parity(library, parity.random_call(129, 520, half, m=9), slab_rows=1)
+    with check("short rows"):
+        call = parity.random_call(6, 8, single, m=5)
+        call = call._replace(rows=short_rows(6, 8, single), columns=short_rows(5, 8, single))
+        fwd, bwd, _ = parity.run(library, call, parity.random_upstream(call))
+        exact, gradients = parity.plain(call, parity.random_upstream(call), torch.float64)
+        torch.testing.assert_close(fwd.lse, exact[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(bwd.grad_rows.double(), gradients.rows, rtol=1e-4, atol=1e6)
+    with check("ids that differ above 32 bits"):
+        call = parity.random_call(9, 8, single, m=9, temperature=10.0)
+        numbers = torch.arange(9) * 2**32
+        call = call._replace(row_ids=numbers, column_ids=numbers)
+        parity.check_parity(library, call)
+    with check("positives that name one column"):
+        call = parity.random_call(40, 8, half, m=40, positives=48)
+        call = call._replace(positives=torch.full_like(call.positives, 3))
+        parity.check_parity(library, call)
+        parity.check_parity(
+            library,
+            parity.random_call(12, 8, single, m=9, positives=3)._replace(positives=torch.full((12, 3), 2)),
+            expectation=True,
+        )
+    check_low_temperature(library)
+    with check("rows far apart"):
+        call = parity.random_call(9, 24, half, m=5)
+        upstream = parity.random_upstream(call)
+        far = call._replace(rows=far_apart(call.rows), columns=far_apart(call.columns))
+        across = call._replace(rows=far_apart(call.rows, 1), columns=far_apart(call.columns, 1))
+        for options in ({}, {"expectation": True}):
+            near, *grads = parity.run(library, call, upstream, **options)[:2]
+            for other in (far, across):
+                again, *others = parity.run(library, other, upstream, **options)[:2]
+                for ours, right in zip((*again, *others[0]), (*near, *grads[0]), strict=True):
+                    if ours is not None:
+                        torch.testing.assert_close(ours, right, rtol=1e-3, atol=1e-3)
+
+
+def check_low_temperature(library):
+    """A softmax whose logits are about 8192 and exact, so that nothing but the rounding of lse is left to be wrong."""
+    n, m = 3, 40
+    rows, columns = torch.zeros(n, 4), torch.zeros(m, 4)
+    rows[:, 0], columns[:, 0] = 1, 1 + torch.arange(m) * 2.0**-14
+    call = contrastive_calls.Call(
+        rows, columns, torch.tensor(2.0**13), normalize_rows=False, normalize_columns=False
+    )
+    with check("temperature of 1.2e-4"):
+        fwd, _ = contrastive_calls.contrastive_fwd(library, call)
+        bwd, _ = contrastive_calls.contrastive_bwd(library, call, fwd, torch.ones(n, dtype=torch.float64))
+        exact = torch.softmax(torch.arange(m, dtype=torch.float64) / 2, 0)
+        found = bwd.grad_columns[:, 0].double() / (n * 2**13)
+        torch.testing.assert_close(found, exact, rtol=2e-5, atol=1e-9)
+
+
+def check_sigmoid_pairs(library, sizes=SIZES, widths=WIDTHS):
+    half, single, random_call = torch.float16, torch.float32, sigmoid_pairs_calls.random_call
+    for d in widths:
+        with check(f"width {d}"):
+            sigmoid_pairs_calls.check_parity(library, random_call(5, 7, d, half))
+    for n, m in zip(sizes, reversed(sizes), strict=True):
+        with check(f"{n} rows, {m} columns"):
+            call = random_call(n, m, 8, half, scale=0.5, bias=-0.5)
+            sigmoid_pairs_calls.check_parity(library, call, splits=2)
+    with check("short rows"):
+        call = random_call(6, 5, 8, single)
+        call = call._replace(rows=short_rows(6, 8, single), columns=short_rows(5, 8, single))
+        sigmoid_pairs_calls.check_parity(library, call)
+    with check("rows far apart"):
+        call = random_call(9, 5, 24, half)
+        right = sigmoid_pairs_calls.total_with_gradients(library, call)[:2]
+        far = call._replace(rows=far_apart(call.rows), columns=far_apart(call.columns))
+        found = sigmoid_pairs_calls.total_with_gradients(library, far)[:2]
+        for ours, expected in zip((found[0], *found[1]), (right[0], *right[1]), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+    with check("long sums"):
+        # Tiles that are all alike: their sum is a multiple of one's, to a double's rounding. No positive pair.
+        few, tiles = 64, 67
+        call = random_call(128, few * tiles, 8, single, scale=0.0, bias=-2.5, diagonal=2**40)
+        one = sigmoid_pairs_calls.losses(library, call._replace(columns=call.columns[:few]), splits=1)[0]
+        many = sigmoid_pairs_calls.losses(library, call, splits=1)[0]
+        torch.testing.assert_close(many, tiles * one, rtol=1e-13, atol=0)
+        total = sigmoid_pairs_calls.losses(library, call, total=True, splits=1)[0]
+        torch.testing.assert_close(total, many.sum(), rtol=1e-13, atol=0)
+
+
+def check_batch_hard(library, sizes=SIZES, widths=WIDTHS):
+    single = torch.float32
+    for d in widths:
+        with check(f"width {d}"):
+            x, labels = batch_hard_calls.random_rows(7, d, torch.float16), torch.arange(7) % 3
+            batch_hard_calls.check_choice(library, x, labels, True, "euclidean")
+    for n in sizes:
+        with check(f"{n} rows"):
+            generator = torch.Generator().manual_seed(n)
+            x = torch.randint(-1, 2, (n, 6), generator=generator).to(single)
+            labels = batch_hard_calls.random_labels(n, 3)
+            labels[-1] = labels[0]  # the last column counts
+            x[-1] = -2 * x[0]
+            for splits in (1, 2):
+                batch_hard_calls.check_indices(library, x, labels, "euclidean", splits=splits)
+    with check("zeros of either sign"):
+        a = 1e-30  # whose square is 0, or -0
+        labels = torch.tensor([0, 0, 0, 1, 1])
+        for signs in ([1, 1, -1, -1, 1], [1, -1, 1, 1, -1]):
+            x = torch.zeros(5, 32)
+            x[:, -1] = a * torch.tensor(signs)
+            (positive, negative), _ = batch_hard_calls.batch_hard(library, x, labels, False, "cosine")
+            require(positive.tolist() == [1, 0, 0, 4, 3], "the lowest positive")
+            require(negative.tolist() == [3, 3, 3, 0, 0], "the lowest negative")
+    with check("rows far apart"):
+        x, labels = batch_hard_calls.random_rows(9, 24, torch.float16), torch.arange(9) % 3
+        right, _ = batch_hard_calls.batch_hard(library, x, labels, True, "euclidean")
+        for dim in (0, 1):
+            found, _ = batch_hard_calls.batch_hard(library, far_apart(x, dim), labels, True, "euclidean")
+            require(all(map(torch.equal, found, right)), "other rows")
+
+
+def check_queue_push(library, dtypes=(torch.float32,)):
+    for count, width in ((7, 3), (8, 4), (9, 5), (7, 127), (8, 128), (9, 129)):
+        with check(f"{count} keys of {width} numbers"):
+            ring = Ring(library, 20, width, torch.float32, "cpu")
+            ring.push(keys_of(count, width, torch.float32), True)
+            ring.check()
+    for dtype in dtypes:
+        with check(f"short keys of {dtype}"):
+            ring = Ring(library, 9, 8, dtype, "cpu")
+            ring.push(short_rows(6, 8, dtype), True)
+            ring.check()
+    with check("a NaN makes a key NaN"):
+        keys = keys_of(3, 8, torch.float32)
+        keys[1, 5] = torch.nan
+        ring = Ring(library, 4, 8, torch.float32, "cpu")
+        ring.push(keys, True)
+        require(ring.storage[1].isnan().all() and not ring.storage[0].isnan().any(), "numbers in its row")
+    with check("numbers beyond float16's"):
+        keys = torch.tensor([[65504.0, 65519.0, 65520.0, -70000.0]])
+        ring = Ring(library, 2, 4, torch.float16, "cpu")
+        ring.push(keys, False)
+        require(torch.equal(ring.storage[0], keys[0].half()), "clamped")
+    with check("keys far apart"):
+        for dim in (0, 1):
+            ring = Ring(library, 9, 8, torch.float32, "cpu", position=7)
+            ring.push(far_apart(keys_of(6, 8, torch.float32), dim), True)
+            ring.check()
+    with check("a row past 2^31"):
+        size = 2**31 + 5
+        storage = far_apart(torch.zeros(3, 4))[0].as_strided((size, 2), (2, 1))
+        position, filled = torch.tensor(2**31 + 3), torch.tensor(2)
+        keys = keys_of(4, 2, torch.float32)
+        small = Ring.__new__(Ring)
+        small.library, small.storage, small.position, small.filled = library, storage, position, filled
+        small.expected = {}
+        small.push(keys, False)
+        places = [(2**31 + 3 + b) % size for b in range(4)]
+        require(torch.equal(torch.stack([storage[place] for place in places]), keys), "other rows")
+
+
+def check_row_pairs(library, dtypes=(torch.float32,)):
+    from tests.ops.row_pairs_calls import Call
+
+    for n, d in ((7, 127), (8, 128), (9, 129), (1, 511), (2, 512), (1, 513)):
+        with check(f"{n} rows of {d} numbers"):
+            call = Call(*(keys_of(n, d, torch.float32, seed=k) for k in range(3)), True, "distance")
+            _row_pairs(library, call, call)
+    for dtype in dtypes:
+        for measure in ("product", "distance"):
+            with check(f"short rows of {dtype}, {measure}"):
+                x, y = short_rows(6, 8, dtype), keys_of(6, 8, dtype, seed=3)
+                for call in (Call(x, y, None, True, measure), Call(y, x, None, True, measure)):
+                    _row_pairs(library, call, call)
+    with check("rows far apart"):
+        call = Call(*(keys_of(5, 24, torch.float32, seed=k) for k in range(3)), True, "distance")
+        for dim in (0, 1):
+            _row_pairs(library, call.with_operands(lambda rows, dim=dim: far_apart(rows, dim)), call)
+
+
+def _row_pairs(library, call, judged):
+    from tests.ops.row_pairs_calls import check_results
+
+    x, y, z, flags = call.x, call.y, call.z, (call.normalize, call.measure)
+    (values, saved), _ = row_pairs_calls.row_pairs_fwd(library, x, y, z, *flags)
+    grads, _ = row_pairs_calls.row_pairs_bwd(
+        library, call.cotangent, x, y, z, saved, *flags, True, True, z is not None
+    )
+    check_results([values, *(grad for grad in grads if grad is not None)], judged, "cuda")
+
+
+def check_momentum_update(library):
+    for count in (momentum.CHUNK - 1, momentum.CHUNK, momentum.CHUNK + 1):
+        with check(f"{count} numbers"):
+            momentum.check(library, [momentum.triple(count, torch.bfloat16, torch.float32, "cpu")], 0.75)
+    for count in (momentum.MAX_TENSORS - 1, momentum.MAX_TENSORS, momentum.MAX_TENSORS + 1):
+        with check(f"{count} tensors"):
+            triples = [momentum.triple(1, torch.bfloat16, torch.float32, "cpu", seed=i) for i in range(count)]
+            momentum.check(library, triples, 0.75)
+    for dtype in (torch.float16, torch.bfloat16):
+        with check(f"momentum of 0 and 1, {dtype}"):
+            for value in (0.0, 1.0):
+                master, shadow, source = momentum.triple(4500, dtype, torch.float32, "cpu", seed=2)
+                expected = (source if value == 0 else master).clone()
+                momentum.update(library, [(master, shadow, source)], value)
+                require(torch.equal(master, expected), "not the source, or the master, bit for bit")
+                require(torch.equal(shadow, expected.to(dtype)), "not its rounding")
+    with check("an average beyond float16's numbers"):
+        master = torch.tensor([70000.0, -1e6, 65519.0, 1.0])
+        shadow, source = master.half(), torch.tensor([1.0, 2.0, 3.0, 4.0])
+        exact = (master + source) / 2
+        momentum.update(library, [(master, shadow, source)], 0.5)
+        require(torch.equal(master, exact), "pulled down by its shadow")
+        require(torch.equal(shadow, exact.half()), "shadow")
+        nan = torch.tensor([torch.nan, 1.0])
+        parts = [(nan, nan.half(), torch.ones(2))]
+        momentum.update(library, parts, 0.5)
+        require(nan[0].isnan() and parts[0][1][0].isnan() and nan[1] == 1, "NaN")
+
+
+def check_mixup(library):
+    for count, features in ((3, 511), (4, 512), (5, 513), (63, 3), (64, 4), (65, 5), (1023, 1), (1025, 1)):
+        with check(f"{count} samples of {features} numbers"):
+            x, lam = keys_of(count, features, torch.float32), torch.linspace(0, 1, count)
+            permutation = torch.arange(count).roll(1)
+            exact = lam[:, None].double() * x + (1 - lam[:, None].double()) * x[permutation]
+            for parts in (1, 2):
+                out, _ = mixing.mixup(library, x, lam, permutation, parts=parts)
+                torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-6)
+    with check("samples far apart"):
+        x, lam, permutation = keys_of(5, 24, torch.float32), torch.rand(5), torch.tensor([3, 4, 1, 2, 0])
+        right, _ = mixing.mixup(library, x, lam, permutation)
+        found, _ = mixing.mixup(library, far_apart(x), lam, permutation, torch.full_like(x, torch.nan))
+        require(torch.equal(found, right), "out of place")
+        far = far_apart(x)
+        mixing.mixup(library, far, lam, permutation, far)
+        require(torch.equal(far.contiguous(), right), "in place")
+        expected = mixing.mixup_bwd(library, right, x, lam, permutation)[:2]
+        found = mixing.mixup_bwd(library, far_apart(right), far_apart(x), lam, permutation)[:2]
+        require(all(map(torch.equal, found, expected)), "gradient")
+    with check("weights of 0 beside infinite numbers"):
+        x = torch.tensor([[1.0, torch.inf, -torch.inf], [2.0, 3.0, 4.0]])
+        out, _ = mixing.mixup(library, x, torch.tensor([0.0, 1.0]), torch.tensor([1, 0]))
+        require(torch.equal(out, x[[1, 1]]), "a weight of 0 multiplied")
+        lam = torch.tensor([0.5, 1.0])
+        grad = mixing.mixup_bwd(library, x.flip(0), None, lam, torch.tensor([1, 0]))[0]
+        require(torch.equal(grad[0], x[1] / 2), "a weight of 0 multiplied in the gradient")
+    with check("halves beyond 65504, and NaN"):
+        x = torch.tensor([[65504.0, -65504.0, torch.nan], [65504.0, -65504.0, 1.0]]).half()
+        out, _ = mixing.mixup(library, x, torch.full((2,), 0.5), torch.tensor([1, 0]))
+        require(torch.equal(out[:, :2], x[:, :2]) and out[:, 2].isnan().all(), "clamped")
+
+
+def check_cutmix(library):
+    x = keys_of(5, 35, torch.float32).view(5, 1, 5, 7)
+    boxes = torch.tensor([[0, 4, 1, 6], [1, 3, 0, 7], [2, 5, 2, 3], [0, 5, 0, 7], [3, 3, 1, 2]])
+    permutation = torch.tensor([3, 4, 1, 2, 0])
+    for count in (15, 16, 17, 127, 128, 129):
+        with check(f"{count} samples"):
+            pixels = torch.arange(count * 15.0).view(count, 1, 3, 5)
+            inside, order = torch.tensor([[1, 3, 0, 4]]).expand(count, 4), torch.arange(count).roll(1)
+            exact = pixels.clone()
+            exact[:, :, 1:, :4] = pixels[order][:, :, 1:, :4]
+            out, _ = mixing.cutmix(library, pixels, inside, order)
+            require(torch.equal(out, exact), "out of place")
+            mixing.cutmix(library, pixels, inside, order, pixels)
+            require(torch.equal(pixels, exact), "in place")
+    with check("samples far apart"):
+        right, _ = mixing.cutmix(library, x, boxes, permutation)
+        found, _ = mixing.cutmix(library, far_apart(x), boxes, permutation, torch.zeros_like(x))
+        require(torch.equal(found, right), "out of place")
+        far = far_apart(x)
+        mixing.cutmix(library, far, boxes, permutation, far)
+        require(torch.equal(far.contiguous(), right), "in place")
+        expected, _ = mixing.cutmix_bwd(library, x, boxes, permutation)
+        args = (far_apart(x), boxes, permutation, torch.zeros_like(x))
+        require(torch.equal(mixing.cutmix(library, *args, function="cutmix_bwd")[0], expected), "gradient")
+    with check("groups of samples"):
+        many = torch.arange(40.0).view(40, 1, 1, 1).expand(40, 1, 33, 33).contiguous()
+        whole, order = torch.tensor([[0, 33, 0, 33]]).expand(40, 4), torch.arange(40).roll(1)
+        out, _ = mixing.cutmix(library, many, whole, order)
+        require(torch.equal(out, many[order]), "other samples")
+        grad, _ = mixing.cutmix_bwd(library, many, whole, order)
+        require(torch.equal(grad, many.roll(-1, 0)), "the gradient of other samples")
+
+
+def check_mixup_cross_entropy(library):
+    for classes in (31, 32, 33, 127, 128, 129, 511, 512, 513, 2047, 2048, 2049):
+        with check(f"{classes} classes"):
+            logits, target = keys_of(3, classes, torch.float32), torch.tensor([0, classes - 1, classes // 2])
+            same, ones = torch.arange(3), torch.ones(3)
+            loss, lse, _ = mixing.mixup_cross_entropy_fwd(library, logits, target, same, ones)
+            exact = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
+            torch.testing.assert_close(loss, exact, rtol=1e-6, atol=1e-6)
+            grad, _ = mixing.mixup_cross_entropy_bwd(library, ones.double(), logits, target, same, ones, lse)
+            one_hot = torch.nn.functional.one_hot(target, classes)
+            torch.testing.assert_close(
+                grad.double(), logits.double().softmax(1) - one_hot, rtol=1e-5, atol=1e-6
+            )
+    with check("targets of weight 0 beside infinite logits"):
+        logits = keys_of(2, 5, torch.float32)
+        logits[0, 3] = logits[1, 1] = -torch.inf
+        target, permutation, lam = torch.tensor([1, 3]), torch.tensor([1, 0]), torch.tensor([1.0, 1.0])
+        loss, _, _ = mixing.mixup_cross_entropy_fwd(library, logits, target, permutation, lam)
+        require(loss.isfinite().all(), "the partner's class counts")
+        loss, _, _ = mixing.mixup_cross_entropy_fwd(library, logits, target.flip(0), permutation, 1 - lam)
+        require(loss.isfinite().all(), "the own class counts")
+
+
+CHECKS = {
+    "mixup_cross_entropy": check_mixup_cross_entropy,
+    "contrastive": check_contrastive,
+    "sigmoid_pairs": check_sigmoid_pairs,
+    "batch_hard": check_batch_hard,
+    "queue_push": check_queue_push,
+    "row_pairs": check_row_pairs,
+    "momentum_update": check_momentum_update,
+    "mixup": check_mixup,
+    "cutmix": check_cutmix,
+}

@@ -1,0 +1,112 @@
+"""Mutations that show at edges only: sizes beside a tile's, norms beside 1e-12, places past 2^31, exact promises."""
+
+from tests.cuda import edges
+from tests.cuda.mutation import Mutation
+
+CONTRASTIVE, SIGMOID, HARD, QUEUE = "contrastive.cuh", "sigmoid_pairs.cuh", "batch_hard.cuh", "queue_push.cuh"
+MOMENTUM, PAIRS, MIXUP, CUTMIX = "momentum_update.cuh", "row_pairs.cuh", "mixup.cuh", "cutmix.cuh"
+CROSS_ENTROPY = "mixup_cross_entropy.cuh"
+ROWS, TILE, MATH, SLABS = "rows.cuh", "device/tile.cuh", "device/math.cuh", "slab_product.cuh"
+EPS = "norm < Math<acc_t>::kNormEps ? Math<acc_t>::kNormEps : norm"
+
+SHORTEST_NORM = Mutation("shortest norm, 5 % longer", MATH, "kNormEps = 1e-12f", "kNormEps = 1.05e-12f")
+TILE_ROWS = Mutation("index: rows of a tile past 2^31", TILE, "matrix + (row0 + r) * row_stride + column",
+                     "matrix + static_cast<int>((row0 + r) * row_stride) + column")  # fmt: skip
+
+MUTATIONS = {
+    "contrastive": [
+        SHORTEST_NORM,
+        TILE_ROWS,
+        Mutation("excluded: from one column past the end on", CONTRASTIVE,
+                 "column0 + kColumns <= other.count", "column0 + kColumns <= other.count + 1"),
+        Mutation("slabs: the last of one row", SLABS, "first < own.count; first += slab",
+                 "first + 1 < own.count; first += slab"),
+        Mutation("terms: rounding of lse", CONTRASTIVE,
+                 "grad_lse[row] * Math<double>::exp2(rounded - exact)", "grad_lse[row]"),
+        Mutation("half: bound of many positives", ROWS, "2 * acc_t(P) * positive_bound", "2 * positive_bound"),
+        Mutation("excluded: ids above 32 bits", CONTRASTIVE, "|| id_i != id_j;",
+                 "|| static_cast<int>(id_i) != static_cast<int>(id_j);"),
+        Mutation("index: strided rows past 2^31", ROWS, "data[row * row_stride + d * column_stride]",
+                 "data[static_cast<int>(row * row_stride + d * column_stride)]"),
+        Mutation("index: rows of the preparation past 2^31", ROWS, "data + row * row_stride;",
+                 "data + static_cast<int>(row * row_stride);"),
+        Mutation("index: columns of the preparation past 2^31", ROWS, "d < D ? x[d * column_stride]",
+                 "d < D ? x[static_cast<int>(d * column_stride)]"),
+        Mutation("positives: several of one entry", TILE, "c[m][n][e] += here ? x : acc_t(0);",
+                 "c[m][n][e] = here ? x : c[m][n][e];"),
+        Mutation("expectation: several positives of one row", CONTRASTIVE,
+                 "sum += static_cast<acc_t>(grad_positive_logits",
+                 "sum = static_cast<acc_t>(grad_positive_logits"),
+    ],
+    "sigmoid_pairs": [
+        SHORTEST_NORM,
+        TILE_ROWS,
+        Mutation("pairs: whole tiles but for a column", SIGMOID, "&& columns == kColumns",
+                 "&& columns + 1 >= kColumns"),
+        Mutation("forward: sums of tiles in float", SIGMOID, "double sum[4] = {};", "acc_t sum[4] = {};"),
+        Mutation("total: sum of rows in float", ROWS, "sum += values[i];",
+                 "sum = static_cast<float>(sum + values[i]);"),
+    ],
+    "batch_hard": [
+        TILE_ROWS,
+        Mutation("the last column", HARD, "inside = column < count;", "inside = column < count - 1;"),
+    ],
+    "queue_push": [
+        SHORTEST_NORM,
+        Mutation("shortest norm instead of NaN", QUEUE, EPS, "Math<acc_t>::max(norm, Math<acc_t>::kNormEps)"),
+        Mutation("index: keys past 2^31", QUEUE, "keys + b * row_stride", "keys + static_cast<int>(b * row_stride)"),
+        Mutation("index: numbers of a key past 2^31", QUEUE, "to_acc(key[d * column_stride]) * factor",
+                 "to_acc(key[static_cast<int>(d * column_stride)]) * factor"),
+        Mutation("index: rows of the ring past 2^31", QUEUE, "wrap(wrap(*position, K) + b % K, K) * D",
+                 "static_cast<int>(wrap(wrap(*position, K) + b % K, K)) * D"),
+    ],
+    "row_pairs": [
+        SHORTEST_NORM,
+        Mutation("index: rows past 2^31", PAIRS, "operands.data[k] + row * operands.row_stride[k]",
+                 "operands.data[k] + static_cast<int>(row * operands.row_stride[k])"),
+        Mutation("index: rows past 2^31, backward", PAIRS, "operands.data[k] + row * operands.row_stride[k]",
+                 "operands.data[k] + static_cast<int>(row * operands.row_stride[k])", 1),
+        Mutation("index: columns past 2^31", PAIRS, "row[d * stride]", "row[static_cast<int>(d * stride)]"),
+    ],
+    "momentum_update": [
+        Mutation("momentum of 0 from the average's end", MOMENTUM,
+                 "factor(weight < 0.5f ? weight : weight - 1.0f), from_source(!(weight < 0.5f))",
+                 "factor(weight), from_source(false)"),
+        Mutation("averages beyond float16", MOMENTUM, "== written ? master",
+                 "== written && written < 65504.0f ? master"),
+    ],
+    "mixup": [
+        Mutation("index: samples past 2^31", MIXUP, "x.data + sample * x.stride + feature",
+                 "x.data + static_cast<int>(sample * x.stride) + feature", 1),
+        Mutation("index: samples of the gradient past 2^31", MIXUP, "batch.data + sample * batch.stride + feature",
+                 "batch.data + static_cast<int>(sample * batch.stride) + feature"),
+        Mutation("mixup: partner's weight of 0", MIXUP, "if (next == acc_t(0)) return own == acc_t(1) ? x : own * x;"),
+    ],
+    "mixup_cross_entropy": [
+        Mutation("own weight of 0", CROSS_ENTROPY, "if (row.own_weight != 0) result", "result"),
+        Mutation("partner's weight of 0", CROSS_ENTROPY, "if (row.partner_weight != 0) result", "result"),
+    ],
+    "cutmix": [
+        Mutation("index: samples past 2^31", CUTMIX, "column + sample * stride",
+                 "column + static_cast<int>(sample * stride)"),
+        Mutation("index: samples past 2^31, out of place", CUTMIX, "x + sample * x_stride + feature",
+                 "x + static_cast<int>(sample * x_stride) + feature"),
+        Mutation("index: groups of samples", CUTMIX, "int64_t{blockIdx.x / blocks}", "int64_t{blockIdx.x % blocks}"),
+        Mutation("index: blocks of features", CUTMIX, "int64_t{blockIdx.x % blocks}", "int64_t{blockIdx.x}"),
+    ],
+}  # fmt: skip
+
+SOME = ((31, 63, 127, 65), (63, 513))  # sizes and widths
+
+
+def with_edges(operation, check):
+    """The check of an operation, then that of its edges."""
+    if operation not in edges.CHECKS:
+        return check
+    sizes = SOME if operation in ("contrastive", "sigmoid_pairs", "batch_hard") else ()
+
+    def both(library):
+        check(library)
+        edges.CHECKS[operation](library, *sizes)
+
+    return both

@@ -1,0 +1,269 @@
+"""Triton kernels at the edges of what they promise, and copies of them, broken at one place, that must be noticed."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_kernels.reference.batch_hard import batch_hard as hardest_by_definition
+from ssl_kernels.reference.contrastive import contrastive as contrastive_by_definition
+from tests.cuda.edges import short_rows
+from tests.cuda.queue_push_calls import keys_of
+from tests.gpu_emulation import PtxError, emulated_triton
+from tests.ops.row_pairs_calls import Call, check_results
+
+SOURCES = Path(__file__).resolve().parents[2] / "ssl_kernels" / "triton"
+FLAGS = (True, True, False)
+
+
+def check_contrastive(kernels):
+    # Near 0 logits: one entry too many or too few is one in as many as there are.
+    scale = torch.tensor(0.1)
+    for n, m in ((31, 63), (64, 127), (129, 65)):
+        rows, columns = keys_of(n, 8, torch.float32), keys_of(m, 8, torch.float32, seed=1)
+        results = kernels.contrastive_fwd(rows, columns, scale, None, None, None, *FLAGS, True, False, False)
+        exact = contrastive_by_definition(
+            rows.double(), columns.double(), scale.double(), None, None, None, *FLAGS, True
+        )
+        for ours, right in zip(results[:2], exact[:2], strict=True):
+            torch.testing.assert_close(ours, right, rtol=1e-6, atol=1e-6)
+    _low_temperature(kernels)
+    # Three positives that name one column, and norms beside 1e-12.
+    rows, columns = keys_of(6, 8, torch.float64), keys_of(5, 8, torch.float64, seed=1)
+    _gradients(kernels, rows, columns, torch.full((6, 3), 2))
+    _gradients(kernels, short_rows(6, 8, torch.float64), columns, torch.full((6, 1), 2))
+
+
+def _gradients(kernels, rows, columns, positives):
+    leaves = [rows.clone().requires_grad_(), columns.clone().requires_grad_()]
+    scale = torch.tensor(2.0, dtype=torch.float64)
+    operands = (scale, positives, None, None)
+    exact = contrastive_by_definition(*leaves, *operands, *FLAGS, False)
+    grads = torch.autograd.grad(exact[0].sum() + exact[2].sum(), leaves)
+    lse, column_lse, logits, *saved = kernels.contrastive_fwd(
+        rows, columns, *operands, *FLAGS, False, True, True
+    )
+    found = kernels.contrastive_bwd(
+        torch.ones_like(lse), None, torch.ones_like(logits), rows, columns, *operands, lse, column_lse, *saved,
+        *FLAGS, False, True, True,
+    )  # fmt: skip
+    for ours, right in zip(found[:2], grads, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-12 * right.abs().max().item())
+
+
+def _low_temperature(kernels):
+    """Logits about 8192 and exact, so that nothing but the rounding of lse is left to be wrong."""
+    rows, columns = torch.zeros(3, 4), torch.zeros(40, 4)
+    rows[:, 0], columns[:, 0] = 1, 1 + torch.arange(40) * 2.0**-14
+    operands = (rows, columns, torch.tensor(2.0**13), None, None, None)
+    lse, column_lse, _, *saved = kernels.contrastive_fwd(*operands, False, False, False, False, True, True)
+    _, grad, _ = kernels.contrastive_bwd(
+        torch.ones_like(lse),
+        None,
+        None,
+        *operands,
+        lse,
+        column_lse,
+        *saved,
+        False,
+        False,
+        False,
+        False,
+        True,
+        True,
+    )
+    found = grad[:, 0].double() / (3 * 2**13)
+    # Logits of 8192 are rounded to 5e-4, in both directions alike: the probabilities still add up to 1.
+    torch.testing.assert_close(found, torch.softmax(torch.arange(40.0).double() / 2, 0), rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(found.sum().item(), 1.0, rtol=1e-5, atol=0)
+
+
+def check_batch_hard(kernels):
+    a = 1e-30  # whose square is 0, or -0
+    labels = torch.tensor([0, 0, 0, 1, 1])
+    for signs in ([1, 1, -1, -1, 1], [1, -1, 1, 1, -1]):
+        x = torch.zeros(5, 32)
+        x[:, -1] = a * torch.tensor(signs)
+        positive, negative = kernels.batch_hard(x, labels, False, "cosine")
+        assert positive.tolist() == [1, 0, 0, 4, 3] and negative.tolist() == [3, 3, 3, 0, 0]
+    # Equal keys in several splits of the walk, and a last column that counts.
+    x = torch.randint(-1, 2, (575, 4), generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    labels = torch.arange(575) % 2
+    x[574] = torch.tensor([2.0, 2.0, 2.0, 2.0])
+    got = kernels.batch_hard(x, labels, False, "euclidean")
+    for ours, right in zip(got, hardest_by_definition(x.double(), labels, False, "euclidean"), strict=True):
+        assert torch.equal(ours, right)
+
+
+def check_queue_push(kernels):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        keys = short_rows(6, 8, dtype)
+        ring, position, filled = torch.zeros(9, 8, dtype=dtype), torch.tensor(0), torch.tensor(0)
+        kernels.queue_push_(ring, keys, position, filled, True)
+        acc = torch.promote_types(dtype, torch.float32)
+        expected = torch.nn.functional.normalize(keys.to(acc), dim=1).to(dtype)
+        eps = max(torch.finfo(dtype).eps, 3e-7)
+        torch.testing.assert_close(ring[:6], expected, rtol=eps, atol=0)
+    keys = keys_of(3, 8, torch.float32)
+    keys[1, 5] = torch.nan
+    keys[2, 0] = 70000
+    ring = torch.zeros(4, 8)
+    kernels.queue_push_(ring, keys, position, filled, True)
+    assert (ring.isnan().all(1) == torch.tensor([False, False, True, False])).all() or ring.isnan().all(
+        1
+    ).sum() == 1
+    half = torch.zeros(4, 8, dtype=torch.float16)
+    kernels.queue_push_(half, keys, torch.tensor(0), torch.tensor(0), False)
+    assert torch.equal(half[:3].nan_to_num(7), keys.half().nan_to_num(7))
+
+
+def check_row_pairs(kernels):
+    for dtype in (torch.float64, torch.float32):
+        x, y = short_rows(6, 8, dtype), keys_of(6, 8, dtype, seed=3)
+        for measure in ("product", "distance"):
+            for call in (Call(x, y, None, True, measure), Call(y, x, None, True, measure)):
+                values, saved = kernels.row_pairs_fwd(call.x, call.y, None, True, measure)
+                grads = kernels.row_pairs_bwd(
+                    call.cotangent, call.x, call.y, None, saved, True, measure, True, True, False
+                )
+                check_results([values, *grads[:2]], call, "triton")
+
+
+def check_momentum_update(kernels):
+    generator = torch.Generator().manual_seed(1)
+    for dtype in (torch.float16, torch.bfloat16):
+        for momentum in (0.0, 1.0):
+            master, source = torch.randn(2, 300, generator=generator)
+            shadow, expected = master.to(dtype), (source if momentum == 0 else master).clone()
+            kernels.momentum_update_([master], [shadow], [source], momentum)
+            assert torch.equal(master, expected) and torch.equal(shadow, expected.to(dtype))
+    master = torch.tensor([70000.0, -1e6, 65519.0, 1.0])
+    shadow, source = master.half(), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    exact = (master + source) / 2
+    kernels.momentum_update_([master], [shadow], [source], 0.5)
+    assert torch.equal(master, exact) and torch.equal(shadow, exact.half())
+
+
+def check_mixup(kernels):
+    for count, features in ((3, 1023), (4, 1024), (5, 1025), (1025, 1)):
+        x, lam = keys_of(count, features, torch.float32), torch.linspace(0, 1, count)
+        permutation = torch.arange(count).roll(1)
+        exact = lam[:, None].double() * x + (1 - lam[:, None].double()) * x[permutation]
+        out = kernels.mixup_fwd(x, lam, permutation)
+        torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-6)
+    # Weights of 0 beside infinite numbers, numbers at float16's end, NaN.
+    x = torch.tensor([[1.0, torch.inf, -torch.inf], [2.0, 3.0, 4.0]])
+    swap = torch.tensor([1, 0])
+    assert torch.equal(kernels.mixup_fwd(x, torch.tensor([0.0, 1.0]), swap), x[[1, 1]])
+    grad, _ = kernels.mixup_bwd(x.flip(0), None, torch.tensor([0.5, 1.0]), swap, True)
+    assert torch.equal(grad[0], x[1] / 2)
+    x = torch.tensor([[65504.0, -65504.0, torch.nan], [65504.0, -65504.0, 1.0]]).half()
+    out = kernels.mixup_fwd(x, torch.full((2,), 0.5), swap)
+    assert torch.equal(out[:, :2], x[:, :2]) and out[:, 2].isnan().all()
+
+
+def check_mixup_cross_entropy(kernels):
+    for classes in (31, 33, 4095, 4096, 4097):
+        logits, target = keys_of(3, classes, torch.float32), torch.tensor([0, classes - 1, classes // 2])
+        loss, lse = kernels.mixup_cross_entropy_fwd(logits, target, torch.arange(3), torch.ones(3), 0.0)
+        exact = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
+        torch.testing.assert_close(loss, exact, rtol=1e-6, atol=1e-6)
+        operands = (logits, target, torch.arange(3), torch.ones(3), lse, 0.0)
+        grad = kernels.mixup_cross_entropy_bwd(torch.ones(3).double(), *operands)
+        exact = logits.double().softmax(1) - torch.nn.functional.one_hot(target, classes)
+        torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-6)
+    # Targets of weight 0 beside infinite logits.
+    logits = keys_of(2, 5, torch.float32)
+    logits[0, 3] = logits[1, 1] = -torch.inf
+    target, swap, lam = torch.tensor([1, 3]), torch.tensor([1, 0]), torch.ones(2)
+    for classes, share in ((target, lam), (target.flip(0), 1 - lam)):
+        assert kernels.mixup_cross_entropy_fwd(logits, classes, swap, share, 0.0)[0].isfinite().all()
+
+
+def check_cutmix(kernels):
+    for count in (15, 16, 17):
+        pixels = torch.arange(count * 15.0).view(count, 1, 3, 5)
+        inside, order = torch.tensor([[1, 3, 0, 4]]).expand(count, 4), torch.arange(count).roll(1)
+        exact = pixels.clone()
+        exact[:, :, 1:, :4] = pixels[order][:, :, 1:, :4]
+        assert torch.equal(kernels.cutmix_fwd(pixels, inside, order), exact)
+    far = torch.tensor([[2**32, 2**32 + 4, 0, 7], [-(2**32), 5, -(2**32) + 3, 7]])
+    x = torch.randn(2, 1, 5, 7)
+    out = kernels.cutmix_fwd(x, far, torch.tensor([1, 0]))
+    assert torch.equal(out, torch.stack([x[0], x[0]]))
+
+
+def check_sigmoid_pairs(kernels):
+    # Tiles that are all alike: their sum is a multiple of one's, to a double's rounding. No positive pair.
+    tiles, columns = 7, keys_of(32 * 7, 16, torch.float32)
+    rows = keys_of(33, 16, torch.float32, seed=1)
+    numbers = (torch.tensor(0.0), torch.tensor(-2.5), 2**40)
+    flags = (True, True, False, False, False, False)
+    one, many = (
+        kernels.sigmoid_pairs_fwd(rows, some, *numbers, *flags)[0] for some in (columns[:32], columns)
+    )
+    torch.testing.assert_close(many, tiles * one, rtol=1e-13, atol=0)
+
+
+CHECKS = {
+    name.removeprefix("check_"): check
+    for name, check in list(globals().items())
+    if name.startswith("check_") and name != "check_results"
+}
+
+MUTATIONS = [
+    ("contrastive", "common", "outside = tl.where(columns < M,", "outside = tl.where(columns < M + 1,"),
+    ("contrastive", "contrastive", "weight *= tl.where(empty, 1.0, exp2(",
+     "weight *= tl.where(empty, 1.0, exp2(0.0 * "),
+    ("contrastive", "contrastive", "coefficients += tl.where(index[:, None] == columns",
+     "coefficients = coefficients * 0.0 + tl.where(index[:, None] == columns"),
+    ("contrastive", "common", "1.0 / tl.maximum(tl.sqrt(squared_norm), tl.full([], NORM_EPS, ACC))",
+     "1.0 / tl.maximum(tl.sqrt(squared_norm), tl.full([], 1.05e-12, ACC))"),
+    ("batch_hard", "batch_hard", "    key = tl.where(key == 0.0, 0.0, key)\n", ""),
+    ("batch_hard", "batch_hard", ".amin(0)", ".amax(0)"),
+    ("batch_hard", "batch_hard", "inside = (columns < N)[None, :]", "inside = (columns < N - 1)[None, :]"),
+    ("queue_push", "queue_push", "tl.where(norm < eps, eps, norm)", "tl.maximum(norm, eps)"),
+    ("queue_push", "common", "tl.constexpr(1e-12)", "tl.constexpr(1.05e-12)"),
+    ("row_pairs", "common", "tl.constexpr(1e-12)", "tl.constexpr(1.05e-12)"),
+    ("row_pairs", "row_pairs", "0.999999e12", "0.95e12"),
+    ("momentum_update", "momentum_update", "near = weight < 0.5", "near = weight < 2.0"),
+    ("momentum_update", "momentum_update", "rounded == written", "(rounded == written) & (written < 65504.0)"),
+    ("mixup", "mixup", "tl.where(next == 0.0, own * x.to(own.dtype), mixed)", "mixed"),
+    ("mixup_cross_entropy", "mixup_cross_entropy", "used = weight != 0.0", "used = weight >= 0.0"),
+    ("cutmix", "cutmix", "begin + SAMPLES, B)", "begin + SAMPLES, B - 1)"),
+    ("cutmix", "cutmix", "tl.minimum(tl.maximum(tl.load(box_ptr), 0), H)",
+     "tl.minimum(tl.maximum(tl.load(box_ptr).to(tl.int32), 0), H)"),
+    ("sigmoid_pairs", "sigmoid_pairs", "losses += tl.sum(tl.where(inside, loss, 0.0), axis=1).to(tl.float64)",
+     "losses = (losses.to(tl.float32) + tl.sum(tl.where(inside, loss, 0.0), axis=1)).to(tl.float64)"),
+]  # fmt: skip
+
+
+def load(folder, operation, file, old, new):
+    """The kernels of an operation from copies of its file and those shared by all, with a mutation of one of them."""
+    suffix = folder.name.replace("-", "_")
+    for name in ("common", "launch", operation):
+        text = (SOURCES / f"{name}.py").read_text()
+        if name == file:
+            assert old in text, f"{old!r} is not in {name}.py"
+            text = text.replace(old, new, 1)
+        for shared in ("common", "launch"):
+            text = text.replace(f"ssl_kernels.triton.{shared} ", f"{shared}_{suffix} ")
+        (folder / f"{name}_{suffix}.py").write_text(text)
+    return importlib.import_module(f"{operation}_{suffix}")
+
+
+@pytest.mark.parametrize("operation", CHECKS)
+def test_edges(gpu, operation):
+    if not gpu.emulated:
+        pytest.skip("its tensors lie in memory of the host")
+    with gpu.triton():
+        CHECKS[operation](importlib.import_module(f"ssl_kernels.triton.{operation}"))
+
+
+@pytest.mark.parametrize("operation, file, old, new", MUTATIONS)
+def test_mutation_is_noticed(tmp_path, monkeypatch, operation, file, old, new):
+    monkeypatch.syspath_prepend(tmp_path)
+    broken = load(tmp_path, operation, file, old, new)
+    with emulated_triton(80), pytest.raises((AssertionError, PtxError)):
+        CHECKS[operation](broken)
