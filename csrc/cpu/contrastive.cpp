@@ -228,7 +228,7 @@ template <class acc_t>
 struct SoftmaxWeights {
   SoftmaxWeights(const std::optional<at::Tensor>& grad, const at::Tensor& lse, bool fixed_shift, double bound)
       : shift(fixed_shift ? 0 : lse.numel(), std::numeric_limits<acc_t>::infinity()), weight(lse.numel()) {
-    if (!grad) return;  // weights of 0, times 2^-inf
+    if (!grad) return;  // weights of 0, times 2^-inf, as for every gradient of 0: torch.compile passes zeros for none
     const at::Tensor contiguous = grad->contiguous();
     const double* g = contiguous.const_data_ptr<double>();
     const double* l = lse.const_data_ptr<double>();
@@ -236,13 +236,17 @@ struct SoftmaxWeights {
     for (size_t i = 0; i < weight.size(); ++i) {
       const double log2_sum = l[i] == -kInfinity ? 0 : l[i] * kLog2E;
       const double used = fixed_shift ? bound : static_cast<acc_t>(log2_sum);
-      if (!fixed_shift) shift[i] = static_cast<acc_t>(used);
+      if (!fixed_shift && g[i] != 0) shift[i] = static_cast<acc_t>(used);
       factor[i] = used - log2_sum;
     }
     tile_math<acc_t>().exp2(factor.data(), factor.size());
     for (size_t i = 0; i < weight.size(); ++i)
-      weight[i] = l[i] == -kInfinity ? acc_t(0) : static_cast<acc_t>(g[i] * factor[i]);
+      weight[i] = l[i] == -kInfinity || g[i] == 0 ? acc_t(0) : static_cast<acc_t>(g[i] * factor[i]);
   }
+  bool all_zero() const {
+    return std::all_of(weight.begin(), weight.end(), [](acc_t w) { return w == 0; });
+  }
+
   std::vector<acc_t> shift, weight;
 };
 
@@ -313,6 +317,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   const SoftmaxWeights<acc_t> of_rows(saved.grad_lse, saved.lse, problem.fixed_shift, bound);
   const SoftmaxWeights<acc_t> of_columns(saved.grad_column_lse, saved.column_lse, problem.fixed_shift, bound);
   const SoftmaxWeights<acc_t>& transposed = problem.square ? of_rows : of_columns;
+  const bool positives_alone = of_rows.all_zero() && (!both_terms || transposed.all_zero());
   at::Tensor grad_positive;
   if (args.positives && saved.grad_positive_logits) grad_positive = saved.grad_positive_logits->contiguous();
   const at::Tensor kept_logits = problem.has_tiles_of(saved.kept) ? saved.kept : at::empty({0}, options);
@@ -329,7 +334,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   const auto visit = [&](int64_t block_i, int64_t block_j, int thread, int part) {
     const auto kept = problem.kept(block_i, block_j, kept_logits);
     const auto tile = problem.scratch(block_i, block_j, thread);
-    if (!kept) {
+    if (!kept && !positives_alone) {
       problem.multiply(tile);
       problem.mask(tile);
     }
@@ -337,7 +342,9 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
     const int64_t i0 = tile.i.begin, j0 = tile.j.begin;
     const acc_t* column_weight = both_terms ? transposed.weight.data() + j0 : nullptr;
     const acc_t* row_weight = of_rows.weight.data() + i0;
-    if (problem.fixed_shift && kept)
+    if (positives_alone)
+      for (int64_t k = 0; k < tile.i.size; ++k) std::fill_n(tile.s + k * tile.ld, tile.j.size, acc_t(0));
+    else if (problem.fixed_shift && kept)
       math.coefficients_of_kept(kept->s, kept->ld, tile.s, tile.ld, tile.i.size, tile.j.size, row_weight, column_weight);
     else if (problem.fixed_shift)
       math.coefficients(tile.s, tile.ld, tile.s, tile.ld, tile.i.size, tile.j.size, factor, bound, row_weight,

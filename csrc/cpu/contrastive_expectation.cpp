@@ -251,10 +251,10 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       std::fill_n(out + i * d, d, acc_t(0));
-      if (g && lse[i] != -std::numeric_limits<double>::infinity())
+      if (g && g[i] != 0 && lse[i] != -std::numeric_limits<double>::infinity())
         math.add_scaled(out + i * d, expectation + i * d, static_cast<acc_t>(g[i]), d);
       for (int64_t k = i * positives_per_row; k < (i + 1) * positives_per_row; ++k)
-        math.add_scaled(out + i * d, y + k * d, static_cast<acc_t>(q[k]), d);
+        if (q[k] != 0) math.add_scaled(out + i * d, y + k * d, static_cast<acc_t>(q[k]), d);
     }
   });
   const InputGradient by_rows = finish_gradient<scalar_t, acc_t>(grad, rows, scale, args.rows.options());

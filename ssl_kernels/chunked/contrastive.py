@@ -93,11 +93,15 @@ def contrastive_fwd(
 
 
 def _softmax_weights(grad, lse, dtype):
-    """shift, weight with grad · exp(s − lse) = weight · exp(s − shift), the rounding of shift taken into the weight."""
-    allowed = lse != -torch.inf
-    lse = lse.where(allowed, 0)
+    """shift, weight with grad · exp(s − lse) = weight · exp(s − shift), the rounding of shift taken into the weight.
+
+    A gradient of 0, which torch.compile passes for none, has weight 0 and an exponential of 0, however large s is.
+    """
+    counts = (lse != -torch.inf) & (grad != 0)
+    lse = lse.where(counts, 0)
     shift = lse.to(dtype)
-    return shift, (grad * torch.exp(shift.double() - lse)).where(allowed, 0).to(dtype)
+    weight = (grad * torch.exp(shift.double() - lse)).where(counts, 0).to(dtype)
+    return shift.masked_fill(grad == 0, torch.inf), weight
 
 
 @without_autocast
@@ -123,14 +127,16 @@ def contrastive_bwd(
     rows_need_grad,
     columns_need_grad,
 ):
+    positives_alone = not any(map(_counts, (grad_lse, grad_column_lse)))
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     has_positives = positives is not None and grad_positive_logits is not None
     if kept.dim() == 2:
         x = unit_rows(rows, normalize_rows)[0]
-        grad_x = grad_lse.where(lse != -torch.inf, 0).to(x.dtype)[:, None] * kept
+        counts = (lse != -torch.inf) & (grad_lse != 0)
+        grad_x = torch.where(counts[:, None], grad_lse.to(x.dtype)[:, None] * kept, 0)
         if has_positives:
             for index, q in _by_positive(positives, grad_positive_logits.to(x.dtype)):
-                grad_x += q[:, None] * unit_rows(columns[index], normalize_columns)[0].to(x.dtype)
+                grad_x += _times(q, unit_rows(columns[index], normalize_columns)[0].to(x.dtype))
         grad_scale = (x * grad_x).sum(dtype=torch.float64).to(x.dtype)
         grad_rows = input_gradient(scale * grad_x, x, row_rnorm).to(rows.dtype)
         return grad_rows if rows_need_grad else rows.new_empty(0), rows.new_empty(0), grad_scale
@@ -150,18 +156,21 @@ def contrastive_bwd(
     grad_x = torch.empty_like(x)
     grad_y = None if blocks.square else torch.zeros_like(y)
     for block, logits in blocks:
-        coefficients = (logits - row_shift[block, None]).exp_() * row_weight[block, None]
-        if blocks.square or both_directions:
-            coefficients += (logits - column_shift).exp_() * column_weight
+        if positives_alone:
+            coefficients = logits.zero_()
+        else:
+            coefficients = (logits - row_shift[block, None]).exp_() * row_weight[block, None]
+            if blocks.square or both_directions:
+                coefficients += (logits - column_shift).exp_() * column_weight
         grad_x[block] = coefficients @ y
         if columns_need_grad and not blocks.square:
             grad_y += coefficients.T @ x[block]
     if has_positives:
         for index, q in _by_positive(positives, grad_positive_logits.to(x.dtype)):
-            grad_x += q[:, None] * y[index]
+            grad_x += _times(q, y[index])
             # index_put_ sorts on CUDA where index_add_ would use atomics.
             target = grad_x if blocks.square else grad_y
-            target.index_put_((index,), q[:, None] * x, accumulate=True)
+            target.index_put_((index,), _times(q, x), accumulate=True)
 
     grad_scale = (x * grad_x).sum(dtype=torch.float64).to(x.dtype)
     if blocks.square:
@@ -175,6 +184,16 @@ def contrastive_bwd(
         rows.new_empty(0) if grad is None else grad for grad in (grad_rows, grad_columns)
     )
     return grad_rows, grad_columns, grad_scale
+
+
+def _counts(grad):
+    """Whether a gradient may be other than 0, which a device is not waited for to tell."""
+    return grad is not None and (not grad.is_cpu or bool(grad.any()))
+
+
+def _times(q, rows):
+    """q_i · row_i, 0 for q_i = 0 even if the row is infinite."""
+    return torch.where(q[:, None] != 0, q[:, None] * rows, 0)
 
 
 def _by_positive(positives, grads):

@@ -1,5 +1,7 @@
 """`contrastive` as a PyTorch operator: opcheck, torch.compile, autocast, saved memory, and what it refuses."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -80,6 +82,68 @@ def test_compiles_without_a_graph_break(backend, dynamic, m):
         assert found.keys() == eager.keys()
         for name in eager:
             torch.testing.assert_close(found[name], eager[name], rtol=1e-6, atol=1e-6)
+
+
+def unusual_call(kind, n, m, d, **options):
+    call = random_call(n, m, d, **options)
+    if kind == "infinite":
+        call.rows[1, 0] = torch.inf
+        if m is not None:
+            call.columns[2, 1] = -torch.inf
+    elif kind == "overflowing":
+        call.scale = 3e38
+    elif kind == "masked":
+        call.row_ids = torch.zeros(n, dtype=torch.int64)
+        call.column_ids = None if m is None else torch.zeros(m, dtype=torch.int64)
+    return call
+
+
+def unused_outputs(call):
+    """Gradients of the outputs with some of them None, and the same with zeros."""
+    present = [k for k, grad in enumerate(backward_arguments(call, [None] * 6)[:3]) if grad is not None]
+    for unused in itertools.product((False, True), repeat=len(present)):
+        if any(unused):
+            yield [k for k, none in zip(present, unused, strict=True) if none]
+
+
+@every_operator
+@pytest.mark.parametrize("kind", ["infinite", "overflowing", "masked"])
+@pytest.mark.parametrize("normalize", [True, False], ids=["unit", "raw"])
+@pytest.mark.parametrize("m", [None, 7])
+def test_zeros_are_no_gradient(backend, kind, normalize, m):
+    """torch.compile passes zeros for outputs that nothing uses: 0 · inf of them must not reach the gradients."""
+    for positives, both, columns_need_grad, keep, d in itertools.product(
+        (0, 2), (False, True), (False, True), (False, True), (8, 40)
+    ):
+        if m is None and (both or columns_need_grad):
+            continue
+        options = {"normalize_rows": normalize, "normalize_columns": normalize, "both_directions": both}
+        call = unusual_call(kind, 9, m, d, positives_per_row=positives, **options)
+        results = forward_operator(backend)(*call.operands, *call.flags, keep, columns_need_grad)
+        arguments = backward_arguments(call, results, True, columns_need_grad)
+        for unused in unused_outputs(call):
+            none, zeros = list(arguments), list(arguments)
+            for k in unused:
+                none[k], zeros[k] = None, torch.zeros_like(arguments[k])
+            pairs = zip(backward_operator(backend)(*none), backward_operator(backend)(*zeros), strict=True)
+            for expected, found in pairs:
+                torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@every_operator
+def test_an_output_that_is_unused_gives_no_gradient_when_compiled(backend):
+    call = random_call(6, None, 8, normalize_rows=False, temperature=1e-30)
+    call.rows *= 1e5  # logits leave float32, and lse is infinite
+    torch._dynamo.reset()
+    run = on_backend(backend)
+    grads = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        rows = call.rows.clone().requires_grad_()
+        function(rows, None, call.scale_tensor, **call.options).positive_logits.sum().backward()
+        grads.append(rows.grad)
+    torch.testing.assert_close(*grads, equal_nan=True)
+    assert grads[0].isfinite().all()
 
 
 @every_backend
