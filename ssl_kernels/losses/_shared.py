@@ -42,9 +42,7 @@ def as_scalar(value, like):
     """A number or tensor of one element as a 0-d tensor in the accumulation dtype of `like`."""
     acc = accumulation_dtype(like)
     if isinstance(value, torch.Tensor):
-        if value.dim():
-            value = value.reshape(())
-        return savable(value.to(acc))
+        return savable(_without_dimensions(value, acc))
     if torch.compiler.is_compiling():
         return _traced(value, like).to(acc)
     return torch.scalar_tensor(float(value), dtype=acc, device=like.device)
@@ -58,7 +56,7 @@ def as_operand(value, like):
 def inverse(temperature, like):
     """1 / temperature as a 0-d tensor in the accumulation dtype of `like`."""
     if isinstance(temperature, torch.Tensor):
-        return 1 / as_scalar(temperature, like)
+        return _without_dimensions(temperature, accumulation_dtype(like)).reciprocal()
     if torch.compiler.is_compiling():
         return (1 / _traced(temperature, like)).to(accumulation_dtype(like))
     return as_scalar(1 / float(temperature), like)
@@ -69,6 +67,10 @@ def logarithm(number, like):
     if torch.compiler.is_compiling():
         return _traced(number, like).log()
     return math.log(number) if number else -math.inf
+
+
+def _without_dimensions(tensor, dtype):
+    return (tensor.reshape(()) if tensor.dim() else tensor).to(dtype)
 
 
 def _traced(number, like):
