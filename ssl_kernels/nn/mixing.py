@@ -7,6 +7,7 @@ import torch
 from ssl_kernels import backends, mixing
 from ssl_kernels.checks import DTYPES, check_dense, is_number, short
 from ssl_kernels.nn.draws import DrawingModule, beta, is_seed, sides_of, span_around, span_within
+from ssl_kernels.overlap import share_memory
 from ssl_kernels.value_checks import check_target
 
 MODES = {"batch": "batch", "pair": "pair", "sample": "sample", "elem": "sample"}  # "elem" is timm's word
@@ -38,7 +39,9 @@ class Mixup(DrawingModule):
         loss = mixup_cross_entropy(model(images), *target)
 
     All draws are made on the device of the batch (or of `generator`), without waiting for it, before anything else, so
-    that the same seed gives the same draws on every backend. In evaluation mode nothing is mixed and nothing drawn.
+    that the same seed gives the same draws on every backend. In evaluation mode nothing is mixed and nothing drawn: a
+    batch passes as it is, whatever mixing would refuse of it, normalised where mean and std were given; targets have
+    the form that they have in training, without label smoothing.
 
     The arguments are those of timm's Mixup, whose pairing is "flip" and whose label_smoothing is 0.1 unless given.
     torchvision's MixUp(alpha=a, num_classes=c) is Mixup(a, num_classes=c, pairing="roll"), its CutMix(alpha=a,
@@ -207,7 +210,7 @@ class Mixup(DrawingModule):
             )
 
         mixed = normalized(x, draw.pixel_lam)
-        if draw.boxes is None:
+        if draw.boxes is None or not self.training:
             return mixed
         if self._kinds_meet():
             pasted = normalized(mixing.cutmix(x, draw.boxes, draw.permutation, backend=self.backend), 1.0)
@@ -219,7 +222,11 @@ class Mixup(DrawingModule):
         if not target.is_floating_point():
             if not self.dense_target:
                 return target, draw.permutation, draw.lam
-            target = _smoothed_one_hot(target, self.num_classes, self.label_smoothing)
+            target = _smoothed_one_hot(
+                target, self.num_classes, self.label_smoothing if self.training else 0.0
+            )
+        if not self.training:
+            return target
         return mixing.mixup(target, draw.lam, draw.permutation, backend=self.backend)
 
     def extra_repr(self):
@@ -234,6 +241,8 @@ class Mixup(DrawingModule):
         return self.mode == "sample" and self.mixup_alpha > 0 and self.cutmix_alpha > 0
 
     def _mix_values(self, x, draw):
+        if not self.training:
+            return x
         options = {"backend": self.backend}
         permutation, lam, boxes = draw.permutation, draw.pixel_lam, draw.boxes
         if self.mixup_alpha == 0:
@@ -267,29 +276,34 @@ class Mixup(DrawingModule):
         return x
 
     def _check_batch(self, x, target, masks):
-        check_dense("Mixup", "x", x)
-        if x.dim() == 0 or 0 in x.shape:
+        mixes = self.training  # what mixing alone cannot take passes in evaluation
+        if mixes or self.mean is not None or not isinstance(x, torch.Tensor):
+            check_dense("Mixup", "x", x)
+        if x.dim() == 0 or (0 in x.shape and (mixes or self.mean is not None)):
             raise ValueError(f"Mixup: x must have shape (B, ...), nothing of it 0, got {tuple(x.shape)}")
         if self.mean is not None and x.dtype != torch.uint8:
             raise TypeError(f"Mixup: x must be uint8 for a Mixup with mean and std, got {x.dtype}")
-        if self.mean is None and self.mixup_alpha > 0 and not x.is_floating_point():
+        if mixes and self.mean is None and self.mixup_alpha > 0 and not x.is_floating_point():
             raise TypeError(f"Mixup: x must be floating, or uint8 with mean and std given, got {x.dtype}")
-        if self.cutmix_alpha > 0 and x.dim() < 3:
+        if mixes and self.cutmix_alpha > 0 and x.dim() < 3:
             raise ValueError(f"Mixup: x must have shape (B, ..., H, W) for CutMix, got {tuple(x.shape)}")
-        if self.inplace and self.mean is None:
+        if mixes and self.inplace and self.mean is None:
             _check_overwritten("x", x)
-        self._check_backend(x, self.mean is not None)
+        if mixes or self.mean is not None:
+            self._check_backend(x, self.mean is not None)
         if target is not None:
             self._check_target(x, target)
-        if masks is not None:
+        if mixes and masks is not None:
             self._check_masks(x, masks)
+        if mixes and self.inplace and target is not None:
+            self._check_target_apart(target, x if self.mean is None else None, masks)
 
     def _check_backend(self, values, normalized=False):
         """Every operation that `values` go through runs where it is asked to."""
         if self.mixup_alpha > 0 or normalized:
             operation = "mixup_normalize" if normalized else "mixup"
             backends.choose_backend(operation, self.backend, "Mixup", values)
-        if self.cutmix_alpha > 0:
+        if self.cutmix_alpha > 0 and self.training:
             backends.choose_backend("cutmix", self.backend, "Mixup", values)
 
     def _check_target(self, x, target):
@@ -329,9 +343,16 @@ class Mixup(DrawingModule):
             )
         if self.inplace:
             _check_overwritten("masks", masks)
-            if not torch.compiler.is_compiling() and masks.data_ptr() == x.data_ptr():
+            if share_memory(x, masks):
                 raise ValueError("Mixup: masks must lie in memory of their own, got a view of x")
         self._check_backend(masks)
+
+    def _check_target_apart(self, target, *overwritten):
+        """Classes that come out as they are must not be written with the images or masks."""
+        if target.is_floating_point() or self.dense_target:
+            return
+        if any(other is not None and share_memory(target, other) for other in overwritten):
+            raise ValueError("Mixup: target must lie in memory of its own, got a view of x or masks")
 
     def _permutation(self, batch, device):
         here = torch.arange(batch, device=device)

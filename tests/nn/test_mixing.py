@@ -336,10 +336,53 @@ def test_8_bit_images_come_out_normalized(mode):
 def test_evaluation_mixes_nothing():
     x, target = batch_of()
     before = x.clone()
-    module = Mixup(1.0, 1.0, num_classes=5, generator=1).eval()
+    module = Mixup(1.0, 1.0, num_classes=5, generator=1, label_smoothing=0.1).eval()
     mixed, dense = module(x, target)
-    assert same_bits(mixed, before)
-    assert torch.equal(dense, F.one_hot(target, 5).float())
+    assert mixed is x and same_bits(mixed, before)
+    assert torch.equal(dense, F.one_hot(target, 5).float())  # a target to judge by is not smoothed
+    shares = torch.rand(8, 5)
+    assert torch.equal(module(x, shares)[1], shares)
+    assert torch.equal(Mixup(generator=1).eval()(x, target)[1][2], torch.ones(8))
+    state = module.state_dict()["_extra_state"]
+    assert torch.equal(state, Mixup(1.0, generator=1).state_dict()["_extra_state"])  # nothing was drawn
+
+
+with torch.inference_mode():
+    INFERENCE = torch.rand(4, 3, 5, 5)
+UNMIXED = {  # what mixing cannot take, in training
+    "bytes": torch.zeros(4, 3, 5, 5, dtype=torch.uint8),
+    "with a gradient": torch.rand(4, 3, 5, 5, requires_grad=True),
+    "two dimensions": torch.rand(4, 7),
+    "one element for all": torch.rand(1).expand(4, 3, 5, 5),
+    "inference": INFERENCE,
+    "sparse": torch.rand(4, 3).to_sparse(),
+    "empty": torch.rand(0, 3, 5, 5),
+}
+
+
+@pytest.mark.parametrize("name", UNMIXED)
+@pytest.mark.parametrize("inplace", [True, False])
+def test_evaluation_refuses_nothing_that_mixing_alone_would(name, inplace):
+    x = UNMIXED[name]
+    module = Mixup(1.0, 1.0, inplace=inplace, num_classes=5, backend="triton").eval()
+    target = torch.arange(len(x)) % 5
+    assert module(x) is x
+    found, dense = module(x, target)
+    assert found is x and torch.equal(dense, F.one_hot(target, 5).float())
+    assert module(x, masks=x)[1] is x
+    with pytest.raises(ValueError, match="target must"):
+        module(x, torch.zeros(9, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cutmix_alpha", [0.0, 1.0])
+def test_evaluation_normalizes(backend, cutmix_alpha):
+    x = torch.randint(256, (4, 3, 5, 5), dtype=torch.uint8)
+    module = Mixup(1.0, cutmix_alpha, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4], backend=backend).eval()
+    expected = (x / 255 - module.mean.view(3, 1, 1)) / module.std.view(3, 1, 1)
+    torch.testing.assert_close(module(x), expected)
+    with pytest.raises(TypeError, match=r"^Mixup: x must be uint8"):
+        module(expected)
 
 
 BAD_ARGUMENTS = [
@@ -447,6 +490,7 @@ BAD_BATCHES = [
     ),
     ({}, (torch.rand(4, 2), None, torch.rand(4, 2).to_sparse()), TypeError, "masks must be a dense tensor"),
     ({}, (SHARED, None, SHARED[:, :1]), ValueError, "masks must lie in memory of their own"),
+    ({}, (SHARED, None, SHARED[:, 1:]), ValueError, "masks must lie in memory of their own"),
     ({"backend": "chunked"}, (torch.rand(4, 2), None, FROZEN), ValueError, "masks must not be an inference"),
     *[
         (arguments | {"backend": "triton"}, inputs, ValueError, 'backend "triton" cannot run this call')
@@ -472,6 +516,26 @@ def test_bad_batches(arguments, inputs, error, message):
     with pytest.raises(error, match=f"^Mixup: {message}"):
         Mixup(**arguments)(*inputs)
     assert all(same_bits(value.to_dense(), old) for value, old in zip(watched, before, strict=True))
+
+
+def test_targets_that_would_be_overwritten_are_refused():
+    """As classes in the memory of what is mixed in place; a target that comes out new may be the batch itself."""
+    x = torch.arange(16).view(4, 2, 2)
+    before = x.clone()
+    for masks in (None, x.clone()):
+        with pytest.raises(ValueError, match=r"^Mixup: target must lie in memory of its own"):
+            Mixup(0, 1.0, generator=0)(
+                x if masks is None else x.clone(), (x if masks is None else masks)[:, 0, 0], masks
+            )
+    assert torch.equal(x, before)
+    module = Mixup(1.0, generator=0)
+    mixed, target = module(*[torch.arange(8.0).view(4, 2)] * 2)
+    torch.testing.assert_close(mixed, target)
+    side_by_side = torch.rand(4, 4, 6, 6)
+    expected = side_by_side.clone()
+    images, masks = Mixup(1.0, generator=3)(side_by_side[:, :3], masks=side_by_side[:, 3:])
+    other = Mixup(1.0, generator=3, inplace=False)(expected[:, :3], masks=expected[:, 3:])
+    torch.testing.assert_close((images, masks), other)
 
 
 def test_masks_that_a_backend_cannot_take_leave_the_images_alone(monkeypatch):
