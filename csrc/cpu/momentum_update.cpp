@@ -1,4 +1,4 @@
-// momentum_update_ on the CPU: master <- lerp(master, source, 1 - momentum) and shadow <- round(master), over many tensors.
+// momentum_update_ on the CPU: master <- lerp(master, source, weight) and shadow <- round(master), over many tensors.
 // Tiling: all elements of all tensors are one range, of which each thread takes an equal part.
 // Traffic: reads master, shadow and source, writes master and shadow; one pass.
 // Numerics: float32 throughout, rounded to the nearest, ties to even, into the shadow (mixing_math.h).
@@ -36,10 +36,9 @@ void update(const at::Tensor& master, const at::Tensor& shadow, const at::Tensor
 
 }  // namespace
 
-void momentum_update_(at::TensorList masters, at::TensorList shadows, at::TensorList sources, double momentum) {
+void momentum_update_(at::TensorList masters, at::TensorList shadows, at::TensorList sources, float weight) {
   std::vector<int64_t> first = {0};  // of each tensor in the range, and the range's end
   for (const at::Tensor& master : masters) first.push_back(first.back() + master.numel());
-  const float weight = static_cast<float>(1 - momentum);
   at::parallel_for(0, first.back(), kGrain, [&](int64_t begin, int64_t end) {
     auto i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (; begin < end; ++i) {

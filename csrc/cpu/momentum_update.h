@@ -5,6 +5,6 @@
 
 namespace ssl_kernels::cpu {
 
-void momentum_update_(at::TensorList masters, at::TensorList shadows, at::TensorList sources, double momentum);
+void momentum_update_(at::TensorList masters, at::TensorList shadows, at::TensorList sources, float weight);
 
 }  // namespace ssl_kernels::cpu

@@ -11,7 +11,7 @@ constexpr int64_t kMaxBlocks = 1 << 30;
 
 // The tensors of one pair of dtypes, in launches of at most kMaxTensors.
 template <typename shadow_t, typename source_t>
-int run(const MomentumTriple* triples, int64_t count, int shadow_dtype, int source_dtype, float weight,
+int run(const MomentumTriple* triples, int64_t count, int shadow_dtype, int source_dtype, const float* weight,
         cudaStream_t stream) {
   Batch batch;
   batch.tensors = 0;
@@ -43,7 +43,7 @@ int run(const MomentumTriple* triples, int64_t count, int shadow_dtype, int sour
 }
 
 template <typename shadow_t>
-int run_for_sources(const MomentumTriple* triples, int64_t count, int shadow_dtype, float weight,
+int run_for_sources(const MomentumTriple* triples, int64_t count, int shadow_dtype, const float* weight,
                     cudaStream_t stream) {
   if (const int error = run<shadow_t, float>(triples, count, shadow_dtype, kFloat32, weight, stream)) return error;
   if (const int error = run<shadow_t, __half>(triples, count, shadow_dtype, kFloat16, weight, stream)) return error;
@@ -54,7 +54,7 @@ int run_for_sources(const MomentumTriple* triples, int64_t count, int shadow_dty
 }  // namespace momentum_update
 }  // namespace ssl_kernels
 
-int momentum_update(const MomentumTriple* triples, int64_t count, float weight, cudaStream_t stream) {
+int momentum_update(const MomentumTriple* triples, int64_t count, const float* weight, cudaStream_t stream) {
   using namespace ssl_kernels::momentum_update;
   if (const int error = run_for_sources<__half>(triples, count, kFloat16, weight, stream)) return error;
   return run_for_sources<__nv_bfloat16>(triples, count, kBFloat16, weight, stream);

@@ -9,7 +9,7 @@
 //   elements, all loaded before the first is stored; single elements where addresses allow no groups, and at the end.
 // Launches: one for every kMaxTensors tensors of a pair of dtypes.
 // Traffic: reads 4 bytes of master, 2 of shadow and 4 or 2 of source an element, writes 4 of master and 2 of shadow; one
-//   pass. No shared memory.
+//   pass. Every warp reads w. No shared memory.
 // Numerics: float32, rounded to the nearest, ties to even, into the shadow.
 #pragma once
 
@@ -59,7 +59,7 @@ __device__ __forceinline__ bool in_groups(const T* data) {
 
 template <typename shadow_t, typename source_t>
 __global__ void __launch_bounds__(kThreads)
-    momentum_update_kernel(const __grid_constant__ Batch batch, float weight) {
+    momentum_update_kernel(const __grid_constant__ Batch batch, const float* __restrict__ weight) {
   const int block = blockIdx.x;
   int tensor = 0, end = batch.tensors;
   while (end - tensor > 1) {
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
   float* master = batch.masters[tensor] + begin;
   shadow_t* shadow = static_cast<shadow_t*>(batch.shadows[tensor]) + begin;
   const source_t* source = static_cast<const source_t*>(batch.sources[tensor]) + begin;
-  const Update<shadow_t, source_t> update(weight);
+  const Update<shadow_t, source_t> update(__ldg(weight));
 
   if (count >= kChunk && in_groups(master) && in_groups(shadow) && in_groups(source)) {
     Chunk<float, kGroup> m[kGroups];

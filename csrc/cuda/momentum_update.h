@@ -21,8 +21,9 @@ typedef struct {
   int32_t source_dtype;  // Dtype: float32, float16 or bfloat16
 } MomentumTriple;
 
-// Returns 0 or a cudaError_t. `triples` is host memory, read before the call returns; weight = 1 - momentum.
-int momentum_update(const MomentumTriple* triples, int64_t count, float weight, cudaStream_t stream);
+// Returns 0 or a cudaError_t. `triples` is host memory, read before the call returns; `weight`, 1 - momentum, lies on the
+// device and is read when the kernel runs.
+int momentum_update(const MomentumTriple* triples, int64_t count, const float* weight, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

@@ -9,9 +9,10 @@
 namespace ssl_kernels {
 namespace {
 
-void momentum_update_(at::TensorList masters, at::TensorList shadows, at::TensorList sources, double momentum) {
-  check_momentum_update(masters, shadows, sources);
-  cpu::momentum_update_(masters, shadows, sources, momentum);
+void momentum_update_(at::TensorList masters, at::TensorList shadows, at::TensorList sources,
+                      const at::Tensor& weight) {
+  check_momentum_update(masters, shadows, sources, weight);
+  cpu::momentum_update_(masters, shadows, sources, *weight.const_data_ptr<float>());
 }
 
 TORCH_LIBRARY_IMPL(ssl_kernels, CPU, library) { library.impl("momentum_update_.native", &momentum_update_); }

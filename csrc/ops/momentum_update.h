@@ -7,13 +7,17 @@
 
 namespace ssl_kernels {
 
-inline void check_momentum_update(at::TensorList masters, at::TensorList shadows, at::TensorList sources) {
+inline void check_momentum_update(at::TensorList masters, at::TensorList shadows, at::TensorList sources,
+                                  const at::Tensor& weight) {
   TORCH_CHECK(masters.size() == shadows.size() && masters.size() == sources.size(),
               "momentum_update_: masters, shadows and sources must be as many, got ", masters.size(), ", ",
               shadows.size(), " and ", sources.size());
   const auto is_half = [](const at::Tensor& x) {
     return x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
   };
+  TORCH_CHECK(weight.dim() == 0 && weight.scalar_type() == at::kFloat &&
+                  (masters.empty() || weight.device() == masters[0].device()),
+              "momentum_update_: weight must be 0-d float32 on the device of the masters");
   for (size_t i = 0; i < masters.size(); ++i) {
     const at::Tensor &master = masters[i], &shadow = shadows[i], &source = sources[i];
     const auto fits = [&](const at::Tensor& x) {

@@ -12,8 +12,9 @@
 namespace ssl_kernels {
 namespace {
 
-void momentum_update_(at::TensorList masters, at::TensorList shadows, at::TensorList sources, double momentum) {
-  check_momentum_update(masters, shadows, sources);
+void momentum_update_(at::TensorList masters, at::TensorList shadows, at::TensorList sources,
+                      const at::Tensor& weight) {
+  check_momentum_update(masters, shadows, sources, weight);
   if (masters.empty()) return;
   const c10::cuda::CUDAGuard guard(masters[0].device());
   std::vector<MomentumTriple> triples;
@@ -25,7 +26,7 @@ void momentum_update_(at::TensorList masters, at::TensorList shadows, at::Tensor
   }
   const auto stream = c10::cuda::getCurrentCUDAStream(masters[0].get_device());
   C10_CUDA_CHECK(static_cast<cudaError_t>(::momentum_update(triples.data(), static_cast<int64_t>(triples.size()),
-                                                            static_cast<float>(1 - momentum), stream.stream())));
+                                                            weight.const_data_ptr<float>(), stream.stream())));
 }
 
 TORCH_LIBRARY_IMPL(ssl_kernels, CUDA, library) { library.impl("momentum_update_.native", &momentum_update_); }

@@ -2,14 +2,23 @@
 
 import copy
 import math
+import sys
 
 import torch
 from torch import nn
 
-from ssl_kernels.checks import is_number
+from ssl_kernels import backends
+from ssl_kernels.checks import is_number, short
+from ssl_kernels.nn.counters import after_apply
 from ssl_kernels.ops.momentum_update import HALF, momentum_update_
 
 BUFFER_POLICIES = ("copy", "average")
+WIDE = (torch.float64, torch.float32, torch.complex128, torch.complex64, torch.complex32)
+WRAPPED = (
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+    "_fsdp_wrapped_module",
+)  # a wrapper's name of what it wraps
 
 
 def cosine_momentum(step, steps, base):
@@ -30,9 +39,16 @@ class MomentumEncoder(nn.Module):
 
     The average is held in float32 (float64 for float64 parameters), also where parameters are float16 or bfloat16:
     there a step of less than half a unit in the last place is lost, and from m = 0.996 on an average in bfloat16 does
-    not move. Such parameters get a float32 master, a buffer of this module, and are rounded from it after each
-    update; what is written into them from outside replaces the master. Memory is written in place and never replaced
-    by another tensor, as a captured CUDA graph needs it.
+    not move. Such parameters get a float32 master, part of the state, and are rounded from it after each update; what
+    is written into them from outside replaces the master. Memory is written in place and never replaced by another
+    tensor, as a captured CUDA graph needs it. The number of updates is counted on the device: no update waits for it.
+
+    The state is made of tensors. Checkpoints of float32, bfloat16 and float16 averages load into each other, and so do
+    those that lack masters or the count: the masters are the weights then, and the count stays as it is.
+
+    Sharded by `fully_shard`, the shards are averaged. The average is made first, since a sharded module cannot be
+    copied; then `module` or both are sharded. `update_` gathers the parameters where only one of the two is sharded, so
+    every rank calls it.
 
     Args:
         module: Copied, with its mode and devices. Its parameters stay as they are; those of the copy need no gradient.
@@ -40,7 +56,8 @@ class MomentumEncoder(nn.Module):
         steps: With it the momentum rises from `momentum` to 1 along half a cosine over that many updates, as in BYOL.
         buffers: What happens to buffers that are floating or complex, such as the statistics of batch normalisation:
             "copy" takes those of `module` at each update, "average" averages them as the parameters. Integer buffers
-            are copied. Complex averages are held in their own precision.
+            are copied. Complex averages are held in their own precision. A buffer whose shape has changed in `module`,
+            or that came or went there, is taken over as it is.
         backend: Of the kernel that moves the masters: "native", "triton", "chunked" or "reference"; None picks.
 
     Source: He et al., MoCo, arXiv:1911.05722, eq. 2.
@@ -55,14 +72,21 @@ class MomentumEncoder(nn.Module):
             raise ValueError(f"MomentumEncoder: steps must be a whole number from 1 or None, got {steps!r}")
         if buffers not in BUFFER_POLICIES:
             raise ValueError(f'MomentumEncoder: buffers must be "copy" or "average", got {buffers!r}')
+        backends.check_name("MomentumEncoder", backend)
+        module = _unwrapped(module)
+        _check_can_be_copied(module)
         self.momentum = float(momentum)
         self.steps = steps
         self.buffer_policy = buffers
         self.backend = backend
-        self.updates = 0
-        self.module = copy.deepcopy(_unwrapped(module)).requires_grad_(False)
-        self.masters = nn.Module()
-        self._set_masters(self._averaged())
+        # No child: what is a buffer of some part of a model is broadcast by DistributedDataParallel at each forward.
+        object.__setattr__(self, "masters", nn.Module())
+        with torch.inference_mode(False), torch.no_grad():
+            self.module = copy.deepcopy(module).requires_grad_(False)
+            _make_writable(self.module)
+            parameters, own_buffers = self._settle()
+            device = next(iter((parameters | own_buffers).values()), torch.empty(0, device="cpu")).device
+            self.register_buffer("update_count", torch.zeros((), dtype=torch.int64, device=device))
 
     @torch.no_grad()
     def forward(self, *args, **options):
@@ -70,8 +94,17 @@ class MomentumEncoder(nn.Module):
         return self.module(*args, **options)
 
     @property
+    def updates(self):
+        """How many updates there were; may be set. Reading it waits for the device."""
+        return int(self.update_count)
+
+    @updates.setter
+    def updates(self, count):
+        self.update_count.fill_(count)
+
+    @property
     def current_momentum(self):
-        """The momentum of the next update."""
+        """The momentum of the next update. With `steps` it waits for the device."""
         if self.steps is None:
             return self.momentum
         return cosine_momentum(self.updates, self.steps, self.momentum)
@@ -81,95 +114,233 @@ class MomentumEncoder(nn.Module):
         """Move the average towards `module`, in place. Returns self.
 
         Args:
-            module: As the one it was made from, in any floating dtype; may be wrapped for data parallelism or compiled.
-            momentum: Of this update, instead of `current_momentum`.
+            module: As the one it was made from, in any floating dtype and layout; it or parts of it may be wrapped for
+                compilation, activation checkpointing or data parallelism.
+            momentum: Of this update, instead of `current_momentum`: a number.
 
         Raises:
-            ValueError: `module` has other parameters or buffers than the copy, or momentum lies outside [0, 1].
+            TypeError, ValueError: `module` has other parameters than the copy, or tensors that cannot be averaged or
+                copied into its; momentum outside [0, 1]; a backend that cannot run. Nothing was written then.
         """
-        momentum = self.current_momentum if momentum is None else momentum
-        _check_momentum(momentum)
-        momentum = float(momentum)
-        module = _unwrapped(module)
-        given = dict(module.named_parameters()) | dict(module.named_buffers())
-        own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
-        _check_same_tensors(own, given)
-        averaged = self._averaged()
+        _check_momentum(self.momentum if momentum is None else momentum)
+        if not torch.compiler.is_compiling():
+            for each in (self, module):
+                _reshard(each)
+                _check_not_in_forward(each)
+        parameters, buffers = self._settle()
+        given_parameters, given_buffers = _tensors(module)
+        _check_parameters(parameters, given_parameters)
+        given = given_parameters | given_buffers
+        averaged = self._averaged(parameters, buffers)
         masters = self._masters(averaged)
-        sources = {name: given[name].to(average.device) for name, average in averaged.items()}
+        if not torch.compiler.is_compiling():
+            _check_tensors(parameters | buffers, given, averaged)
+        devices = {master.device: _local(master) for master in masters.values()}
+        for master in devices.values():
+            backends.choose_backend("momentum_update", self.backend, "MomentumEncoder", master)
+        like = given | buffers | parameters
+        sources = {name: _placed_as(tensor, like[name]) for name, tensor in given.items()}
+        if _shapes(buffers) != _shapes(given_buffers):
+            parameters, buffers = self._take_over_buffers(module, buffers, given_buffers)
+            averaged = self._averaged(parameters, buffers)
+            masters = self._masters(averaged)
+
+        momentum = self._momentum(momentum)
+        for device in devices:
+            self._update_masters(
+                {name: master for name, master in masters.items() if master.device == device},
+                averaged,
+                sources,
+                momentum,
+            )
         wide = [name for name in averaged if name not in masters]
         if wide:
-            averages = [averaged[name] for name in wide]
-            targets = [sources[name].to(averaged[name].dtype) for name in wide]
-            torch._foreach_lerp_(_as_real(averages), _as_real(targets), 1 - momentum)
-        self._update_shadows(masters, averaged, sources, momentum)
-        for name, tensor in own.items():
+            averages = _as_real([_local(averaged[name]) for name in wide])
+            targets = [_local(sources[name]).to(averaged[name].dtype) for name in wide]
+            weight = 1 - momentum
+            if isinstance(weight, torch.Tensor):
+                weight = [weight.to(average) for average in averages]
+            torch._foreach_lerp_(averages, _as_real(targets), weight)
+        for name, tensor in (parameters | buffers).items():
             if name not in averaged:
-                tensor.copy_(given[name])
-        self.updates += 1
+                _local(tensor).copy_(_local(sources[name]))
+        self.update_count.add_(1)
         return self
 
-    def _update_shadows(self, masters, averaged, sources, momentum):
-        """Move the masters, by name, and the half-precision averages that are rounded from them."""
-        for device in {master.device for master in masters.values()}:
-            names = [name for name, master in masters.items() if master.device == device]
-            own = [masters[name] for name in names]
-            # An average that is a part of a larger tensor is updated in a copy with the layout of its master.
-            shadows = [
-                averaged[name]
-                if averaged[name].stride() == masters[name].stride()
-                else averaged[name].clone()
-                for name in names
-            ]
-            targets = [
-                sources[name] if sources[name].dtype in HALF else sources[name].float() for name in names
-            ]
-            momentum_update_(own, shadows, targets, momentum, backend=self.backend)
-            for name, shadow in zip(names, shadows, strict=True):
-                if shadow is not averaged[name]:
-                    averaged[name].copy_(shadow)
+    def _momentum(self, momentum):
+        """m of this update: a number or, where it changes from update to update, a 0-d tensor."""
+        device = self.update_count.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
+        if momentum is None and self.steps is not None:
+            angle = self.update_count.clamp(max=self.steps).to(dtype) * (math.pi / self.steps)
+            return 1 - (angle.cos() + 1) * ((1 - self.momentum) / 2)
+        momentum = self.momentum if momentum is None else momentum
+        if torch.compiler.is_compiling():  # a number would be compiled once for each of its values
+            return torch.ones((), dtype=dtype, device=device) * momentum
+        return float(momentum)
 
-    def _averaged(self):
+    def _update_masters(self, masters, averaged, sources, momentum):
+        """Move masters of one device, by name, and the half-precision averages that are rounded from them."""
+        own = [_local(master) for master in masters.values()]
+        averages = [_local(averaged[name]) for name in masters]
+        # An average of another layout than its master is updated in a copy.
+        shadows = [
+            average
+            if average.stride() == master.stride()
+            else torch.empty_like(master, dtype=average.dtype).copy_(average)
+            for average, master in zip(averages, own, strict=True)
+        ]
+        targets = [_local(sources[name]) for name in masters]
+        targets = [target if target.dtype in HALF else target.float() for target in targets]
+        if isinstance(momentum, torch.Tensor):
+            momentum = momentum.to(own[0].device)
+        momentum_update_(own, shadows, targets, momentum, backend=self.backend)
+        for average, shadow in zip(averages, shadows, strict=True):
+            if shadow is not average:
+                average.copy_(shadow)
+
+    def _averaged(self, parameters, buffers):
         """The tensors of the copy that are averages, by name."""
-        tensors = dict(self.module.named_parameters())
-        if self.buffer_policy == "average":
-            tensors |= dict(self.module.named_buffers())
+        tensors = parameters | buffers if self.buffer_policy == "average" else parameters
         return {name: tensor for name, tensor in tensors.items() if _is_inexact(tensor)}
 
     def _masters(self, averaged):
         """The masters of those that have one, by name."""
-        buffers = dict(self.masters.named_buffers())
-        return {name: buffers[str(i)] for i, name in enumerate(averaged) if str(i) in buffers}
+        masters = self.masters._buffers
+        return {name: masters[str(i)] for i, name in enumerate(averaged) if str(i) in masters}
 
-    def _set_masters(self, values):
-        """Give every half-precision average a float32 master with the value of its name."""
-        self.masters = nn.Module()
-        for i, (name, tensor) in enumerate(self._averaged().items()):
-            if tensor.dtype in HALF:
-                self.masters.register_buffer(
-                    str(i), values[name].detach().to(tensor.device, torch.float32, copy=True)
+    def _settle(self):
+        """(parameters, buffers) of the copy by name, a master beside each half-precision average.
+
+        The copy alone may have been cast, moved or sharded since.
+        """
+        parameters, buffers = _tensors(self.module)
+        if torch.compiler.is_compiling():
+            return parameters, buffers
+        averaged = self._averaged(parameters, buffers)
+        masters = self._masters(averaged)
+        for name, tensor in averaged.items():
+            if (tensor.dtype in HALF) != (name in masters) or not _fits(masters.get(name, tensor), tensor):
+                self._set_masters(averaged, masters)
+                break
+        return parameters, buffers
+
+    def _set_masters(self, averaged, values):
+        """Give every half-precision average a float32 master, with the value of its name where there is one."""
+        masters = nn.Module()
+        with torch.inference_mode(False), torch.no_grad():
+            for i, (name, tensor) in enumerate(averaged.items()):
+                if tensor.dtype in HALF:
+                    value = values.get(name, tensor)
+                    value = value if value.shape == tensor.shape else tensor
+                    value = _placed_as(value.detach(), tensor).float()
+                    masters.register_buffer(str(i), value)
+        object.__setattr__(self, "masters", masters)
+
+    def _take_over_buffers(self, module, buffers, given):
+        """Give the copy the buffers of `module` that have another shape there, came or went."""
+        own_parts, given_parts = _parts(self.module), _parts(module)
+        changed = [
+            name for name in {**buffers, **given} if _shapes(buffers).get(name) != _shapes(given).get(name)
+        ]
+        new = {}
+        for name in changed:
+            path, _, leaf = name.rpartition(".")
+            if path not in own_parts:
+                raise ValueError(
+                    f"MomentumEncoder: module must have the parts of the copy, got a surplus {path}"
                 )
+            if name in given:
+                like = buffers.get(name, given[name])
+                device = like.device if name in buffers else self.update_count.device
+                new[name] = torch.empty_like(given[name], dtype=like.dtype, device=device).copy_(given[name])
+        masters = self._masters(self._averaged(_tensors(self.module)[0], buffers))
+        for name in changed:
+            path, _, leaf = name.rpartition(".")
+            _, part = own_parts[path]
+            if name in new and leaf not in part._buffers:
+                fleeting = leaf in given_parts[path][1]._non_persistent_buffers_set
+                part.register_buffer(leaf, new[name], persistent=not fleeting)
+            else:
+                part._buffers[leaf] = new.get(name)
+            masters.pop(name, None)
+        parameters, buffers = _tensors(self.module)
+        self._set_masters(self._averaged(parameters, buffers), masters)
+        return parameters, buffers
 
     def _apply(self, fn, recurse=True):
-        # A change of dtype reaches the copy; masters follow its device alone. The copy takes their values.
-        averaged = self._averaged()
-        masters = self._masters(averaged)
-        with torch.no_grad():
-            exact = {name: _exact(master, averaged[name]) for name, master in masters.items()}
-        values = {name: exact.get(name, tensor.detach()) for name, tensor in averaged.items()}
+        _reshard(self)
+        # A change of dtype reaches the copy; masters follow in all but that. The copy takes their values.
+        averaged = {name: tensor.detach() for name, tensor in self._averaged(*self._settle()).items()}
+        masters, count = self._masters(averaged), self.update_count
         super()._apply(fn, recurse)
-        self._set_masters(values)
+        self.update_count = after_apply(count, self.update_count)
+        new = self._averaged(*_tensors(self.module))
+        values = {}
         with torch.no_grad():
-            averaged = self._averaged()
-            for name, value in (self._masters(averaged) | exact).items():
-                averaged[name].copy_(value)
+            for name, tensor in new.items():
+                before, master = averaged[name], masters.get(name)
+                if tensor.dtype == before.dtype:
+                    if master is not None:
+                        values[name] = fn(master)
+                        if values[name].dtype != master.dtype:
+                            values[name] = master.to(tensor.device)
+                    continue
+                exact = before if master is None else _exact(master, before)
+                if tensor.dtype in HALF:
+                    exact = values[name] = _laid_out_as(tensor, exact)
+                if not tensor.is_meta:
+                    tensor.copy_(exact)
+            self._set_masters(new, values)
         return self
 
-    def get_extra_state(self):
-        return {"updates": self.updates}
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        _reshard(self)
+        self._settle()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for i, master in self.masters._buffers.items():
+            destination[f"{prefix}masters.{i}"] = master
 
-    def set_extra_state(self, state):
-        self.updates = state["updates"]
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        _reshard(self)
+        parameters, buffers = self._settle()
+        averaged = self._averaged(parameters, buffers)
+        masters = self._masters(averaged)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        older = state_dict.pop(f"{prefix}_extra_state", None)  # a dict, when the count was no tensor
+        if f"{prefix}update_count" not in state_dict:
+            count = torch.tensor(older["updates"]) if isinstance(older, dict) else self.update_count
+            state_dict[f"{prefix}update_count"] = count
+        # Masters are numbered in the order of parameters and floating buffers, also where a buffer has none.
+        inexact = [item for item in (parameters | buffers).items() if _is_inexact(item[1])]
+        paths = {path: raw for path, (raw, _) in _parts(self.module).items()}
+        for i, (name, tensor) in enumerate(inexact):
+            master = state_dict.pop(f"{prefix}masters.{i}", None)
+            path, _, leaf = name.rpartition(".")
+            keys = (f"{prefix}module.{part}{leaf}" for part in (path and f"{path}.", paths[path]))
+            key = next((key for key in keys if key in state_dict), None)
+            if key is None or state_dict[key].shape != tensor.shape:
+                continue  # which the copy reports
+            value = state_dict[key]
+            if master is None:
+                master = value
+            elif master.shape == value.shape:
+                master = _exact(_placed_as(master, value), value)
+            else:
+                errors.append(
+                    f"size mismatch for {prefix}masters.{i}: copying a param with shape {tuple(master.shape)} from"
+                    f" checkpoint, the shape in current model is {tuple(value.shape)}."
+                )
+                continue
+            if not assign and value.dtype != tensor.dtype:
+                state_dict[key] = master.float() if tensor.dtype in HALF else master
+            if name in averaged and (value if assign else tensor).dtype in HALF:
+                if assign:
+                    self.masters.register_buffer(str(i), master.detach().float().contiguous())
+                else:
+                    masters[name].copy_(_placed_as(master, masters[name]))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self):
         return f"momentum={self.momentum}, steps={self.steps}, buffers={self.buffer_policy!r}"
@@ -183,6 +354,46 @@ def _unwrapped(module):
     return module
 
 
+def _parts(module):
+    """{path: (prefix, part)} of the module and all within it, paths as if nothing were wrapped, prefixes as it is."""
+    parts = {}
+    _add_parts(parts, set(), "", "", module)
+    return parts
+
+
+def _add_parts(parts, seen, path, prefix, part):
+    while len(part._modules) == 1:
+        ((name, child),) = part._modules.items()
+        plain = name == "module" and not part._parameters and not part._buffers
+        if child is None or not (plain or name in WRAPPED):
+            break
+        prefix, part = f"{prefix}{name}.", child
+    if part in seen:
+        return
+    seen.add(part)
+    parts[path] = prefix, part
+    for name, child in part._modules.items():
+        if child is not None:
+            _add_parts(parts, seen, f"{path}.{name}" if path else name, f"{prefix}{name}.", child)
+
+
+def _tensors(module):
+    """({name: parameter}, {name: buffer}), each tensor once and named as if nothing were wrapped."""
+    parameters, buffers, seen = {}, {}, set()
+    for path, (_, part) in _parts(module).items():
+        prefix = f"{path}." if path else ""
+        for found, tensors in ((parameters, part._parameters), (buffers, part._buffers)):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor not in seen:
+                    seen.add(tensor)
+                    found[prefix + name] = tensor
+    return parameters, buffers
+
+
+def _shapes(tensors):
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
 def _is_inexact(tensor):
     return tensor.is_floating_point() or tensor.is_complex()
 
@@ -193,9 +404,99 @@ def _as_real(tensors):
     ]
 
 
+def _laid_out_as(tensor, value):
+    """`value` in float32 on the device and with the strides of `tensor`."""
+    new = torch.empty_like(tensor, dtype=torch.float32)
+    return new if new.is_meta or value.is_meta else new.copy_(value)
+
+
 def _exact(master, rounded):
     """The master, except where `rounded` was written from outside since it was rounded from the master."""
     return torch.where(master.to(rounded.dtype) == rounded, master, rounded.to(master.dtype))
+
+
+def _is_sharded(tensor):
+    return hasattr(tensor, "placements")
+
+
+def _local(tensor):
+    """The shard of a sharded tensor, else the tensor."""
+    return tensor.to_local() if _is_sharded(tensor) else tensor
+
+
+def _placed_as(tensor, like):
+    """`tensor` where `like` is: on its device, and sharded as it is."""
+    if not _is_sharded(like):
+        return (tensor.full_tensor() if _is_sharded(tensor) else tensor).to(like.device)
+    mesh, placements = like.device_mesh, like.placements
+    if _is_sharded(tensor):
+        same = tensor.device_mesh == mesh and tensor.placements == placements
+        return tensor if same else tensor.redistribute(mesh, placements)
+    from torch.distributed.tensor import distribute_tensor  # of which a process without shards has no need
+
+    return distribute_tensor(tensor.detach().to(like.device), mesh, placements, src_data_rank=None)
+
+
+def _fits(master, tensor):
+    return (
+        master.shape == tensor.shape
+        and master.device == tensor.device
+        and _is_sharded(master) == _is_sharded(tensor)
+    )
+
+
+def _sharded_parts(module):
+    """What `fully_shard` was applied to in and around `module`."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return []
+    from torch.distributed._composable_state import (
+        _module_state_mapping,
+    )  # the only way from a part to what holds it
+
+    inside = set(module.modules())
+    parts = [part for part in list(_module_state_mapping) if isinstance(part, fsdp.FSDPModule)]
+    return [part for part in parts if not inside.isdisjoint(part.modules())]
+
+
+def _reshard(module):
+    """Have what `fully_shard` was applied to hold its shards.
+
+    After a forward without gradients parameters stay gathered copies, and what is written into those is lost.
+    """
+    for part in _sharded_parts(module):
+        part.reshard()
+
+
+def _check_not_in_forward(module):
+    """Within a forward that needs them, parameters stay gathered copies for all that `_reshard` does."""
+    inside = set(module.modules())
+    for sharded in _sharded_parts(module):
+        parts = [sharded] if sharded._get_fsdp_state()._training_state.name == "FORWARD" else []
+        while parts:
+            part = parts.pop()
+            parts += [child for child in part.children() if not hasattr(child, "reshard")]
+            if part in inside and not all(map(_is_sharded, part.parameters(recurse=False))):
+                raise ValueError(
+                    "MomentumEncoder: update_ must be called outside of the forward of what fully_shard was applied to,"
+                    f" got one in that of {type(sharded).__name__}; or shard both encoders by themselves"
+                )
+
+
+def _make_writable(module):
+    """Give buffers that hold an element more than once, such as expanded ones, memory for each of them."""
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and _overlaps(buffer):
+                part._buffers[name] = buffer.contiguous()
+
+
+def _overlaps(tensor):
+    return (
+        tensor.layout == torch.strided
+        and not tensor.is_contiguous()
+        and any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    )
 
 
 def _check_momentum(momentum):
@@ -205,7 +506,23 @@ def _check_momentum(momentum):
         raise ValueError(f"MomentumEncoder: momentum must lie in [0, 1], got {momentum}")
 
 
-def _check_same_tensors(own, given):
+def _check_can_be_copied(module):
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    if any(isinstance(part, sharded) for part in module.modules()):
+        raise ValueError(
+            "MomentumEncoder: module must not be sharded when it is copied, got a sharded one; make the"
+            " MomentumEncoder first, then fully_shard module, or both module and MomentumEncoder.module"
+        )
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                f"MomentumEncoder: module must have been run once before it is copied, got {name} without a shape"
+            )
+
+
+def _check_parameters(own, given):
+    """`given` must be the parameters of the copy."""
     if own.keys() != given.keys():
         missing, surplus = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
         raise ValueError(
@@ -217,4 +534,35 @@ def _check_same_tensors(own, given):
             raise ValueError(
                 f"MomentumEncoder: {name} of module must have shape {tuple(tensor.shape)},"
                 f" got {tuple(given[name].shape)}"
+            )
+
+
+def _check_tensors(own, given, averaged):
+    """Everything that would raise in the middle of an update."""
+    inference = torch.is_inference_mode_enabled()
+    for name, tensor in own.items():
+        source = given.get(name)
+        if source is None or tensor.shape != source.shape:
+            continue  # a buffer that is taken over
+        if tensor.layout != source.layout or tensor.is_meta != source.is_meta:
+            raise ValueError(
+                f"MomentumEncoder: {name} of module must be {tensor.layout} on {tensor.device} as that of the copy,"
+                f" got {source.layout} on {source.device}"
+            )
+        if source.is_complex() and not tensor.is_complex():
+            raise TypeError(
+                f"MomentumEncoder: {name} of module must be real as that of the copy, got {short(source.dtype)}"
+            )
+        if name in averaged and (tensor.dtype not in (*WIDE, *HALF) or tensor.layout != torch.strided):
+            raise TypeError(
+                f"MomentumEncoder: {name} must be dense and of 16 to 128 bits to be averaged,"
+                f" got {short(tensor.dtype)}, {tensor.layout}"
+            )
+        if tensor.is_inference() and not inference:
+            raise ValueError(
+                f"MomentumEncoder: {name} of the copy was made under torch.inference_mode and can be written only there"
+            )
+        if _overlaps(tensor):
+            raise ValueError(
+                f"MomentumEncoder: {name} of the copy must hold each element once, got strides {tensor.stride()}"
             )

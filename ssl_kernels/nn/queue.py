@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
+from ssl_kernels import backends
 from ssl_kernels.checks import DTYPES
+from ssl_kernels.nn.counters import after_apply
 from ssl_kernels.ops.queue_push import queue_push_
 
 
@@ -15,8 +17,8 @@ class MoCoQueue(nn.Module):
         loss.backward()     # in this order or the other: the loss has what it needs, or raises
 
     Any size and any batch. Rows that no key was pushed to are never negatives. The keys, the position and the fill
-    count are buffers: they are saved, loaded bit for bit and moved with the module. On CUDA nothing waits for the
-    device, and a push can be captured in a graph.
+    count are buffers: they are saved, loaded bit for bit and moved with the module; given memory by `to_empty` after
+    the meta device, the queue is empty. On CUDA nothing waits for the device, and a push can be captured in a graph.
 
     Args:
         size: K, how many keys it holds, >= 1.
@@ -40,17 +42,19 @@ class MoCoQueue(nn.Module):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in DTYPES:
             raise TypeError(f"MoCoQueue: dtype must be float64, float32, float16 or bfloat16, got {dtype}")
+        backends.check_name("MoCoQueue", backend)
         self.normalize = normalize
         self.backend = backend
-        self.register_buffer("storage", torch.zeros(size, dim, dtype=dtype, device=device))
-        self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("filled", torch.zeros((), dtype=torch.int64, device=device))
+        with torch.inference_mode(False):  # else it could be written under inference_mode alone
+            self.register_buffer("storage", torch.zeros(size, dim, dtype=dtype, device=device))
+            self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device))
+            self.register_buffer("filled", torch.zeros((), dtype=torch.int64, device=device))
 
     @torch.no_grad()
     def push_(self, keys):
         """Write `keys`, (B, D) of any floating dtype, over the oldest rows; with B > size only the last stay.
 
-        Returns the queue. Raises TypeError or ValueError for keys that do not fit.
+        Returns the queue. Raises TypeError or ValueError for keys that do not fit; nothing was written then.
         """
         queue_push_(
             self.storage, keys, self.position, self.filled, normalize=self.normalize, backend=self.backend
@@ -80,6 +84,31 @@ class MoCoQueue(nn.Module):
         rows = torch.arange(len(self.storage), device=self.storage.device)
         zeros = torch.zeros(queries, dtype=torch.int64, device=self.storage.device)
         return self.storage, zeros, (rows < self.filled).long()
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name in ("position", "filled"):
+            self._buffers[name] = after_apply(before[name], self._buffers[name])
+        if before["storage"].is_meta and not self.storage.is_meta:
+            self.storage.zero_()
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        # What is refused leaves the queue as it is: the position in another one means nothing here.
+        absent = [prefix + name for name in self._buffers if prefix + name not in state_dict]
+        storage = state_dict.get(prefix + "storage", self.storage)
+        if storage.shape != self.storage.shape:
+            errors.append(
+                f"size mismatch for {prefix}storage: the MoCoQueue of the checkpoint has (size, dim)"
+                f" {tuple(storage.shape)}, this one {tuple(self.storage.shape)}"
+            )
+        elif strict and absent:
+            missing.extend(absent)
+        else:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+            )
 
     def extra_repr(self):
         size, dim = self.storage.shape

@@ -3,7 +3,7 @@
 import torch
 
 from ssl_kernels import backends
-from ssl_kernels.checks import is_number
+from ssl_kernels.checks import is_number, short
 from ssl_kernels.chunked import momentum_update as chunked
 from ssl_kernels.ops.library import define, implement_in_triton, library, where_it_runs
 from ssl_kernels.reference import momentum_update as reference
@@ -13,7 +13,7 @@ _TRITON = "ssl_kernels.triton.momentum_update"
 
 _in_place = define(
     "momentum_update_",
-    "(Tensor(a!)[] masters, Tensor(b!)[] shadows, Tensor[] sources, float momentum) -> ()",
+    "(Tensor(a!)[] masters, Tensor(b!)[] shadows, Tensor[] sources, Tensor weight) -> ()",
     lambda *_: None,
 )
 library.impl("momentum_update_.chunked", chunked.momentum_update_, "CompositeExplicitAutograd")
@@ -31,12 +31,13 @@ def momentum_update_(masters, shadows, sources, momentum, *, backend=None):
         masters: Tensors of float32, dense, of any shapes.
         shadows: As many, float16 or bfloat16, each of its master's shape and strides.
         sources: As many, float32, float16 or bfloat16, each of its master's shape.
-        momentum: In [0, 1].
+        momentum: In [0, 1]: a number, or a 0-d floating tensor on the device of the masters, whose value is not read.
         backend: "native", "triton", "chunked" or "reference"; None picks.
 
     Raises:
         TypeError, ValueError: A shape, layout, dtype or device that does not fit; momentum outside [0, 1]; masters or
-            shadows that require grad while gradients are recorded.
+            shadows that require grad while gradients are recorded, or that were made under torch.inference_mode and
+            are written outside of it. Nothing was written then.
     """
     masters, shadows, sources = list(masters), list(shadows), list(sources)
     _check(masters, shadows, sources, momentum)
@@ -44,17 +45,28 @@ def momentum_update_(masters, shadows, sources, momentum, *, backend=None):
         return
     chosen = backends.choose_backend("momentum_update", backend, "momentum_update_", masters[0])
     with torch.no_grad():
+        weight = _weight(momentum, masters[0].device)
         sources = [
             source if source.stride() == master.stride() else _laid_out_as(master, source)
             for master, source in zip(masters, sources, strict=True)
         ]
         if chosen == "reference":
-            reference.momentum_update_(masters, shadows, sources, momentum)
+            reference.momentum_update_(masters, shadows, sources, weight)
         else:
-            _in_place[chosen](masters, shadows, sources, float(momentum))
+            _in_place[chosen](masters, shadows, sources, weight)
 
 
 momentum_update_.operation = "momentum_update"
+
+
+def _weight(momentum, device):
+    """1 − momentum as a 0-d float32 tensor."""
+    if not isinstance(momentum, torch.Tensor):
+        if not torch.compiler.is_compiling():
+            return torch.full((), 1 - momentum, dtype=torch.float32, device=device)
+        # What full takes is compiled once for each of its values.
+        momentum = torch.ones((), dtype=torch.float64, device=device) * momentum
+    return (1 - momentum).float()
 
 
 def _laid_out_as(master, source):
@@ -63,15 +75,12 @@ def _laid_out_as(master, source):
 
 def _check(masters, shadows, sources, momentum):
     op = "momentum_update_"
-    if not is_number(momentum):
-        raise TypeError(f"{op}: momentum must be a number, got {type(momentum).__name__}")
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"{op}: momentum must lie in [0, 1], got {momentum}")
     if not len(masters) == len(shadows) == len(sources):
         raise ValueError(
             f"{op}: masters, shadows and sources must be as many,"
             f" got {len(masters)}, {len(shadows)} and {len(sources)}"
         )
+    _check_momentum(op, momentum, masters)
     for i, (master, shadow, source) in enumerate(zip(masters, shadows, sources, strict=True)):
         for name, tensor, dtypes, rule in (
             ("masters", master, (torch.float32,), "float32"),
@@ -105,6 +114,27 @@ def _check(masters, shadows, sources, momentum):
                 f"{op}: masters[{i}] and shadows[{i}] must not require grad while gradients are recorded,"
                 " got one that does"
             )
+        if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+            if master.is_inference() or shadow.is_inference():
+                raise ValueError(
+                    f"{op}: masters[{i}] and shadows[{i}] must not be written outside torch.inference_mode, under which"
+                    " they were made"
+                )
+
+
+def _check_momentum(op, momentum, masters):
+    if isinstance(momentum, torch.Tensor):
+        if momentum.dim() != 0 or not momentum.is_floating_point():
+            raise ValueError(
+                f"{op}: momentum must be a number or a 0-d floating tensor,"
+                f" got shape {tuple(momentum.shape)}, {short(momentum.dtype)}"
+            )
+        if masters and momentum.device != getattr(masters[0], "device", None):
+            raise ValueError(f"{op}: momentum must be on the device of the masters, got {momentum.device}")
+    elif not is_number(momentum):
+        raise TypeError(f"{op}: momentum must be a number, got {type(momentum).__name__}")
+    elif not 0 <= momentum <= 1:
+        raise ValueError(f"{op}: momentum must lie in [0, 1], got {momentum}")
 
 
 def _is_dense(tensor):

@@ -1,6 +1,7 @@
 """`queue_push_`: keys written into the ring of a MoCo queue. docs/moco.md has the contract."""
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ssl_kernels import backends
 from ssl_kernels.checks import DTYPES
@@ -36,7 +37,8 @@ def queue_push_(storage, keys, position, filled, *, normalize=True, backend=None
 
     Raises:
         TypeError, ValueError: A shape, dtype or device that does not fit; keys that share memory with storage; storage
-            that requires grad while gradients are recorded. On the CPU also a position or fill count out of range.
+            that requires grad while gradients are recorded, or that was made under torch.inference_mode and is written
+            outside of it. On the CPU also a position or fill count out of range. Nothing was written then.
     """
     _check(storage, keys, position, filled)
     chosen = backends.choose_backend("queue_push", backend, "queue_push_", storage, keys)
@@ -77,8 +79,14 @@ def _check(storage, keys, position, filled):
         raise ValueError(
             "queue_push_: storage must not require grad while gradients are recorded, got one that does"
         )
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(storage, FakeTensor):  # no memory, no values
         return
+    if not torch.is_inference_mode_enabled():
+        for name, tensor in (("storage", storage), ("position", position), ("filled", filled)):
+            if tensor.is_inference():
+                raise ValueError(
+                    f"queue_push_: {name} must not be written outside torch.inference_mode, under which it was made"
+                )
     if torch._C._is_alias_of(keys, storage):
         raise ValueError("queue_push_: keys must not share memory with storage; pass a clone")
     if storage.device.type == "cpu":  # elsewhere reading them would wait for the device

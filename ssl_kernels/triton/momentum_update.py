@@ -7,7 +7,7 @@ BLOCK = 4096
 
 
 @triton.jit
-def momentum_update_kernel(master_ptr, shadow_ptr, source_ptr, count, weight, BLOCK: tl.constexpr):
+def momentum_update_kernel(master_ptr, shadow_ptr, source_ptr, count, weight_ptr, BLOCK: tl.constexpr):
     # average = master where shadow is its rounding, else shadow; master = average + weight (source - average), from the
     # nearer end; shadow = master rounded. A program owns BLOCK neighbouring elements of one tensor.
     # Traffic: reads master, shadow and source once, writes master and shadow.
@@ -18,6 +18,7 @@ def momentum_update_kernel(master_ptr, shadow_ptr, source_ptr, count, weight, BL
     source = tl.load(source_ptr + i, mask=inside).to(tl.float32)
     rounded = master.to(shadow_ptr.dtype.element_ty).to(tl.float32)
     average = tl.where(rounded == written, master, written)
+    weight = tl.load(weight_ptr)
     near = weight < 0.5
     moved = tl.where(near, average, source) + tl.where(near, weight, weight - 1.0) * (source - average)
     tl.store(master_ptr + i, moved, mask=inside)
@@ -29,10 +30,10 @@ def unsupported(*_, **__):
     return None
 
 
-def momentum_update_(masters, shadows, sources, momentum):
+def momentum_update_(masters, shadows, sources, weight):
     """`momentum_update_` of docs/moco.md: one launch a tensor."""
     for master, shadow, source in zip(masters, shadows, sources, strict=True):
         if master.numel():
             momentum_update_kernel[triton.cdiv(master.numel(), BLOCK),](
-                master, shadow, source, master.numel(), 1 - momentum, BLOCK=BLOCK, num_warps=8
+                master, shadow, source, master.numel(), weight, BLOCK=BLOCK, num_warps=8
             )

@@ -40,7 +40,10 @@ def triple(count, shadow_dtype, source_dtype, device, *, offset=0, seed=0):
 
 def update(library, triples, momentum, **options):
     structures = (Triple * max(len(triples), 1))()
-    buffers = {}
+    weight = torch.tensor(
+        1 - momentum, dtype=torch.float32, device=triples[0][0].device if triples else "cpu"
+    )
+    buffers = {"weight": weight}
     for i, (master, shadow, source) in enumerate(triples):
         structures[i] = Triple(
             *[tensor.data_ptr() for tensor in (master, shadow, source)],
@@ -54,10 +57,10 @@ def update(library, triples, momentum, **options):
         "momentum_update",
         ctypes.byref(structures),
         ctypes.c_int64(len(triples)),
-        ctypes.c_float(1 - momentum),
+        weight,
         STREAM,
         buffers=buffers,
-        read_only={name for name in buffers if name.startswith("source")},
+        read_only={name for name in buffers if name.startswith(("source", "weight"))},
         **options,
     )
 
@@ -126,7 +129,8 @@ def test_kernel_moves_what_its_header_says(library, gpu, source):
     if not gpu.emulated:
         pytest.skip("a card has no such counters")
     (launch,) = check(library, [triple(2 * CHUNK, torch.bfloat16, source, gpu.device)], 0.99)
-    assert launch.counters.global_load_sectors == 2 * CHUNK * (4 + 2 + source.itemsize) // 32
+    warps = launch.blocks * launch.threads // 32  # each reads the weight
+    assert launch.counters.global_load_sectors == 2 * CHUNK * (4 + 2 + source.itemsize) // 32 + warps
     assert launch.counters.global_store_sectors == 2 * CHUNK * (4 + 2) // 32
 
 

@@ -2,13 +2,16 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
+from ssl_kernels import moco_loss
 from ssl_kernels.nn import MoCoQueue
 from tests.helpers import random_rows, same_bits
 
@@ -77,6 +80,81 @@ def test_a_state_of_another_size_is_refused():
         MoCoQueue(3, 2).load_state_dict(MoCoQueue(4, 2).state_dict())
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_refused_state_changes_nothing(strict):
+    queue = MoCoQueue(3, 2)
+    queue.push_(random_rows(2, 2))
+    before = copy.deepcopy(queue)
+    other = MoCoQueue(5, 2).push_(random_rows(4, 2))
+    with pytest.raises(
+        RuntimeError, match=r"the MoCoQueue of the checkpoint has \(size, dim\) \(5, 2\), this one \(3, 2\)"
+    ):
+        queue.load_state_dict(other.state_dict(), strict=strict)
+    assert same_state(queue, before)
+    state = MoCoQueue(3, 2).state_dict()
+    del state["filled"]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        queue.load_state_dict(state)
+    assert same_state(queue, before)
+    with pytest.raises(ValueError, match="queue_push_: keys"):
+        queue.push_(random_rows(2, 3))
+    assert same_state(queue, before)
+
+
+@pytest.mark.parametrize("change", [
+    lambda queue: queue.half(),
+    lambda queue: queue.double(),
+    lambda queue: queue.to("cpu", torch.bfloat16),
+    lambda queue: queue.type(torch.float16),
+    lambda queue: queue.to(memory_format=torch.contiguous_format),
+    lambda queue: queue.share_memory(),
+    lambda queue: copy.deepcopy(queue),
+    lambda queue: pickle.loads(pickle.dumps(queue)),
+    lambda queue: queue.to("meta").to_empty(device="cpu"),
+    lambda queue: MoCoQueue(5, 4, device="meta").to_empty(device="cpu"),
+], ids=[*"half double to type layout share deepcopy pickle emptied meta".split()])  # fmt: skip
+def test_any_move_keeps_the_pointers_or_empties_the_queue(change, request):
+    queue = MoCoQueue(5, 4).push_(random_rows(7, 4))
+    kept = request.node.callspec.id not in ("emptied", "meta")
+    changed = change(queue)
+    assert changed.position.dtype == changed.filled.dtype == torch.int64
+    assert (int(changed.position), len(changed)) == ((2, 5) if kept else (0, 0))
+    assert changed.storage.isfinite().all()
+    changed.push_(random_rows(1, 4, seed=9))
+    expected = torch.zeros(5, 4)
+    expected[2 if kept else 0] = F.normalize(random_rows(1, 4, seed=9))[0]
+    written = changed.storage[2 if kept else 0].float()
+    torch.testing.assert_close(written, expected[2 if kept else 0], rtol=2**-7, atol=0)
+
+
+def test_made_under_inference_mode_it_is_written_outside():
+    with torch.inference_mode():
+        queue = MoCoQueue(5, 4)
+        queue.push_(random_rows(2, 4))
+    queue.push_(random_rows(1, 4))
+    assert len(queue) == 3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_is_compiled_twice_whatever_the_fill_and_batch():
+    """The loss and the push, as the queue fills up and with batches that change."""
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    eager, traced = MoCoQueue(20, 8), MoCoQueue(20, 8)
+
+    def step(queue, query, key):
+        loss = moco_loss(query, key, queue)
+        queue.push_(key)
+        return loss
+
+    compiled = torch.compile(step, fullgraph=True, backend=graphs)
+    for i, batch in enumerate((4, 4, 6, 3, 7, 5, 9, 4, 30, 2, 8, 6)):
+        query, key = random_rows(batch, 8, seed=i), random_rows(batch, 8, seed=i + 50)
+        torch.testing.assert_close(compiled(traced, query, key), step(eager, query, key))
+        assert same_state(eager, traced)
+    assert graphs.frame_count <= 2
+
+
 def test_copies_and_casts_keep_the_state():
     queue = MoCoQueue(5, 4)
     queue.push_(random_rows(7, 4))
@@ -106,6 +184,11 @@ def test_without_normalisation_keys_stay_as_they_are():
 def test_refuses_what_no_queue_can_be(arguments, error, message):
     with pytest.raises(error, match=f"^MoCoQueue: {message}"):
         MoCoQueue(*arguments)
+
+
+def test_refuses_an_unknown_backend_before_it_pushes():
+    with pytest.raises(ValueError, match=r"^MoCoQueue: backend must be one of .* or None, got 'gpu'"):
+        MoCoQueue(4, 4, backend="gpu")
 
 
 def test_refuses_keys_of_another_width():

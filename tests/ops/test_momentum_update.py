@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssl_kernels.ops.momentum_update import momentum_update_
 from tests.helpers import random_rows, same_bits
@@ -149,7 +151,9 @@ def test_no_tensors_and_sources_with_a_history(backend):
 @every_operator
 def test_opcheck(backend):
     operator = getattr(torch.ops.ssl_kernels.momentum_update_, backend)
-    torch.library.opcheck(operator, (*triples(torch.bfloat16, torch.float16, [(3,), (4, 5)]), 0.9))
+    torch.library.opcheck(
+        operator, (*triples(torch.bfloat16, torch.float16, [(3,), (4, 5)]), torch.tensor(0.1))
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -168,6 +172,58 @@ def test_compiles_without_a_graph_break(backend):
         assert all(map(same_bits, traced[0], eager[0]))
 
 
+@pytest.mark.filterwarnings("ignore")
+@every_operator
+def test_a_momentum_that_changes_is_compiled_twice(backend):
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+
+    def update(masters, shadows, sources, momentum):
+        momentum_update_(masters, shadows, sources, momentum, backend=backend)
+
+    compiled = torch.compile(update, fullgraph=True, backend=graphs)
+    traced, eager = (triples(torch.bfloat16, torch.float32, [(3,), (4, 5)]) for _ in range(2))
+    for step in range(12):
+        compiled(*traced, 0.9 + step / 200)
+        update(*eager, 0.9 + step / 200)
+        assert all(map(same_bits, traced[0] + traced[1], eager[0] + eager[1]))
+    assert graphs.frame_count <= 2
+
+
+@every_backend
+def test_momentum_as_a_tensor(backend):
+    one, other = (triples(torch.bfloat16, torch.float32) for _ in range(2))
+    momentum_update_(*one, 0.9, backend=backend)
+    momentum_update_(*other, torch.tensor(0.9, dtype=torch.float64), backend=backend)
+    assert all(map(same_bits, one[0] + one[1], other[0] + other[1]))
+
+
+def test_fake_tensors_are_traced():
+    call = triples(torch.bfloat16, torch.float32, [(3,), (4, 5)])
+    with FakeTensorMode() as mode:
+        momentum_update_(*([mode.from_tensor(t) for t in tensors] for tensors in call), 0.9)
+
+
+@every_backend
+def test_tensors_of_inference_mode(backend):
+    """Written there or, if they were made there, nowhere else: the refusal comes before anything is written."""
+    with torch.inference_mode():
+        inside = triples(torch.bfloat16, torch.float32, [(3,), (4, 5)])
+        momentum_update_(*inside, 0.9, backend=backend)
+    one, other = (triples(torch.bfloat16, torch.float32, [(3,), (4, 5)]) for _ in range(2))
+    with torch.inference_mode():
+        momentum_update_(*one, 0.9, backend=backend)
+    momentum_update_(*other, 0.9, backend=backend)
+    assert all(map(same_bits, one[0] + one[1], other[0] + other[1]))
+    masters, shadows, sources = one
+    before = masters[0].clone()
+    with pytest.raises(
+        ValueError, match=r"^momentum_update_: masters\[1\] and shadows\[1\] must not be written"
+    ):
+        momentum_update_([masters[0], inside[0][1]], shadows, sources, 0.9, backend=backend)
+    assert same_bits(masters[0], before)
+
+
 def good_call():
     masters, shadows, sources = triples(torch.bfloat16, torch.float32, [(3,), (4, 5)])
     return {"masters": masters, "shadows": shadows, "sources": sources, "momentum": 0.9}
@@ -179,6 +235,8 @@ def spoilt(name, tensor):
 
 @pytest.mark.parametrize("change, message", [
     (lambda call: call | {"momentum": "0.9"}, "momentum must be a number, got str"),
+    (lambda call: call | {"momentum": torch.ones(2)}, r"momentum must be a number or a 0-d floating tensor, got shape"),
+    (lambda call: call | {"momentum": torch.tensor(0.9, device="meta")}, "momentum must be on the device of"),
     (lambda call: call | {"momentum": 1.5}, r"momentum must lie in \[0, 1\], got 1.5"),
     (lambda call: call | {"sources": call["sources"][:1]}, "masters, shadows and sources must be as many, got 2, 2"),
     (spoilt("masters", torch.zeros(4, 5).double()), r"masters\[1\] must be float32, got torch.float64"),
@@ -209,9 +267,12 @@ def test_native_operator_refuses_what_it_would_write_out_of_bounds():
         spoilt("shadows", torch.zeros(4, 5)),
         spoilt("masters", torch.zeros(4, 5).double()),
         lambda call: call | {"shadows": call["shadows"][:1]},
+        lambda call: call | {"weight": torch.tensor(0.1).double()},
+        lambda call: call | {"weight": torch.tensor([0.1])},
     ):
         with pytest.raises(RuntimeError, match="momentum_update_"):
-            operator(*change(good_call()).values())
+            call = change(good_call() | {"weight": torch.tensor(0.1)})
+            operator(*(call[name] for name in ("masters", "shadows", "sources", "weight")))
 
 
 def test_random_rows_of_a_deep_average_stay_close():

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssl_kernels.ops.queue_push import queue_push_
 from tests.helpers import DTYPES, random_rows, same_bits
@@ -165,6 +167,71 @@ def test_compiles_without_a_graph_break(backend):
         keys = random_rows(3, 4, seed=step)
         assert same_bits(compiled(traced[0], keys, *traced[1:]), push(eager[0], keys, *eager[1:]))
         assert all(same_bits(t, e) for t, e in zip(traced, eager, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+@every_operator
+def test_changing_batches_are_compiled_twice(backend):
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+
+    def push(storage, keys, position, filled):
+        queue_push_(storage, keys, position, filled, backend=backend)
+
+    compiled = torch.compile(push, fullgraph=True, backend=graphs)
+    eager, traced = empty_ring(7, 4), empty_ring(7, 4)
+    for step, batch in enumerate((3, 2, 5, 9, 4, 7, 12, 6, 30, 2, 8, 11)):
+        keys = random_rows(batch, 4, seed=step)
+        compiled(traced[0], keys, *traced[1:])
+        push(eager[0], keys, *eager[1:])
+        assert all(map(same_bits, traced, eager))
+    assert graphs.frame_count <= 2
+
+
+def test_fake_tensors_are_traced():
+    with FakeTensorMode():
+        storage, position, filled = empty_ring(5, 4)
+        queue_push_(storage, torch.empty(3, 4), position, filled)
+        assert storage.shape == (5, 4)
+
+
+@every_operator
+@pytest.mark.parametrize("strict", [False, True])
+def test_is_exported_with_a_dynamic_batch(backend, strict):
+    class Ring(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, tensor in zip(("storage", "position", "filled"), empty_ring(5, 4), strict=True):
+                self.register_buffer(name, tensor)
+
+        def forward(self, keys):
+            queue_push_(self.storage, keys, self.position, self.filled, backend=backend)
+            return self.storage * 1
+
+    shapes = {"keys": {0: torch.export.Dim("batch", min=1, max=99)}}
+    program = torch.export.export(Ring(), (random_rows(3, 4),), dynamic_shapes=shapes, strict=strict)
+    exported, eager = program.module(), Ring()
+    for batch in (3, 2, 8):
+        assert same_bits(exported(random_rows(batch, 4)), eager(random_rows(batch, 4)))
+
+
+@every_backend
+def test_tensors_of_inference_mode(backend):
+    """Keys made there are pushed anywhere; a ring made there is written nowhere else."""
+    ring, expected = empty_ring(5, 4), empty_ring(5, 4)
+    with torch.inference_mode():
+        keys = random_rows(3, 4) * 1
+        inside = empty_ring(5, 4)
+        queue_push_(ring[0], keys, *ring[1:], backend=backend)
+    queue_push_(ring[0], keys, *ring[1:], backend=backend)
+    for _ in range(2):
+        queue_push_(expected[0], random_rows(3, 4), *expected[1:], backend=backend)
+    assert all(map(same_bits, ring, expected))
+    for i, name in enumerate(("storage", "position", "filled")):
+        mixed = [*ring[:i], inside[i], *ring[i + 1 :]]
+        with pytest.raises(ValueError, match=f"^queue_push_: {name} must not be written outside"):
+            queue_push_(mixed[0], keys, *mixed[1:], backend=backend)
+        assert all(map(same_bits, ring, expected))
 
 
 def good_call():

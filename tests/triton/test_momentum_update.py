@@ -29,7 +29,8 @@ def test_average(gpu, shadow_dtype, source_dtype, momentum):
     averages = [master.clone() for master in masters]
     averages[2][4] = 3.0
     with gpu.triton():
-        momentum_update_(masters, shadows, sources, momentum)
+        weight = torch.tensor(1 - momentum, dtype=torch.float32, device=gpu.device)
+        momentum_update_(masters, shadows, sources, weight)
     for average, master, shadow, source in zip(averages, masters, shadows, sources, strict=True):
         exact = momentum * average.double() + (1 - momentum) * source.double()
         torch.testing.assert_close(master.double(), exact, rtol=2e-7, atol=5e-7)
