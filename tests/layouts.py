@@ -319,7 +319,12 @@ def _momentum_update_(data, operator, run, backward):
     masters = [data.floats(5, 8, dtype=torch.float32), data.floats(6, 16, dtype=torch.float32).T]
     shadows = [master.to(half) for master in masters]
     sources = [data.floats(5, 8, dtype=torch.float32), data.floats(6, 16, dtype=half).T]
-    yield {"masters": masters, "shadows": shadows, "sources": sources, "momentum": 0.75}
+    yield {
+        "masters": masters,
+        "shadows": shadows,
+        "sources": sources,
+        "weight": torch.tensor(0.25, device=data.device),
+    }
 
 
 def _mixup(data, operator, run, backward):

@@ -9,7 +9,8 @@ from ssl_kernels import losses
 class Loss(nn.Module):
     """Holds a loss function's options as attributes of their names.
 
-    An `nn.Parameter` among them is learned. Any other tensor is a buffer: it moves with the module and is in its
+    An `nn.Parameter` among them is learned; one without dimensions gets the shape (1,), as `fully_shard` demands, and
+    checkpoints in which it has none load. Any other tensor is a buffer: it moves with the module and is in its
     `state_dict`. Where a `state_dict` does not have it, the module's own stays. A subclass names the options and their
     defaults in `__init__` and passes `self.options` on in `forward`.
     """
@@ -23,6 +24,8 @@ class Loss(nn.Module):
             setattr(self, name, value)
 
     def __setattr__(self, name, value):
+        if isinstance(value, nn.Parameter) and value.dim() == 0:
+            value.data = value.data.reshape(1)  # the caller's own, which an optimizer may hold
         if name in self._names and name not in self._parameters:
             if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
                 self.__dict__.pop(name, None)
@@ -34,6 +37,10 @@ class Loss(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name, buffer in self._buffers.items():
             state_dict.setdefault(prefix + name, buffer)  # in the copy that load_state_dict made
+        for name, own in (*self._parameters.items(), *self._buffers.items()):
+            value = state_dict.get(prefix + name)
+            if value is not None and value.numel() == own.numel() == 1:
+                state_dict[prefix + name] = value.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property

@@ -1,10 +1,9 @@
 """`queue_push_`: keys written into the ring of a MoCo queue. docs/moco.md has the contract."""
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ssl_kernels import backends
-from ssl_kernels.checks import DTYPES
+from ssl_kernels.checks import DTYPES, can_be_read
 from ssl_kernels.chunked import queue_push as chunked
 from ssl_kernels.ops.library import define, implement_in_triton, library, where_it_runs
 from ssl_kernels.reference import queue_push as reference
@@ -79,7 +78,7 @@ def _check(storage, keys, position, filled):
         raise ValueError(
             "queue_push_: storage must not require grad while gradients are recorded, got one that does"
         )
-    if torch.compiler.is_compiling() or isinstance(storage, FakeTensor):  # no memory, no values
+    if torch.compiler.is_compiling():
         return
     if not torch.is_inference_mode_enabled():
         for name, tensor in (("storage", storage), ("position", position), ("filled", filled)):
@@ -89,7 +88,7 @@ def _check(storage, keys, position, filled):
                 )
     if torch._C._is_alias_of(keys, storage):
         raise ValueError("queue_push_: keys must not share memory with storage; pass a clone")
-    if storage.device.type == "cpu":  # elsewhere reading them would wait for the device
+    if can_be_read(position) and can_be_read(filled):
         size = len(storage)
         if not 0 <= int(position) < size:
             raise ValueError(f"queue_push_: position must lie in [0, {size}), got {int(position)}")

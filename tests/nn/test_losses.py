@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from ssl_kernels import nn, nt_xent_loss
+from ssl_kernels import nn, nt_xent_loss, siglip_loss
 from tests.helpers import random_rows, same_bits
 
 VIEWS = random_rows(6, 4), random_rows(6, 4, seed=1)
@@ -50,6 +50,19 @@ def test_an_option_may_become_another_kind():
         again = pickle.loads(pickle.dumps(module))
         assert repr(again) == repr(copy.deepcopy(module)) == repr(module)
     assert list(module.parameters()) and not list(module.buffers())
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_what_is_learned_has_a_dimension_and_loads_from_any_shape_of_one_element(shape):
+    scale = torch.nn.Parameter(torch.tensor(5.0))
+    module = nn.SigLIPLoss(scale, torch.tensor(-3.0))
+    assert module.logit_scale is scale and scale.shape == (1,)
+    module.load_state_dict({"logit_scale": torch.full(shape, 7.0), "logit_bias": torch.full(shape, -4.0)})
+    assert same_bits(module(*VIEWS), siglip_loss(*VIEWS, 7.0, -4.0))
+    module(*VIEWS).backward()
+    assert scale.grad.shape == (1,)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        module.load_state_dict({"logit_scale": torch.ones(2), "logit_bias": torch.ones(2)})
 
 
 def test_gradients_reach_a_tensor_that_is_no_parameter():

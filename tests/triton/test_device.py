@@ -37,7 +37,7 @@ def arguments_of(name, device):
         "queue_push_": (
             x, y, *(torch.zeros((), dtype=torch.int64, device=device) for _ in range(2)), True,
         ),
-        "momentum_update_": ([x], [y.bfloat16()], [y], 0.9),
+        "momentum_update_": ([x], [y.bfloat16()], [y], torch.tensor(0.1, device=device)),
         "mixup_": (image, lam, order),
         "mixup_fwd": (image, lam, order),
         "mixup_bwd": (image, image.clone(), lam, order, True),

@@ -1,4 +1,4 @@
-"""`nn.MomentumEncoder` under DistributedDataParallel and fully_shard, with two processes over gloo."""
+"""Averages and learned scalars under DistributedDataParallel and fully_shard, with two processes over gloo."""
 
 import copy
 
@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import ssl_kernels
 from ssl_kernels.nn import MoCoQueue, MomentumEncoder
 from tests.helpers import random_rows, same_bits
 
@@ -38,12 +39,6 @@ class Model(nn.Module):
 def network(dtype=torch.float32):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3)).to(dtype)
-
-
-def start(rank, path):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
-    return init_device_mesh("cpu", (WORLD,))
 
 
 def shard(module, mesh):
@@ -104,11 +99,11 @@ def update_sharded(mesh, dtype, how, rows):
     assert same(whole(sharded.key), state)
 
 
-def sharded_averages(rank, path):
-    mesh = start(rank, path)
-    for dtype in (torch.float32, torch.bfloat16):
-        for how in ("both", "query", "average", "encoder", "model"):
-            update_sharded(mesh, dtype, how, random_rows(4, 5).to(dtype))
+def sharded_averages(mesh):
+    for how in ("both", "query", "average", "encoder", "model"):
+        update_sharded(mesh, torch.float32, how, random_rows(4, 5))
+    for how in ("both", "query"):
+        update_sharded(mesh, torch.bfloat16, how, random_rows(4, 5).bfloat16())
 
     model = Model(network())
     fully_shard(model, mesh=mesh)
@@ -118,22 +113,13 @@ def sharded_averages(rank, path):
     with pytest.raises(ValueError, match=r"^MomentumEncoder: module must not be sharded when it is copied"):
         MomentumEncoder(shard(network(), mesh))
     assert same(whole(model.key), before)
-    dist.destroy_process_group()
 
 
-def test_sharded_averages(tmp_path):
-    multiprocessing.spawn(sharded_averages, (str(tmp_path / "rendezvous"),), nprocs=WORLD)
-
-
-def data_parallel(rank, path):
-    start(rank, path)
-    query = network(torch.bfloat16)
-    model = Model(query)
+def data_parallel_averages(rank):
+    model = Model(network(torch.bfloat16))
     model.queue = MoCoQueue(8, 3)
-    model.key.update_(query)
+    model.key.update_(model.query)
     parallel = nn.parallel.DistributedDataParallel(model)
-    names = {name for name, _ in model.named_buffers()}
-    assert not any("masters" in name for name in names)
     assert any("masters" in name for name in model.state_dict())
     for master in model.key.masters.buffers():
         master.fill_(rank)
@@ -149,8 +135,45 @@ def data_parallel(rank, path):
     everyones = [torch.empty_like(model.key.module[0].weight) for _ in range(WORLD)]
     dist.all_gather(everyones, model.key.module[0].weight.detach())
     assert same_bits(*everyones)
+
+
+def sharded_losses(mesh):
+    x, y = random_rows(6, 4), random_rows(6, 4, seed=1)
+    for make in (
+        lambda: ssl_kernels.nn.SigLIPLoss(parameter(5.0), parameter(-3.0)),
+        lambda: ssl_kernels.nn.NTXentLoss(parameter(0.3)),
+        lambda: ssl_kernels.nn.TripletMarginLoss(parameter(0.3)),
+    ):
+        plain, sharded = make(), fully_shard(make(), mesh=mesh)
+        arguments = (x, y, y.flip(0)) if isinstance(plain, ssl_kernels.nn.TripletMarginLoss) else (x, y)
+        optimizers = [torch.optim.SGD(loss.parameters(), lr=0.1) for loss in (plain, sharded)]
+        for _ in range(2):
+            for loss, optimizer in zip((plain, sharded), optimizers, strict=True):
+                loss(*arguments).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        state = whole(sharded)
+        assert state.keys() == whole(plain).keys()
+        for name, value in whole(plain).items():
+            torch.testing.assert_close(state[name], value)
+        assert any(
+            value != start for value, start in zip(state.values(), whole(make()).values(), strict=True)
+        )
+
+
+def parameter(value):
+    return nn.Parameter(torch.tensor(value))
+
+
+def work(rank, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    data_parallel_averages(rank)
+    sharded_averages(mesh)
+    sharded_losses(mesh)
     dist.destroy_process_group()
 
 
-def test_data_parallel(tmp_path):
-    multiprocessing.spawn(data_parallel, (str(tmp_path / "rendezvous"),), nprocs=WORLD)
+def test_two_processes(tmp_path):
+    multiprocessing.spawn(work, (str(tmp_path / "rendezvous"),), nprocs=WORLD)
