@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ssl_kernels import backends, cli, info
+from ssl_kernels import __main__, backends, cli, info
 
 
 def report(capsys):
@@ -78,6 +78,15 @@ def test_output_that_cannot_be_written_is_one_line():
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert done.stderr == "python -m ssl_kernels: error: [Errno 28] No space left on device\n"
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(__main__, "main", interrupted)
+    assert __main__.run() == 130
+    assert capsys.readouterr().err == "python -m ssl_kernels: interrupted\n"
 
 
 def test_a_reader_that_leaves_is_no_traceback():
