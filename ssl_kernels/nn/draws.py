@@ -82,7 +82,7 @@ class Draws:
         return self._drawn("permutation", (count,), device, torch.int64)
 
     def _drawn(self, kind, shape, device, dtype, concentration=0.0):
-        if self.own and torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and (self.own or kind == "gamma"):  # which torch 2.11 cannot trace
             return _draw(self.token, self.handle, kind, concentration, shape, dtype, device)
         # Compiled, torch takes no `generator=None` where a size is symbolic.
         options = {"generator": self.on(device)} if self.own else {}
@@ -180,7 +180,7 @@ def _draw(
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    """One draw of the stream with this handle, in a compiled graph, where torch takes no generator.
+    """One draw of the stream with this handle, for a compiled graph, where torch takes no generator.
 
     The token is written so that draws keep their order and none is left out or made once for two.
     """
