@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import ssl_kernels
 from ssl_kernels import losses, nn
 from ssl_kernels.nn.losses import Loss
-from tests.helpers import OPERATORS
+from tests.helpers import OPERATORS, random_rows
 from tests.losses.cases import CASES, OTHER_CASES
 
 CALLS = 12
@@ -119,6 +119,25 @@ def test_numbers_that_change_with_inductor(name):
     case = ALL[name]
     run = case.ours("native")
     assert graphs(run, lambda k: arguments_of(case, k), backend="inductor") <= MOST_GRAPHS
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", OPERATORS)
+def test_a_tensor_may_be_given_twice(backend):
+    def step(x, ids, scale):
+        clip = losses.clip_loss(x, x, scale, ids=ids, backend=backend)
+        siglip = losses.siglip_loss(x, x, scale, scale, backend=backend)
+        mixed = ssl_kernels.mixup_cross_entropy(x, ids, ids, 0.3, backend=backend)
+        return clip + siglip + mixed + losses.triplet_margin_loss(x, x, x, backend=backend)
+
+    def of_call(k):
+        return {
+            "x": random_rows(6, 8).requires_grad_(),
+            "ids": torch.tensor([2, 0, 1, 3, 5, 4]),
+            "scale": torch.tensor(2.0, requires_grad=True),
+        }
+
+    assert graphs(step, of_call, calls=1) == 1
 
 
 MODULES = {

@@ -10,6 +10,7 @@ from ssl_kernels.chunked import contrastive as chunked
 from ssl_kernels.ops.library import (
     accumulation_dtype,
     define,
+    distinct,
     implement_in_triton,
     library,
     refuse_torch_func,
@@ -263,4 +264,4 @@ def contrastive(
     if chosen == "native":  # differentiates itself: csrc/ops/contrastive_autograd.cpp
         return Contrastive(*_fwd[chosen](*operands, *flags, False, False)[:3])
     refuse_torch_func("contrastive", chosen)
-    return Contrastive(*_Contrastive.apply(chosen, *operands, *flags))
+    return Contrastive(*_Contrastive.apply(chosen, *distinct(*operands), *flags))

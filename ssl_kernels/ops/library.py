@@ -65,6 +65,17 @@ def savable(tensor):
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
+def distinct(*operands):
+    """Operands of a Function: torch.compile refuses one that is given a tensor twice, as ids of rows and columns."""
+    if not torch.compiler.is_compiling():
+        return operands
+    made = []
+    for operand in operands:
+        again = operand is not None and any(operand is other for other in made)
+        made.append(operand.view_as(operand) if again else operand)
+    return made
+
+
 def refuse_torch_func(op, backend):
     """Called before an autograd.Function without `setup_context`, which torch.func cannot differentiate."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():

@@ -6,6 +6,7 @@ from ssl_kernels import backends
 from ssl_kernels.chunked import mixup_cross_entropy as chunked
 from ssl_kernels.ops.library import (
     define,
+    distinct,
     implement_in_triton,
     library,
     refuse_torch_func,
@@ -89,4 +90,4 @@ def mixup_cross_entropy(logits, target, permutation, lam, label_smoothing=0.0, *
             operands = map(savable, (wide, target, permutation, lam))
             return reference.mixup_cross_entropy(*operands, label_smoothing).double()
     refuse_torch_func("mixup_cross_entropy", chosen)
-    return _MixupCrossEntropy.apply(chosen, logits, target, permutation, lam, label_smoothing)
+    return _MixupCrossEntropy.apply(chosen, *distinct(logits, target, permutation, lam), label_smoothing)

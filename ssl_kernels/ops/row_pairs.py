@@ -7,6 +7,7 @@ from ssl_kernels.chunked import row_pairs as chunked
 from ssl_kernels.ops.library import (
     accumulation_dtype,
     define,
+    distinct,
     implement_in_triton,
     library,
     refuse_torch_func,
@@ -113,4 +114,4 @@ def row_pairs(x, y, z=None, *, normalize, measure, backend=None, caller="row_pai
     if chosen == "native":  # differentiates itself: csrc/ops/row_pairs_autograd.cpp
         return _fwd[chosen](x, y, z, normalize, measure)[0]
     refuse_torch_func("row_pairs", chosen)
-    return _RowPairs.apply(chosen, x, y, z, normalize, measure)
+    return _RowPairs.apply(chosen, *distinct(x, y, z), normalize, measure)

@@ -7,6 +7,7 @@ from ssl_kernels.chunked import sigmoid_pairs as chunked
 from ssl_kernels.ops.library import (
     accumulation_dtype,
     define,
+    distinct,
     implement_in_triton,
     library,
     refuse_torch_func,
@@ -171,4 +172,4 @@ def sigmoid_pairs(
     if chosen == "native":  # differentiates itself: csrc/ops/sigmoid_pairs_autograd.cpp
         return _fwd[chosen](rows, columns, scale, bias, *options, False, False, False)[0]
     refuse_torch_func("sigmoid_pairs", chosen)
-    return _SigmoidPairs.apply(chosen, rows, columns, scale, bias, *options)
+    return _SigmoidPairs.apply(chosen, *distinct(rows, columns, scale, bias), *options)
