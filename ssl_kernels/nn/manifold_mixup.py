@@ -7,6 +7,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ssl_kernels import mixing
+from ssl_kernels.checks import is_whole
 from ssl_kernels.nn.draws import DrawingModule
 from ssl_kernels.nn.mixing import Mixup
 
@@ -72,7 +73,7 @@ class ManifoldMixup(DrawingModule):
         if not layers and not mix_input:
             raise ValueError("ManifoldMixup: layers must not be empty without mix_input, got []")
         for name, dim in (("batch_dim", batch_dim), ("input_batch_dim", input_batch_dim)):
-            if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool) or dim < 0):
+            if dim is not None and (not is_whole(dim) or dim < 0):
                 raise ValueError(f"ManifoldMixup: {name} must be an integer >= 0, got {dim!r}")
         mixup = Mixup(alpha, generator=generator, inplace=False, **options)
         super().__init__(generator.initial_seed() if isinstance(generator, torch.Generator) else generator)

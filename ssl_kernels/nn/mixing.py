@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from ssl_kernels import backends, mixing
-from ssl_kernels.checks import DTYPES, check_dense, is_number, short
+from ssl_kernels.checks import DTYPES, check_dense, is_number, is_whole, short
 from ssl_kernels.nn.draws import DrawingModule, beta, is_seed, sides_of, span_around, span_within
 from ssl_kernels.overlap import share_memory
 from ssl_kernels.value_checks import check_target
@@ -114,9 +114,8 @@ class Mixup(DrawingModule):
         _check(isinstance(mode, str) and mode in MODES, "mode", f"be one of {', '.join(MODES)}", mode)
         _check(pairing in PAIRINGS, "pairing", f"be one of {', '.join(PAIRINGS)}", pairing)
         _check(not (MODES[mode] == "pair" and pairing == "roll"), "pairing", 'be "random" or "flip"', pairing)
-        whole = isinstance(num_classes, int) and not isinstance(num_classes, bool)
         _check(
-            num_classes is None or (whole and num_classes > 0),
+            num_classes is None or (is_whole(num_classes) and num_classes > 0),
             "num_classes",
             "be an integer > 0",
             num_classes,
@@ -130,7 +129,8 @@ class Mixup(DrawingModule):
         self.mixup_alpha, self.cutmix_alpha, self.cutmix_minmax = mixup_alpha, cutmix_alpha, cutmix_minmax
         self.prob, self.switch_prob, self.correct_lam = prob, switch_prob, correct_lam
         self.mode, self.pairing = MODES[mode], pairing
-        self.label_smoothing, self.num_classes = label_smoothing, num_classes
+        self.label_smoothing = label_smoothing
+        self.num_classes = None if num_classes is None else int(num_classes)
         self.dense_target = num_classes is not None if dense_target is None else dense_target
         if label_smoothing > 0 and not self.dense_target:
             raise ValueError(

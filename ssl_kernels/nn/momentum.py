@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ssl_kernels import backends
-from ssl_kernels.checks import is_number, short
+from ssl_kernels.checks import is_number, is_whole, short
 from ssl_kernels.nn.counters import after_apply
 from ssl_kernels.ops.momentum_update import HALF, momentum_update_
 
@@ -68,7 +68,7 @@ class MomentumEncoder(nn.Module):
         if not isinstance(module, nn.Module):
             raise TypeError(f"MomentumEncoder: module must be an nn.Module, got {type(module).__name__}")
         _check_momentum(momentum)
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        if steps is not None and (not is_whole(steps) or steps < 1):
             raise ValueError(f"MomentumEncoder: steps must be a whole number from 1 or None, got {steps!r}")
         if buffers not in BUFFER_POLICIES:
             raise ValueError(f'MomentumEncoder: buffers must be "copy" or "average", got {buffers!r}')
@@ -76,7 +76,7 @@ class MomentumEncoder(nn.Module):
         module = _unwrapped(module)
         _check_can_be_copied(module)
         self.momentum = float(momentum)
-        self.steps = steps
+        self.steps = None if steps is None else int(steps)
         self.buffer_policy = buffers
         self.backend = backend
         # No child: what is a buffer of some part of a model is broadcast by DistributedDataParallel at each forward.

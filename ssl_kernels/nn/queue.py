@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ssl_kernels import backends
-from ssl_kernels.checks import DTYPES
+from ssl_kernels.checks import DTYPES, is_whole
 from ssl_kernels.nn.counters import after_apply
 from ssl_kernels.ops.queue_push import queue_push_
 
@@ -35,7 +35,7 @@ class MoCoQueue(nn.Module):
     def __init__(self, size, dim, dtype=None, *, normalize=True, device=None, backend=None):
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
-            if isinstance(value, bool) or not isinstance(value, int):
+            if not is_whole(value):
                 raise TypeError(f"MoCoQueue: {name} must be an int, got {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"MoCoQueue: {name} must be at least 1, got {value}")
@@ -46,7 +46,7 @@ class MoCoQueue(nn.Module):
         self.normalize = normalize
         self.backend = backend
         with torch.inference_mode(False):  # else it could be written under inference_mode alone
-            self.register_buffer("storage", torch.zeros(size, dim, dtype=dtype, device=device))
+            self.register_buffer("storage", torch.zeros(int(size), int(dim), dtype=dtype, device=device))
             self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device))
             self.register_buffer("filled", torch.zeros((), dtype=torch.int64, device=device))
 

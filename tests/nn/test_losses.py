@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +64,19 @@ def test_what_is_learned_has_a_dimension_and_loads_from_any_shape_of_one_element
     assert scale.grad.shape == (1,)
     with pytest.raises(RuntimeError, match="size mismatch"):
         module.load_state_dict({"logit_scale": torch.ones(2), "logit_bias": torch.ones(2)})
+
+
+def test_integers_and_numbers_of_numpy_are_taken():
+    queue = nn.MoCoQueue(np.int64(8), np.int32(4))
+    assert queue.storage.shape == (8, 4)
+    layer = torch.nn.Linear(4, 4)
+    average = nn.MomentumEncoder(layer, np.float32(0.5), steps=np.int64(10)).update_(layer)
+    assert type(average.steps) is int
+    images, target = torch.zeros(4, 1, 3, 3), torch.arange(4)
+    mixed, dense = nn.Mixup(np.float32(0.5), num_classes=np.int64(4), generator=np.int64(1))(images, target)
+    assert mixed.shape == images.shape and dense.shape == (4, 4)
+    with pytest.raises(TypeError, match="size must be an int, got float64"):
+        nn.MoCoQueue(np.float64(8), 4)
 
 
 def test_gradients_reach_a_tensor_that_is_no_parameter():
