@@ -264,6 +264,11 @@ class _MixedForward:
         """What pickle, repr and containers that make one of their kind take it for."""
         return self._plain
 
+    @__class__.setter
+    def __class__(self, other):
+        """By parametrizations and FSDP, which put a class over the plain one; the next call puts this over theirs."""
+        _set_class(self, other)
+
     def __reduce_ex__(self, protocol):
         mixed = type(self)
         _set_class(self, mixed._plain)

@@ -411,6 +411,29 @@ def test_a_layer_that_was_replaced_or_has_a_forward_of_its_own():
     check_mixes(ManifoldMixup(other, ["a", "b", "c"], mode="sample", generator=3), other)
 
 
+def test_a_layer_whose_class_is_changed():
+    """As parametrizations do, and FSDP, before and after."""
+    doubled = nn.utils.parametrize.register_parametrization
+    for before in (True, False):
+        net = Net()
+        if before:
+            doubled(net.b, "weight", Doubled())
+        module = ManifoldMixup(net, ["a", "b", "c"], mode="sample", generator=3)
+        if not before:
+            doubled(net.b, "weight", Doubled())
+        check_mixes(module, net)
+        assert torch.equal(net.b.weight, 2 * net.b.parametrizations.weight.original)
+        assert torch.equal(copy.deepcopy(net).b.weight, net.b.weight)
+        nn.utils.parametrize.remove_parametrizations(net.b, "weight")
+        assert net.b.__class__ is nn.Linear
+        check_mixes(module, net)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
 def test_a_scripted_layer():
     net = Net()
     net.b = torch.jit.script(net.b)
