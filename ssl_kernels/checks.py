@@ -75,7 +75,10 @@ def check_scalar(op, name, value, like, *, positive=False):
             f"{op}: {name} must be a number or a tensor of one element, got {type(value).__name__}"
         )
     elif type(value) is not float and not torch.compiler.is_compiling():
-        value = float(value)  # numpy would compare in the narrower type
+        try:
+            value = float(value)  # numpy would compare in the narrower type
+        except OverflowError:  # an integer beyond float64
+            value = math.inf
     # Comparisons, not math.isfinite, which torch.compile cannot trace of a number that changes.
     largest = _LARGEST[like.dtype == torch.float64]
     if positive:

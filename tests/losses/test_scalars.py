@@ -91,6 +91,14 @@ def test_extreme_temperatures_are_right(case, temperature):
 
 
 @every_loss_with_a_temperature
+@pytest.mark.parametrize("value", [10**400, math.inf, math.nan], ids=str)
+def test_a_temperature_that_is_not_finite_is_an_error(case, value):
+    arguments = case.arguments(6, 4, torch.float32, requires_grad=False)
+    with pytest.raises(ValueError, match=f"^{case.loss}: temperature must be finite and > 0, got (inf|nan)"):
+        case.ours()(**arguments | {"temperature": value})
+
+
+@every_loss_with_a_temperature
 @pytest.mark.parametrize("value", [0.0, -0.5, -math.inf])
 def test_a_temperature_that_is_not_positive_is_an_error_as_a_tensor_too(case, value):
     arguments = case.arguments(6, 4, torch.float32, requires_grad=False)
