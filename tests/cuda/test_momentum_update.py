@@ -129,7 +129,7 @@ def test_kernel_moves_what_its_header_says(library, gpu, source):
     if not gpu.emulated:
         pytest.skip("a card has no such counters")
     (launch,) = check(library, [triple(2 * CHUNK, torch.bfloat16, source, gpu.device)], 0.99)
-    warps = launch.blocks * launch.threads // 32  # each reads the weight
+    warps = launch.grid[0] * launch.block[0] // 32  # each reads the weight
     assert launch.counters.global_load_sectors == 2 * CHUNK * (4 + 2 + source.itemsize) // 32 + warps
     assert launch.counters.global_store_sectors == 2 * CHUNK * (4 + 2) // 32
 
