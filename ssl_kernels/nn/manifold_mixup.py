@@ -379,5 +379,6 @@ def _mixed(name, features, lam, permutation, batch_dim, backend):
             f"ManifoldMixup: batch_dim must be given for the output of {name!r}, got None: its shape {shape} does not"
             " tell whether it is (B, T, D), 0, or (T, B, D), 1"
         )
-    mixed = mixing.mixup(features.movedim(dim, 0), lam, permutation, backend=backend)
-    return mixed.movedim(0, dim)
+    if dim == 0:
+        return mixing.mixup(features, lam, permutation, backend=backend)
+    return mixing.mixup(features.movedim(dim, 0), lam, permutation, backend=backend).movedim(0, dim)
