@@ -95,8 +95,8 @@ class ManifoldMixup(DrawingModule):
 
         Raises:
             TypeError: The chosen layer's output is no floating tensor.
-            ValueError: Its batch dimension is not B or not to be told.
-            RuntimeError: The chosen layer did not run in this call, or the model runs in another thread.
+            ValueError: Its batch dimension is not B or not to be told, or it did not run in this call.
+            RuntimeError: The model runs in another thread, or backward could not mix again as the call did.
         """
         draw = self.mixup.draw(x.transpose(0, self.input_batch_dim))
         output = self._run(x, draw) if self.training else self.module(x)
@@ -196,7 +196,9 @@ class _Call:
         lam = self.shares[part.choices[0]]
         for choice in part.choices[1:]:  # the same layer again: all but one are 1
             lam = lam * self.shares[choice]
-        return _mixed(part.name, features, lam, self.permutation, self.batch_dim, self.backend)
+        return _mixed(
+            f"the output of {part.name!r}", features, lam, self.permutation, self.batch_dim, self.backend
+        )
 
 
 class _LayerOfCall:
@@ -366,17 +368,17 @@ def _mixed(name, features, lam, permutation, batch_dim, backend):
     """Features of one layer with their partners' share."""
     if not isinstance(features, torch.Tensor) or not features.is_floating_point():
         kind = features.dtype if isinstance(features, torch.Tensor) else type(features).__name__
-        raise TypeError(f"ManifoldMixup: the output of {name!r} must be a floating tensor, got {kind}")
+        raise TypeError(f"ManifoldMixup: {name} must be a floating tensor, got {kind}")
     batch, shape = permutation.shape[0], tuple(features.shape)
     dim = 0 if batch_dim is None else batch_dim
     if features.dim() <= dim or features.shape[dim] != batch:
         raise ValueError(
-            f"ManifoldMixup: the output of {name!r} must have {batch} samples in dimension {dim}, got {shape};"
+            f"ManifoldMixup: {name} must have {batch} samples in dimension {dim}, got {shape};"
             " pass batch_dim where they are in another"
         )
     if batch_dim is None and len(shape) == 3 and batch > 1 and shape[1] == batch:
         raise ValueError(
-            f"ManifoldMixup: batch_dim must be given for the output of {name!r}, got None: its shape {shape} does not"
+            f"ManifoldMixup: batch_dim must be given for {name}, got None: its shape {shape} does not"
             " tell whether it is (B, T, D), 0, or (T, B, D), 1"
         )
     if dim == 0:
