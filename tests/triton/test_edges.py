@@ -8,6 +8,7 @@ import torch
 
 from ssl_kernels.reference.batch_hard import batch_hard as hardest_by_definition
 from ssl_kernels.reference.contrastive import contrastive as contrastive_by_definition
+from ssl_kernels.triton.launch import tile_for
 from tests.cuda.edges import short_rows
 from tests.cuda.queue_push_calls import keys_of
 from tests.gpu_emulation import PtxError, emulated_triton
@@ -20,7 +21,9 @@ FLAGS = (True, True, False)
 def check_contrastive(kernels):
     # Near 0 logits: one entry too many or too few is one in as many as there are.
     scale = torch.tensor(0.1)
-    for n, m in ((31, 63), (64, 127), (129, 65)):
+    block_n, block_m = tile_for("forward", torch.empty(1, 8))[:2]
+    for beside in (-1, 0, 1):
+        n, m = block_n + beside, 2 * block_m + beside
         rows, columns = keys_of(n, 8, torch.float32), keys_of(m, 8, torch.float32, seed=1)
         results = kernels.contrastive_fwd(rows, columns, scale, None, None, None, *FLAGS, True, False, False)
         exact = contrastive_by_definition(
@@ -87,6 +90,16 @@ def check_batch_hard(kernels):
         x[:, -1] = a * torch.tensor(signs)
         positive, negative = kernels.batch_hard(x, labels, False, "cosine")
         assert positive.tolist() == [1, 0, 0, 4, 3] and negative.tolist() == [3, 3, 3, 0, 0]
+    # A last column that counts, beside the ends of blocks and tiles.
+    for size in {beside + block for block in tile_for("forward", x)[:2] for beside in (-1, 0, 1)}:
+        x = torch.randint(-1, 2, (size, 32), generator=torch.Generator().manual_seed(size)).float()
+        x[-1], labels = -2 * x[0], torch.arange(size) % 2
+        labels[-1] = 0
+        got = kernels.batch_hard(x, labels, False, "euclidean")
+        for ours, right in zip(
+            got, hardest_by_definition(x.double(), labels, False, "euclidean"), strict=True
+        ):
+            assert torch.equal(ours, right)
     # Equal keys in several splits of the walk, and a last column that counts.
     x = torch.randint(-1, 2, (575, 4), generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     labels = torch.arange(575) % 2
