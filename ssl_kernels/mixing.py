@@ -4,14 +4,28 @@ import collections.abc
 
 import torch
 
-from ssl_kernels.checks import DTYPES, can_be_read, check_dense, check_reduction, is_number, short
+from ssl_kernels.checks import (
+    DTYPES,
+    can_be_read,
+    check_dense,
+    check_reduction,
+    is_number,
+    is_whole,
+    short,
+)
 from ssl_kernels.ops import cutmix as cutmix_ops
 from ssl_kernels.ops import mixup as mixup_ops
 from ssl_kernels.ops import mixup_cross_entropy as cross_entropy_ops
 from ssl_kernels.ops import mixup_normalize as normalize_ops
 from ssl_kernels.ops.library import accumulation_dtype
 from ssl_kernels.overlap import share_memory
-from ssl_kernels.value_checks import check_lam, check_values
+from ssl_kernels.value_checks import (
+    check_lam,
+    check_mixed_target,
+    check_on_cpu,
+    check_permutation,
+    check_values,
+)
 
 
 def mixup_(x, lam, permutation, *, validate=False, backend=None):
@@ -170,9 +184,12 @@ def mixup_normalize(x, lam, permutation, mean, std, dtype=torch.float32, *, vali
 def mixup_cross_entropy(
     logits,
     target,
-    permutation,
-    lam,
+    permutation=None,
+    lam=None,
     *,
+    partner_target=None,
+    weight=None,
+    ignore_index=-100,
     label_smoothing=0.0,
     reduction="mean",
     validate=False,
@@ -183,43 +200,71 @@ def mixup_cross_entropy(
     Two passes over the logits in all (one read forward, one read and one write backward); no dense target is made. The
     same as `F.cross_entropy` against that target with probabilities.
 
+        loss = mixup_cross_entropy(logits, target, permutation, lam)
+        loss = mixup_cross_entropy(logits, target, lam=lam, partner_target=target[permutation])     # the same
+
+    The second form is for a part of a mixed batch, whose partners may lie outside of it, and for pixels.
+
     Args:
-        logits: (N, C), float64, float32, float16 or bfloat16, any strides. Gets its gradient.
-        target: (N,) int64, 0 to C − 1.
-        permutation: (N,) int64: the partner of each sample, as in `mixup_`.
+        logits: (N, C), or (N, C, d1, ...) as for pixels; float64, float32, float16 or bfloat16, any strides. Gets its
+            gradient.
+        target: Classes, (N,) or (N, d1, ...), of any integer dtype: 0 to C − 1, or ignore_index.
+        permutation: (N,) int64: the partner of each sample, as in `mixup_`. None with partner_target.
         lam: λ in [0, 1]: a float, a 0-d tensor or (N,), floating. Gets its gradient.
-        label_smoothing: In [0, 1], as `F.cross_entropy`'s.
-        reduction: "mean" over the N rows, "sum", or "none".
+        partner_target: Instead of a permutation: the partners' classes, in the shape of target.
+        weight: None, or (C,) floating, the weight of each class as in `F.cross_entropy`; a constant.
+        ignore_index: An integer. Where it is the class of a sample or of its partner, that term counts nothing; the
+            other one keeps its share.
+        label_smoothing: In [0, 1], as `F.cross_entropy`'s: of every term that counts, also weighted per class.
+        reduction: "mean", "sum", or "none". The mean is the sum divided by Σ_i λ_i w(y_i) + (1 − λ_i) w(y_p(i)) over
+            the terms that count, w the weight of a class or 1: N without weights and ignored classes,
+            `F.cross_entropy`'s denominator for λ = 1, and 0 / 0 where all is ignored.
         validate: On CUDA also check the values of target, permutation and lam, which waits for the device.
         backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
 
     Returns:
-        float32 (float64 for float64 logits): a scalar, or (N,) for "none".
+        float32 (float64 for float64 logits): a scalar, or for "none" a tensor in the shape of target.
 
     Raises:
         TypeError: An argument of the wrong type or dtype.
         ValueError: Shapes or devices that do not fit, an empty batch, λ or label_smoothing outside [0, 1], a
-            permutation that is none, a target outside the classes, an unknown reduction.
+            permutation that is none or is not given, a target outside the classes, an unknown reduction.
 
     Source: Zhang et al., mixup, arXiv:1710.09412; label smoothing: Szegedy et al., arXiv:1512.00567.
     """
     op = "mixup_cross_entropy"
     _check_batch(op, logits, "logits")
-    if logits.dim() != 2:
-        raise ValueError(f"{op}: logits must have shape (N, C), got {tuple(logits.shape)}")
-    _check_indices(op, "target", target, (len(logits),), logits, "logits")
-    _check_permutation(op, permutation, logits, "logits")
+    if logits.dim() < 2:
+        raise ValueError(f"{op}: logits must have shape (N, C) or (N, C, d1, ...), got {tuple(logits.shape)}")
+    shape = logits.shape[:1] + logits.shape[2:]
+    target = _classes(op, "target", target, shape, logits)
+    if (permutation is None) == (partner_target is None):
+        given = "neither" if permutation is None else "both"
+        raise ValueError(f"{op}: permutation or partner_target must be given, got {given}")
+    if partner_target is None:
+        _check_permutation(op, permutation, logits, "logits")
+    else:
+        partner_target = _classes(op, "partner_target", partner_target, shape, logits)
+    if weight is not None:
+        weight = _class_weights(op, weight, logits)
+    if not is_whole(ignore_index):
+        raise TypeError(f"{op}: ignore_index must be an integer, got {type(ignore_index).__name__}")
     _check_share(op, "label_smoothing", label_smoothing)
     check_reduction(op, reduction)
     lam = _shares(op, lam, logits, "logits")
-    _validate(op, validate, logits, permutation, lam, target=target, classes=logits.shape[1])
-    loss = cross_entropy_ops.mixup_cross_entropy(
-        logits, target, permutation, lam, float(label_smoothing), backend=backend
-    )
-    acc = accumulation_dtype(logits)
-    if reduction == "none":
-        return loss.to(acc)
-    return loss.mean(dtype=acc) if reduction == "mean" else loss.sum(dtype=acc)
+    if logits.dim() > 2:  # one row a pixel
+        if partner_target is None:
+            (check_permutation if validate else check_on_cpu)(op, permutation)
+            partner_target = target[permutation]
+        logits = logits.movedim(1, -1).reshape(-1, logits.shape[1])
+        target, partner_target = target.reshape(-1), partner_target.reshape(-1)
+        lam = lam.view(-1, *[1] * (len(shape) - 1)).expand(shape).reshape(-1)
+    partner, is_class = (permutation, False) if partner_target is None else (partner_target, True)
+    if validate and logits.device.type != "cpu":  # on the CPU the operators check values themselves
+        check_mixed_target(op, target, partner, lam, logits.shape[1], ignore_index, is_class)
+    options = (weight, float(label_smoothing), int(ignore_index), is_class, reduction)
+    loss = cross_entropy_ops.mixup_cross_entropy(logits, target, partner, lam, *options, backend=backend)
+    return loss.view(shape) if reduction == "none" else loss
 
 
 mixup_.operation = mixup.operation = "mixup"
@@ -325,6 +370,31 @@ def _shares(op, lam, x, like="x"):
     if lam.dtype == torch.float64 != acc and can_be_read(lam):
         check_lam(op, lam)  # rounding would hide what is just outside of [0, 1]
     return lam.to(acc).expand(batch)
+
+
+def _classes(op, name, value, shape, logits):
+    """Classes of any integer dtype as int64."""
+    check_dense(op, name, value)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{op}: {name} must hold classes of an integer dtype, got {short(value.dtype)}")
+    if value.shape != shape:
+        raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+    if value.device != logits.device:
+        raise ValueError(f"{op}: {name} must be on {logits.device} as logits is, got {value.device}")
+    return value if value.dtype == torch.int64 else value.to(torch.int64)
+
+
+def _class_weights(op, weight, logits):
+    """weight as (C,) in the accumulation dtype of logits."""
+    check_dense(op, "weight", weight)
+    _check_no_grad(op, "weight", weight, "it is a constant")
+    if not weight.is_floating_point():
+        raise TypeError(f"{op}: weight must be floating, got {short(weight.dtype)}")
+    if weight.shape != logits.shape[1:2]:
+        raise ValueError(f"{op}: weight must have shape ({logits.shape[1]},), got {tuple(weight.shape)}")
+    if weight.device != logits.device:
+        raise ValueError(f"{op}: weight must be on {logits.device} as logits is, got {weight.device}")
+    return weight.detach().to(accumulation_dtype(logits))
 
 
 def _per_channel(op, name, value, x, validate):

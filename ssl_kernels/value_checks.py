@@ -5,15 +5,29 @@ import torch
 from ssl_kernels.checks import can_be_read
 
 
-def check_values(op, permutation, lam=None, *, boxes=None, image=None, target=None, classes=None):
+def check_values(op, permutation, lam=None, *, boxes=None, image=None):
     """All of those below whose tensors are given; `image` is (height, width)."""
     check_permutation(op, permutation)
     if lam is not None:
         check_lam(op, lam)
     if boxes is not None:
         check_boxes(op, boxes, *image)
-    if target is not None:
-        check_target(op, target, classes)
+
+
+def check_mixed_target(op, target, partner, lam, classes, ignore_index, partner_is_class):
+    """Of classes to mix: `partner` holds the partners' classes or is a permutation."""
+    if partner_is_class:
+        check_target(op, partner, classes, ignore_index, "partner_target")
+    else:
+        check_permutation(op, partner)
+    check_lam(op, lam)
+    check_target(op, target, classes, ignore_index)
+
+
+def check_mixed_target_on_cpu(op, target, *args):
+    """`check_mixed_target` where reading values waits for nothing, and in calls that are not being traced."""
+    if can_be_read(target):
+        check_mixed_target(op, target, *args)
 
 
 def check_on_cpu(op, permutation, *args, **options):
@@ -49,11 +63,14 @@ def check_boxes(op, boxes, height, width):
         )
 
 
-def check_target(op, target, classes):
-    """Each must be one of 0 … classes − 1."""
-    bad = target[(target < 0) | (target >= classes)]
+def check_target(op, target, classes, ignore_index=None, name="target"):
+    """Each must be one of 0 … classes − 1, or ignore_index."""
+    outside = (target < 0) | (target >= classes)
+    if ignore_index is not None:
+        outside &= target != ignore_index
+    bad = target[outside]
     if len(bad):
-        raise ValueError(f"{op}: target must be in 0 to {classes - 1}, got {bad[0].item()}")
+        raise ValueError(f"{op}: {name} must be in 0 to {classes - 1}, got {bad[0].item()}")
 
 
 def _some(tensor, most=8):

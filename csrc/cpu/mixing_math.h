@@ -56,8 +56,14 @@ struct CrossEntropyMath {
   // Meanwhile n elements at `next` come into the second-level cache.
   LogitSums<T> (*sums)(const S* z, int64_t n, const S* next);
 
+  // sum_i w_i z_i, of those whose w_i is not 0
+  double (*weighted_total)(const S* z, const T* w, int64_t n);
+
   // out_i = weight exp(z_i - shift) - offset
   void (*gradient)(S* out, const S* z, T shift, T weight, T offset, int64_t n);
+
+  // out_i = weight exp(z_i - shift) - offset w_i
+  void (*weighted_gradient)(S* out, const S* z, T shift, T weight, T offset, const T* w, int64_t n);
 };
 
 // shadow_i = round(master_i), master_i = average + weight (source_i - average) with average = master_i where shadow_i was

@@ -1,14 +1,19 @@
-// Device code of `mixup_cross_entropy`, e the label smoothing, y the targets, p the permutation:
+// Device code of `mixup_cross_entropy`. e is the label smoothing, w the classes' weights (1 without), y a row's class, y' its
+// partner's, [y] whether a class is none to ignore:
 //   lse_i  = log sum_c exp z_ic
-//   loss_i = lse_i - (1 - e) (lam_i z_i,y(i) + (1 - lam_i) z_i,y(p(i))) - e / C sum_c z_ic
-//   dz_ic  = g_i (exp(z_ic - lse_i) - e / C - (1 - e) (lam_i [c = y(i)] + (1 - lam_i) [c = y(p(i))]))
+//   a_i = (1 - e) lam_i [y_i] w_y,  b_i = (1 - e) (1 - lam_i) [y'_i] w_y',  s_i = e / C (lam_i [y_i] + (1 - lam_i) [y'_i])
+//   loss_i = m_i lse_i - a_i z_iy - b_i z_iy' - s_i sum_c w_c z_ic,  m_i = a_i + b_i + s_i sum_c w_c
+//   dz_ic  = g_i (m_i exp(z_ic - lse_i) - s_i w_c - a_i [c = y] - b_i [c = y'])
+//   counted_i = lam_i [y_i] w_y + (1 - lam_i) [y'_i] w_y'
 //
 // Tiling: kWarps warps own a row (1: four rows a block; 8: one) and read it 16 bytes a lane, kBatch accesses in flight;
 //   the elements before the first 16-byte boundary and after the last one by one. Maximum and sum of each lane are
-//   merged in registers, those of warps in shared memory.
-// Traffic: forward reads N C elements and two more sectors a row; backward reads N C and writes N C.
+//   merged in registers, those of warps in shared memory. kWeighted: with weights and smoothing.
+// Traffic: forward reads N C elements and two more sectors a row; backward reads N C and writes N C. kWeighted: and C weights
+//   a row, from the caches.
 // Numerics: exponentials and sums in acc_t, of z less the running maximum, or of z less lse in two parts, so that large
-//   logits cost no digits; loss and lse in float64. NaN propagates. A weight of 0 leaves its logit out.
+//   logits cost no digits; loss and lse in float64. NaN propagates, except out of a row of which nothing counts. A weight
+//   of 0 leaves its logit out. Without weights m_i is 1 exactly where both classes count.
 #pragma once
 
 #include "device/vector_access.cuh"
@@ -29,25 +34,47 @@ struct MixedTargets {
   int64_t row_stride;
   int64_t N, C;
   const int64_t* target;
-  const int64_t* permutation;
-  int64_t permutation_stride;
+  const int64_t* partner;
+  int64_t partner_stride;
+  bool partner_is_class;
+  int64_t ignore_index;
   const acc_t* lam;
   int64_t lam_stride;
   double smoothing;
+  const acc_t* weight;
+  const double* weight_sum;
 
-  // Classes of a row and of its partner with their weights, 0 for what is out of range.
+  // What a row's loss is made of. A class that is to be ignored or out of range has no weight.
   struct Row {
     int64_t own, partner;
-    double own_weight, partner_weight;
+    double own_weight, partner_weight;  // a and b
+    double spread;                      // s
+    double mass;                        // m
+    double counted;
+    __device__ __forceinline__ bool counts() const { return own_weight != 0 || partner_weight != 0 || spread != 0; }
   };
+  __device__ __forceinline__ bool is_present(int64_t label) const {
+    return label != ignore_index && label >= 0 && label < C;
+  }
+  __device__ __forceinline__ int64_t class_of(int64_t other) const {
+    if (partner_is_class) return other;
+    return other >= 0 && other < N ? target[other] : -1;
+  }
   __device__ __forceinline__ Row row(int64_t i) const {
-    const int64_t other = permutation[i * permutation_stride];
-    const int64_t own = target[i], partner = other >= 0 && other < N ? target[other] : -1;
+    Row row = {target[i], class_of(partner[i * partner_stride]), 0, 0, 0, 0, 0};
     const acc_t share = lam[i * lam_stride];
-    const auto weight = [&](int64_t label, acc_t part) {
-      return label >= 0 && label < C ? (1.0 - smoothing) * static_cast<double>(part) : 0.0;
-    };
-    return {own, partner, weight(own, share), weight(partner, acc_t(1) - share)};
+    const bool own = is_present(row.own), other = is_present(row.partner);
+    const double of_own = own ? static_cast<double>(share) : 0.0;
+    const double of_other = other ? static_cast<double>(acc_t(1) - share) : 0.0;
+    const double own_class_weight = weight && own ? static_cast<double>(weight[row.own]) : 1.0;
+    const double other_class_weight = weight && other ? static_cast<double>(weight[row.partner]) : 1.0;
+    const double present = own && other ? 1.0 : of_own + of_other, kept = 1.0 - smoothing;
+    row.own_weight = kept * of_own * own_class_weight;
+    row.partner_weight = kept * of_other * other_class_weight;
+    row.spread = smoothing / C * present;
+    row.counted = weight ? of_own * own_class_weight + of_other * other_class_weight : present;
+    row.mass = !weight ? present : kept * row.counted + (row.spread != 0 ? row.spread * *weight_sum : 0.0);
+    return row;
   }
 };
 
@@ -66,7 +93,7 @@ struct RowParts {
   __device__ __forceinline__ int64_t singles() const { return count - vectors * kVec; }
 };
 
-// Largest value and, relative to it, sum of exponentials; sum of the values themselves.
+// Largest value and, relative to it, sum of exponentials; sum of the values themselves, kWeighted times weights.
 template <typename acc_t>
 struct RowSums {
   acc_t maximum, total, sum;
@@ -76,8 +103,9 @@ struct RowSums {
   }
   __device__ __forceinline__ static acc_t exp(acc_t x) { return Math<acc_t>::exp2(x * Math<acc_t>::kLog2e); }
 
-  template <int kVec>
-  __device__ __forceinline__ void take(const acc_t (&z)[kVec]) {
+  // The weights of z's classes are read kWeighted only.
+  template <bool kWeighted, int kVec>
+  __device__ __forceinline__ void take(const acc_t (&z)[kVec], const acc_t* weight) {
     acc_t larger = maximum;
 #pragma unroll
     for (int e = 0; e < kVec; ++e) larger = Math<acc_t>::max(larger, z[e]);
@@ -86,7 +114,11 @@ struct RowSums {
 #pragma unroll
     for (int e = 0; e < kVec; ++e) {
       total += exp(z[e] - shift);
-      sum += z[e];
+      if constexpr (kWeighted) {
+        sum += weight[e] == acc_t(0) ? acc_t(0) : weight[e] * z[e];
+      } else {
+        sum += z[e];
+      }
     }
     maximum = larger;
   }
@@ -99,9 +131,9 @@ struct RowSums {
   }
 };
 
-template <typename scalar_t, typename acc_t, int kWarps>
+template <typename scalar_t, typename acc_t, int kWarps, bool kWeighted>
 __global__ __launch_bounds__(kCrossEntropyThreads<kWarps>, kWarps == 1 ? 4 : 2) void mixup_cross_entropy_loss_kernel(
-    MixedTargets<scalar_t, acc_t> problem, double* loss, double* lse) {
+    MixedTargets<scalar_t, acc_t> problem, double* loss, double* lse, double* counted) {
   constexpr int kRows = kWarps == 1 ? kRowsOfWarps : 1, kLanes = kWarps * kWarpSize;
   const int64_t i = int64_t{blockIdx.x} * kRows + (kWarps == 1 ? threadIdx.x / kWarpSize : 0);
   const int thread = threadIdx.x % kLanes;
@@ -124,12 +156,12 @@ __global__ __launch_bounds__(kCrossEntropyThreads<kWarps>, kWarps == 1 ? 4 : 2) 
       acc_t values[kVec];
 #pragma unroll
       for (int e = 0; e < kVec; ++e) values[e] = to_acc(batch[b].value[e]);
-      sums.take(values);
+      sums.template take<kWeighted>(values, problem.weight + parts.first + (base + b * kLanes) * kVec);
     }
   }
   for (int64_t k = thread; k < parts.singles(); k += kLanes) {
     const acc_t value[1] = {to_acc(z[parts.single(k)])};
-    sums.take(value);
+    sums.template take<kWeighted>(value, problem.weight + parts.single(k));
   }
 #pragma unroll
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
@@ -146,15 +178,16 @@ __global__ __launch_bounds__(kCrossEntropyThreads<kWarps>, kWarps == 1 ? 4 : 2) 
   if (thread != 0) return;
   const double row_lse = static_cast<double>(sums.maximum) + ::log(static_cast<double>(sums.total));
   const auto row = problem.row(i);
-  double result = row_lse;
+  double result = row.mass != 0 ? row.mass * row_lse : 0.0;
   if (row.own_weight != 0) result -= row.own_weight * static_cast<double>(to_acc(z[row.own]));
   if (row.partner_weight != 0) result -= row.partner_weight * static_cast<double>(to_acc(z[row.partner]));
-  if (problem.smoothing != 0) result -= problem.smoothing / problem.C * static_cast<double>(sums.sum);
+  if (row.spread != 0) result -= row.spread * static_cast<double>(sums.sum);
   loss[i] = result;
+  counted[i] = row.counted;
   lse[i] = row_lse;
 }
 
-template <typename scalar_t, typename acc_t, int kWarps>
+template <typename scalar_t, typename acc_t, int kWarps, bool kWeighted>
 __global__ __launch_bounds__(kCrossEntropyThreads<kWarps>, kWarps == 1 ? 4 : 2) void mixup_cross_entropy_grad_kernel(
     MixedTargets<scalar_t, acc_t> problem, const double* grad_loss, int64_t grad_loss_stride, const double* lse,
     scalar_t* grad_logits) {
@@ -167,14 +200,18 @@ __global__ __launch_bounds__(kCrossEntropyThreads<kWarps>, kWarps == 1 ? 4 : 2) 
   const auto row = problem.row(i);
   const acc_t g = static_cast<acc_t>(grad_loss[i * grad_loss_stride]);
   const acc_t shift = static_cast<acc_t>(lse[i]);
-  const acc_t correction = RowSums<acc_t>::exp(static_cast<acc_t>(static_cast<double>(shift) - lse[i]));
-  const acc_t everywhere = static_cast<acc_t>(problem.smoothing / problem.C);
+  const acc_t correction = RowSums<acc_t>::exp(static_cast<acc_t>(static_cast<double>(shift) - lse[i])) *
+                           static_cast<acc_t>(row.mass);
+  const acc_t everywhere = static_cast<acc_t>(row.spread);
+  const bool counts = row.counts();
   const acc_t own_weight = static_cast<acc_t>(row.own_weight), partner_weight = static_cast<acc_t>(row.partner_weight);
   const auto gradient = [&](scalar_t logit, int64_t c) {
     acc_t soft_target = everywhere;
+    if constexpr (kWeighted) soft_target *= problem.weight[c];
     if (c == row.own) soft_target += own_weight;
     if (c == row.partner) soft_target += partner_weight;
-    return from_acc<scalar_t>(g * (RowSums<acc_t>::exp(to_acc(logit) - shift) * correction - soft_target));
+    const acc_t result = g * (RowSums<acc_t>::exp(to_acc(logit) - shift) * correction - soft_target);
+    return from_acc<scalar_t>(counts ? result : acc_t(0));
   };
   RowParts<scalar_t> parts(z, problem.C);
   if ((reinterpret_cast<uintptr_t>(z) ^ reinterpret_cast<uintptr_t>(dz)) % 16 != 0) parts.vectors = 0;

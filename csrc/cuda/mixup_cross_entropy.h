@@ -19,17 +19,22 @@ typedef struct {
   double label_smoothing;
   const void* logits;  // (N, C), unit column stride
   int64_t row_stride;
-  const int64_t* target;       // (N,) contiguous
-  const int64_t* permutation;  // (N,)
-  int64_t permutation_stride;
+  const int64_t* target;   // (N,) contiguous
+  const int64_t* partner;  // (N,): the partner's row or, with partner_is_class, its class
+  int64_t partner_stride;
   const void* lam;  // (N,) acc_t
   int64_t lam_stride;
+  const void* weight;        // of the classes, (C,) acc_t contiguous, or null: 1
+  const double* weight_sum;  // one number, read where there are weights and smoothing
+  int64_t ignore_index;
+  int32_t partner_is_class;
 } MixupCrossEntropyArgs;
 
 typedef struct {
   MixupCrossEntropyArgs common;
-  double* loss;  // (N,) contiguous
-  double* lse;   // (N,) contiguous
+  double* loss;     // (N,) contiguous
+  double* lse;      // (N,) contiguous
+  double* counted;  // (N,) contiguous: the rows' weights in the mean
 } MixupCrossEntropyFwdArgs;
 
 typedef struct {

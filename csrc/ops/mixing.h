@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
+
 namespace ssl_kernels {
 
 inline void check_index(const char* op, const char* name, const at::Tensor& index, at::IntArrayRef shape,
@@ -58,12 +60,15 @@ inline void check_mixup_normalize(const at::Tensor& x, const at::Tensor& lam, co
               ": dtype must be float32, float16 or bfloat16, got ", dtype);
 }
 
-inline void check_mixup_cross_entropy(const at::Tensor& logits, const at::Tensor& target,
-                                      const at::Tensor& permutation, const at::Tensor& lam) {
+inline void check_mixup_cross_entropy(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& partner,
+                                      const at::Tensor& lam, const std::optional<at::Tensor>& weight) {
   const char* op = "mixup_cross_entropy";
   TORCH_CHECK(logits.dim() == 2, op, ": logits must have shape (N, C), got ", logits.sizes());
-  check_mixup(op, logits, lam, permutation);
+  check_mixup(op, logits, lam, partner);
   check_index(op, "target", target, {logits.size(0)}, logits);
+  TORCH_CHECK(!weight || (weight->scalar_type() == lam.scalar_type() && weight->dim() == 1 &&
+                          weight->size(0) == logits.size(1) && weight->device() == logits.device()),
+              op, ": weight must be ", lam.scalar_type(), " of shape (", logits.size(1), ",) on ", logits.device());
 }
 
 inline void check_row_numbers(const char* name, const at::Tensor& numbers, const at::Tensor& logits) {

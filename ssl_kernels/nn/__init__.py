@@ -1,5 +1,6 @@
 """The losses, the state that training keeps beside them, and the mixing of batches as modules."""
 
+from ssl_kernels.nn.boxes import MixedBoxes
 from ssl_kernels.nn.losses import (
     BYOLLoss,
     CLIPLoss,
@@ -18,6 +19,7 @@ from ssl_kernels.nn.manifold_mixup import ManifoldMixup
 from ssl_kernels.nn.mixing import MixingDraw, Mixup
 from ssl_kernels.nn.momentum import MomentumEncoder, cosine_momentum
 from ssl_kernels.nn.queue import MoCoQueue
+from ssl_kernels.nn.targets import MixedMasks
 
 __all__ = [
     "BYOLLoss",
@@ -27,6 +29,8 @@ __all__ = [
     "IMixLoss",
     "InfoNCELoss",
     "ManifoldMixup",
+    "MixedBoxes",
+    "MixedMasks",
     "MixingDraw",
     "Mixup",
     "MoCoLoss",

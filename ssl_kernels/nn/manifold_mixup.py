@@ -11,7 +11,16 @@ from ssl_kernels.checks import is_whole
 from ssl_kernels.nn.draws import DrawingModule
 from ssl_kernels.nn.mixing import Mixup
 
-_OPTIONS = {"prob", "mode", "pairing", "label_smoothing", "num_classes", "dense_target", "backend"}
+_OPTIONS = {
+    "prob",
+    "mode",
+    "pairing",
+    "label_smoothing",
+    "num_classes",
+    "dense_target",
+    "target_kind",
+    "backend",
+}
 # Where torch.compile, activation checkpointing and FSDP keep the module that they wrap.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _HOST = torch.device("cpu")
@@ -42,7 +51,8 @@ class ManifoldMixup(DrawingModule):
             the first, and 3-d outputs that are B long in the first two, where this cannot be told, are refused.
         input_batch_dim: The same of the input.
         generator: As in `Mixup`; the layer is drawn from one of its own on the CPU with the same seed.
-        **options: Of `Mixup`: prob, mode, pairing, label_smoothing, num_classes, dense_target, backend.
+        **options: Of `Mixup`: prob, mode, pairing, label_smoothing, num_classes, dense_target, target_kind,
+            backend.
 
     Raises:
         TypeError: An option that is none of these.

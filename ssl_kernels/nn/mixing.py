@@ -5,10 +5,11 @@ from typing import NamedTuple
 import torch
 
 from ssl_kernels import backends, mixing
-from ssl_kernels.checks import DTYPES, check_dense, is_number, is_whole, short
+from ssl_kernels.checks import DTYPES, check_dense, is_number, is_whole
+from ssl_kernels.nn import targets
+from ssl_kernels.nn.boxes import check_boxes, mix_boxes
 from ssl_kernels.nn.draws import DrawingModule, beta, is_seed, sides_of, span_around, span_within
 from ssl_kernels.overlap import share_memory
-from ssl_kernels.value_checks import check_target
 
 MODES = {"batch": "batch", "pair": "pair", "sample": "sample", "elem": "sample"}  # "elem" is timm's word
 PAIRINGS = ("random", "flip", "roll")
@@ -38,6 +39,9 @@ class Mixup(DrawingModule):
         images, target = mixup(images, target)
         loss = mixup_cross_entropy(model(images), *target)
 
+    Classes are mixed by their probabilities, everything else as numbers: multi-hot and binary targets for a loss such
+    as `F.binary_cross_entropy_with_logits`, regression targets, probabilities. `target_kind` says which a target is.
+
     All draws are made on the device of the batch (or of `generator`), without waiting for it, before anything else, so
     that the same seed gives the same draws on every backend. In evaluation mode nothing is mixed and nothing drawn: a
     batch passes as it is, whatever mixing would refuse of it, normalised where mean and std were given; targets have
@@ -62,6 +66,11 @@ class Mixup(DrawingModule):
             "roll": sample i meets i − 1, not for mode "pair".
         dense_target: True: targets come out dense, (B, C); False: integer targets come out as (target, permutation,
             lam). None: dense if num_classes is given.
+        target_kind: "classes": targets are classes, (B,) of any integer dtype (without dense targets (B, ...)).
+            "values": they are numbers, (B, ...) of any real dtype, that come out mixed: floating ones in their dtype,
+            others in float32. None: integers of shape (B,) are classes, integers of shape (B, C) are 0s and 1s that are
+            mixed as values, bool and floating targets are values.
+        min_visible: In [0, 1], the visible part of a bounding box's area from which on it is kept, see `mix_boxes`.
         inplace: Overwrite the batch and its masks; False: return new tensors.
         mean, std: C numbers each. With them the batch is uint8 and comes out normalised, ((x / 255) − mean) / std.
         dtype: Of normalised images: float32, float16 or bfloat16.
@@ -92,6 +101,8 @@ class Mixup(DrawingModule):
         *,
         pairing="random",
         dense_target=None,
+        target_kind=None,
+        min_visible=0.1,
         inplace=True,
         mean=None,
         std=None,
@@ -109,11 +120,14 @@ class Mixup(DrawingModule):
             ("prob", prob),
             ("switch_prob", switch_prob),
             ("label_smoothing", label_smoothing),
+            ("min_visible", min_visible),
         ):
             _check(is_number(value) and 0 <= value <= 1, name, "be in [0, 1]", value)
         _check(isinstance(mode, str) and mode in MODES, "mode", f"be one of {', '.join(MODES)}", mode)
         _check(pairing in PAIRINGS, "pairing", f"be one of {', '.join(PAIRINGS)}", pairing)
         _check(not (MODES[mode] == "pair" and pairing == "roll"), "pairing", 'be "random" or "flip"', pairing)
+        known = target_kind is None or target_kind in targets.KINDS
+        _check(known, "target_kind", f"be one of {', '.join(targets.KINDS)} or None", target_kind)
         _check(
             num_classes is None or (is_whole(num_classes) and num_classes > 0),
             "num_classes",
@@ -137,6 +151,7 @@ class Mixup(DrawingModule):
                 f"Mixup: label_smoothing must be 0 without dense targets, got {label_smoothing!r};"
                 " pass it to mixup_cross_entropy"
             )
+        self.target_kind, self.min_visible = target_kind, min_visible
         self.inplace, self.dtype, self.backend = inplace, dtype, backend
         for name, numbers in (("mean", mean), ("std", std)):
             value = None if numbers is None else _channels(name, numbers)
@@ -144,31 +159,41 @@ class Mixup(DrawingModule):
         if mean is not None:
             _check(len(self.mean) == len(self.std), "std", f"have {len(self.mean)} numbers as mean has", std)
 
-    def forward(self, x, target=None, masks=None):
+    def forward(self, x, target=None, masks=None, boxes=None, labels=None):
         """Mix a batch.
 
         Args:
             x: (B, ...) floating, (B, ..., H, W) for CutMix; uint8 (B, C, H, W) if mean and std were given.
-            target: None, (B,) int64 classes, or dense (B, C) floating.
-            masks: None, or (B, ..., H, W) segmentation masks, mixed along with the images: floating ones by either
-                method, integer ones only by CutMix (mixup_alpha 0).
+            target: None, or classes or values as `target_kind` says.
+            masks: None, or (B, ..., H, W) masks or other maps that follow the images pixel by pixel.
+            boxes: None, or bounding boxes in pixels, a list of (n_i, 4) xyxy tensors.
+            labels: None, or what goes with the boxes, a list of (n_i, ...) tensors.
 
         Returns:
-            x alone, or a tuple of x, then target and masks where given. See `dense_target` for the form of target.
+            x alone, or a tuple of x, then target, masks and boxes where given. See `mix_target`, `mix_masks` and
+            `mix_boxes` for what they become.
 
         Raises:
             TypeError, ValueError: As `mixup_` and `cutmix_`; masks that cannot be mixed; a target of another shape,
-                dtype or device, or on the CPU outside of torch.compile a class that is none, where it is made dense.
-                x and masks are untouched then.
+                dtype or device, or on the CPU outside of torch.compile a class that is none, where it is made dense;
+                boxes or labels of another shape. x and masks are untouched then.
         """
-        self._check_batch(x, target, masks)
+        self._check_batch(x, masks)
+        if boxes is not None or labels is not None:
+            check_boxes("Mixup", boxes, labels, len(x))
+        if target is not None:
+            target = self._prepared_target(target, x)
+            if self.training and self.inplace:
+                self._check_target_apart(target, x if self.mean is None else None, masks)
         draw = self.draw(x)
-        mixed_target = None if target is None else self.mix_target(target, draw)
+        mixed_target = None if target is None else self._mix_prepared_target(target, draw)
         results = [self.mix(x, draw)]
         if target is not None:
             results.append(mixed_target)
         if masks is not None:
-            results.append(self._mix_values(masks, draw))
+            results.append(self.mix_masks(masks, draw))
+        if boxes is not None:
+            results.append(self.mix_boxes(boxes, draw, labels))
         return results[0] if len(results) == 1 else tuple(results)
 
     def draw(self, x):
@@ -218,16 +243,60 @@ class Mixup(DrawingModule):
         return mixing.cutmix_(mixed, draw.boxes, draw.permutation, backend=self.backend)
 
     def mix_target(self, target, draw):
-        """The targets of one call: dense, or (target, permutation, lam)."""
-        if not target.is_floating_point():
-            if not self.dense_target:
-                return target, draw.permutation, draw.lam
-            target = _smoothed_one_hot(
-                target, self.num_classes, self.label_smoothing if self.training else 0.0
-            )
+        """The targets of one call.
+
+        Returns:
+            Classes: dense (B, C) float32, or (target, permutation, lam) with target in int64 where `dense_target` is
+            False, as `mixup_cross_entropy` takes them. For a part of the batch pass it target[rows], lam=lam[rows] and
+            partner_target=target[permutation][rows].
+            Values: the same shape, mixed, in their dtype if floating, else float32.
+        """
+        return self._mix_prepared_target(self._prepared_target(target, draw.permutation), draw)
+
+    def mix_masks(self, masks, draw):
+        """The masks of one call, in place unless the module says otherwise.
+
+        Returns:
+            A tensor where they can be mixed: floating ones, and with CutMix alone any. With mixup, bool masks are mixed
+            as float32, and integer ones come out as `MixedMasks` (target, partner, lam).
+        """
+        if masks.dtype == torch.bool and self.mixup_alpha > 0:
+            return self._mix_values(masks.to(torch.float32), draw)
+        if self.mixup_alpha == 0 or not targets.is_integer(masks):
+            return self._mix_values(masks, draw)
         if not self.training:
-            return target
-        return mixing.mixup(target, draw.lam, draw.permutation, backend=self.backend)
+            return targets.MixedMasks(masks, masks, draw.pixel_lam)
+        options = {"backend": self.backend}
+        partner = masks[draw.permutation]
+        if draw.boxes is not None:
+            paste = mixing.cutmix_ if self.inplace else mixing.cutmix
+            masks = paste(masks, draw.boxes, draw.permutation, **options)
+        elif not self.inplace:
+            masks = masks.clone()
+        return targets.MixedMasks(masks, partner, draw.pixel_lam)
+
+    def mix_boxes(self, boxes, draw, labels=None):
+        """The bounding boxes of one call. Their number depends on what was drawn, so that this waits for the device.
+
+        Where an image was blended, the boxes of both remain, with shares λ and 1 − λ; those of share 0 are left out.
+        Where a box of the partner was pasted, the partner's boxes are clipped to it, and its own boxes to the smallest
+        box around what it leaves of them, with share 1. Of these a box is kept if the visible part of its area, inside
+        the pasted box or outside, is more than 0 and at least `min_visible` of all of it. Where nothing was mixed, the
+        image's own boxes remain as they are, with share 1.
+
+        Args:
+            boxes: A list of B tensors (n_i, 4), xyxy in pixels, of one real dtype.
+            draw: A `MixingDraw`.
+            labels: None, or a list of B tensors (n_i, ...) that go with them.
+
+        Returns:
+            `MixedBoxes` (boxes, labels, lam): lists of B tensors (m_i, 4), (m_i, ...) and (m_i,).
+
+        Raises:
+            TypeError, ValueError: boxes or labels are none of these.
+        """
+        check_boxes("Mixup", boxes, labels, len(draw.permutation))
+        return mix_boxes(boxes, labels, draw, self.min_visible)
 
     def extra_repr(self):
         names = ("mixup_alpha", "cutmix_alpha", "prob", "switch_prob", "mode", "pairing", "num_classes")
@@ -275,7 +344,7 @@ class Mixup(DrawingModule):
             band.copy_(torch.where(is_pasted, pasted, blended))
         return x
 
-    def _check_batch(self, x, target, masks):
+    def _check_batch(self, x, masks):
         mixes = self.training  # what mixing alone cannot take passes in evaluation
         if mixes or self.mean is not None or not isinstance(x, torch.Tensor):
             check_dense("Mixup", "x", x)
@@ -291,12 +360,8 @@ class Mixup(DrawingModule):
             _check_overwritten("x", x)
         if mixes or self.mean is not None:
             self._check_backend(x, self.mean is not None)
-        if target is not None:
-            self._check_target(x, target)
         if mixes and masks is not None:
             self._check_masks(x, masks)
-        if mixes and self.inplace and target is not None:
-            self._check_target_apart(target, x if self.mean is None else None, masks)
 
     def _check_backend(self, values, normalized=False):
         """Every operation that `values` go through runs where it is asked to."""
@@ -306,30 +371,26 @@ class Mixup(DrawingModule):
         if self.cutmix_alpha > 0 and self.training:
             backends.choose_backend("cutmix", self.backend, "Mixup", values)
 
-    def _check_target(self, x, target):
-        check_dense("Mixup", "target", target)
-        if target.dtype != torch.int64 and target.dtype not in DTYPES:
-            raise TypeError(f"Mixup: target must be int64 or floating, got {short(target.dtype)}")
-        dims = 2 if target.is_floating_point() else 1
-        if target.dim() != dims or len(target) != len(x):
-            raise ValueError(
-                f"Mixup: target must have shape ({len(x)},) with classes or ({len(x)}, C) with probabilities,"
-                f" got {tuple(target.shape)}, {target.dtype}"
-            )
-        if target.device != x.device:
-            raise ValueError(f"Mixup: target must be on {x.device} as x is, got {target.device}")
-        if dims == 1 and self.dense_target:
-            if self.num_classes is None:
-                raise ValueError(
-                    "Mixup: num_classes must be given for dense targets from integer ones, got None"
-                )
-            if target.device.type == "cpu" and not torch.compiler.is_compiling():
-                check_target("Mixup", target, self.num_classes)
+    def _prepared_target(self, target, like):
+        """Classes in int64 or values in a floating dtype, after all checks; `like` is of the batch."""
+        options = {"kind": self.target_kind, "num_classes": self.num_classes, "dense": self.dense_target}
+        return targets.prepared_target("Mixup", target, like, **options)
+
+    def _mix_prepared_target(self, target, draw):
+        if not target.is_floating_point():
+            if not self.dense_target:
+                return target, draw.permutation, draw.lam
+            smoothing = self.label_smoothing if self.training else 0.0
+            target = targets.one_hot(target, self.num_classes, smoothing)
+        if not self.training:
+            return target
+        return mixing.mixup(target, draw.lam, draw.permutation, backend=self.backend)
 
     def _check_masks(self, x, masks):
         check_dense("Mixup", "masks", masks)
-        if masks.dtype not in DTYPES and self.mixup_alpha > 0:
-            raise ValueError(f"Mixup: masks must be floating for mixup (or mixup_alpha 0), got {masks.dtype}")
+        known = masks.dtype in DTYPES or not (masks.is_complex() or masks.is_floating_point())
+        if self.mixup_alpha > 0 and not known:
+            raise TypeError(f"Mixup: masks must be floating, integer or bool for mixup, got {masks.dtype}")
         if masks.dim() == 0 or len(masks) != len(x) or 0 in masks.shape:
             raise ValueError(
                 f"Mixup: masks must have shape ({len(x)}, ...), nothing of it 0, got {tuple(masks.shape)}"
@@ -345,7 +406,15 @@ class Mixup(DrawingModule):
             _check_overwritten("masks", masks)
             if share_memory(x, masks):
                 raise ValueError("Mixup: masks must lie in memory of their own, got a view of x")
-        self._check_backend(masks)
+        self._check_mask_backend(masks)
+
+    def _check_mask_backend(self, masks):
+        if self.mixup_alpha == 0 or masks.is_floating_point():
+            self._check_backend(masks)
+        elif masks.dtype == torch.bool:
+            self._check_backend(masks.new_empty(masks.shape, dtype=torch.float32))
+        elif self.cutmix_alpha > 0:
+            backends.choose_backend("cutmix", self.backend, "Mixup", masks)
 
     def _check_target_apart(self, target, *overwritten):
         """Classes that come out as they are must not be written with the images or masks."""
@@ -424,9 +493,3 @@ def _is_pasted(boxes, x):
     """Whether each sample has a box, in a shape that broadcasts against x."""
     y0, y1, x0, x1 = boxes.unbind(1)
     return ((y1 > y0) & (x1 > x0)).view(-1, *[1] * (x.dim() - 1))
-
-
-def _smoothed_one_hot(target, num_classes, label_smoothing):
-    rest = label_smoothing / num_classes
-    dense = torch.full((len(target), num_classes), rest, dtype=torch.float32, device=target.device)
-    return dense.scatter_(1, target[:, None], 1 - label_smoothing + rest)

@@ -158,13 +158,17 @@ class MixupCrossEntropyArgs(ctypes.Structure):
     _fields_ = [
         ("dtype", ctypes.c_int32), ("warps_per_row", ctypes.c_int32), ("N", ctypes.c_int64), ("C", ctypes.c_int64),
         ("label_smoothing", ctypes.c_double), ("logits", ctypes.c_void_p), ("row_stride", ctypes.c_int64),
-        ("target", ctypes.c_void_p), ("permutation", ctypes.c_void_p), ("permutation_stride", ctypes.c_int64),
-        ("lam", ctypes.c_void_p), ("lam_stride", ctypes.c_int64),
+        ("target", ctypes.c_void_p), ("partner", ctypes.c_void_p), ("partner_stride", ctypes.c_int64),
+        ("lam", ctypes.c_void_p), ("lam_stride", ctypes.c_int64), ("weight", ctypes.c_void_p),
+        ("weight_sum", ctypes.c_void_p), ("ignore_index", ctypes.c_int64), ("partner_is_class", ctypes.c_int32),
     ]  # fmt: skip
 
 
 class MixupCrossEntropyFwdArgs(ctypes.Structure):
-    _fields_ = [("common", MixupCrossEntropyArgs), ("loss", ctypes.c_void_p), ("lse", ctypes.c_void_p)]
+    _fields_ = [
+        ("common", MixupCrossEntropyArgs),
+        *[(name, ctypes.c_void_p) for name in ("loss", "lse", "counted")],
+    ]
 
 
 class MixupCrossEntropyBwdArgs(ctypes.Structure):
@@ -174,45 +178,51 @@ class MixupCrossEntropyBwdArgs(ctypes.Structure):
     ]  # fmt: skip
 
 
-def _cross_entropy_args(logits, target, permutation, lam, label_smoothing, warps_per_row):
-    return MixupCrossEntropyArgs(
-        dtype=DTYPE_CODES[logits.dtype], warps_per_row=warps_per_row, N=len(logits), C=logits.shape[1],
-        label_smoothing=label_smoothing, logits=logits.data_ptr(), row_stride=logits.stride(0),
-        target=target.data_ptr(), permutation=permutation.data_ptr(), permutation_stride=permutation.stride(0),
-        lam=lam.data_ptr(), lam_stride=lam.stride(0),
+def _cross_entropy_args(logits, target, partner, lam, label_smoothing, weight, ignore_index, by_class, warps):
+    """The arguments, and the tensors that they point to."""
+    reads = {"logits": logits, "target": target, "partner": partner, "lam": lam}
+    if weight is not None:
+        reads |= {"weight": weight, "weight_sum": weight.sum(dtype=torch.float64)}
+    pointers = {name: tensor.data_ptr() for name, tensor in reads.items()}
+    args = MixupCrossEntropyArgs(
+        dtype=DTYPE_CODES[logits.dtype], warps_per_row=warps, N=len(logits), C=logits.shape[1],
+        label_smoothing=label_smoothing, row_stride=logits.stride(0), partner_stride=partner.stride(0),
+        lam_stride=lam.stride(0), ignore_index=ignore_index, partner_is_class=by_class, **pointers,
     )  # fmt: skip
+    return args, reads
 
 
 def mixup_cross_entropy_fwd(
-    library, logits, target, permutation, lam, label_smoothing=0.0, *, warps_per_row=0, **options
-):
-    """loss, lse and the launches."""
-    loss, lse = torch.full((2, len(logits)), torch.nan, dtype=torch.float64, device=logits.device)
-    args = MixupCrossEntropyFwdArgs(
-        _cross_entropy_args(logits, target, permutation, lam, label_smoothing, warps_per_row),
-        loss.data_ptr(),
-        lse.data_ptr(),
+    library, logits, target, partner, lam, label_smoothing=0.0, *, weight=None, ignore_index=-100,
+    partner_is_class=False, warps_per_row=0, **options,
+):  # fmt: skip
+    """loss, lse, the rows' weights in the mean, and the launches."""
+    results = torch.full((3, len(logits)), torch.nan, dtype=torch.float64, device=logits.device).unbind()
+    common, reads = _cross_entropy_args(
+        logits, target, partner, lam, label_smoothing, weight, ignore_index, partner_is_class, warps_per_row
     )
-    reads = {"logits": logits, "target": target, "permutation": permutation, "lam": lam}
+    args = MixupCrossEntropyFwdArgs(common, *(result.data_ptr() for result in results))
+    writes = dict(zip(("loss", "lse", "counted"), results, strict=True))
     launches = library.call(
         "mixup_cross_entropy_fwd", ctypes.byref(args), STREAM,
-        buffers={**reads, "loss": loss, "lse": lse}, read_only=set(reads), **options,
+        buffers={**reads, **writes}, read_only=set(reads), **options,
     )  # fmt: skip
-    return loss, lse, launches
+    return *results, launches
 
 
 def mixup_cross_entropy_bwd(
-    library, grad_loss, logits, target, permutation, lam, lse, label_smoothing=0.0, *, grad_logits=None,
-    warps_per_row=0, **options,
+    library, grad_loss, logits, target, partner, lam, lse, label_smoothing=0.0, *, weight=None, ignore_index=-100,
+    partner_is_class=False, grad_logits=None, warps_per_row=0, **options,
 ):  # fmt: skip
     """The gradient by the logits and the launches."""
     if grad_logits is None:
         grad_logits = torch.full(logits.shape, torch.nan, dtype=logits.dtype, device=logits.device)
+    common, reads = _cross_entropy_args(
+        logits, target, partner, lam, label_smoothing, weight, ignore_index, partner_is_class, warps_per_row
+    )
     args = MixupCrossEntropyBwdArgs(
-        _cross_entropy_args(logits, target, permutation, lam, label_smoothing, warps_per_row),
-        grad_loss.data_ptr(), grad_loss.stride(0), lse.data_ptr(), grad_logits.data_ptr(),
-    )  # fmt: skip
-    reads = {"logits": logits, "target": target, "permutation": permutation, "lam": lam}
+        common, grad_loss.data_ptr(), grad_loss.stride(0), lse.data_ptr(), grad_logits.data_ptr()
+    )
     reads |= {"grad_loss": grad_loss, "lse": lse}
     launches = library.call(
         "mixup_cross_entropy_bwd", ctypes.byref(args), STREAM,

@@ -75,9 +75,12 @@ MUTATIONS = {
         Mutation("sign: shift", CROSS_ENTROPY, "to_acc(logit) - shift", "to_acc(logit) + shift"),
         Mutation("sign: soft target", CROSS_ENTROPY, "correction - soft_target", "correction + soft_target"),
         Mutation("sign: own logit", CROSS_ENTROPY, "result -= row.own_weight", "result += row.own_weight"),
-        Mutation("sign: smoothing", CROSS_ENTROPY, "result -= problem.smoothing", "result += problem.smoothing"),
+        Mutation("sign: smoothing", CROSS_ENTROPY, "result -= row.spread", "result += row.spread"),
         Mutation("index: own and partner's class", CROSS_ENTROPY, "if (c == row.own) soft_target += own_weight;",
                  "if (c == row.own) soft_target += partner_weight;"),
+        Mutation("index: weight of the partner's class", CROSS_ENTROPY, "weight[row.partner]", "weight[row.own]"),
+        Mutation("index: weights of a vector", CROSS_ENTROPY, "weight + parts.first + (base", "weight + (base"),
+        Mutation("index: weights of the singles", CROSS_ENTROPY, "weight + parts.single(k)", "weight + k"),
         Mutation("lane: sum of half a warp", CROSS_ENTROPY, "kWarpSize / 2; offset > 0", "kWarpSize / 4; offset > 0"),
     ],
 }  # fmt: skip

@@ -91,11 +91,19 @@ MUTATIONS = {
         Mutation("cross-entropy: rounding of lse", CROSS_ENTROPY, " * correction - soft", " - soft"),
         Mutation("cross-entropy: other alignment", CROSS_ENTROPY,
                  "% 16 != 0) parts.vectors = 0;", "% 16 != 0) {}"),
-        Mutation("cross-entropy: target out of range", CROSS_ENTROPY,
-                 "return label >= 0 && label < C ?", "return true ?"),
+        Mutation("cross-entropy: target out of range", CROSS_ENTROPY, " && label >= 0 && label < C"),
+        Mutation("cross-entropy: classes to ignore", CROSS_ENTROPY, "label != ignore_index && "),
+        Mutation("cross-entropy: partners' classes", CROSS_ENTROPY, "if (partner_is_class) return other;"),
+        Mutation("cross-entropy: one term alone", CROSS_ENTROPY, "own && other ? 1.0 : of_own + of_other", "1.0"),
+        Mutation("cross-entropy: weight of 0", CROSS_ENTROPY, "weight[e] == acc_t(0) ? acc_t(0) : "),
+        Mutation("cross-entropy: what does not count", CROSS_ENTROPY, "counts ? result : acc_t(0)", "result"),
+        Mutation("cross-entropy: lse that does not count", CROSS_ENTROPY,
+                 "row.mass != 0 ? row.mass * row_lse : 0.0", "row.mass * row_lse"),
+        Mutation("cross-entropy: mass in the gradient", CROSS_ENTROPY, "static_cast<acc_t>(row.mass)", "acc_t(1)"),
+        Mutation("cross-entropy: weights in the gradient", CROSS_ENTROPY, "soft_target *= problem.weight[c];"),
+        Mutation("cross-entropy: sum of the weights", CROSS_ENTROPY, "row.spread * *weight_sum", "row.spread * C"),
         Mutation("index: stride of lam", CROSS_ENTROPY, "lam[i * lam_stride]", "lam[i]"),
-        Mutation("index: stride of the permutation", CROSS_ENTROPY, "permutation[i * permutation_stride]",
-                 "permutation[i]"),
+        Mutation("index: stride of the permutation", CROSS_ENTROPY, "partner[i * partner_stride]", "partner[i]"),
         Mutation("index: stride of the incoming gradient", CROSS_ENTROPY, "grad_loss[i * grad_loss_stride]",
                  "grad_loss[i]"),
     ],
@@ -199,7 +207,12 @@ def check_mixup_normalize(library):
 
 
 def check_mixup_cross_entropy(library):
-    for rows, classes, offset, shift in [(5, 300, 0, 0.0), (6, 37, 3, 0.0), (3, 64, 0, 2e4)]:
+    for rows, classes, offset, shift, weighted in [
+        (5, 300, 0, 0.0, False),
+        (6, 37, 3, 0.0, True),
+        (3, 64, 0, 2e4, False),
+        (6, 264, 0, 0.0, True),
+    ]:
         for options in ({"warps_per_row": 1}, {"warps_per_row": 8, "seed": 1, "warp_races": True}):
             generator = torch.Generator().manual_seed(rows)
             wide = 20 * torch.randn(rows, classes + 2 * offset, generator=generator) + shift
@@ -207,30 +220,44 @@ def check_mixup_cross_entropy(library):
                 wide[:, offset : offset + classes].contiguous() if offset == 0 else wide[:, offset:-offset]
             )
             target = torch.randint(classes, (rows,), generator=generator)
-            lam, permutation = (
-                _apart(shares_of(rows, torch.float32)),
-                _apart(permutation_of("random", rows), 3),
-            )
+            lam, partner = shares_of(rows, torch.float32), permutation_of("random", rows)
+            by_definition = [target, partner, lam.double(), None, 0.1]
+            if weighted:
+                target[:2], partner = 2, target[partner]
+                weight = torch.rand(classes, generator=generator)
+                options |= {"weight": weight, "ignore_index": 2, "partner_is_class": True}
+                by_definition = [target, partner, lam.double(), weight.double(), 0.1, 2, True]
             leaf = logits.double().requires_grad_()
-            exact = cross_entropy_reference.mixup_cross_entropy(leaf, target, permutation, lam.double(), 0.1)
+            exact = cross_entropy_reference.mixup_cross_entropy(leaf, *by_definition)
             (exact_grad,) = torch.autograd.grad(exact.sum(), leaf)
-            operands = (logits, target, permutation, lam)
-            loss, lse, _ = calls.mixup_cross_entropy_fwd(library, *operands, 0.1, **options)
+            operands = (logits, target, _apart(partner, 3), _apart(lam))
+            loss, lse, counted, _ = calls.mixup_cross_entropy_fwd(library, *operands, 0.1, **options)
             _close(loss, exact.detach(), 1e-5 + 1e-7 * shift, "loss")
-            ones = torch.ones((), dtype=torch.float64).expand(rows)
+            terms = cross_entropy_reference.target_terms(
+                *by_definition[:4], *(by_definition[5:] or (-100, False))
+            )
+            _close(counted, terms.counted, 1e-6, "weights in the mean")
+            ones = _apart(torch.ones(rows, dtype=torch.float64))
             grad, _ = calls.mixup_cross_entropy_bwd(library, ones, *operands, lse, 0.1, **options)
             require((grad.double() - exact_grad).abs().max() < 2e-6, "gradient")
     logits, target = torch.randn(3, 5), torch.tensor([1, 2, 3])
-    loss, _, _ = calls.mixup_cross_entropy_fwd(
+    loss, _, _, _ = calls.mixup_cross_entropy_fwd(
         library, logits, target, torch.tensor([2**40, 1, -1]), torch.full((3,), 0.5)
     )
     own = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
     require(abs(loss[1] - own[1]) < 1e-5, "a partner in range beside others")
-    target = torch.tensor([5, -1, 2**40])
-    loss, lse, _ = calls.mixup_cross_entropy_fwd(
-        library, torch.randn(3, 5), target, torch.arange(3), torch.full((3,), 0.5)
-    )
-    require(torch.equal(loss, lse), "targets outside the classes")
+    target, logits = torch.tensor([5, -1, 2**40]), torch.randn(3, 5)
+    logits[0] = torch.nan
+    operands = (logits, target, torch.arange(3), torch.full((3,), 0.5))
+    loss, lse, _, _ = calls.mixup_cross_entropy_fwd(library, *operands)
+    grad, _ = calls.mixup_cross_entropy_bwd(library, torch.ones(3, dtype=torch.float64), *operands, lse)
+    require((loss == 0).all() and (grad == 0).all(), "targets outside the classes")
+    weight = torch.tensor([0.0, *[1.0] * 36])
+    logits = torch.randn(1, 37)
+    logits[0, 0] = -torch.inf
+    operands = (logits, torch.tensor([3]), torch.tensor([0]), torch.ones(1), 0.1)
+    loss, _, _, _ = calls.mixup_cross_entropy_fwd(library, *operands, weight=weight)
+    require(loss.isfinite().all(), "-inf in a class of weight 0")
 
 
 CHECKS = {

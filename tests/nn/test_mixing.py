@@ -369,7 +369,8 @@ def test_evaluation_refuses_nothing_that_mixing_alone_would(name, inplace):
     assert module(x) is x
     found, dense = module(x, target)
     assert found is x and torch.equal(dense, F.one_hot(target, 5).float())
-    assert module(x, masks=x)[1] is x
+    masks = module(x, masks=x)[1]
+    assert (masks.target if x.dtype == torch.uint8 else masks) is x
     with pytest.raises(ValueError, match="target must"):
         module(x, torch.zeros(9, dtype=torch.int64))
 
@@ -412,6 +413,8 @@ BAD_ARGUMENTS = [
     ({"mean": [float("nan")], "std": [0.5]}, r"mean must be finite, got \[nan\]"),
     ({"mean": [0.5] * 3, "std": [0.5]}, "std must have 3 numbers as mean has"),
     ({"backend": "cuda"}, "backend must be one of native, triton, chunked, reference or None, got 'cuda'"),
+    ({"target_kind": "class"}, "target_kind must be one of classes, values or None, got 'class'"),
+    ({"min_visible": 1.5}, r"min_visible must be in \[0, 1\], got 1.5"),
     ({"label_smoothing": 0.1}, "label_smoothing must be 0 without dense targets, got 0.1; pass it to"),
     (
         {"label_smoothing": 0.1, "num_classes": 5, "dense_target": False},
@@ -440,7 +443,12 @@ BAD_BATCHES = [
         ValueError,
         "num_classes must be",
     ),
-    ({}, (torch.zeros(4, 2), None, torch.zeros(4, 2, dtype=int)), ValueError, "masks must be floating"),
+    (
+        {},
+        (torch.zeros(4, 2), None, torch.zeros(4, 2, dtype=torch.complex64)),
+        TypeError,
+        "masks must be floating, integer or bool for mixup, got torch.complex64",
+    ),
     (
         {"cutmix_alpha": 1.0},
         (torch.zeros(4, 1, 3, 3), None, torch.zeros(4, 3, 2)),
@@ -456,9 +464,9 @@ BAD_BATCHES = [
     ({}, (torch.rand(4, 2), [0, 1, 2, 3]), TypeError, "target must be a tensor, got list"),
     (
         {},
-        (torch.rand(4, 2), torch.zeros(4, dtype=torch.int32)),
+        (torch.rand(4, 2), torch.zeros(4, dtype=torch.complex64)),
         TypeError,
-        "target must be int64 or floating",
+        "target must be integer, bool or floating, got complex64",
     ),
     ({}, (torch.rand(4, 2), torch.zeros(4, 3, device="meta")), ValueError, "target must be on cpu as x is"),
     ({}, (torch.rand(4, 2), None, [[1.0]] * 4), TypeError, "masks must be a tensor, got list"),
@@ -491,6 +499,7 @@ BAD_BATCHES = [
     ({}, (torch.rand(4, 2), None, torch.rand(4, 2).to_sparse()), TypeError, "masks must be a dense tensor"),
     ({}, (SHARED, None, SHARED[:, :1]), ValueError, "masks must lie in memory of their own"),
     ({}, (SHARED, None, SHARED[:, 1:]), ValueError, "masks must lie in memory of their own"),
+    ({}, (SHARED[:, 1:], None, SHARED), ValueError, "masks must lie in memory of their own"),
     ({"backend": "chunked"}, (torch.rand(4, 2), None, FROZEN), ValueError, "masks must not be an inference"),
     *[
         (arguments | {"backend": "triton"}, inputs, ValueError, 'backend "triton" cannot run this call')

@@ -17,9 +17,11 @@ ARCHITECTURES = (80, 90, 100)
 PIXELS = {1: "u8", 2: "i16", 4: "i32", 8: "i64"}
 # What the pointers of every kernel point to, where it is not the batch.
 ELEMENTS = {
-    **dict.fromkeys(("word_ptr", "boxes_ptr", "source_ptr", "target_ptr", "permutation_ptr"), "i64"),
-    **dict.fromkeys(("loss_ptr", "lse_ptr", "grad_loss_ptr", "smoothing_ptr"), "fp64"),
-    **dict.fromkeys(("own_ptr", "next_ptr", "partial_ptr", "lam_ptr"), "acc"),
+    **dict.fromkeys(
+        ("word_ptr", "boxes_ptr", "source_ptr", "target_ptr", "partner_ptr", "permutation_ptr"), "i64"
+    ),
+    **dict.fromkeys(("loss_ptr", "lse_ptr", "counted_ptr", "grad_loss_ptr", "numbers_ptr"), "fp64"),
+    **dict.fromkeys(("own_ptr", "next_ptr", "partial_ptr", "lam_ptr", "weight_ptr"), "acc"),
     **dict.fromkeys(("mean_ptr", "std_ptr"), "fp32"),
     "inverse_ptr": "i32",
 }
@@ -62,7 +64,8 @@ def codes():
         for classes in (1000, 1024):
             options = mixup_cross_entropy._block(classes)
             warps = options.pop("num_warps")
-            rows = {"VECTOR": vector, "SMOOTH": True, **options}
+            flags = {"SMOOTH": True, "WEIGHTS": False, "PARTNER_IS_CLASS": False}
+            rows = {"VECTOR": vector, **flags, **options}
             forward, backward = (
                 getattr(mixup_cross_entropy, f"mixup_cross_entropy_{kind}_kernel")
                 for kind in ("loss", "grad")
