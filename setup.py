@@ -81,7 +81,9 @@ def cuda_architectures():
         return found, f"TORCH_CUDA_ARCH_LIST={wanted}"
     if torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        return [f"{major}.{minor}" for major, minor in sorted(found)], "the GPUs present"
+        # nvcc 13 compiles for 8.8, but torch (2.14) refuses to ask for it: the driver compiles PTX there.
+        names = ["8.0+PTX" if each == (8, 8) else "{}.{}".format(*each) for each in sorted(found)]
+        return names, "the GPUs present"
     return CUDA_ARCHITECTURES_WITHOUT_GPU, "no GPU here"
 
 

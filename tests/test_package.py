@@ -3,9 +3,12 @@
 import inspect
 import pathlib
 import pkgutil
+import runpy
 import tomllib
 
 import pytest
+import setuptools
+import torch
 
 import ssl_kernels
 
@@ -49,3 +52,14 @@ def test_every_package_is_installed():
     packages = {info.name for info in pkgutil.walk_packages(ssl_kernels.__path__) if info.ispkg}
     folders = {path.parent.name for path in (ROOT / "ssl_kernels").glob("*/*.py")}
     assert folders <= packages
+
+
+@pytest.mark.parametrize("capability, built", [((9, 0), ["9.0"]), ((8, 8), ["8.0+PTX"])])
+def test_the_extension_is_built_for_the_gpu_present(capability, built, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("SSL_KERNELS_CUDA", "0")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    for name, value in (("is_available", True), ("device_count", 2), ("get_device_capability", capability)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert runpy.run_path("setup.py")["cuda_architectures"]() == (built, "the GPUs present")
