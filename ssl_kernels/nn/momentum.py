@@ -13,7 +13,7 @@ from ssl_kernels.nn.counters import after_apply
 from ssl_kernels.ops.momentum_update import HALF, momentum_update_
 
 BUFFER_POLICIES = ("copy", "average")
-WIDE = (torch.float64, torch.float32, torch.complex128, torch.complex64, torch.complex32)
+AVERAGED = (torch.float64, torch.float32, *HALF, torch.complex128, torch.complex64, torch.complex32)
 WRAPPED = (
     "_orig_mod",
     "_checkpoint_wrapped_module",
@@ -159,7 +159,9 @@ class MomentumEncoder(nn.Module):
             targets = [_local(sources[name]).to(averaged[name].dtype) for name in wide]
             weight = 1 - momentum
             if isinstance(weight, torch.Tensor):
-                weight = [weight.to(average) for average in averages]
+                kinds = {(average.dtype, average.device): average for average in averages}
+                weights = {kind: weight.to(average) for kind, average in kinds.items()}
+                weight = [weights[average.dtype, average.device] for average in averages]
             torch._foreach_lerp_(averages, _as_real(targets), weight)
         for name, tensor in (parameters | buffers).items():
             if name not in averaged:
@@ -220,7 +222,10 @@ class MomentumEncoder(nn.Module):
         averaged = self._averaged(parameters, buffers)
         masters = self._masters(averaged)
         for name, tensor in averaged.items():
-            if (tensor.dtype in HALF) != (name in masters) or not _fits(masters.get(name, tensor), tensor):
+            master = masters.get(name)
+            if (tensor.dtype in HALF) != (master is not None) or not (
+                master is None or _fits(master, tensor)
+            ):
                 self._set_masters(averaged, masters)
                 break
         return parameters, buffers
@@ -454,8 +459,8 @@ def _sharded_parts(module):
         _module_state_mapping,
     )  # the only way from a part to what holds it
 
-    inside = set(module.modules())
     parts = [part for part in list(_module_state_mapping) if isinstance(part, fsdp.FSDPModule)]
+    inside = set(module.modules() if parts else ())
     return [part for part in parts if not inside.isdisjoint(part.modules())]
 
 
@@ -470,8 +475,8 @@ def _reshard(module):
 
 def _check_not_in_forward(module):
     """Within a forward that needs them, parameters stay gathered copies for all that `_reshard` does."""
-    inside = set(module.modules())
     for sharded in _sharded_parts(module):
+        inside = set(module.modules())
         parts = [sharded] if sharded._get_fsdp_state()._training_state.name == "FORWARD" else []
         while parts:
             part = parts.pop()
@@ -487,15 +492,13 @@ def _make_writable(module):
     """Give buffers that hold an element more than once, such as expanded ones, memory for each of them."""
     for part in module.modules():
         for name, buffer in part._buffers.items():
-            if buffer is not None and _overlaps(buffer):
+            if buffer is not None and buffer.layout == torch.strided and _overlaps(buffer):
                 part._buffers[name] = buffer.contiguous()
 
 
 def _overlaps(tensor):
-    return (
-        tensor.layout == torch.strided
-        and not tensor.is_contiguous()
-        and any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return not tensor.is_contiguous() and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )
 
 
@@ -544,25 +547,26 @@ def _check_tensors(own, given, averaged):
         source = given.get(name)
         if source is None or tensor.shape != source.shape:
             continue  # a buffer that is taken over
-        if tensor.layout != source.layout or tensor.is_meta != source.is_meta:
+        layout = tensor.layout
+        if layout != source.layout or tensor.is_meta != source.is_meta:
             raise ValueError(
-                f"MomentumEncoder: {name} of module must be {tensor.layout} on {tensor.device} as that of the copy,"
+                f"MomentumEncoder: {name} of module must be {layout} on {tensor.device} as that of the copy,"
                 f" got {source.layout} on {source.device}"
             )
         if source.is_complex() and not tensor.is_complex():
             raise TypeError(
                 f"MomentumEncoder: {name} of module must be real as that of the copy, got {short(source.dtype)}"
             )
-        if name in averaged and (tensor.dtype not in (*WIDE, *HALF) or tensor.layout != torch.strided):
+        if name in averaged and (tensor.dtype not in AVERAGED or layout != torch.strided):
             raise TypeError(
                 f"MomentumEncoder: {name} must be dense and of 16 to 128 bits to be averaged,"
                 f" got {short(tensor.dtype)}, {tensor.layout}"
             )
-        if tensor.is_inference() and not inference:
+        if not inference and tensor.is_inference():
             raise ValueError(
                 f"MomentumEncoder: {name} of the copy was made under torch.inference_mode and can be written only there"
             )
-        if _overlaps(tensor):
+        if layout == torch.strided and _overlaps(tensor):
             raise ValueError(
                 f"MomentumEncoder: {name} of the copy must hold each element once, got strides {tensor.stride()}"
             )
