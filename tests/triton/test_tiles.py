@@ -30,7 +30,12 @@ SAMPLE = [
     entry
     for entry in ENTRIES
     if entry[:4]
-    in [(80, "half", "backward", 128), (90, "half", "forward", 128), (100, "half", "coefficient", None)]
+    in [
+        (80, "half", "backward", 128),
+        (90, "half", "forward", 128),
+        (100, "half", "coefficient", None),
+        (90, "float64", "coefficient", None),
+    ]
 ]
 
 
@@ -49,6 +54,8 @@ def _check(entry, dtype, everything):
     assert needs.blocks_per_processor(*processor) >= tile.blocks
     if dtype_class in ("half", "tf32"):
         assert any(name in needs.instructions for name in ("HMMA", "HGMMA", "UTCHMMA")), "no tensor cores"
+    if dtype_class == "float64" and arch in (80, 90):  # as ssl_kernels/preference.py says
+        assert "DMMA" in needs.instructions, "no tensor cores"
     if dtype_class in ("half", "tf32") and tile.num_stages > 1:
         assert "LDGSTS" in needs.instructions, "no asynchronous copies"
 
