@@ -27,6 +27,7 @@
 #include <limits>
 #include <vector>
 
+#include "classes.h"
 #include "contrastive_expectation.h"
 #include "pairs.h"
 #include "pool.h"
@@ -152,6 +153,24 @@ class Problem : public Tiles<acc_t> {
     pairs_.for_each_positive(i, j, visit);
   }
 
+  // No sum is below the logit of a positive that takes part in it, however its exponentials were rounded. A softmax over
+  // an infinite logit is NaN, as torch's is; an infinite lse is left to rows none of whose positives takes part.
+  void settle(double* lse, double* column_lse, const double* positive_logits) const {
+    constexpr char kOutside = 1, kInside = 2;
+    std::vector<char> where(n);
+    for_each_positive({0, n}, {0, m}, [&](int64_t k, int64_t row, int64_t column) {
+      const bool inside = pairs_.allowed(row, column);
+      where[row] |= inside ? kInside : kOutside;
+      if (!inside) return;
+      if (positive_logits[k] > lse[row]) lse[row] = positive_logits[k];
+      if (column_lse && positive_logits[k] > column_lse[column]) column_lse[column] = positive_logits[k];
+    });
+    const auto refuse = [](double& x) { x = x == kInfinity ? std::numeric_limits<double>::quiet_NaN() : x; };
+    for (int64_t i = 0; i < n; ++i)
+      if (where[i] != kOutside) refuse(lse[i]);
+    for (int64_t j = 0; column_lse && j < m; ++j) refuse(column_lse[j]);
+  }
+
   const double scale;
   const double bound;      // of |s| * log2 e
   const bool fixed_shift;  // whether `bound` serves as the shift of every row and column
@@ -217,6 +236,14 @@ class LogSumExp {
   std::vector<double> shift_, sum_;
 };
 
+// What the terms of a row of logits, the largest of which is infinite, add up to in units of that one.
+template <class acc_t>
+acc_t sum_at_infinity(const acc_t* logits, int64_t stride, int64_t n) {
+  for (int64_t k = 0; k < n; ++k)
+    if (std::isnan(logits[k * stride])) return logits[k * stride];
+  return 1;
+}
+
 template <class acc_t>
 acc_t finite_or_zero_if_nothing(acc_t top) {
   return top == -std::numeric_limits<acc_t>::infinity() ? acc_t(0) : top;
@@ -250,6 +277,36 @@ struct SoftmaxWeights {
   std::vector<acc_t> shift, weight;
 };
 
+// Adds a tile's entries for positives to the sums of its rows and, of a mirrored tile, of its columns. Before masking.
+template <class acc_t>
+void add_class_sums(ClassSums& sums, const Classes& classes, const Tile<acc_t>& tile, bool mirrored) {
+  const auto& math = tile_math<acc_t>();
+  acc_t forth[kLargestTile], back[kLargestTile];
+  acc_t* const match_back = classes.symmetric() ? forth : back;
+  acc_t row_sum[kLargestTile], row_count[kLargestTile], column_sum[kLargestTile] = {}, column_count[kLargestTile] = {};
+  for (int64_t k = 0; k < tile.i.size; ++k) {
+    classes.match(tile.i.begin + k, tile.j, forth, match_back);
+    math.matched_sums(tile.s + k * tile.ld, tile.j.size, forth, match_back, row_sum + k, row_count + k,
+                      mirrored ? column_sum : nullptr, column_count);
+  }
+  sums.add(tile.i, row_sum, row_count);
+  if (mirrored) sums.add(tile.j, column_sum, column_count);
+}
+
+// A_ij less class_weight_i where j is a positive of i, and with A's transpose as much where i is one of j. Here and not in
+// a sum of its own: a softmax near its target leaves little of two large numbers.
+template <class acc_t>
+void subtract_class_weights(const Tile<acc_t>& tile, const Classes& classes, const acc_t* weight) {
+  const auto& math = tile_math<acc_t>();
+  acc_t forth[kLargestTile], back[kLargestTile];
+  acc_t* const match_back = classes.symmetric() ? forth : back;
+  for (int64_t k = 0; k < tile.i.size; ++k) {
+    classes.match(tile.i.begin + k, tile.j, forth, match_back);
+    math.subtract_matched(tile.s + k * tile.ld, tile.j.size, forth, match_back, weight[tile.i.begin + k],
+                          weight + tile.j.begin);
+  }
+}
+
 template <class scalar_t, class acc_t>
 ContrastiveFwd forward(const ContrastiveArgs& args) {
   Problem<scalar_t, acc_t> problem(args);
@@ -266,11 +323,14 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   double* positive = positive_logits.mutable_data_ptr<double>();
   const at::Tensor kept_logits = args.keep ? problem.keep(options) : at::empty({0}, options);
 
+  std::vector<ClassSums> class_sums(args.classes ? problem.parts : 0, ClassSums(problem.n));
+
   const auto visit = [&](int64_t block_i, int64_t block_j, int thread, int part) {
     const auto kept = problem.kept(block_i, block_j, kept_logits);
     const auto tile = kept ? *kept : problem.scratch(block_i, block_j, thread);
     problem.multiply(tile);
     const bool mirrored = problem.square && block_i != block_j;
+    if (args.classes) add_class_sums(class_sums[part], *args.classes, tile, mirrored);
     problem.for_each_positive(tile.i, tile.j, [&](int64_t k, int64_t row, int64_t column) {
       positive[k] = kLn2 * factor * tile.at(row, column);
     });
@@ -294,6 +354,11 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
       for (int64_t k = 0; k < columns; ++k) column_shift[k] = factor * finite_or_zero_if_nothing(column_shift[k]);
       math.exp_sums_shifted(tile.s, tile.ld, rows, columns, factor, row_shift, column_shift, row_sum,
                             columns_too ? column_sum : nullptr);
+      constexpr acc_t infinity = std::numeric_limits<acc_t>::infinity();
+      for (int64_t k = 0; k < rows; ++k)
+        if (row_shift[k] == infinity) row_sum[k] = sum_at_infinity(tile.s + k * tile.ld, 1, columns);
+      for (int64_t k = 0; columns_too && k < columns; ++k)
+        if (column_shift[k] == infinity) column_sum[k] = sum_at_infinity(tile.s + k, tile.ld, rows);
     }
     over_columns[part].add(tile.i, row_shift, row_sum);
     if (columns_too) (problem.square ? over_columns[part] : over_rows).add(tile.j, column_shift, column_sum);
@@ -301,8 +366,14 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   problem.for_each_in_parts(by_columns ? Owned::kBoth : Owned::kRows, visit);
 
   for (int64_t part = 1; part < problem.parts; ++part) over_columns[0].add(over_columns[part]);
+  for (const ClassSums& sums : class_sums) args.class_sums->add(sums);
+  if (args.classes)
+    for (double& sum : args.class_sums->logits) sum *= kLn2 * factor;
   const at::Tensor none = at::empty({0}, options);
-  return {over_columns[0].result(options), over_rows.result(options), positive_logits, problem.rows.rnorm,
+  const at::Tensor lse = over_columns[0].result(options), column_lse = over_rows.result(options);
+  problem.settle(lse.mutable_data_ptr<double>(), args.both_directions ? column_lse.mutable_data_ptr<double>() : nullptr,
+                 positive);
+  return {lse, column_lse, positive_logits, problem.rows.rnorm,
           problem.square ? none : problem.columns.rnorm, kept_logits};
 }
 
@@ -322,6 +393,8 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   if (args.positives && saved.grad_positive_logits) grad_positive = saved.grad_positive_logits->contiguous();
   const at::Tensor kept_logits = problem.has_tiles_of(saved.kept) ? saved.kept : at::empty({0}, options);
   const double* q = grad_positive.defined() ? grad_positive.const_data_ptr<double>() : nullptr;
+  std::vector<acc_t> class_weight;
+  if (args.classes) class_weight.assign(saved.class_weight, saved.class_weight + problem.n);
 
   // The gradient of scale comes out of the row dots of either side, so one side is always made.
   const bool columns_wanted = saved.columns_need_grad && !problem.square;
@@ -362,6 +435,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
           tile.at(column, row) += static_cast<acc_t>(q[k]);
         });
     }
+    if (args.classes) subtract_class_weights(tile, *args.classes, class_weight.data());
     if (rows_wanted) problem.add_to_rows(grad_rows, tile, part);
     if (columns_wanted || (problem.square && block_i != block_j))
       problem.add_to_columns(problem.square ? grad_rows : grad_columns, tile, part);
@@ -397,6 +471,55 @@ ContrastiveBwd contrastive_bwd(const ContrastiveArgs& args, const ContrastiveSav
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return SSL_KERNELS_DISPATCH(args.rows.scalar_type(), "contrastive_bwd",
                               [&] { return backward<scalar_t, acc_t>(args, saved); });
+}
+
+ClassContrastiveFwd class_contrastive_fwd(const at::Tensor& rows, const at::Tensor& scale, const at::Tensor& positives,
+                                          bool normalize, bool keep) {
+  const int64_t n = rows.size(0);
+  const Classes classes(positives, n);
+  ClassSums sums(n);
+  const std::optional<at::Tensor> none;
+  ContrastiveArgs args{rows, none, scale, none, none, none, normalize, normalize, /*keep_diagonal=*/false,
+                       /*both_directions=*/false, keep};
+  args.classes = &classes;
+  args.class_sums = &sums;
+  const auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept] = contrastive_fwd(args);
+  const at::Tensor losses = at::empty({n}, lse.options()), counts = at::empty({n}, lse.options());
+  double *loss = losses.mutable_data_ptr<double>(), *count = counts.mutable_data_ptr<double>();
+  const double* l = lse.const_data_ptr<double>();
+  for (int64_t i = 0; i < n; ++i) {
+    count[i] = sums.counts[i];
+    // Never below 0 by definition: under a fixed shift lse is a sum of rounded exponentials.
+    const double less = l[i] - sums.logits[i] / count[i];
+    loss[i] = count[i] == 0 || less < 0 ? 0 : less;
+  }
+  return {losses, counts, lse, row_rnorm, kept};
+}
+
+std::tuple<at::Tensor, at::Tensor> class_contrastive_bwd(const at::Tensor& grad_losses, const at::Tensor& rows,
+                                                         const at::Tensor& scale, const at::Tensor& positives,
+                                                         const at::Tensor& counts, const at::Tensor& lse,
+                                                         const at::Tensor& row_rnorm, const at::Tensor& kept,
+                                                         bool normalize, bool rows_need_grad) {
+  const int64_t n = rows.size(0);
+  const Classes classes(positives, n);
+  const at::Tensor upstream = grad_losses.contiguous(), number = counts.contiguous();
+  const double *g = upstream.const_data_ptr<double>(), *count = number.const_data_ptr<double>();
+  const at::Tensor of_lse = at::empty({n}, lse.options());
+  double* weight = of_lse.mutable_data_ptr<double>();
+  std::vector<double> class_weight(n);
+  for (int64_t i = 0; i < n; ++i) {
+    weight[i] = count[i] == 0 ? 0 : g[i];
+    class_weight[i] = count[i] == 0 ? 0 : g[i] / count[i];
+  }
+  const std::optional<at::Tensor> none, grad_lse = of_lse;
+  ContrastiveArgs args{rows, none, scale, none, none, none, normalize, normalize, /*keep_diagonal=*/false,
+                       /*both_directions=*/false};
+  args.classes = &classes;
+  const at::Tensor empty = at::empty({0}, lse.options());
+  const auto [grad_rows, grad_columns, grad_scale] = contrastive_bwd(
+      args, {grad_lse, none, none, lse, empty, row_rnorm, empty, kept, rows_need_grad, false, class_weight.data()});
+  return {grad_rows, grad_scale};
 }
 
 }  // namespace ssl_kernels::cpu

@@ -8,6 +8,9 @@
 
 namespace ssl_kernels::cpu {
 
+class Classes;
+struct ClassSums;
+
 struct ContrastiveArgs {
   const at::Tensor& rows;
   const std::optional<at::Tensor>& columns;
@@ -19,6 +22,8 @@ struct ContrastiveArgs {
   bool keep = false;  // whether forward keeps for backward what spares it work
   bool columns_need_grad = false;
   const at::Tensor* more_rows = nullptr;  // below `rows`, where there are no columns; of the same dtype and width
+  const Classes* classes = nullptr;       // of the square case: which pairs `class_sums` and `class_weight` are about
+  ClassSums* class_sums = nullptr;        // forward adds up the positives' logits here
 
   int64_t row_count() const { return rows.size(0) + (more_rows ? more_rows->size(0) : 0); }
 };
@@ -33,6 +38,7 @@ struct ContrastiveSaved {
   const at::Tensor& column_rnorm;
   const at::Tensor& kept;
   bool rows_need_grad, columns_need_grad;
+  const double* class_weight = nullptr;  // (N,): A_ij less class_weight_i for each positive j of row i
 };
 
 // lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept
@@ -42,5 +48,19 @@ using ContrastiveBwd = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 ContrastiveFwd contrastive_fwd(const ContrastiveArgs& args);
 ContrastiveBwd contrastive_bwd(const ContrastiveArgs& args, const ContrastiveSaved& saved);
+
+// losses, counts, lse, row_rnorm, kept
+using ClassContrastiveFwd = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// `contrastive` of the square case less the mean logit of each row's positives, 0 where it has none; how many they are.
+// docs/contrastive.md has the contract.
+ClassContrastiveFwd class_contrastive_fwd(const at::Tensor& rows, const at::Tensor& scale, const at::Tensor& positives,
+                                          bool normalize, bool keep);
+// grad_rows, grad_scale
+std::tuple<at::Tensor, at::Tensor> class_contrastive_bwd(const at::Tensor& grad_losses, const at::Tensor& rows,
+                                                         const at::Tensor& scale, const at::Tensor& positives,
+                                                         const at::Tensor& counts, const at::Tensor& lse,
+                                                         const at::Tensor& row_rnorm, const at::Tensor& kept,
+                                                         bool normalize, bool rows_need_grad);
 
 }  // namespace ssl_kernels::cpu

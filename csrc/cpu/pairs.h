@@ -49,6 +49,13 @@ class Pairs {
       for (int64_t k = first; k < last; ++k) on_diagonal(k) = left_out;
   }
 
+  // Whether a pair takes part in the sums.
+  bool allowed(int64_t row, int64_t column) const {
+    if (row == column && (square_ || keep_diagonal_)) return !square_;
+    return !row_ids_.defined() ||
+           row_ids_.const_data_ptr<int64_t>()[row] != column_ids_.const_data_ptr<int64_t>()[column];
+  }
+
   // visit(flat index of the positive, its row, its column) for the positives of the rows of `i` that lie in `j`.
   template <class Visit>
   void for_each_positive(Block i, Block j, const Visit& visit) const {

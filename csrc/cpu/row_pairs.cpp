@@ -67,6 +67,9 @@ std::tuple<Tensor, Tensor> measure_pairs(const Tensor& x, const Tensor& y, const
   const auto& math = tile_math<acc_t>();
   const auto& convert = row_conversion<scalar_t, acc_t>();
   const auto rnorm_of = [&](double squares) { return normalize ? reciprocal_norm<acc_t>(std::sqrt(squares)) : 1; };
+  const auto longer_than_eps = [](double squares) { return std::max(std::sqrt(squares), kNormEpsilon); };
+  // The product of unit rows without what rounding left beyond ±1. NaN stays.
+  const auto cosine = [&](double product) { return normalize && std::abs(product) > 1 ? std::copysign(1., product) : product; };
   at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
     std::vector<acc_t> scratch(2 * d);
     acc_t *unit = scratch.data(), *other = unit + d;
@@ -79,7 +82,9 @@ std::tuple<Tensor, Tensor> measure_pairs(const Tensor& x, const Tensor& y, const
         if (const auto sums = distance ? std::nullopt : convert.products(x_row, y_row, d)) {
           pair.x_rnorm = rnorm_of(sums->xx);
           pair.y_rnorm = rnorm_of(sums->yy);
-          pair.measure = pair.projection = sums->xy * pair.x_rnorm * pair.y_rnorm;
+          pair.projection = sums->xy;
+          if (normalize) pair.projection /= longer_than_eps(sums->xx) * longer_than_eps(sums->yy);
+          pair.measure = cosine(pair.projection);
         } else {
           if (!x_rnorm) x_rnorm = load_row<scalar_t, acc_t>(unit, x_row, d, normalize).rnorm;
           pair.x_rnorm = *x_rnorm;
@@ -89,7 +94,8 @@ std::tuple<Tensor, Tensor> measure_pairs(const Tensor& x, const Tensor& y, const
             pair.measure = std::sqrt(squares);
             pair.projection = along;
           } else {
-            pair.measure = pair.projection = math.dot(other, unit, d);
+            pair.projection = math.dot(other, unit, d);
+            pair.measure = cosine(pair.projection);
           }
         }
         keep[i * pairs + k] = {static_cast<acc_t>(pair.x_rnorm), static_cast<acc_t>(pair.y_rnorm),

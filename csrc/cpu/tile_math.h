@@ -78,6 +78,20 @@ struct TileMath {
   void (*mask_equal_ids)(T* v, int64_t ld, int64_t m, int64_t n, const int64_t* row_ids,
                          const int64_t* col_ids);
 
+  // match[j] = 1 where ids[j] == id, else 0.
+  void (*match_ids)(T* match, const int64_t* ids, int64_t n, int64_t id);
+
+  // match[j] = 1 where the bits sets[j * words ...] have one in common with those of `set`, else 0.
+  void (*match_bits)(T* match, const int64_t* sets, int64_t words, int64_t n, const int64_t* set);
+
+  // *row_sum = sum of the s_j where match[j] is not 0, *row_count how many; col_sum[j] += s_j and col_count[j] += 1 where
+  // match_back[j] is not 0, unless they are null.
+  void (*matched_sums)(const T* s, int64_t n, const T* match, const T* match_back, T* row_sum, T* row_count, T* col_sum,
+                       T* col_count);
+
+  // c_j <- c_j - (row_weight where match[j] is not 0) - (col_weight[j] where match_back[j] is not 0)
+  void (*subtract_matched)(T* c, int64_t n, const T* match, const T* match_back, T row_weight, const T* col_weight);
+
   // With z_ij = s_ij + bias, in units of log 2: row_loss[i] = sum_j log(1 + 2^z_ij).
   void (*softplus_sums)(const T* s, int64_t ld, int64_t m, int64_t n, T bias, T* row_loss);
 

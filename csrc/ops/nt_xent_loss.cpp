@@ -5,6 +5,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/library.h>
 
@@ -71,6 +72,7 @@ struct Saved {
 
 Tensor forward(const Tensor& z0, const Tensor& z1, const Tensor& scale, bool normalize, bool mean, Saved* saved) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // cat refuses other dtypes
   const int64_t b = z0.size(0);
   const bool keep = saved != nullptr;
   const OptionalTensor partner = partners(b, z0);

@@ -6,6 +6,7 @@
 //   dscale = Σ_ij g_ij <x̂_i, ŷ_ij>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include "no_second_derivative.h"
@@ -24,6 +25,7 @@ using torch::autograd::variable_list;
 struct PairedLogits : Function<PairedLogits> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const Tensor& scale, bool normalize) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // bmm would be cast
     const Tensor rows = x.to(accumulation_type(x)), others = y.to(accumulation_type(y));
     Tensor unit = rows, x_rnorm, y_rnorm;
     if (normalize) {
@@ -45,6 +47,7 @@ struct PairedLogits : Function<PairedLogits> {
     variable_list results(3, at::empty({0}, scale.options()));  // where not wanted
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
       const Tensor weighted = grad.mul(products);
       if (ctx->needs_input_grad(2)) results[2] = weighted.sum().to(scale.scalar_type());
       const Tensor turn = weighted.mul_(scale).to(unit.scalar_type());  // c

@@ -1,19 +1,28 @@
 """`contrastive` in plain PyTorch, a block of rows at a time. docs/contrastive.md is the contract.
 
 Logits of a block are (block, M) in float32 (float64 for float64 input); nothing larger is made.
-Positives cost O(N · D).
 """
 
 import torch
 
 from ssl_kernels.chunked.rows import LOGITS_PER_BLOCK, input_gradient, unit_rows, without_autocast
+from ssl_kernels.reference.contrastive import infinite_as_nan
 
 
-class _Blocks:
+class Blocks:
     """The logits of one call, a block of rows at a time."""
 
     def __init__(
-        self, rows, columns, scale, row_ids, column_ids, normalize_rows, normalize_columns, keep_diagonal
+        self,
+        rows,
+        columns,
+        scale,
+        row_ids,
+        column_ids,
+        normalize_rows,
+        normalize_columns,
+        keep_diagonal,
+        positives=None,
     ):
         self.square = columns is None
         self.rows, self.row_rnorm = unit_rows(rows, normalize_rows)
@@ -24,6 +33,11 @@ class _Blocks:
         self.scale = scale
         self.row_ids, self.column_ids = row_ids, column_ids
         self.keep_diagonal = keep_diagonal and not self.square
+        self.positives = self.positive_logits = None
+        if positives is not None:
+            from_the_end = positives < 0
+            self.positives = (positives + from_the_end * len(self.columns)).view(len(rows), -1)
+            self.positive_logits = self.rows.new_empty(self.positives.shape)
 
     def __iter__(self):
         """Yields (slice of rows, their allowed logits): -inf where a pair is left out of the sums."""
@@ -32,6 +46,10 @@ class _Blocks:
         for start in range(0, n, size):
             block = slice(start, min(start + size, n))
             logits = self.scale * (self.rows[block] @ self.columns.T)  # (block, M)
+            if (
+                self.positives is not None
+            ):  # the very numbers that enter the sums, which are then no less than these
+                self.positive_logits[block] = logits.gather(1, self.positives[block])
             diagonal = logits.diagonal(offset=start)
             if self.row_ids is not None:
                 kept = diagonal.clone() if self.keep_diagonal else None
@@ -43,10 +61,10 @@ class _Blocks:
             yield block, logits
 
 
-def _finite_max(logits, dim):
-    """The maximum as a shift: 0 where nothing is allowed, so that exp(-inf - shift) is 0 and not NaN."""
+def finite_max(logits, dim):
+    """The maximum as a shift: 0 where it is infinite, so that exp(-inf - shift) is 0 and exp(inf - shift) infinite."""
     top = logits.amax(dim)
-    return top.masked_fill(top == -torch.inf, 0)
+    return top.masked_fill(top.isinf(), 0)
 
 
 @without_autocast
@@ -64,8 +82,16 @@ def contrastive_fwd(
     keep,
     columns_need_grad,
 ):
-    blocks = _Blocks(
-        rows, columns, scale, row_ids, column_ids, normalize_rows, normalize_columns, keep_diagonal
+    blocks = Blocks(
+        rows,
+        columns,
+        scale,
+        row_ids,
+        column_ids,
+        normalize_rows,
+        normalize_columns,
+        keep_diagonal,
+        positives,
     )
     n, m = len(blocks.rows), len(blocks.columns)
     wide = {"dtype": torch.float64, "device": rows.device}
@@ -74,25 +100,25 @@ def contrastive_fwd(
     with_expectation = keep and not blocks.square and not columns_need_grad and not both_directions
     kept = blocks.rows.new_empty(blocks.rows.shape if with_expectation else 0)
     for block, logits in blocks:
-        shift = _finite_max(logits, 1)
+        shift = finite_max(logits, 1)
         terms = (logits - shift[:, None]).exp_()
         total = terms.sum(1)
         lse[block] = shift.double() + total.double().log()
         if with_expectation:
             kept[block] = terms @ blocks.columns / total.masked_fill(total == 0, 1)[:, None]
         if both_directions:
-            shift = _finite_max(logits, 0)
+            shift = finite_max(logits, 0)
             here = shift.double() + (logits - shift).exp_().sum(0).double().log()
             column_lse = torch.logaddexp(column_lse, here)
     if positives is None:
         positive_logits = torch.empty(0, **wide)
     else:
-        dots = [(blocks.rows * blocks.columns[index]).sum(1) for index in positives.view(n, -1).unbind(1)]
-        positive_logits = (scale * torch.stack(dots, 1)).double().view(positives.shape)
+        positive_logits = blocks.positive_logits.double().view(positives.shape)
+    lse, column_lse = infinite_as_nan(lse, column_lse, positives, row_ids, column_ids, keep_diagonal)
     return lse, column_lse, positive_logits, blocks.row_rnorm, blocks.column_rnorm, kept
 
 
-def _softmax_weights(grad, lse, dtype):
+def softmax_weights(grad, lse, dtype):
     """shift, weight with grad · exp(s − lse) = weight · exp(s − shift), the rounding of shift taken into the weight.
 
     A gradient of 0, which torch.compile passes for none, has weight 0 and an exponential of 0, however large s is.
@@ -141,16 +167,16 @@ def contrastive_bwd(
         grad_rows = input_gradient(scale * grad_x, x, row_rnorm).to(rows.dtype)
         return grad_rows if rows_need_grad else rows.new_empty(0), rows.new_empty(0), grad_scale
 
-    blocks = _Blocks(
+    blocks = Blocks(
         rows, columns, scale, row_ids, column_ids, normalize_rows, normalize_columns, keep_diagonal
     )
     x, y = blocks.rows, blocks.columns
-    row_shift, row_weight = _softmax_weights(grad_lse, lse, x.dtype)
+    row_shift, row_weight = softmax_weights(grad_lse, lse, x.dtype)
     if blocks.square:
         column_shift, column_weight = row_shift, row_weight
     elif both_directions:
         grad_column_lse = torch.zeros_like(column_lse) if grad_column_lse is None else grad_column_lse
-        column_shift, column_weight = _softmax_weights(grad_column_lse, column_lse, x.dtype)
+        column_shift, column_weight = softmax_weights(grad_column_lse, column_lse, x.dtype)
 
     # The gradients by the normalised rows and columns, before `scale`.
     grad_x = torch.empty_like(x)

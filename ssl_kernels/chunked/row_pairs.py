@@ -15,9 +15,10 @@ def row_pairs_fwd(x, y, z, normalize, measure):
         if normalize:
             saved[:, k, 0], saved[:, k, 1] = x_rnorm, rnorm
         saved[:, k, 3] = (direction * x).sum(1)
-        saved[:, k, 2] = (
-            saved[:, k, 3] if measure == "product" else torch.linalg.vector_norm(direction, dim=1)
-        )
+        if measure == "distance":
+            saved[:, k, 2] = torch.linalg.vector_norm(direction, dim=1)
+        else:  # of unit rows, rounding may leave a little beyond ±1
+            saved[:, k, 2] = saved[:, k, 3].clamp(-1, 1) if normalize else saved[:, k, 3]
     measures = saved[:, :, 2].double()
     return (measures[:, 0] if z is None else measures[:, 0] - measures[:, 1]).clone(), saved
 

@@ -1,14 +1,15 @@
 """What the losses compute row by row, in O(N · D): dots, sums over classes, logits of each row's own negatives.
 
-Where `native` is true, two of them are nodes of autograd in C++ (csrc/ops/), with their backward written out.
+Where `native` is true, the logits are a node of autograd in C++ (csrc/ops/), with its backward written out.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from ssl_kernels.losses._shared import is_autocast_enabled, unit_rows
+from ssl_kernels.losses._shared import unit_rows
 from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func, savable
+from ssl_kernels.reference.products import product
 
 EPSILON = 1e-12  # as F.normalize
 
@@ -26,27 +27,18 @@ class Groups(NamedTuple):
     starts: torch.Tensor  # where each group begins in `order`; there may be empty ones at the end
 
 
-def less_class_means(lse, scale, x, groups, inverse_count, normalize, even, chosen):
+def less_class_means(lse, scale, x, groups, inverse_count, normalize, chosen):
     """lse_i less the mean of scale · <x̂_i, x̂_j> over the other rows j of i's group, (N,) float64.
 
     Args:
         lse, scale: (N,) float64 and 0-d.
         groups: `Groups` of the rows.
         inverse_count: (N,), 1 / the number of other rows in the group, 0 where there is none.
-        even: Whether the incoming gradient is the same for all rows of a group, as after a mean or a sum.
-        chosen: The backend. "native" takes csrc/ops/less_class_means.cpp, unless it is traced.
+        chosen: The backend.
     """
-    if chosen == "native" and not torch.compiler.is_compiling():
-        return torch.ops.ssl_kernels.less_class_means.native(
-            lse, scale, x, *groups, inverse_count, normalize, even
-        )
     rows = unit_rows(x, normalize)
-    if chosen == "reference":
-        sums = (groups.group[:, None] == groups.group).to(rows.dtype) @ rows
-    else:
-        refuse_torch_func("less_class_means", chosen)
-        sums = _ClassSums.apply(rows, *groups)
-    return lse - scale * row_dots(rows, sums - rows) * inverse_count
+    refuse_torch_func("less_class_means", chosen)
+    return lse - scale * row_dots(rows, _ClassSums.apply(rows, *groups) - rows) * inverse_count
 
 
 def paired_logits(x, y, scale, normalize, native):
@@ -54,14 +46,10 @@ def paired_logits(x, y, scale, normalize, native):
 
     The norms of y are factors of the products. native: whether to take csrc/ops/paired_logits.cpp.
     """
-    device = x.device.type
-    if is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):  # or bmm would be cast
-            return paired_logits(x, y, scale, normalize, native)
     if native:
         return torch.ops.ssl_kernels.paired_logits.native(x, y, scale, normalize)
     rows, others = unit_rows(x, normalize), savable(y.to(accumulation_dtype(y)))
-    products = torch.bmm(rows.unsqueeze(1), others.mT).squeeze(1).double()
+    products = product(rows.unsqueeze(1), others.mT).squeeze(1).double()
     if normalize:
         products = products / torch.linalg.vector_norm(others, dim=2).clamp_min(EPSILON)
     return products * scale

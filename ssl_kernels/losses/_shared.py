@@ -31,6 +31,14 @@ def widest_under_autocast(*tensors):
     return tuple(tensor.to(widest) for tensor in tensors)
 
 
+def stacked(*rows):
+    """Rows one above the other; autocast would refuse a narrow dtype that is not its own."""
+    if rows[0].dtype.itemsize == 2 and is_autocast_enabled(rows[0].device.type):
+        with torch.autocast(rows[0].device.type, enabled=False):
+            return torch.cat(rows)
+    return torch.cat(rows)
+
+
 def takes_native_node(backend, caller, x, views=1):
     """Whether a node of autograd in C++ stands for algebra over `contrastive`: on the native backend, run eagerly."""
     if torch.compiler.is_compiling():
@@ -89,17 +97,45 @@ def minus_log_sigmoid(logit):
     return -F.logsigmoid(logit)
 
 
+def rows_for_several(x, backend, caller):
+    """x for several operators that differentiate by it: autograd adds their gradients before it rounds them once.
+
+    That is x in the accumulation dtype. Kernels of a GPU get narrow rows as they are, since the products of wide ones
+    take several times as long: there each gradient is rounded.
+    """
+    if x.is_cuda and choose_backend("contrastive", backend, caller, x) in ("native", "triton"):
+        return x
+    return x.to(accumulation_dtype(x))
+
+
+def not_below_zero(loss):
+    """Losses that rounding left below 0 as 0, NaN as NaN; the gradient is that of the loss."""
+    return loss - loss.detach().clamp_max(0)
+
+
+def infinite_as_nan(x):
+    """A logit, or the log-sum-exp of some, as the softmax over it has it: NaN where it is +inf."""
+    return x + x.detach().clamp_min(0) * 0
+
+
+def weighted_mean(loss, weights):
+    """Σ w_i loss_i / Σ w_i; where the weights add up to 0, as they do if all are 0, it is 0 with gradient 0."""
+    total = weights.sum()
+    counts = total != 0
+    return ((loss * weights).sum() / total.where(counts, 1)).where(counts, 0)
+
+
 def reduce(loss, reduction, like, row_weights=None):
     """Rows' losses, float64, to what the caller asked for, in the accumulation dtype of `like`.
 
-    With weights w: w_i loss_i for "none", their sum, and for "mean" that over Σ w_i.
+    With weights w: w_i loss_i for "none", their sum, and for "mean" `weighted_mean`.
     """
     acc = accumulation_dtype(like)
     if row_weights is not None:
         row_weights = savable(row_weights.to(loss.dtype))
-        loss = loss * row_weights
         if reduction == "mean":
-            return (loss.sum() / row_weights.sum()).to(acc)
+            return weighted_mean(loss, row_weights).to(acc)
+        loss = loss * row_weights
     if reduction == "mean":
         return loss.mean(dtype=acc)
     if reduction == "sum":

@@ -5,14 +5,21 @@ import torch
 from ssl_kernels.checks import (
     check_embeddings,
     check_fraction,
-    check_ids,
     check_reduction,
     check_row_weights,
     check_same_rows,
     check_scalar,
 )
+from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._rows import row_dots
-from ssl_kernels.losses._shared import as_scalar, reduce, unit_rows, widest_under_autocast
+from ssl_kernels.losses._shared import (
+    as_scalar,
+    not_below_zero,
+    reduce,
+    rows_for_several,
+    unit_rows,
+    widest_under_autocast,
+)
 from ssl_kernels.ops.contrastive import contrastive
 
 OP = "clip_loss"
@@ -43,8 +50,8 @@ def clip_loss(
         logit_scale: 1 / temperature, a float or a tensor of one element, which gets its gradient: `log_scale.exp()`, as
             open_clip passes it.
         label_smoothing: ε above, in [0, 1].
-        ids: (N,) integers, or None. Pairs of equal ids are no negatives of each other: known duplicates. Not with
-            label_smoothing.
+        ids: (N,) or (N, 1) integers or bool, or None. Pairs of equal ids are no negatives of each other: known
+            duplicates. Not with label_smoothing.
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12); rows that are unit already stay.
         reduction: "mean" over the N pairs, "sum", or "none".
         row_weights: (N,) floating, a weight a pair, or None. "none" and "sum" take weight · loss, "mean" divides
@@ -71,10 +78,13 @@ def clip_loss(
     n = image_features.shape[0]
     check_row_weights(OP, "row_weights", row_weights, n, image_features)
     if ids is not None:
-        check_ids(OP, "ids", ids, (n,), image_features)
+        ids = as_ids(OP, "ids", ids, (n,), image_features)
         if label_smoothing:
             raise ValueError(f"{OP}: label_smoothing must be 0 with ids, got {label_smoothing}")
-        ids = ids.long()
+    if label_smoothing:
+        image_features, text_features = (
+            rows_for_several(rows, backend, OP) for rows in (image_features, text_features)
+        )
 
     scale = as_scalar(logit_scale, image_features)
     lse, text_lse, positive = contrastive(
@@ -95,7 +105,7 @@ def clip_loss(
     if label_smoothing:
         images, texts = unit_rows(image_features, normalize), unit_rows(text_features, normalize)
         means = row_dots(images, texts.mean(0)) + row_dots(texts, images.mean(0))
-        loss = loss - label_smoothing / 2 * scale * means
+        loss = not_below_zero(loss - label_smoothing / 2 * scale * means)
     return reduce(loss, reduction, image_features, row_weights)
 
 

@@ -10,7 +10,7 @@ from ssl_kernels.checks import (
     check_same_rows,
     check_scalar,
 )
-from ssl_kernels.losses._shared import inverse, reduce, widest_under_autocast
+from ssl_kernels.losses._shared import inverse, reduce, stacked, widest_under_autocast
 from ssl_kernels.ops.contrastive import contrastive
 
 OP = "dcl_loss"
@@ -60,7 +60,7 @@ def dcl_loss(
     check_scalar(OP, "temperature", temperature, z0, positive=True)
     check_reduction(OP, reduction)
     check_row_weights(OP, "row_weights", row_weights, 2 * z0.shape[0], z0)
-    views = torch.cat((z0, z1))
+    views = stacked(z0, z1)
     lse, positive = negatives_and_positive(views, inverse(temperature, views), normalize, backend, OP)
     return reduce(lse - positive, reduction, views, row_weights)
 

@@ -11,7 +11,15 @@ from ssl_kernels.checks import (
     check_same_rows,
     check_scalar,
 )
-from ssl_kernels.losses._shared import inverse, logarithm, minus_log_sigmoid, reduce, widest_under_autocast
+from ssl_kernels.losses._shared import (
+    infinite_as_nan,
+    inverse,
+    logarithm,
+    minus_log_sigmoid,
+    reduce,
+    stacked,
+    widest_under_autocast,
+)
 from ssl_kernels.losses.dcl import negatives_and_positive
 
 OP = "debiased_nt_xent_loss"
@@ -66,9 +74,9 @@ def debiased_nt_xent_loss(
     check_fraction(OP, "positive_prior", positive_prior, below_one=True)
     check_reduction(OP, reduction)
     check_row_weights(OP, "row_weights", row_weights, 2 * z0.shape[0], z0)
-    views = torch.cat((z0, z1))
+    views = stacked(z0, z1)
     scale = inverse(temperature, views)
-    lse, positive = negatives_and_positive(views, scale, normalize, backend, OP)
+    lse, positive = map(infinite_as_nan, negatives_and_positive(views, scale, normalize, backend, OP))
 
     # log G, all in logarithms: Σ − K τ exp(s) = Σ (1 − exp(excess)), which must be positive to have one.
     negatives = views.shape[0] - 2

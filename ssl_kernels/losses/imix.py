@@ -14,7 +14,7 @@ from ssl_kernels.checks import (
     check_shape,
     short,
 )
-from ssl_kernels.losses._shared import inverse, reduce, widest_under_autocast
+from ssl_kernels.losses._shared import inverse, reduce, rows_for_several, widest_under_autocast
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import savable
 from ssl_kernels.value_checks import check_permutation
@@ -90,14 +90,16 @@ def imix_loss(
         "caller": OP,
     }
     scale = inverse(temperature, query)
+    if negative_keys is not None:
+        query = rows_for_several(query, backend, OP)
     positives = torch.stack((index, permutation.long()), 1)  # (N, 2)
     lse, _, logits = contrastive(query, key, scale, positives=positives, **options)
     if negative_keys is not None:
         lse = torch.logaddexp(lse, contrastive(query, negative_keys, scale, **options).lse)
-    own_logit, partner_logit = logits.unbind(1)
+    own, partner = (lse[:, None] - logits).unbind(1)
     if isinstance(lam, torch.Tensor):
-        lam = savable(lam.reshape(()) if lam.numel() == 1 else lam)
-    loss = lse - partner_logit - lam * (own_logit - partner_logit)
+        lam = savable(lam.reshape(()) if lam.numel() == 1 else lam).double()
+    loss = lam * own + (1 - lam) * partner  # neither is below 0
     return reduce(loss, reduction, query, row_weights)
 
 

@@ -5,17 +5,19 @@ import torch
 from ssl_kernels.backends import check_name
 from ssl_kernels.checks import (
     check_embeddings,
-    check_ids,
     check_reduction,
     check_row_weights,
     check_same_rows,
     check_scalar,
 )
+from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._rows import paired_logits
 from ssl_kernels.losses._shared import (
+    infinite_as_nan,
     inverse,
     minus_log_sigmoid,
     reduce,
+    rows_for_several,
     takes_native_node,
     widest_under_autocast,
 )
@@ -57,7 +59,8 @@ def info_nce_loss(
         reduction: "mean", "sum" or "none", over the N queries.
         negative_mode: "unpaired" or "paired"; not read without negative_keys.
         symmetric: The mean with the loss of each key against the queries. Only without negative_keys.
-        query_ids: (N,) integers, or None. A negative whose id equals the query's is left out: a known duplicate.
+        query_ids: (N,) or (N, 1) integers or bool, or None. A negative whose id equals the query's is left out: a known
+            duplicate.
         key_ids: Ids of the negatives: (N,) of positive_key without negative_keys, where None means query_ids; else
             (M,) or (N, M). A query's own key always stays in. A query with no negative left has loss 0.
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
@@ -114,6 +117,7 @@ def info_nce_loss(
         loss = ((lse + key_lse) / 2 if symmetric else lse) - positive
         return reduce(loss, reduction, query, row_weights)
 
+    query, positive_key = (rows_for_several(rows, backend, OP) for rows in (query, positive_key))
     positive = scale * row_pairs(
         query, positive_key, normalize=normalize, measure="product", backend=backend, caller=OP
     )
@@ -124,8 +128,8 @@ def info_nce_loss(
         logits = paired_logits(query, negative_keys, scale, normalize, native)
         if query_ids is not None:
             logits = logits.masked_fill(query_ids[:, None] == key_ids, -torch.inf)
-        lse = torch.logsumexp(logits, 1)
-    return reduce(minus_log_sigmoid(positive - lse), reduction, query, row_weights)
+        lse = infinite_as_nan(torch.logsumexp(logits, 1))
+    return reduce(minus_log_sigmoid(infinite_as_nan(positive) - lse), reduction, query, row_weights)
 
 
 info_nce_loss.operation = "contrastive"
@@ -161,6 +165,8 @@ def _checked_ids(query, query_ids, key_ids, negative_keys):
         if negative_keys is not None:
             raise ValueError(f"{OP}: key_ids must be given with query_ids and negative_keys, got None")
         key_ids = query_ids
-    check_ids(OP, "query_ids", query_ids, (query.shape[0],), query)
-    check_ids(OP, "key_ids", key_ids, (query if negative_keys is None else negative_keys).shape[:-1], query)
-    return query_ids.long(), key_ids.long()
+    keys = query if negative_keys is None else negative_keys
+    return (
+        as_ids(OP, "query_ids", query_ids, (query.shape[0],), query),
+        as_ids(OP, "key_ids", key_ids, keys.shape[:-1], query),
+    )

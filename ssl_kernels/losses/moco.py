@@ -3,7 +3,15 @@
 import torch
 
 from ssl_kernels.checks import DTYPES, check_embeddings, check_reduction, check_same_rows, check_scalar
-from ssl_kernels.losses._shared import inverse, minus_log_sigmoid, reduce, widest_under_autocast
+from ssl_kernels.losses._shared import (
+    infinite_as_nan,
+    inverse,
+    minus_log_sigmoid,
+    reduce,
+    rows_for_several,
+    stacked,
+    widest_under_autocast,
+)
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
 from ssl_kernels.ops.row_pairs import row_pairs
@@ -63,7 +71,7 @@ def moco_loss(
     scale = inverse(temperature, query)
     key = key.detach()
     if symmetric:
-        key = torch.cat(key.chunk(2)[::-1])
+        key = stacked(*key.chunk(2)[::-1])
     if queue is None:
         loss = _in_batch(query, key, scale, normalize, 2 if symmetric else 1, backend)
     else:
@@ -99,6 +107,7 @@ def _against_queue(query, key, queue, scale, normalize, backend):
     else:
         _check_queue(query, queue)
         columns, row_ids, column_ids = queue.detach(), None, None
+    query, key = (rows_for_several(rows, backend, "moco_loss") for rows in (query, key))
     positive = scale * row_pairs(
         query, key, normalize=normalize, measure="product", backend=backend, caller="moco_loss"
     )
@@ -113,7 +122,7 @@ def _against_queue(query, key, queue, scale, normalize, backend):
         backend=backend,
         caller="moco_loss",
     ).lse
-    return minus_log_sigmoid(positive - lse)
+    return minus_log_sigmoid(infinite_as_nan(positive) - lse)
 
 
 def _check_queue(query, queue):

@@ -9,7 +9,7 @@ from ssl_kernels.checks import (
     check_same_rows,
     check_scalar,
 )
-from ssl_kernels.losses._shared import inverse, reduce, takes_native_node, widest_under_autocast
+from ssl_kernels.losses._shared import inverse, reduce, stacked, takes_native_node, widest_under_autocast
 from ssl_kernels.ops.contrastive import contrastive
 
 
@@ -63,7 +63,7 @@ def nt_xent_loss(
         learned = isinstance(temperature, torch.Tensor)
         scale = (inverse(temperature, z0), 1.0) if learned else (None, 1 / float(temperature))
         return torch.ops.ssl_kernels.nt_xent_loss.native(z0, z1, *scale, normalize, reduction == "mean")
-    views = torch.cat((z0, z1))
+    views = stacked(z0, z1)
     partner = torch.arange(
         -z0.shape[0], z0.shape[0], device=views.device
     )  # negative indices count from the end

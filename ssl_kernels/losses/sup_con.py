@@ -4,17 +4,20 @@ import warnings
 
 import torch
 
-from ssl_kernels.backends import choose_backend
+from ssl_kernels import backends
 from ssl_kernels.checks import (
     can_be_read,
     check_embeddings,
-    check_ids,
     check_reduction,
     check_row_weights,
     check_scalar,
+    check_shape,
+    short,
 )
+from ssl_kernels.losses._labels import as_ids, bit_sets, ranks, without_unlabelled
 from ssl_kernels.losses._rows import Groups, less_class_means
-from ssl_kernels.losses._shared import inverse, reduce
+from ssl_kernels.losses._shared import inverse, not_below_zero, reduce, weighted_mean
+from ssl_kernels.ops.class_contrastive import class_contrastive, takes_classes
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
 
@@ -26,6 +29,8 @@ def sup_con_loss(
     labels,
     temperature=0.07,
     *,
+    positives=None,
+    unlabelled=None,
     normalize=True,
     reduction="mean",
     row_weights=None,
@@ -36,82 +41,117 @@ def sup_con_loss(
         loss_i = −1/|P(i)| Σ_{p in P(i)} log( exp(s_ip) / Σ_{j ≠ i} exp(s_ij) ),  s_ij = <z_i, z_j> / temperature
 
     The form with the sum outside of the logarithm (L_out). Several views of a sample are rows of one label:
-    `sup_con_loss(torch.cat((z0, z1)), labels.repeat(2))`.
-
-    The positives cost O(N · D): Σ_p s_ip = <z_i, C − z_i> / temperature with C the sum of the rows of i's label.
+    `sup_con_loss(torch.cat((z0, z1)), labels.repeat(2))`. A row is never its own positive.
 
     Args:
         features: (N, D), float64, float32, float16 or bfloat16, any strides.
-        labels: (N,) integers, any values.
+        labels: Integers of any dtype, or bool. (N,) or (N, 1): rows of equal labels are positives of each other.
+            (N, C) with C > 1, of 0 and 1: several labels a row, where P(i) are the rows that share at least one with i.
+            The CPU looks whether they are 0 or 1, outside of torch.compile; elsewhere what is not 0 counts as 1. None
+            with `positives`.
         temperature: > 0, a float or a tensor of one element, which gets its gradient.
+        positives: (N, N) bool or integers instead of labels: P(i) are the rows j with positives[i, j]. It need not be
+            symmetric; its diagonal is not read. Labels need no such matrix.
+        unlabelled: The label of rows without one, as −1, or None. They are negatives of all others, have no positive
+            and are nobody's. With several labels a row, such a row has 0 everywhere.
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
         reduction: "mean" over the rows that have a positive, "sum", or "none". A row without a positive (the only
             one of its label) has loss 0 and counts nothing in the mean; as a negative of the others it stays.
             Where no row has one, all are 0, and on the CPU outside of torch.compile a warning says so: elsewhere
             that would have to wait for the device.
         row_weights: (N,) floating, or None. "none" and "sum" take weight · loss, "mean" divides their sum by that of
-            the weights of rows with a positive.
-        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
+            the weights of rows with a positive; it is 0 where that is 0.
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`). On a GPU,
+            "native" and "triton" take one label a row, and None picks "chunked" for the rest.
 
     Returns:
         float32 (float64 for float64 input): a scalar, or (N,) for "none".
 
     Raises:
-        TypeError: features is no floating or labels no integer tensor.
-        ValueError: Shapes that do not fit, an empty batch, mixed devices, temperature not > 0, an unknown reduction
-            or backend, or a backend that cannot run this call.
+        TypeError: features is no floating tensor, labels or positives none of integers or bool, unlabelled no integer.
+        ValueError: Shapes that do not fit, an empty batch, mixed devices, temperature not > 0, both or neither of
+            labels and positives, unlabelled without one label a row, an unknown reduction or backend, or a backend that
+            cannot run this call.
         RuntimeError: A second derivative is asked of a backend other than "reference".
 
     Source: Khosla et al., arXiv:2004.11362, eq. 2.
     """
     check_embeddings(OP, features=features)
-    check_ids(OP, "labels", labels, (features.shape[0],), features)
+    positives = _positives(features, labels, positives, unlabelled)
     check_scalar(OP, "temperature", temperature, features, positive=True)
     check_reduction(OP, reduction)
     check_row_weights(OP, "row_weights", row_weights, features.shape[0], features)
-
-    look = can_be_read(labels)
-    groups, members = _groups(labels, look)
-    everywhere = look and int(members.min()) > 1
-    positives = members.index_select(0, groups.group) - 1
-    has_positive = None if everywhere else positives > 0
-    if look and not everywhere and not has_positive.any():
-        warnings.warn(f"{OP}: no row has another of its label, so the loss is 0", stacklevel=2)
-
+    chosen = backends.choose_backend("contrastive", backend, OP, features)
     scale = inverse(temperature, features)
-    lse = contrastive(features, None, scale, normalize_rows=normalize, backend=backend, caller=OP).lse
-    inverse_count = positives.double().reciprocal_()
-    if not everywhere:
-        inverse_count = inverse_count.where(has_positive, 0)
-    even = reduction != "none" and row_weights is None
-    chosen = choose_backend("contrastive", backend, OP, features)
-    loss = less_class_means(lse, scale, features, groups, inverse_count, normalize, even, chosen)
-    if everywhere:
+    if not takes_classes(chosen, features) and positives.dim() > 1:
+        if backend is not None:
+            raise ValueError(
+                f'{OP}: backend "{backend}" cannot run this call: on a GPU it takes one label a row'
+            )
+        chosen = "chunked"
+    if takes_classes(chosen, features):
+        loss, counts = class_contrastive(features, scale, positives, normalize=normalize, backend=chosen)
+    else:
+        loss, counts = _by_class_sums(features, scale, positives, normalize, chosen)
+
+    look = can_be_read(features)
+    if look and counts.min().item() > 0:
         return reduce(loss, reduction, features, row_weights)
-    loss = loss.where(has_positive, 0)
+    has_positive = counts > 0
+    if look and not has_positive.any():
+        warnings.warn(f"{OP}: no row has another of its label, so the loss is 0", stacklevel=2)
     if reduction != "mean":
         return reduce(loss, reduction, features, row_weights)
     counted = has_positive.to(loss.dtype)
     if row_weights is not None:
         counted = counted * row_weights
-    total = counted.sum()
-    return ((loss * counted).sum() / total.where(has_positive.any(), 1)).to(accumulation_dtype(features))
+    return weighted_mean(loss, counted).to(accumulation_dtype(features))
 
 
 sup_con_loss.operation = "contrastive"
 
 
-def _groups(labels, look):
-    """`Groups` of equal labels, and how many rows each has, int64.
+def _positives(features, labels, positives, unlabelled):
+    """Which rows are whose positives, as `class_contrastive` takes it."""
+    n = features.shape[0]
+    if positives is not None:
+        if labels is not None or unlabelled is not None:
+            given = "labels" if labels is not None else "unlabelled"
+            raise ValueError(f"{OP}: {given} must be None with positives")
+        check_shape(OP, "positives", positives, (n, n), features)
+        if positives.is_floating_point() or positives.is_complex():
+            raise TypeError(f"{OP}: positives must be bool or integers, got {short(positives.dtype)}")
+        return positives != 0
+    if labels is None:
+        raise ValueError(f"{OP}: labels must be given without positives, got None")
+    if isinstance(labels, torch.Tensor) and labels.dim() == 2 and labels.shape[1] > 1:
+        check_shape(OP, "labels", labels, (n, labels.shape[1]), features)
+        if unlabelled is not None:
+            raise ValueError(f"{OP}: unlabelled must be None with several labels a row, got {unlabelled!r}")
+        return bit_sets(OP, "labels", labels)
+    labels = as_ids(OP, "labels", labels, (n,), features)
+    return labels if unlabelled is None else without_unlabelled(OP, labels, unlabelled)
 
-    torch.unique's number of results makes the CPU wait for a GPU and breaks torch.compile's graph: only with `look`.
+
+def _by_class_sums(features, scale, labels, normalize, backend):
+    """(losses, counts) by kernels of `contrastive`, which know no classes: Σ_p s_ip = scale · <z_i, C − z_i>.
+
+    C is the sum of the rows of i's label, O(N · D). The rows are in float32 whatever the features: where a row has
+    learned its class, the gradients of lse and positives nearly cancel.
     """
+    rows = features.to(accumulation_dtype(features))
+    lse = contrastive(rows, None, scale, normalize_rows=normalize, backend=backend, caller=OP).lse
+    groups, members = _groups(labels)
+    counts = (members.index_select(0, groups.group) - 1).double()
+    inverse_count = counts.reciprocal().where(counts > 0, 0)
+    loss = less_class_means(lse, scale, rows, groups, inverse_count, normalize, backend)
+    return not_below_zero(loss).where(counts > 0, 0), counts
+
+
+def _groups(labels):
+    """`Groups` of equal labels, and how many rows each has, int64, without waiting for a GPU as torch.unique would."""
     ordered, order = labels.sort(stable=True)
-    if look:
-        _, rank, count = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
-    else:
-        begins = (ordered != ordered.roll(1)).long()  # the first may, or may not: what it counts is taken off
-        rank = begins.cumsum(0) - begins[0]
-        count = torch.zeros_like(order).scatter_add_(0, rank, torch.ones_like(order))
+    rank = ranks(ordered)
+    count = torch.zeros_like(order).scatter_add_(0, rank, torch.ones_like(order))
     group = torch.empty_like(order).scatter_(0, order, rank)
     return Groups(group, order, count.cumsum(0) - count), count

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 
 from ssl_kernels.backends import choose_backend
-from ssl_kernels.checks import check_embeddings, check_ids, check_margin, check_reduction
+from ssl_kernels.checks import check_embeddings, check_margin, check_reduction
 from ssl_kernels.chunked.rows import input_gradient, unit_rows
+from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._shared import as_operand, reduce
 from ssl_kernels.ops.batch_hard import DISTANCES, batch_hard
 from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
@@ -36,7 +37,7 @@ def triplet_loss(
     Args:
         embeddings: (N, D), float64, float32, float16 or bfloat16, any strides. Gradients flow to all three rows of a
             triplet; at distance 0 the gradient of the distance is 0.
-        labels: (N,) integers, any values.
+        labels: (N,) or (N, 1) integers of any dtype and value, or bool.
         margin: >= 0, a float or a tensor of one element, which gets its gradient.
         mining: "batch_hard".
         distance: "euclidean" or "cosine".
@@ -57,7 +58,7 @@ def triplet_loss(
     """
     op = "triplet_loss"
     check_embeddings(op, embeddings=embeddings)
-    check_ids(op, "labels", labels, (embeddings.shape[0],), embeddings)
+    labels = as_ids(op, "labels", labels, (embeddings.shape[0],), embeddings)
     check_margin(op, margin, embeddings)
     if mining not in MININGS:
         raise ValueError(f'{op}: mining must be "batch_hard", got {mining!r}')

@@ -153,14 +153,22 @@ class SupConLoss(Loss):
 
     Args:
         temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
-        normalize, reduction, backend: As in `sup_con_loss`.
+        unlabelled, normalize, reduction, backend: As in `sup_con_loss`.
     """
 
-    def __init__(self, temperature=0.07, *, normalize=True, reduction="mean", backend=None):
-        super().__init__(temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
+    def __init__(self, temperature=0.07, *, unlabelled=None, normalize=True, reduction="mean", backend=None):
+        super().__init__(
+            temperature=temperature,
+            unlabelled=unlabelled,
+            normalize=normalize,
+            reduction=reduction,
+            backend=backend,
+        )
 
-    def forward(self, features, labels, row_weights=None):
-        return losses.sup_con_loss(features, labels, row_weights=row_weights, **self.options)
+    def forward(self, features, labels, row_weights=None, *, positives=None):
+        return losses.sup_con_loss(
+            features, labels, positives=positives, row_weights=row_weights, **self.options
+        )
 
 
 class DCLLoss(Loss):

@@ -30,7 +30,7 @@ _FLAGS = "bool normalize_rows, bool normalize_columns, bool keep_diagonal, bool 
 
 # What `kept` of the native CPU kernel shows (kKeptHeader in csrc/cpu/contrastive.cpp): the kept logits lie in its
 # storage behind that, as many as the budget of the process had left.
-_KEPT_HEADER = 16
+KEPT_HEADER = 16
 
 
 def _keeps_expectation(overload, rows, columns, both_directions, keep, columns_need_grad):
@@ -62,7 +62,7 @@ def _fwd_fake(
         kept = rows.shape
     else:
         keeps_logits = keep and overload == "native" and rows.device.type == "cpu"
-        kept = _KEPT_HEADER if keeps_logits else 0
+        kept = KEPT_HEADER if keeps_logits else 0
     return (
         results(n, dtype=torch.float64),
         results(m if both_directions else 0, dtype=torch.float64),

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from ssl_kernels.reference.products import product
+
 
 def contrastive(
     rows,
@@ -37,7 +39,7 @@ def contrastive(
         column_vectors, column_ids = row_vectors, row_ids
     else:
         column_vectors = F.normalize(columns, dim=1) if normalize_columns else columns
-    logits = scale * (row_vectors @ column_vectors.T)  # (N, M)
+    logits = scale * product(row_vectors, column_vectors.T)  # (N, M)
 
     excluded = torch.zeros_like(logits, dtype=torch.bool)
     if row_ids is not None:
@@ -57,4 +59,24 @@ def contrastive(
         from_the_end = positives < 0
         columns_of = (positives + from_the_end * logits.shape[1]).view(logits.shape[0], -1)
         positive_logits = logits.gather(1, columns_of).view(positives.shape)
+    lse, column_lse = infinite_as_nan(lse, column_lse, positives, row_ids, column_ids, keep_diagonal)
     return lse, column_lse, positive_logits
+
+
+def infinite_as_nan(lse, column_lse, positives, row_ids, column_ids, keep_diagonal):
+    """NaN for an lse of +inf, as the softmax over an infinite logit is; but for rows none of whose positives enters."""
+    infinite = lse == torch.inf
+    if positives is not None and row_ids is not None:
+        index = positives.remainder((row_ids if column_ids is None else column_ids).shape[0]).view(
+            lse.shape[0], -1
+        )
+        outside = row_ids[:, None] == (row_ids if column_ids is None else column_ids)[index]
+        if keep_diagonal:
+            outside &= index != torch.arange(lse.shape[0], device=lse.device)[:, None]
+        infinite &= ~outside.all(1)
+    # Added, so that gradients are not finite either.
+    added, column_added = (
+        torch.zeros_like(each).masked_fill(where, torch.nan)
+        for each, where in ((lse, infinite), (column_lse, column_lse == torch.inf))
+    )
+    return lse + added, column_lse + column_added

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from ssl_kernels.reference.products import product
+
 
 def sigmoid_pairs(
     rows, columns, scale, bias, diagonal=0, normalize_rows=True, normalize_columns=True, total=False
@@ -22,7 +24,7 @@ def sigmoid_pairs(
     """
     x = F.normalize(rows, dim=1) if normalize_rows else rows
     y = F.normalize(columns, dim=1) if normalize_columns else columns
-    logits = scale * (x @ y.T) + bias  # (N, M)
+    logits = scale * product(x, y.T) + bias  # (N, M)
     column_of = torch.arange(logits.shape[1], device=logits.device) - diagonal
     positive = torch.arange(logits.shape[0], device=logits.device)[:, None] == column_of
     losses = -F.logsigmoid(torch.where(positive, logits, -logits)).sum(1)  # F.softplus overflows or cuts off

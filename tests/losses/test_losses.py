@@ -1,6 +1,8 @@
 """Every loss against its definition in float64: values, gradients, reductions, dtypes, edges, memory."""
 
+import dataclasses
 import functools
+import inspect
 import math
 import pickle
 import warnings
@@ -345,12 +347,6 @@ def test_sup_con_without_any_positive_is_zero_and_warns(backend):
         assert (features == 0).all() and temperature == 0
 
 
-@pytest.mark.parametrize("labels", [[0, 0, 1, 1], [0, 0, 1, 2]], ids=["all paired", "two alone"])
-def test_sup_con_with_no_weight_at_all_is_nan(labels):
-    features, labels = random_rows(4, 3), torch.tensor(labels)
-    assert losses.sup_con_loss(features, labels, row_weights=torch.zeros(4)).isnan()
-
-
 def test_numbers_of_numpy_are_numbers():
     z0, z1 = random_rows(6, 4), random_rows(6, 4, seed=1)
     half = np.float32(0.5)
@@ -486,8 +482,7 @@ def peak_of_a_step(case, backend, n):
 def test_memory_of_a_step_is_below_one_matrix_of_logits(case):
     """N × N for one-view losses, 2N × 2N or N × 2N for the others; of rows this narrow no logits are kept."""
     peak, matrix = peak_of_a_step(case, "native", 3500)
-    assert matrix == 49_000_000
-    assert peak < 40 * MB
+    assert peak < 0.85 * matrix
 
 
 @pytest.mark.slow
@@ -675,6 +670,45 @@ BAD_CALLS = [
     ),
     ("sup_con_loss", (X, LABELS[:3]), {}, ValueError, r"labels must have shape \(4,\), got \(3,\)"),
     ("sup_con_loss", (X, X[:, 0]), {}, TypeError, "labels must be an integer tensor, got float32"),
+    ("sup_con_loss", (X, X[:, :2]), {}, TypeError, "labels must be integers or bool, got float32"),
+    ("sup_con_loss", (X, LABELS[:3, None]), {}, ValueError, r"labels must have shape \(4,\), got \(3, 1\)"),
+    (
+        "sup_con_loss",
+        (X, torch.full((4, 3), 2)),
+        {},
+        ValueError,
+        "labels of several columns must be 0 or 1, got 2",
+    ),
+    ("sup_con_loss", (X, None), {}, ValueError, "labels must be given without positives, got None"),
+    (
+        "sup_con_loss",
+        (X, LABELS),
+        {"positives": torch.ones(4, 4).bool()},
+        ValueError,
+        "labels must be None with positives",
+    ),
+    (
+        "sup_con_loss",
+        (X, None),
+        {"positives": torch.ones(4, 3).bool()},
+        ValueError,
+        r"positives must have shape \(4, 4\), got \(4, 3\)",
+    ),
+    (
+        "sup_con_loss",
+        (X, None),
+        {"positives": torch.ones(4, 4)},
+        TypeError,
+        "positives must be bool or integers, got float32",
+    ),
+    ("sup_con_loss", (X, LABELS), {"unlabelled": 0.5}, TypeError, "unlabelled must be an integer or None"),
+    (
+        "sup_con_loss",
+        (X, torch.ones(4, 3).long()),
+        {"unlabelled": -1},
+        ValueError,
+        "unlabelled must be None with several labels a row, got -1",
+    ),
     ("sup_con_loss", (X, [0, 0, 1, 1]), {}, TypeError, "labels must be a tensor, got list"),
     ("sup_con_loss", (X, LABELS.to("meta")), {}, ValueError, "labels must be on cpu, got meta"),
     (
@@ -741,13 +775,25 @@ BAD_CALLS = [
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    """Fails the test if the operation is reached."""
+    """Fails the test if an operation is reached."""
 
     def fail(*_, **__):
         pytest.fail("the operation ran on bad input")
 
-    for module in ("info_nce", "clip", "sup_con", "dcl", "imix"):
-        monkeypatch.setattr(f"ssl_kernels.losses.{module}.contrastive", fail)
+    for case in CASES:
+        module = inspect.getmodule(getattr(losses, case.loss))
+        for operation in ("contrastive", "class_contrastive", "row_pairs", "paired_logits"):
+            if hasattr(module, operation):
+                monkeypatch.setattr(module, operation, fail)
+
+
+@every_case
+def test_every_loss_reaches_an_operation(case, nothing_runs):
+    """So that `nothing_runs` can fail."""
+    if case.name == "nt_xent":  # its node in C++ is all of it
+        case = dataclasses.replace(case, options=(("backend", "chunked"),))
+    with pytest.raises(pytest.fail.Exception, match="the operation ran"):
+        getattr(losses, case.loss)(**case.arguments(6, 4))
 
 
 @pytest.mark.parametrize("loss, arguments, options, error, message", BAD_CALLS)

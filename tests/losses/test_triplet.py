@@ -191,8 +191,11 @@ def test_gradient_is_the_same_bit_for_bit(backend):
 def test_labels_of_any_integer_type(backend):
     x, labels = random_rows(30, 8), labels_of(30, 4)
     expected = triplet_loss(x, labels, backend=backend)
-    for dtype in (torch.int32, torch.uint8, torch.int16):
+    for dtype in (torch.int32, torch.uint8, torch.int16, torch.uint64):
         assert same_bits(triplet_loss(x, labels.to(dtype), backend=backend), expected)
+    assert same_bits(triplet_loss(x, labels[:, None], backend=backend), expected)
+    two = labels % 2
+    assert same_bits(triplet_loss(x, two.bool(), backend=backend), triplet_loss(x, two, backend=backend))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -233,9 +236,12 @@ BAD_CALLS = {
     "empty": (ValueError, r"embeddings must have .*, got \(0, 8\)", (Z[:0], LABELS[:0])),
     "labels list": (TypeError, "labels must be a tensor, got list", (Z, [0, 1, 2, 3])),
     "labels float": (TypeError, "labels must be an integer tensor, got float32", (Z, LABELS.float())),
-    "labels bool": (TypeError, "labels must be an integer tensor, got bool", (Z, LABELS.bool())),
     "labels short": (ValueError, r"labels must have shape \(4,\), got \(3,\)", (Z, LABELS[:3])),
-    "labels 2-d": (ValueError, r"labels must have shape \(4,\), got \(4, 1\)", (Z, LABELS[:, None])),
+    "labels 2-d": (
+        ValueError,
+        r"labels must have shape \(4,\), got \(4, 2\)",
+        (Z, LABELS[:, None].expand(4, 2)),
+    ),
     "labels elsewhere": (ValueError, "labels must be on cpu, got meta", (Z, LABELS.to("meta"))),
     "margin negative": (ValueError, "margin must be >= 0, got -1", (Z, LABELS, -1)),
     "margin nan": (ValueError, "margin must be finite, got nan", (Z, LABELS, math.nan)),
