@@ -268,7 +268,6 @@ class MomentumEncoder(nn.Module):
                 part.register_buffer(leaf, new[name], persistent=not fleeting)
             else:
                 part._buffers[leaf] = new.get(name)
-            masters.pop(name, None)
         parameters, buffers = _tensors(self.module)
         self._set_masters(self._averaged(parameters, buffers), masters)
         return parameters, buffers

@@ -282,6 +282,22 @@ def test_a_module_of_that_name_is_no_wrapper():
         encoder.update_(nn.Linear(2, 3))
 
 
+def test_a_part_with_tensors_of_its_own_is_no_wrapper():
+    network = Engine(nn.Linear(2, 3))
+    network.scale = nn.Parameter(torch.ones(1))
+    encoder = MomentumEncoder(network, 0.0).update_(moved(network))
+    assert encoder.module.scale == 2
+    with pytest.raises(ValueError, match=r"surplus \['module.bias', 'module.weight', 'scale'\]"):
+        MomentumEncoder(nn.Linear(2, 3)).update_(network)
+
+
+def test_a_tensor_of_two_names_moves_once():
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    network[1].weight = network[0].weight
+    encoder = MomentumEncoder(network, 0.5).update_(moved(network))
+    torch.testing.assert_close(encoder.module[1].weight, network[0].weight + 0.5)
+
+
 # torch.compile
 
 
@@ -455,6 +471,16 @@ def test_buffers_that_grow_come_or_go_are_taken_over(dtype, buffers):
     assert len(list(encoder.masters.buffers())) == (
         0 if dtype == torch.float32 else 2 if buffers == "copy" else 5
     )
+
+
+def test_an_averaged_buffer_that_both_grew_starts_again():
+    network = Cache(torch.bfloat16)
+    encoder = MomentumEncoder(network, 0.5, buffers="average")
+    for each in (network, encoder.module):
+        each.seen = torch.full((5,), 2.0, dtype=torch.bfloat16)
+    network.seen.fill_(4.0)
+    encoder.update_(network)
+    assert (encoder.module.seen == 3).all()
 
 
 # Nothing half done
