@@ -34,10 +34,12 @@ def run_launcher(gpu, name, *args):
         grad_x, grad_lam, _ = calls.mixup_bwd(library, grad, x, lam, permutation)
         return [t for t, wanted in zip((grad_x, grad_lam), results, strict=True) if wanted is not None]
     if name.startswith("mixup_cross_entropy"):
-        first = 1 if name.endswith("_bwd") else 0
-        args = [*args[: first + 1], args[first + 1].contiguous(), *args[first + 2 :]]
-        if first:
-            args[5] = args[5].contiguous()
+        names = [a.name for a in getattr(torch.ops.ssl_kernels, name).chunked._schema.arguments]
+        values = dict(zip(names, args, strict=True))
+        values.pop("reduction", None)
+        for dense in {"target", "weight", "lse"} & set(values):
+            values[dense] = values[dense].contiguous()
+        return getattr(calls, name)(library, **values)[:-1]
     found = getattr(calls, {"mixup_fwd": "mixup", "cutmix_fwd": "cutmix"}.get(name, name))(library, *args)
     return found[:-1]
 
@@ -56,5 +58,5 @@ def test_side_inputs_go_to_launchers_with_strides_or_contiguous(operator):
     source = (OPS / f"{operation_of(operator)}_cuda.cpp").read_text()
     for name in set(operators()[operator]) - AS_THEY_ARE - MAIN.get(operator, set()):
         strided = re.search(rf"\b{name}(\.|->)stride\(", source)
-        dense = re.search(rf"\b{name}\.contiguous\(\)|\bcontiguous\({name}\)", source)
+        dense = re.search(rf"\b{name}_?(\.|->)contiguous\(\)|\bcontiguous\({name}\)", source)
         assert strided or dense, name
