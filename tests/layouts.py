@@ -114,7 +114,7 @@ def layouts_of(operator, name, tensor, unaligned=False):
     found = variants_of(tensor, unaligned)
     if name in DENSE.get(operator, ()):
         found = {"offset": _in(found["offset"].view(-1).as_strided(tensor.shape, tensor.stride()), tensor)}
-    if name == "permutation":  # no permutation repeats a number
+    if name in ("permutation", "partner"):  # no permutation repeats a number
         found = {layout: view for layout, view in found.items() if 0 not in view.stride()}
     # In place: each element has memory of its own.
     if _is_written(operator, name):
@@ -354,11 +354,13 @@ def _mixup_normalize(data, operator, run, backward):
 
 def _mixup_cross_entropy(data, operator, run, backward):
     common = {
-        "logits": data.floats(5, 24), "target": data.integers(24, 5), "permutation": data.permutation(5),
-        "lam": data.shares(5), "label_smoothing": 0.1,
+        "logits": data.floats(5, 24), "target": data.integers(24, 5), "partner": data.permutation(5),
+        "lam": data.shares(5), "weight": data.shares(24), "label_smoothing": 0.1, "ignore_index": 3,
+        "partner_is_class": False, "reduction": "none",
     }  # fmt: skip
     if backward:
-        _, lse = run("mixup_cross_entropy_fwd", *common.values())
+        _, lse, _ = run("mixup_cross_entropy_fwd", *common.values())
+        del common["reduction"]
         common |= {"grad_loss": data.floats(5, dtype=torch.float64), "lse": lse}
     yield common
 

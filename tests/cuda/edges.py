@@ -329,7 +329,7 @@ def check_mixup_cross_entropy(library):
         with check(f"{classes} classes"):
             logits, target = keys_of(3, classes, torch.float32), torch.tensor([0, classes - 1, classes // 2])
             same, ones = torch.arange(3), torch.ones(3)
-            loss, lse, _ = mixing.mixup_cross_entropy_fwd(library, logits, target, same, ones)
+            loss, lse, _, _ = mixing.mixup_cross_entropy_fwd(library, logits, target, same, ones)
             exact = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
             torch.testing.assert_close(loss, exact, rtol=1e-6, atol=1e-6)
             grad, _ = mixing.mixup_cross_entropy_bwd(library, ones.double(), logits, target, same, ones, lse)
@@ -341,9 +341,9 @@ def check_mixup_cross_entropy(library):
         logits = keys_of(2, 5, torch.float32)
         logits[0, 3] = logits[1, 1] = -torch.inf
         target, permutation, lam = torch.tensor([1, 3]), torch.tensor([1, 0]), torch.tensor([1.0, 1.0])
-        loss, _, _ = mixing.mixup_cross_entropy_fwd(library, logits, target, permutation, lam)
+        loss, _, _, _ = mixing.mixup_cross_entropy_fwd(library, logits, target, permutation, lam)
         require(loss.isfinite().all(), "the partner's class counts")
-        loss, _, _ = mixing.mixup_cross_entropy_fwd(library, logits, target.flip(0), permutation, 1 - lam)
+        loss, _, _, _ = mixing.mixup_cross_entropy_fwd(library, logits, target.flip(0), permutation, 1 - lam)
         require(loss.isfinite().all(), "the own class counts")
 
 

@@ -89,7 +89,7 @@ def test_mixing_of_many_samples_and_features(launched, samples, features):
 def test_cross_entropy_of_many_rows_and_classes(launched, rows, classes):
     common = at_address(
         mixing_calls.MixupCrossEntropyArgs, dtype=1, N=rows, C=classes, row_stride=classes,
-        permutation_stride=1, lam_stride=1,
+        partner_stride=1, lam_stride=1,
     )  # fmt: skip
     args = at_address(mixing_calls.MixupCrossEntropyFwdArgs, common=common)
     assert launched("mixup_cross_entropy", "mixup_cross_entropy_fwd", args)

@@ -45,8 +45,8 @@ def arguments_of(name, device):
         "cutmix_fwd": (image, boxes, order),
         "cutmix_bwd": (image, boxes, order),
         "mixup_normalize": (image, lam, order, rows(3), rows(3), torch.float32),
-        "mixup_cross_entropy_fwd": (x, order, order, lam, 0.1),
-        "mixup_cross_entropy_bwd": (n, x, order, order, lam, n, 0.1),
+        "mixup_cross_entropy_fwd": (x, order, order, lam, None, 0.1, -100, False, "mean"),
+        "mixup_cross_entropy_bwd": (n, x, order, order, lam, None, n, 0.1, -100, False),
     }[name]  # fmt: skip
 
 

@@ -179,11 +179,11 @@ def check_mixup(kernels):
 def check_mixup_cross_entropy(kernels):
     for classes in (31, 33, 4095, 4096, 4097):
         logits, target = keys_of(3, classes, torch.float32), torch.tensor([0, classes - 1, classes // 2])
-        loss, lse = kernels.mixup_cross_entropy_fwd(logits, target, torch.arange(3), torch.ones(3), 0.0)
+        operands, options = (logits, target, torch.arange(3), torch.ones(3), None), (0.0, -100, False)
+        loss, lse, _ = kernels.mixup_cross_entropy_fwd(*operands, *options, "none")
         exact = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
-        torch.testing.assert_close(loss, exact, rtol=1e-6, atol=1e-6)
-        operands = (logits, target, torch.arange(3), torch.ones(3), lse, 0.0)
-        grad = kernels.mixup_cross_entropy_bwd(torch.ones(3).double(), *operands)
+        torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-6)
+        grad = kernels.mixup_cross_entropy_bwd(torch.ones(3).double(), *operands, lse, *options)
         exact = logits.double().softmax(1) - torch.nn.functional.one_hot(target, classes)
         torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-6)
     # Targets of weight 0 beside infinite logits.
@@ -191,7 +191,8 @@ def check_mixup_cross_entropy(kernels):
     logits[0, 3] = logits[1, 1] = -torch.inf
     target, swap, lam = torch.tensor([1, 3]), torch.tensor([1, 0]), torch.ones(2)
     for classes, share in ((target, lam), (target.flip(0), 1 - lam)):
-        assert kernels.mixup_cross_entropy_fwd(logits, classes, swap, share, 0.0)[0].isfinite().all()
+        operands = (logits, classes, swap, share, None, 0.0, -100, False, "none")
+        assert kernels.mixup_cross_entropy_fwd(*operands)[0].isfinite().all()
 
 
 def check_cutmix(kernels):
