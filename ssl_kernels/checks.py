@@ -8,7 +8,7 @@ import torch
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 REDUCTIONS = ("mean", "sum", "none")
 _HOLDING_VALUES = (torch.Tensor, torch.nn.Parameter)
-_LARGEST = (2.0**127, 2.0**1023)  # a power of two below the largest float32, float64
+_LARGEST_FLOAT32, _LARGEST_FLOAT64 = 2.0**127, 2.0**1023  # a power of two below the largest
 
 
 def check_embeddings(op, **tensors):
@@ -80,9 +80,9 @@ def check_scalar(op, name, value, like, *, positive=False):
         except OverflowError:  # an integer beyond float64
             value = math.inf
     # Comparisons, not math.isfinite, which torch.compile cannot trace of a number that changes.
-    largest = _LARGEST[like.dtype == torch.float64]
+    largest = _LARGEST_FLOAT64 if like.dtype == torch.float64 else _LARGEST_FLOAT32
     if positive:
-        if not 0 < value <= _LARGEST[True]:
+        if not 0 < value <= _LARGEST_FLOAT64:
             raise ValueError(f"{op}: {name} must be finite and > 0, got {value}")
         if value < 1 / largest:
             raise ValueError(
@@ -90,7 +90,7 @@ def check_scalar(op, name, value, like, *, positive=False):
             )
     elif not -largest <= value <= largest:
         rule = f"at most {largest:.3g} in size with {short(like.dtype)} rows"
-        if not -_LARGEST[True] <= value <= _LARGEST[True]:
+        if not -_LARGEST_FLOAT64 <= value <= _LARGEST_FLOAT64:
             rule = "finite"
         raise ValueError(f"{op}: {name} must be {rule}, got {value}")
 
