@@ -16,6 +16,8 @@ import ssl_kernels  # noqa: F401  defines the operators
 MAIN = {
     "contrastive_fwd": {"rows", "columns"},
     "contrastive_bwd": {"rows", "columns"},
+    "class_contrastive_fwd": {"rows"},
+    "class_contrastive_bwd": {"rows"},
     "sigmoid_pairs_fwd": {"rows", "columns"},
     "sigmoid_pairs_bwd": {"rows", "columns"},
     "batch_hard": {"embeddings"},
@@ -59,7 +61,15 @@ def operators():
 
 def _poison(like, shape):
     """Memory around a view: NaN, or a number that names no row, label or pixel."""
-    value = torch.nan if like.dtype.is_floating_point else 99 if like.dtype == torch.uint8 else 10**12
+    value = (
+        torch.nan
+        if like.dtype.is_floating_point
+        else 1
+        if like.dtype == torch.bool
+        else 99
+        if like.dtype == torch.uint8
+        else 10**12
+    )
     return torch.full(shape, value, dtype=like.dtype, device=like.device)
 
 
@@ -294,6 +304,24 @@ def _batch_hard(data, operator, run, backward):
         yield {"embeddings": embeddings, "labels": labels, "normalize": False, "distance": distance}
 
 
+def _class_contrastive(data, operator, run, backward):
+    mask = data.integers(2, 6, 6) == 1
+    for positives in (data.integers(3, 6), mask | mask.T):
+        common = {
+            "rows": data.floats(6, 16),
+            "scale": data.number(2.0),
+            "positives": positives,
+            "normalize": True,
+        }
+        forward = {**common, "keep": True}
+        if not backward:
+            yield forward
+            continue
+        _, *saved = run("class_contrastive_fwd", *_ordered("class_contrastive_fwd", forward))
+        saved = dict(zip(("counts", "lse", "row_rnorm", "kept"), saved, strict=True))
+        yield {"grad_losses": data.floats(6, dtype=torch.float64), **common, **saved, "rows_need_grad": True}
+
+
 def _row_pairs(data, operator, run, backward):
     for measure in ("product", "distance"):
         common = {"x": data.floats(6, 16), "y": data.floats(6, 16), "z": data.floats(6, 16)}
@@ -367,6 +395,7 @@ def _mixup_cross_entropy(data, operator, run, backward):
 
 _CALLS = {
     "contrastive": _contrastive,
+    "class_contrastive": _class_contrastive,
     "sigmoid_pairs": _sigmoid_pairs,
     "batch_hard": _batch_hard,
     "row_pairs": _row_pairs,
