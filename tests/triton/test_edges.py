@@ -149,12 +149,12 @@ def check_momentum_update(kernels):
         for momentum in (0.0, 1.0):
             master, source = torch.randn(2, 300, generator=generator)
             shadow, expected = master.to(dtype), (source if momentum == 0 else master).clone()
-            kernels.momentum_update_([master], [shadow], [source], momentum)
+            kernels.momentum_update_([master], [shadow], [source], torch.tensor(1 - momentum))
             assert torch.equal(master, expected) and torch.equal(shadow, expected.to(dtype))
     master = torch.tensor([70000.0, -1e6, 65519.0, 1.0])
     shadow, source = master.half(), torch.tensor([1.0, 2.0, 3.0, 4.0])
     exact = (master + source) / 2
-    kernels.momentum_update_([master], [shadow], [source], 0.5)
+    kernels.momentum_update_([master], [shadow], [source], torch.tensor(0.5))
     assert torch.equal(master, exact) and torch.equal(shadow, exact.half())
 
 
