@@ -262,8 +262,17 @@ def mixup_cross_entropy(
     partner, is_class = (permutation, False) if partner_target is None else (partner_target, True)
     if validate and logits.device.type != "cpu":  # on the CPU the operators check values themselves
         check_mixed_target(op, target, partner, lam, logits.shape[1], ignore_index, is_class)
-    options = (weight, float(label_smoothing), int(ignore_index), is_class, reduction)
-    loss = cross_entropy_ops.mixup_cross_entropy(logits, target, partner, lam, *options, backend=backend)
+
+    def loss_of(smoothing):
+        options = (weight, smoothing, int(ignore_index), is_class, reduction)
+        return cross_entropy_ops.mixup_cross_entropy(logits, target, partner, lam, *options, backend=backend)
+
+    if torch.compiler.is_compiling() and label_smoothing:
+        # Linear in it: as an argument of the operator, a number that changes would have a graph for each of its values.
+        smoothing = torch.ones((), dtype=lam.dtype, device=lam.device) * label_smoothing
+        loss = (1 - smoothing) * loss_of(0.0) + smoothing * loss_of(1.0)
+    else:
+        loss = loss_of(float(label_smoothing))
     return loss.view(shape) if reduction == "none" else loss
 
 
@@ -316,6 +325,8 @@ def _overlaps(x):
     """Whether some stride does not lead past all that the smaller ones reach; traced, whether one is 0."""
     if torch.compiler.is_compiling():  # symbolic strides have no order
         return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+    if x.is_contiguous():
+        return False
     reach = 0
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True)):
         if size > 1:

@@ -6,17 +6,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 def share_memory(x, other):
     """Whether an element of one lies in memory of an element of the other, exactly; False of stand-ins in a trace."""
-    if torch.compiler.is_compiling() or _is_stand_in(x) or _is_stand_in(other):
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if x.is_meta or other.is_meta or isinstance(x, FakeTensor) or isinstance(other, FakeTensor):
         return False
     begin, other_begin = x.data_ptr(), other.data_ptr()
     end, other_end = begin + _extent(x), other_begin + _extent(other)
     if end <= other_begin or other_end <= begin:
         return False
     return _meet(x, other, other_end - 1 - begin)
-
-
-def _is_stand_in(tensor):
-    return tensor.is_meta or isinstance(tensor, FakeTensor) or torch._C._are_functorch_transforms_active()
 
 
 def _extent(tensor):

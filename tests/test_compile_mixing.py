@@ -90,6 +90,21 @@ def test_functions_whose_numbers_and_sizes_change(name, backend):
     assert count_graphs(on(name, backend), FUNCTIONS[name]) <= MOST_GRAPHS
 
 
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
+def test_label_smoothing_that_changes(reduction):
+    weight = torch.tensor([0.5, 1.0, 2.0, 0.0])
+
+    def loss(logits, target, permutation, lam, smoothing):
+        options = {"label_smoothing": smoothing, "weight": weight, "ignore_index": 1, "reduction": reduction}
+        return ssl_kernels.mixup_cross_entropy(logits, target, permutation, lam, **options)
+
+    def of_call(k):
+        logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(k))
+        return logits, torch.arange(6) % 4, random_permutation(6), 0.9 - 0.05 * k, 0.05 * k
+
+    assert count_graphs(loss, of_call) <= MOST_GRAPHS
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_whose_tensors_change(name):

@@ -323,7 +323,8 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   double* positive = positive_logits.mutable_data_ptr<double>();
   const at::Tensor kept_logits = args.keep ? problem.keep(options) : at::empty({0}, options);
 
-  std::vector<ClassSums> class_sums(args.classes ? problem.parts : 0, ClassSums(problem.n));
+  std::vector<ClassSums> class_sums;
+  if (args.classes) class_sums.assign(problem.parts, ClassSums(problem.n));
 
   const auto visit = [&](int64_t block_i, int64_t block_j, int thread, int part) {
     const auto kept = problem.kept(block_i, block_j, kept_logits);

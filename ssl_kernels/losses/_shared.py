@@ -115,7 +115,7 @@ def not_below_zero(loss):
 
 def infinite_as_nan(x):
     """A logit, or the log-sum-exp of some, as the softmax over it has it: NaN where it is +inf."""
-    return x + x.detach().clamp_min(0) * 0
+    return torch.add(x, x.detach().clamp_min(0), alpha=0)  # 0 · inf is NaN
 
 
 def weighted_mean(loss, weights):
