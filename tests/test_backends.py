@@ -432,26 +432,6 @@ def test_works_without_the_extension():
     assert output[1] == f'nt_xent_loss: backend "native" cannot run this call: {output[0]}'
 
 
-def test_works_with_an_extension_of_other_sources():
-    """An operator whose kernel there has another signature runs without it, the others with it."""
-    code = """
-import torch
-define = torch.library.Library.define
-def refusing(self, schema, *arguments, **options):
-    if schema.startswith("momentum_update_.native"):
-        raise RuntimeError("Inferred operator schema doesn't match the expected function schema.")
-    return define(self, schema, *arguments, **options)
-torch.library.Library.define = refusing
-import ssl_kernels
-print(ssl_kernels.backends_for("momentum_update", torch.ones(2))["native"])
-print(ssl_kernels.backends_for("queue_push", torch.ones(2))["native"])
-network = torch.nn.Linear(2, 2).bfloat16()
-ssl_kernels.nn.MomentumEncoder(network).update_(network)
-"""
-    reasons = run_python(code).splitlines()
-    assert reasons == ["the extension was built from other sources than these, build it again", "None"]
-
-
 def test_works_without_triton():
     """On the CPU the device is why Triton cannot run; nothing imports it."""
     output = run_python(WITHOUT.format(module="triton", backend="triton")).splitlines()

@@ -12,7 +12,6 @@ from ssl_kernels import backends
 OVERLOADS = ("native", "triton", "chunked")
 
 library = torch.library.Library("ssl_kernels", "DEF")  # lives as long as the process
-outdated = set()  # operators whose kernels in the extension are of another signature
 in_triton = {}  # from the name of an operator to what runs its `triton` overload
 
 
@@ -20,22 +19,13 @@ def define(name, signature, fake):
     """Define one operator with an overload a backend, all of one signature; `fake` gets the overload's name first.
 
     An operator that works in place declares what it mutates, `Tensor(a!) x`, and returns nothing; its calls advance the
-    version counter of those tensors, so that autograd notices an overwritten tensor that it still needs. An extension
-    that was built from other sources, with another signature, is left out of it.
+    version counter of those tensors, so that autograd notices an overwritten tensor that it still needs.
     """
-    defined = []
     for overload in OVERLOADS:
         qualified = f"{name}.{overload}"
-        try:
-            library.define(f"{qualified}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
-        except RuntimeError as error:
-            if overload != "native" or "expected function schema" not in str(error):
-                raise
-            outdated.add(name)
-            continue
+        library.define(f"{qualified}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"ssl_kernels::{qualified}", partial(fake, overload), lib=library)
-        defined.append(overload)
-    overloads = {overload: getattr(getattr(torch.ops.ssl_kernels, name), overload) for overload in defined}
+    overloads = {overload: getattr(getattr(torch.ops.ssl_kernels, name), overload) for overload in OVERLOADS}
     for qualified, op in ((f"{name}.{overload}", op) for overload, op in overloads.items()):
         if op._schema.is_mutable:
             library.impl(qualified, partial(_advance_versions, op), "ADInplaceOrView", with_keyset=True)
@@ -102,8 +92,6 @@ def where_it_runs(name, triton_module):
         if backend == "native":
             if backends.extension is None:
                 return backends.extension_missing
-            if name in outdated:
-                return "the extension was built from other sources than these, build it again"
             if device in native:
                 return backends.native_unsupported(tensors[0].device) if device == "cuda" else None
             if device in ("cpu", "cuda"):
