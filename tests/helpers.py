@@ -322,7 +322,7 @@ def saved_bytes(function, *arguments, **options):
 
     def pack(tensor):
         sizes.append(tensor.nbytes)
-        return tensor
+        return tensor.detach()  # the tensor itself could be held by its own graph
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function(*arguments, **options)
