@@ -96,10 +96,13 @@ def imix_loss(
     lse, _, logits = contrastive(query, key, scale, positives=positives, **options)
     if negative_keys is not None:
         lse = torch.logaddexp(lse, contrastive(query, negative_keys, scale, **options).lse)
-    own, partner = (lse[:, None] - logits).unbind(1)
+    own, partner = (lse.unsqueeze(1) - logits).unbind(1)  # neither is below 0
     if isinstance(lam, torch.Tensor):
         lam = savable(lam.reshape(()) if lam.numel() == 1 else lam).double()
-    loss = lam * own + (1 - lam) * partner  # neither is below 0
+    if isinstance(lam, torch.Tensor) or torch.compiler.is_compiling():
+        loss = lam * own + (1 - lam) * partner
+    else:  # an operator less; traced, a number that changes must not be an argument of one
+        loss = torch.add(float(lam) * own, partner, alpha=1 - float(lam))
     return reduce(loss, reduction, query, row_weights)
 
 
