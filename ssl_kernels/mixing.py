@@ -380,7 +380,8 @@ def _shares(op, lam, x, like="x"):
         raise ValueError(f"{op}: lam must be on {x.device} as {like} is, got {lam.device}")
     if lam.dtype == torch.float64 != acc and can_be_read(lam):
         check_lam(op, lam)  # rounding would hide what is just outside of [0, 1]
-    return lam.to(acc).expand(batch)
+    lam = lam.to(acc)
+    return lam if lam.dim() else lam.expand(batch)
 
 
 def _classes(op, name, value, shape, logits):

@@ -96,7 +96,7 @@ def imix_loss(
     lse, _, logits = contrastive(query, key, scale, positives=positives, **options)
     if negative_keys is not None:
         lse = torch.logaddexp(lse, contrastive(query, negative_keys, scale, **options).lse)
-    own, partner = (lse.unsqueeze(1) - logits).unbind(1)  # neither is below 0
+    own, partner = (lse - logit for logit in logits.unbind(1))  # neither is below 0
     if isinstance(lam, torch.Tensor):
         lam = savable(lam.reshape(()) if lam.numel() == 1 else lam).double()
     if isinstance(lam, torch.Tensor) or torch.compiler.is_compiling():

@@ -235,14 +235,18 @@ class DrawingModule(nn.Module):
 
 
 _ALPHAS = (1e-300, 1e300)  # beyond, every draw is 0 or 1, or 1/2, as it is there
+_SMALL_ALPHA = 0.1  # from here on U^(1/alpha) of the least U, 2⁻⁵³, is a float64
 
 
 def beta(alpha, count, device, draws):
-    """`count` numbers from Beta(alpha, alpha), float32, in logarithms: the gammas of a small alpha underflow.
+    """`count` numbers from Beta(alpha, alpha), float32: the share of one of two gammas.
 
-    Of G(a) = G(a + 1) U^(1/a).
+    The gammas of a small alpha underflow, and are drawn in logarithms, of G(a) = G(a + 1) U^(1/a).
     """
     alpha = min(max(float(alpha), _ALPHAS[0]), _ALPHAS[1])
+    if alpha >= _SMALL_ALPHA:
+        first, second = draws.gamma(alpha, (2, count), device)
+        return (first / (first + second)).float()
     gammas = draws.gamma(alpha + 1, (2, count), device)
     powers = torch.log1p(-draws.uniform((2, count), device, torch.float64)) / alpha
     first, second = torch.log(gammas) + powers

@@ -38,7 +38,7 @@ def check_beta(drawn, alpha):
     check_distribution(exact, *(special.betainc(alpha, alpha, edge) for edge in rounded))
 
 
-@pytest.mark.parametrize("alpha", [1e-4, 1e-3, 1e-2, 0.2, 1.0, 4.0, 1e3, 1e6])
+@pytest.mark.parametrize("alpha", [1e-4, 1e-3, 1e-2, 0.09, 0.1, 0.2, 1.0, 4.0, 1e3, 1e6])
 def test_beta(alpha):
     """A small alpha gives 0 or 1 mostly, and 1/2 hardly ever."""
     check_beta(beta(alpha, 10 * COUNT, CPU, Draws(1)), alpha)
