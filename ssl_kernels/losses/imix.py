@@ -99,10 +99,7 @@ def imix_loss(
     own, partner = (lse - logit for logit in logits.unbind(1))  # neither is below 0
     if isinstance(lam, torch.Tensor):
         lam = savable(lam.reshape(()) if lam.numel() == 1 else lam).double()
-    if isinstance(lam, torch.Tensor) or torch.compiler.is_compiling():
-        loss = lam * own + (1 - lam) * partner
-    else:  # an operator less; traced, a number that changes must not be an argument of one
-        loss = torch.add(float(lam) * own, partner, alpha=1 - float(lam))
+    loss = lam * own + (1 - lam) * partner
     return reduce(loss, reduction, query, row_weights)
 
 
