@@ -1,6 +1,7 @@
 """Averages and learned scalars under DistributedDataParallel and fully_shard, with two processes over gloo."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -172,7 +173,9 @@ def work(rank, path):
     data_parallel_averages(rank)
     sharded_averages(mesh)
     sharded_losses(mesh)
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # a thread of torch's may still run, with which the process can abort as it ends
 
 
 def test_two_processes(tmp_path):
