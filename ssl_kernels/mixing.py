@@ -228,7 +228,7 @@ def mixup_cross_entropy(
     Raises:
         TypeError: An argument of the wrong type or dtype.
         ValueError: Shapes or devices that do not fit, an empty batch, λ or label_smoothing outside [0, 1], a
-            permutation that is none or is not given, a target outside the classes, an unknown reduction.
+            permutation that is missing or not one, a target outside the classes, an unknown reduction.
 
     Source: Zhang et al., mixup, arXiv:1710.09412; label smoothing: Szegedy et al., arXiv:1512.00567.
     """

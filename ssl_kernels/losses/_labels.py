@@ -8,7 +8,7 @@ BITS = 64  # of an int64
 
 
 def as_ids(op, name, value, shape, like):
-    """`value` as int64 of `shape`: integers or bool; where one number a row is asked for, also (N, 1).
+    """`value` as int64 of `shape`: integers or bool; where one number per row is asked for, also (N, 1).
 
     Raises:
         TypeError, ValueError: It is no such tensor on the device of `like`.

@@ -175,7 +175,7 @@ class Mixup(DrawingModule):
 
         Raises:
             TypeError, ValueError: As `mixup_` and `cutmix_`; masks that cannot be mixed; a target of another shape,
-                dtype or device, or on the CPU outside of torch.compile a class that is none, where it is made dense;
+                dtype or device, or on the CPU outside of torch.compile an unknown class where it is made dense;
                 boxes or labels of another shape. x and masks are untouched then.
         """
         self._check_batch(x, masks)

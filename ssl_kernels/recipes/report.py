@@ -65,7 +65,7 @@ def _cpu_name():
 def format_table(runs):
     """One line a run; a dash where a run has no training. Times are the median step's, with quartiles in brackets."""
     accuracies = ("kNN", "linear probe", f"{FEW_LABELS} labels/class")
-    header = ("", "loss", *accuracies, "loss, ms a step", "training, ms a step", "loss memory")
+    header = ("", "loss", *accuracies, "loss, ms per step", "training, ms per step", "loss memory")
     lines = [header, *(_table_line(run) for run in runs)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     first, *rest = (_align(line, widths) for line in lines)
@@ -131,7 +131,7 @@ def draw_losses(trained, path):
 
     names = [run.name for run in trained]
     milliseconds = [1e3 * float(np.median(run.history.loss_seconds)) for run in trained]
-    _draw_bars(panels["time"], names, milliseconds, colors, "Time of the loss (ms a step)")
+    _draw_bars(panels["time"], names, milliseconds, colors, "Time of the loss (ms per step)")
     megabytes = [run.peak_bytes / 1e6 for run in trained]
     _draw_bars(panels["memory"], names, megabytes, colors, "Peak memory of the loss (MB)")
     for panel in panels.values():
