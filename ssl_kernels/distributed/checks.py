@@ -1,0 +1,98 @@
+"""What the ranks tell each other before rows move: how many each has, and whether all call the same."""
+
+import hashlib
+import json
+import re
+
+import torch
+
+from ssl_kernels.checks import check_embeddings
+from ssl_kernels.distributed import groups
+
+MESSAGE = 1024  # bytes a rank
+_REFUSED = "refused"
+
+
+def check_rows(op, **tensors):
+    """As `check_embeddings`, but a rank may have no rows."""
+    stand_ins = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and not tensor.shape[0]:
+            tensor = tensor.new_empty(1, tensor.shape[1])
+        stand_ins[name] = tensor
+    check_embeddings(op, **stand_ins)
+
+
+def check_device(op, name, tensor, group):
+    """`tensor` must lie where the group's backend can take it."""
+    backend = str(groups.dist.get_backend(group))
+    wanted = {"nccl": "cuda", "gloo": None}.get(backend)
+    if wanted is not None and tensor.device.type != wanted:
+        raise ValueError(
+            f"{op}: {name} must be on {wanted}, where the backend {backend} of the group works, got {tensor.device}"
+        )
+
+
+def compare(op, group, ranks, facts):
+    """Raise on every rank, naming ranks and values, where `facts` are not the same everywhere.
+
+    Args:
+        facts: From names to values that JSON knows. Those that begin with "_" may differ.
+
+    Returns:
+        The facts of all ranks in their order.
+
+    Raises:
+        ValueError: Ranks differ, or one of them said `refuse`.
+    """
+    everyones = _exchange({"function": op, **facts}, group, ranks)
+    for rank, theirs in enumerate(everyones):
+        if _REFUSED in theirs:
+            raise ValueError(f"{op}: rank {rank} refused its input: {theirs[_REFUSED]}")
+    for name in everyones[0]:
+        if name.startswith("_"):
+            continue
+        values = [theirs.get(name) for theirs in everyones]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"{op}: {name} must be the same on every rank, got {_by_rank(values)}")
+    return everyones
+
+
+def refuse(op, group, ranks, error):
+    """Tell the ranks that are in `compare` that this one raises `error`."""
+    _exchange({"function": op, _REFUSED: str(error)[: MESSAGE // 4]}, group, ranks)
+
+
+def _by_rank(values):
+    """'float32 on rank 0, bfloat16 on ranks 1, 2'."""
+    ranks = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(json.dumps(value).strip('"'), []).append(rank)
+    return ", ".join(
+        f"{value} on rank{'s' * (len(of) > 1)} {', '.join(map(str, of[:8]))}{' and others' * (len(of) > 8)}"
+        for value, of in ranks.items()
+    )
+
+
+def _exchange(facts, group, ranks):
+    text = json.dumps(facts).encode()
+    if len(text) > MESSAGE:  # compared all the same, though not in words
+        text = json.dumps({"function": facts["function"], "input": hashlib.sha256(text).hexdigest()}).encode()
+    mine = torch.frombuffer(bytearray(text.ljust(MESSAGE)), dtype=torch.uint8).to(groups.device_of(group))
+    everyones = groups.all_gather_rows(mine[None], [1] * ranks.world, ranks.name).cpu()
+    return [json.loads(bytes(row.tolist()).decode()) for row in everyones]
+
+
+def exchange_counts(counts, group, ranks):
+    """The counts of all ranks, the only thing told where nothing is compared."""
+    mine = torch.tensor([counts], device=groups.device_of(group))
+    return groups.all_gather_rows(mine, [1] * ranks.world, ranks.name).tolist()
+
+
+def as_fact(value):
+    """An option as something to compare: numbers and strings themselves, of a tensor its kind."""
+    if isinstance(value, torch.Tensor):
+        return f"tensor, requires_grad={value.requires_grad and torch.is_grad_enabled()}"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return re.sub(r" at 0x\w+", "", str(value))

@@ -1,0 +1,131 @@
+"""Process groups, and the collectives on rows that the losses are made of."""
+
+from typing import NamedTuple
+
+import torch
+from torch import distributed as dist
+
+
+class Ranks(NamedTuple):
+    """A process group as this rank sees it."""
+
+    rank: int
+    world: int
+    name: str  # by which functional collectives find the group
+
+
+def process_group(op, group):
+    """`group` as a ProcessGroup of this rank: None is the default one, a DeviceMesh has to have one dimension.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised.
+        TypeError, ValueError: group is no process group, or one without this rank.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(f"{op}: torch.distributed must be initialised (init_process_group)")
+    if group is None:
+        return dist.group.WORLD
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{op}: group must contain this rank, got a group of others")
+    if hasattr(group, "get_group") and hasattr(group, "ndim"):
+        if group.ndim != 1:
+            raise ValueError(f"{op}: group must have one dimension as a DeviceMesh, got {group.ndim}")
+        return group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"{op}: group must be a process group or None, got {type(group).__name__}")
+    return group
+
+
+def ranks_of(op, group):
+    """(process group, `Ranks`) of what `process_group` takes."""
+    group = process_group(op, group)
+    return group, Ranks(dist.get_rank(group), dist.get_world_size(group), group.group_name)
+
+
+def device_of(group):
+    """Where a message of this group may lie whatever the data is: the CPU if its backends have one for it."""
+    backend = dist.get_backend(group)
+    names = {backend} | set(str(dist.get_backend_config(group)).replace(":", ",").split(","))
+    if names & {"gloo", "mpi", "cpu", "fake"}:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _collective(name):
+    return getattr(torch.ops._c10d_functional, name)
+
+
+def _wait(tensor):
+    return torch.ops._c10d_functional.wait_tensor(tensor)
+
+
+def _padded(x, rows):
+    """x with zeros below, `rows` rows in all: a collective moves as much from every rank."""
+    if x.shape[0] == rows:
+        return x.contiguous()
+    return torch.cat((x, x.new_zeros(rows - x.shape[0], *x.shape[1:])))
+
+
+def all_gather_rows(x, sizes, name, first=0):
+    """Rows of all ranks, rank after rank from `first` on; sizes are their numbers of rows. Not differentiable."""
+    most, world = max(sizes), len(sizes)
+    gathered = _wait(_collective("all_gather_into_tensor")(_padded(x, most), world, name))
+    if min(sizes) == most:
+        start = first * most
+        return gathered if not start else torch.cat((gathered[start:], gathered[:start]))
+    order = [(first + k) % world for k in range(world)]
+    return torch.cat([gathered[rank * most : rank * most + sizes[rank]] for rank in order])
+
+
+def reduce_scatter_rows(x, sizes, name):
+    """The sum over the ranks of x, which has the rows of all of them in rank order: this rank's rows of it."""
+    most, world = max(sizes), len(sizes)
+    if min(sizes) != most:
+        x = torch.cat([_padded(rows, most) for rows in x.split(list(sizes))])
+    return _wait(_collective("reduce_scatter_tensor")(x.contiguous(), "sum", world, name))
+
+
+def exchange_rows(x, sizes, rank, name):
+    """(world, own rows, ...): what each rank has of this rank's rows in x, where those of all are in rank order."""
+    own, world = sizes[rank], len(sizes)
+    received = _collective("all_to_all_single")(x.contiguous(), [own] * world, list(sizes), name)
+    return _wait(received).view(world, own, *x.shape[1:])
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over the ranks; every rank's gradient of it reaches every rank's input."""
+
+    @staticmethod
+    def forward(ctx, x, name):
+        ctx.name = name
+        return _wait(_collective("all_reduce")(x.contiguous(), "sum", name))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _AllReduce.apply(grad, ctx.name), None
+
+
+def all_reduce(x, name):
+    """The sum of x over the ranks, differentiable."""
+    return _AllReduce.apply(x, name)
+
+
+class _GatherRows(torch.autograd.Function):
+    """`all_gather_rows`, whose gradient is the sum of what the ranks have for these rows."""
+
+    @staticmethod
+    def forward(ctx, x, sizes, rank, name):
+        ctx.options = sizes, rank, name
+        return all_gather_rows(x, sizes, name)
+
+    @staticmethod
+    def backward(ctx, grad):
+        sizes, rank, name = ctx.options
+        wide = grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
+        rows = reduce_scatter_rows(wide, sizes, name)[: sizes[rank]]
+        return rows.to(grad.dtype), None, None, None
+
+
+def gather_rows(x, sizes, rank, name):
+    """Rows of all ranks in rank order, differentiable: backward is a reduce-scatter."""
+    return _GatherRows.apply(x, sizes, rank, name)

@@ -1,0 +1,67 @@
+"""The operators that a visit of a block calls, each in one place: what changes in their schemas changes here."""
+
+import torch
+
+from ssl_kernels.ops import contrastive as _contrastive
+from ssl_kernels.ops import sigmoid_pairs as _sigmoid_pairs
+
+_NOTHING = (None, None, None)  # positives, row_ids, column_ids
+
+
+def keeps_expectation(backend, rows, columns):
+    """Whether `contrastive_fwd` of frozen columns gives their expectation too, from which backward is made."""
+    return _contrastive._keeps_expectation(backend, rows, columns, False, True, False)
+
+
+def contrastive_fwd(backend, rows, columns, scale, marks, normalize, *, both=False, keep=False, own=False):
+    """(lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept) of rows against columns, or among themselves.
+
+    Args:
+        marks: (positives, row_ids, column_ids).
+        normalize: (of rows, of columns).
+        own: Row i and column i are a pair, which stays in the sums although its ids are equal.
+    """
+    flags = (*normalize, own and columns is not None, both)
+    return _contrastive._fwd[backend](rows, columns, scale, *marks, *flags, keep, False)
+
+
+def contrastive_bwd(
+    backend, grads, rows, columns, scale, marks, sums, normalize, needs, *, both=False, own=False
+):
+    """(grad_rows, grad_columns, grad_scale), given the log-sum-exps over all blocks and their gradients.
+
+    Args:
+        grads: (of lse, of column_lse, of positive_logits), None for 0.
+        sums: (lse, column_lse).
+        needs: Whether the gradient of (rows, columns) is wanted.
+        marks, normalize, own: As in `contrastive_fwd`.
+    """
+    flags = (*normalize, own and columns is not None, both)
+    rnorms = (
+        reciprocal_norms(rows, normalize[0]),
+        reciprocal_norms(columns if columns is not None else rows[:0], normalize[1]),
+    )
+    kept = rows.new_empty(0, dtype=rnorms[0].dtype)
+    return _contrastive._bwd[backend](
+        *grads, rows, columns, scale, *marks, *sums, *rnorms, kept, *flags, *needs
+    )
+
+
+def sigmoid_pairs_fwd(backend, rows, columns, scale, bias, diagonal, normalize):
+    """Losses of the rows, float64."""
+    options = (diagonal, normalize, normalize, False, False, False, False)
+    return _sigmoid_pairs._fwd[backend](rows, columns, scale, bias, *options)[0]
+
+
+def sigmoid_pairs_bwd(backend, grad_losses, rows, columns, scale, bias, diagonal, normalize, needs):
+    """(grad_rows, grad_columns, grad_scale, grad_bias)."""
+    operands = (rows, columns, scale, bias)
+    return _sigmoid_pairs._bwd[backend](grad_losses, *operands, diagonal, normalize, normalize, *needs)
+
+
+def reciprocal_norms(rows, normalize):
+    """1 / max(‖row‖, eps) as `contrastive_bwd` takes it: (0,) where nothing is normalised."""
+    acc = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    if not normalize:
+        return rows.new_empty(0, dtype=acc)
+    return torch.linalg.vector_norm(rows, dim=1, dtype=acc).clamp_min(1e-12).reciprocal()

@@ -1,0 +1,313 @@
+"""Rows of this rank against the rows of all: sums over blocks, and their gradients, over a `Gather` or a `Ring`.
+
+Gradients are those of what all ranks together differentiate: the rows that came from another rank get their part of
+that rank's losses too. The gradients of scale and bias are this rank's part, which the ranks' sum makes whole.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import distributed as dist
+from torch.autograd.function import once_differentiable
+
+from ssl_kernels.distributed import operators
+from ssl_kernels.distributed.groups import Ranks
+from ssl_kernels.distributed.transport import EVERY, TRANSPORTS, LogSum, Sum
+from ssl_kernels.ops.library import accumulation_dtype
+
+
+class Setting(NamedTuple):
+    """How a loss runs; what an autograd.Function is handed as it is, under torch.compile too."""
+
+    backend: str
+    normalize: bool
+    strategy: str
+    rank: int
+    world: int
+    name: str  # of the group
+
+    def transport(self, sizes):
+        ranks = Ranks(self.rank, self.world, self.name)
+        group = None
+        if self.strategy == "ring":
+            group = dist.distributed_c10d._resolve_process_group(self.name)
+        return TRANSPORTS[self.strategy](group, ranks, sizes)
+
+
+def widened(rows):
+    """Rows as the kernels take them: on the CPU in the accumulation dtype, so that a gradient is rounded once."""
+    return rows if rows.is_cuda else rows.to(accumulation_dtype(rows))
+
+
+def _gradient(like, rows=None):
+    shape = like.shape if rows is None else (rows, *like.shape[1:])
+    return like.new_zeros(shape, dtype=accumulation_dtype(like))
+
+
+def _or_zeros(grad, like):
+    return torch.zeros_like(like) if grad is None else grad
+
+
+class _LogSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, columns, scale, positives, row_ids, column_ids, both, sizes, setting):
+        square = columns is None
+        transport = setting.transport(sizes)
+        own = rows if square else columns
+        held = transport.collect(own, *([] if square or column_ids is None else [column_ids]))
+        x = widened(rows)
+        lse = x.new_full((x.shape[0],), -torch.inf, dtype=torch.float64)
+        logits = lse.new_empty((0,) if positives is None else positives.shape)
+        both = both or square
+        normalize = (setting.normalize,) * 2
+
+        def visit(block, part, first):
+            nonlocal lse, logits
+            among_themselves = square and first
+            y = widened(block[0])
+            mine = x[part]
+            if not mine.shape[0] or not y.shape[0]:
+                return [lse.new_full((y.shape[0],), -torch.inf)] if both else None
+            marks = _marks(positives, row_ids, block, square, first)
+            results = operators.contrastive_fwd(
+                setting.backend,
+                mine,
+                None if among_themselves else y,
+                scale,
+                marks,
+                normalize,
+                both=both and not among_themselves,
+                own=first and positives is not None,
+            )
+            if part == EVERY:
+                lse = torch.logaddexp(lse, results[0])
+            else:
+                begin = part.start or 0
+                end = begin + mine.shape[0]
+                lse = torch.cat((lse[:begin], torch.logaddexp(lse[part], results[0]), lse[end:]))
+            if first and positives is not None:
+                logits = results[2]
+            if among_themselves:  # its rows are in lse
+                return [torch.full_like(results[0], -torch.inf)]
+            return [results[1]] if both else None
+
+        found = transport.walk(held, visit, LogSum if both else None, symmetric=square)
+        column_lse = lse.new_empty(0)
+        if square:
+            lse = torch.logaddexp(lse, found[0])
+        elif both:
+            column_lse = found[0]
+        ctx.save_for_backward(rows, scale, positives, row_ids, lse, column_lse, *held)
+        ctx.options = square, both, sizes, setting
+        ctx.set_materialize_grads(False)
+        return lse, column_lse, logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_lse, grad_column_lse, grad_logits):
+        rows, scale, positives, row_ids, lse, column_lse, *held = ctx.saved_tensors
+        square, both, sizes, setting = ctx.options
+        transport = setting.transport(sizes)
+        x = widened(rows)
+        grad_lse = _or_zeros(grad_lse, lse)
+        if square:
+            travelling = (lse, grad_lse)
+        else:
+            travelling = (column_lse, _or_zeros(grad_column_lse, column_lse)) if both else ()
+        if travelling:
+            held = held + transport.collect(torch.stack(travelling, 1))
+        rows_need_grad, columns_need_grad = ctx.needs_input_grad[:2]
+        columns_need_grad = rows_need_grad if square else columns_need_grad
+        grad_rows, grad_scale = _gradient(rows), torch.zeros_like(scale)
+        normalize = (setting.normalize,) * 2
+
+        def visit(block, part, first):
+            nonlocal grad_scale
+            among_themselves = square and first
+            y, mine = widened(block[0]), x[part]
+            if not mine.shape[0] or not y.shape[0]:
+                return [_gradient(y)] if columns_need_grad else None
+            column_sums, grad_columns = (block[-1].unbind(1)) if both else (lse.new_empty(0), None)
+            if among_themselves:
+                column_sums, grad_columns = lse.new_empty(0), None
+            part_rows, part_columns, part_scale = operators.contrastive_bwd(
+                setting.backend,
+                (grad_lse[part], grad_columns, grad_logits if first else None),
+                mine,
+                None if among_themselves else y,
+                scale,
+                _marks(positives, row_ids, block, square, first),
+                (lse[part], column_sums),
+                normalize,
+                (rows_need_grad, columns_need_grad and not among_themselves),
+                both=both and not among_themselves,
+                own=first and positives is not None,
+            )
+            grad_scale = grad_scale + part_scale
+            if rows_need_grad:
+                grad_rows[part] += part_rows
+            if not columns_need_grad:
+                return None
+            # Of rows among themselves the gradient is in part_rows.
+            return [_gradient(y) if among_themselves else part_columns.to(grad_rows.dtype)]
+
+        found = transport.walk(held, visit, Sum if columns_need_grad else None, symmetric=square)
+        grads = [grad_rows if rows_need_grad else None, None]
+        if square and rows_need_grad:
+            grads[0] = grad_rows + found[0]
+        elif columns_need_grad:
+            grads[1] = found[0]
+        grads = [None if grad is None else grad.to(rows.dtype) for grad in grads]
+        return *grads, grad_scale if ctx.needs_input_grad[2] else None, *[None] * 6
+
+
+def _marks(positives, row_ids, block, square, first):
+    """(positives, row_ids, column_ids) for a visit; positives lie in the own block."""
+    positives = positives if first else None
+    if row_ids is None or (square and not first):
+        return positives, None, None
+    return positives, row_ids, None if square else block[1]
+
+
+def log_sums(
+    rows, columns, scale, setting, sizes, *, positives=None, row_ids=None, column_ids=None, both=False
+):
+    """`contrastive` of this rank's rows against the columns of all ranks, or of the rows of all among themselves.
+
+    Args:
+        rows: (n, D) of this rank.
+        columns: (m, D) of this rank, or None: the rows.
+        scale: 0-d tensor.
+        setting: `Setting`.
+        sizes: How many columns (square: rows) each rank has.
+        positives: (n,) or (n, P) indices into this rank's own columns.
+        row_ids, column_ids: As in `contrastive`; without columns, row_ids are compared within the rank alone.
+        both: Also the log-sum-exp over the rows of all ranks for each of this rank's columns.
+
+    Returns:
+        (lse (n,), column_lse (m,) or (0,), positive_logits), float64.
+    """
+    return _LogSums.apply(rows, columns, scale, positives, row_ids, column_ids, both, sizes, setting)
+
+
+class _LogSumOfLogits(torch.autograd.Function):
+    """A log-sum-exp that was made elsewhere, with its gradient: the expectation of the columns."""
+
+    @staticmethod
+    def forward(ctx, scaled_rows, lse, expectation):
+        ctx.save_for_backward(expectation)
+        return lse.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (expectation,) = ctx.saved_tensors
+        return (grad[:, None] * expectation).to(expectation.dtype), None, None
+
+
+def log_sums_with_expectation(scaled_rows, lse, expectation):
+    """lse as a function of scale · unit rows, of which it has `expectation` as its gradient."""
+    return _LogSumOfLogits.apply(scaled_rows, lse, expectation)
+
+
+@torch.no_grad()
+def frozen_columns(rows, columns, scale, setting, sizes, normalize_columns):
+    """[lse (n,), expectation (n, D)] of this rank's rows over the columns of all ranks, which get no gradient."""
+    transport = setting.transport(sizes)
+    x = widened(rows)
+    found = LogSum.nothing([x.new_empty(0, dtype=torch.float64), _gradient(x[:0])], x.shape[0])
+
+    def visit(block, part, first):
+        if x.shape[0] and block[0].shape[0]:
+            LogSum.merge(found, _frozen(x, block[0], scale, setting, normalize_columns))
+
+    transport.walk(transport.collect(columns), visit)
+    return found
+
+
+@torch.no_grad()
+def travelling_rows(rows, columns, scale, setting, sizes):
+    """The same where each rank keeps its columns, and the rows of all ranks come by; sizes are those of rows."""
+    transport = setting.transport(sizes)
+
+    def visit(block, part, first):
+        x = widened(block[0])
+        if not x.shape[0] or not columns.shape[0]:
+            return LogSum.nothing([x.new_empty(0, dtype=torch.float64), _gradient(x[:0])], x.shape[0])
+        return _frozen(x, columns, scale, setting, False)
+
+    return transport.walk(transport.collect(rows), visit, LogSum)
+
+
+def _frozen(rows, columns, scale, setting, normalize_columns):
+    normalize = (setting.normalize, normalize_columns)
+    results = operators.contrastive_fwd(
+        setting.backend, rows, columns, scale, (None, None, None), normalize, keep=True
+    )
+    return [results[0], results[5]]
+
+
+class _SigmoidSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, columns, scale, bias, sizes, setting):
+        transport = setting.transport(sizes)
+        held = transport.collect(columns)
+        x = widened(rows)
+        losses = x.new_zeros(x.shape[0], dtype=torch.float64)
+
+        def visit(block, part, first):
+            nonlocal losses
+            y = widened(block[0])
+            if x.shape[0] and y.shape[0]:
+                losses = losses + operators.sigmoid_pairs_fwd(
+                    setting.backend, x, y, scale, bias, _diagonal(y, first), setting.normalize
+                )
+
+        transport.walk(held, visit)
+        ctx.save_for_backward(rows, scale, bias, *held)
+        ctx.options = sizes, setting
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_losses):
+        rows, scale, bias, *held = ctx.saved_tensors
+        sizes, setting = ctx.options
+        transport = setting.transport(sizes)
+        x = widened(rows)
+        needs = ctx.needs_input_grad[:2]
+        grad_rows = _gradient(rows)
+        grad_scale, grad_bias = torch.zeros_like(scale), torch.zeros_like(bias)
+
+        def visit(block, part, first):
+            nonlocal grad_scale, grad_bias
+            y = widened(block[0])
+            if not x.shape[0] or not y.shape[0]:
+                return [_gradient(y)] if needs[1] else None
+            part_rows, part_columns, part_scale, part_bias = operators.sigmoid_pairs_bwd(
+                setting.backend, grad_losses, x, y, scale, bias, _diagonal(y, first), setting.normalize, needs
+            )
+            grad_scale, grad_bias = grad_scale + part_scale, grad_bias + part_bias
+            if needs[0]:
+                grad_rows.add_(part_rows)
+            return [part_columns.to(grad_rows.dtype)] if needs[1] else None
+
+        found = transport.walk(held, visit, Sum if needs[1] else None)
+        return (
+            grad_rows.to(rows.dtype) if needs[0] else None,
+            found[0].to(rows.dtype) if needs[1] else None,
+            grad_scale if ctx.needs_input_grad[2] else None,
+            grad_bias if ctx.needs_input_grad[3] else None,
+            None,
+            None,
+        )
+
+
+def _diagonal(columns, first):
+    """Where the positive pairs of a block lie: outside of it, unless it is the own one."""
+    return 0 if first else columns.shape[0]
+
+
+def sigmoid_sums(rows, columns, scale, bias, setting, sizes):
+    """`sigmoid_pairs` of this rank's rows and the columns of all, (n,) float64; pair i is row i and own column i."""
+    return _SigmoidSums.apply(rows, columns, scale, bias, sizes, setting)

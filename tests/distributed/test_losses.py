@@ -1,0 +1,58 @@
+"""Losses and gradients of 2, 3 and 4 processes over gloo are those of one on the joined batch."""
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from tests.distributed import cases, processes
+from tests.distributed.cases import CASES
+
+SPLITS = {2: ((4, 4), (5, 2), (0, 5)), 3: ((3, 3, 3), (1, 4, 2), (4, 0, 3)), 4: ((2, 2, 2, 2), (1, 3, 2, 4))}
+TIGHT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def averaged(model, world):
+    """What DistributedDataParallel makes of the ranks' gradients."""
+    for gradient in cases.gradients(model).values():
+        dist.all_reduce(gradient)
+        gradient /= world
+    return cases.gradients(model)
+
+
+def check(case, rank, sizes, reduction, expected, **options):
+    world = len(sizes)
+    loss, model = cases.on_rank(case, rank, sizes, reduction=reduction, **options)
+    loss.sum().backward()
+    result, gradients = loss.detach(), averaged(model, world)
+    value, wanted = expected
+    if reduction == "none":
+        rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        value = value.view(case.views, -1)[:, rows].flatten()
+        wanted = {name: gradient / world for name, gradient in wanted.items()}
+    else:
+        dist.all_reduce(result)
+        result /= world
+    torch.testing.assert_close(result, value, **TIGHT)
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name], **TIGHT, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def every_case(rank, world):
+    failures = []
+    for case in CASES:
+        for sizes in SPLITS[world]:
+            for reduction in ("mean", "sum", "none") if sizes == SPLITS[world][1] else ("mean",):
+                expected = cases.plain(case, sum(sizes), reduction=reduction)
+                for strategy in ("gather", "ring"):
+                    try:
+                        check(case, rank, sizes, reduction, expected, strategy=strategy)
+                    except Exception as error:
+                        failures.append(f"{case}, {strategy}, {sizes}, {reduction}: {str(error)[:600]}")
+    return failures
+
+
+@pytest.mark.parametrize("world", SPLITS)
+def test_every_loss_is_that_of_one_process_on_the_joined_batch(world):
+    for failures in processes.run(world, every_case):
+        assert not failures, "\n".join(failures[:5])
