@@ -77,7 +77,7 @@ template <class scalar_t, class acc_t>
 std::pair<at::Tensor, at::Tensor> mine(const at::Tensor& embeddings, const at::Tensor& labels, bool normalize,
                                        bool cosine) {
   Tiles<acc_t> tiles(load_rows<scalar_t, acc_t>(embeddings, normalize), std::nullopt);
-  tiles.prepare(/*to_multiply=*/true, /*to_add_to_columns=*/false);
+  tiles.prepare(/*to_multiply=*/true, /*to_add_to_rows=*/false, /*to_add_to_columns=*/false);
   const auto& math = tile_math<acc_t>();
   const int64_t n = tiles.n, d = tiles.rows.values.size(1);
   const std::vector<int32_t> classes = classes_of(labels);

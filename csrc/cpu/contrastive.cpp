@@ -12,7 +12,8 @@
 //   the scratch, and from forward to backward as many tiles as fit (kKeptBytes, and kKeptBudget for all losses of the
 //   process): they need not be recomputed. The results have the same bits either way.
 //   Where all are kept, backward is 1 unit: of 128 features up to about 7000 rows of the square case.
-// Numerics: products, softmax and sums over a tile in acc_t (float32, float64 for float64), sums over tiles in double.
+// Numerics: products, softmax and sums over a tile in acc_t (float32, float64 for float64), sums over tiles in double; of
+//   bfloat16 rows products in bfloat16, where the processor has them (tiles.h).
 //   While |s| <= |scale| * longest row * longest column stays below kFixedShift, that bound is the shift of every row
 //   and column: tiles hold dot products v, scale enters with the exponent, 2^(factor * v - shift), and of kept tiles
 //   these exponentials are kept. Above it tiles hold s * log2 e, and rows and columns get running maxima, whose
@@ -310,7 +311,7 @@ void subtract_class_weights(const Tile<acc_t>& tile, const Classes& classes, con
 template <class scalar_t, class acc_t>
 ContrastiveFwd forward(const ContrastiveArgs& args) {
   Problem<scalar_t, acc_t> problem(args);
-  problem.prepare(/*to_multiply=*/true, /*to_add_to_columns=*/false);
+  problem.prepare(/*to_multiply=*/true, /*to_add_to_rows=*/false, /*to_add_to_columns=*/false);
   const auto& math = tile_math<acc_t>();
   const auto options = problem.rows.values.options();
   const bool by_columns = problem.square || args.both_directions;
@@ -401,7 +402,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   const bool columns_wanted = saved.columns_need_grad && !problem.square;
   const bool rows_wanted = saved.rows_need_grad || !columns_wanted;
   const bool mirrored = problem.square && problem.row_blocks.count() > 1;
-  problem.prepare(/*to_multiply=*/!problem.keeps_everything(kept_logits), columns_wanted || mirrored);
+  problem.prepare(/*to_multiply=*/!problem.keeps_everything(kept_logits), rows_wanted, columns_wanted || mirrored);
   RowSums<acc_t> grad_rows = problem.sums_of_rows(rows_wanted, mirrored);
   RowSums<acc_t> grad_columns = problem.sums_of_columns(columns_wanted);
 
@@ -437,19 +438,20 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
         });
     }
     if (args.classes) subtract_class_weights(tile, *args.classes, class_weight.data());
-    if (rows_wanted) problem.add_to_rows(grad_rows, tile, part);
-    if (columns_wanted || (problem.square && block_i != block_j))
-      problem.add_to_columns(problem.square ? grad_rows : grad_columns, tile, part);
+    const bool columns_too = columns_wanted || (problem.square && block_i != block_j);
+    problem.add(rows_wanted ? &grad_rows : nullptr, !columns_too ? nullptr : problem.square ? &grad_rows : &grad_columns, tile,
+                thread, part);
   };
   problem.for_each_in_parts(rows_wanted && columns_wanted ? Owned::kBoth : rows_wanted ? Owned::kRows : Owned::kColumns, visit);
 
   InputGradient by_rows, by_columns;
   const auto storage = args.rows.options();
   if (rows_wanted)
-    by_rows = finish_gradient<scalar_t, acc_t>(grad_rows.result(), problem.rows, problem.scale, storage);
+    by_rows = finish_gradient<scalar_t, acc_t>(grad_rows.result(), problem.rows, problem.scale, storage, problem.in_bfloat16);
   if (columns_wanted)
     by_columns = dispatch_storage<acc_t>(args.columns->scalar_type(), [&](auto type) {
-      return finish_gradient<decltype(type), acc_t>(grad_columns.result(), problem.columns, problem.scale, args.columns->options());
+      return finish_gradient<decltype(type), acc_t>(grad_columns.result(), problem.columns, problem.scale, args.columns->options(),
+                                                        problem.in_bfloat16);
     });
   const double dots = rows_wanted ? by_rows.dots : by_columns.dots;
   const double grad_scale = problem.square ? dots / 2 : dots;

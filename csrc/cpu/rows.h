@@ -7,7 +7,9 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -37,11 +39,18 @@ auto dispatch_storage(at::ScalarType dtype, const Visit& visit) {
 
 constexpr double kNormEpsilon = 1e-12;  // as F.normalize
 
+// bfloat16 rows that are longer or, unless they are 0, shorter than 1 by more than this factor are multiplied in float32: the
+// product of two reciprocal norms, which enters the coefficients, may not bring these near the ends of float32's range.
+constexpr double kLengths = 1 << 20;
+
 // Rows in acc_t, normalised or as they are, and what came of it.
 struct Rows {
   at::Tensor values;  // (N, D) acc_t, contiguous
   at::Tensor rnorm;   // (N,) acc_t, 1 / max(norm, eps); (0,) where nothing is normalised
   double longest;     // largest row norm of `values`; NaN or inf if a row holds one
+  // (N, stride) int32: bfloat16 rows as they came, two numbers each, 0 behind the last; undefined where products of them
+  // are not made in bfloat16.
+  at::Tensor units;
 };
 
 // exp2_of hands on a NaN only where the low bits of its payload are 0, as they are in this one.
@@ -52,6 +61,7 @@ inline int64_t rows_per_task(int64_t width) { return std::max<int64_t>(1, 16384 
 struct RowNorm {
   double norm;  // of the row as written
   double rnorm;
+  double length;  // of the row as read
 };
 
 template <class acc_t>
@@ -64,10 +74,17 @@ template <class scalar_t, class acc_t>
 RowNorm load_row(acc_t* out, const scalar_t* in, int64_t d, bool normalize) {
   const double norm = without_payload(std::sqrt(row_conversion<scalar_t, acc_t>().load(out, in, d)));
   if (std::isnan(norm)) std::fill_n(out, d, static_cast<acc_t>(norm));
-  if (!normalize) return {norm, 1};
+  if (!normalize) return {norm, 1, norm};
   const double rnorm = reciprocal_norm<acc_t>(norm);
   tile_math<acc_t>().scale(out, static_cast<acc_t>(rnorm), d);
-  return {norm * rnorm, rnorm};
+  return {norm * rnorm, rnorm, norm};
+}
+
+// Units of two bfloat16 numbers that a row takes up, whole vectors of them; not a multiple of 1 KB, which would bring the rows
+// of a strip into the same sets of a cache.
+inline int64_t padded_units(int64_t d) {
+  const int64_t units = (d + 31) / 32 * 16;
+  return units % 256 == 0 ? units + 16 : units;
 }
 
 // Rows of `x` and, below them, of `more`.
@@ -77,7 +94,12 @@ Rows load_rows(const at::Tensor& x, bool normalize, const at::Tensor* more = nul
   const at::Tensor upper = readable(x), lower = more ? readable(*more) : upper;
   const int64_t first = x.size(0), n = first + (more ? more->size(0) : 0), d = x.size(1);
   const auto acc = x.options().dtype(c10::CppTypeToScalarType<acc_t>::value);
-  Rows rows{pooled({n, d}, acc), at::empty({normalize ? n : 0}, acc), normalize ? 1. : 0.};
+  Rows rows{pooled({n, d}, acc), at::empty({normalize ? n : 0}, acc), normalize ? 1. : 0., {}};
+  const int64_t stride = padded_units(d);
+  constexpr bool is_bfloat16 = std::is_same_v<scalar_t, c10::BFloat16>;
+  if (is_bfloat16 && isa() >= Isa::kAvx512Bf16) rows.units = pooled({n, stride}, acc.dtype(at::kInt));
+  char* const units = rows.units.defined() ? static_cast<char*>(rows.units.mutable_data_ptr()) : nullptr;
+  std::atomic<bool> in_range{true};
   const auto row_of = [&](int64_t i) {
     const at::Tensor& source = i < first ? upper : lower;
     return source.const_data_ptr<scalar_t>() + (i < first ? i : i - first) * source.stride(0);
@@ -89,11 +111,18 @@ Rows load_rows(const at::Tensor& x, bool normalize, const at::Tensor* more = nul
     for (int64_t i = begin; i < end; ++i) {
       const RowNorm row = load_row<scalar_t, acc_t>(out + i * d, row_of(i), d, normalize);
       norms[i] = row.norm;
+      if (units) {
+        char* to = units + i * stride * sizeof(int32_t);
+        std::memcpy(to, row_of(i), d * sizeof(scalar_t));
+        std::memset(to + d * sizeof(scalar_t), 0, stride * sizeof(int32_t) - d * sizeof(scalar_t));
+        if (!(row.length == 0 || (row.length > 1 / kLengths && row.length < kLengths))) in_range = false;
+      }
       if (normalize) rnorm[i] = static_cast<acc_t>(row.rnorm);
     }
   });
   for (double norm : norms)
     if (!(norm <= rows.longest) && !std::isnan(rows.longest)) rows.longest = norm;
+  if (!in_range) rows.units = at::Tensor();
   return rows;
 }
 
@@ -111,9 +140,10 @@ struct InputGradient {
 };
 
 // From grad (N, D) = A y, the gradient by the rows before `scale` and normalisation, which is overwritten:
-// scale * rnorm * (grad - <grad, x^> x^), rounded once to the storage type.
+// scale * rnorm * (grad - <grad, x^> x^), rounded once to the storage type. has_rnorm: each row of grad is rnorm * A y.
 template <class scalar_t, class acc_t>
-InputGradient finish_gradient(const at::Tensor& grad, const Rows& rows, double scale, const at::TensorOptions& options) {
+InputGradient finish_gradient(const at::Tensor& grad, const Rows& rows, double scale, const at::TensorOptions& options,
+                              bool has_rnorm = false) {
   constexpr bool in_place = std::is_same_v<scalar_t, acc_t>;
   const int64_t n = grad.size(0), d = grad.size(1);
   const bool normalize = rows.rnorm.numel() > 0;
@@ -128,11 +158,12 @@ InputGradient finish_gradient(const at::Tensor& grad, const Rows& rows, double s
   const auto& convert = row_conversion<scalar_t, acc_t>();
   at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      dots[i] = math.dot(g + i * d, unit + i * d, d);
-      const acc_t factor = static_cast<acc_t>(normalize ? scale * rnorm[i] : scale);
+      const double dot = math.dot(g + i * d, unit + i * d, d);
+      dots[i] = normalize && has_rnorm ? dot / rnorm[i] : dot;
+      const acc_t factor = static_cast<acc_t>(normalize && !has_rnorm ? scale * rnorm[i] : scale);
       const bool on_sphere = normalize && rnorm[i] != clamped;
       if (on_sphere)
-        math.project_out(g + i * d, unit + i * d, factor, static_cast<acc_t>(dots[i]), d);
+        math.project_out(g + i * d, unit + i * d, factor, static_cast<acc_t>(dot), d);
       else
         math.scale(g + i * d, factor, d);
       if (!in_place) convert.store(out + i * d, g + i * d, d);

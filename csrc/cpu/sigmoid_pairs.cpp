@@ -57,7 +57,7 @@ class Problem : public Tiles<acc_t> {
     const acc_t bias2 = static_cast<acc_t>(bias * kLog2E);
     const bool gradient = rows_wanted || columns_wanted;
     Pass pass{std::vector<double>(losses_wanted ? n : 0), std::vector<double>(gradient ? n : 0), {}, {}};
-    this->prepare(/*to_multiply=*/true, columns_wanted);
+    this->prepare(/*to_multiply=*/true, rows_wanted, columns_wanted);
     RowSums<acc_t> of_rows = this->sums_of_rows(rows_wanted, false);
     RowSums<acc_t> of_columns = this->sums_of_columns(columns_wanted);
 
@@ -94,8 +94,8 @@ class Problem : public Tiles<acc_t> {
         tile.at(i, i + diagonal_) = static_cast<acc_t>(coefficient);
         pass.grad_bias[i] += coefficient;
       }
-      if (rows_wanted) this->add_to_rows(of_rows, tile);
-      if (columns_wanted) this->add_to_columns(of_columns, tile);
+      if (gradient)
+        this->add(rows_wanted ? &of_rows : nullptr, columns_wanted ? &of_columns : nullptr, tile, thread, /*part=*/0);
     });
     if (rows_wanted) pass.grad_rows = of_rows.result();
     if (columns_wanted) pass.grad_columns = of_columns.result();
@@ -131,7 +131,7 @@ SigmoidPairsBwd gradients(Problem<acc_t>& problem, const SigmoidPairsArgs& args,
   const auto acc = problem.rows.values.options();
   const auto storage = acc.dtype(c10::CppTypeToScalarType<storage_t>::value);
   const auto finish = [&](bool wanted, const at::Tensor& grad, const Rows& rows) {
-    return wanted ? finish_gradient<storage_t, acc_t>(grad, rows, problem.scale, storage)
+    return wanted ? finish_gradient<storage_t, acc_t>(grad, rows, problem.scale, storage, problem.in_bfloat16)
                   : InputGradient{at::empty({0}, storage), 0};
   };
   const InputGradient by_rows = finish(rows_wanted, pass.grad_rows, problem.rows);

@@ -95,7 +95,9 @@ bool runs_here(Isa isa) {
   switch (isa) {
 #ifdef SSL_KERNELS_X86
     case Isa::kAmx:
-      return runs_here(Isa::kAvx512) && amx::can_run();
+      return runs_here(Isa::kAvx512Bf16) && amx::can_run();
+    case Isa::kAvx512Bf16:
+      return runs_here(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -111,10 +113,17 @@ bool runs_here(Isa isa) {
 
 Isa choose_isa() {
   const char* wanted = std::getenv("SSL_KERNELS_CPU");
-  for (Isa isa : runnable_isas())
-    if (!wanted || std::strcmp(wanted, name_of(isa)) == 0) return isa;
-  throw std::invalid_argument("SSL_KERNELS_CPU must be amx, avx512, avx2 or portable and run on this processor, got " +
-                              std::string(wanted));
+  if (!wanted) return runnable_isas().front();
+  std::string runnable;
+  for (Isa isa : runnable_isas()) {
+    if (std::strcmp(wanted, name_of(isa)) == 0) return isa;
+    runnable += std::string(runnable.empty() ? "" : ", ") + name_of(isa);
+  }
+  for (int k = 0; k <= static_cast<int>(Isa::kAmx); ++k)
+    if (std::strcmp(wanted, name_of(static_cast<Isa>(k))) == 0)
+      throw std::invalid_argument("SSL_KERNELS_CPU must name instructions that this processor, this system and this build have (" +
+                                  runnable + "), got " + wanted);
+  throw std::invalid_argument("SSL_KERNELS_CPU must be amx, avx512_bf16, avx512, avx2 or portable, got " + std::string(wanted));
 }
 
 }  // namespace
@@ -125,13 +134,13 @@ Isa isa() {
 }
 
 const char* name_of(Isa isa) {
-  constexpr const char* names[] = {"portable", "avx2", "avx512", "amx"};
+  constexpr const char* names[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
   return names[static_cast<int>(isa)];
 }
 
 std::vector<Isa> runnable_isas() {
   std::vector<Isa> found;
-  for (Isa isa : {Isa::kAmx, Isa::kAvx512, Isa::kAvx2, Isa::kPortable})
+  for (Isa isa : {Isa::kAmx, Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kPortable})
     if (runs_here(isa)) found.push_back(isa);
   return found;
 }

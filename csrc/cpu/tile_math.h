@@ -144,11 +144,11 @@ struct RowConversion {
   void (*pair_gradient)(S* out, const PairGradient<T>& gradient, int64_t n);
 };
 
-// Each has all of the ones before. AMX is for products of matrices (product.h).
-enum class Isa { kPortable, kAvx2, kAvx512, kAmx };
+// Each has all of the ones before. AVX512_BF16 and AMX are for products of matrices (packed.h, product.h).
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 // The widest that this processor and this build have, or the one that the environment variable SSL_KERNELS_CPU names
-// ("amx", "avx512", "avx2", "portable"); read once.
+// ("amx", "avx512_bf16", "avx512", "avx2", "portable"); read once.
 Isa isa();
 
 const char* name_of(Isa isa);

@@ -1,21 +1,27 @@
 // The loop that every loss over pairs of rows runs: x^ . y^T cut into tiles, one product each, in a scratch a
 // thread. What is made of a tile is the loss's own: its visit(block_i, block_j, thread) calls scratch and multiply,
 // and adds up what belongs to the tile's rows and columns. N x M never exists.
-// Products are small products (product.h) where these run: they want their right operand as it is read, so the
+// Products are packed products (packed.h) of bfloat16 rows where the processor multiplies bfloat16 numbers: of the rows as they
+// came, whose products are exact in float32 and take the reciprocal norms as factors afterwards. Coefficients take these
+// factors as well and are rounded to bfloat16 once, with a relative error of 2^-8 each.
+// Others are small products (product.h) where these run: they want their right operand as it is read, so the
 // columns are kept transposed as well (M*D more), and what a backward adds to columns is summed up transposed.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/ones.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "packed.h"
 #include "pool.h"
 #include "product.h"
 #include "rows.h"
@@ -69,12 +75,12 @@ at::Tensor transposed_blocks(const at::Tensor& values, const Blocks& blocks) {
 // values_j += sum_i c_ij x_i from the side of their columns. `parts` of them, each with sums of its own.
 template <class acc_t>
 struct RowSums {
-  RowSums(int64_t n, int64_t d, const Blocks& blocks, bool from_columns, int64_t parts, const at::TensorOptions& options)
+  RowSums(int64_t n, int64_t d, const Blocks& blocks, bool transpose, int64_t parts, const at::TensorOptions& options)
       : blocks(blocks),
         values(pooled({parts, n, d}, options)),
         begun(parts * blocks.count()),
         transposed_begun(blocks.count()) {
-    if (from_columns && has_small_products<acc_t>()) transposed = pooled({blocks.count(), d, blocks.size}, options);
+    if (transpose) transposed = pooled({blocks.count(), d, blocks.size}, options);
   }
 
   // Whether a part's block has sums already, and that it has from now on. A block of a part has one owner at a time.
@@ -135,6 +141,7 @@ class Tiles {
         n(rows.values.size(0)),
         m(this->columns.values.size(0)),
         d(rows.values.size(1)),
+        in_bfloat16(rows.units.defined() && this->columns.units.defined()),
         threads(std::max(n, m) > (square && in_parts && has_small_products<acc_t>() ? kOneThread / 2 : kOneThread)
                     ? at::get_num_threads()
                     : 1),
@@ -152,8 +159,9 @@ class Tiles {
     return {row_blocks[block_i], column_blocks[block_j], s, scratch_.stride(1)};
   }
 
-  // Makes what `multiply` and `add_to_columns` need. Before the loop.
-  void prepare(bool to_multiply, bool to_add_to_columns) {
+  // Makes what `multiply` and `add` to sums of either kind need. Before the loop.
+  void prepare(bool to_multiply, bool to_add_to_rows, bool to_add_to_columns) {
+    if (in_bfloat16) return pack(to_multiply, to_add_to_rows, to_add_to_columns);
     if (!has_small_products<acc_t>()) return;
     if (to_multiply || (to_add_to_columns && square && !flips()))
       columns_transposed_ = transposed_blocks<acc_t>(columns.values, column_blocks);
@@ -164,19 +172,18 @@ class Tiles {
       rows_transposed_ = square ? columns_transposed_ : transposed_blocks<acc_t>(rows.values, row_blocks);
   }
 
-  // Where rows and columns are few, transposing the coefficients moves less than transposing rows and sums.
-  bool flips() const { return (threads == 1 || (square && parts > 1)) && has_small_products<acc_t>(); }
-
   RowSums<acc_t> sums_of_rows(bool wanted, bool from_columns) const {
-    return {wanted ? n : 0, d, row_blocks, from_columns && !flips(), parts, rows.values.options()};
+    return {wanted ? n : 0, d, row_blocks, from_columns && transposes_sums(), parts, rows.values.options()};
   }
   RowSums<acc_t> sums_of_columns(bool wanted) const {
-    return {wanted ? m : 0, d, column_blocks, !flips(), 1, rows.values.options()};
+    return {wanted ? m : 0, d, column_blocks, transposes_sums(), 1, rows.values.options()};
   }
 
   // Fills a tile with <x^_i, y^_j>, all pairs.
   void multiply(const Tile<acc_t>& tile) const {
-    if (has_small_products<acc_t>())
+    if (in_bfloat16)
+      multiply_in_bfloat16(tile);
+    else if (has_small_products<acc_t>())
       multiply_small<acc_t>(tile.i.size, tile.j.size, d, row(rows, tile.i), d, block(columns_transposed_, tile.j),
                             column_blocks.size, tile.s, tile.ld, false);
     else
@@ -190,29 +197,12 @@ class Tiles {
       tile_math<acc_t>().scale(tile.s + row * tile.ld, factor, tile.j.size);
   }
 
-  // sums_i += sum_j c_ij y^_j for the coefficients c of a tile.
-  void add_to_rows(RowSums<acc_t>& sums, const Tile<acc_t>& c, int part = 0) const {
-    const bool add = sums.begin_rows(c.i, part);
-    if (has_small_products<acc_t>())
-      multiply_small<acc_t>(c.i.size, d, c.j.size, c.s, c.ld, row(columns, c.j), d, sums.of_rows(c.i, part), d, add);
-    else
-      blas(slice(sums.values[part], c.i), matrix(c), slice(columns.values, c.j), add);
-  }
-
-  // sums_j += sum_i c_ij x^_i.
-  void add_to_columns(RowSums<acc_t>& sums, const Tile<acc_t>& c, int part = 0) const {
-    const bool add = sums.transposed.defined() ? sums.begin_columns(c.j) : sums.begin_rows(c.j, part);
-    if (flips()) {
-      acc_t* flipped = flipped_.template mutable_data_ptr<acc_t>() + part * flipped_.stride(0);
-      const int64_t ld = flipped_.stride(1);
-      tile_math<acc_t>().transpose(c.s, c.ld, flipped, ld, c.i.size, c.j.size);
-      multiply_small<acc_t>(c.j.size, d, c.i.size, flipped, ld, row(rows, c.i), d, sums.of_rows(c.j, part), d, add);
-    } else if (has_small_products<acc_t>()) {
-      multiply_small<acc_t>(d, c.j.size, c.i.size, block(rows_transposed_, c.i), row_blocks.size, c.s, c.ld,
-                            sums.of_columns(c.j), column_blocks.size, add);
-    } else {
-      blas(slice(sums.values[part], c.j), matrix(c).t(), slice(rows.values, c.i), add);
-    }
+  // of_rows_i += sum_j c_ij y^_j and of_columns_j += sum_i c_ij x^_i for the coefficients c of a tile, each unless it is null;
+  // in bfloat16 these are rnorm_i and rnorm_j times that. In the square case both may be the same.
+  void add(RowSums<acc_t>* of_rows, RowSums<acc_t>* of_columns, const Tile<acc_t>& c, int thread, int part) const {
+    if (in_bfloat16) return add_in_bfloat16(of_rows, of_columns, c, thread, part);
+    if (of_rows) add_to_rows(*of_rows, c, part);
+    if (of_columns) add_to_columns(*of_columns, c, part);
   }
 
   // Visits every tile (square: on and above the diagonal), no two at once that share what is `owned`; the square
@@ -241,6 +231,7 @@ class Tiles {
   const bool square;
   const Rows rows, columns;
   const int64_t n, m, d;
+  const bool in_bfloat16;  // products are; and sums have the reciprocal norms of their rows in them
   const int64_t threads;  // 1: outside a parallel region, where the BLAS has the others
   const int64_t parts;    // in which for_each_in_parts visits the tiles
   const Blocks row_blocks, column_blocks;
@@ -252,6 +243,106 @@ class Tiles {
     if (threads > 1) return square ? 2 * threads : threads;
     return square && has_small_products<acc_t>() ? kOneThread / kSmallestTile : 1;
   }
+  // Where rows and columns are few, transposing the coefficients moves less than transposing rows and sums.
+  bool flips() const { return (threads == 1 || (square && parts > 1)) && has_small_products<acc_t>(); }
+  bool transposes_sums() const { return !in_bfloat16 && has_small_products<acc_t>() && !flips(); }
+
+  void add_to_rows(RowSums<acc_t>& sums, const Tile<acc_t>& c, int part) const {
+    const bool add = sums.begin_rows(c.i, part);
+    if (has_small_products<acc_t>())
+      multiply_small<acc_t>(c.i.size, d, c.j.size, c.s, c.ld, row(columns, c.j), d, sums.of_rows(c.i, part), d, add);
+    else
+      blas(slice(sums.values[part], c.i), matrix(c), slice(columns.values, c.j), add);
+  }
+
+  void add_to_columns(RowSums<acc_t>& sums, const Tile<acc_t>& c, int part) const {
+    const bool add = sums.transposed.defined() ? sums.begin_columns(c.j) : sums.begin_rows(c.j, part);
+    if (flips()) {
+      acc_t* flipped = flipped_.template mutable_data_ptr<acc_t>() + part * flipped_.stride(0);
+      const int64_t ld = flipped_.stride(1);
+      tile_math<acc_t>().transpose(c.s, c.ld, flipped, ld, c.i.size, c.j.size);
+      multiply_small<acc_t>(c.j.size, d, c.i.size, flipped, ld, row(rows, c.i), d, sums.of_rows(c.j, part), d, add);
+    } else if (has_small_products<acc_t>()) {
+      multiply_small<acc_t>(d, c.j.size, c.i.size, block(rows_transposed_, c.i), row_blocks.size, c.s, c.ld,
+                            sums.of_columns(c.j), column_blocks.size, add);
+    } else {
+      blas(slice(sums.values[part], c.j), matrix(c).t(), slice(rows.values, c.i), add);
+    }
+  }
+
+  static int64_t pairs(int64_t n) { return (n + 1) / 2; }
+  int64_t rounded_ld() const { return pairs(column_blocks.size) + kPadding; }
+
+  // Blocks of bfloat16 rows as right operands (packed.h): `across`, of products whose columns they are, in pairs of features;
+  // else, of products that add them up, in pairs of rows.
+  at::Tensor packed_blocks(const Rows& of, const Blocks& blocks, bool across) const {
+    const int64_t ld = of.units.stride(0), full = packed_size(blocks, across);
+    at::Tensor result = pooled({blocks.count(), full}, of.units.options());
+    const uint32_t* from = units_of(of.units);
+    uint32_t* to = units_of(result);
+    at::parallel_for(0, blocks.count(), std::max<int64_t>(1, 32768 / (blocks.size * d)), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const uint32_t* here = from + blocks[b].begin * ld;
+        if (across)
+          packed::pack_transposed(here, ld, blocks[b].size, pairs(d), to + b * full);
+        else
+          packed::pack_bfloat16(reinterpret_cast<const uint16_t*>(here), 2 * ld, blocks[b].size, d, to + b * full);
+      }
+    });
+    return result;
+  }
+  int64_t packed_size(const Blocks& blocks, bool across) const {
+    return across ? packed::size_of(pairs(d), blocks.size) : packed::size_of(pairs(blocks.size), d);
+  }
+  static uint32_t* units_of(const at::Tensor& units) { return static_cast<uint32_t*>(units.mutable_data_ptr()); }
+
+  void pack(bool to_multiply, bool to_add_to_rows, bool to_add_to_columns) {
+    if (to_multiply) columns_across_ = packed_blocks(columns, column_blocks, true);
+    if (to_add_to_rows) columns_along_ = packed_blocks(columns, column_blocks, false);
+    if (to_add_to_columns)
+      rows_along_ = square && to_add_to_rows ? columns_along_ : packed_blocks(rows, row_blocks, false);
+    if (to_add_to_rows || to_add_to_columns)
+      rounded_ = pooled({threads, row_blocks.size * rounded_ld() + pairs(row_blocks.size) * column_blocks.size},
+                        rows.units.options());
+    row_factor_ = rows.rnorm;
+    column_factor_ = columns.rnorm;
+    if (row_factor_.numel() == column_factor_.numel()) return;
+    if (row_factor_.numel() == 0) row_factor_ = at::ones({n}, rows.values.options());
+    if (column_factor_.numel() == 0) column_factor_ = at::ones({m}, rows.values.options());
+  }
+  const float* factor_of(const at::Tensor& factor, Block block) const {
+    return factor.numel() ? factor.template const_data_ptr<float>() + block.begin : nullptr;
+  }
+
+  void multiply_in_bfloat16(const Tile<acc_t>& tile) const {
+    if constexpr (std::is_same_v<acc_t, float>) {
+      const int64_t ld = rows.units.stride(0);
+      packed::multiply_bfloat16({tile.i.size, tile.j.size, pairs(d), units_of(rows.units) + tile.i.begin * ld, ld, 1,
+                                 units_of(columns_across_) + index(column_blocks, tile.j) * columns_across_.stride(0),
+                                 tile.s, tile.ld, false, factor_of(row_factor_, tile.i), factor_of(column_factor_, tile.j)});
+    }
+  }
+
+  void add_in_bfloat16(RowSums<acc_t>* of_rows, RowSums<acc_t>* of_columns, const Tile<acc_t>& c, int thread, int part) const {
+    if constexpr (std::is_same_v<acc_t, float>) {
+      uint32_t* const by_rows = units_of(rounded_) + thread * rounded_.stride(0);
+      uint32_t* const by_columns = by_rows + row_blocks.size * rounded_ld();
+      const int64_t ld_columns = column_blocks.size;
+      packed::round_to_bfloat16(c.s, c.ld, c.i.size, c.j.size, factor_of(row_factor_, c.i), factor_of(column_factor_, c.j),
+                                of_rows ? by_rows : nullptr, rounded_ld(), of_columns ? by_columns : nullptr, ld_columns);
+      if (of_rows)
+        packed::multiply_bfloat16({c.i.size, d, pairs(c.j.size), by_rows, rounded_ld(), 1,
+                                   units_of(columns_along_) + index(column_blocks, c.j) * columns_along_.stride(0),
+                                   of_rows->of_rows(c.i, part), d, of_rows->begin_rows(c.i, part)});
+      const int own = of_columns && of_columns->values.size(0) > 1 ? part : 0;
+      if (of_columns)
+        packed::multiply_bfloat16({c.j.size, d, pairs(c.i.size), by_columns, 1, ld_columns,
+                                   units_of(rows_along_) + index(row_blocks, c.i) * rows_along_.stride(0),
+                                   of_columns->of_rows(c.j, own), d, of_columns->begin_rows(c.j, own)});
+    }
+  }
+  static int64_t index(const Blocks& blocks, Block block) { return block.begin / blocks.size; }
+
   // Keeps the rows of a tile off one another's cache sets.
   static constexpr int64_t kPadding = 16;
 
@@ -274,6 +365,8 @@ class Tiles {
   }
 
   at::Tensor scratch_, columns_transposed_, rows_transposed_, flipped_;
+  // Where products are made in bfloat16: see packed_blocks; coefficients of a thread; reciprocal norms.
+  at::Tensor columns_across_, columns_along_, rows_along_, rounded_, row_factor_, column_factor_;
 };
 
 }  // namespace ssl_kernels::cpu

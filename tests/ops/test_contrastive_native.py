@@ -10,13 +10,16 @@ from ssl_kernels.ops.contrastive import contrastive
 from tests.helpers import (
     check_against_float64,
     check_results,
+    exact,
     on_backend,
     random_call,
     random_rows,
+    relative_errors,
     results_and_gradients,
     run_python,
     same_bits,
     saved_bytes,
+    term_sums,
 )
 from tests.ops.test_contrastive_operator import backward_arguments
 
@@ -29,7 +32,7 @@ SHAPES = [(5, None), (64, None), (259, None), (1031, None), (67, 5), (300, 1027)
 
 @pytest.mark.parametrize("n, m", SHAPES)
 @pytest.mark.parametrize("temperature", [0.02, 0.5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_kept_logits_change_no_result(n, m, temperature, dtype):
     """Not a bit: how much is kept depends on what else is alive in the process."""
     call = random_call(
@@ -151,7 +154,8 @@ def instruction_set_calls():
         (147, 133),
         (530, None),
     ):  # deeper, and wider, than a product's panels, with ragged edges
-        yield random_call(n, m, 523, torch.float32, both_directions=m is not None)
+        for dtype in (torch.float32, torch.bfloat16):
+            yield random_call(n, m, 523, dtype, both_directions=m is not None)
 
 
 def test_instruction_sets_agree(tmp_path):
@@ -191,8 +195,66 @@ except (RuntimeError, ValueError) as error:
     print(error)
 """
     output = run_python(code, SSL_KERNELS_CPU="neon")
-    assert "SSL_KERNELS_CPU must be amx, avx512, avx2 or portable" in output
+    assert "SSL_KERNELS_CPU must be amx, avx512_bf16, avx512, avx2 or portable" in output
     assert "neon" in output
+    runnable = _C.build_info()["cpu_instruction_sets"]
+    for name in {"amx", "avx512_bf16", "avx512", "avx2"} - set(runnable):
+        output = run_python(code, SSL_KERNELS_CPU=name)
+        assert f"this build have ({', '.join(runnable)}), got {name}" in output
+
+
+def bfloat16_calls():
+    """Gradients of every size: softmaxes near their targets and near uniform, each row with a gradient of its own."""
+    for temperature in (0.005, 0.02, 0.1, 1.0):
+        yield random_call(261, None, 96, torch.bfloat16, temperature=temperature)
+        yield random_call(150, 190, 75, torch.bfloat16, temperature=temperature, both_directions=True, ids=40)
+        call = random_call(130, None, 64, torch.bfloat16, temperature=temperature)
+        views = call.rows[:65] + 0.1 * random_rows(65, 64, torch.bfloat16, seed=9)
+        call.rows = torch.cat([call.rows[:65], views])
+        call.positives = torch.arange(130).roll(65)
+        yield call
+
+
+def test_bfloat16_is_as_accurate_as_plain_bfloat16():
+    """Not only as its tolerance: every result and gradient is nearer to float64 than plain PyTorch's in bfloat16."""
+    for call in bfloat16_calls():
+        truth, sums = exact(call), term_sums(call)
+        found = relative_errors(results_and_gradients(on_backend("native"), call), truth, sums)
+        plain = relative_errors(results_and_gradients(plain_bfloat16, call), truth, sums)
+        for name in truth:
+            assert found[name] <= plain[name], (name, call.scale, found[name], plain[name])
+
+
+def plain_bfloat16(rows, columns, scale, *, positives, row_ids, column_ids, both_directions, **options):
+    """As one writes it: each step in the dtype that torch gives it."""
+    x = torch.nn.functional.normalize(rows)
+    y = x if columns is None else torch.nn.functional.normalize(columns)
+    logits = x @ y.T * scale.to(x.dtype)
+    allowed = ~torch.eye(len(x), dtype=torch.bool) if columns is None else row_ids[:, None] != column_ids
+    masked = logits.masked_fill(~allowed, -torch.inf)
+    column_lse = masked.logsumexp(0) if both_directions else rows.new_empty(0)
+    return masked.logsumexp(1), column_lse, logits.gather(1, positives[:, None] % len(y))[:, 0]
+
+
+@pytest.mark.parametrize("length", [1e-30, 1e-9, 1e-5, 1e5, 1e9, 1e30])
+@pytest.mark.parametrize("m", [None, 70])
+def test_bfloat16_rows_of_any_length(length, m):
+    """Normalised ones: their squares and the factors of their norms leave float32's range."""
+    call = random_call(67, m, 40, torch.bfloat16)
+    call.rows = call.rows * length
+    call.rows[3] = 0
+    check_against_float64("native", call)
+
+
+@pytest.mark.parametrize("normalize_rows, normalize_columns", [(True, False), (False, True), (False, False)])
+def test_bfloat16_rows_of_one_side_as_they_are(normalize_rows, normalize_columns):
+    for d in (1, 33, 300):
+        options = {
+            "normalize_rows": normalize_rows,
+            "normalize_columns": normalize_columns,
+            "both_directions": True,
+        }
+        check_against_float64("native", random_call(67, 139, d, torch.bfloat16, temperature=4.0, **options))
 
 
 def test_saved_tensors_are_bounded():
