@@ -12,11 +12,12 @@ PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-all test-oldest sanitize bench card lint info clean
+.PHONY: help demo test test-all test-peers test-oldest sanitize bench card lint info clean
 
 help:
 	@echo "make demo      pretrain an encoder with the fused loss and with plain PyTorch's, and compare"
 	@echo "make test      build and run the tests (make test-all: the slow sweeps too)"
+	@echo "make test-peers  compare the adapters with the libraries they stand for, and write the table of docs/migration.md"
 	@echo "make test-oldest  the tests with the oldest torch that is supported and its Triton"
 	@echo "make sanitize  test the C++ kernels under address and undefined-behaviour sanitizers"
 	@echo "make bench     measure against plain PyTorch, torch.compile and lightly"
@@ -32,6 +33,10 @@ test: .venv/built
 
 test-all: .venv/built
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow" $(TEST_ARGS)
+
+test-peers: .venv/built .venv/peers
+	$(BIN)/python -m pytest tests/adapters $(TEST_ARGS)
+	$(BIN)/python -m tests.adapters.table
 
 # A copy of the repository with an extension of its own, for another torch. What the emulator builds is shared.
 OLDEST := build/oldest/package

@@ -5,7 +5,7 @@
 >>> loss = ssl_kernels.nt_xent_loss(z0, z1, temperature=0.5)
 """
 
-from ssl_kernels import nn
+from ssl_kernels import adapters, nn
 from ssl_kernels.backends import backends_for, use_backend
 from ssl_kernels.losses import (
     byol_loss,
@@ -26,6 +26,7 @@ from ssl_kernels.mixing import cutmix, cutmix_, mixup, mixup_, mixup_cross_entro
 
 __version__ = "0.1.0"
 __all__ = [
+    "adapters",
     "backends_for",
     "byol_loss",
     "clip_loss",

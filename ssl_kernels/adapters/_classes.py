@@ -1,0 +1,26 @@
+"""Rows of the same class by their indices, without a matrix of all pairs."""
+
+import torch
+
+
+def class_mates(labels, memory_labels=None):
+    """For each label the indices of the rows of `memory_labels` that have it too, padded to the largest number.
+
+    Args:
+        labels: (N,) integers.
+        memory_labels: (M,), or None: labels themselves, and a row is no mate of its own.
+
+    Returns:
+        (mates, is_mate): (N, P) int64 and bool; mates is 0 where is_mate is False. P is at least 1.
+    """
+    memory = labels if memory_labels is None else memory_labels
+    ordered, order = memory.sort(stable=True)
+    first = torch.searchsorted(ordered, labels)
+    count = torch.searchsorted(ordered, labels, right=True) - first
+    width = max(1, int(count.max()) if len(count) else 0)
+    place = first[:, None] + torch.arange(width, device=labels.device)
+    is_mate = place < (first + count)[:, None]
+    mates = order[place.clamp_max_(max(0, len(order) - 1))] if len(order) else torch.zeros_like(place)
+    if memory_labels is None:
+        is_mate &= mates != torch.arange(len(labels), device=labels.device)[:, None]
+    return mates.masked_fill(~is_mate, 0), is_mate

@@ -1,0 +1,49 @@
+"""`info_nce` of info-nce-pytorch (0.1.4). Losses come back as float32 (float64 for float64)."""
+
+from torch import nn
+
+from ssl_kernels.losses import info_nce_loss
+
+__all__ = ["InfoNCE", "info_nce"]
+ORIGINALS = {"InfoNCE": "info_nce", "info_nce": "info_nce"}
+DIFFERENCES = {
+    "InfoNCE": "temperature <= 0 and an unknown negative_mode with negatives raise",
+    "info_nce": "as InfoNCE",
+}
+
+
+def info_nce(
+    query, positive_key, negative_keys=None, temperature=0.1, reduction="mean", negative_mode="unpaired"
+):
+    """`info_nce.info_nce`: `info_nce_loss`, and 0 where there is not one negative.
+
+    Args:
+        query, positive_key: (N, D).
+        negative_keys: None: the other positives. "unpaired": (M, D). "paired": (N, M, D).
+        temperature: > 0.
+        reduction: "mean", "sum" or "none".
+        negative_mode: "unpaired" or "paired".
+    """
+    if negative_keys is not None and negative_keys.dim() > 1 and negative_keys.shape[-2] == 0:
+        negative_keys, loss = None, (query * positive_key).sum(1) * 0
+        return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[reduction]()
+    return info_nce_loss(query, positive_key, negative_keys, temperature, reduction, negative_mode)
+
+
+class InfoNCE(nn.Module):
+    """`info_nce.InfoNCE`: the function as a module.
+
+    Args:
+        temperature, reduction, negative_mode: As in `info_nce`.
+    """
+
+    def __init__(self, temperature=0.1, reduction="mean", negative_mode="unpaired"):
+        super().__init__()
+        self.temperature = temperature
+        self.reduction = reduction
+        self.negative_mode = negative_mode
+
+    def forward(self, query, positive_key, negative_keys=None):
+        return info_nce(
+            query, positive_key, negative_keys, self.temperature, self.reduction, self.negative_mode
+        )

@@ -1,0 +1,65 @@
+"""`infonce` (0.3). Losses come back as float32 (float64 for float64)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ssl_kernels.adapters._classes import class_mates
+from ssl_kernels.adapters._shared import mean
+from ssl_kernels.losses import nt_xent_loss
+from ssl_kernels.losses._shared import inverse
+from ssl_kernels.ops.contrastive import contrastive
+
+__all__ = ["InfoNCE", "SupervisedInfoNCE"]
+ORIGINALS = {"InfoNCE": "infonce.infonce", "SupervisedInfoNCE": "infonce.infonce"}
+DIFFERENCES = {"SupervisedInfoNCE": "exact below temperature 0.002, where the original's −1000 is no −∞"}
+
+
+class InfoNCE(nn.Module):
+    """`infonce.InfoNCE`: NT-Xent of (2B, D) rows, those of the first view above those of the second.
+
+    Args:
+        temperature: > 0.
+    """
+
+    def __init__(self, temperature=0.5):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, features):
+        if len(features) % 2:
+            raise ValueError(f"InfoNCE: features must have an even number of rows, got {len(features)}")
+        return nt_xent_loss(*features.chunk(2), self.temperature)
+
+
+class SupervisedInfoNCE(nn.Module):
+    """`infonce.SupervisedInfoNCE`: the mean of log(1 + Σ_n exp s_in) − log(1 + Σ_p exp s_ip).
+
+    p are the other rows of i's class and n the rows of other classes. The original marks what a sum leaves out
+    with −1000, which below a temperature of about 0.002 is a number like others; here it is left out.
+
+    Args:
+        temperature: > 0.
+        supervised: Not used, as in the original.
+    """
+
+    def __init__(self, temperature=0.07, supervised=False):
+        super().__init__()
+        self.temperature = temperature
+        self.supervised = supervised
+
+    def forward(self, features, target):
+        """features (N, D), target (N,) integers."""
+        mates, is_mate = class_mates(target)
+        lse, _, logits = contrastive(
+            features,
+            features,
+            inverse(self.temperature, features),
+            positives=mates,
+            row_ids=target.long(),
+            column_ids=target.long(),
+            caller="SupervisedInfoNCE",
+        )
+        own = logits.new_zeros(len(logits), 1)  # exp(0), the row itself
+        positive = torch.cat((own, logits.masked_fill(~is_mate, -torch.inf)), 1).logsumexp(1)
+        return mean(F.softplus(lse) - positive, features)

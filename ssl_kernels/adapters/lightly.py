@@ -1,0 +1,263 @@
+"""lightly's contrastive losses and memory bank (lightly 1.6). Losses come back as float32 (float64 for float64)."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ssl_kernels.adapters._gather import gather_constant, gather_rows, rank, world_size
+from ssl_kernels.adapters._shared import mean
+from ssl_kernels.backends import choose_backend
+from ssl_kernels.losses import dcl_loss, info_nce_loss, nt_xent_loss
+from ssl_kernels.losses._shared import inverse, stacked, widest_under_autocast
+from ssl_kernels.ops.contrastive import contrastive
+from ssl_kernels.ops.library import accumulation_dtype
+from ssl_kernels.ops.row_pairs import row_pairs
+
+__all__ = ["DCLLoss", "DCLWLoss", "MemoryBankModule", "NTXentLoss", "NegativeCosineSimilarity"]
+ORIGINALS = {
+    "NTXentLoss": "lightly.loss.ntx_ent_loss",
+    "DCLLoss": "lightly.loss.dcl_loss",
+    "DCLWLoss": "lightly.loss.dcl_loss",
+    "NegativeCosineSimilarity": "lightly.loss.negative_cosine_similarity",
+    "MemoryBankModule": "lightly.models.modules.memory_bank",
+}
+DIFFERENCES = {
+    "NTXentLoss": "the bank keeps rows that wrap (`strict=True` loses them); temperature < 0 raises",
+    "DCLLoss": "one sample raises (lightly: −inf)",
+    "DCLWLoss": "gathered: weights from all processes' rows (`strict=True`: from each one's own)",
+    "NegativeCosineSimilarity": "rows shorter than 1e-8 keep their direction (`strict=True`: fade to 0)",
+    "MemoryBankModule": "rows that wrap are kept (`strict=True` loses them)",
+}
+
+
+class MemoryBankModule(nn.Module):
+    """`lightly.models.modules.memory_bank.MemoryBankModule`: a ring of rows, random unit rows at first.
+
+    Unlike lightly's, the ring wraps: rows that do not fit before its end go to its beginning, and of a batch longer
+    than the ring the last rows stay. lightly drops them; `strict=True` does so too.
+
+    Args:
+        size: (K, D), or 0 for none.
+        gather_distributed: Store the rows of all processes.
+        feature_dim_first: Hand the bank out as (D, K).
+        strict: Drop the rows that lightly drops.
+
+    Raises:
+        ValueError: A size of another form, as in lightly.
+    """
+
+    def __init__(self, size, gather_distributed=False, feature_dim_first=True, *, strict=False):
+        super().__init__()
+        shape = (size,) if isinstance(size, int) else tuple(size)
+        if any(extent < 0 for extent in shape):
+            raise ValueError(f"MemoryBankModule: size must not be negative, got {size}")
+        if shape != (0,) and (isinstance(size, int) or len(shape) != 2):
+            raise ValueError(f"MemoryBankModule: size must be (rows, width) or 0, got {size}")
+        self.size = shape
+        self.gather_distributed = gather_distributed
+        self.feature_dim_first = feature_dim_first
+        self.strict = strict
+        bank = F.normalize(torch.randn(shape), dim=-1) if len(shape) == 2 else torch.empty(shape)
+        self.register_buffer("bank", bank, persistent=False)
+        self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
+
+    def forward(self, output, labels=None, update=False):
+        """(output, the bank before this call), or (output, None) without a bank; `update` stores output's rows."""
+        if self.size[0] == 0:
+            return output, None
+        bank = self.bank.clone()
+        if update:
+            self._dequeue_and_enqueue(output)
+        return output, bank.transpose(0, -1) if self.feature_dim_first else bank
+
+    @torch.no_grad()
+    def _dequeue_and_enqueue(self, batch):
+        if self.gather_distributed:
+            batch = gather_constant(batch)
+        rows, size = batch.detach(), self.size[0]
+        if self.strict:
+            rows = rows[: size - int(self.bank_ptr)]
+        skipped = max(0, len(rows) - size)
+        slots = torch.arange(skipped, len(rows), device=self.bank.device).add_(self.bank_ptr).remainder_(size)
+        self.bank.index_copy_(0, slots, rows[skipped:].to(self.bank))
+        self.bank_ptr.add_(len(rows)).remainder_(size)
+
+
+def _check_gather(name, gather_distributed):
+    if gather_distributed and not torch.distributed.is_available():
+        raise ValueError(f"{name}: gather_distributed must be False where torch.distributed is not built")
+
+
+class NTXentLoss(nn.Module):
+    """`lightly.loss.NTXentLoss`: `nt_xent_loss`, or with a memory bank InfoNCE of out0 against the bank.
+
+    The bank's rows that lightly loses where its ring ends are kept (`MemoryBankModule`). As in lightly the
+    negatives are the bank before the batch, which is stored if out0 requires a gradient, and out1 gets its own.
+
+    Args:
+        temperature: > 0.
+        memory_bank_size: (K, D), or 0 for none.
+        gather_distributed: The views of all processes are the negatives; the mean of the processes' losses is the
+            loss of one, and so is DDP's averaged gradient. With a bank: they are stored.
+        strict: Lose the rows of the bank that lightly loses.
+
+    Raises:
+        ValueError: |temperature| < 1e-8 here; temperature < 0, which lightly computes with, at the call.
+    """
+
+    def __init__(self, temperature=0.5, memory_bank_size=0, gather_distributed=False, *, strict=False):
+        super().__init__()
+        self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed, strict=strict)
+        self.temperature = temperature
+        self.gather_distributed = gather_distributed
+        self.cross_entropy = nn.CrossEntropyLoss(reduction="mean")
+        self.eps = 1e-8
+        if abs(temperature) < self.eps:
+            raise ValueError(f"NTXentLoss: |temperature| must be at least 1e-8, got {temperature}")
+        _check_gather("NTXentLoss", gather_distributed)
+
+    def forward(self, out0, out1):
+        """The mean loss of (B, D) embeddings of two views."""
+        if self.memory_bank.size[0]:
+            return self._against_bank(out0, out1)
+        if self.gather_distributed and world_size() > 1:
+            return _gathered_nt_xent(out0, out1, self.temperature)
+        return nt_xent_loss(out0, out1, self.temperature)
+
+    def _against_bank(self, out0, out1):
+        bank = self.memory_bank.bank.to(out0.device)
+        update = torch.is_grad_enabled() and out0.requires_grad
+        if update and choose_backend("contrastive", None, "NTXentLoss", out0, bank) not in (
+            "native",
+            "chunked",
+        ):
+            bank = bank.clone()  # backward reads it again
+        loss = info_nce_loss(out0, out1, bank, self.temperature)
+        if update:
+            self.memory_bank._dequeue_and_enqueue(F.normalize(out1.detach(), dim=1))
+        return loss
+
+
+def _gathered_nt_xent(out0, out1, temperature):
+    views = stacked(*widest_under_autocast(out0, out1))
+    n = len(views)  # 2B
+    own = torch.arange(n, device=views.device) + rank() * n
+    lse, _, positive = contrastive(
+        views,
+        gather_rows(views),
+        inverse(temperature, views),
+        positives=own.roll(n // 2),
+        row_ids=own,
+        column_ids=torch.arange(n * world_size(), device=views.device),
+        caller="NTXentLoss",
+    )
+    return mean(lse - positive, views)
+
+
+def negative_mises_fisher_weights(out0, out1, sigma=0.5):
+    """Weights of `DCLWLoss` for unit rows, (B,): 2 − B · softmax(<out0_i, out1_i> / sigma), without a gradient."""
+    similarity = (out0.detach() * out1.detach()).sum(1) / sigma
+    return 2 - len(out0) * F.softmax(similarity, dim=0)
+
+
+class DCLLoss(nn.Module):
+    """`lightly.loss.DCLLoss`: `dcl_loss`, with a weight for each positive.
+
+    B = 1, for which lightly's is −inf, raises ValueError.
+
+    Args:
+        temperature: > 0.
+        weight_fn: Called with the unit rows (out0, out1) and (out1, out0); its (B,) weights scale the positives.
+        gather_distributed: The views of all processes are the negatives.
+    """
+
+    def __init__(self, temperature=0.1, weight_fn=None, gather_distributed=False):
+        super().__init__()
+        self.temperature = temperature
+        self.weight_fn = weight_fn
+        self.gather_distributed = gather_distributed
+        _check_gather(type(self).__name__, gather_distributed)
+
+    def forward(self, out0, out1):
+        """The mean loss of (B, D) embeddings of two views."""
+        if self.gather_distributed and world_size() > 1:
+            loss = _gathered_dcl(out0, out1, self.temperature)
+        else:
+            loss = dcl_loss(out0, out1, self.temperature)
+        if not self.weight_fn:
+            return loss
+        acc = accumulation_dtype(out0)
+        out0, out1 = (F.normalize(out.to(acc), dim=1) for out in (out0, out1))
+        share = 2 - self._weights(out0, out1) - self._weights(out1, out0)
+        return loss + ((out0 * out1).sum(1) * share).mean() / (2 * self.temperature)
+
+    def _weights(self, out0, out1):
+        return self.weight_fn(out0, out1)
+
+
+def _gathered_dcl(out0, out1, temperature):
+    views = stacked(*widest_under_autocast(out0, out1))
+    n, world = len(views), world_size()
+    samples = torch.arange(n // 2 * world, device=views.device).view(world, 1, -1).expand(-1, 2, -1)
+    lse, _, positive = contrastive(
+        views,
+        gather_rows(views),
+        inverse(temperature, views),
+        positives=(torch.arange(n, device=views.device) + rank() * n).roll(n // 2),
+        row_ids=samples[rank()].reshape(-1),
+        column_ids=samples.reshape(-1),
+        caller="DCLLoss",
+    )
+    return mean(lse - positive, views)
+
+
+class DCLWLoss(DCLLoss):
+    """`lightly.loss.DCLWLoss`: DCL with `negative_mises_fisher_weights`.
+
+    With gather_distributed, lightly takes the weights' softmax over each process's own rows, which is another loss
+    than that of one process; here it is over all rows. `strict=True` does as lightly.
+
+    Args:
+        temperature: > 0.
+        sigma: > 0; scales the similarities that the weights are made of.
+        gather_distributed: The views of all processes are the negatives.
+        strict: Weights from the process's own rows.
+    """
+
+    def __init__(self, temperature=0.1, sigma=0.5, gather_distributed=False, *, strict=False):
+        super().__init__(temperature, partial(negative_mises_fisher_weights, sigma=sigma), gather_distributed)
+        self.strict = strict
+
+    def _weights(self, out0, out1):
+        if self.strict or not self.gather_distributed or world_size() == 1:
+            return self.weight_fn(out0, out1)
+        rows = (gather_constant(out.detach()) for out in (out0, out1))
+        return self.weight_fn(*rows).chunk(world_size())[rank()]
+
+
+class NegativeCosineSimilarity(nn.Module):
+    """`lightly.loss.NegativeCosineSimilarity`: minus the mean cosine, with gradients to both sides.
+
+    Rows shorter than 1e-8 have their true cosine; lightly's goes to 0 with their length. Other dim or eps, more
+    dimensions and shapes that broadcast are left to `F.cosine_similarity`.
+
+    Args:
+        dim, eps: As `nn.CosineSimilarity`.
+        strict: `F.cosine_similarity` always.
+    """
+
+    def __init__(self, dim=1, eps=1e-8, *, strict=False):
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        self.strict = strict
+
+    def forward(self, x0, x1):
+        """The mean over all pairs of vectors."""
+        x0, x1 = widest_under_autocast(x0, x1)
+        paired = x0.dim() == 2 and x0.shape == x1.shape and x0.dtype == x1.dtype and x0.numel()
+        if paired and self.dim in (1, -1) and self.eps == 1e-8 and not self.strict:
+            return -mean(row_pairs(x0, x1, normalize=True, measure="product"), x0)
+        return -F.cosine_similarity(x0, x1, self.dim, self.eps).mean()

@@ -1,0 +1,187 @@
+"""open_clip's losses (open_clip_torch 3.3). Losses come back as float32 (float64 for float64).
+
+As in open_clip, rows are not normalised (the model does that), logit_scale is the factor itself, and what lies on other
+processes is said by `rank` and `world_size`: the default is the loss of one.
+"""
+
+import torch
+from torch import nn
+
+from ssl_kernels.adapters._gather import gather_constant, gather_rows
+from ssl_kernels.adapters._shared import mean, original
+from ssl_kernels.losses import clip_loss, siglip_loss
+from ssl_kernels.losses._shared import as_scalar, widest_under_autocast
+from ssl_kernels.ops.contrastive import contrastive
+from ssl_kernels.ops.library import accumulation_dtype
+from ssl_kernels.ops.sigmoid_pairs import sigmoid_pairs
+
+__all__ = ["ClipLoss", "CoCaLoss", "SigLipLoss"]
+ORIGINALS = {"ClipLoss": "open_clip.loss", "CoCaLoss": "open_clip.loss", "SigLipLoss": "open_clip.loss"}
+DIFFERENCES = {
+    "ClipLoss": "the gradient of logit_bias is 0 (open_clip: rounding); use_horovod runs open_clip's own",
+    "CoCaLoss": "as ClipLoss",
+    "SigLipLoss": "texts of other processes are gathered in any `dist_impl`",
+}
+
+
+def _unused(loss, parameter):
+    """loss, of which a parameter that changes nothing has a gradient of 0: one without a gradient stops DDP."""
+    if isinstance(parameter, torch.Tensor) and parameter.requires_grad:
+        return loss + 0 * parameter.sum()
+    return loss
+
+
+class ClipLoss(nn.Module):
+    """`open_clip.loss.ClipLoss`: `clip_loss` of features as they are.
+
+    logit_bias changes nothing and has a gradient of 0; open_clip's is 0 up to rounding. use_horovod with several
+    processes runs open_clip's own.
+
+    Args:
+        local_loss, gather_with_grad: With several processes: only the rows of this one; gradients through the
+            gathered rows. DDP's averaged gradient is as open_clip's, which without both is 1 / world_size of the true
+            one.
+        cache_labels: Accepted; there is nothing to cache.
+        rank, world_size: Of the processes.
+        use_horovod: Gather with Horovod.
+    """
+
+    def __init__(
+        self,
+        local_loss=False,
+        gather_with_grad=False,
+        cache_labels=False,
+        rank=0,
+        world_size=1,
+        use_horovod=False,
+    ):
+        super().__init__()
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
+
+    def forward(self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False):
+        """(N, D) features of pairs; logit_scale and logit_bias a number or a tensor of one element."""
+        loss = _unused(self._contrastive(image_features, text_features, logit_scale), logit_bias)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _contrastive(self, image_features, text_features, logit_scale):
+        if self.world_size == 1:
+            return clip_loss(image_features, text_features, logit_scale, normalize=False)
+        if self.use_horovod:
+            whole = original("open_clip.loss", "ClipLoss", "ClipLoss: use_horovod")
+            options = (self.local_loss, self.gather_with_grad, False, self.rank, self.world_size, True)
+            return whole(*options)(image_features, text_features, logit_scale)
+        image_features, text_features = widest_under_autocast(image_features, text_features)
+        images, texts = (self._gathered(rows) for rows in (image_features, text_features))
+        if not self.local_loss:
+            return clip_loss(images, texts, logit_scale, normalize=False)
+        own = torch.arange(len(image_features), device=images.device) + self.rank * len(image_features)
+        scale = as_scalar(logit_scale, images)
+        losses = 0
+        for rows, columns in ((image_features, texts), (text_features, images)):
+            lse, _, positive = contrastive(
+                rows,
+                columns,
+                scale,
+                positives=own,
+                normalize_rows=False,
+                normalize_columns=False,
+                caller="ClipLoss",
+            )
+            losses = losses + (lse - positive) / 2
+        return mean(losses, images)
+
+    def _gathered(self, rows):
+        if self.gather_with_grad:
+            return gather_rows(rows)
+        parts = list(gather_constant(rows.detach()).chunk(self.world_size))
+        if not self.local_loss:
+            parts[self.rank] = rows
+        return torch.cat(parts)
+
+
+class CoCaLoss(ClipLoss):
+    """`open_clip.loss.CoCaLoss`: ClipLoss and the caption's cross-entropy, each with its weight.
+
+    Args:
+        caption_loss_weight, clip_loss_weight: Their weights; with clip_loss_weight 0 the first is an integer 0.
+        pad_id: The class that the caption's loss leaves out.
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: As in `ClipLoss`.
+    """
+
+    def __init__(
+        self,
+        caption_loss_weight,
+        clip_loss_weight,
+        pad_id=0,
+        local_loss=False,
+        gather_with_grad=False,
+        cache_labels=False,
+        rank=0,
+        world_size=1,
+        use_horovod=False,
+    ):
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod)
+        self.clip_loss_weight = clip_loss_weight
+        self.caption_loss_weight = caption_loss_weight
+        self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
+
+    def forward(self, image_features, text_features, logits, labels, logit_scale, output_dict=False):
+        """(clip loss, caption loss) of (N, L, C) logits and (N, L) labels, or a dict of both."""
+        if self.clip_loss_weight:
+            clip = self.clip_loss_weight * self._contrastive(image_features, text_features, logit_scale)
+        else:
+            clip = torch.tensor(0, device=logits.device)
+        caption = self.caption_loss(logits.flatten(0, 1), labels.flatten()) * self.caption_loss_weight
+        return {"contrastive_loss": clip, "caption_loss": caption} if output_dict else (clip, caption)
+
+
+class SigLipLoss(nn.Module):
+    """`open_clip.loss.SigLipLoss`: `siglip_loss` of features as they are.
+
+    With several processes the texts of all are gathered, whichever way `dist_impl` names: all give one loss and
+    gradient.
+
+    Args:
+        cache_labels: Accepted; there is nothing to cache.
+        rank, world_size: Of the processes.
+        dist_impl: "bidir", "shift", "reduce" or "gather".
+    """
+
+    def __init__(self, cache_labels=False, rank=0, world_size=1, dist_impl=None):
+        super().__init__()
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+        if self.dist_impl not in ("bidir", "shift", "reduce", "gather"):
+            names = '"bidir", "shift", "reduce" or "gather"'
+            raise AssertionError(f"SigLipLoss: dist_impl must be {names}, got {dist_impl!r}")
+
+    def forward(self, image_features, text_features, logit_scale, logit_bias, output_dict=False):
+        """(N, D) features of pairs; logit_scale and logit_bias a number or a tensor of one element, or no bias."""
+        bias = 0.0 if logit_bias is None else logit_bias
+        if self.world_size == 1:
+            loss = siglip_loss(image_features, text_features, logit_scale, bias, normalize=False)
+        else:
+            loss = self._gathered(image_features, text_features, logit_scale, bias)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _gathered(self, image_features, text_features, logit_scale, bias):
+        images, texts = widest_under_autocast(image_features, text_features)
+        total = sigmoid_pairs(
+            images,
+            gather_rows(texts),
+            as_scalar(logit_scale, images),
+            as_scalar(bias, images),
+            diagonal=self.rank * len(texts),
+            normalize_rows=False,
+            normalize_columns=False,
+            total=True,
+            caller="SigLipLoss",
+        )
+        return (total / len(images)).to(accumulation_dtype(images))
