@@ -13,8 +13,30 @@ from ssl_kernels.distributed.losses import (
     sup_con_loss,
     triplet_loss,
 )
+from ssl_kernels.distributed.modules import (
+    BYOLLoss,
+    CLIPLoss,
+    DCLLoss,
+    DebiasedNTXentLoss,
+    InfoNCELoss,
+    MoCoLoss,
+    NTXentLoss,
+    SigLIPLoss,
+    SupConLoss,
+    TripletLoss,
+)
 
 __all__ = [
+    "BYOLLoss",
+    "CLIPLoss",
+    "DCLLoss",
+    "DebiasedNTXentLoss",
+    "InfoNCELoss",
+    "MoCoLoss",
+    "NTXentLoss",
+    "SigLIPLoss",
+    "SupConLoss",
+    "TripletLoss",
     "byol_loss",
     "clip_loss",
     "dcl_loss",

@@ -1,9 +1,9 @@
 """Each row's farthest row of its label and nearest row of another, among the rows of all ranks."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ssl_kernels.chunked.rows import LOGITS_PER_BLOCK
+from ssl_kernels.distributed.once import once
 from ssl_kernels.distributed.transport import Sum
 
 
@@ -53,7 +53,7 @@ class _Hardest(torch.autograd.Function):
         return rows[0].clone(), rows[1].clone(), complete
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, grad_positive, grad_negative, _):
         index, own = ctx.saved_tensors
         setting, sizes = ctx.options

@@ -5,46 +5,44 @@ import torch
 from ssl_kernels.ops import contrastive as _contrastive
 from ssl_kernels.ops import sigmoid_pairs as _sigmoid_pairs
 
-_NOTHING = (None, None, None)  # positives, row_ids, column_ids
-
 
 def keeps_expectation(backend, rows, columns):
     """Whether `contrastive_fwd` of frozen columns gives their expectation too, from which backward is made."""
     return _contrastive._keeps_expectation(backend, rows, columns, False, True, False)
 
 
-def contrastive_fwd(backend, rows, columns, scale, marks, normalize, *, both=False, keep=False, own=False):
+def contrastive_fwd(backend, rows, columns, scale, marks, normalize, *, both=False, keep=None, own=False):
     """(lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept) of rows against columns, or among themselves.
 
     Args:
         marks: (positives, row_ids, column_ids).
         normalize: (of rows, of columns).
+        keep: None, or whether a backward that follows will be asked for the gradient of columns. What it is spared
+            lies in `kept`, which goes back with the norms.
         own: Row i and column i are a pair, which stays in the sums although its ids are equal.
     """
     flags = (*normalize, own and columns is not None, both)
-    return _contrastive._fwd[backend](rows, columns, scale, *marks, *flags, keep, False)
+    return _contrastive._fwd[backend](rows, columns, scale, *marks, *flags, keep is not None, bool(keep))
 
 
 def contrastive_bwd(
-    backend, grads, rows, columns, scale, marks, sums, normalize, needs, *, both=False, own=False
+    backend, grads, rows, columns, scale, marks, sums, kept, normalize, needs, *, both=False, own=False
 ):
     """(grad_rows, grad_columns, grad_scale), given the log-sum-exps over all blocks and their gradients.
 
     Args:
         grads: (of lse, of column_lse, of positive_logits), None for 0.
         sums: (lse, column_lse).
+        kept: (row_rnorm, column_rnorm, kept) of the forward, or None: everything is made again.
         needs: Whether the gradient of (rows, columns) is wanted.
         marks, normalize, own: As in `contrastive_fwd`.
     """
     flags = (*normalize, own and columns is not None, both)
-    rnorms = (
-        reciprocal_norms(rows, normalize[0]),
-        reciprocal_norms(columns if columns is not None else rows[:0], normalize[1]),
-    )
-    kept = rows.new_empty(0, dtype=rnorms[0].dtype)
-    return _contrastive._bwd[backend](
-        *grads, rows, columns, scale, *marks, *sums, *rnorms, kept, *flags, *needs
-    )
+    if kept is None:
+        of_columns = rows[:0] if columns is None else columns
+        norms = reciprocal_norms(rows, normalize[0]), reciprocal_norms(of_columns, normalize[1])
+        kept = (*norms, norms[0].new_empty(0))
+    return _contrastive._bwd[backend](*grads, rows, columns, scale, *marks, *sums, *kept, *flags, *needs)
 
 
 def sigmoid_pairs_fwd(backend, rows, columns, scale, bias, diagonal, normalize):

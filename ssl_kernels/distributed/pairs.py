@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import torch
 from torch import distributed as dist
-from torch.autograd.function import once_differentiable
 
 from ssl_kernels.distributed import operators
 from ssl_kernels.distributed.groups import Ranks
+from ssl_kernels.distributed.once import once
 from ssl_kernels.distributed.transport import EVERY, TRANSPORTS, LogSum, Sum
-from ssl_kernels.ops.library import accumulation_dtype
+from ssl_kernels.ops.library import accumulation_dtype, distinct
 
 
 class Setting(NamedTuple):
@@ -60,6 +60,11 @@ class _LogSums(torch.autograd.Function):
         logits = lse.new_empty((0,) if positives is None else positives.shape)
         both = both or square
         normalize = (setting.normalize,) * 2
+        # A ring's memory would grow with what is kept.
+        keep = None
+        if setting.strategy == "gather" and any(ctx.needs_input_grad):
+            keep = square or ctx.needs_input_grad[1]
+        kept = []
 
         def visit(block, part, first):
             nonlocal lse, logits
@@ -77,8 +82,11 @@ class _LogSums(torch.autograd.Function):
                 marks,
                 normalize,
                 both=both and not among_themselves,
+                keep=keep,
                 own=first and positives is not None,
             )
+            if keep is not None:
+                kept.extend(results[3:])
             if part == EVERY:
                 lse = torch.logaddexp(lse, results[0])
             else:
@@ -97,16 +105,17 @@ class _LogSums(torch.autograd.Function):
             lse = torch.logaddexp(lse, found[0])
         elif both:
             column_lse = found[0]
-        ctx.save_for_backward(rows, scale, positives, row_ids, lse, column_lse, *held)
-        ctx.options = square, both, sizes, setting
+        ctx.save_for_backward(rows, scale, positives, row_ids, lse, column_lse, *held, *kept)
+        ctx.options = square, both, len(kept), sizes, setting
         ctx.set_materialize_grads(False)
         return lse, column_lse, logits
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, grad_lse, grad_column_lse, grad_logits):
         rows, scale, positives, row_ids, lse, column_lse, *held = ctx.saved_tensors
-        square, both, sizes, setting = ctx.options
+        square, both, count, sizes, setting = ctx.options
+        held, kept = held[: len(held) - count], iter(held[len(held) - count :])
         transport = setting.transport(sizes)
         x = widened(rows)
         grad_lse = _or_zeros(grad_lse, lse)
@@ -138,6 +147,7 @@ class _LogSums(torch.autograd.Function):
                 scale,
                 _marks(positives, row_ids, block, square, first),
                 (lse[part], column_sums),
+                [next(kept) for _ in range(3)] if count else None,
                 normalize,
                 (rows_need_grad, columns_need_grad and not among_themselves),
                 both=both and not among_themselves,
@@ -187,7 +197,8 @@ def log_sums(
     Returns:
         (lse (n,), column_lse (m,) or (0,), positive_logits), float64.
     """
-    return _LogSums.apply(rows, columns, scale, positives, row_ids, column_ids, both, sizes, setting)
+    operands = distinct(rows, columns, scale, positives, row_ids, column_ids)
+    return _LogSums.apply(*operands, both, sizes, setting)
 
 
 class _LogSumOfLogits(torch.autograd.Function):
@@ -199,7 +210,7 @@ class _LogSumOfLogits(torch.autograd.Function):
         return lse.clone()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, grad):
         (expectation,) = ctx.saved_tensors
         return (grad[:, None] * expectation).to(expectation.dtype), None, None
@@ -242,7 +253,7 @@ def travelling_rows(rows, columns, scale, setting, sizes):
 def _frozen(rows, columns, scale, setting, normalize_columns):
     normalize = (setting.normalize, normalize_columns)
     results = operators.contrastive_fwd(
-        setting.backend, rows, columns, scale, (None, None, None), normalize, keep=True
+        setting.backend, rows, columns, scale, (None, None, None), normalize, keep=False
     )
     return [results[0], results[5]]
 
@@ -269,7 +280,7 @@ class _SigmoidSums(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, grad_losses):
         rows, scale, bias, *held = ctx.saved_tensors
         sizes, setting = ctx.options
@@ -310,4 +321,4 @@ def _diagonal(columns, first):
 
 def sigmoid_sums(rows, columns, scale, bias, setting, sizes):
     """`sigmoid_pairs` of this rank's rows and the columns of all, (n,) float64; pair i is row i and own column i."""
-    return _SigmoidSums.apply(rows, columns, scale, bias, sizes, setting)
+    return _SigmoidSums.apply(*distinct(rows, columns, scale, bias), sizes, setting)

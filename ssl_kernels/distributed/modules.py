@@ -1,0 +1,79 @@
+"""The losses over a process group as modules."""
+
+import inspect
+
+from ssl_kernels import nn
+from ssl_kernels.distributed import losses
+
+
+class _OverRanks:
+    """Hands what `forward` of the plain module takes to the loss over the ranks, with the module's options.
+
+    Args:
+        group, strategy, check, rows_per_rank: As in the functions of `ssl_kernels.distributed`.
+    """
+
+    def __init__(self, *args, group=None, strategy=None, check=True, rows_per_rank=None, **options):
+        super().__init__(*args, **options)
+        self.over = {
+            "group": group,
+            "strategy": strategy,
+            "check": check,
+            "rows_per_rank": rows_per_rank,
+        }
+
+    def __init_subclass__(cls):
+        plain = cls.__mro__[2]
+        cls._arguments = tuple(inspect.signature(plain.forward).parameters)[1:]
+        cls.__doc__ = f"""`ssl_kernels.distributed.{cls.function.__name__}` as a module.
+
+    Takes what `nn.{plain.__name__}` takes, and group, strategy, check and rows_per_rank as the function does.
+    """
+
+    def forward(self, *args, **keywords):
+        named = dict(zip(self._arguments, args, strict=False))
+        return type(self).function(**named, **keywords, **self.options, **self.over)
+
+    def extra_repr(self):
+        strategy = self.over["strategy"]
+        return super().extra_repr() + (f", strategy={strategy!r}" if strategy else "")
+
+
+class NTXentLoss(_OverRanks, nn.NTXentLoss):
+    function = staticmethod(losses.nt_xent_loss)
+
+
+class InfoNCELoss(_OverRanks, nn.InfoNCELoss):
+    function = staticmethod(losses.info_nce_loss)
+
+
+class MoCoLoss(_OverRanks, nn.MoCoLoss):
+    function = staticmethod(losses.moco_loss)
+
+
+class CLIPLoss(_OverRanks, nn.CLIPLoss):
+    function = staticmethod(losses.clip_loss)
+
+
+class SigLIPLoss(_OverRanks, nn.SigLIPLoss):
+    function = staticmethod(losses.siglip_loss)
+
+
+class SupConLoss(_OverRanks, nn.SupConLoss):
+    function = staticmethod(losses.sup_con_loss)
+
+
+class DCLLoss(_OverRanks, nn.DCLLoss):
+    function = staticmethod(losses.dcl_loss)
+
+
+class DebiasedNTXentLoss(_OverRanks, nn.DebiasedNTXentLoss):
+    function = staticmethod(losses.debiased_nt_xent_loss)
+
+
+class BYOLLoss(_OverRanks, nn.BYOLLoss):
+    function = staticmethod(losses.byol_loss)
+
+
+class TripletLoss(_OverRanks, nn.TripletLoss):
+    function = staticmethod(losses.triplet_loss)
