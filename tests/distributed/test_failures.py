@@ -69,7 +69,7 @@ def test_ranks_that_disagree_are_named_on_every_rank():
         "strategy must be the same on every rank, got gather on rank 0, ring on ranks 1, 2",
     ]
     for rank in range(3):
-        assert [error for error in found[rank][:7]] == [("ValueError", begin + each) for each in words]
+        assert found[rank][:7] == [("ValueError", begin + each) for each in words]
         kind, text = found[rank][7]
         assert kind == "ValueError"
         assert text.endswith(
