@@ -7,6 +7,7 @@
 
 from ssl_kernels import adapters, nn
 from ssl_kernels.backends import backends_for, use_backend
+from ssl_kernels.gradient_cache import grad_cache
 from ssl_kernels.losses import (
     byol_loss,
     clip_loss,
@@ -35,6 +36,7 @@ __all__ = [
     "dcl_loss",
     "debiased_nt_xent_loss",
     "empty_cache",
+    "grad_cache",
     "imix_loss",
     "info_nce_loss",
     "mixup",

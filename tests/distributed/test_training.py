@@ -229,3 +229,64 @@ def test_started_by_torchrun(tmp_path):
     x, y = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = ssl_kernels.nt_xent_loss(x, y).item()
     assert float(run.stdout.strip().splitlines()[-1]) == pytest.approx(expected, rel=1e-12)
+
+
+CLIP = cases.Case("clip_loss", 2, (5.0,))
+
+
+def grad_cached(rank, world):
+    """Ranks with 3, 2 and (without rows) 1 mini-batches: one average of the gradients a step, those of one process."""
+    sizes = (5, 3, 0)[:world]
+    expected = cases.plain(CLIP, sum(sizes))
+    start = sum(sizes[:rank])
+    inputs, _ = cases.inputs_of(CLIP, sum(sizes), torch.float64)
+    inputs = [x[start : start + sizes[rank]] for x in inputs]
+    mesh = init_device_mesh("cpu", (world,))
+    averages = []
+
+    def count(state, bucket):
+        averages.append(1)
+        future = dist.all_reduce(bucket.buffer().div_(world), async_op=True).get_future()
+        return future.then(lambda done: done.value()[0])
+
+    def loss(embedded):
+        features, (scale,) = embedded
+        return distributed.clip_loss(*features, scale)
+
+    def towers_loss(x, y):
+        return distributed.clip_loss(x, y, towers.scalars[0])
+
+    towers = cases.Model(CLIP, torch.float64)
+    whole, model = data_parallel(CLIP, mesh)
+    whole.register_comm_hook(None, count)
+    apart = [nn.parallel.DistributedDataParallel(tower) for tower in towers.towers]
+    for step in range(2):
+        del averages[:]
+        model.zero_grad()
+        towers.zero_grad()
+        value = ssl_kernels.grad_cache(loss, whole, (inputs,), 2)
+        assert len(averages) == 1, f"{len(averages)} averages at step {step}"
+        other = ssl_kernels.grad_cache(towers_loss, apart, inputs, 2)
+        dist.all_reduce(value)
+        dist.all_reduce(other)
+        torch.testing.assert_close(value / world, expected[0], **TIGHT)
+        torch.testing.assert_close(other / world, expected[0], **TIGHT)
+        for name, gradient in cases.gradients(model).items():
+            torch.testing.assert_close(gradient, expected[1][name], **TIGHT)
+        for name, gradient in cases.gradients(towers).items():
+            if name.startswith("towers"):  # the scale is in no DistributedDataParallel
+                torch.testing.assert_close(gradient, expected[1][name], **TIGHT)
+
+    # Sharded, ranks need as many mini-batches. Two steps that are synchronised once are twice the gradient.
+    wrapped, model = sharded(CLIP, mesh)
+    expected = cases.plain(CLIP, 3 * world)
+    inputs = [x[3 * rank : 3 * rank + 3] for x in cases.inputs_of(CLIP, 3 * world, torch.float64)[0]]
+    for sync in (False, True):
+        ssl_kernels.grad_cache(loss, wrapped, (inputs,), 2, sync=sync)
+    for name, gradient in cases.gradients(model).items():
+        torch.testing.assert_close(full(gradient), 2 * expected[1][name], **TIGHT)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_grad_cache_averages_once_whatever_the_number_of_mini_batches(world):
+    processes.run(world, grad_cached)
