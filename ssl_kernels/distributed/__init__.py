@@ -25,6 +25,7 @@ from ssl_kernels.distributed.modules import (
     SupConLoss,
     TripletLoss,
 )
+from ssl_kernels.distributed.shuffle import shuffle_rows, unshuffle_rows
 
 __all__ = [
     "BYOLLoss",
@@ -45,7 +46,9 @@ __all__ = [
     "info_nce_loss",
     "moco_loss",
     "nt_xent_loss",
+    "shuffle_rows",
     "siglip_loss",
     "sup_con_loss",
     "triplet_loss",
+    "unshuffle_rows",
 ]

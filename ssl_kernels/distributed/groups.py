@@ -85,11 +85,15 @@ def reduce_scatter_rows(x, sizes, name):
     return _wait(_collective("reduce_scatter_tensor")(x.contiguous(), "sum", world, name))
 
 
+def all_to_all_rows(x, received, sent, name):
+    """Rows of x, `sent[q]` of them to each rank q in turn; what came, `received[q]` of each."""
+    return _wait(_collective("all_to_all_single")(x.contiguous(), list(received), list(sent), name))
+
+
 def exchange_rows(x, sizes, rank, name):
     """(world, own rows, ...): what each rank has of this rank's rows in x, where those of all are in rank order."""
     own, world = sizes[rank], len(sizes)
-    received = _collective("all_to_all_single")(x.contiguous(), [own] * world, list(sizes), name)
-    return _wait(received).view(world, own, *x.shape[1:])
+    return all_to_all_rows(x, [own] * world, sizes, name).view(world, own, *x.shape[1:])
 
 
 class _AllReduce(torch.autograd.Function):

@@ -285,9 +285,10 @@ def moco_loss(
                 f"{op}: query must have an even number of rows with symmetric, got {query.shape[0]}"
             )
         if queue is not None:
-            storage = queue.storage if hasattr(queue, "negatives") else queue
-            if not (sharded and isinstance(storage, torch.Tensor) and not storage.shape[0]):
-                _moco._check_queue(query, storage)
+            held = queue.shard if sharded else queue.storage if hasattr(queue, "negatives") else queue
+            _moco._check_queue(query, held)
+            if sharded and queue.group_name != call.ranks.name:
+                raise ValueError(f"{op}: group must be the one that divides the queue, got another")
     options = {"reduction": reduction, "normalize": normalize, "symmetric": symmetric}
     options["queue"] = None if queue is None else "sharded" if sharded else "whole"
     if hasattr(queue, "filled") and call.check and not torch.compiler.is_compiling():
@@ -315,7 +316,7 @@ def moco_loss(
         )
         return call.reduce(lse - positive, reduction)
     if sharded:
-        merged = pairs.travelling_rows(query, queue.shard, scale, setting, call.sizes)
+        merged = pairs.travelling_rows(query, queue.filled_shard, scale, setting, call.sizes)
         lse = pairs.log_sums_with_expectation(scale * unit_rows(query, normalize), *merged)
     elif not query.shape[0]:
         lse = positive - positive.detach()

@@ -28,11 +28,22 @@ class MoCoQueue(nn.Module):
         normalize: L2-normalise keys when they are pushed, as the loss expects them.
         device: Where; None is the default device.
         backend: "native", "triton", "chunked" or "reference"; None picks.
+        group: A process group (or DeviceMesh of one dimension) whose ranks divide the queue: each keeps K / W of the
+            rows, in the order of one queue. Then `push_` takes the keys of its rank, which the others may have more or
+            fewer of, the loss is `distributed.moco_loss`, and every rank calls `push_`, `keys`, `state_dict` and
+            `load_state_dict`. A `state_dict` holds the whole queue: it loads with any number of ranks.
 
     Source: He et al., MoCo, arXiv:1911.05722.
     """
 
-    def __init__(self, size, dim, dtype=None, *, normalize=True, device=None, backend=None):
+    def __new__(cls, *args, group=None, **options):
+        if group is not None and cls is MoCoQueue:
+            from ssl_kernels.distributed import queue  # which needs the modules of this package
+
+            cls = queue.class_for(group)
+        return super().__new__(cls)
+
+    def __init__(self, size, dim, dtype=None, *, normalize=True, device=None, backend=None, group=None):
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
             if not is_whole(value):
@@ -46,9 +57,12 @@ class MoCoQueue(nn.Module):
         self.normalize = normalize
         self.backend = backend
         with torch.inference_mode(False):  # else it could be written under inference_mode alone
-            self.register_buffer("storage", torch.zeros(int(size), int(dim), dtype=dtype, device=device))
+            self._make_storage(int(size), int(dim), group, dtype=dtype, device=device)
             self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device))
             self.register_buffer("filled", torch.zeros((), dtype=torch.int64, device=device))
+
+    def _make_storage(self, size, dim, group, **kind):
+        self.register_buffer("storage", torch.zeros(size, dim, **kind))
 
     @torch.no_grad()
     def push_(self, keys):
