@@ -139,21 +139,23 @@ class Ring:
         return [tensor.contiguous() for tensor in tensors]
 
     def walk(self, held, visit, combine=None, like=(), symmetric=False):
-        """As `Gather.walk`; visits meet one block each."""
+        """As `Gather.walk`; visits meet one block each. Memory is that of a few blocks whatever the number of ranks."""
         rank, world = self.ranks.rank, self.ranks.world
         last = world // 2 if symmetric else world - 1
         left, right = (rank - 1) % world, (rank + 1) % world
+        places = [self._places(held) for _ in range(2)]
+        finds = [self._places(like) for _ in range(2)]
         block, found = held, None
         for step in range(last + 1):
             owner = (rank + step) % world
             sends, receives, ahead, passed = [], [], None, None
             if step < last:
-                ahead = self._buffers(held, (owner + 1) % world)
+                ahead = self._of(places[step % 2], (owner + 1) % world)
                 sends += [(tensor, left) for tensor in block]
                 receives += [(tensor, right) for tensor in ahead]
             if combine and step > symmetric:  # a symmetric walk finds nothing for others at step 0
                 # What this rank found at the last step goes on; of this block, what the right one found comes.
-                passed = self._buffers(found, owner)
+                passed = self._of(finds[step % 2], owner)
                 sends += [(tensor, left) for tensor in found]
                 receives += [(tensor, right) for tensor in passed]
             transfer = self._start(sends, receives)
@@ -165,23 +167,27 @@ class Ring:
             self._finish(transfer)
             if combine and step >= symmetric:
                 found = passed
-                if found is None and parts is not None and of_theirs == EVERY:
-                    found = [part.contiguous() for part in parts]
-                else:
-                    found = combine.nothing(like, self.sizes[owner]) if found is None else found
-                    if parts is not None:
-                        combine.merge([part[of_theirs] for part in found], parts)
+                if found is None:
+                    found = self._of(finds[step % 2], owner)
+                    for place, nothing in zip(found, combine.nothing(like, 1), strict=True):
+                        place.copy_(nothing.expand_as(place))
+                if parts is not None:
+                    combine.merge([part[of_theirs] for part in found], parts)
             block = ahead
             del parts
         if not combine:
             return None
-        mine = self._buffers(found, rank)
+        mine = self._of(finds[(last + 1) % 2], rank)
         to, source = (rank + last) % world, (rank - last) % world
         self._finish(self._start([(t, to) for t in found], [(t, source) for t in mine]))
         return mine
 
-    def _buffers(self, like, owner):
-        return [tensor.new_empty(self.sizes[owner], *tensor.shape[1:]) for tensor in like]
+    def _places(self, like):
+        """Room for the largest block of tensors like these."""
+        return [tensor.new_empty(max(self.sizes), *tensor.shape[1:]) for tensor in like]
+
+    def _of(self, places, owner):
+        return [place[: self.sizes[owner]] for place in places]
 
     def _start(self, sends, receives):
         """Begin the transfers as one group, in which no order of the ranks can lock. Empty blocks are not sent."""

@@ -125,8 +125,7 @@ def peak(rank, world, rows, dim, strategy):
 
 @pytest.mark.slow  # up to 6 processes
 def test_a_rings_memory_does_not_grow_with_the_ranks():
-    """Two ranks have no transfer behind the first one and need less."""
     rows = 1024
     peaks = {world: max(processes.run(world, peak, rows, 128, "ring")) for world in (2, 4, 6)}
-    assert peaks[2] < peaks[4] < 40e6 * 2 * rows / 4096
-    assert peaks[6] < 1.1 * peaks[4]
+    assert max(peaks.values()) < 40e6 * 2 * rows / 4096
+    assert max(peaks.values()) < 1.1 * min(peaks.values()), peaks
