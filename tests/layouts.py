@@ -232,6 +232,7 @@ class _Data:
     def __init__(self, dtype, device):
         self.dtype, self.device = dtype, device
         self.acc = torch.float64 if dtype == torch.float64 else torch.float32
+        self.has_additions = torch.device(device).type == "cpu"  # the kernels of GPUs take none
         self.generator = torch.Generator().manual_seed(1)
 
     def floats(self, *shape, dtype=None):
@@ -265,10 +266,27 @@ def _contrastive(data, operator, run, backward):
         (columns, none, (n,), False, True),
         (columns, ids, (n, 2), False, False),
     ]
-    for other, numbers, shape, both, columns_need_grad in shapes:
+    nothing = {
+        "column_bias": None,
+        "row_bias": None,
+        "row_limit": None,
+        "exempt": None,
+        "only_equal_ids": False,
+    }
+    calls = [(*shape, nothing) for shape in shapes]
+    if data.has_additions:
+        added = {
+            "column_bias": data.floats(m, dtype=data.acc),
+            "row_bias": data.floats(n, dtype=data.acc),
+            "row_limit": data.floats(n, dtype=data.acc),
+            "exempt": data.integers(2, m).bool(),
+            "only_equal_ids": True,
+        }
+        calls.append((columns, ids, (n, 2), True, True, added))
+    for other, numbers, shape, both, columns_need_grad, additions in calls:
         common = {"rows": rows, "columns": other, "scale": data.number(5.0), **numbers, **flags}
         common |= {"positives": data.integers(n if other is None else m, *shape)}
-        common |= {"keep_diagonal": other is not None, "both_directions": both}
+        common |= {"keep_diagonal": other is not None, "both_directions": both, **additions}
         forward = {**common, "keep": True, "columns_need_grad": columns_need_grad}
         if not backward:
             yield forward
@@ -282,6 +300,8 @@ def _contrastive(data, operator, run, backward):
             "grad_positive_logits": data.floats(*shape, dtype=torch.float64),
         }
         needs = {"rows_need_grad": True, "columns_need_grad": columns_need_grad and other is not None}
+        for name in ("column_bias", "row_bias"):
+            needs[f"{name}_needs_grad"] = additions[name] is not None
         yield {**grads, **common, **saved, **needs}
 
 

@@ -28,6 +28,7 @@
 #include <limits>
 #include <vector>
 
+#include "additions.h"
 #include "classes.h"
 #include "contrastive_expectation.h"
 #include "pairs.h"
@@ -68,10 +69,15 @@ class Problem : public Tiles<acc_t> {
                           : std::nullopt,
              /*in_parts=*/true),
         scale(without_payload(*args.scale.const_data_ptr<acc_t>())),
-        bound(static_cast<acc_t>(std::abs(scale) * kLog2E * rows.longest * columns.longest)),
+        bound(static_cast<acc_t>(std::abs(scale) * kLog2E * rows.longest * columns.longest +
+                                 kLog2E * Additions<acc_t>::largest(args))),
         fixed_shift(bound <= kFixedShift),  // false for NaN
         factor(fixed_shift && scale > 0 ? static_cast<acc_t>(scale * kLog2E) : acc_t(1)),
-        pairs_(args) {}
+        additions(args, factor * kLn2),
+        pairs_(args) {
+    if (additions.two_sided())
+      second_ = pooled({threads, row_blocks.size, Base::ld()}, rows.values.options());
+  }
 
   // The tile's place among the logits kept for backward, if it has one. Where not all fit, those that do are spread evenly
   // over the tiles, so that all threads have as much to recompute.
@@ -100,7 +106,7 @@ class Problem : public Tiles<acc_t> {
     constexpr int64_t size = sizeof(acc_t);
     const int64_t tile = row_blocks.size * column_blocks.size;
     int64_t count = 0, room = 0;
-    if (d >= kNarrow) {
+    if (d >= kNarrow && !additions.two_sided()) {
       const int64_t half = square ? n * (n + kLargestTile) / 2 : n * m / 2;
       const int64_t rest = static_cast<int64_t>(kKeptBudget) / size - 4 * (square ? n : n + m) * d;
       int64_t most = kKeptBytes / size;
@@ -146,8 +152,25 @@ class Problem : public Tiles<acc_t> {
           tile.s[row * tile.ld + column] = tile.s[column * tile.ld + row];
   }
 
-  // Entries left out of the sums become -inf.
-  void mask(const Tile& tile) const { pairs_.mask(tile.s, tile.ld, tile.i, tile.j); }
+  // A tile of logits as it enters the sums of its rows (not two_sided: of its columns too): entries left out become -inf,
+  // the others take their bias.
+  void settle_entries(const Tile& tile) const {
+    additions.limit(pairs_, tile.s, tile.ld, tile.i, tile.j, /*of_columns=*/false);
+    pairs_.mask(tile.s, tile.ld, tile.i, tile.j);
+    additions.add(tile.s, tile.ld, tile.i, tile.j, /*of_columns=*/false);
+  }
+
+  // Where two_sided: a copy of the tile, as it enters the sums of its columns. Before `settle_entries`.
+  Tile second(const Tile& tile, int thread) const {
+    const Tile copy{tile.i, tile.j, second_.template mutable_data_ptr<acc_t>() + thread * second_.stride(0),
+                    second_.stride(1)};
+    for (int64_t row = 0; row < tile.i.size; ++row)
+      std::copy_n(tile.s + row * tile.ld, tile.j.size, copy.s + row * copy.ld);
+    additions.limit(pairs_, copy.s, copy.ld, copy.i, copy.j, /*of_columns=*/true);
+    pairs_.mask(copy.s, copy.ld, copy.i, copy.j);
+    additions.add(copy.s, copy.ld, copy.i, copy.j, /*of_columns=*/true);
+    return copy;
+  }
 
   template <class Visit>
   void for_each_positive(Block i, Block j, const Visit& visit) const {
@@ -160,11 +183,13 @@ class Problem : public Tiles<acc_t> {
     constexpr char kOutside = 1, kInside = 2;
     std::vector<char> where(n);
     for_each_positive({0, n}, {0, m}, [&](int64_t k, int64_t row, int64_t column) {
-      const bool inside = pairs_.allowed(row, column);
+      const double unit = kLn2 * factor, bias = unit * additions.column_bias(column);
+      const bool inside = pairs_.allowed(row, column) && bias != -kInfinity;
       where[row] |= inside ? kInside : kOutside;
-      if (!inside) return;
-      if (positive_logits[k] > lse[row]) lse[row] = positive_logits[k];
-      if (column_lse && positive_logits[k] > column_lse[column]) column_lse[column] = positive_logits[k];
+      if (inside && positive_logits[k] + bias > lse[row]) lse[row] = positive_logits[k] + bias;
+      if (!column_lse || !pairs_.allowed(row, column)) return;
+      const double of_column = positive_logits[k] + unit * additions.row_bias(row);
+      if (of_column > column_lse[column]) column_lse[column] = of_column;
     });
     const auto refuse = [](double& x) { x = x == kInfinity ? std::numeric_limits<double>::quiet_NaN() : x; };
     for (int64_t i = 0; i < n; ++i)
@@ -176,6 +201,7 @@ class Problem : public Tiles<acc_t> {
   const double bound;      // of |s| * log2 e
   const bool fixed_shift;  // whether `bound` serves as the shift of every row and column
   const acc_t factor;      // > 0; times it, entries of tiles are logits in units of log 2
+  const Additions<acc_t> additions;
 
  private:
   // Where the tile of rows i and columns j begins if all are kept: row blocks one after the other, of the
@@ -194,6 +220,7 @@ class Problem : public Tiles<acc_t> {
   }
 
   Pairs pairs_;
+  at::Tensor second_;  // scratch of `second`
 };
 
 // Running sum of 2^(s - shift) for each row (or column).
@@ -308,6 +335,28 @@ void subtract_class_weights(const Tile<acc_t>& tile, const Classes& classes, con
   }
 }
 
+// Sums of the columns of a tile that has logits of its own for them, each with its maximum as its shift.
+template <class Problem, class acc_t>
+void add_up_columns(const Problem& problem, const Tile<acc_t>& tile, acc_t* column_shift, acc_t* column_sum) {
+  const auto& math = tile_math<acc_t>();
+  const int64_t rows = tile.i.size, columns = tile.j.size;
+  acc_t row_shift[kLargestTile], row_sum[kLargestTile];
+  std::fill_n(column_sum, columns, acc_t(0));
+  if (problem.fixed_shift) {
+    math.exp_sums(tile.s, tile.ld, rows, columns, problem.factor, static_cast<acc_t>(problem.bound), row_sum, column_sum,
+                  /*keep=*/false);
+    return;
+  }
+  std::fill_n(column_shift, columns, -std::numeric_limits<acc_t>::infinity());
+  math.maxima(tile.s, tile.ld, rows, columns, row_shift, column_shift);
+  for (int64_t k = 0; k < rows; ++k) row_shift[k] = problem.factor * finite_or_zero_if_nothing(row_shift[k]);
+  for (int64_t k = 0; k < columns; ++k) column_shift[k] = problem.factor * finite_or_zero_if_nothing(column_shift[k]);
+  math.exp_sums_shifted(tile.s, tile.ld, rows, columns, problem.factor, row_shift, column_shift, row_sum, column_sum);
+  for (int64_t k = 0; k < columns; ++k)
+    if (column_shift[k] == std::numeric_limits<acc_t>::infinity())
+      column_sum[k] = sum_at_infinity(tile.s + k, tile.ld, rows);
+}
+
 template <class scalar_t, class acc_t>
 ContrastiveFwd forward(const ContrastiveArgs& args) {
   Problem<scalar_t, acc_t> problem(args);
@@ -340,15 +389,17 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
       problem.for_each_positive(tile.j, tile.i, [&](int64_t k, int64_t row, int64_t column) {
         positive[k] = kLn2 * factor * tile.at(column, row);
       });
-    problem.mask(tile);
+    const bool columns_too = by_columns && (mirrored || !problem.square);
+    std::optional<Tile<acc_t>> apart;  // what the columns add up, where it is not the tile
+    if (columns_too && problem.additions.two_sided()) apart = problem.second(tile, thread);
+    problem.settle_entries(tile);
 
     const int64_t rows = tile.i.size, columns = tile.j.size;
-    const bool columns_too = by_columns && (mirrored || !problem.square);
     acc_t row_sum[kLargestTile], column_sum[kLargestTile] = {};
     acc_t row_shift[kLargestTile], column_shift[kLargestTile];
     if (problem.fixed_shift) {
       math.exp_sums(tile.s, tile.ld, rows, columns, factor, static_cast<acc_t>(problem.bound), row_sum,
-                    columns_too ? column_sum : nullptr, kept.has_value());
+                    columns_too && !apart ? column_sum : nullptr, kept.has_value());
     } else {
       std::fill_n(column_shift, columns, -std::numeric_limits<acc_t>::infinity());
       math.maxima(tile.s, tile.ld, rows, columns, row_shift, columns_too ? column_shift : nullptr);
@@ -363,6 +414,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
         if (column_shift[k] == infinity) column_sum[k] = sum_at_infinity(tile.s + k, tile.ld, rows);
     }
     over_columns[part].add(tile.i, row_shift, row_sum);
+    if (apart) add_up_columns(problem, *apart, column_shift, column_sum);
     if (columns_too) (problem.square ? over_columns[part] : over_rows).add(tile.j, column_shift, column_sum);
   };
   problem.for_each_in_parts(by_columns ? Owned::kBoth : Owned::kRows, visit);
@@ -406,16 +458,35 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   RowSums<acc_t> grad_rows = problem.sums_of_rows(rows_wanted, mirrored);
   RowSums<acc_t> grad_columns = problem.sums_of_columns(columns_wanted);
 
+  // The gradient by a bias is what its column or row adds up of the softmax's own coefficients: of a part's own sums.
+  const bool by_column_bias = saved.column_bias_needs_grad, by_row_bias = saved.row_bias_needs_grad;
+  const bool two_sided = problem.additions.two_sided();
+  using Numbers = std::vector<std::vector<double>>;
+  Numbers of_column_bias(problem.parts, std::vector<double>(by_column_bias ? problem.m : 0, 0.));
+  Numbers of_row_bias(problem.parts, std::vector<double>(by_row_bias ? problem.n : 0, 0.));
+  const auto add_bias = [&](const Tile<acc_t>& c, std::vector<double>* of_rows, std::vector<double>* of_columns) {
+    acc_t row_sum[kLargestTile], column_sum[kLargestTile];
+    math.sums(c.s, c.ld, c.i.size, c.j.size, of_rows ? row_sum : nullptr, of_columns ? column_sum : nullptr);
+    for (int64_t k = 0; of_rows && k < c.i.size; ++k) (*of_rows)[c.i.begin + k] += row_sum[k];
+    for (int64_t k = 0; of_columns && k < c.j.size; ++k) (*of_columns)[c.j.begin + k] += column_sum[k];
+  };
+  // Weights of 0 with exponentials of 0, however large the logits are.
+  const std::vector<acc_t> no_weight(two_sided ? problem.row_blocks.size : 0, acc_t(0));
+  const std::vector<acc_t> no_exponential(no_weight.size(), std::numeric_limits<acc_t>::infinity());
+
   const auto visit = [&](int64_t block_i, int64_t block_j, int thread, int part) {
     const auto kept = problem.kept(block_i, block_j, kept_logits);
     const auto tile = problem.scratch(block_i, block_j, thread);
+    std::optional<Tile<acc_t>> apart;
     if (!kept && !positives_alone) {
       problem.multiply(tile);
-      problem.mask(tile);
+      if (two_sided) apart = problem.second(tile, thread);
+      problem.settle_entries(tile);
     }
     const auto& logits = kept ? *kept : tile;
     const int64_t i0 = tile.i.begin, j0 = tile.j.begin;
-    const acc_t* column_weight = both_terms ? transposed.weight.data() + j0 : nullptr;
+    const acc_t* const all_column_weights = both_terms ? transposed.weight.data() + j0 : nullptr;
+    const acc_t* column_weight = apart ? nullptr : all_column_weights;
     const acc_t* row_weight = of_rows.weight.data() + i0;
     if (positives_alone)
       for (int64_t k = 0; k < tile.i.size; ++k) std::fill_n(tile.s + k * tile.ld, tile.j.size, acc_t(0));
@@ -428,6 +499,20 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
       math.coefficients_shifted(logits.s, logits.ld, tile.s, tile.ld, tile.i.size, tile.j.size, factor,
                                 of_rows.shift.data() + i0, row_weight,
                                 both_terms ? transposed.shift.data() + j0 : nullptr, column_weight);
+    if (by_column_bias && !positives_alone) add_bias(tile, nullptr, &of_column_bias[part]);
+    if (apart) {
+      if (problem.fixed_shift)
+        math.coefficients(apart->s, apart->ld, apart->s, apart->ld, tile.i.size, tile.j.size, factor, bound,
+                          no_weight.data(), all_column_weights);
+      else
+        math.coefficients_shifted(apart->s, apart->ld, apart->s, apart->ld, tile.i.size, tile.j.size, factor,
+                                  no_exponential.data(), no_weight.data(), transposed.shift.data() + j0,
+                                  all_column_weights);
+      if (by_row_bias) add_bias(*apart, &of_row_bias[part], nullptr);
+      if (problem.square && by_column_bias && block_i != block_j) add_bias(*apart, &of_column_bias[part], nullptr);
+      for (int64_t k = 0; k < tile.i.size; ++k)
+        math.add_scaled(tile.s + k * tile.ld, apart->s + k * apart->ld, acc_t(1), tile.j.size);
+    }
     if (q) {
       problem.for_each_positive(tile.i, tile.j, [&](int64_t k, int64_t row, int64_t column) {
         tile.at(row, column) += static_cast<acc_t>(q[k]);
@@ -442,7 +527,11 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
     problem.add(rows_wanted ? &grad_rows : nullptr, !columns_too ? nullptr : problem.square ? &grad_rows : &grad_columns, tile,
                 thread, part);
   };
-  problem.for_each_in_parts(rows_wanted && columns_wanted ? Owned::kBoth : rows_wanted ? Owned::kRows : Owned::kColumns, visit);
+  const bool bias_wanted = by_column_bias || by_row_bias;
+  problem.for_each_in_parts((rows_wanted && columns_wanted) || bias_wanted ? Owned::kBoth
+                            : rows_wanted                                  ? Owned::kRows
+                                                                           : Owned::kColumns,
+                            visit);
 
   InputGradient by_rows, by_columns;
   const auto storage = args.rows.options();
@@ -456,8 +545,18 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   const double dots = rows_wanted ? by_rows.dots : by_columns.dots;
   const double grad_scale = problem.square ? dots / 2 : dots;
   const auto none = [&] { return at::empty({0}, storage); };
+  const auto by_bias = [&](const Numbers& parts) {
+    const at::Tensor grad = at::empty({static_cast<int64_t>(parts[0].size())}, options);
+    acc_t* out = grad.mutable_data_ptr<acc_t>();
+    for (size_t k = 0; k < parts[0].size(); ++k) {
+      double sum = 0;
+      for (const auto& part : parts) sum += part[k];
+      out[k] = static_cast<acc_t>(sum);
+    }
+    return grad;
+  };
   return {saved.rows_need_grad ? by_rows.values : none(), columns_wanted ? by_columns.values : none(),
-          at::scalar_tensor(grad_scale, options)};
+          at::scalar_tensor(grad_scale, options), by_bias(of_column_bias), by_bias(of_row_bias)};
 }
 
 }  // namespace
@@ -520,7 +619,7 @@ std::tuple<at::Tensor, at::Tensor> class_contrastive_bwd(const at::Tensor& grad_
                        /*both_directions=*/false};
   args.classes = &classes;
   const at::Tensor empty = at::empty({0}, lse.options());
-  const auto [grad_rows, grad_columns, grad_scale] = contrastive_bwd(
+  const auto [grad_rows, grad_columns, grad_scale, grad_column_bias, grad_row_bias] = contrastive_bwd(
       args, {grad_lse, none, none, lse, empty, row_rnorm, empty, kept, rows_need_grad, false, class_weight.data()});
   return {grad_rows, grad_scale};
 }

@@ -11,6 +11,15 @@ namespace ssl_kernels::cpu {
 class Classes;
 struct ClassSums;
 
+// What is added to the logits of the sums, and what is left out of them beyond equal ids. All in acc_t but `exempt`.
+struct ContrastiveAdditions {
+  const at::Tensor* column_bias = nullptr;  // (M,): s_ij + column_bias_j in the sum of row i
+  const at::Tensor* row_bias = nullptr;     // (N,): s_ij + row_bias_i in the sum of column j
+  const at::Tensor* row_limit = nullptr;    // (N,): s_ij above it is left out, unless j is a positive of i or exempt
+  const at::Tensor* exempt = nullptr;       // (M,) bool
+  bool only_equal_ids = false;              // other ids are left out instead of equal ones
+};
+
 struct ContrastiveArgs {
   const at::Tensor& rows;
   const std::optional<at::Tensor>& columns;
@@ -24,6 +33,7 @@ struct ContrastiveArgs {
   const at::Tensor* more_rows = nullptr;  // below `rows`, where there are no columns; of the same dtype and width
   const Classes* classes = nullptr;       // of the square case: which pairs `class_sums` and `class_weight` are about
   ClassSums* class_sums = nullptr;        // forward adds up the positives' logits here
+  ContrastiveAdditions additions = {};
 
   int64_t row_count() const { return rows.size(0) + (more_rows ? more_rows->size(0) : 0); }
 };
@@ -39,12 +49,13 @@ struct ContrastiveSaved {
   const at::Tensor& kept;
   bool rows_need_grad, columns_need_grad;
   const double* class_weight = nullptr;  // (N,): A_ij less class_weight_i for each positive j of row i
+  bool column_bias_needs_grad = false, row_bias_needs_grad = false;
 };
 
 // lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept
 using ContrastiveFwd = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-// grad_rows, grad_columns, grad_scale
-using ContrastiveBwd = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+// grad_rows, grad_columns, grad_scale, grad_column_bias, grad_row_bias
+using ContrastiveBwd = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 ContrastiveFwd contrastive_fwd(const ContrastiveArgs& args);
 ContrastiveBwd contrastive_bwd(const ContrastiveArgs& args, const ContrastiveSaved& saved);

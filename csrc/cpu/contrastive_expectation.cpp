@@ -26,6 +26,7 @@
 #include <limits>
 #include <vector>
 
+#include "additions.h"
 #include "pairs.h"
 #include "pool.h"
 #include "product.h"
@@ -114,6 +115,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   const auto options = rows.values.options();
   const int64_t n = rows.values.size(0), d = rows.values.size(1), m = args.columns->size(0);
   const Pairs pairs(args);
+  const Additions<acc_t> additions(args, kLn2);
   const double scale = without_payload(*args.scale.const_data_ptr<acc_t>());
   // The rows take the factor: a BLAS may take one that is NaN for 1.
   acc_t* x = rows.values.template mutable_data_ptr<acc_t>();
@@ -170,7 +172,9 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
       pairs.for_each_positive(i, j, [&](int64_t k, int64_t row, int64_t column) {
         positive[k] = kLn2 * s[(row - i.begin) * ld + column - j.begin];
       });
+      additions.limit(pairs, s, ld, i, j, /*of_columns=*/false);
       pairs.mask(s, ld, i, j);
+      additions.add(s, ld, i, j, /*of_columns=*/false);
       std::copy_n(part.top, i.size, before.data());
       math.softmax_rows(s, ld, i.size, j.size, part.top, sum.data());
       for (int64_t k = 0; k < i.size; ++k) {
@@ -259,7 +263,9 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   });
   const InputGradient by_rows = finish_gradient<scalar_t, acc_t>(grad, rows, scale, args.rows.options());
   const auto none = [&] { return at::empty({0}, args.rows.options()); };
-  return {saved.rows_need_grad ? by_rows.values : none(), none(), at::scalar_tensor(by_rows.dots, options)};
+  const at::Tensor no_bias = at::empty({0}, options);
+  return {saved.rows_need_grad ? by_rows.values : none(), none(), at::scalar_tensor(by_rows.dots, options), no_bias,
+          no_bias.clone()};
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Which pairs of a tile of `contrastive` are looked up (positives) and which are left out of its sums (ids, and in the
-// square case the diagonal).
+// square case the diagonal; additions.h has what is left out by its size).
 #pragma once
 
 #include <algorithm>
@@ -17,6 +17,7 @@ class Pairs {
   explicit Pairs(const ContrastiveArgs& args)
       : square_(!args.columns),
         keep_diagonal_(args.keep_diagonal && !square_),
+        only_equal_(args.additions.only_equal_ids),
         m_(square_ ? args.row_count() : args.columns->size(0)),
         positives_per_row_(args.positives ? args.positives->numel() / args.row_count() : 0) {
     if (args.row_ids) {
@@ -41,8 +42,10 @@ class Pairs {
       std::vector<acc_t> diagonal;
       if (keep_diagonal_)
         for (int64_t k = first; k < last; ++k) diagonal.push_back(on_diagonal(k));
-      tile_math<acc_t>().mask_equal_ids(s, ld, i.size, j.size, row_ids_.const_data_ptr<int64_t>() + i.begin,
-                                        column_ids_.const_data_ptr<int64_t>() + j.begin);
+      const auto& math = tile_math<acc_t>();
+      (only_equal_ ? math.mask_unequal_ids : math.mask_equal_ids)(s, ld, i.size, j.size,
+                                                                  row_ids_.const_data_ptr<int64_t>() + i.begin,
+                                                                  column_ids_.const_data_ptr<int64_t>() + j.begin);
       for (size_t k = 0; k < diagonal.size(); ++k) on_diagonal(first + k) = diagonal[k];
     }
     if (square_)
@@ -53,7 +56,7 @@ class Pairs {
   bool allowed(int64_t row, int64_t column) const {
     if (row == column && (square_ || keep_diagonal_)) return !square_;
     return !row_ids_.defined() ||
-           row_ids_.const_data_ptr<int64_t>()[row] != column_ids_.const_data_ptr<int64_t>()[column];
+           (row_ids_.const_data_ptr<int64_t>()[row] == column_ids_.const_data_ptr<int64_t>()[column]) == only_equal_;
   }
 
   // visit(flat index of the positive, its row, its column) for the positives of the rows of `i` that lie in `j`.
@@ -69,7 +72,7 @@ class Pairs {
   }
 
  private:
-  bool square_, keep_diagonal_;
+  bool square_, keep_diagonal_, only_equal_;
   int64_t m_, positives_per_row_;
   at::Tensor positives_, row_ids_, column_ids_;
 };

@@ -78,6 +78,19 @@ struct TileMath {
   void (*mask_equal_ids)(T* v, int64_t ld, int64_t m, int64_t n, const int64_t* row_ids,
                          const int64_t* col_ids);
 
+  // v_ij <- -inf where row_ids[i] != col_ids[j].
+  void (*mask_unequal_ids)(T* v, int64_t ld, int64_t m, int64_t n, const int64_t* row_ids, const int64_t* col_ids);
+
+  // v_ij <- -inf where v_ij > row_limit[i] and v_ij > col_limit[j].
+  void (*mask_above)(T* v, int64_t ld, int64_t m, int64_t n, const T* row_limit, const T* col_limit);
+
+  // v_ij <- v_ij + bias[i], or + bias[j]; -inf stays.
+  void (*add_to_rows)(T* v, int64_t ld, int64_t m, int64_t n, const T* bias);
+  void (*add_to_columns)(T* v, int64_t ld, int64_t m, int64_t n, const T* bias);
+
+  // row_sum[i] = sum_j v_ij and col_sum[j] = sum_i v_ij, each unless it is null.
+  void (*sums)(const T* v, int64_t ld, int64_t m, int64_t n, T* row_sum, T* col_sum);
+
   // match[j] = 1 where ids[j] == id, else 0.
   void (*match_ids)(T* match, const int64_t* ids, int64_t n, int64_t id);
 

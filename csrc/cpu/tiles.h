@@ -159,6 +159,8 @@ class Tiles {
     return {row_blocks[block_i], column_blocks[block_j], s, scratch_.stride(1)};
   }
 
+  int64_t ld() const { return scratch_.stride(1); }
+
   // Makes what `multiply` and `add` to sums of either kind need. Before the loop.
   void prepare(bool to_multiply, bool to_add_to_rows, bool to_add_to_columns) {
     if (in_bfloat16) return pack(to_multiply, to_add_to_rows, to_add_to_columns);

@@ -37,4 +37,25 @@ inline void check_contrastive(const at::Tensor& rows, const OptionalTensor& colu
               "contrastive: row_ids and column_ids go together");
 }
 
+// The additions: what is added to logits, and which of them are left out by their size.
+inline void check_additions(const at::Tensor& rows, const OptionalTensor& columns, const at::Tensor& scale,
+                            const OptionalTensor& row_ids, bool both_directions, const OptionalTensor& column_bias,
+                            const OptionalTensor& row_bias, const OptionalTensor& row_limit,
+                            const OptionalTensor& exempt, bool only_equal_ids) {
+  const auto n = rows.size(0), m = columns ? columns->size(0) : n;
+  const auto is_vector = [&](const OptionalTensor& tensor, int64_t count, at::ScalarType dtype) {
+    return !tensor || (tensor->dim() == 1 && tensor->size(0) == count && tensor->scalar_type() == dtype &&
+                       tensor->device() == rows.device());
+  };
+  TORCH_CHECK(is_vector(column_bias, m, scale.scalar_type()),
+              "contrastive: column_bias must have shape (M,) and the dtype and device of scale");
+  TORCH_CHECK(is_vector(row_bias, n, scale.scalar_type()) && (!row_bias || both_directions),
+              "contrastive: row_bias must have shape (N,) and the dtype and device of scale, and goes with both_directions");
+  TORCH_CHECK(is_vector(row_limit, n, scale.scalar_type()),
+              "contrastive: row_limit must have shape (N,) and the dtype and device of scale");
+  TORCH_CHECK(is_vector(exempt, m, at::kBool) && (!exempt || row_limit),
+              "contrastive: exempt must be bool of shape (M,), and goes with row_limit");
+  TORCH_CHECK(!only_equal_ids || row_ids, "contrastive: row_ids must be given with only_equal_ids");
+}
+
 }  // namespace ssl_kernels

@@ -18,22 +18,35 @@ using torch::autograd::variable_list;
 
 Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); }
 
+constexpr size_t kSaved = 11;  // tensors that every call saves; the additions follow
+
 struct Contrastive : Function<Contrastive> {
   static variable_list forward(AutogradContext* ctx, const Tensor& rows, const OptionalTensor& columns,
                                const Tensor& scale, const OptionalTensor& positives, const OptionalTensor& row_ids,
                                const OptionalTensor& column_ids, bool normalize_rows, bool normalize_columns,
-                               bool keep_diagonal, bool both_directions) {
+                               bool keep_diagonal, bool both_directions, const OptionalTensor& column_bias,
+                               const OptionalTensor& row_bias, const OptionalTensor& row_limit,
+                               const OptionalTensor& exempt, bool only_equal_ids) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const bool columns_need_grad = (columns && columns->requires_grad()) || (column_bias && column_bias->requires_grad());
     auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept] = contrastive_forward_op().call(
         rows, columns, scale, positives, row_ids, column_ids, normalize_rows, normalize_columns, keep_diagonal,
-        both_directions, /*keep=*/true, /*columns_need_grad=*/columns && columns->requires_grad());
+        both_directions, /*keep=*/true, columns_need_grad, column_bias, row_bias, row_limit, exempt, only_equal_ids);
     // With the expectation kept, and no positives to look up, backward reads rows and scale alone.
+    variable_list saved;
     if (kept.dim() == 2 && !positives)
-      ctx->save_for_backward(savable({rows, Tensor(), scale, Tensor(), Tensor(), Tensor(), lse, column_lse, row_rnorm,
-                                      column_rnorm, kept}));
+      saved = {rows, Tensor(), scale, Tensor(), Tensor(), Tensor(), lse, column_lse, row_rnorm, column_rnorm, kept};
     else
-      ctx->save_for_backward(savable({rows, or_undefined(columns), scale, or_undefined(positives), or_undefined(row_ids),
-                                      or_undefined(column_ids), lse, column_lse, row_rnorm, column_rnorm, kept}));
+      saved = {rows, or_undefined(columns), scale, or_undefined(positives), or_undefined(row_ids),
+               or_undefined(column_ids), lse, column_lse, row_rnorm, column_rnorm, kept};
+    if ((column_bias || row_bias || row_limit || only_equal_ids) && kept.dim() != 2) {
+      for (const OptionalTensor* each : {&column_bias, &row_bias, &row_limit, &exempt}) saved.push_back(or_undefined(*each));
+      ctx->saved_data["only_equal_ids"] = only_equal_ids;
+      // Of the first bias among the tensors that were there.
+      ctx->saved_data["tensors_before"] = 2 + int64_t{columns.has_value()} + int64_t{positives.has_value()} +
+                                          int64_t{row_ids.has_value()} + int64_t{column_ids.has_value()};
+    }
+    ctx->save_for_backward(savable(std::move(saved)));
     ctx->saved_data["flags"] = std::vector<bool>{normalize_rows, normalize_columns, keep_diagonal, both_directions};
     ctx->saved_data["square"] = !columns.has_value();
     ctx->mark_non_differentiable({row_rnorm, column_rnorm, kept});
@@ -49,22 +62,38 @@ struct Contrastive : Function<Contrastive> {
     const bool square = ctx->saved_data["square"].toBool();
     const bool rows_need_grad = ctx->needs_input_grad(0), columns_need_grad = !square && ctx->needs_input_grad(1);
     const bool scale_needs_grad = ctx->needs_input_grad(square ? 1 : 2);
+    OptionalTensor column_bias, row_bias, row_limit, exempt;
+    bool only_equal_ids = false, column_bias_needs_grad = false, row_bias_needs_grad = false;
+    if (saved.size() > kSaved) {
+      column_bias = if_defined(saved[kSaved]), row_bias = if_defined(saved[kSaved + 1]);
+      row_limit = if_defined(saved[kSaved + 2]), exempt = if_defined(saved[kSaved + 3]);
+      only_equal_ids = ctx->saved_data["only_equal_ids"].toBool();
+      const int64_t before = ctx->saved_data["tensors_before"].toInt();
+      column_bias_needs_grad = column_bias && ctx->needs_input_grad(before);
+      row_bias_needs_grad = row_bias && ctx->needs_input_grad(before + column_bias.has_value());
+    }
     variable_list results;
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      auto [grad_rows, grad_columns, grad_scale] = contrastive_backward_op().call(
+      auto [grad_rows, grad_columns, grad_scale, grad_column_bias, grad_row_bias] = contrastive_backward_op().call(
           if_defined(grads[0]), both_directions ? if_defined(grads[1]) : std::nullopt, if_defined(grads[2]), saved[0],
           if_defined(saved[1]), saved[2], if_defined(saved[3]), if_defined(saved[4]), if_defined(saved[5]), saved[6],
           saved[7], saved[8], saved[9], saved[10], flags[0], flags[1], flags[2], both_directions, rows_need_grad,
-          columns_need_grad);
+          columns_need_grad, column_bias, row_bias, row_limit, exempt, only_equal_ids, column_bias_needs_grad,
+          row_bias_needs_grad);
       results = {grad_rows, grad_columns, grad_scale};
+      if (column_bias_needs_grad || row_bias_needs_grad)
+        results.insert(results.end(), {grad_column_bias, grad_row_bias});
     }
-    results = without_second_derivative("contrastive", results,
-                                        {saved[0], saved[1], saved[2], grads[0], grads[1], grads[2]});
-    variable_list by_input(10);
+    variable_list dependencies = {saved[0], saved[1], saved[2], grads[0], grads[1], grads[2]};
+    if (results.size() > 3) dependencies.insert(dependencies.end(), {or_undefined(column_bias), or_undefined(row_bias)});
+    results = without_second_derivative("contrastive", results, dependencies);
+    variable_list by_input(15);
     if (rows_need_grad) by_input[0] = results[0];
     if (columns_need_grad) by_input[1] = results[1];
     if (scale_needs_grad) by_input[2] = results[2];
+    if (column_bias_needs_grad) by_input[10] = results[3];
+    if (row_bias_needs_grad) by_input[11] = results[4];
     return by_input;
   }
 };
@@ -72,19 +101,25 @@ struct Contrastive : Function<Contrastive> {
 ContrastiveForwardResults contrastive_fwd(const Tensor& rows, const OptionalTensor& columns, const Tensor& scale,
                                const OptionalTensor& positives, const OptionalTensor& row_ids,
                                const OptionalTensor& column_ids, bool normalize_rows, bool normalize_columns,
-                               bool keep_diagonal, bool both_directions, bool keep, bool columns_need_grad) {
+                               bool keep_diagonal, bool both_directions, bool keep, bool columns_need_grad,
+                               const OptionalTensor& column_bias, const OptionalTensor& row_bias,
+                               const OptionalTensor& row_limit, const OptionalTensor& exempt, bool only_equal_ids) {
   refuse_forward_mode("contrastive", {&rows, columns ? &*columns : nullptr, &scale});
-  const bool differentiate = at::GradMode::is_enabled() &&
-                             (rows.requires_grad() || scale.requires_grad() || (columns && columns->requires_grad()));
+  if (column_bias || row_bias)
+    refuse_forward_mode("contrastive", {column_bias ? &*column_bias : nullptr, row_bias ? &*row_bias : nullptr, nullptr});
+  const auto learns = [](const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); };
+  const bool differentiate = at::GradMode::is_enabled() && (rows.requires_grad() || scale.requires_grad() ||
+                                                            learns(columns) || learns(column_bias) || learns(row_bias));
   if (!differentiate) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return contrastive_forward_op().call(rows, columns, scale, positives, row_ids, column_ids, normalize_rows, normalize_columns,
-                             keep_diagonal, both_directions, keep, columns_need_grad);
+                             keep_diagonal, both_directions, keep, columns_need_grad, column_bias, row_bias, row_limit,
+                             exempt, only_equal_ids);
   }
   refuse_torch_func("contrastive");
   const variable_list results =
       Contrastive::apply(rows, columns, scale, positives, row_ids, column_ids, normalize_rows, normalize_columns,
-                         keep_diagonal, both_directions);
+                         keep_diagonal, both_directions, column_bias, row_bias, row_limit, exempt, only_equal_ids);
   return {results[0], results[1], results[2], results[3], results[4], results[5]};
 }
 

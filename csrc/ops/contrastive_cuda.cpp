@@ -14,7 +14,7 @@ namespace ssl_kernels {
 namespace {
 
 using Fwd = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using Bwd = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using Bwd = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // The index tensors are contiguous; those and the operands outlive the launches.
 ContrastiveArgs common_args(const at::Tensor& rows, const OptionalTensor& columns, const at::Tensor& scale,
@@ -56,10 +56,19 @@ void check_column_dtype(const at::Tensor& rows, const OptionalTensor& columns, b
               " cannot go together in this call");
 }
 
+void refuse_additions(const OptionalTensor& column_bias, const OptionalTensor& row_bias, const OptionalTensor& row_limit,
+                      bool only_equal_ids) {
+  TORCH_CHECK(!column_bias && !row_bias && !row_limit && !only_equal_ids,
+              "contrastive: the CUDA kernels take no column_bias, row_bias, row_limit or only_equal_ids");
+}
+
 Fwd contrastive_fwd(const at::Tensor& rows, const OptionalTensor& columns, const at::Tensor& scale,
                     const OptionalTensor& positives, const OptionalTensor& row_ids,
                     const OptionalTensor& column_ids, bool normalize_rows, bool normalize_columns,
-                    bool keep_diagonal, bool both_directions, bool keep, bool columns_need_grad) {
+                    bool keep_diagonal, bool both_directions, bool keep, bool columns_need_grad,
+                    const OptionalTensor& column_bias, const OptionalTensor& row_bias, const OptionalTensor& row_limit,
+                    const OptionalTensor& exempt, bool only_equal_ids) {
+  refuse_additions(column_bias, row_bias, row_limit, only_equal_ids);
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
   check_column_dtype(rows, columns, both_directions, keep && columns_need_grad);
   const c10::cuda::CUDAGuard guard(rows.device());
@@ -93,7 +102,11 @@ Bwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_c
                     const OptionalTensor& row_ids, const OptionalTensor& column_ids, const at::Tensor& lse,
                     const at::Tensor& column_lse, const at::Tensor& row_rnorm, const at::Tensor& column_rnorm,
                     const at::Tensor& kept, bool normalize_rows, bool normalize_columns, bool keep_diagonal,
-                    bool both_directions, bool rows_need_grad, bool columns_need_grad) {
+                    bool both_directions, bool rows_need_grad, bool columns_need_grad,
+                    const OptionalTensor& column_bias, const OptionalTensor& row_bias, const OptionalTensor& row_limit,
+                    const OptionalTensor& exempt, bool only_equal_ids, bool column_bias_needs_grad,
+                    bool row_bias_needs_grad) {
+  refuse_additions(column_bias, row_bias, row_limit, only_equal_ids);
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
   check_column_dtype(rows, columns, both_directions, kept.dim() != 2);
   TORCH_CHECK(lse.scalar_type() == at::kDouble && lse.numel() == rows.size(0),
@@ -130,7 +143,8 @@ Bwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_c
   args.grad_columns = pointer(grad_columns);
   args.grad_scale = pointer(grad_scale);
   launch(args, rows, contrastive_bwd_workspace, ::contrastive_bwd);
-  return {grad_rows, grad_columns, grad_scale};
+  const at::Tensor none = at::empty({0}, grad_scale.options());
+  return {grad_rows, grad_columns, grad_scale, none, none.clone()};
 }
 
 TORCH_LIBRARY_IMPL(ssl_kernels, CUDA, library) {

@@ -81,7 +81,8 @@ Tensor forward(const Tensor& z0, const Tensor& z1, const Tensor& scale, bool nor
           ? cpu::contrastive_fwd(arguments(z0, &z1, scale, partner, normalize, keep))
           : contrastive_forward_op().call(at::cat({z0, z1}), std::nullopt, scale, partner, std::nullopt, std::nullopt,
                                           normalize, normalize, /*keep_diagonal=*/false, /*both_directions=*/false, keep,
-                                          /*columns_need_grad=*/false);
+                                          /*columns_need_grad=*/false, std::nullopt, std::nullopt, std::nullopt,
+                                          std::nullopt, /*only_equal_ids=*/false);
   if (saved) *saved = {*partner, lse, row_rnorm, kept};
   if (!can_be_read(lse)) {
     const Tensor losses = lse.sub(positive_logits);
@@ -133,7 +134,7 @@ struct NTXentLoss : Function<NTXentLoss> {
       }
       const Tensor none = at::empty({0}, lse.options());
       const OptionalTensor no_grad, partner = saved[3], by_lse = grad_lse, by_positives = grad_positive;
-      const auto [grad_rows, grad_columns, grad_scale] =
+      const auto [grad_rows, grad_columns, grad_scale, grad_column_bias, grad_row_bias] =
           runs_directly(z0, z1, scale)
               ? cpu::contrastive_bwd(arguments(z0, &z1, scale, partner, normalize, /*keep=*/false),
                                      {by_lse, no_grad, by_positives, lse, none, saved[5], none, saved[6],
@@ -141,7 +142,10 @@ struct NTXentLoss : Function<NTXentLoss> {
               : contrastive_backward_op().call(by_lse, no_grad, by_positives, at::cat({z0, z1}), std::nullopt, scale,
                                                partner, std::nullopt, std::nullopt, lse, none, saved[5], none, saved[6],
                                                normalize, normalize, /*keep_diagonal=*/false,
-                                               /*both_directions=*/false, rows_need_grad, /*columns_need_grad=*/false);
+                                               /*both_directions=*/false, rows_need_grad, /*columns_need_grad=*/false,
+                                               std::nullopt, std::nullopt, std::nullopt, std::nullopt,
+                                               /*only_equal_ids=*/false, /*column_bias_needs_grad=*/false,
+                                               /*row_bias_needs_grad=*/false);
       results = {grad_rows, grad_columns, grad_scale};
     }
     results = without_second_derivative("nt_xent_loss", results, {z0, z1, scale, grads[0]});

@@ -23,7 +23,7 @@ def _positive(positives, block):
 def class_contrastive_fwd(rows, scale, positives, normalize, keep):
     blocks = _blocks(rows, scale, normalize)
     losses, counts, lse = (torch.empty(len(rows), dtype=torch.float64, device=rows.device) for _ in range(3))
-    for block, logits in blocks:
+    for block, logits, _ in blocks:
         positive = _positive(positives, block)
         counts[block] = positive.sum(1).double()
         mean = logits.masked_fill(~positive, 0).sum(1, dtype=torch.float64) / counts[block]
@@ -46,7 +46,7 @@ def class_contrastive_bwd(
     share = (grad / counts.clamp_min(1)).to(x.dtype)
     back = positives.mT if positives.dtype == torch.bool else positives
     grad_x = torch.empty_like(x)
-    for block, logits in blocks:
+    for block, logits, _ in blocks:
         coefficients = (logits - shift[block, None]).exp_() * weight[block, None]
         coefficients += (logits - shift).exp_() * weight
         # Before the product: a softmax near its target leaves little of two large numbers.

@@ -23,8 +23,19 @@ class Blocks:
         normalize_columns,
         keep_diagonal,
         positives=None,
+        column_bias=None,
+        row_bias=None,
+        row_limit=None,
+        exempt=None,
+        only_equal_ids=False,
     ):
         self.square = columns is None
+        self.column_bias, self.row_bias = column_bias, column_bias if columns is None else row_bias
+        self.row_limit, self.exempt, self.only_equal_ids = row_limit, exempt, only_equal_ids
+        # Whether logits differ between the sums of rows and of columns, which in the square case are those of rows again.
+        self.two_sided = column_bias is not None or row_bias is not None
+        if columns is None:
+            self.two_sided = self.two_sided or row_limit is not None
         self.rows, self.row_rnorm = unit_rows(rows, normalize_rows)
         if self.square:
             self.columns, self.column_rnorm, column_ids = self.rows, self.rows.new_empty(0), row_ids
@@ -40,7 +51,7 @@ class Blocks:
             self.positive_logits = self.rows.new_empty(self.positives.shape)
 
     def __iter__(self):
-        """Yields (slice of rows, their allowed logits): -inf where a pair is left out of the sums."""
+        """Yields (slice of rows, their logits in the sums of rows, in those of columns): -inf where a pair is left out."""
         n, m = len(self.rows), len(self.columns)
         size = max(1, LOGITS_PER_BLOCK // m)
         for start in range(0, n, size):
@@ -50,15 +61,53 @@ class Blocks:
                 self.positives is not None
             ):  # the very numbers that enter the sums, which are then no less than these
                 self.positive_logits[block] = logits.gather(1, self.positives[block])
-            diagonal = logits.diagonal(offset=start)
-            if self.row_ids is not None:
-                kept = diagonal.clone() if self.keep_diagonal else None
-                logits.masked_fill_(self.row_ids[block, None] == self.column_ids[None, :], -torch.inf)
-                if kept is not None:
-                    diagonal.copy_(kept)
-            if self.square:
-                diagonal.fill_(-torch.inf)
-            yield block, logits
+            by_columns = logits.clone() if self.two_sided else logits
+            for side in (logits, by_columns) if self.two_sided else (logits,):
+                turned = self.square and side is not logits
+                if self.row_limit is not None:
+                    self._limit(side, block, turned)
+                self._leave_out(side, block)
+            if self.two_sided:
+                if self.column_bias is not None:
+                    _add_bias(logits, self.column_bias)
+                if self.row_bias is not None:
+                    _add_bias(by_columns, self.row_bias[block, None])
+            yield block, logits, by_columns
+
+    def _leave_out(self, logits, block):
+        diagonal = logits.diagonal(offset=block.start)
+        if self.row_ids is not None:
+            kept = diagonal.clone() if self.keep_diagonal else None
+            equal = self.row_ids[block, None] == self.column_ids[None, :]
+            logits.masked_fill_(~equal if self.only_equal_ids else equal, -torch.inf)
+            if kept is not None:
+                diagonal.copy_(kept)
+        if self.square:
+            diagonal.fill_(-torch.inf)
+
+    def _limit(self, logits, block, turned):
+        """Leaves out what is above its row's limit; `turned`: entry (i, j) stands for (j, i)."""
+        above = logits > (self.row_limit if turned else self.row_limit[block, None])
+        if self.exempt is not None:
+            above &= ~(self.exempt[block, None] if turned else self.exempt)
+        if self.positives is not None:
+            if turned:  # columns whose positives are among these rows
+                columns = torch.arange(len(self.columns), device=logits.device)[:, None]
+                inside = (self.positives >= block.start) & (self.positives < block.stop)
+                rows = (self.positives - block.start).where(inside, 0)
+                # A place outside writes what is there already.
+                columns = columns.expand_as(rows)
+                keep = torch.zeros_like(above)
+                keep.index_put_((rows, columns), inside, accumulate=True)
+                above &= ~keep
+            else:
+                above.scatter_(1, self.positives[block], False)
+        logits.masked_fill_(above, -torch.inf)
+
+
+def _add_bias(logits, bias):
+    """Adds to what was not left out, whatever the bias is."""
+    logits.copy_((logits + bias).where(logits != -torch.inf, logits))
 
 
 def finite_max(logits, dim):
@@ -81,6 +130,11 @@ def contrastive_fwd(
     both_directions,
     keep,
     columns_need_grad,
+    column_bias=None,
+    row_bias=None,
+    row_limit=None,
+    exempt=None,
+    only_equal_ids=False,
 ):
     blocks = Blocks(
         rows,
@@ -92,6 +146,11 @@ def contrastive_fwd(
         normalize_columns,
         keep_diagonal,
         positives,
+        column_bias,
+        row_bias,
+        row_limit,
+        exempt,
+        only_equal_ids,
     )
     n, m = len(blocks.rows), len(blocks.columns)
     wide = {"dtype": torch.float64, "device": rows.device}
@@ -99,7 +158,7 @@ def contrastive_fwd(
     column_lse = torch.full((m if both_directions else 0,), -torch.inf, **wide)
     with_expectation = keep and not blocks.square and not columns_need_grad and not both_directions
     kept = blocks.rows.new_empty(blocks.rows.shape if with_expectation else 0)
-    for block, logits in blocks:
+    for block, logits, by_columns in blocks:
         shift = finite_max(logits, 1)
         terms = (logits - shift[:, None]).exp_()
         total = terms.sum(1)
@@ -107,13 +166,15 @@ def contrastive_fwd(
         if with_expectation:
             kept[block] = terms @ blocks.columns / total.masked_fill(total == 0, 1)[:, None]
         if both_directions:
-            shift = finite_max(logits, 0)
-            here = shift.double() + (logits - shift).exp_().sum(0).double().log()
+            shift = finite_max(by_columns, 0)
+            here = shift.double() + (by_columns - shift).exp_().sum(0).double().log()
             column_lse = torch.logaddexp(column_lse, here)
     if positives is None:
         positive_logits = torch.empty(0, **wide)
     else:
         positive_logits = blocks.positive_logits.double().view(positives.shape)
+    if only_equal_ids:
+        row_ids = column_ids = None
     lse, column_lse = infinite_as_nan(lse, column_lse, positives, row_ids, column_ids, keep_diagonal)
     return lse, column_lse, positive_logits, blocks.row_rnorm, blocks.column_rnorm, kept
 
@@ -152,6 +213,13 @@ def contrastive_bwd(
     both_directions,
     rows_need_grad,
     columns_need_grad,
+    column_bias=None,
+    row_bias=None,
+    row_limit=None,
+    exempt=None,
+    only_equal_ids=False,
+    column_bias_needs_grad=False,
+    row_bias_needs_grad=False,
 ):
     positives_alone = not any(map(_counts, (grad_lse, grad_column_lse)))
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
@@ -165,10 +233,24 @@ def contrastive_bwd(
                 grad_x += _times(q, unit_rows(columns[index], normalize_columns)[0].to(x.dtype))
         grad_scale = (x * grad_x).sum(dtype=torch.float64).to(x.dtype)
         grad_rows = input_gradient(scale * grad_x, x, row_rnorm).to(rows.dtype)
-        return grad_rows if rows_need_grad else rows.new_empty(0), rows.new_empty(0), grad_scale
+        nothing = (x.new_empty(0), x.new_empty(0))
+        return grad_rows if rows_need_grad else rows.new_empty(0), rows.new_empty(0), grad_scale, *nothing
 
     blocks = Blocks(
-        rows, columns, scale, row_ids, column_ids, normalize_rows, normalize_columns, keep_diagonal
+        rows,
+        columns,
+        scale,
+        row_ids,
+        column_ids,
+        normalize_rows,
+        normalize_columns,
+        keep_diagonal,
+        None if row_limit is None else positives,
+        column_bias,
+        row_bias,
+        row_limit,
+        exempt,
+        only_equal_ids,
     )
     x, y = blocks.rows, blocks.columns
     row_shift, row_weight = softmax_weights(grad_lse, lse, x.dtype)
@@ -181,13 +263,20 @@ def contrastive_bwd(
     # The gradients by the normalised rows and columns, before `scale`.
     grad_x = torch.empty_like(x)
     grad_y = None if blocks.square else torch.zeros_like(y)
-    for block, logits in blocks:
+    grad_column_bias = x.new_zeros(len(y) if column_bias_needs_grad else 0, dtype=torch.float64)
+    grad_row_bias = x.new_zeros(len(x) if row_bias_needs_grad else 0, dtype=torch.float64)
+    for block, logits, by_columns in blocks:
         if positives_alone:
             coefficients = logits.zero_()
         else:
             coefficients = (logits - row_shift[block, None]).exp_() * row_weight[block, None]
+            if column_bias_needs_grad:
+                grad_column_bias += coefficients.sum(0)
             if blocks.square or both_directions:
-                coefficients += (logits - column_shift).exp_() * column_weight
+                of_columns = (by_columns - column_shift).exp_() * column_weight
+                if row_bias_needs_grad:
+                    grad_row_bias[block] = of_columns.sum(1, dtype=torch.float64)
+                coefficients += of_columns
         grad_x[block] = coefficients @ y
         if columns_need_grad and not blocks.square:
             grad_y += coefficients.T @ x[block]
@@ -209,7 +298,7 @@ def contrastive_bwd(
     grad_rows, grad_columns = (
         rows.new_empty(0) if grad is None else grad for grad in (grad_rows, grad_columns)
     )
-    return grad_rows, grad_columns, grad_scale
+    return grad_rows, grad_columns, grad_scale, grad_column_bias.to(x.dtype), grad_row_bias.to(x.dtype)
 
 
 def _counts(grad):

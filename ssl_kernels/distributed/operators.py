@@ -42,7 +42,8 @@ def contrastive_bwd(
         of_columns = rows[:0] if columns is None else columns
         norms = reciprocal_norms(rows, normalize[0]), reciprocal_norms(of_columns, normalize[1])
         kept = (*norms, norms[0].new_empty(0))
-    return _contrastive._bwd[backend](*grads, rows, columns, scale, *marks, *sums, *kept, *flags, *needs)
+    results = _contrastive._bwd[backend](*grads, rows, columns, scale, *marks, *sums, *kept, *flags, *needs)
+    return results[:3]  # there are no biases
 
 
 def sigmoid_pairs_fwd(backend, rows, columns, scale, bias, diagonal, normalize):

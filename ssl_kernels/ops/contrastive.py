@@ -25,6 +25,11 @@ _TRITON = "ssl_kernels.triton.contrastive"
 _OPERANDS = (
     "Tensor rows, Tensor? columns, Tensor scale, Tensor? positives, Tensor? row_ids, Tensor? column_ids"
 )
+# Last, with defaults: most calls have none of them.
+_ADDITIONS = (
+    "Tensor? column_bias=None, Tensor? row_bias=None, Tensor? row_limit=None, Tensor? exempt=None,"
+    " bool only_equal_ids=False"
+)
 _FLAGS = "bool normalize_rows, bool normalize_columns, bool keep_diagonal, bool both_directions"
 
 
@@ -53,6 +58,7 @@ def _fwd_fake(
     both_directions,
     keep,
     columns_need_grad,
+    *_,
 ):
     n = rows.shape[0]
     m = n if columns is None else columns.shape[0]
@@ -95,18 +101,28 @@ def _bwd_fake(
     both_directions,
     rows_need_grad,
     columns_need_grad,
+    column_bias=None,
+    row_bias=None,
+    row_limit=None,
+    exempt=None,
+    only_equal_ids=False,
+    column_bias_needs_grad=False,
+    row_bias_needs_grad=False,
 ):
     columns_too = columns is not None and columns_need_grad
+    acc = accumulation_dtype(rows)
     return (
         rows.new_empty(rows.shape if rows_need_grad else (0,)),
         columns.new_empty(columns.shape) if columns_too else rows.new_empty(0),
-        rows.new_empty((), dtype=accumulation_dtype(rows)),
+        rows.new_empty((), dtype=acc),
+        rows.new_empty(column_bias.shape if column_bias_needs_grad else (0,), dtype=acc),
+        rows.new_empty(row_bias.shape if row_bias_needs_grad else (0,), dtype=acc),
     )
 
 
 _fwd = define(
     "contrastive_fwd",
-    f"({_OPERANDS}, {_FLAGS}, bool keep, bool columns_need_grad) -> (Tensor lse, Tensor column_lse,"
+    f"({_OPERANDS}, {_FLAGS}, bool keep, bool columns_need_grad, {_ADDITIONS}) -> (Tensor lse, Tensor column_lse,"
     " Tensor positive_logits, Tensor row_rnorm, Tensor column_rnorm, Tensor kept)",
     _fwd_fake,
 )
@@ -114,7 +130,8 @@ _bwd = define(
     "contrastive_bwd",
     f"(Tensor? grad_lse, Tensor? grad_column_lse, Tensor? grad_positive_logits, {_OPERANDS}, Tensor lse,"
     f" Tensor column_lse, Tensor row_rnorm, Tensor column_rnorm, Tensor kept, {_FLAGS}, bool rows_need_grad,"
-    " bool columns_need_grad) -> (Tensor grad_rows, Tensor grad_columns, Tensor grad_scale)",
+    f" bool columns_need_grad, {_ADDITIONS}, bool column_bias_needs_grad=False, bool row_bias_needs_grad=False)"
+    " -> (Tensor grad_rows, Tensor grad_columns, Tensor grad_scale, Tensor grad_column_bias, Tensor grad_row_bias)",
     _bwd_fake,
 )
 
@@ -123,11 +140,13 @@ library.impl("contrastive_bwd.chunked", chunked.contrastive_bwd, "CompositeExpli
 implement_in_triton(("contrastive_fwd", "contrastive_bwd"), _TRITON)
 
 
-def unsupported(backend, rows, columns=None, both_directions=False, *_):
+def unsupported(backend, rows, columns=None, both_directions=False, has_additions=False, *_):
     """Why `backend` cannot run this call, or None if it can."""
     if backend in ("chunked", "reference"):
         return None
     device = rows.device.type
+    if has_additions is True and (backend == "triton" or device == "cuda"):
+        return "its kernels take no column_bias, row_bias, row_limit or only_equal_ids"
     if device == "cuda" and columns is not None and columns.dtype != rows.dtype:
         if rows.dtype != torch.float32 or columns.dtype not in (torch.float16, torch.bfloat16):
             return (
@@ -151,6 +170,21 @@ def unsupported(backend, rows, columns=None, both_directions=False, *_):
 backends.register_operation("contrastive", unsupported, preference.CONTRASTIVE)
 
 
+def forward_of(backend, rows, columns, *, keep):
+    """Results of the forward operator on rows and columns as they are, at scale 1; backward will not ask for columns."""
+    one = rows.new_ones(())
+    return _fwd[backend](rows, columns, one, None, None, None, False, False, False, False, keep, False)
+
+
+def backward_of(backend, grad_lse, rows, columns, results, *, rows_need_grad=False, columns_need_grad=False):
+    """(grad_rows, grad_columns, grad_scale) of the lse that `forward_of` gave among `results`."""
+    lse, column_lse, _, row_rnorm, column_rnorm, kept = results
+    saved = (lse, column_lse, row_rnorm, column_rnorm, kept)
+    operands = (rows, columns, rows.new_ones(()), None, None, None)
+    flags = (False, False, False, False)
+    return _bwd[backend](grad_lse, None, None, *operands, *saved, *flags, rows_need_grad, columns_need_grad)
+
+
 class _Backward(torch.autograd.Function):
     """The backward operator inside a graph of its own, so that differentiating it again is an error."""
 
@@ -166,40 +200,57 @@ class _Backward(torch.autograd.Function):
         )
 
 
+FLAGS = 4  # how many flags a call has
+SAVED = 11  # tensors that every call saves; the additions follow
+
+
 class _Contrastive(torch.autograd.Function):
     """Forward and backward operator of a backend that does not differentiate itself."""
 
     @staticmethod
-    def forward(ctx, backend, rows, columns, scale, positives, row_ids, column_ids, *flags):
+    def forward(ctx, backend, rows, columns, scale, positives, row_ids, column_ids, *rest):
         operands = (rows, columns, scale, positives, row_ids, column_ids)
-        results = _fwd[backend](*operands, *flags, any(ctx.needs_input_grad), ctx.needs_input_grad[2])
+        flags, additions = rest[:FLAGS], rest[FLAGS:]
+        columns_need_grad = ctx.needs_input_grad[2]
+        if additions:
+            columns_need_grad = columns_need_grad or ctx.needs_input_grad[7 + FLAGS]
+        results = _fwd[backend](*operands, *flags, any(ctx.needs_input_grad), columns_need_grad, *additions)
         lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept = results
         if kept.dim() == 2 and positives is None:  # the expectation: backward reads rows and scale alone
             operands = (rows, None, scale, None, None, None)
-        ctx.save_for_backward(*map(savable, operands), lse, column_lse, row_rnorm, column_rnorm, kept)
+        results = (lse, column_lse, row_rnorm, column_rnorm, kept)
+        ctx.save_for_backward(*map(savable, operands), *results, *map(savable, additions[:-1]))
         ctx.backend, ctx.flags = backend, flags
+        ctx.only_equal_ids = additions[-1:]
         ctx.set_materialize_grads(False)
         return lse, column_lse, positive_logits
 
     @staticmethod
     def backward(ctx, grad_lse, grad_column_lse, grad_positive_logits):
         _, rows_need_grad, columns_need_grad, scale_needs_grad = ctx.needs_input_grad[:4]
+        saved, additions = ctx.saved_tensors[:SAVED], ctx.saved_tensors[SAVED:]
         args = (
             grad_lse,
             grad_column_lse if ctx.flags[-1] else None,
             grad_positive_logits,
-            *ctx.saved_tensors,
+            *saved,
             *ctx.flags,
             rows_need_grad,
             columns_need_grad,
         )
+        by_bias = ()
+        if additions:
+            by_bias = ctx.needs_input_grad[7 + FLAGS : 9 + FLAGS]
+            args += (*additions, *ctx.only_equal_ids, *by_bias)
         if torch.is_grad_enabled():
             grads = _Backward.apply(ctx.backend, *args)
         else:
             grads = _bwd[ctx.backend](*args)
-        needed = (rows_need_grad, columns_need_grad, scale_needs_grad)
-        grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-        return None, *grads, *[None] * 7
+        needed = (rows_need_grad, columns_need_grad, scale_needs_grad, *(by_bias or (False, False)))
+        grads = [grad if need else None for grad, need in zip(grads, needed, strict=False)]
+        if not additions:
+            return None, *grads[:3], *[None] * (3 + FLAGS)
+        return None, *grads[:3], *[None] * (3 + FLAGS), *grads[3:], None, None, None
 
 
 class Contrastive(NamedTuple):
@@ -222,6 +273,11 @@ def contrastive(
     normalize_columns=True,
     keep_diagonal=False,
     both_directions=False,
+    column_bias=None,
+    row_bias=None,
+    row_limit=None,
+    exempt=None,
+    only_equal_ids=False,
     backend=None,
     caller="contrastive",
 ):
@@ -241,27 +297,42 @@ def contrastive(
         normalize_rows, normalize_columns: L2-normalise first, as F.normalize does.
         keep_diagonal: Pair (i, i) stays in the sums although its ids are equal. Rectangular case only.
         both_directions: Also the log-sum-exp over rows for each column. Rectangular case only.
+        column_bias: (M,) in the dtype of scale, or None: added to the logits in the sums of rows, not to those at
+            positives. Gets its gradient; −inf leaves a column out.
+        row_bias: (N,) like column_bias: added to the logits in the sums of columns. With both_directions only.
+        row_limit: (N,) in the dtype of scale, or None: logits (without bias) above it are left out of all sums, but
+            for positives of their row and exempt columns.
+        exempt: (M,) bool, or None: columns that no limit leaves out. With row_limit only.
+        only_equal_ids: Pairs of equal ids are those that stay.
         backend: One of `backends.BACKENDS`, or None.
         caller: Named in error messages.
 
     Returns:
         Contrastive(lse, column_lse, positive_logits).
     """
-    chosen = backends.choose_backend(
-        "contrastive", backend, caller, rows, *([] if columns is None else [columns, both_directions])
-    )
+    has_additions = only_equal_ids or not (column_bias is None and row_bias is None and row_limit is None)
+    call = [] if columns is None else [columns, both_directions]
+    if has_additions:
+        call = [columns, both_directions, True]
+    chosen = backends.choose_backend("contrastive", backend, caller, rows, *call)
     if columns is None:
         normalize_columns = normalize_rows
     flags = (normalize_rows, normalize_columns, keep_diagonal, both_directions)
+    additions = (column_bias, row_bias, row_limit, exempt, only_equal_ids) if has_additions else ()
     if chosen == "reference":
         with torch.autocast(rows.device.type, enabled=False):
             acc = accumulation_dtype(rows)
             rows, columns = savable(rows.to(acc)), None if columns is None else savable(columns.to(acc))
             positives = savable(positives)
-            results = reference.contrastive(rows, columns, scale, positives, row_ids, column_ids, *flags)
+            operands = (rows, columns, scale, positives, row_ids, column_ids)
+            results = reference.contrastive(*operands, *flags, *map(_savable_tensor, additions))
             return Contrastive(*[result.double() for result in results])
     operands = (rows, columns, scale, positives, row_ids, column_ids)
     if chosen == "native":  # differentiates itself: csrc/ops/contrastive_autograd.cpp
-        return Contrastive(*_fwd[chosen](*operands, *flags, False, False)[:3])
+        return Contrastive(*_fwd[chosen](*operands, *flags, False, False, *additions)[:3])
     refuse_torch_func("contrastive", chosen)
-    return Contrastive(*_Contrastive.apply(chosen, *distinct(*operands), *flags))
+    return Contrastive(*_Contrastive.apply(chosen, *distinct(*operands), *flags, *additions))
+
+
+def _savable_tensor(addition):
+    return addition if isinstance(addition, bool) else savable(addition)

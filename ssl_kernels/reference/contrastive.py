@@ -17,6 +17,11 @@ def contrastive(
     normalize_columns=True,
     keep_diagonal=False,
     both_directions=False,
+    column_bias=None,
+    row_bias=None,
+    row_limit=None,
+    exempt=None,
+    only_equal_ids=False,
 ):
     """Log-sum-exp of each row's allowed logits, and the logits at `positives`; docs/contrastive.md is the contract.
 
@@ -29,6 +34,10 @@ def contrastive(
         normalize_rows, normalize_columns: L2-normalise first.
         keep_diagonal: (i, i) stays in the sums although its ids are equal.
         both_directions: also the log-sum-exp over rows for each column.
+        column_bias, row_bias: (M,) and (N,), or None: added to the logits in the sums of rows, and in those of columns.
+        row_limit, exempt: (N,) and (M,) bool, or None: logits above their row's limit are left out, but for positives
+            and exempt columns.
+        only_equal_ids: Entries of other ids are left out, and not those of equal ones.
 
     Returns:
         lse (N,), column_lse (M,) or (0,), positive_logits like positives or (0,). Any of them differentiates twice.
@@ -43,24 +52,44 @@ def contrastive(
 
     excluded = torch.zeros_like(logits, dtype=torch.bool)
     if row_ids is not None:
-        excluded |= row_ids[:, None] == column_ids[None, :]
+        excluded |= (row_ids[:, None] == column_ids[None, :]) != only_equal_ids
     diagonal = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)
     if square:
         excluded |= diagonal
     elif keep_diagonal:
         excluded &= ~diagonal
-    allowed_logits = logits.masked_fill(excluded, -torch.inf)
-
-    lse = torch.logsumexp(allowed_logits, dim=1)
-    column_lse = torch.logsumexp(allowed_logits, dim=0) if both_directions else logits.new_empty(0)
     if positives is None:
         positive_logits = logits.new_empty(0)
     else:
         from_the_end = positives < 0
         columns_of = (positives + from_the_end * logits.shape[1]).view(logits.shape[0], -1)
         positive_logits = logits.gather(1, columns_of).view(positives.shape)
+    if row_limit is not None:
+        above = logits.detach() > row_limit.detach()[:, None]
+        if exempt is not None:
+            above = above & ~exempt
+        if positives is not None:
+            above = above.scatter(1, columns_of, False)
+        excluded = excluded | above
+
+    # Filled twice: neither an infinite bias nor one that is NaN reaches what is left out.
+    biased = logits if column_bias is None else logits.masked_fill(excluded, 0) + column_bias
+    lse = logsumexp(biased.masked_fill(excluded, -torch.inf), 1)
+    if both_directions:
+        biased = logits if row_bias is None else logits.masked_fill(excluded, 0) + row_bias[:, None]
+        column_lse = logsumexp(biased.masked_fill(excluded, -torch.inf), 0)
+    else:
+        column_lse = logits.new_empty(0)
+    if only_equal_ids:  # the rule below is about ids that are equal
+        row_ids = column_ids = None
     lse, column_lse = infinite_as_nan(lse, column_lse, positives, row_ids, column_ids, keep_diagonal)
     return lse, column_lse, positive_logits
+
+
+def logsumexp(logits, dim):
+    """torch.logsumexp, with a gradient of 0 where nothing is allowed, also by a bias of -inf."""
+    empty = (logits == -torch.inf).all(dim, keepdim=True)
+    return torch.logsumexp(logits.masked_fill(empty, 0), dim).masked_fill(empty.squeeze(dim), -torch.inf)
 
 
 def infinite_as_nan(lse, column_lse, positives, row_ids, column_ids, keep_diagonal):

@@ -765,11 +765,12 @@ def contrastive_bwd(
 
     empty = [rows.new_empty(0), rows.new_empty(0)]
     grad_scale = row_dots.sum() * 0.5 if square else row_dots.sum()
+    by_biases = (scale.new_empty(0), scale.new_empty(0))
     if not first_grad:
-        return *empty, grad_scale
+        return *empty, grad_scale, *by_biases
     if both:
-        return grad, other_grad, grad_scale
-    return (grad, empty[0], grad_scale) if rows_first else (empty[0], grad, grad_scale)
+        return grad, other_grad, grad_scale, *by_biases
+    return *((grad, empty[0]) if rows_first else (empty[0], grad)), grad_scale, *by_biases
 
 
 def _bwd_from_expectation(
@@ -793,7 +794,8 @@ def _bwd_from_expectation(
     row_dots = scale.new_empty(n)
     row_rnorm = row_rnorm.contiguous() if normalize_rows else None
     finish_rows(gradient[None], rows, row_rnorm, scale, None, grad, row_dots)
-    return rows.new_empty(0) if grad is None else grad, rows.new_empty(0), row_dots.sum()
+    nothing = (scale.new_empty(0), scale.new_empty(0))
+    return rows.new_empty(0) if grad is None else grad, rows.new_empty(0), row_dots.sum(), *nothing
 
 
 def _bwd_fused(side, other, scale, bound, masks, need_grad):

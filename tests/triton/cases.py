@@ -98,7 +98,7 @@ class Call:
             *self.flags,
             rows_need_grad,
             columns_need_grad,
-        )
+        )[:3]
 
     def triton(self):
         """lse, column_lse, positive_logits and the gradients of rows, columns and scale."""
