@@ -9,10 +9,8 @@ class does otherwise than the original, and how both were compared.
 import importlib
 import pkgutil
 
-from ssl_kernels.adapters._patching import patch
-
 LIBRARIES = tuple(sorted(found.name for found in pkgutil.iter_modules(__path__) if found.name[0] != "_"))
-__all__ = [*LIBRARIES, "patch"]
+__all__ = list(LIBRARIES)
 
 
 def __getattr__(name):

@@ -5,7 +5,7 @@ import warnings
 
 from ssl_kernels.ops.library import accumulation_dtype
 
-originals = {}  # from a replaced class or function, as `patch` left it in its library, to the library's own
+_originals = {}  # from a replaced class or function, as `patch` left it in its library, to the library's own
 _warned = set()
 
 
@@ -31,4 +31,4 @@ def original(module, name, why):
     if (module, name, why) not in _warned:
         _warned.add((module, name, why))
         warnings.warn(f"{why}: {module}.{name} itself runs", stacklevel=3)
-    return originals.get(found, found)
+    return _originals.get(found, found)

@@ -32,7 +32,8 @@ class Blocks:
         self.square = columns is None
         self.column_bias, self.row_bias = column_bias, column_bias if columns is None else row_bias
         self.row_limit, self.exempt, self.only_equal_ids = row_limit, exempt, only_equal_ids
-        # Whether logits differ between the sums of rows and of columns, which in the square case are those of rows again.
+        # Whether logits differ between the sums of rows and of columns, which in the square case are those of rows
+        # again.
         self.two_sided = column_bias is not None or row_bias is not None
         if columns is None:
             self.two_sided = self.two_sided or row_limit is not None
@@ -51,7 +52,7 @@ class Blocks:
             self.positive_logits = self.rows.new_empty(self.positives.shape)
 
     def __iter__(self):
-        """Yields (slice of rows, their logits in the sums of rows, in those of columns): -inf where a pair is left out."""
+        """Yields (slice of rows, their logits in the sums of rows, in those of columns): -inf where left out."""
         n, m = len(self.rows), len(self.columns)
         size = max(1, LOGITS_PER_BLOCK // m)
         for start in range(0, n, size):

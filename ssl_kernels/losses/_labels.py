@@ -24,6 +24,20 @@ def as_ids(op, name, value, shape, like):
     return value.long()
 
 
+def as_index(op, name, value, count, like):
+    """`value` as (count,) int64 rows of `like`, looked at where that waits for no device.
+
+    Raises:
+        TypeError, ValueError: It is no such tensor on the device of `like`, or an index lies outside.
+    """
+    check_ids(op, name, value, (count,), like)
+    if can_be_read(value):
+        bad = value[(value < 0) | (value >= like.shape[0])]
+        if len(bad):
+            raise ValueError(f"{op}: {name} must lie in [0, {like.shape[0]}), got {bad[0].item()}")
+    return value.long()
+
+
 def without_unlabelled(op, labels, unlabelled):
     """int64 labels in which every row that was labelled `unlabelled` is the only one of its label."""
     if not is_number(unlabelled) or not float(unlabelled).is_integer():

@@ -10,7 +10,7 @@ from ssl_kernels.checks import (
     check_same_rows,
     check_scalar,
 )
-from ssl_kernels.losses._labels import as_ids
+from ssl_kernels.losses._labels import as_ids, as_index
 from ssl_kernels.losses._rows import row_dots
 from ssl_kernels.losses._shared import (
     as_scalar,
@@ -32,6 +32,7 @@ def clip_loss(
     *,
     label_smoothing=0.0,
     ids=None,
+    image_index=None,
     normalize=True,
     reduction="mean",
     row_weights=None,
@@ -44,39 +45,51 @@ def clip_loss(
     where CE_i is the cross-entropy of row i with target i, smoothed as `F.cross_entropy` smooths it:
     log Σ_j exp(s_ij) − (1 − ε) s_ii − (ε / N) Σ_j s_ij. The last sum is logit_scale · <image_i, Σ_j text_j>, O(N · D).
 
+    With `image_index` an image may have any number of texts: the pairs are (image_index_j, text j), their number
+    takes the place of N, and a pair's loss is ½ (CE of the image with this text as target + CE of the text). The
+    mean over the pairs is the cross-entropy of an image with its texts as equal targets, weighted by how many it has.
+
     Args:
-        image_features, text_features: (N, D) each, row i of both a pair. float64, float32, float16 or bfloat16, any
-            strides. Under autocast they may differ in dtype; the wider one is used.
+        image_features, text_features: (N, D) each, row i of both a pair; (N, D) and (M, D) with image_index. float64,
+            float32, float16 or bfloat16, any strides. Under autocast they may differ in dtype; the wider one is used.
         logit_scale: 1 / temperature, a float or a tensor of one element, which gets its gradient: `log_scale.exp()`, as
             open_clip passes it.
         label_smoothing: ε above, in [0, 1].
         ids: (N,) or (N, 1) integers or bool, or None. Pairs of equal ids are no negatives of each other: known
             duplicates. Not with label_smoothing.
+        image_index: (M,) integers in [0, N), the image of each text, or None: text i is that of image i. All texts
+            of an image are its positives. Not with ids.
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12); rows that are unit already stay.
-        reduction: "mean" over the N pairs, "sum", or "none".
+        reduction: "mean" over the pairs, "sum", or "none".
         row_weights: (N,) floating, a weight a pair, or None. "none" and "sum" take weight · loss, "mean" divides
             their sum by that of the weights.
         backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
 
     Returns:
-        float32 (float64 for float64 input): a scalar, or (N,) for "none".
+        float32 (float64 for float64 input): a scalar, or a value a pair for "none".
 
     Raises:
         TypeError: An argument is no tensor or number of the kind above, or dtypes differ outside autocast.
         ValueError: Shapes that do not fit, an empty batch, mixed devices, logit_scale not finite, label_smoothing
-            outside [0, 1] or with ids, an unknown reduction or backend, or a backend that cannot run this call.
+            outside [0, 1] or with ids, ids with image_index, an index outside [0, N), an unknown reduction or
+            backend, or a backend that cannot run this call.
         RuntimeError: A second derivative is asked of a backend other than "reference".
 
     Source: Radford et al., CLIP, arXiv:2103.00020, figure 3.
     """
     image_features, text_features = widest_under_autocast(image_features, text_features)
     check_embeddings(OP, image_features=image_features, text_features=text_features)
-    check_same_rows(OP, image_features=image_features, text_features=text_features)
+    if image_index is None:
+        check_same_rows(OP, image_features=image_features, text_features=text_features)
     check_scalar(OP, "logit_scale", logit_scale, image_features, positive=False)
     check_fraction(OP, "label_smoothing", label_smoothing)
     check_reduction(OP, reduction)
-    n = image_features.shape[0]
+    n = text_features.shape[0]
     check_row_weights(OP, "row_weights", row_weights, n, image_features)
+    if image_index is not None:
+        if ids is not None:
+            raise ValueError(f"{OP}: ids must be None with image_index")
+        image_index = as_index(OP, "image_index", image_index, n, image_features)
     if ids is not None:
         ids = as_ids(OP, "ids", ids, (n,), image_features)
         if label_smoothing:
@@ -87,6 +100,11 @@ def clip_loss(
         )
 
     scale = as_scalar(logit_scale, image_features)
+    if image_index is not None:
+        loss = _with_several_texts(
+            image_features, text_features, scale, image_index, label_smoothing, normalize, backend
+        )
+        return reduce(loss, reduction, image_features, row_weights)
     lse, text_lse, positive = contrastive(
         image_features,
         text_features,
@@ -110,3 +128,26 @@ def clip_loss(
 
 
 clip_loss.operation = "contrastive"
+
+
+def _with_several_texts(
+    image_features, text_features, scale, image_index, label_smoothing, normalize, backend
+):
+    """A value for each text and its image. Rows are the texts, each of which has one positive."""
+    lse, image_lse, positive = contrastive(
+        text_features,
+        image_features,
+        scale,
+        positives=image_index,
+        normalize_rows=normalize,
+        normalize_columns=normalize,
+        both_directions=True,
+        backend=backend,
+        caller=OP,
+    )
+    loss = (lse + image_lse[image_index]) / 2 - (1 - label_smoothing) * positive
+    if not label_smoothing:
+        return loss
+    images, texts = unit_rows(image_features, normalize), unit_rows(text_features, normalize)
+    means = row_dots(texts, images.mean(0)) + row_dots(images, texts.mean(0))[image_index]
+    return not_below_zero(loss - label_smoothing / 2 * scale * means)

@@ -3,6 +3,7 @@
 import torch
 
 from ssl_kernels.checks import DTYPES, check_embeddings, check_reduction, check_same_rows, check_scalar
+from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._shared import (
     infinite_as_nan,
     inverse,
@@ -23,6 +24,8 @@ def moco_loss(
     queue=None,
     temperature=0.07,
     *,
+    ids=None,
+    queue_ids=None,
     normalize=True,
     symmetric=False,
     reduction="mean",
@@ -41,6 +44,10 @@ def moco_loss(
         queue: An `nn.MoCoQueue`, of which the filled rows count, or a (K, D) tensor of unit rows. Of any of the
             four dtypes, but float64 goes with float64 alone. None: the other keys of the batch are the negatives.
         temperature: > 0, a float or a tensor of one element, which gets its gradient.
+        ids: (N,) or (N, 1) integers or bool, or None. A negative whose id equals the query's is left out: another
+            view of its sample. The negatives' ids are those of the `MoCoQueue`, made with `ids=True`; queue_ids; or
+            without a queue those of the other queries. The own key always stays.
+        queue_ids: (K,) or (K, 1), the ids of a queue that is a tensor; given if and only if ids are.
         normalize: L2-normalise the rows of query and key first. The queue is taken as it is.
         symmetric: query holds the predictions of view 0 above those of view 1, key likewise; each query's positive
             is the key of the other view, and without a queue the negatives are the other keys of that view.
@@ -53,8 +60,8 @@ def moco_loss(
 
     Raises:
         TypeError: query, key or queue is no floating tensor, or their dtypes do not go together.
-        ValueError: Shapes that do not fit, an empty batch, mixed devices, temperature not > 0, an unknown reduction
-            or backend, or a backend that cannot run this call.
+        ValueError: Shapes that do not fit, an empty batch, mixed devices, temperature not > 0, ids of one side
+            alone, an unknown reduction or backend, or a backend that cannot run this call.
         RuntimeError: A second derivative is asked of a backend other than "reference".
 
     Source: He et al., MoCo, arXiv:1911.05722, eq. 1; Chen et al., MoCo v2, arXiv:2003.04297, and MoCo v3,
@@ -68,29 +75,34 @@ def moco_loss(
     check_reduction(op, reduction)
     if symmetric and query.shape[0] % 2:
         raise ValueError(f"{op}: query must have an even number of rows with symmetric, got {query.shape[0]}")
+    ids, queue_ids = _checked_ids(query, queue, ids, queue_ids)
     scale = inverse(temperature, query)
     key = key.detach()
     if symmetric:
         key = stacked(*key.chunk(2)[::-1])
     if queue is None:
-        loss = _in_batch(query, key, scale, normalize, 2 if symmetric else 1, backend)
+        loss = _in_batch(query, key, scale, ids, normalize, 2 if symmetric else 1, backend)
     else:
-        loss = _against_queue(query, key, queue, scale, normalize, backend)
+        loss = _against_queue(query, key, queue, scale, ids, queue_ids, normalize, backend)
     return reduce(loss, reduction, query)
 
 
 moco_loss.operation = "contrastive"
 
 
-def _in_batch(query, key, scale, normalize, views, backend):
+def _in_batch(query, key, scale, ids, normalize, views, backend):
     """Rows' losses; the keys of each view are the columns of its queries."""
     losses = []
-    for rows, columns in zip(query.chunk(views), key.chunk(views), strict=True):
+    of_views = [None] * views if ids is None else ids.chunk(views)
+    for rows, columns, own_ids in zip(query.chunk(views), key.chunk(views), of_views, strict=True):
         lse, _, positive = contrastive(
             rows,
             columns,
             scale,
             positives=torch.arange(rows.shape[0], device=rows.device),
+            row_ids=own_ids,
+            column_ids=own_ids,
+            keep_diagonal=own_ids is not None,
             normalize_rows=normalize,
             normalize_columns=normalize,
             backend=backend,
@@ -100,13 +112,15 @@ def _in_batch(query, key, scale, normalize, views, backend):
     return torch.cat(losses)
 
 
-def _against_queue(query, key, queue, scale, normalize, backend):
-    if hasattr(queue, "negatives"):
-        _check_queue(query, queue.storage)
+def _against_queue(query, key, queue, scale, ids, queue_ids, normalize, backend):
+    bias = None
+    if not hasattr(queue, "negatives"):
+        columns, row_ids, column_ids = queue.detach(), ids, queue_ids
+    elif ids is None:
         columns, row_ids, column_ids = queue.negatives(query.shape[0])
     else:
-        _check_queue(query, queue)
-        columns, row_ids, column_ids = queue.detach(), None, None
+        columns, row_ids, column_ids, bias = queue.negatives_with_ids(ids)
+    added = {} if bias is None else {"column_bias": bias.to(scale.dtype)}
     query, key = (rows_for_several(rows, backend, "moco_loss") for rows in (query, key))
     positive = scale * row_pairs(
         query, key, normalize=normalize, measure="product", backend=backend, caller="moco_loss"
@@ -121,8 +135,29 @@ def _against_queue(query, key, queue, scale, normalize, backend):
         normalize_columns=False,
         backend=backend,
         caller="moco_loss",
+        **added,
     ).lse
     return minus_log_sigmoid(infinite_as_nan(positive) - lse)
+
+
+def _checked_ids(query, queue, ids, queue_ids):
+    """int64 ids of queries and of a queue that is a tensor, and the check of the queue; None where there are none."""
+    op = "moco_loss"
+    is_tensor = queue is not None and not hasattr(queue, "negatives")
+    if queue is not None:
+        _check_queue(query, queue if is_tensor else queue.storage)
+    if queue_ids is not None and not is_tensor:
+        raise ValueError(f"{op}: queue_ids must be None without a tensor as queue")
+    if is_tensor and (ids is None) != (queue_ids is None):
+        given, missing = ("ids", "queue_ids") if queue_ids is None else ("queue_ids", "ids")
+        raise ValueError(f"{op}: {missing} must be given with {given} and a tensor as queue, got None")
+    if ids is not None:
+        ids = as_ids(op, "ids", ids, (query.shape[0],), query)
+        if hasattr(queue, "negatives") and not queue.has_ids:
+            raise ValueError(f"{op}: queue must hold ids with ids, as MoCoQueue(..., ids=True) does")
+    if queue_ids is not None:
+        queue_ids = as_ids(op, "queue_ids", queue_ids, (queue.shape[0],), query)
+    return ids, queue_ids
 
 
 def _check_queue(query, queue):

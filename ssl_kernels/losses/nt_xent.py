@@ -9,7 +9,16 @@ from ssl_kernels.checks import (
     check_same_rows,
     check_scalar,
 )
-from ssl_kernels.losses._shared import inverse, reduce, stacked, takes_native_node, widest_under_autocast
+from ssl_kernels.losses._labels import as_ids
+from ssl_kernels.losses._shared import (
+    infinite_as_nan,
+    inverse,
+    minus_log_sigmoid,
+    reduce,
+    stacked,
+    takes_native_node,
+    widest_under_autocast,
+)
 from ssl_kernels.ops.contrastive import contrastive
 
 
@@ -18,6 +27,7 @@ def nt_xent_loss(
     z1,
     temperature=0.5,
     *,
+    ids=None,
     normalize=True,
     reduction="mean",
     row_weights=None,
@@ -33,6 +43,8 @@ def nt_xent_loss(
         z0, z1: Embeddings of the two views, (B, D) each, row i of both from the same sample. float64, float32,
             float16 or bfloat16, any strides. Under autocast they may differ in dtype; the wider one is used.
         temperature: > 0, a float or a tensor of one element, which gets its gradient.
+        ids: (B,) or (B, 1) integers or bool, or None. Views of other samples of equal ids are no negatives of each
+            other: known duplicates. A view's partner stays; a view without a negative has loss 0.
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
         reduction: "mean" over the 2B rows, "sum", or "none".
         row_weights: (2B,) floating, or None, the rows of z0 first. "none" and "sum" take weight · loss, "mean"
@@ -57,7 +69,9 @@ def nt_xent_loss(
     check_scalar(op, "temperature", temperature, z0, positive=True)
     check_reduction(op, reduction)
     check_row_weights(op, "row_weights", row_weights, 2 * z0.shape[0], z0)
-    is_total = reduction != "none" and row_weights is None
+    if ids is not None:
+        ids = as_ids(op, "ids", ids, (z0.shape[0],), z0)
+    is_total = reduction != "none" and row_weights is None and ids is None
     if is_total and takes_native_node(backend, op, z0, views=2):
         # The same in C++: csrc/ops/nt_xent_loss.cpp says why.
         learned = isinstance(temperature, torch.Tensor)
@@ -72,11 +86,16 @@ def nt_xent_loss(
         None,
         inverse(temperature, z0),
         positives=partner,
+        row_ids=None if ids is None else ids.repeat(2),
         normalize_rows=normalize,
         backend=backend,
         caller=op,
     )
-    return reduce(lse - positive, reduction, views, row_weights)
+    # With ids the partner is left out of the sum too.
+    loss = (
+        lse - positive if ids is None else minus_log_sigmoid(infinite_as_nan(positive) - infinite_as_nan(lse))
+    )
+    return reduce(loss, reduction, views, row_weights)
 
 
 nt_xent_loss.operation = "contrastive"

@@ -7,11 +7,13 @@ from ssl_kernels.backends import choose_backend
 from ssl_kernels.checks import check_embeddings, check_margin, check_reduction
 from ssl_kernels.chunked.rows import input_gradient, unit_rows
 from ssl_kernels.losses._labels import as_ids
-from ssl_kernels.losses._shared import as_operand, reduce
+from ssl_kernels.losses._semi_hard import semi_hard_losses
+from ssl_kernels.losses._shared import as_operand, minus_log_sigmoid, reduce
 from ssl_kernels.ops.batch_hard import DISTANCES, batch_hard
 from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
 
-MININGS = ("batch_hard",)
+MININGS = ("batch_hard", "semi_hard")
+SOFT = "soft"
 
 
 def triplet_loss(
@@ -25,25 +27,29 @@ def triplet_loss(
     reduction="mean",
     backend=None,
 ):
-    """Batch-hard triplet loss: the farthest row of an anchor's label nearer than the nearest of another, by a margin.
+    """Triplet loss that mines the batch: a row of an anchor's label nearer than one of another label, by a margin.
 
         loss_i = max(0, margin + max_{j ≠ i, label_j = label_i} d(x_i, x_j) − min_{label_j ≠ label_i} d(x_i, x_j))
 
-    with d(a, b) = ‖a − b‖₂ or, for "cosine", 1 − <a, b>. Every row is an anchor; one that has no other row of its
-    label, or none of another, has loss 0 and counts nothing in the mean. Where no anchor has both, the loss is 0 and so
-    is its gradient. The triplets come from one streamed pass over the pairs, which compares distances to within
-    rounding (docs/batch_hard.md); the distances in the loss are then computed from the rows.
+    with d(a, b) = ‖a − b‖₂ or, for "cosine", 1 − <a, b>: "batch_hard", the farthest row of the anchor's label and the
+    nearest of another. "semi_hard" takes every pair (i, p) of one label, and of the rows of other labels the nearest
+    that is farther from i than p; where there is none, the farthest of them. Every row is an anchor; one that has no
+    other row of its label, or none of another, has loss 0 and counts nothing in the mean. Where no anchor has both, the
+    loss is 0 and so is its gradient. The hardest triplets come from one streamed pass over the pairs, which compares
+    distances to within rounding (docs/batch_hard.md); the distances in the loss are then computed from the rows.
 
     Args:
         embeddings: (N, D), float64, float32, float16 or bfloat16, any strides. Gradients flow to all three rows of a
             triplet; at distance 0 the gradient of the distance is 0.
         labels: (N,) or (N, 1) integers of any dtype and value, or bool.
-        margin: >= 0, a float or a tensor of one element, which gets its gradient.
-        mining: "batch_hard".
+        margin: >= 0, a float or a tensor of one element, which gets its gradient; or "soft": log(1 + exp(d(i, p) −
+            d(i, n))) in place of max(0, margin + ...).
+        mining: "batch_hard" or "semi_hard", which torch computes in blocks of rows on every backend.
         distance: "euclidean" or "cosine".
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12). False with "cosine" takes inner
             products as they are.
-        reduction: "mean" over the anchors that have a positive and a negative, "sum", or "none".
+        reduction: "mean" over the anchors that have a positive and a negative, "sum", or "none"; of "semi_hard" over
+            the triplets, where "none" gives for each anchor the sum of those it has.
         backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
 
     Returns:
@@ -59,14 +65,20 @@ def triplet_loss(
     op = "triplet_loss"
     check_embeddings(op, embeddings=embeddings)
     labels = as_ids(op, "labels", labels, (embeddings.shape[0],), embeddings)
-    check_margin(op, margin, embeddings)
+    if not (isinstance(margin, str) and margin == SOFT):
+        check_margin(op, margin, embeddings)
     if mining not in MININGS:
-        raise ValueError(f'{op}: mining must be "batch_hard", got {mining!r}')
+        raise ValueError(f'{op}: mining must be "batch_hard" or "semi_hard", got {mining!r}')
     if distance not in DISTANCES:
         raise ValueError(f'{op}: distance must be "euclidean" or "cosine", got {distance!r}')
     check_reduction(op, reduction)
     labels = labels.to(torch.int64)
     chosen = choose_backend("batch_hard", backend, op, embeddings, labels)
+    if mining == "semi_hard":
+        losses, triplets = semi_hard_losses(embeddings, labels, margin, distance, normalize, chosen)
+        if reduction == "mean":
+            return (losses.sum() / triplets.clamp_min(1)).to(accumulation_dtype(embeddings))
+        return reduce(losses, reduction, embeddings)
     indices = batch_hard(
         embeddings,
         labels,
@@ -83,13 +95,19 @@ def triplet_loss(
     else:
         refuse_torch_func(op, chosen)
         gaps = _Gap.apply(embeddings, hardest, complete, normalize, distance)
-    losses = torch.relu(gaps + as_operand(margin, embeddings))
+    losses = _hinge(gaps, margin, embeddings)
     if reduction == "mean":
         return (losses.sum() / complete.sum().clamp_min(1)).to(accumulation_dtype(embeddings))
     return reduce(losses, reduction, embeddings)
 
 
 triplet_loss.operation = "batch_hard"
+
+
+def _hinge(gaps, margin, embeddings):
+    if isinstance(margin, str):
+        return minus_log_sigmoid(-gaps)
+    return torch.relu(gaps + as_operand(margin, embeddings))
 
 
 class _Gap(torch.autograd.Function):

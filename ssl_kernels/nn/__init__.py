@@ -19,15 +19,29 @@ from ssl_kernels.nn.manifold_mixup import ManifoldMixup
 from ssl_kernels.nn.mixing import MixingDraw, Mixup
 from ssl_kernels.nn.momentum import MomentumEncoder, cosine_momentum
 from ssl_kernels.nn.queue import MoCoQueue
+from ssl_kernels.nn.retrieval import (
+    AlignmentLoss,
+    DistillationLoss,
+    KoLeoLoss,
+    MILNCELoss,
+    MultipleNegativesRankingLoss,
+    SampledSoftmaxLoss,
+    SimilarityCrossEntropyLoss,
+    UniformityLoss,
+)
 from ssl_kernels.nn.targets import MixedMasks
 
 __all__ = [
+    "AlignmentLoss",
     "BYOLLoss",
     "CLIPLoss",
     "DCLLoss",
     "DebiasedNTXentLoss",
+    "DistillationLoss",
     "IMixLoss",
     "InfoNCELoss",
+    "KoLeoLoss",
+    "MILNCELoss",
     "ManifoldMixup",
     "MixedBoxes",
     "MixedMasks",
@@ -36,10 +50,14 @@ __all__ = [
     "MoCoLoss",
     "MoCoQueue",
     "MomentumEncoder",
+    "MultipleNegativesRankingLoss",
     "NTXentLoss",
+    "SampledSoftmaxLoss",
     "SigLIPLoss",
+    "SimilarityCrossEntropyLoss",
     "SupConLoss",
     "TripletLoss",
     "TripletMarginLoss",
+    "UniformityLoss",
     "cosine_momentum",
 ]

@@ -70,8 +70,8 @@ class MoCoLoss(Loss):
             backend=backend,
         )
 
-    def forward(self, query, key, queue=None):
-        return losses.moco_loss(query, key, queue, **self.options)
+    def forward(self, query, key, queue=None, *, ids=None, queue_ids=None):
+        return losses.moco_loss(query, key, queue, ids=ids, queue_ids=queue_ids, **self.options)
 
 
 class NTXentLoss(Loss):
@@ -85,8 +85,8 @@ class NTXentLoss(Loss):
     def __init__(self, temperature=0.5, *, normalize=True, reduction="mean", backend=None):
         super().__init__(temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
 
-    def forward(self, z0, z1, row_weights=None):
-        return losses.nt_xent_loss(z0, z1, row_weights=row_weights, **self.options)
+    def forward(self, z0, z1, row_weights=None, *, ids=None):
+        return losses.nt_xent_loss(z0, z1, ids=ids, row_weights=row_weights, **self.options)
 
 
 class InfoNCELoss(Loss):
@@ -142,9 +142,17 @@ class CLIPLoss(Loss):
             label_smoothing=label_smoothing, normalize=normalize, reduction=reduction, backend=backend
         )
 
-    def forward(self, image_features, text_features, logit_scale, *, ids=None, row_weights=None):
+    def forward(
+        self, image_features, text_features, logit_scale, *, ids=None, image_index=None, row_weights=None
+    ):
         return losses.clip_loss(
-            image_features, text_features, logit_scale, ids=ids, row_weights=row_weights, **self.options
+            image_features,
+            text_features,
+            logit_scale,
+            ids=ids,
+            image_index=image_index,
+            row_weights=row_weights,
+            **self.options,
         )
 
 
@@ -282,7 +290,7 @@ class TripletLoss(Loss):
     """`ssl_kernels.triplet_loss` as a module: `TripletLoss(margin=0.2)(embeddings, labels)`.
 
     Args:
-        margin: >= 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
+        margin: >= 0, a float, a tensor of one element, an `nn.Parameter` to learn it, or "soft".
         mining, distance, normalize, reduction, backend: As in `triplet_loss`.
     """
 

@@ -5,6 +5,7 @@ from torch import nn
 
 from ssl_kernels import backends
 from ssl_kernels.checks import DTYPES, is_whole
+from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.nn.counters import after_apply
 from ssl_kernels.ops.queue_push import queue_push_
 
@@ -26,6 +27,8 @@ class MoCoQueue(nn.Module):
         dtype: In which they are held: float32, bfloat16 or float16; float64 for float64 queries. None is torch's
             default dtype.
         normalize: L2-normalise keys when they are pushed, as the loss expects them.
+        ids: Whether an id is held with each key, in the buffer `ids`: `queue.push_(keys, ids)`. `moco_loss(...,
+            ids=)` then leaves out the keys of a query's own id, as of earlier views of its sample. Not with a group.
         device: Where; None is the default device.
         backend: "native", "triton", "chunked" or "reference"; None picks.
         group: A process group (or DeviceMesh of one dimension) whose ranks divide the queue: each keeps K / W of the
@@ -43,7 +46,9 @@ class MoCoQueue(nn.Module):
             cls = queue.class_for(group)
         return super().__new__(cls)
 
-    def __init__(self, size, dim, dtype=None, *, normalize=True, device=None, backend=None, group=None):
+    def __init__(
+        self, size, dim, dtype=None, *, normalize=True, ids=False, device=None, backend=None, group=None
+    ):
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
             if not is_whole(value):
@@ -54,25 +59,54 @@ class MoCoQueue(nn.Module):
         if dtype not in DTYPES:
             raise TypeError(f"MoCoQueue: dtype must be float64, float32, float16 or bfloat16, got {dtype}")
         backends.check_name("MoCoQueue", backend)
+        if ids and group is not None:
+            raise ValueError("MoCoQueue: ids must be False with a group, whose ranks divide the keys alone")
         self.normalize = normalize
         self.backend = backend
         with torch.inference_mode(False):  # else it could be written under inference_mode alone
             self._make_storage(int(size), int(dim), group, dtype=dtype, device=device)
             self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device))
             self.register_buffer("filled", torch.zeros((), dtype=torch.int64, device=device))
+            if ids:
+                self.register_buffer("ids", torch.zeros(int(size), dtype=torch.int64, device=device))
+
+    @property
+    def has_ids(self):
+        return "ids" in self._buffers
 
     def _make_storage(self, size, dim, group, **kind):
         self.register_buffer("storage", torch.zeros(size, dim, **kind))
 
     @torch.no_grad()
-    def push_(self, keys):
+    def push_(self, keys, ids=None):
         """Write `keys`, (B, D) of any floating dtype, over the oldest rows; with B > size only the last stay.
 
-        Returns the queue. Raises TypeError or ValueError for keys that do not fit; nothing was written then.
+        ids: (B,) or (B, 1) integers or bool, if and only if the queue holds ids.
+
+        Returns the queue. Raises TypeError or ValueError for what does not fit; nothing was written then.
         """
+        if self.has_ids != (ids is not None):
+            rule = (
+                "be given, since the queue holds ids"
+                if self.has_ids
+                else "be None, since the queue holds none"
+            )
+            raise ValueError(f"MoCoQueue.push_: ids must {rule}, got {'None' if ids is None else 'a value'}")
+        if not self.has_ids:
+            queue_push_(
+                self.storage, keys, self.position, self.filled, normalize=self.normalize, backend=self.backend
+            )
+            return self
+        count = keys.shape[:1] if isinstance(keys, torch.Tensor) else ()
+        ids = as_ids("MoCoQueue.push_", "ids", ids, count, self.storage)
+        size = self.ids.shape[0]
+        begin = max(ids.shape[0] - size, 0)
+        places = torch.arange(begin, ids.shape[0], device=self.ids.device)
+        places = (places + self.position).remainder(size)
         queue_push_(
             self.storage, keys, self.position, self.filled, normalize=self.normalize, backend=self.backend
         )
+        self.ids.index_copy_(0, places, ids[begin:])
         return self
 
     @property
@@ -99,11 +133,23 @@ class MoCoQueue(nn.Module):
         zeros = torch.zeros(queries, dtype=torch.int64, device=self.storage.device)
         return self.storage, zeros, (rows < self.filled).long()
 
+    def negatives_with_ids(self, ids):
+        """What `contrastive` takes for queries of these ids: (columns, row_ids, column_ids, column_bias or None)."""
+        if not self.has_ids:
+            raise ValueError("MoCoQueue: ids must be True for a loss with ids, got a queue that holds none")
+        if self.storage.device.type == "cpu" and not torch.compiler.is_compiling() and len(self):
+            return self.keys, ids, self.ids[: len(self)], None
+        rows = torch.arange(self.storage.shape[0], device=self.storage.device)
+        bias = torch.zeros_like(rows, dtype=torch.float64).masked_fill(rows >= self.filled, -torch.inf)
+        return self.storage, ids, self.ids, bias
+
     def _apply(self, fn, recurse=True):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name in ("position", "filled"):
             self._buffers[name] = after_apply(before[name], self._buffers[name])
+        if self.has_ids and before["ids"].is_meta and not self.ids.is_meta:
+            self.ids.zero_()
         if before["storage"].is_meta and not self.storage.is_meta:
             self.storage.zero_()
         return self
@@ -126,4 +172,5 @@ class MoCoQueue(nn.Module):
 
     def extra_repr(self):
         size, dim = self.storage.shape
-        return f"size={size}, dim={dim}, dtype={self.storage.dtype}, normalize={self.normalize}"
+        ids = ", ids=True" if self.has_ids else ""
+        return f"size={size}, dim={dim}, dtype={self.storage.dtype}, normalize={self.normalize}{ids}"

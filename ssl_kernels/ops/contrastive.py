@@ -171,7 +171,7 @@ backends.register_operation("contrastive", unsupported, preference.CONTRASTIVE)
 
 
 def forward_of(backend, rows, columns, *, keep):
-    """Results of the forward operator on rows and columns as they are, at scale 1; backward will not ask for columns."""
+    """Results of the forward operator on rows and columns as they are, at scale 1, for `backward_of`."""
     one = rows.new_ones(())
     return _fwd[backend](rows, columns, one, None, None, None, False, False, False, False, keep, False)
 

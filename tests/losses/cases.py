@@ -10,6 +10,13 @@ from ssl_kernels.reference import losses as definitions
 from tests.helpers import random_rows
 
 
+def call(function, **arguments):
+    """function(**arguments), hard negatives by position."""
+    further = [arguments.pop(name) for name in list(arguments) if name.startswith("hard_negatives")]
+    first = [arguments.pop(name) for name in ("anchor", "positive")] if further else []
+    return function(*first, *further, **arguments)
+
+
 @dataclass(frozen=True)
 class Case:
     """`make(n, d, seed)` gives the arguments by keyword, embeddings in float64; `options` go along."""
@@ -32,7 +39,7 @@ class Case:
             name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
             for name, value in made.items()
         }
-        if self.scalar == "logit_scale":
+        if self.scalar in ("logit_scale", "scale"):
             scalar = 1 / scalar
         if self.scalar:
             acc = torch.float64 if dtype == torch.float64 else torch.float32
@@ -54,7 +61,9 @@ class Case:
         }
 
     def ours(self, backend=None, **options):
-        return lambda **arguments: getattr(losses, self.loss)(**arguments, backend=backend, **options)
+        if self.loss == "uniformity_loss":  # one value for all rows
+            options.pop("reduction", None)
+        return lambda **arguments: call(getattr(losses, self.loss), **arguments, backend=backend, **options)
 
     def definition(self, **arguments):
         """A value a row."""
@@ -162,11 +171,80 @@ def triplets(n, d, seed):
     return _rows(n, d, seed, "anchor", "positive", "negative")
 
 
+def ranked(n, d, seed):
+    return _rows(n, d, seed, "anchor", "positive")
+
+
+def ranked_with_ids(n, d, seed):
+    return ranked(n, d, seed) | {"ids": _ids((n,), seed, max(2, n // 2))}
+
+
+def ranked_with_hard_negatives(n, d, seed):
+    return ranked(n, d, seed) | {"hard_negatives_0": random_rows(n, d, torch.float64, seed=seed + 7)}
+
+
+def classified(n, d, seed):
+    """More keys than queries, any of which may be a target."""
+    target = _ids((n,), seed, 2 * n + 3)
+    rows = _rows(n, d, seed, "query") | {"keys": random_rows(2 * n + 3, d, torch.float64, seed=seed + 7)}
+    return rows | {"target": target}
+
+
+def with_candidates(n, d, seed):
+    log_q = torch.rand(3 * n + 3, generator=_generator(seed), dtype=torch.float64).add(0.01).log()
+    return _rows(n, d, seed, "query", "item") | {
+        "log_q": log_q,
+        "candidates": random_rows(2 * n + 3, d, torch.float64, seed=seed + 7),
+        "item_ids": _ids((n,), seed),
+        "candidate_ids": _ids((2 * n + 3,), seed + 1),
+    }
+
+
+def with_narrations(n, d, seed):
+    keys = random_rows(n * 3, d, torch.float64, seed=seed + 7).view(n, 3, d)
+    return _rows(n, d, seed, "query") | {"keys": keys}
+
+
+def with_teacher(n, d, seed):
+    """More keys than queries."""
+    rows = {"query": n, "keys": n + 2, "teacher_query": n, "teacher_keys": n + 2}
+    return {
+        name: random_rows(count, d, torch.float64, seed=seed + k)
+        for k, (name, count) in enumerate(rows.items(), 1)
+    }
+
+
+def two_sides(n, d, seed):
+    return _rows(n, d, seed, "x", "y")
+
+
+def embedded(n, d, seed):
+    return {"embeddings": random_rows(n, d, torch.float64, seed=seed)}
+
+
+def views_with_ids(n, d, seed):
+    return views(n, d, seed) | {"ids": _ids((n,), seed, max(2, n // 2))}
+
+
+def with_queue_of_ids(n, d, seed):
+    return with_queue(n, d, seed) | {"ids": _ids((n,), seed), "queue_ids": _ids((2 * n + 3,), seed + 1)}
+
+
+def image_and_texts(n, d, seed):
+    """Images with none, one or several texts."""
+    texts = random_rows(n + 3, d, torch.float64, seed=seed + 7)
+    return _rows(n, d, seed, "image_features") | {
+        "text_features": texts,
+        "image_index": _ids((n + 3,), seed, n),
+    }
+
+
 def regression(n, d, seed):
     return _rows(n, d, seed, "prediction", "target")
 
 
 CASES = [
+    Case("nt_xent-ids", "nt_xent_loss", views_with_ids),
     Case("nt_xent", "nt_xent_loss", views),
     Case("info_nce", "info_nce_loss", in_batch),
     Case("info_nce-raw", "info_nce_loss", in_batch, (("normalize", False),)),
@@ -179,6 +257,7 @@ CASES = [
     Case("info_nce-paired", "info_nce_loss", paired, (("negative_mode", "paired"),)),
     Case("info_nce-paired-ids", "info_nce_loss", paired_with_ids, (("negative_mode", "paired"),)),
     Case("clip", "clip_loss", image_and_text, scalar="logit_scale"),
+    Case("clip-texts", "clip_loss", image_and_texts, (("label_smoothing", 0.2),), scalar="logit_scale"),
     Case("clip-smoothed", "clip_loss", image_and_text, (("label_smoothing", 0.2),), scalar="logit_scale"),
     Case("clip-ids", "clip_loss", image_and_text_with_ids, scalar="logit_scale"),
     Case("sup_con", "sup_con_loss", labelled, least_rows=3),
@@ -197,6 +276,39 @@ CASES = [
         (("distance", "cosine"),),
         scalar="margin",
     ),
+    Case("mnrl-pairs", "multiple_negatives_ranking_loss", ranked, scalar="scale"),
+    Case(
+        "mnrl-both-ids",
+        "multiple_negatives_ranking_loss",
+        ranked_with_ids,
+        (("directions", ("query_to_doc", "doc_to_query")), ("partition_mode", "per_direction")),
+        scalar="scale",
+    ),
+    Case(
+        "mnrl-hardness",
+        "multiple_negatives_ranking_loss",
+        ranked_with_hard_negatives,
+        (("hardness_mode", "all_negatives"), ("hardness_strength", 2.0)),
+        scalar="scale",
+    ),
+    Case(
+        "mnrl",
+        "multiple_negatives_ranking_loss",
+        ranked_with_hard_negatives,
+        (("directions", ("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")),),
+        scalar="scale",
+    ),
+    Case("similarity", "similarity_cross_entropy", classified, (("label_smoothing", 0.2),), scalar="scale"),
+    Case("sampled_softmax", "sampled_softmax_loss", with_candidates),
+    Case("mil_nce", "mil_nce_loss", with_narrations),
+    Case(
+        "distillation",
+        "distillation_loss",
+        with_teacher,
+        (("teacher_temperature", 0.4),),
+        without_gradient=("teacher_query", "teacher_keys"),
+    ),
+    Case("alignment", "alignment_loss", two_sides, scalar=None),
     Case("byol", "byol_loss", regression, scalar=None, without_gradient=("target",)),
     Case(
         "byol-raw",
@@ -209,9 +321,23 @@ CASES = [
 ]
 # Of the losses that have a test file of their own.
 OTHER_CASES = [
+    Case("moco-ids", "moco_loss", with_queue_of_ids, without_gradient=("key", "queue")),
+    Case("koleo", "koleo_loss", embedded, scalar=None, least_rows=2),
+    Case("uniformity", "uniformity_loss", embedded, scalar=None, least_rows=2),
     Case("moco", "moco_loss", with_queue, without_gradient=("key", "queue")),
     Case("siglip", "siglip_loss", image_and_text_with_bias, scalar="logit_scale"),
     Case("triplet", "triplet_loss", labelled_embeddings, scalar="margin", least_rows=3),
+    Case(
+        "triplet-soft", "triplet_loss", labelled_embeddings, (("margin", "soft"),), scalar=None, least_rows=3
+    ),
+    Case(
+        "triplet-semi_hard",
+        "triplet_loss",
+        labelled_embeddings,
+        (("mining", "semi_hard"),),
+        scalar="margin",
+        least_rows=3,
+    ),
     Case(
         "triplet-cosine",
         "triplet_loss",

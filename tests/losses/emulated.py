@@ -59,7 +59,7 @@ def _edges():
     for case in ONE_A_LOSS.values():
         yield Edge("float16", case, dtype=torch.float16)
         yield Edge("width-1", case, d=1)
-        if case.scalar in ("temperature", "logit_scale"):
+        if case.scalar in ("temperature", "logit_scale", "scale"):
             yield Edge("temperature-0.001", case, scalar=1e-3)
     same, apart = torch.zeros(21, dtype=torch.int64), torch.arange(21)
     ids = {"query_ids": same, "key_ids": torch.zeros(45, dtype=torch.int64)}

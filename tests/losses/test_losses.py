@@ -16,7 +16,7 @@ import ssl_kernels
 from ssl_kernels import losses
 from ssl_kernels.recipes.memory import peak_memory
 from tests.helpers import BACKENDS, DTYPES, OPERATORS, random_rows, same_bits, saved_bytes
-from tests.losses.cases import CASES, on_backends, value_and_gradients
+from tests.losses.cases import CASES, call, on_backends, value_and_gradients
 
 MB = 1 << 20
 ONE_A_LOSS = list({case.loss: case for case in CASES}.values())  # the last case of each, which does the most
@@ -92,7 +92,7 @@ def test_reductions_are_those_of_the_rows(case, backend, reduction):
 
 @every_loss_and_operator
 def test_row_weights(case, backend):
-    if case.loss == "triplet_margin_loss":
+    if "row_weights" not in inspect.signature(getattr(losses, case.loss)).parameters:
         pytest.skip("has none")
     arguments = case.arguments(19, 5)
     each = case.definition(**arguments)
@@ -122,6 +122,8 @@ def test_row_weights(case, backend):
 @pytest.mark.filterwarnings("ignore:sup_con_loss")
 @every_case_and_operator
 def test_gradcheck(case, backend):
+    if "hardness" in case.name:
+        pytest.skip("a part of its logits is a constant to the gradient")
     arguments = case.arguments(4, 2, seed=3)
     leaves = case.leaves(arguments)
 
@@ -259,7 +261,7 @@ def test_nan_of_a_negative_reaches_every_row_of_debiased(backend):
 @every_case_and_operator
 @pytest.mark.parametrize("scalar", [1e-3, 1e3])
 def test_extreme_temperatures_are_exact(case, backend, scalar):
-    if case.scalar not in ("temperature", "logit_scale") or "raw" in case.name:
+    if case.scalar not in ("temperature", "logit_scale", "scale") or "raw" in case.name:
         pytest.skip("has no temperature of unit rows")
     wide = case.arguments(30, 16, torch.float64, scalar=scalar)
     arguments = case.arguments(30, 16, torch.float32, scalar=scalar)
@@ -289,7 +291,7 @@ def test_float16_near_overflow(case, backend):
     for name, leaf in case.leaves(arguments).items():
         if leaf.dim() > 1:
             arguments[name] = leaf * (65504 / leaf.abs().amax())
-    if "target" in arguments:
+    if case.loss == "byol_loss":
         arguments["target"] = arguments["target"] * 1e4
     half = {
         name: value.half() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
@@ -514,6 +516,12 @@ MODULES = {
     "imix_loss": ssl_kernels.nn.IMixLoss,
     "triplet_margin_loss": ssl_kernels.nn.TripletMarginLoss,
     "byol_loss": ssl_kernels.nn.BYOLLoss,
+    "alignment_loss": ssl_kernels.nn.AlignmentLoss,
+    "distillation_loss": ssl_kernels.nn.DistillationLoss,
+    "mil_nce_loss": ssl_kernels.nn.MILNCELoss,
+    "multiple_negatives_ranking_loss": ssl_kernels.nn.MultipleNegativesRankingLoss,
+    "sampled_softmax_loss": ssl_kernels.nn.SampledSoftmaxLoss,
+    "similarity_cross_entropy": ssl_kernels.nn.SimilarityCrossEntropyLoss,
 }
 
 
@@ -521,12 +529,12 @@ MODULES = {
 def test_module_is_the_function(case):
     arguments = case.arguments(9, 5)
     held = dict(case.options)
-    if case.scalar in ("temperature", "margin"):
+    if case.scalar in ("temperature", "margin", "scale"):
         held[case.scalar] = arguments[case.scalar]
     given = {name: value for name, value in arguments.items() if name not in held}
     for options in ({}, {"reduction": "none"}, {"normalize": False}):
         module = MODULES[case.loss](**held | options)
-        assert same_bits(module(**given), getattr(losses, case.loss)(**given, **held | options))
+        assert same_bits(call(module, **given), call(getattr(losses, case.loss), **given, **held | options))
         again = pickle.loads(pickle.dumps(module.requires_grad_(False)))
         assert repr(again) == repr(module)
 
@@ -534,11 +542,11 @@ def test_module_is_the_function(case):
 @every_case
 def test_module_with_defaults_is_the_function_with_defaults(case):
     arguments = case.arguments(9, 5)
-    held = {name for name, _ in case.options} | {"temperature", "margin"}
+    held = {name for name, _ in case.options} | {"temperature", "margin", "scale"}
     given = {name: value for name, value in arguments.items() if name not in held}
     if case.loss == "info_nce_loss" and arguments.get("negative_mode") == "paired":
         return
-    assert same_bits(MODULES[case.loss]()(**given), getattr(losses, case.loss)(**given))
+    assert same_bits(call(MODULES[case.loss](), **given), call(getattr(losses, case.loss), **given))
 
 
 @pytest.mark.parametrize(
@@ -793,7 +801,7 @@ def test_every_loss_reaches_an_operation(case, nothing_runs):
     if case.name == "nt_xent":  # its node in C++ is all of it
         case = dataclasses.replace(case, options=(("backend", "chunked"),))
     with pytest.raises(pytest.fail.Exception, match="the operation ran"):
-        getattr(losses, case.loss)(**case.arguments(6, 4))
+        call(getattr(losses, case.loss), **case.arguments(6, 4))
 
 
 @pytest.mark.parametrize("loss, arguments, options, error, message", BAD_CALLS)

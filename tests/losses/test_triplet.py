@@ -252,7 +252,7 @@ BAD_CALLS = {
     ),
 }
 BAD_OPTIONS = {
-    "mining": ("mining must be \"batch_hard\", got 'all'", {"mining": "all"}),
+    "mining": ('mining must be "batch_hard" or "semi_hard", got \'all\'', {"mining": "all"}),
     "distance": (
         'distance must be "euclidean" or "cosine", got \'squared\'',
         {"distance": "squared"},

@@ -1,4 +1,4 @@
-"""Biases, limits and ids with a sense of `contrastive`, against dense algebra in float64 with autograd's own gradients."""
+"""Biases, limits and ids with a sense of `contrastive`, against dense algebra in float64 and its autograd."""
 
 import itertools
 
@@ -266,7 +266,7 @@ def test_the_limit_has_no_gradient_and_the_bias_alone_may_learn(backend):
 
 @every_operator
 def test_second_derivative_is_an_error(backend):
-    operands, options, leaves = arguments(
+    operands, options, _ = arguments(
         5, 6, "both", bias="numbers", limit=None, ids=None, positives=0, temperature=0.5
     )
     lse = contrastive(*operands, **options, backend=backend).lse.sum()

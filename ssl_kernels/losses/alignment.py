@@ -1,0 +1,52 @@
+"""Alignment: how near the two rows of a pair lie."""
+
+import torch
+
+from ssl_kernels.checks import check_embeddings, check_reduction, check_same_rows, check_scalar
+from ssl_kernels.losses._shared import as_scalar, reduce, widest_under_autocast
+from ssl_kernels.ops.row_pairs import row_pairs
+
+OP = "alignment_loss"
+
+
+def alignment_loss(x, y, alpha=2.0, *, normalize=True, reduction="mean", backend=None):
+    """Distance of the two rows of a pair, to a power: the partner of `uniformity_loss`.
+
+        loss_i = ‖x̂_i − ŷ_i‖₂^alpha
+
+    Args:
+        x, y: (N, D) each, row i of both a pair. float64, float32, float16 or bfloat16, any strides. Under autocast they
+            may differ in dtype; the wider one is used. Both get their gradient, which at distance 0 is 0.
+        alpha: > 0, a float or a tensor of one element, which gets its gradient.
+        normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
+        reduction: "mean" over the N pairs, "sum", or "none".
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or (N,) for "none".
+
+    Raises:
+        TypeError: x or y is no floating tensor, their dtypes differ outside autocast, or alpha is no number.
+        ValueError: Shapes that do not fit, an empty batch, mixed devices, alpha not > 0, an unknown reduction or
+            backend, or a backend that cannot run this call.
+        RuntimeError: A second derivative is asked of a backend other than "reference".
+
+    Source: Wang & Isola, arXiv:2005.10242, eq. 2 and figure 5.
+    """
+    x, y = widest_under_autocast(x, y)
+    check_embeddings(OP, x=x, y=y)
+    check_same_rows(OP, x=x, y=y)
+    check_scalar(OP, "alpha", alpha, x, positive=True)
+    check_reduction(OP, reduction)
+    distance = row_pairs(x, y, normalize=normalize, measure="distance", backend=backend, caller=OP)
+    apart = distance != 0
+    loss = (distance.where(apart, 1) ** _exponent(alpha, x)).where(apart, 0)
+    return reduce(loss, reduction, x)
+
+
+alignment_loss.operation = "row_pairs"
+
+
+def _exponent(alpha, x):
+    """torch.compile would make a graph of each number that is a power."""
+    return as_scalar(alpha, x) if isinstance(alpha, torch.Tensor) or torch.compiler.is_compiling() else alpha

@@ -1,0 +1,44 @@
+"""Uniformity: how evenly embeddings lie on the sphere."""
+
+from ssl_kernels.checks import check_embeddings, check_least_rows, check_scalar
+from ssl_kernels.losses._shared import as_scalar
+from ssl_kernels.ops.contrastive import contrastive
+from ssl_kernels.ops.library import accumulation_dtype
+
+OP = "uniformity_loss"
+
+
+def uniformity_loss(embeddings, t=2.0, *, backend=None):
+    """Logarithm of the mean Gaussian potential of all pairs of rows, least where they lie evenly on the sphere.
+
+        loss = log( 1 / (N (N − 1)) · Σ_{i ≠ j} exp(−t ‖x̂_i − x̂_j‖²) )
+
+    with the rows L2-normalised: of unit rows ‖x̂_i − x̂_j‖² is 2 − 2 <x̂_i, x̂_j>. It is negative, 0 where all rows
+    are one.
+
+    Args:
+        embeddings: (N, D) with N >= 2, float64, float32, float16 or bfloat16, any strides. Gets its gradient.
+        t: > 0, a float or a tensor of one element, which gets its gradient.
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
+
+    Returns:
+        A float32 scalar (float64 for float64 input).
+
+    Raises:
+        TypeError: embeddings is no floating tensor, or t no number.
+        ValueError: Fewer than 2 rows, t not > 0, an unknown backend, or one that cannot run this call.
+        RuntimeError: A second derivative is asked of a backend other than "reference".
+
+    Source: Wang & Isola, arXiv:2005.10242, eq. 3 and figure 5.
+    """
+    check_embeddings(OP, embeddings=embeddings)
+    check_least_rows(OP, "embeddings", embeddings, 2, "so that there is a pair")
+    check_scalar(OP, "t", t, embeddings, positive=True)
+    scale = 2 * as_scalar(t, embeddings)
+    lse = contrastive(embeddings, None, scale, backend=backend, caller=OP).lse
+    n = embeddings.shape[0]
+    pairs = as_scalar(1.0, embeddings).double() * n * (n - 1)
+    return (lse.logsumexp(0) - pairs.log() - scale).to(accumulation_dtype(embeddings))
+
+
+uniformity_loss.operation = "contrastive"
