@@ -1,7 +1,9 @@
 // Launchers of contrastive.h.
 #include "contrastive.h"
 
-#include "contrastive.cuh"
+#include "contrastive_bwd.cuh"
+#include "contrastive_expectation.cuh"
+#include "contrastive_fwd.cuh"
 #include "launcher.cuh"
 #include "slab_product.cuh"
 

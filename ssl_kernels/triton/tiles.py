@@ -1,8 +1,9 @@
 """Tiles of the Triton kernels: TILES[architecture][dtype class][kernel] = [(largest D, tile), ...].
 
 Plain data, so that nothing is tuned at import; `python -m ssl_kernels.triton.tune` times candidates on a card
-and writes this file anew. The first entry whose largest D covers D counts, None covers every D. A D that no
-entry of "backward" covers takes "coefficient" and "product" instead.
+and writes ENTRIES anew, which says each tile once for all architectures that take it. The first entry of a table
+whose largest D covers D counts, None covers every D. A D that no entry of "backward" covers takes "coefficient" and
+"product" instead.
 
 Architectures: 80 (A100), 86 (also 8.7, 8.8, 8.9 and 12.x: a hundred KB of shared memory), 90 (H100), 100 (B200).
 Dtype classes: half (float16, bfloat16), float32, tf32 (float32 where torch allows TF32), float64.
@@ -40,244 +41,79 @@ def keeps_expectation(rows):
     return rows.shape[1] <= WIDEST_EXPECTATION[rows.element_size()]
 
 
-TILES = {
-    80: {
-        "half": {
-            "forward": [
-                (16, (128, 64, 16, 8, 3, 1)),
-                (32, (128, 64, 32, 8, 3, 1)),
-                (64, (128, 64, 64, 8, 3, 1)),
-                (128, (128, 64, 128, 8, 3, 1)),
-                (256, (128, 64, 256, 8, 2, 1)),
-                (None, (128, 64, 64, 8, 3, 1)),
-            ],
-            "expectation": [
-                (16, (64, 32, 16, 4, 2, 3)),
-                (32, (128, 32, 32, 8, 2, 1)),
-                (64, (128, 32, 64, 8, 2, 1)),
-                (128, (128, 16, 128, 8, 2, 1)),
-                (256, (64, 16, 256, 8, 2, 1)),
-            ],
-            "backward": [
-                (16, (128, 32, 16, 8, 2, 2)),
-                (32, (128, 32, 32, 8, 2, 1)),
-                (64, (128, 32, 64, 8, 2, 1)),
-                (128, (128, 16, 128, 8, 2, 1)),
-            ],
-            "coefficient": [(None, (128, 64, 64, 8, 3, 2))],
-            "product": [(None, (128, 64, 64, 8, 3, 1))],
-        },
-        "float32": {
-            "forward": [(None, (64, 32, 16, 4, 2, 3))],
-            "expectation": [
-                (32, (32, 16, 32, 4, 1, 1)),
-                (64, (16, 32, 64, 4, 1, 1)),
-                (128, (32, 16, 128, 4, 1, 1)),
-                (256, (32, 16, 256, 8, 1, 2)),
-            ],
-            "backward": [],
-            "coefficient": [(None, (64, 64, 16, 4, 2, 4))],
-            "product": [(None, (64, 16, 64, 4, 2, 2))],
-        },
-        "tf32": {
-            "forward": [(None, (64, 64, 32, 4, 3, 2))],
-            "expectation": [
-                (64, (64, 32, 64, 4, 1, 1)),
-                (128, (32, 32, 128, 4, 1, 1)),
-                (256, (32, 16, 256, 8, 1, 1)),
-            ],
-            "backward": [],
-            "coefficient": [(None, (64, 64, 32, 4, 3, 4))],
-            "product": [(None, (64, 32, 64, 4, 3, 2))],
-        },
-        "float64": {
-            "forward": [(None, (32, 16, 32, 4, 2, 3))],
-            "expectation": [
-                (64, (16, 16, 64, 4, 1, 1)),
-                (128, (16, 16, 128, 4, 1, 1)),
-            ],
-            "backward": [],
-            "coefficient": [(None, (32, 16, 16, 4, 2, 7))],
-            "product": [(None, (32, 16, 32, 4, 2, 7))],
-        },
-    },
-    86: {
-        "half": {
-            "forward": [
-                (16, (128, 64, 16, 8, 3, 1)),
-                (32, (128, 64, 32, 8, 3, 1)),
-                (64, (128, 64, 64, 8, 3, 1)),
-                (128, (128, 64, 128, 8, 3, 1)),
-                (None, (128, 64, 64, 8, 3, 1)),
-            ],
-            "expectation": [
-                (16, (64, 32, 16, 4, 2, 3)),
-                (32, (128, 32, 32, 8, 2, 1)),
-                (64, (128, 32, 64, 8, 2, 1)),
-                (128, (128, 16, 128, 8, 2, 1)),
-                (256, (64, 16, 256, 8, 2, 1)),
-            ],
-            "backward": [
-                (16, (128, 32, 16, 8, 2, 1)),
-                (32, (128, 32, 32, 8, 2, 1)),
-                (64, (128, 32, 64, 8, 2, 1)),
-                (128, (128, 16, 128, 8, 2, 1)),
-            ],
-            "coefficient": [(None, (128, 64, 64, 8, 3, 2))],
-            "product": [(None, (128, 64, 64, 8, 3, 1))],
-        },
-        "float32": {
-            "forward": [(None, (64, 32, 16, 4, 2, 1))],
-            "expectation": [
-                (32, (32, 32, 32, 4, 1, 1)),
-                (64, (32, 16, 64, 8, 1, 1)),
-                (128, (32, 16, 128, 4, 1, 1)),
-                (256, (16, 16, 256, 4, 1, 1)),
-            ],
-            "backward": [],
-            "coefficient": [(None, (64, 64, 16, 4, 2, 1))],
-            "product": [(None, (64, 16, 64, 4, 2, 1))],
-        },
-        "tf32": {
-            "forward": [(None, (64, 64, 32, 4, 3, 2))],
-            "expectation": [
-                (64, (64, 32, 64, 4, 1, 1)),
-                (128, (64, 32, 128, 4, 1, 1)),
-                (256, (32, 16, 256, 8, 1, 1)),
-            ],
-            "backward": [],
-            "coefficient": [(None, (64, 64, 32, 4, 3, 1))],
-            "product": [(None, (64, 32, 64, 4, 3, 1))],
-        },
-        "float64": {
-            "forward": [(None, (32, 16, 16, 4, 2, 1))],
-            "expectation": [
-                (64, (16, 16, 64, 4, 1, 1)),
-                (128, (16, 16, 128, 8, 1, 1)),
-            ],
-            "backward": [],
-            "coefficient": [(None, (32, 16, 16, 4, 2, 1))],
-            "product": [(None, (32, 16, 32, 4, 2, 1))],
-        },
-    },
-    90: {
-        "half": {
-            "forward": [
-                (16, (128, 64, 16, 8, 3, 1)),
-                (32, (128, 64, 32, 8, 3, 1)),
-                (64, (128, 64, 64, 8, 3, 1)),
-                (128, (128, 64, 128, 8, 3, 1)),
-                (256, (128, 64, 256, 8, 2, 1)),
-                (None, (128, 64, 64, 8, 3, 1)),
-            ],
-            "expectation": [
-                (16, (128, 32, 16, 8, 2, 1)),
-                (32, (128, 32, 32, 8, 2, 1)),
-                (64, (128, 32, 64, 8, 2, 1)),
-                (128, (128, 32, 128, 8, 2, 1)),
-                (256, (64, 16, 256, 8, 2, 1)),
-            ],
-            "backward": [
-                (16, (128, 32, 16, 8, 2, 1)),
-                (32, (128, 32, 32, 8, 2, 1)),
-                (64, (128, 32, 64, 8, 2, 1)),
-                (128, (128, 32, 128, 8, 2, 1)),
-                (256, (64, 16, 256, 8, 2, 1)),
-            ],
-            "coefficient": [(None, (128, 64, 64, 8, 3, 2))],
-            "product": [(None, (128, 64, 64, 8, 3, 1))],
-        },
-        "float32": {
-            "forward": [(None, (32, 32, 16, 4, 2, 3))],
-            "expectation": [
-                (32, (32, 32, 32, 4, 1, 1)),
-                (64, (16, 32, 64, 4, 1, 1)),
-                (128, (32, 64, 128, 8, 1, 1)),
-                (256, (32, 16, 256, 8, 1, 2)),
-            ],
-            "backward": [],
-            "coefficient": [(None, (64, 64, 16, 4, 2, 4))],
-            "product": [(None, (64, 16, 64, 4, 2, 3))],
-        },
-        "tf32": {
-            "forward": [(None, (64, 64, 32, 4, 3, 3))],
-            "expectation": [
-                (64, (64, 32, 64, 4, 1, 1)),
-                (128, (32, 32, 128, 4, 1, 1)),
-                (256, (32, 16, 256, 8, 1, 1)),
-            ],
-            "backward": [],
-            "coefficient": [(None, (64, 64, 32, 4, 3, 3))],
-            "product": [(None, (64, 32, 64, 4, 3, 2))],
-        },
-        "float64": {
-            "forward": [(None, (32, 16, 32, 4, 2, 3))],
-            "expectation": [
-                (64, (16, 32, 64, 4, 1, 1)),
-                (128, (16, 16, 128, 8, 1, 1)),
-            ],
-            "backward": [],
-            "coefficient": [(None, (16, 32, 16, 4, 2, 7))],
-            "product": [(None, (32, 16, 32, 4, 2, 6))],
-        },
-    },
-    100: {
-        "half": {
-            "forward": [
-                (16, (128, 64, 16, 8, 3, 1)),
-                (32, (128, 64, 32, 8, 3, 1)),
-                (64, (128, 64, 64, 8, 3, 1)),
-                (128, (128, 64, 128, 8, 3, 1)),
-                (256, (128, 64, 256, 8, 2, 1)),
-                (None, (128, 64, 64, 8, 3, 1)),
-            ],
-            "expectation": [
-                (32, (64, 32, 32, 4, 2, 2)),
-                (64, (64, 32, 64, 4, 2, 2)),
-                (128, (128, 32, 128, 8, 2, 1)),
-                (256, (64, 16, 256, 8, 2, 1)),
-            ],
-            "backward": [
-                (32, (128, 32, 32, 8, 2, 1)),
-                (64, (128, 32, 64, 8, 2, 1)),
-                (128, (128, 32, 128, 8, 2, 1)),
-                (256, (64, 16, 256, 8, 2, 1)),
-            ],
-            "coefficient": [(None, (128, 64, 64, 8, 3, 1))],
-            "product": [(None, (128, 64, 64, 8, 3, 1))],
-        },
-        "float32": {
-            "forward": [(None, (32, 32, 16, 4, 2, 3))],
-            "expectation": [
-                (32, (32, 32, 32, 4, 1, 1)),
-                (64, (16, 32, 64, 4, 1, 1)),
-                (128, (32, 16, 128, 4, 1, 1)),
-                (256, (16, 16, 256, 8, 1, 1)),
-            ],
-            "backward": [],
-            "coefficient": [(None, (64, 64, 16, 4, 2, 4))],
-            "product": [(None, (64, 16, 64, 4, 2, 3))],
-        },
-        "tf32": {
-            "forward": [(None, (64, 64, 32, 4, 3, 2))],
-            "expectation": [
-                (64, (64, 32, 64, 8, 1, 2)),
-                (128, (32, 32, 128, 4, 1, 1)),
-                (256, (32, 16, 256, 8, 1, 1)),
-            ],
-            "backward": [],
-            "coefficient": [(None, (64, 64, 32, 4, 3, 2))],
-            "product": [(None, (64, 32, 64, 4, 3, 3))],
-        },
-        "float64": {
-            "forward": [(None, (32, 16, 16, 4, 2, 3))],
-            "expectation": [
-                (64, (16, 16, 64, 4, 1, 1)),
-                (128, (16, 16, 128, 8, 1, 1)),
-            ],
-            "backward": [],
-            "coefficient": [(None, (32, 16, 16, 4, 2, 8))],
-            "product": [(None, (32, 16, 32, 4, 2, 8))],
-        },
-    },
-}
+# Dtype class, kernel, largest D, the tile without its blocks, and those by architecture.
+ENTRIES = [
+    ("half", "forward", 16, (128, 64, 16, 8, 3), {80: 1, 86: 1, 90: 1, 100: 1}),
+    ("half", "forward", 32, (128, 64, 32, 8, 3), {80: 1, 86: 1, 90: 1, 100: 1}),
+    ("half", "forward", 64, (128, 64, 64, 8, 3), {80: 1, 86: 1, 90: 1, 100: 1}),
+    ("half", "forward", 128, (128, 64, 128, 8, 3), {80: 1, 86: 1, 90: 1, 100: 1}),
+    ("half", "forward", 256, (128, 64, 256, 8, 2), {80: 1, 90: 1, 100: 1}),
+    ("half", "forward", None, (128, 64, 64, 8, 3), {80: 1, 86: 1, 90: 1, 100: 1}),
+    ("half", "expectation", 16, (64, 32, 16, 4, 2), {80: 3, 86: 3}),
+    ("half", "expectation", 16, (128, 32, 16, 8, 2), {90: 1}),
+    ("half", "expectation", 32, (128, 32, 32, 8, 2), {80: 1, 86: 1, 90: 1}),
+    ("half", "expectation", 32, (64, 32, 32, 4, 2), {100: 2}),
+    ("half", "expectation", 64, (128, 32, 64, 8, 2), {80: 1, 86: 1, 90: 1}),
+    ("half", "expectation", 64, (64, 32, 64, 4, 2), {100: 2}),
+    ("half", "expectation", 128, (128, 16, 128, 8, 2), {80: 1, 86: 1}),
+    ("half", "expectation", 128, (128, 32, 128, 8, 2), {90: 1, 100: 1}),
+    ("half", "expectation", 256, (64, 16, 256, 8, 2), {80: 1, 86: 1, 90: 1, 100: 1}),
+    ("half", "backward", 16, (128, 32, 16, 8, 2), {80: 2, 86: 1, 90: 1}),
+    ("half", "backward", 32, (128, 32, 32, 8, 2), {80: 1, 86: 1, 90: 1, 100: 1}),
+    ("half", "backward", 64, (128, 32, 64, 8, 2), {80: 1, 86: 1, 90: 1, 100: 1}),
+    ("half", "backward", 128, (128, 16, 128, 8, 2), {80: 1, 86: 1}),
+    ("half", "backward", 128, (128, 32, 128, 8, 2), {90: 1, 100: 1}),
+    ("half", "backward", 256, (64, 16, 256, 8, 2), {90: 1, 100: 1}),
+    ("half", "coefficient", None, (128, 64, 64, 8, 3), {80: 2, 86: 2, 90: 2, 100: 1}),
+    ("half", "product", None, (128, 64, 64, 8, 3), {80: 1, 86: 1, 90: 1, 100: 1}),
+    ("float32", "forward", None, (64, 32, 16, 4, 2), {80: 3, 86: 1}),
+    ("float32", "forward", None, (32, 32, 16, 4, 2), {90: 3, 100: 3}),
+    ("float32", "expectation", 32, (32, 16, 32, 4, 1), {80: 1}),
+    ("float32", "expectation", 32, (32, 32, 32, 4, 1), {86: 1, 90: 1, 100: 1}),
+    ("float32", "expectation", 64, (16, 32, 64, 4, 1), {80: 1, 90: 1, 100: 1}),
+    ("float32", "expectation", 64, (32, 16, 64, 8, 1), {86: 1}),
+    ("float32", "expectation", 128, (32, 16, 128, 4, 1), {80: 1, 86: 1, 100: 1}),
+    ("float32", "expectation", 128, (32, 64, 128, 8, 1), {90: 1}),
+    ("float32", "expectation", 256, (32, 16, 256, 8, 1), {80: 2, 90: 2}),
+    ("float32", "expectation", 256, (16, 16, 256, 4, 1), {86: 1}),
+    ("float32", "expectation", 256, (16, 16, 256, 8, 1), {100: 1}),
+    ("float32", "coefficient", None, (64, 64, 16, 4, 2), {80: 4, 86: 1, 90: 4, 100: 4}),
+    ("float32", "product", None, (64, 16, 64, 4, 2), {80: 2, 86: 1, 90: 3, 100: 3}),
+    ("tf32", "forward", None, (64, 64, 32, 4, 3), {80: 2, 86: 2, 90: 3, 100: 2}),
+    ("tf32", "expectation", 64, (64, 32, 64, 4, 1), {80: 1, 86: 1, 90: 1}),
+    ("tf32", "expectation", 64, (64, 32, 64, 8, 1), {100: 2}),
+    ("tf32", "expectation", 128, (32, 32, 128, 4, 1), {80: 1, 90: 1, 100: 1}),
+    ("tf32", "expectation", 128, (64, 32, 128, 4, 1), {86: 1}),
+    ("tf32", "expectation", 256, (32, 16, 256, 8, 1), {80: 1, 86: 1, 90: 1, 100: 1}),
+    ("tf32", "coefficient", None, (64, 64, 32, 4, 3), {80: 4, 86: 1, 90: 3, 100: 2}),
+    ("tf32", "product", None, (64, 32, 64, 4, 3), {80: 2, 86: 1, 90: 2, 100: 3}),
+    ("float64", "forward", None, (32, 16, 32, 4, 2), {80: 3, 90: 3}),
+    ("float64", "forward", None, (32, 16, 16, 4, 2), {86: 1, 100: 3}),
+    ("float64", "expectation", 64, (16, 16, 64, 4, 1), {80: 1, 86: 1, 100: 1}),
+    ("float64", "expectation", 64, (16, 32, 64, 4, 1), {90: 1}),
+    ("float64", "expectation", 128, (16, 16, 128, 4, 1), {80: 1}),
+    ("float64", "expectation", 128, (16, 16, 128, 8, 1), {86: 1, 90: 1, 100: 1}),
+    ("float64", "coefficient", None, (32, 16, 16, 4, 2), {80: 7, 86: 1, 100: 8}),
+    ("float64", "coefficient", None, (16, 32, 16, 4, 2), {90: 7}),
+    ("float64", "product", None, (32, 16, 32, 4, 2), {80: 7, 86: 1, 90: 6, 100: 8}),
+]
+
+
+def tables(entries):
+    """TILES from ENTRIES."""
+    dtype_classes = dict.fromkeys(entry[0] for entry in entries)
+    kernels = dict.fromkeys(entry[1] for entry in entries)
+    found = {
+        arch: {dtype_class: {kernel: [] for kernel in kernels} for dtype_class in dtype_classes}
+        for arch in sorted({arch for entry in entries for arch in entry[4]})
+    }
+    for dtype_class, kernel, largest_d, tile, blocks in entries:
+        for arch, count in blocks.items():
+            found[arch][dtype_class][kernel].append((largest_d, (*tile, count)))
+    for kernels in (kernels for dtype_classes in found.values() for kernels in dtype_classes.values()):
+        for table in kernels.values():
+            table.sort(key=lambda entry: (entry[0] is None, entry[0]))
+    return found
+
+
+TILES = tables(ENTRIES)

@@ -9,7 +9,6 @@ import functools
 import itertools
 import json
 import math
-import pprint
 import sys
 import time
 from pathlib import Path
@@ -170,20 +169,33 @@ def best_tile(place, entry, timed, deadline):
     return best, shortest, before, tried
 
 
+def entries_source(table):
+    """The list ENTRIES of tiles.py for a table like TILES."""
+    blocks = {}
+    for arch, dtype_classes in table.items():
+        for dtype_class, kernels in dtype_classes.items():
+            for kernel, entries in kernels.items():
+                for largest_d, tile in entries:
+                    key = dtype_class, kernel, largest_d, tuple(tile[:5])
+                    blocks.setdefault(key, {})[arch] = tile[5]
+    places = [f"{dtype_class} {kernel}" for dtype_class in DTYPES for kernel in KERNELS]
+
+    def order(key):
+        dtype_class, kernel, largest_d, _ = key
+        return places.index(f"{dtype_class} {kernel}"), largest_d is None, largest_d or 0, min(blocks[key])
+
+    lines = (
+        json.dumps([*key[:2]])[1:-1] + f", {key[2]}, {key[3]}, {blocks[key]}"
+        for key in sorted(blocks, key=order)
+    )
+    return "ENTRIES = [\n" + "".join(f"    ({line}),\n" for line in lines) + "]\n"
+
+
 def table_source(table):
     """tiles.py with `table` in place of its own."""
     source = Path(tiles.__file__).read_text()
-    head = source[: source.index("TILES = ")]
-    plain = {
-        arch: {
-            dtype_class: {
-                kernel: [(d, tuple(tile)) for d, tile in entries] for kernel, entries in kernels.items()
-            }
-            for dtype_class, kernels in dtype_classes.items()
-        }
-        for arch, dtype_classes in table.items()
-    }
-    return head + "TILES = " + pprint.pformat(plain, width=110, sort_dicts=False) + "\n"
+    head, rest = source.split("ENTRIES = [\n")
+    return head + entries_source(table) + rest.split("\n]\n", 1)[1]
 
 
 def main(arguments=None):

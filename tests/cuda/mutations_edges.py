@@ -4,6 +4,7 @@ from tests.cuda import edges
 from tests.cuda.mutation import Mutation
 
 CONTRASTIVE, SIGMOID, HARD, QUEUE = "contrastive.cuh", "sigmoid_pairs.cuh", "batch_hard.cuh", "queue_push.cuh"
+BACKWARD, EXPECTATION = "contrastive_bwd.cuh", "contrastive_expectation.cuh"
 MOMENTUM, PAIRS, MIXUP, CUTMIX = "momentum_update.cuh", "row_pairs.cuh", "mixup.cuh", "cutmix.cuh"
 CROSS_ENTROPY = "mixup_cross_entropy.cuh"
 ROWS, TILE, MATH, SLABS = "rows.cuh", "device/tile.cuh", "device/math.cuh", "slab_product.cuh"
@@ -21,7 +22,7 @@ MUTATIONS = {
                  "column0 + kColumns <= other.count", "column0 + kColumns <= other.count + 1"),
         Mutation("slabs: the last of one row", SLABS, "first < own.count; first += slab",
                  "first + 1 < own.count; first += slab"),
-        Mutation("terms: rounding of lse", CONTRASTIVE,
+        Mutation("terms: rounding of lse", BACKWARD,
                  "grad_lse[row] * Math<double>::exp2(rounded - exact)", "grad_lse[row]"),
         Mutation("half: bound of many positives", ROWS, "2 * acc_t(P) * positive_bound", "2 * positive_bound"),
         Mutation("excluded: ids above 32 bits", CONTRASTIVE, "|| id_i != id_j;",
@@ -34,7 +35,7 @@ MUTATIONS = {
                  "d < D ? x[static_cast<int>(d * column_stride)]"),
         Mutation("positives: several of one entry", TILE, "c[m][n][e] += here ? x : acc_t(0);",
                  "c[m][n][e] = here ? x : c[m][n][e];"),
-        Mutation("expectation: several positives of one row", CONTRASTIVE,
+        Mutation("expectation: several positives of one row", EXPECTATION,
                  "sum += static_cast<acc_t>(grad_positive_logits",
                  "sum = static_cast<acc_t>(grad_positive_logits"),
     ],

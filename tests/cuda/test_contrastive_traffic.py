@@ -1,4 +1,4 @@
-"""What the kernels do, counted by the emulator, against the counts on paper in csrc/cuda/contrastive.cuh."""
+"""What the kernels do, counted by the emulator, against the counts on paper in csrc/cuda/contrastive_*.cuh."""
 
 import ctypes
 from math import ceil

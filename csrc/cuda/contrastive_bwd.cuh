@@ -1,0 +1,237 @@
+// The backward of `contrastive`: the gradient of the logits, seen from the owner of row i (w, L of either side; null
+// terms are absent):
+//
+//   C_ij = allowed_ij (w_i 2^(a v_ij - L_i) + w_j 2^(a v_ij - L_j))
+//          + sum_k [positives(i, k) = j] q_ik + sum_k [positives(j, k) = i] q_jk
+//   G_i = sum_j C_ij rnorm_j y_j    dx^_i = scale G_i    dscale = sum_i <x^_i, G_i>, half of it when square
+//
+// Square: both sides are the same, C = A + A^T. Rectangular: the rows' terms are those of lse, the columns'
+// those of column_lse; for the columns' gradient the roles are exchanged.
+//
+// Rows of up to 1024 bytes, in one kernel; wider ones in two, see CoefficientShape.
+//
+// Tiling: ProductShape; a tile is recomputed and its C multiplied. Below, B = ceil(N / kBlockM) blocks, T = ceil(M
+//   / kBlockN) tiles, S = ceil(D / 128 bytes) steps.
+// Products: 2 units of 2 N M D flops, B T S kBlockM kBlockN / 16 mma.
+// Traffic, 32-byte sectors of global memory: operands 4 N S (times T where S > 3) + 8 B M S; 64 B T P for the
+//   positives of a side and N P for their gradients; row and column terms 3 B (kBlockM + T kBlockN) / 8. Writes
+//   N D acc_t a part.
+// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * 128 bytes, 3 * (kBlockM + 3 *
+//   kBlockN) acc_t of terms; at most 97.3 KB. No bank conflicts but two-way ones in TF32's reads of y for C y and in
+//   4-byte types' writes of C.
+// Occupancy: one block of 256 threads per multiprocessor, at most 255 registers.
+// Numerics: C in acc_t, rounded once to scalar_t. half scales C by a power of two that brings its bound
+//   near 2^15.
+#pragma once
+
+#include "contrastive.cuh"
+
+namespace ssl_kernels {
+namespace contrastive {
+
+template <typename Engine, int kWarpsM, int kSliceChunks>
+using BwdShape = ProductShape<Engine, kWarpsM, kSliceChunks, 3, 3>;
+
+// What the backward tiles need of a sum and its gradient, once a row (g = grad_lse):
+//
+//   L_i = lse_i log2(e) rounded to acc_t      w_i = g_i 2^(L_i - lse_i log2(e))      so g_i exp(s - lse_i) =
+//   w_i 2^(a v - L_i)
+//
+// A sum over nothing (lse = -inf) gets NaN, which meets only entries that are excluded.
+template <typename acc_t>
+__global__ void contrastive_terms_kernel(const double* lse, const double* grad_lse, int64_t count,
+                                         acc_t* base2_lse, acc_t* weight) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= count) return;
+  const double exact = lse[row] * Math<double>::kLog2e;
+  const acc_t rounded = static_cast<acc_t>(exact);
+  base2_lse[row] = rounded;
+  weight[row] = static_cast<acc_t>(grad_lse[row] * Math<double>::exp2(rounded - exact));
+}
+
+// What the coefficients need of one row of the owner.
+template <typename acc_t>
+struct RowTerms {
+  acc_t rnorm, base2_lse, weight;
+};
+
+template <typename scalar_t, typename acc_t>
+__device__ __forceinline__ RowTerms<acc_t> row_terms(const Side<scalar_t, acc_t>& own, int64_t i) {
+  const bool valid = i < own.count;
+  return {valid && own.rnorm ? own.rnorm[i] : acc_t(1),
+          valid && own.base2_lse ? own.base2_lse[i] : Math<acc_t>::infinity(),
+          valid && own.base2_lse ? own.weight[i] : acc_t(0)};
+}
+
+// C in the place of the products of the walk's tile; a = scale log2(e), `rows` by fragment_row.
+template <typename Shape, typename Engine>
+__device__ __forceinline__ void make_coefficients(typename TileWalk<Shape, Engine>::Tile& c,
+                                                  const TileWalk<Shape, Engine>& walk,
+                                                  const ProblemOf<Engine>& problem,
+                                                  const RowTerms<typename Engine::acc_t> (&rows)[4],
+                                                  typename Engine::acc_t a, const double* grad_positive_logits) {
+  using acc_t = typename Engine::acc_t;
+  constexpr int kNTiles = Shape::kNTiles;
+  enum ColumnTerm { kRnorm, kBase2Lse, kWeight };
+  const auto& own = problem.own;
+  const auto& other = problem.other;
+  const int64_t warp_row0 = walk.row0() + walk.warp_row();
+#pragma unroll
+  for (int n = 0; n < kNTiles; ++n) {
+    const Pair<acc_t> column_factor = walk.column_rnorm(n);
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        c[m][n][e] *= rows[m * 2 + e / 2].rnorm * column_factor.value[e % 2];
+      }
+    }
+    acc_t coefficient[2][4] = {};
+    if (own.base2_lse) {
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const RowTerms<acc_t>& row = rows[m * 2 + e / 2];
+          coefficient[m][e] = row.weight * Math<acc_t>::exp2(Math<acc_t>::fma(c[m][n][e], a, -row.base2_lse));
+        }
+      }
+    }
+    if (other.base2_lse) {
+      const Pair<acc_t> base2_lse = walk.column_pair(kBase2Lse, n), weight = walk.column_pair(kWeight, n);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          coefficient[m][e] +=
+              weight.value[e % 2] * Math<acc_t>::exp2(Math<acc_t>::fma(c[m][n][e], a, -base2_lse.value[e % 2]));
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) c[m][n][e] = coefficient[m][e];
+    }
+  }
+  exclude<kNTiles>(c, problem, warp_row0, walk.column0(), acc_t(0));
+  if (grad_positive_logits && own.positives) {
+    for_each_positive(own, warp_row0, kWarpRows, other, walk.column0(), Shape::kWarpColumns, problem.P,
+                      [&](int row, int column, int64_t k) __attribute__((always_inline)) {
+                        const acc_t q =
+                            static_cast<acc_t>(grad_positive_logits[(warp_row0 + row) * problem.P + k]);
+                        if (holds_element(row, column)) add_to_element<acc_t, kNTiles>(c, row, column, q);
+                      });
+  }
+  if (grad_positive_logits && other.positives) {
+    for_each_positive(other, walk.column0(), Shape::kWarpColumns, own, warp_row0, kWarpRows, problem.P,
+                      [&](int column, int row, int64_t k) __attribute__((always_inline)) {
+                        const acc_t q = static_cast<acc_t>(
+                            grad_positive_logits[(walk.column0() + column) * problem.P + k]);
+                        if (holds_element(row, column)) add_to_element<acc_t, kNTiles>(c, row, column, q);
+                      });
+  }
+}
+
+template <typename Shape, typename Engine>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    contrastive_bwd_kernel(const ProblemOf<Engine> problem,
+                           const double* grad_positive_logits,
+                           const typename Engine::acc_t* coefficient_scale, typename Engine::acc_t* partial) {
+  using acc_t = typename Engine::acc_t;
+  constexpr int kBlockM = Shape::kBlockM;
+
+  const auto& own = problem.own;
+  const auto& other = problem.other;
+  const int lane = threadIdx.x % kWarpSize;
+  extern __shared__ __align__(128) unsigned char shared[];
+  TileWalk<Shape, Engine> walk(shared, own, other, {other.rnorm, other.base2_lse, other.weight},
+                               problem.width);
+
+  acc_t* row_rnorm = walk.row_terms();
+  acc_t* row_base2_lse = row_rnorm + kBlockM;
+  acc_t* row_weights = row_base2_lse + kBlockM;
+  for (int r = threadIdx.x; r < kBlockM; r += Shape::kThreads) {
+    const RowTerms<acc_t> terms = row_terms(own, walk.row0() + r);
+    row_rnorm[r] = terms.rnorm;
+    row_base2_lse[r] = terms.base2_lse;
+    row_weights[r] = terms.weight;
+  }
+
+  const acc_t a = *problem.scale * Math<acc_t>::kLog2e;
+  const acc_t c_scale = kScalesCoefficients<Engine> ? *coefficient_scale : acc_t(1);
+  Fragment<acc_t, Shape::kGTiles> g[Shape::kSliceChunks];
+#pragma unroll
+  for (int slice = 0; slice < Shape::kSliceChunks; ++slice) clear<acc_t, Shape::kGTiles>(g[slice]);
+
+  for (walk.start(); walk.next();) {
+    typename TileWalk<Shape, Engine>::Tile c;
+    walk.products(c);
+    RowTerms<acc_t> rows[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = walk.warp_row() + fragment_row(lane, i / 2, i % 2 * 2);
+      rows[i] = {row_rnorm[r], row_base2_lse[r], row_weights[r]};
+    }
+    make_coefficients(c, walk, problem, rows, a, grad_positive_logits);
+    walk.store_coefficients(c, [&](int n) __attribute__((always_inline)) {
+      return coefficient_factor<kScalesCoefficients<Engine>>(walk.column_rnorm(n), c_scale);
+    });
+    walk.accumulate(g);
+  }
+  walk.store(g, partial);
+}
+
+// Wide rows: slab by slab (slab_gradient), this kernel writes C of the slab, rounded as contrastive_bwd_kernel rounds
+// it, and slab_product_kernel makes G of C. Together 2 units, whatever D.
+//
+// Tiling: MatrixShape. The row terms are read for every tile, after the products, which need the registers. R rows in
+//   the slab, B = ceil(R / 128) blocks, T = ceil(M / kBlockN) tiles, S = ceil(D / 128 bytes) > 8 steps.
+// Products: 1 unit of 2 R M D flops, 4 B T S kBlockN mma.
+// Traffic, 32-byte sectors of global memory: operands 4 R S T + 4 B M S; positives of the rows 64 B T P, of the columns
+//   B T P kBlockN; R P for the gradients of a side's positives; column terms 3 B T kBlockN / 8, row terms 96 B T
+//   (double: twice these). Writes 128 B T kBlockN scalar_t in whole sectors.
+// Shared memory: 48 KB of own rows, 3 * kBlockN * 128 bytes of the other side, terms of two tiles: 99 KB, 75 KB for
+//   double. No bank conflicts.
+// Occupancy: 256 threads, at most 128 registers: 2 blocks per multiprocessor, one by sm_80's shared memory; double: one
+//   block, at most 255 registers.
+template <typename Engine>
+using CoefficientShape = MatrixShape<Engine, 3>;
+
+// C of the rows from `first_row` on; `coefficients` is a matrix of whole tiles, 0 past the last column.
+template <typename Engine>
+__global__ void __launch_bounds__(CoefficientShape<Engine>::kThreads, CoefficientShape<Engine>::kBlocksPerSm)
+    contrastive_coefficients_kernel(const ProblemOf<Engine> problem, const double* grad_positive_logits,
+                                    const typename Engine::acc_t* coefficient_scale, int64_t first_row,
+                                    int64_t stride, typename Engine::scalar_t* coefficients) {
+  using Shape = CoefficientShape<Engine>;
+  using acc_t = typename Engine::acc_t;
+  const auto& own = problem.own;
+  const auto& other = problem.other;
+  const int lane = threadIdx.x % kWarpSize;
+  extern __shared__ __align__(128) unsigned char shared[];
+  TileWalk<Shape, Engine> walk(shared, own, other, {other.rnorm, other.base2_lse, other.weight}, problem.width,
+                               first_row + static_cast<int64_t>(blockIdx.x) * Shape::kBlockM);
+  const acc_t a = *problem.scale * Math<acc_t>::kLog2e;
+  const acc_t c_scale = kScalesCoefficients<Engine> ? *coefficient_scale : acc_t(1);
+
+  for (walk.start(); walk.next();) {
+    typename TileWalk<Shape, Engine>::Tile c;
+    walk.products(c);
+    RowTerms<acc_t> rows[4];  // from cache: the products need the registers
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = row_terms(own, walk.row0() + walk.warp_row() + fragment_row(lane, i / 2, i % 2 * 2));
+    }
+    make_coefficients(c, walk, problem, rows, a, grad_positive_logits);
+    walk.write_coefficients(
+        c,
+        [&](int n) __attribute__((always_inline)) {
+          return coefficient_factor<kScalesCoefficients<Engine>>(walk.column_rnorm(n), c_scale);
+        },
+        coefficients + (walk.row0() - first_row) * stride, stride);
+  }
+}
+
+}  // namespace contrastive
+}  // namespace ssl_kernels

@@ -1,0 +1,350 @@
+"""Triton kernels of the backward of `contrastive`, which `contrastive.py` launches."""
+
+import triton
+import triton.language as tl
+
+from ssl_kernels.triton.common import (
+    LOG2E,
+    exclude,
+    exp2,
+    inner_products,
+    load_tile,
+    load_vector,
+    normalize_tile,
+    row_inner_products,
+    scale_logits,
+    through_norm,
+)
+
+
+@triton.jit(do_not_specialize=["N"])
+def softmax_weight_kernel(lse_ptr, grad_ptr, bound_ptr, log2_lse_ptr, weight_ptr, N, BLOCK_N: tl.constexpr):
+    # grad_i exp(s - lse_i) = weight_i 2^(s' - log2_lse_i) with s' = s · log2 e: log2_lse_i is lse_i · log2 e
+    # rounded to its type, weight_i takes the rounding and 1 / bound. lse_i = -inf (nothing was allowed) gives
+    # +inf, hence 0 later.
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exact = LOG2E * tl.load(lse_ptr + rows, mask=rows < N, other=0.0)
+    weight = tl.load(grad_ptr + rows, mask=rows < N, other=0.0)
+    if bound_ptr is not None:
+        weight /= tl.load(bound_ptr).to(tl.float64)
+    rounded = exact.to(log2_lse_ptr.dtype.element_ty)
+    empty = exact == float("-inf")
+    weight *= tl.where(empty, 1.0, exp2((rounded.to(tl.float64) - exact).to(tl.float32)).to(tl.float64))
+    tl.store(log2_lse_ptr + rows, tl.where(empty, float("inf"), rounded), mask=rows < N)
+    tl.store(weight_ptr + rows, weight.to(weight_ptr.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit
+def softmax_coefficients(logits, row_lse, row_weight, column_lse, column_weight):
+    """row_weight_i 2^(s'_ij - row_lse_i) + column_weight_j 2^(s'_ij - column_lse_j); None: no such side."""
+    if row_lse is not None:
+        coefficients = row_weight[:, None] * exp2(logits - row_lse[:, None])
+        if column_lse is not None:
+            coefficients += column_weight[None, :] * exp2(logits - column_lse[None, :])
+    elif column_lse is not None:
+        coefficients = column_weight[None, :] * exp2(logits - column_lse[None, :])
+    else:
+        coefficients = tl.zeros(logits.shape, logits.dtype)
+    return coefficients
+
+
+@triton.jit
+def add_row_positives(coefficients, positives_ptr, grad_ptr, rows, columns, N, P: tl.constexpr):
+    """Adds grad_ik at (i, positives(i, k)) for the rows of the tile.
+
+    Every tile compares: behind a branch on whether the tile has any, the compiler spills the accumulator.
+    """
+    for k in tl.static_range(P):
+        offsets = rows.to(tl.int64) * P + k
+        index = tl.load(positives_ptr + offsets, mask=rows < N, other=-1)
+        grad = tl.load(grad_ptr + offsets, mask=rows < N, other=0.0)
+        coefficients += tl.where(index[:, None] == columns[None, :], grad[:, None], 0.0)
+    return coefficients
+
+
+@triton.jit
+def add_column_positives(coefficients, positives_ptr, grad_ptr, rows, columns, M, P: tl.constexpr):
+    """Adds grad_jk at (positives(j, k), j) for the columns of the tile."""
+    for k in tl.static_range(P):
+        offsets = columns.to(tl.int64) * P + k
+        index = tl.load(positives_ptr + offsets, mask=columns < M, other=-1)
+        grad = tl.load(grad_ptr + offsets, mask=columns < M, other=0.0)
+        coefficients += tl.where(index[None, :] == rows[:, None], grad[None, :], 0.0)
+    return coefficients
+
+
+@triton.jit(do_not_specialize=["N", "M", "tiles_per_split"])
+def contrastive_bwd_kernel(
+    x_ptr,
+    x_rnorm_ptr,
+    x_lse_ptr,
+    x_weight_ptr,
+    x_ids_ptr,
+    x_positives_ptr,
+    x_grad_positives_ptr,
+    y_ptr,
+    y_rnorm_ptr,
+    y_lse_ptr,
+    y_weight_ptr,
+    y_ids_ptr,
+    y_positives_ptr,
+    y_grad_positives_ptr,
+    scale_ptr,
+    bound_ptr,
+    grad_ptr,
+    row_dots_ptr,
+    partial_ptr,
+    N,
+    M,
+    D,
+    P: tl.constexpr,
+    stride_xn,
+    stride_xd,
+    stride_yn,
+    stride_yd,
+    tiles_per_split,
+    SQUARE: tl.constexpr,
+    KEEP_DIAGONAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Gradient of the rows x (N, D) of one side; the other side is y (M, D). Called with rows and columns,
+    # with both exchanged, or in the square case with the same side twice. With s as in the forward kernel,
+    #   C_ij = allowed_ij (x_weight_i 2^(s'_ij - x_lse_i) + y_weight_j 2^(s'_ij - y_lse_j))
+    #          + Σ_k [x_positives(i, k) = j] x_grad_positives_ik
+    #          + Σ_k [y_positives(j, k) = i] y_grad_positives_jk
+    #   g_i = Σ_j C_ij ŷ_j;   row_dots_i = ⟨x̂_i, g_i⟩;   grad_i = d(x̂_i)/d(x_i) · scale · g_i
+    # Square: C is A + Aᵀ, symmetric, so this one product is the whole gradient.
+    # Tiling: as the forward kernel with D <= BLOCK_D; y is loaded once and multiplied twice, g stays in
+    #   registers. Where the walk is split, g goes to partial (splits, N, D) and finish_rows_kernel
+    #   does the last line.
+    # Traffic: with B = ceil(N / BLOCK_N), y is read B times (mostly from L2), x once for each split, and each
+    #   of a column's rnorm, lse, weight, positive and its gradient takes 4·B·M bytes. Writes N·D elements,
+    #   or 4·splits·N·D bytes of partial.
+    # Work: 2 units of 2·N·M·D flops, N, M and D rounded up to whole blocks: logits again, and one product.
+    # Numerics: C is rounded to the storage type for its product. bfloat16 takes y_rnorm_j into C; float16 has
+    #   not the range, so there ŷ is rounded as plain PyTorch does, and incoming gradients are divided by
+    #   `bound`, their largest magnitude, so that softmax probabilities of a mean over many rows do not
+    #   vanish.
+    ACC: tl.constexpr = scale_ptr.dtype.element_ty
+    n0 = tl.program_id(0) * BLOCK_N
+    split = tl.program_id(1)
+    rows = n0 + tl.arange(0, BLOCK_N)
+    features = tl.arange(0, BLOCK_D)
+
+    x = load_tile(x_ptr, rows, features, N, D, stride_xn, stride_xd, EVEN_D)
+    scale = tl.load(scale_ptr)
+    x_rnorm = load_vector(x_rnorm_ptr, rows, N, 0.0)
+    row_scale = tl.full([BLOCK_N], LOG2E, ACC) * scale
+    if x_rnorm is not None:
+        row_scale *= x_rnorm
+    bound = tl.full([], 1.0, ACC)
+    if bound_ptr is not None:
+        bound = tl.load(bound_ptr)
+    x_lse = load_vector(x_lse_ptr, rows, N, 0.0)
+    x_weight = load_vector(x_weight_ptr, rows, N, 0.0)
+    x_ids = load_vector(x_ids_ptr, rows, N, 0)
+
+    gradient = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    start = split * tiles_per_split * BLOCK_M
+    stop = min(M, start + tiles_per_split * BLOCK_M)
+    for m0 in range(start, stop, BLOCK_M):
+        columns = m0 + tl.arange(0, BLOCK_M)
+        y = load_tile(y_ptr, columns, features, M, D, stride_yn, stride_yd, EVEN_D)
+        products = tl.dot(x, tl.trans(y), out_dtype=ACC, input_precision=PRECISION)
+        y_rnorm = load_vector(y_rnorm_ptr, columns, M, 0.0)
+        logits = scale_logits(products, row_scale, y_rnorm, columns, M)
+        y_ids = load_vector(y_ids_ptr, columns, M, 0)
+        logits = exclude(logits, x_ids, y_ids, rows, columns, SQUARE, KEEP_DIAGONAL)
+        coefficients = softmax_coefficients(
+            logits,
+            x_lse,
+            x_weight,
+            load_vector(y_lse_ptr, columns, M, 0.0),
+            load_vector(y_weight_ptr, columns, M, 0.0),
+        )
+        if x_positives_ptr is not None:
+            coefficients = add_row_positives(
+                coefficients, x_positives_ptr, x_grad_positives_ptr, rows, columns, N, P
+            )
+        if y_positives_ptr is not None:
+            coefficients = add_column_positives(
+                coefficients, y_positives_ptr, y_grad_positives_ptr, rows, columns, M, P
+            )
+        if y_rnorm is not None:
+            if x.dtype == tl.float16:
+                y = normalize_tile(y, y_rnorm_ptr, columns, M, ACC)
+            else:
+                coefficients *= y_rnorm[None, :]
+        gradient = tl.dot(coefficients.to(x.dtype), y, gradient, out_dtype=ACC, input_precision=PRECISION)
+
+    inside = rows[:, None] < N
+    if not EVEN_D:
+        inside &= features[None, :] < D
+    offsets = rows.to(tl.int64)[:, None] * D + features[None, :]
+    if partial_ptr is not None:
+        tl.store(partial_ptr + split.to(tl.int64) * N * D + offsets, gradient, mask=inside)
+    else:
+        # Loaded again: held until here in this layout, it would take registers from the walk.
+        x = load_tile(x_ptr, rows, features, N, D, stride_xn, stride_xd, EVEN_D).to(ACC)
+        gradient *= bound
+        row_dots = row_inner_products(x, gradient, rows[:, None] < N)
+        if x_rnorm is not None:
+            row_dots *= x_rnorm
+            gradient = through_norm(gradient, x, x_rnorm, row_dots)
+        tl.store(row_dots_ptr + rows, row_dots, mask=rows < N)
+        if grad_ptr is not None:
+            tl.store(grad_ptr + offsets, (scale * gradient).to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "M", "first_row", "panel_rows"])
+def contrastive_coefficient_kernel(
+    x_ptr,
+    x_rnorm_ptr,
+    x_lse_ptr,
+    x_weight_ptr,
+    x_ids_ptr,
+    x_positives_ptr,
+    x_grad_positives_ptr,
+    y_ptr,
+    y_rnorm_ptr,
+    y_lse_ptr,
+    y_weight_ptr,
+    y_ids_ptr,
+    y_positives_ptr,
+    y_grad_positives_ptr,
+    scale_ptr,
+    coefficient_ptr,
+    N,
+    M,
+    D,
+    P: tl.constexpr,
+    stride_xn,
+    stride_xd,
+    stride_yn,
+    stride_yd,
+    stride_c,
+    first_row,
+    panel_rows,
+    SQUARE: tl.constexpr,
+    KEEP_DIAGONAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    ONE_BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # C_ij of contrastive_bwd_kernel for the rows first_row + [0, panel_rows), stored, where D is too wide for
+    #   an
+    # accumulator: contrastive_product_kernel multiplies it. With norms, and unless the type is float16, what
+    # is stored is x_rnorm_i C_ij y_rnorm_j, so that either product takes its other operand as it lies in
+    # memory.
+    # Tiling: one BLOCK_N × BLOCK_M tile a program, row blocks of the panel first, so that they share y in L2.
+    # Traffic: reads ceil(M / BLOCK_M) times the panel of x and ceil(panel_rows / BLOCK_N) times y; writes
+    #   panel_rows · M elements.
+    # Work: 1 unit over all panels.
+    ACC: tl.constexpr = scale_ptr.dtype.element_ty
+    row_blocks = tl.cdiv(panel_rows, BLOCK_N)
+    panel_row = (tl.program_id(0) % row_blocks) * BLOCK_N
+    n0 = first_row + panel_row
+    m0 = (tl.program_id(0) // row_blocks) * BLOCK_M
+    rows = n0 + tl.arange(0, BLOCK_N)
+    columns = m0 + tl.arange(0, BLOCK_M)
+
+    if ONE_BLOCK_D:
+        x = load_tile(x_ptr, rows, tl.arange(0, BLOCK_D), N, D, stride_xn, stride_xd, EVEN_D)
+    else:
+        x = None
+    products = inner_products(
+        x, x_ptr, y_ptr, rows, columns, N, M, D, stride_xn, stride_xd, stride_yn, stride_yd,
+        EVEN_D, BLOCK_D, ACC, PRECISION,
+    )  # fmt: skip
+    x_rnorm = load_vector(x_rnorm_ptr, rows, N, 0.0)
+    y_rnorm = load_vector(y_rnorm_ptr, columns, M, 0.0)
+    row_scale = tl.full([BLOCK_N], LOG2E, ACC) * tl.load(scale_ptr)
+    if x_rnorm is not None:
+        row_scale *= x_rnorm
+    logits = scale_logits(products, row_scale, y_rnorm, columns, M)
+    x_ids = load_vector(x_ids_ptr, rows, N, 0)
+    y_ids = load_vector(y_ids_ptr, columns, M, 0)
+    logits = exclude(logits, x_ids, y_ids, rows, columns, SQUARE, KEEP_DIAGONAL)
+    coefficients = softmax_coefficients(
+        logits,
+        load_vector(x_lse_ptr, rows, N, 0.0),
+        load_vector(x_weight_ptr, rows, N, 0.0),
+        load_vector(y_lse_ptr, columns, M, 0.0),
+        load_vector(y_weight_ptr, columns, M, 0.0),
+    )
+    if x_positives_ptr is not None:
+        coefficients = add_row_positives(
+            coefficients, x_positives_ptr, x_grad_positives_ptr, rows, columns, N, P
+        )
+    if y_positives_ptr is not None:
+        coefficients = add_column_positives(
+            coefficients, y_positives_ptr, y_grad_positives_ptr, rows, columns, M, P
+        )
+    if coefficient_ptr.dtype.element_ty != tl.float16:
+        if x_rnorm is not None:
+            coefficients *= x_rnorm[:, None]
+        if y_rnorm is not None:
+            coefficients *= y_rnorm[None, :]
+
+    panel = panel_row + tl.arange(0, BLOCK_N)
+    offsets = panel.to(tl.int64)[:, None] * stride_c + columns[None, :]
+    inside = (panel[:, None] < panel_rows) & (columns[None, :] < M)
+    tl.store(coefficient_ptr + offsets, coefficients.to(coefficient_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "K", "tiles_per_split"])
+def contrastive_product_kernel(
+    a_ptr,
+    b_ptr,
+    b_rnorm_ptr,
+    partial_ptr,
+    N,
+    K,
+    D,
+    stride_an,
+    stride_ak,
+    stride_bn,
+    stride_bd,
+    tiles_per_split,
+    ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # partial_split,i = (partial_split,i +) Σ_{k in split} a_ik b_k: a (N, K) a panel of coefficients or its
+    # transpose, b (K, D) rows or columns, partial (splits, N, D). b is normalised here where the panel could
+    # not hold the norms.
+    # Tiling: one BLOCK_N × BLOCK_D tile of the result a program, K walked BLOCK_M at a time.
+    # Traffic: reads a ceil(D / BLOCK_D) times and b ceil(N / BLOCK_N) times; writes N·D sums for each split.
+    # Work: 1 unit over all panels.
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    d_blocks = tl.cdiv(D, BLOCK_D)
+    rows = (tl.program_id(0) // d_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    features = (tl.program_id(0) % d_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = tl.program_id(1)
+
+    product = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    start = split * tiles_per_split * BLOCK_M
+    stop = min(K, start + tiles_per_split * BLOCK_M)
+    for k0 in range(start, stop, BLOCK_M):
+        inner = k0 + tl.arange(0, BLOCK_M)
+        a = load_tile(a_ptr, rows, inner, N, K, stride_an, stride_ak, False)
+        b = load_tile(b_ptr, inner, features, K, D, stride_bn, stride_bd, EVEN_D)
+        if b_rnorm_ptr is not None:
+            b = normalize_tile(b, b_rnorm_ptr, inner, K, ACC)
+        product = tl.dot(a, b, product, out_dtype=ACC, input_precision=PRECISION)
+
+    pointers = partial_ptr + (split.to(tl.int64) * N + rows.to(tl.int64))[:, None] * D + features[None, :]
+    inside = (rows[:, None] < N) & (features[None, :] < D)
+    if ACCUMULATE:
+        product += tl.load(pointers, mask=inside, other=0.0)
+    tl.store(pointers, product, mask=inside)
