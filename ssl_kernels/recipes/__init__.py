@@ -10,5 +10,6 @@ contention  whether other work had the cores
 files       files that are there whole or not at all
 experiment  one whole comparison, from data to report
 report      its table, figures and numbers
+processes   the same training over several processes
 pretrain    the command line over it
 """

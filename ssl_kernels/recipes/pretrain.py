@@ -118,6 +118,13 @@ def add_arguments(parser):
         metavar="N",
         help="processes that load cifar10 or folder images; default 2",
     )
+    parser.add_argument(
+        "--processes",
+        type=_positive_int,
+        default=1,
+        metavar="N",
+        help="train over so many processes of this machine, and hold the losses against those of one; default 1",
+    )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument(
         "--out",
@@ -138,6 +145,8 @@ def run(args, parser):
         parser.error(f"{', '.join(DEMO_PACKAGES.values())} must load for it: {error}")
 
     start = time.perf_counter()
+    if args.processes > 1:
+        return run_processes(args, parser)
     try:
         settings, device, images, trainings = set_up(args)
     except (ValueError, OSError) as error:
@@ -157,10 +166,42 @@ def run(args, parser):
     return 0
 
 
-def set_up(args):
-    """(settings, device, images, trainings); raises ValueError or OSError for what cannot be done."""
-    from ssl_kernels.recipes import data, experiment, report, simclr
-    from ssl_kernels.recipes.files import check_folder
+def run_processes(args, parser):
+    """Train in one process and in several, and print both."""
+    from ssl_kernels.recipes import processes, report, simclr
+
+    start = time.perf_counter()
+    try:
+        for option, given in (
+            ("--method", args.method != "simclr"),
+            ("--resume", args.resume),
+            ("--device", args.device not in (None, "cpu")),
+            ("--backend", args.backend is not None),
+        ):
+            if given:
+                raise ValueError(f"{option} must be left out with --processes")
+        settings = choose_settings(args)
+        if settings.batch_size < 2 * args.processes:
+            raise ValueError(f"--batch-size must be at least 2 a process, got {settings.batch_size}")
+        images = {
+            "name": args.data,
+            "batch_size": settings.batch_size,
+            "seed": args.seed,
+            "root": args.root,
+            "image_size": args.image_size,
+            "workers": args.workers,
+        }
+        print(f"{report.describe_machine(torch.device('cpu'))}\n{settings}", flush=True)
+        print(processes.compare_with_one(args.processes, settings, images))
+    except (ValueError, OSError, simclr.Diverged) as error:
+        parser.error(str(error).strip().splitlines()[-1])
+    print(f"{time.perf_counter() - start:.0f} s in all")
+    return 0
+
+
+def choose_settings(args):
+    """The `simclr.Settings` of the command line; raises ValueError for options that do not go together."""
+    from ssl_kernels.recipes import simclr
 
     with_queue = args.method == "moco"
     if not with_queue and (args.queue_size is not None or args.momentum is not None):
@@ -174,7 +215,15 @@ def set_up(args):
     choices = MOCO_DEFAULTS[args.data] | QUEUE[args.data] if with_queue else DEFAULTS[args.data]
     choices = choices | (SHORT[args.data] if args.short else {})
     choices |= {name: getattr(args, name) for name in choices if getattr(args, name) is not None}
-    settings = simclr.Settings(args.data, **choices, seed=args.seed, method=args.method)
+    return simclr.Settings(args.data, **choices, seed=args.seed, method=args.method)
+
+
+def set_up(args):
+    """(settings, device, images, trainings); raises ValueError or OSError for what cannot be done."""
+    from ssl_kernels.recipes import data, experiment, report
+    from ssl_kernels.recipes.files import check_folder
+
+    settings = choose_settings(args)
     device = choose_device(args.device)
     compare = args.data == "digits" if args.compare is None else args.compare
     losses = choose_losses(settings, args.backend, compare, device)

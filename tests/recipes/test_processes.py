@@ -1,0 +1,40 @@
+"""Training over two processes is that of one on the joined batch, step by step."""
+
+import pytest
+import torch
+
+from ssl_kernels.cli import main
+from ssl_kernels.nn import NTXentLoss
+from ssl_kernels.recipes import data, experiment, processes, simclr
+
+
+def test_losses_and_weights_follow_the_run_of_one_process():
+    settings = simclr.Settings("digits", epochs=1, batch_size=101, temperature=0.5, learning_rate=3e-3)
+    images = {"name": "digits", "batch_size": 101, "seed": 0}
+    loaded = data.load_data(**images)
+
+    def step(model, loss, optimizer, view0, view1):
+        return simclr.train_step(model, loss, optimizer, view0.double(), view1.double())
+
+    model = experiment.build_model(loaded, settings.seed).double()
+    one = simclr.Training(model, NTXentLoss(settings.temperature), settings, step=step)
+    simclr.train([one], loaded.views)
+    trained, history = processes.run_in_processes(2, settings, images, dtype=torch.float64)
+    assert len(history.losses) == len(one.history.losses) == 13
+    assert history.losses == pytest.approx(one.history.losses, rel=1e-9)
+    expected = one.model.state_dict()
+    for name, value in trained.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.slow  # two more processes that import torch
+def test_command_line(tmp_path, capsys):
+    options = ["--processes", "2", "--epochs", "1", "--batch-size", "256", "--out", str(tmp_path)]
+    assert main(["pretrain", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "1 process " in printed
+    assert "2 processes" in printed
+    assert "largest difference of the losses in the first 5 steps" in printed
+    with pytest.raises(SystemExit):
+        main(["pretrain", *options, "--resume"])
+    assert "--resume must be left out with --processes" in capsys.readouterr().err
