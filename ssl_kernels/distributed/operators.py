@@ -2,13 +2,9 @@
 
 import torch
 
+from ssl_kernels.losses._shared import unit_rows
 from ssl_kernels.ops import contrastive as _contrastive
 from ssl_kernels.ops import sigmoid_pairs as _sigmoid_pairs
-
-
-def keeps_expectation(backend, rows, columns):
-    """Whether `contrastive_fwd` of frozen columns gives their expectation too, from which backward is made."""
-    return _contrastive._keeps_expectation(backend, rows, columns, False, True, False)
 
 
 def contrastive_fwd(backend, rows, columns, scale, marks, normalize, *, both=False, keep=None, own=False):
@@ -44,6 +40,21 @@ def contrastive_bwd(
         kept = (*norms, norms[0].new_empty(0))
     results = _contrastive._bwd[backend](*grads, rows, columns, scale, *marks, *sums, *kept, *flags, *needs)
     return results[:3]  # there are no biases
+
+
+def frozen_fwd(backend, rows, columns, scale, normalize):
+    """[lse, expectation of the columns], the gradient of lse by scaled unit rows, of columns that need no gradient."""
+    nothing = (None, None, None)
+    lse, *_, kept = contrastive_fwd(backend, rows, columns, scale, nothing, normalize, keep=False)
+    if kept.dim() == 2:
+        return [lse, kept]
+    # A kernel that keeps none, of wide rows: by the backward operator, of rows that are unit and scaled already.
+    unit, one = unit_rows(rows, normalize[0]), torch.ones_like(scale)
+    scaled = (unit * scale).to(rows.dtype)
+    grads, sums = (torch.ones_like(lse), None, None), (lse, lse.new_empty(0))
+    flags, needs = (False, normalize[1]), (True, False)
+    made = contrastive_bwd(backend, grads, scaled, columns, one, nothing, sums, None, flags, needs)[0]
+    return [lse, made.to(unit.dtype)]
 
 
 def sigmoid_pairs_fwd(backend, rows, columns, scale, bias, diagonal, normalize):

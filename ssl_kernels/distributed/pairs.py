@@ -251,11 +251,7 @@ def travelling_rows(rows, columns, scale, setting, sizes):
 
 
 def _frozen(rows, columns, scale, setting, normalize_columns):
-    normalize = (setting.normalize, normalize_columns)
-    results = operators.contrastive_fwd(
-        setting.backend, rows, columns, scale, (None, None, None), normalize, keep=False
-    )
-    return [results[0], results[5]]
+    return operators.frozen_fwd(setting.backend, rows, columns, scale, (setting.normalize, normalize_columns))
 
 
 class _SigmoidSums(torch.autograd.Function):

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from ssl_kernels.distributed import operators
 from tests.distributed import cases, processes
 from tests.distributed.cases import CASES
+from tests.helpers import random_rows
 
 SPLITS = {2: ((4, 4), (5, 2), (0, 5)), 3: ((3, 3, 3), (1, 4, 2), (4, 0, 3)), 4: ((2, 2, 2, 2), (1, 3, 2, 4))}
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
@@ -56,3 +58,21 @@ def every_case(rank, world):
 def test_every_loss_is_that_of_one_process_on_the_joined_batch(world):
     for failures in processes.run(world, every_case):
         assert not failures, "\n".join(failures[:5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_expectation_of_a_kernel_that_keeps_none_is_made_by_its_backward(monkeypatch, dtype):
+    """Triton's kernels of rows over 256 wide keep none."""
+    rows, columns = random_rows(5, 6).to(dtype), random_rows(7, 6, seed=1).to(dtype)
+    scale = torch.tensor(4.0, dtype=dtype)
+    lse, expectation = operators.frozen_fwd("native", rows, columns, scale, (True, False))
+    forward = operators.contrastive_fwd
+
+    def keeping_nothing(*args, **options):
+        *results, kept = forward(*args, **options)
+        return *results, kept.new_empty(0)
+
+    monkeypatch.setattr(operators, "contrastive_fwd", keeping_nothing)
+    again = operators.frozen_fwd("native", rows, columns, scale, (True, False))
+    torch.testing.assert_close(again[0], lse)
+    torch.testing.assert_close(again[1], expectation)
