@@ -5,6 +5,7 @@
 
 #include "cpu/pool.h"
 #include "cpu/product.h"
+#include "cpu/rows.h"
 #include "cpu/tile_math.h"
 #include "ops/allow_tf32.h"
 
@@ -29,6 +30,8 @@ PYBIND11_MODULE(_C, module) {
         info["compiler"] = __VERSION__;
         info["cuda_architectures"] = SSL_KERNELS_CUDA_ARCHITECTURES;
         info["cpu_instruction_set"] = name_of(ssl_kernels::cpu::isa());
+        info["norm_eps"] = ssl_kernels::cpu::kNormEpsilon;
+        info["kept_header"] = ssl_kernels::cpu::kKeptHeader;
         pybind11::list runnable;
         for (ssl_kernels::cpu::Isa isa : ssl_kernels::cpu::runnable_isas()) runnable.append(name_of(isa));
         info["cpu_instruction_sets"] = runnable;

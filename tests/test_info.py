@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ssl_kernels import __main__, backends, cli, info
+from ssl_kernels import __main__, backends, cli, constants, info
 
 
 def report(capsys):
@@ -97,3 +97,13 @@ def test_a_reader_that_leaves_is_no_traceback():
         done = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+def test_numbers_shared_with_the_kernels_are_theirs():
+    built = backends.extension.build_info()
+    assert (constants.NORM_EPS, constants.KEPT_HEADER) == (built["norm_eps"], built["kept_header"])
+    z = torch.randn(4, 8, requires_grad=True)
+    kept = torch.ops.ssl_kernels.contrastive_fwd.native(
+        z, None, torch.tensor(1.0), None, None, None, True, True, False, False, True, True
+    )[-1]
+    assert kept.shape == (constants.KEPT_HEADER,)

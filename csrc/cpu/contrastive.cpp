@@ -52,7 +52,6 @@ constexpr double kFixedShift = 43;
 constexpr int64_t kKeptBytes = 24 << 20, kNarrow = 32;
 // More threads than this share too little memory bandwidth to keep more than kKeptBytes (an estimate).
 constexpr int64_t kFewThreads = 8;
-constexpr int64_t kKeptHeader = 16;  // see Problem::keep; ssl_kernels/ops/contrastive.py has it too
 
 // One call: its tiles of logits in units of log 2, and what is masked and looked up in them.
 template <class scalar_t, class acc_t>

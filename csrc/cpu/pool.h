@@ -31,6 +31,9 @@ namespace ssl_kernels::cpu {
 // Bytes that all losses of the process together keep from forward to backward.
 constexpr size_t kKeptBudget = 116 << 20;
 
+// What a tensor of kept logits shows of them (kept_for_backward).
+constexpr int64_t kKeptHeader = 16;
+
 // Keeps blocks that nobody uses until the process ends or asks for them. These and what is kept for backward are at most
 // kHeld bytes together.
 class Pool final : public c10::Allocator {

@@ -2,7 +2,8 @@
 
 import torch
 
-from ssl_kernels.chunked.rows import EPSILON, unit_rows, without_autocast
+from ssl_kernels.chunked.rows import unit_rows, without_autocast
+from ssl_kernels.constants import NORM_EPS
 
 
 @without_autocast
@@ -55,5 +56,5 @@ def row_pairs_bwd(grad_values, x, y, z, saved, normalize, measure, x_needs_grad,
 def _through(grad, unit, along, rnorm, normalize):
     """The gradient by a row from that by `unit`, along = <unit, grad>; rows shorter than eps are only scaled."""
     if normalize:
-        grad = grad - along.where(rnorm < 1 / EPSILON, 0)[:, None] * unit
+        grad = grad - along.where(rnorm < 1 / NORM_EPS, 0)[:, None] * unit
     return rnorm[:, None] * grad

@@ -2,7 +2,8 @@
 
 import torch
 
-EPSILON = 1e-12  # as F.normalize
+from ssl_kernels.constants import NORM_EPS
+
 LOGITS_PER_BLOCK = 1 << 22  # 16 MB in float32
 
 
@@ -11,7 +12,7 @@ def unit_rows(x, normalize):
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if not normalize:
         return x, x.new_empty(0)
-    rnorm = 1 / torch.linalg.vector_norm(x, dim=1).clamp_min(EPSILON)
+    rnorm = 1 / torch.linalg.vector_norm(x, dim=1).clamp_min(NORM_EPS)
     return x * rnorm[:, None], rnorm
 
 
@@ -19,7 +20,7 @@ def input_gradient(grad, unit, rnorm):
     """Through the normalisation, as F.normalize differentiates it: rows shorter than eps are only scaled."""
     if not len(rnorm):
         return grad
-    on_sphere = rnorm < 1 / EPSILON
+    on_sphere = rnorm < 1 / NORM_EPS
     radial = (unit * grad).sum(1).where(on_sphere, 0)
     return rnorm[:, None] * (grad - radial[:, None] * unit)
 

@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 import torch
 
+from ssl_kernels.constants import NORM_EPS
 from ssl_kernels.losses._shared import unit_rows
 from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func, savable
 from ssl_kernels.reference.products import product
-
-EPSILON = 1e-12  # as F.normalize
 
 
 def row_dots(x, y):
@@ -51,7 +50,7 @@ def paired_logits(x, y, scale, normalize, native):
     rows, others = unit_rows(x, normalize), savable(y.to(accumulation_dtype(y)))
     products = product(rows.unsqueeze(1), others.mT).squeeze(1).double()
     if normalize:
-        products = products / torch.linalg.vector_norm(others, dim=2).clamp_min(EPSILON)
+        products = products / torch.linalg.vector_norm(others, dim=2).clamp_min(NORM_EPS)
     return products * scale
 
 

@@ -4,33 +4,29 @@ import torch
 
 from ssl_kernels import backends
 from ssl_kernels.chunked import batch_hard as chunked
-from ssl_kernels.ops.library import (
-    accumulation_dtype,
-    define,
-    implement_in_triton,
-    library,
-    where_it_runs,
-)
+from ssl_kernels.ops.library import accumulation_dtype
+from ssl_kernels.ops.operation import Operation
 from ssl_kernels.reference import batch_hard as reference
 
 DISTANCES = ("euclidean", "cosine")
-_TRITON = "ssl_kernels.triton.batch_hard"
 
 
-def _fake(overload, embeddings, labels, normalize, distance):
+def _fake(embeddings, labels, normalize, distance):
     return tuple(embeddings.new_empty(embeddings.shape[0], dtype=torch.int64) for _ in range(2))
 
 
-_mine = define(
+_operation = Operation(
     "batch_hard",
-    "(Tensor embeddings, Tensor labels, bool normalize, str distance)"
-    " -> (Tensor positive_index, Tensor negative_index)",
-    _fake,
+    chunked,
+    {
+        "": (
+            "(Tensor embeddings, Tensor labels, bool normalize, str distance)"
+            " -> (Tensor positive_index, Tensor negative_index)",
+            _fake,
+        )
+    },
 )
-
-library.impl("batch_hard.chunked", chunked.batch_hard, "CompositeExplicitAutograd")
-implement_in_triton(("batch_hard",), _TRITON)
-backends.register_operation("batch_hard", where_it_runs("batch_hard", _TRITON))
+(_mine,) = _operation.operators
 
 
 def batch_hard(

@@ -4,11 +4,14 @@ The gradient of a logit is a softmax less the positive's share; where a row has 
 so they are subtracted entry by entry, before the products. docs/contrastive.md has the contract.
 """
 
+from functools import partial
+
 import torch
 
 from ssl_kernels.chunked import class_contrastive as chunked
-from ssl_kernels.ops.contrastive import KEPT_HEADER
-from ssl_kernels.ops.library import accumulation_dtype, define, library, refuse_torch_func, savable
+from ssl_kernels.constants import KEPT_HEADER
+from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func, savable
+from ssl_kernels.ops.operation import OVERLOADS, Operation
 from ssl_kernels.reference import class_contrastive as reference
 
 
@@ -22,66 +25,47 @@ def _fwd_fake(overload, rows, scale, positives, normalize, keep):
     )
 
 
-def _bwd_fake(
-    overload, grad_losses, rows, scale, positives, counts, lse, row_rnorm, kept, normalize, rows_need_grad
-):
+def _bwd_fake(grad_losses, rows, scale, positives, counts, lse, row_rnorm, kept, normalize, rows_need_grad):
     grad_rows = rows.new_empty(rows.shape if rows_need_grad else (0,))
     return grad_rows, rows.new_empty((), dtype=accumulation_dtype(rows))
 
 
-_fwd = define(
-    "class_contrastive_fwd",
-    "(Tensor rows, Tensor scale, Tensor positives, bool normalize, bool keep)"
-    " -> (Tensor losses, Tensor counts, Tensor lse, Tensor row_rnorm, Tensor kept)",
-    _fwd_fake,
-)
-_bwd = define(
-    "class_contrastive_bwd",
-    "(Tensor grad_losses, Tensor rows, Tensor scale, Tensor positives, Tensor counts, Tensor lse, Tensor row_rnorm,"
-    " Tensor kept, bool normalize, bool rows_need_grad) -> (Tensor grad_rows, Tensor grad_scale)",
-    _bwd_fake,
-)
+def _forward(backend, needs, rows, scale, positives, normalize):
+    losses, counts, *saved = _fwd[backend](rows, scale, positives, normalize, any(needs))
+    return (losses, counts), (rows, scale, positives, counts, *saved)
 
-library.impl("class_contrastive_fwd.chunked", chunked.class_contrastive_fwd, "CompositeExplicitAutograd")
-library.impl("class_contrastive_bwd.chunked", chunked.class_contrastive_bwd, "CompositeExplicitAutograd")
+
+def _backward(backend, needs, grads, saved, normalize):
+    rows_need_grad, _, _, _ = needs
+    return _bwd[backend](grads[0], *saved, normalize, rows_need_grad)
+
+
+_operation = Operation(
+    "class_contrastive",
+    chunked,
+    {
+        "_fwd": (
+            "(Tensor rows, Tensor scale, Tensor positives, bool normalize, bool keep)"
+            " -> (Tensor losses, Tensor counts, Tensor lse, Tensor row_rnorm, Tensor kept)",
+            {overload: partial(_fwd_fake, overload) for overload in OVERLOADS},
+        ),
+        "_bwd": (
+            "(Tensor grad_losses, Tensor rows, Tensor scale, Tensor positives, Tensor counts, Tensor lse,"
+            " Tensor row_rnorm, Tensor kept, bool normalize, bool rows_need_grad)"
+            " -> (Tensor grad_rows, Tensor grad_scale)",
+            _bwd_fake,
+        ),
+    },
+    chosen_by="contrastive",
+    forward=_forward,
+    backward=_backward,
+)
+_fwd, _bwd = _operation.operators
 
 
 def takes_classes(backend, rows):
     """Whether `class_contrastive` runs on this backend of `contrastive`: there are no GPU kernels of it."""
     return backend in ("chunked", "reference") or (backend == "native" and rows.device.type == "cpu")
-
-
-class _Backward(torch.autograd.Function):
-    """The backward operator inside a graph of its own, so that differentiating it again is an error."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        return _bwd["chunked"](*args)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            'class_contrastive: backend "chunked" has no second derivative; backend="reference" has one'
-        )
-
-
-class _ClassContrastive(torch.autograd.Function):
-    """Forward and backward operator of the backend that does not differentiate itself."""
-
-    @staticmethod
-    def forward(ctx, rows, scale, positives, normalize):
-        losses, counts, *saved = _fwd["chunked"](rows, scale, positives, normalize, any(ctx.needs_input_grad))
-        ctx.save_for_backward(*map(savable, (rows, scale, positives, counts)), *saved)
-        ctx.normalize = normalize
-        ctx.mark_non_differentiable(counts)
-        return losses, counts
-
-    @staticmethod
-    def backward(ctx, grad_losses, _):
-        rows_need_grad, scale_needs_grad = ctx.needs_input_grad[:2]
-        run = _Backward.apply if torch.is_grad_enabled() else _bwd["chunked"]
-        grad_rows, grad_scale = run(grad_losses, *ctx.saved_tensors, ctx.normalize, rows_need_grad)
-        return grad_rows if rows_need_grad else None, grad_scale if scale_needs_grad else None, None, None
 
 
 def class_contrastive(rows, scale, positives, *, normalize=True, backend):
@@ -104,7 +88,8 @@ def class_contrastive(rows, scale, positives, *, normalize=True, backend):
         with torch.autocast(rows.device.type, enabled=False):
             rows = savable(rows.to(accumulation_dtype(rows)))
             return reference.class_contrastive(rows, scale, positives, normalize)
-    refuse_torch_func("class_contrastive", backend)
     if backend == "native":  # differentiates itself: csrc/ops/class_contrastive.cpp
+        refuse_torch_func("class_contrastive", backend)
         return _fwd[backend](rows, scale, positives, normalize, False)[:2]
-    return _ClassContrastive.apply(rows, scale, positives, normalize)
+    losses, counts = _operation.differentiate(backend, (rows, scale, positives), (normalize,))
+    return losses, counts.detach()

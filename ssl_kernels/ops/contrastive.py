@@ -1,25 +1,19 @@
 """`contrastive`: log-sum-exp of similarities over streamed tiles. docs/contrastive.md has the mathematics."""
 
 import importlib
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from ssl_kernels import backends, preference
 from ssl_kernels.chunked import contrastive as chunked
-from ssl_kernels.ops.library import (
-    accumulation_dtype,
-    define,
-    distinct,
-    implement_in_triton,
-    library,
-    refuse_torch_func,
-    savable,
-)
+from ssl_kernels.constants import KEPT_HEADER
+from ssl_kernels.ops.library import accumulation_dtype, savable
+from ssl_kernels.ops.operation import OVERLOADS, Operation
 from ssl_kernels.reference import contrastive as reference
 from ssl_kernels.triton.tiles import keeps_expectation
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TRITON = "ssl_kernels.triton.contrastive"
 
 _OPERANDS = (
@@ -31,11 +25,6 @@ _ADDITIONS = (
     " bool only_equal_ids=False"
 )
 _FLAGS = "bool normalize_rows, bool normalize_columns, bool keep_diagonal, bool both_directions"
-
-
-# What `kept` of the native CPU kernel shows (kKeptHeader in csrc/cpu/contrastive.cpp): the kept logits lie in its
-# storage behind that, as many as the budget of the process had left.
-KEPT_HEADER = 16
 
 
 def _keeps_expectation(overload, rows, columns, both_directions, keep, columns_need_grad):
@@ -80,7 +69,6 @@ def _fwd_fake(
 
 
 def _bwd_fake(
-    overload,
     grad_lse,
     grad_column_lse,
     grad_positive_logits,
@@ -120,26 +108,6 @@ def _bwd_fake(
     )
 
 
-_fwd = define(
-    "contrastive_fwd",
-    f"({_OPERANDS}, {_FLAGS}, bool keep, bool columns_need_grad, {_ADDITIONS}) -> (Tensor lse, Tensor column_lse,"
-    " Tensor positive_logits, Tensor row_rnorm, Tensor column_rnorm, Tensor kept)",
-    _fwd_fake,
-)
-_bwd = define(
-    "contrastive_bwd",
-    f"(Tensor? grad_lse, Tensor? grad_column_lse, Tensor? grad_positive_logits, {_OPERANDS}, Tensor lse,"
-    f" Tensor column_lse, Tensor row_rnorm, Tensor column_rnorm, Tensor kept, {_FLAGS}, bool rows_need_grad,"
-    f" bool columns_need_grad, {_ADDITIONS}, bool column_bias_needs_grad=False, bool row_bias_needs_grad=False)"
-    " -> (Tensor grad_rows, Tensor grad_columns, Tensor grad_scale, Tensor grad_column_bias, Tensor grad_row_bias)",
-    _bwd_fake,
-)
-
-library.impl("contrastive_fwd.chunked", chunked.contrastive_fwd, "CompositeExplicitAutograd")
-library.impl("contrastive_bwd.chunked", chunked.contrastive_bwd, "CompositeExplicitAutograd")
-implement_in_triton(("contrastive_fwd", "contrastive_bwd"), _TRITON)
-
-
 def unsupported(backend, rows, columns=None, both_directions=False, has_additions=False, *_):
     """Why `backend` cannot run this call, or None if it can."""
     if backend in ("chunked", "reference"):
@@ -167,7 +135,64 @@ def unsupported(backend, rows, columns=None, both_directions=False, has_addition
     )
 
 
-backends.register_operation("contrastive", unsupported, preference.CONTRASTIVE)
+OPERANDS, FLAGS = 6, 4  # how many tensors and flags every call has
+SAVED = 11  # tensors that every call saves; the additions follow
+
+
+def _forward(backend, needs, *args):
+    """`args` are operands, additions if there are any, flags, and with additions only_equal_ids."""
+    has_additions = len(args) > OPERANDS + FLAGS
+    operands, additions, options = args[:OPERANDS], (), args[OPERANDS:]
+    columns_need_grad = needs[1]
+    if has_additions:
+        additions, options = options[: -FLAGS - 1], options[-FLAGS - 1 :]
+        columns_need_grad = columns_need_grad or needs[OPERANDS]
+    flags, only = options[:FLAGS], options[FLAGS:]
+    results = _fwd[backend](*operands, *flags, any(needs), columns_need_grad, *additions, *only)
+    lse, column_lse, positive_logits, *norms, kept = results
+    rows, _, scale, positives, _, _ = operands
+    if kept.dim() == 2 and positives is None:  # the expectation: backward reads rows and scale alone
+        operands = (rows, None, scale, None, None, None)
+    return (lse, column_lse, positive_logits), (*operands, lse, column_lse, *norms, kept, *additions)
+
+
+def _backward(backend, needs, grads, saved, *options):
+    grad_lse, grad_column_lse, grad_positive_logits = grads
+    flags, only = options[:FLAGS], options[FLAGS:]
+    both_directions = flags[-1]
+    grads = (grad_lse, grad_column_lse if both_directions else None, grad_positive_logits)
+    tensors, additions = saved[:SAVED], saved[SAVED:]
+    by_bias = needs[OPERANDS : OPERANDS + 2] if additions else ()
+    made = _bwd[backend](*grads, *tensors, *flags, *needs[:2], *additions, *only, *by_bias)
+    if not additions:
+        return made[:3]
+    return *made[:3], None, None, None, *made[3:]
+
+
+_operation = Operation(
+    "contrastive",
+    chunked,
+    {
+        "_fwd": (
+            f"({_OPERANDS}, {_FLAGS}, bool keep, bool columns_need_grad, {_ADDITIONS}) -> (Tensor lse,"
+            " Tensor column_lse, Tensor positive_logits, Tensor row_rnorm, Tensor column_rnorm, Tensor kept)",
+            {overload: partial(_fwd_fake, overload) for overload in OVERLOADS},
+        ),
+        "_bwd": (
+            f"(Tensor? grad_lse, Tensor? grad_column_lse, Tensor? grad_positive_logits, {_OPERANDS}, Tensor lse,"
+            f" Tensor column_lse, Tensor row_rnorm, Tensor column_rnorm, Tensor kept, {_FLAGS}, bool rows_need_grad,"
+            f" bool columns_need_grad, {_ADDITIONS}, bool column_bias_needs_grad=False,"
+            " bool row_bias_needs_grad=False) -> (Tensor grad_rows, Tensor grad_columns, Tensor grad_scale,"
+            " Tensor grad_column_bias, Tensor grad_row_bias)",
+            _bwd_fake,
+        ),
+    },
+    unsupported=unsupported,
+    preference=preference.CONTRASTIVE,
+    forward=_forward,
+    backward=_backward,
+)
+_fwd, _bwd = _operation.operators
 
 
 def forward_of(backend, rows, columns, *, keep):
@@ -183,74 +208,6 @@ def backward_of(backend, grad_lse, rows, columns, results, *, rows_need_grad=Fal
     operands = (rows, columns, rows.new_ones(()), None, None, None)
     flags = (False, False, False, False)
     return _bwd[backend](grad_lse, None, None, *operands, *saved, *flags, rows_need_grad, columns_need_grad)
-
-
-class _Backward(torch.autograd.Function):
-    """The backward operator inside a graph of its own, so that differentiating it again is an error."""
-
-    @staticmethod
-    def forward(ctx, backend, *args):
-        ctx.backend = backend
-        return _bwd[backend](*args)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            f'contrastive: backend "{ctx.backend}" has no second derivative; backend="reference" has one'
-        )
-
-
-FLAGS = 4  # how many flags a call has
-SAVED = 11  # tensors that every call saves; the additions follow
-
-
-class _Contrastive(torch.autograd.Function):
-    """Forward and backward operator of a backend that does not differentiate itself."""
-
-    @staticmethod
-    def forward(ctx, backend, rows, columns, scale, positives, row_ids, column_ids, *rest):
-        operands = (rows, columns, scale, positives, row_ids, column_ids)
-        flags, additions = rest[:FLAGS], rest[FLAGS:]
-        columns_need_grad = ctx.needs_input_grad[2]
-        if additions:
-            columns_need_grad = columns_need_grad or ctx.needs_input_grad[7 + FLAGS]
-        results = _fwd[backend](*operands, *flags, any(ctx.needs_input_grad), columns_need_grad, *additions)
-        lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept = results
-        if kept.dim() == 2 and positives is None:  # the expectation: backward reads rows and scale alone
-            operands = (rows, None, scale, None, None, None)
-        results = (lse, column_lse, row_rnorm, column_rnorm, kept)
-        ctx.save_for_backward(*map(savable, operands), *results, *map(savable, additions[:-1]))
-        ctx.backend, ctx.flags = backend, flags
-        ctx.only_equal_ids = additions[-1:]
-        ctx.set_materialize_grads(False)
-        return lse, column_lse, positive_logits
-
-    @staticmethod
-    def backward(ctx, grad_lse, grad_column_lse, grad_positive_logits):
-        _, rows_need_grad, columns_need_grad, scale_needs_grad = ctx.needs_input_grad[:4]
-        saved, additions = ctx.saved_tensors[:SAVED], ctx.saved_tensors[SAVED:]
-        args = (
-            grad_lse,
-            grad_column_lse if ctx.flags[-1] else None,
-            grad_positive_logits,
-            *saved,
-            *ctx.flags,
-            rows_need_grad,
-            columns_need_grad,
-        )
-        by_bias = ()
-        if additions:
-            by_bias = ctx.needs_input_grad[7 + FLAGS : 9 + FLAGS]
-            args += (*additions, *ctx.only_equal_ids, *by_bias)
-        if torch.is_grad_enabled():
-            grads = _Backward.apply(ctx.backend, *args)
-        else:
-            grads = _bwd[ctx.backend](*args)
-        needed = (rows_need_grad, columns_need_grad, scale_needs_grad, *(by_bias or (False, False)))
-        grads = [grad if need else None for grad, need in zip(grads, needed, strict=False)]
-        if not additions:
-            return None, *grads[:3], *[None] * (3 + FLAGS)
-        return None, *grads[:3], *[None] * (3 + FLAGS), *grads[3:], None, None, None
 
 
 class Contrastive(NamedTuple):
@@ -330,8 +287,9 @@ def contrastive(
     operands = (rows, columns, scale, positives, row_ids, column_ids)
     if chosen == "native":  # differentiates itself: csrc/ops/contrastive_autograd.cpp
         return Contrastive(*_fwd[chosen](*operands, *flags, False, False, *additions)[:3])
-    refuse_torch_func("contrastive", chosen)
-    return Contrastive(*_Contrastive.apply(chosen, *distinct(*operands), *flags, *additions))
+    if has_additions:
+        operands, flags = (*operands, *additions[:-1]), (*flags, only_equal_ids)
+    return Contrastive(*_operation.differentiate(chosen, operands, flags))
 
 
 def _savable_tensor(addition):

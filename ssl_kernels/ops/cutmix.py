@@ -4,34 +4,24 @@ import torch
 
 from ssl_kernels import backends
 from ssl_kernels.chunked import mixing as chunked
-from ssl_kernels.ops.library import (
-    accumulation_dtype,
-    define,
-    implement_in_triton,
-    library,
-    refuse_torch_func,
-    savable,
-    where_it_runs,
-)
+from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func, savable
+from ssl_kernels.ops.operation import Operation
 from ssl_kernels.reference import cutmix as reference
 from ssl_kernels.value_checks import check_on_cpu
 
-_in_place = define("cutmix_", "(Tensor(a!) x, Tensor boxes, Tensor permutation) -> ()", lambda *_: None)
-_fwd = define(
-    "cutmix_fwd",
-    "(Tensor x, Tensor boxes, Tensor permutation) -> Tensor",
-    lambda overload, x, boxes, permutation: torch.empty_like(x),
+_operation = Operation(
+    "cutmix",
+    chunked,
+    {
+        "_": ("(Tensor(a!) x, Tensor boxes, Tensor permutation) -> ()", lambda *_: None),
+        "_fwd": ("(Tensor x, Tensor boxes, Tensor permutation) -> Tensor", lambda x, *_: torch.empty_like(x)),
+        "_bwd": (
+            "(Tensor grad, Tensor boxes, Tensor permutation) -> Tensor",
+            lambda grad, *_: torch.empty_like(grad),
+        ),
+    },
 )
-_bwd = define(
-    "cutmix_bwd",
-    "(Tensor grad, Tensor boxes, Tensor permutation) -> Tensor",
-    lambda overload, grad, boxes, permutation: torch.empty_like(grad),
-)
-
-for _name in ("cutmix_", "cutmix_fwd", "cutmix_bwd"):
-    library.impl(f"{_name}.chunked", getattr(chunked, _name), "CompositeExplicitAutograd")
-implement_in_triton(("cutmix_", "cutmix_fwd", "cutmix_bwd"), "ssl_kernels.triton.cutmix")
-backends.register_operation("cutmix", where_it_runs("cutmix_", "ssl_kernels.triton.cutmix"))
+_in_place, _fwd, _bwd = _operation.operators
 
 
 class _CutMix(torch.autograd.Function):

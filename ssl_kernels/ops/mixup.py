@@ -4,37 +4,31 @@ import torch
 
 from ssl_kernels import backends
 from ssl_kernels.chunked import mixing as chunked
-from ssl_kernels.ops.library import (
-    accumulation_dtype,
-    define,
-    implement_in_triton,
-    library,
-    refuse_torch_func,
-    savable,
-    where_it_runs,
-)
+from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func, savable
+from ssl_kernels.ops.operation import Operation
 from ssl_kernels.reference import mixup as reference
 from ssl_kernels.value_checks import check_on_cpu
 
-_in_place = define("mixup_", "(Tensor(a!) x, Tensor lam, Tensor permutation) -> ()", lambda *_: None)
-_fwd = define(
-    "mixup_fwd",
-    "(Tensor x, Tensor lam, Tensor permutation) -> Tensor",
-    lambda overload, x, lam, permutation: torch.empty_like(x),
-)
-_bwd = define(
-    "mixup_bwd",
-    "(Tensor grad, Tensor? x, Tensor lam, Tensor permutation, bool x_needs_grad) -> (Tensor grad_x, Tensor grad_lam)",
-    lambda overload, grad, x, lam, permutation, x_needs_grad: (
-        torch.empty_like(grad) if x_needs_grad else grad.new_empty(0),
-        lam.new_empty(0 if x is None else lam.shape),
-    ),
-)
 
-for _name in ("mixup_", "mixup_fwd", "mixup_bwd"):
-    library.impl(f"{_name}.chunked", getattr(chunked, _name), "CompositeExplicitAutograd")
-implement_in_triton(("mixup_", "mixup_fwd", "mixup_bwd"), "ssl_kernels.triton.mixup")
-backends.register_operation("mixup", where_it_runs("mixup_", "ssl_kernels.triton.mixup"))
+def _bwd_fake(grad, x, lam, permutation, x_needs_grad):
+    grad_x = torch.empty_like(grad) if x_needs_grad else grad.new_empty(0)
+    return grad_x, lam.new_empty(0 if x is None else lam.shape)
+
+
+_operation = Operation(
+    "mixup",
+    chunked,
+    {
+        "_": ("(Tensor(a!) x, Tensor lam, Tensor permutation) -> ()", lambda *_: None),
+        "_fwd": ("(Tensor x, Tensor lam, Tensor permutation) -> Tensor", lambda x, *_: torch.empty_like(x)),
+        "_bwd": (
+            "(Tensor grad, Tensor? x, Tensor lam, Tensor permutation, bool x_needs_grad)"
+            " -> (Tensor grad_x, Tensor grad_lam)",
+            _bwd_fake,
+        ),
+    },
+)
+_in_place, _fwd, _bwd = _operation.operators
 
 
 class _Mixup(torch.autograd.Function):

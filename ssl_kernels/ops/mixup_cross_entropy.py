@@ -4,44 +4,40 @@ import torch
 
 from ssl_kernels import backends
 from ssl_kernels.chunked import mixup_cross_entropy as chunked
-from ssl_kernels.ops.library import (
-    define,
-    distinct,
-    implement_in_triton,
-    library,
-    refuse_torch_func,
-    savable,
-    where_it_runs,
-)
+from ssl_kernels.ops.library import distinct, refuse_torch_func, savable
+from ssl_kernels.ops.operation import Operation
 from ssl_kernels.reference import mixup_cross_entropy as reference
 from ssl_kernels.reference.mixup_cross_entropy import target_terms
 from ssl_kernels.value_checks import check_mixed_target_on_cpu
 
 _OPERANDS = "Tensor logits, Tensor target, Tensor partner, Tensor lam, Tensor? weight"
 _OPTIONS = "float label_smoothing, int ignore_index, bool partner_is_class"
-_fwd = define(
-    "mixup_cross_entropy_fwd",
-    f"({_OPERANDS}, {_OPTIONS}, str reduction) -> (Tensor loss, Tensor lse, Tensor total)",
-    lambda overload, logits, _target, _partner, lam, *rest: (
-        lam.new_empty(logits.shape[:1] if rest[-1] == "none" else ()),
-        logits.new_empty(logits.shape[0], dtype=torch.float64),
-        lam.new_empty(() if rest[-1] == "mean" else 0),
-    ),
-)
-_bwd = define(
-    "mixup_cross_entropy_bwd",
-    f"(Tensor grad_loss, {_OPERANDS}, Tensor lse, {_OPTIONS}) -> Tensor grad_logits",
-    lambda overload, grad_loss, logits, *_: logits.new_empty(logits.shape),
-)
 
-_NAMES = ("mixup_cross_entropy_fwd", "mixup_cross_entropy_bwd")
-for _name in _NAMES:
-    library.impl(f"{_name}.chunked", getattr(chunked, _name), "CompositeExplicitAutograd")
-implement_in_triton(_NAMES, "ssl_kernels.triton.mixup_cross_entropy")
-backends.register_operation(
+
+def _fwd_fake(logits, target, partner, lam, *options):
+    reduction = options[-1]
+    return (
+        lam.new_empty(logits.shape[:1] if reduction == "none" else ()),
+        logits.new_empty(logits.shape[0], dtype=torch.float64),
+        lam.new_empty(() if reduction == "mean" else 0),
+    )
+
+
+_operation = Operation(
     "mixup_cross_entropy",
-    where_it_runs("mixup_cross_entropy_fwd", "ssl_kernels.triton.mixup_cross_entropy"),
+    chunked,
+    {
+        "_fwd": (
+            f"({_OPERANDS}, {_OPTIONS}, str reduction) -> (Tensor loss, Tensor lse, Tensor total)",
+            _fwd_fake,
+        ),
+        "_bwd": (
+            f"(Tensor grad_loss, {_OPERANDS}, Tensor lse, {_OPTIONS}) -> Tensor grad_logits",
+            lambda grad_loss, logits, *_: logits.new_empty(logits.shape),
+        ),
+    },
 )
+_fwd, _bwd = _operation.operators
 
 
 class _MixupCrossEntropy(torch.autograd.Function):

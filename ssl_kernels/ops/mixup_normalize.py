@@ -4,21 +4,21 @@ import torch
 
 from ssl_kernels import backends
 from ssl_kernels.chunked import mixing as chunked
-from ssl_kernels.ops.library import define, implement_in_triton, library, where_it_runs
+from ssl_kernels.ops.operation import Operation
 from ssl_kernels.reference import mixup_normalize as reference
 from ssl_kernels.value_checks import check_on_cpu
 
-_op = define(
+_operation = Operation(
     "mixup_normalize",
-    "(Tensor x, Tensor lam, Tensor permutation, Tensor mean, Tensor std, ScalarType dtype) -> Tensor",
-    lambda overload, x, lam, permutation, mean, std, dtype: torch.empty_like(x, dtype=dtype),
+    chunked,
+    {
+        "": (
+            "(Tensor x, Tensor lam, Tensor permutation, Tensor mean, Tensor std, ScalarType dtype) -> Tensor",
+            lambda x, lam, permutation, mean, std, dtype: torch.empty_like(x, dtype=dtype),
+        )
+    },
 )
-
-library.impl("mixup_normalize.chunked", chunked.mixup_normalize, "CompositeExplicitAutograd")
-implement_in_triton(("mixup_normalize",), "ssl_kernels.triton.mixup_normalize")
-backends.register_operation(
-    "mixup_normalize", where_it_runs("mixup_normalize", "ssl_kernels.triton.mixup_normalize")
-)
+(_op,) = _operation.operators
 
 
 def mixup_normalize(x, lam, permutation, mean, std, dtype, *, backend=None):

@@ -5,20 +5,22 @@ import torch
 from ssl_kernels import backends
 from ssl_kernels.checks import is_number, short
 from ssl_kernels.chunked import momentum_update as chunked
-from ssl_kernels.ops.library import define, implement_in_triton, library, where_it_runs
+from ssl_kernels.ops.operation import Operation
 from ssl_kernels.reference import momentum_update as reference
 
 HALF = (torch.float16, torch.bfloat16)
-_TRITON = "ssl_kernels.triton.momentum_update"
 
-_in_place = define(
-    "momentum_update_",
-    "(Tensor(a!)[] masters, Tensor(b!)[] shadows, Tensor[] sources, Tensor weight) -> ()",
-    lambda *_: None,
+_operation = Operation(
+    "momentum_update",
+    chunked,
+    {
+        "_": (
+            "(Tensor(a!)[] masters, Tensor(b!)[] shadows, Tensor[] sources, Tensor weight) -> ()",
+            lambda *_: None,
+        )
+    },
 )
-library.impl("momentum_update_.chunked", chunked.momentum_update_, "CompositeExplicitAutograd")
-implement_in_triton(("momentum_update_",), _TRITON)
-backends.register_operation("momentum_update", where_it_runs("momentum_update_", _TRITON))
+(_in_place,) = _operation.operators
 
 
 def momentum_update_(masters, shadows, sources, momentum, *, backend=None):

@@ -5,19 +5,20 @@ import torch
 from ssl_kernels import backends
 from ssl_kernels.checks import DTYPES, can_be_read
 from ssl_kernels.chunked import queue_push as chunked
-from ssl_kernels.ops.library import define, implement_in_triton, library, where_it_runs
+from ssl_kernels.ops.operation import Operation
 from ssl_kernels.reference import queue_push as reference
 
-_TRITON = "ssl_kernels.triton.queue_push"
-
-_in_place = define(
-    "queue_push_",
-    "(Tensor(a!) storage, Tensor keys, Tensor(b!) position, Tensor(c!) filled, bool normalize) -> ()",
-    lambda *_: None,
+_operation = Operation(
+    "queue_push",
+    chunked,
+    {
+        "_": (
+            "(Tensor(a!) storage, Tensor keys, Tensor(b!) position, Tensor(c!) filled, bool normalize) -> ()",
+            lambda *_: None,
+        )
+    },
 )
-library.impl("queue_push_.chunked", chunked.queue_push_, "CompositeExplicitAutograd")
-implement_in_triton(("queue_push_",), _TRITON)
-backends.register_operation("queue_push", where_it_runs("queue_push_", _TRITON))
+(_in_place,) = _operation.operators
 
 
 def queue_push_(storage, keys, position, filled, *, normalize=True, backend=None):

@@ -4,19 +4,10 @@ import torch
 
 from ssl_kernels import backends
 from ssl_kernels.chunked import sigmoid_pairs as chunked
-from ssl_kernels.ops.library import (
-    accumulation_dtype,
-    define,
-    distinct,
-    implement_in_triton,
-    library,
-    refuse_torch_func,
-    savable,
-    where_it_runs,
-)
+from ssl_kernels.ops.library import accumulation_dtype, savable
+from ssl_kernels.ops.operation import Operation
 from ssl_kernels.reference import sigmoid_pairs as reference
 
-_TRITON = "ssl_kernels.triton.sigmoid_pairs"
 _OPERANDS = "Tensor rows, Tensor columns, Tensor scale, Tensor bias, int diagonal"
 _NORMALIZE = "bool normalize_rows, bool normalize_columns"
 _NEEDS = "bool rows_need_grad, bool columns_need_grad"
@@ -34,7 +25,6 @@ def _gradient_fakes(rows, columns, dtype, rows_need_grad, columns_need_grad):
 
 
 def _fwd_fake(
-    overload,
     rows,
     columns,
     scale,
@@ -55,7 +45,6 @@ def _fwd_fake(
 
 
 def _bwd_fake(
-    overload,
     grad_losses,
     rows,
     columns,
@@ -70,65 +59,34 @@ def _bwd_fake(
     return _gradient_fakes(rows, columns, rows.dtype, rows_need_grad, columns_need_grad)
 
 
-_fwd = define(
-    "sigmoid_pairs_fwd",
-    f"({_OPERANDS}, {_NORMALIZE}, bool total, bool keep, {_NEEDS}) -> (Tensor losses, {_GRADIENTS})",
-    _fwd_fake,
+def _forward(backend, needs, *args):
+    *operands, _, _, _, total = args
+    losses, *grads = _fwd[backend](*args, any(needs), *needs[:2])
+    return losses, (*operands, *(grads if total else ()))
+
+
+def _backward(backend, needs, grads, saved, *options):
+    (grad_losses,), operands, made = grads, saved[:4], saved[4:]
+    if made:
+        pairs = zip(made, operands, strict=True)
+        return tuple((grad * grad_losses).to(operand.dtype) for grad, operand in pairs)
+    return _bwd[backend](grad_losses, *operands, *options[:-1], *needs[:2])
+
+
+_operation = Operation(
+    "sigmoid_pairs",
+    chunked,
+    {
+        "_fwd": (
+            f"({_OPERANDS}, {_NORMALIZE}, bool total, bool keep, {_NEEDS}) -> (Tensor losses, {_GRADIENTS})",
+            _fwd_fake,
+        ),
+        "_bwd": (f"(Tensor grad_losses, {_OPERANDS}, {_NORMALIZE}, {_NEEDS}) -> ({_GRADIENTS})", _bwd_fake),
+    },
+    forward=_forward,
+    backward=_backward,
 )
-_bwd = define(
-    "sigmoid_pairs_bwd",
-    f"(Tensor grad_losses, {_OPERANDS}, {_NORMALIZE}, {_NEEDS}) -> ({_GRADIENTS})",
-    _bwd_fake,
-)
-
-library.impl("sigmoid_pairs_fwd.chunked", chunked.sigmoid_pairs_fwd, "CompositeExplicitAutograd")
-library.impl("sigmoid_pairs_bwd.chunked", chunked.sigmoid_pairs_bwd, "CompositeExplicitAutograd")
-implement_in_triton(("sigmoid_pairs_fwd", "sigmoid_pairs_bwd"), _TRITON)
-backends.register_operation("sigmoid_pairs", where_it_runs("sigmoid_pairs_fwd", _TRITON))
-
-
-class _Backward(torch.autograd.Function):
-    """Gradients inside a graph of their own, so that differentiating them again is an error."""
-
-    @staticmethod
-    def forward(ctx, backend, make, *dependencies):
-        ctx.backend = backend
-        return make()
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            f'sigmoid_pairs: backend "{ctx.backend}" has no second derivative; backend="reference" has one'
-        )
-
-
-class _SigmoidPairs(torch.autograd.Function):
-    """Forward and backward operator of a backend that does not differentiate itself."""
-
-    @staticmethod
-    def forward(ctx, backend, rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, total):
-        operands = (rows, columns, scale, bias)
-        ctx.options = (diagonal, normalize_rows, normalize_columns)
-        needs = ctx.needs_input_grad[1:3]
-        losses, *grads = _fwd[backend](*operands, *ctx.options, total, any(ctx.needs_input_grad), *needs)
-        ctx.save_for_backward(*map(savable, operands), *(grads if total else ()))
-        ctx.backend = backend
-        return losses
-
-    @staticmethod
-    def backward(ctx, grad_losses):
-        operands, made = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        needed = ctx.needs_input_grad[1:5]
-
-        def make():
-            if made:
-                pairs = zip(made, operands, strict=True)
-                return tuple((grad * grad_losses).to(operand.dtype) for grad, operand in pairs)
-            return _bwd[ctx.backend](grad_losses, *operands, *ctx.options, *needed[:2])
-
-        again = torch.is_grad_enabled()
-        grads = _Backward.apply(ctx.backend, make, grad_losses, *operands) if again else make()
-        return None, *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *[None] * 4
+_fwd, _bwd = _operation.operators
 
 
 def sigmoid_pairs(
@@ -171,5 +129,4 @@ def sigmoid_pairs(
             ).double()
     if chosen == "native":  # differentiates itself: csrc/ops/sigmoid_pairs_autograd.cpp
         return _fwd[chosen](rows, columns, scale, bias, *options, False, False, False)[0]
-    refuse_torch_func("sigmoid_pairs", chosen)
-    return _SigmoidPairs.apply(chosen, *distinct(rows, columns, scale, bias), *options)
+    return _operation.differentiate(chosen, (rows, columns, scale, bias), options)

@@ -9,21 +9,7 @@ rows [t, x] with columns [u, 0] the gradient of those dots by y.
 import torch
 
 from ssl_kernels.ops.contrastive import backward_of, forward_of
-
-
-class _Backward(torch.autograd.Function):
-    """Gradients inside a graph of their own, so that differentiating them again is an error."""
-
-    @staticmethod
-    def forward(ctx, backend, make, *dependencies):
-        ctx.backend = backend
-        return make()
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            f'teacher_dots: backend "{ctx.backend}" has no second derivative; backend="reference" has one'
-        )
+from ssl_kernels.ops.operation import once
 
 
 class TeacherDots(torch.autograd.Function):
@@ -64,8 +50,7 @@ class TeacherDots(torch.autograd.Function):
             )[1]
             return grad_x, grad_columns[:, t.shape[1] :].contiguous()
 
-        again = torch.is_grad_enabled()
-        grad_x, grad_y = _Backward.apply(ctx.backend, make, grad_dots, x) if again else make()
+        grad_x, grad_y = once("teacher_dots", ctx.backend, make, grad_dots, x)
         return None, grad_x if x_needs_grad else None, grad_y if y_needs_grad else None, None, None
 
 

@@ -8,9 +8,13 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from ssl_kernels import constants
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-NORM_EPS: tl.constexpr = tl.constexpr(1e-12)  # by tl.full in its dtype: beside a tensor it is float32's
+NORM_EPS: tl.constexpr = tl.constexpr(
+    constants.NORM_EPS
+)  # by tl.full in its dtype: beside a tensor it is float32's
 
 
 @triton.jit

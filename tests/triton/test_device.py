@@ -7,7 +7,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 import ssl_kernels  # noqa: F401  defines the operators
-from ssl_kernels.ops.library import in_triton
+from ssl_kernels.ops.operation import in_triton
 
 N, D = 6, 16
 

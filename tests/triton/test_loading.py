@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ssl_kernels.ops.library import in_triton
+from ssl_kernels.ops.operation import in_triton
 
 
 @triton.jit

@@ -1,0 +1,12 @@
+"""Numbers that Python and C++ must agree on: the extension tells its own; without one there are those of Python."""
+
+from ssl_kernels.backends import extension
+
+_built = {} if extension is None else extension.build_info()
+
+# A row shorter than this is divided by it, as F.normalize does.
+NORM_EPS = _built.get("norm_eps", 1e-12)
+
+# What `kept` of the native CPU kernel of `contrastive` shows: the kept logits lie in its storage behind that, as many
+# as the budget of the process had left.
+KEPT_HEADER = _built.get("kept_header", 16)
