@@ -16,6 +16,7 @@ import subprocess
 
 import torch
 from setuptools import setup
+from setuptools.command.build_py import build_py
 from torch.utils import cpp_extension
 
 CUDA_ARCHITECTURES_WITHOUT_GPU = ["8.0+PTX", "9.0", "10.0"]
@@ -127,4 +128,17 @@ def make_extension():
     )
 
 
-setup(ext_modules=[make_extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})
+class BuildPackage(build_py):
+    """Puts a line beside the package that Python runs when it starts: it patches what SSL_KERNELS_PATCH names."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            with open(os.path.join(self.build_lib, "ssl_kernels_patch.pth"), "w") as file:
+                file.write('import os; os.environ.get("SSL_KERNELS_PATCH") and __import__("ssl_kernels")\n')
+
+
+setup(
+    ext_modules=[make_extension()],
+    cmdclass={"build_ext": cpp_extension.BuildExtension, "build_py": BuildPackage},
+)

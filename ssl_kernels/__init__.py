@@ -5,7 +5,10 @@
 >>> loss = ssl_kernels.nt_xent_loss(z0, z1, temperature=0.5)
 """
 
+import os
+
 from ssl_kernels import adapters, nn
+from ssl_kernels.adapters import patch
 from ssl_kernels.backends import backends_for, use_backend
 from ssl_kernels.gradient_cache import grad_cache
 from ssl_kernels.losses import (
@@ -61,6 +64,7 @@ __all__ = [
     "multiple_negatives_ranking_loss",
     "nn",
     "nt_xent_loss",
+    "patch",
     "sampled_softmax_loss",
     "siglip_loss",
     "similarity_cross_entropy",
@@ -70,3 +74,6 @@ __all__ = [
     "uniformity_loss",
     "use_backend",
 ]
+
+if os.environ.get("SSL_KERNELS_PATCH"):
+    adapters._patching.patch_from_environment(os.environ["SSL_KERNELS_PATCH"])

@@ -9,8 +9,10 @@ class does otherwise than the original, and how both were compared.
 import importlib
 import pkgutil
 
+from ssl_kernels.adapters._patching import patch
+
 LIBRARIES = tuple(sorted(found.name for found in pkgutil.iter_modules(__path__) if found.name[0] != "_"))
-__all__ = list(LIBRARIES)
+__all__ = [*LIBRARIES, "patch"]
 
 
 def __getattr__(name):

@@ -5,7 +5,7 @@ import warnings
 
 from ssl_kernels.ops.library import accumulation_dtype
 
-_originals = {}  # from a replaced class or function, as `patch` left it in its library, to the library's own
+originals = {}  # from a replaced class or function, as `patch` left it in its library, to the library's own
 _warned = set()
 
 
@@ -28,7 +28,12 @@ def original(module, name, why):
         found = getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise ImportError(f"{why}: that is left to {library}, which cannot be imported ({error})") from error
-    if (module, name, why) not in _warned:
-        _warned.add((module, name, why))
-        warnings.warn(f"{why}: {module}.{name} itself runs", stacklevel=3)
-    return _originals.get(found, found)
+    warn_once(f"{why}: {module}.{name} itself runs", 4)
+    return originals.get(found, found)
+
+
+def warn_once(message, stacklevel=3):
+    """A warning that a process sees once."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=stacklevel)

@@ -23,6 +23,7 @@ ORIGINALS = {
     "NegativeCosineSimilarity": "lightly.loss.negative_cosine_similarity",
     "MemoryBankModule": "lightly.models.modules.memory_bank",
 }
+HOME = "lightly.loss"  # where `patch` looks for losses without an adapter
 DIFFERENCES = {
     "NTXentLoss": "the bank keeps rows that wrap (`strict=True` loses them); temperature < 0 raises",
     "DCLLoss": "one sample raises (lightly: −inf)",

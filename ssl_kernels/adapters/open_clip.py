@@ -17,6 +17,7 @@ from ssl_kernels.ops.sigmoid_pairs import sigmoid_pairs
 
 __all__ = ["ClipLoss", "CoCaLoss", "SigLipLoss"]
 ORIGINALS = {"ClipLoss": "open_clip.loss", "CoCaLoss": "open_clip.loss", "SigLipLoss": "open_clip.loss"}
+HOME = "open_clip.loss"  # where `patch` looks for losses without an adapter
 DIFFERENCES = {
     "ClipLoss": "the gradient of logit_bias is 0 (open_clip: rounding); use_horovod runs open_clip's own",
     "CoCaLoss": "as ClipLoss",

@@ -1,5 +1,7 @@
 """Adapters against the published formulas, always, and against the libraries themselves where they are installed."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +26,7 @@ USES = all_uses()
 
 def check(use, space, case):
     found, expected = results(use, adapter(use.library), case), results(use, space, case)
-    assert largest_error(found, expected) <= TOLERANCES[use.dtype or case.dtype]
+    assert largest_error(found, expected) <= (use.tolerance or TOLERANCES[use.dtype or case.dtype])
 
 
 @pytest.mark.parametrize("use", [use for use in USES if use.formula], ids=str)
@@ -42,14 +44,16 @@ def test_the_library_itself(use, case):
         space = Peer(use.library)
     except ImportError as error:
         pytest.skip(f"the library is not installed (make test-peers installs all): {error}")
-    check(use, space, case)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the library
+        check(use, space, case)
 
 
 def test_every_class_has_a_use():
     named = {(use.library, use.name) for use in USES}
-    for library in {use.library for use in USES}:
+    for library in LIBRARIES:
         assert {name for of, name in named if of == library} == set(adapter(library).__all__)
-        assert set(adapter(library).ORIGINALS) == set(adapter(library).__all__)
+        assert set(adapter(library).ORIGINALS) in (set(adapter(library).__all__), set())
 
 
 def test_uses_can_fail():
@@ -66,7 +70,9 @@ def test_the_page_has_the_table_of_these_classes():
     page = table.PAGE.read_text()
     figures = table.kept_figures(page)
     assert table.with_table(page, table.table(figures)) == page
-    assert all(any(figures[use.library, use.name]) for use in USES if use.peer)
+    assert all(
+        any(figures[use.library, use.name]) for use in USES if use.peer and adapter(use.library).ORIGINALS
+    )
 
 
 def test_an_adapter_does_not_import_its_library():

@@ -3,11 +3,13 @@
 All three are namespaces of the same names. What a use returns, and the gradients of its random rows, are compared.
 """
 
-import importlib
+import importlib.util
 import math
+import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 
@@ -74,6 +76,7 @@ class Use:
         formula: Whether the published formulas have it.
         peer: Whether it is compared with the library, where that is right.
         dtype: The one this use works in, or None for each.
+        tolerance: Instead of those of the dtypes: where λ itself is float32.
     """
 
     library: str
@@ -83,6 +86,7 @@ class Use:
     formula: bool = True
     peer: bool = True
     dtype: torch.dtype | None = None
+    tolerance: float | None = None
 
     def fitted(self, case):
         """A copy of the case that has not drawn anything, in the dtype of this use."""
@@ -108,6 +112,7 @@ def results(use, space, case):
     """What a use gives: its tensors, and the gradients of the case's leaves by a random combination of them."""
     case = use.fitted(case)
     torch.manual_seed(case.seed)
+    np.random.seed(case.seed)
     out = use.run(space, case)
     out = [out] if isinstance(out, torch.Tensor) else list(out)
     smooth = [tensor for tensor in out if tensor.requires_grad]
@@ -154,8 +159,25 @@ class Peer:
     """
 
     def __init__(self, library):
-        for name, module in adapter(library).ORIGINALS.items():
-            setattr(self, name, getattr(importlib.import_module(module), name))
+        originals = adapter(library).ORIGINALS
+        if not originals:
+            raise ImportError(f"{library} is no package")
+        for name, module in originals.items():
+            found = _from_file(module) if library == "solo_learn" else importlib.import_module(module)
+            setattr(self, name, getattr(found, name))
+
+
+def _from_file(module):
+    """A module of a package that itself cannot be imported any more: solo-learn's asks for one that is gone."""
+    root, *path = module.split(".")
+    spec = importlib.util.find_spec(root)
+    if spec is None:
+        raise ImportError(f"{root} is not installed")
+    file = pathlib.Path(spec.submodule_search_locations[0], *path).with_suffix(".py")
+    spec = importlib.util.spec_from_file_location(module, file)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
 
 
 def formulas(library):

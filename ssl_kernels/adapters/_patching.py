@@ -1,0 +1,262 @@
+"""`patch`: adapters in the place of other libraries' classes, in code that cannot be edited."""
+
+import gc
+import importlib
+import importlib.util
+import logging
+import sys
+import types
+
+from ssl_kernels.adapters import _shared
+
+ENVIRONMENT = "SSL_KERNELS_PATCH"
+log = logging.getLogger("ssl_kernels.patch")
+_active = []  # patches that were not undone
+
+
+def patch(*libraries):
+    """Put the adapters in the place of the classes and functions of `libraries`, until it is undone.
+
+        patch("lightly", "open_clip")          # for good, or until .undo()
+        with patch("lightly"): ...             # for a while
+
+    Every module that holds a class under some name, as after `from lightly.loss import NTXentLoss`, holds the adapter
+    afterwards; a library that is imported later is patched when it is. The logger "ssl_kernels.patch" says as a
+    warning what was changed and what was left: objects and subclasses that exist already, references in
+    containers, closures and default arguments, and losses of the library for which there is no adapter.
+
+    The environment variable SSL_KERNELS_PATCH="lightly,open_clip" does the same where ssl_kernels is imported, and
+    where it is installed from a wheel in every Python process.
+
+    Args:
+        libraries: Names of modules in `ssl_kernels.adapters`; at least one.
+
+    Returns:
+        Patch, a context manager: `changed` and `left` are lists of what was said, `undo()` puts everything back.
+
+    Raises:
+        ValueError: There is no such adapter.
+        ModuleNotFoundError: A library is not installed.
+    """
+    from ssl_kernels.adapters import LIBRARIES
+
+    if not libraries:
+        raise ValueError(f"patch: libraries must name one of {', '.join(LIBRARIES)}, got none")
+    for library in libraries:
+        if library not in LIBRARIES:
+            raise ValueError(f"patch: libraries must be among {', '.join(LIBRARIES)}, got {library!r}")
+    adapters = [importlib.import_module(f"ssl_kernels.adapters.{library}") for library in libraries]
+    for library, adapter in zip(libraries, adapters, strict=True):
+        if not adapter.ORIGINALS:
+            raise ValueError(f"patch: libraries must be packages, got {library!r}, a file that is copied")
+        for root in {module.partition(".")[0] for module in adapter.ORIGINALS.values()}:
+            if root not in sys.modules and importlib.util.find_spec(root) is None:
+                raise ModuleNotFoundError(
+                    f"patch: {library} must be installed, got no module {root}", name=root
+                )
+    return Patch(adapters)
+
+
+class Patch:
+    """What `patch` returns."""
+
+    def __init__(self, adapters):
+        self.changed, self.left = [], []
+        self._places = []  # (namespace, key, original, adapter)
+        self._pending = {}  # (module, name) of an original: its adapter module
+        for adapter in adapters:
+            self._pending |= {(module, name): adapter for name, module in adapter.ORIGINALS.items()}
+        self._roots = {module.partition(".")[0] for module, _ in self._pending}
+        self._held = set()  # places that held an adapter before
+        self._depth = 0
+        _active.append(self)
+        self.swap()
+        if self._pending:
+            sys.meta_path.insert(0, self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.undo()
+
+    # The import hook: sees the modules of libraries that are not wholly there yet.
+
+    def find_spec(self, name, path=None, target=None):
+        if not self._pending or name.partition(".")[0] not in self._roots:
+            return None
+        for finder in sys.meta_path:
+            if finder is not self and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(name, path, target)
+                if spec is not None:
+                    if hasattr(spec.loader, "exec_module"):
+                        spec.loader = _Loader(spec.loader, self)
+                    return spec
+        return None
+
+    def imported(self, module, run):
+        """Run a module's code, and swap when no other module of the libraries is being run."""
+        self._depth += 1
+        try:
+            run(module)
+        finally:
+            self._depth -= 1
+        if self._depth == 0:
+            self.swap()
+
+    # What is swapped.
+
+    def swap(self):
+        """Replace what is imported by now."""
+        ready = {key: adapter for key, adapter in self._pending.items() if key[0] in sys.modules}
+        pairs = []
+        self._depth += 1  # adapters may import their libraries
+        try:
+            for (module, name), adapter in ready.items():
+                original = getattr(sys.modules[module], name, None)
+                del self._pending[module, name]
+                if original is None:
+                    self._say(self.left, f"{module} has no {name} in this version")
+                elif original not in _shared.originals:
+                    pairs.append((original, getattr(adapter, name)))
+        finally:
+            self._depth -= 1
+        if not self._pending and self in sys.meta_path:
+            sys.meta_path.remove(self)
+        if not pairs:
+            return
+        replacements = {id(original): adapter for original, adapter in pairs}
+        self._held |= {(id(space), key) for space, key, _ in _names({id(a) for _, a in pairs})}
+        where = {}
+        for space, key, value in _names(set(replacements)):
+            space[key] = adapter = replacements[id(value)]
+            self._places.append((space, key, value, adapter))
+            where.setdefault(id(value), []).append(space.get("__name__", "?"))
+        for original, adapter in pairs:
+            _shared.originals[adapter] = original
+            places = ", ".join(sorted(where.get(id(original), ())))
+            name = f"{original.__module__}.{original.__qualname__}"
+            self._say(self.changed, f"{name} is {adapter.__module__}.{adapter.__qualname__} in {places}")
+        self._say_what_is_left(pairs)
+        for adapter in {sys.modules[ready_adapter.__name__] for ready_adapter in ready.values()}:
+            others = _others(adapter)
+            if others:
+                self._say(self.left, f"{adapter.HOME}: no adapter of {', '.join(others)}")
+
+    def _say_what_is_left(self, pairs):
+        originals = [original for original, _ in pairs]
+        ours = {id(original) for original in originals} | {id(adapter) for _, adapter in pairs}
+        for original in originals:
+            for subclass in getattr(original, "__subclasses__", list)():
+                name = f"{subclass.__module__}.{subclass.__qualname__}"
+                if id(subclass) not in ours and not subclass.__module__.startswith("ssl_kernels."):
+                    self._say(self.left, f"{name} is a subclass of the original {original.__qualname__}")
+        gc.collect()
+        instances, holders = {}, {}
+        own = {id(holder) for holder in (originals, *pairs, *self._places, _shared.originals)}
+        for holder in gc.get_referrers(*originals):
+            for original in originals if id(holder) not in own else ():
+                if type(holder) is original:
+                    instances[original] = instances.get(original, 0) + 1
+                elif _holds(holder, original):
+                    kinds = holders.setdefault(original, set())
+                    kinds.add("closure" if isinstance(holder, types.CellType) else type(holder).__name__)
+        for original, count in instances.items():
+            self._say(self.left, f"{count} object(s) of the original {original.__qualname__} exist already")
+        for original, kinds in holders.items():
+            text = f"the original {original.__qualname__} is still held by: {', '.join(sorted(kinds))}"
+            self._say(self.left, text)
+
+    def _say(self, sentences, sentence):
+        sentences.append(sentence)
+        log.warning("%s: %s", "changed" if sentences is self.changed else "left", sentence)
+
+    def undo(self):
+        """Put the originals back everywhere, also where an adapter came by an import while it stood for them."""
+        if self not in _active:
+            return
+        _active.remove(self)
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        self._pending = {}
+        originals = {id(adapter): original for _, _, original, adapter in self._places}
+        for space, key, original, adapter in self._places:
+            if space.get(key) is adapter:
+                space[key] = original
+        for space, key, value in _names(set(originals)):
+            if (id(space), key) not in self._held and not space.get("__name__", "").startswith(
+                "ssl_kernels."
+            ):
+                space[key] = originals[id(value)]
+        for _, _, _, adapter in self._places:
+            _shared.originals.pop(adapter, None)
+        self._places = []
+
+
+class _Loader:
+    """A module's loader, which tells a patch when the module has run, and is gone then."""
+
+    def __init__(self, loader, owner):
+        self._loader, self._owner = loader, owner
+
+    def __getattr__(self, name):
+        return getattr(self._loader, name)
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module):
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._owner.imported(module, self._loader.exec_module)
+
+
+def _names(wanted):
+    """(namespace, key, value) of all modules' names for objects of these ids, but for the adapters' own."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("ssl_kernels.") or not isinstance(module, types.ModuleType):
+            continue
+        space = vars(module)
+        for key, value in list(space.items()):
+            if id(value) in wanted:
+                yield space, key, value
+
+
+def _holds(holder, original):
+    """Whether a reference is one that a program made and that still leads to the original."""
+    if isinstance(holder, dict):
+        if "__name__" in holder and "__spec__" in holder:  # of a module
+            return False
+        return any(value is original for value in holder.values()) and "__module__" not in holder
+    if isinstance(holder, types.CellType):
+        if holder.cell_contents is not original:
+            return False
+        # The cell named __class__ of methods that call super() is the class's own.
+        methods = [value for value in vars(original).values() if isinstance(value, types.FunctionType)]
+        return all(cell is not holder for method in methods for cell in method.__closure__ or ())
+    if isinstance(holder, (list, set)):
+        return original in holder
+    if isinstance(holder, tuple):
+        bases = isinstance(original, type) and all(isinstance(item, type) for item in holder)
+        return not bases and original in holder
+    return False
+
+
+def _others(adapter):
+    """Losses of a library's public module for which there is no adapter."""
+    home = sys.modules.get(getattr(adapter, "HOME", None) or "")
+    if home is None:
+        return []
+    return sorted(
+        name
+        for name, value in vars(home).items()
+        if name.endswith(("Loss", "loss_func")) and callable(value) and name not in adapter.ORIGINALS
+    )
+
+
+def patch_from_environment(value):
+    """What SSL_KERNELS_PATCH asks for; a library that is not installed is left, with a warning."""
+    for library in filter(None, (part.strip() for part in value.split(","))):
+        try:
+            patch(library)
+        except ModuleNotFoundError as error:
+            log.warning("%s=%s: %s", ENVIRONMENT, value, error)

@@ -1,0 +1,28 @@
+"""The loss of byol-pytorch (0.9). It comes back as float32 (float64 for float64)."""
+
+import torch.nn.functional as F
+
+from ssl_kernels.losses._shared import widest_under_autocast
+from ssl_kernels.ops.library import accumulation_dtype
+from ssl_kernels.ops.row_pairs import row_pairs
+
+__all__ = ["cosine_loss_fn"]
+ORIGINALS = {"cosine_loss_fn": "byol_pytorch.byol_pytorch"}
+DIFFERENCES = {}
+
+
+def cosine_loss_fn(x, y):
+    """`byol_pytorch.byol_pytorch.cosine_loss_fn`: 2 − 2 · cosine of vectors along the last dimension.
+
+    Args:
+        x, y: (..., D); both get their gradients.
+
+    Returns:
+        (...), a value a vector.
+    """
+    x, y = widest_under_autocast(x, y)
+    if x.shape == y.shape and x.dtype == y.dtype and x.dim() > 1 and x.numel():
+        rows = (part.reshape(-1, part.shape[-1]) for part in (x, y))
+        cosines = row_pairs(*rows, normalize=True, measure="product").view(x.shape[:-1])
+        return (2 - 2 * cosines).to(accumulation_dtype(x))
+    return 2 - 2 * (F.normalize(x, dim=-1) * F.normalize(y, dim=-1)).sum(-1)

@@ -1,0 +1,123 @@
+"""pytorch-metric-learning's pair and triplet losses and wrappers (2.9). Losses come back as float32 or float64.
+
+The classes are the library's own, whose sums over pairs are streamed: its reducers, regularisers, records and wrappers
+work with them. The functions here are what they compute, and need no such library.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ssl_kernels.adapters._classes import class_mates
+from ssl_kernels.losses import sup_con_loss
+from ssl_kernels.losses._shared import inverse
+from ssl_kernels.ops.contrastive import contrastive
+from ssl_kernels.ops.library import accumulation_dtype
+from ssl_kernels.ops.row_pairs import row_pairs
+
+_LOSSES = "pytorch_metric_learning.losses"
+ORIGINALS = {
+    "NTXentLoss": f"{_LOSSES}.ntxent_loss",
+    "SupConLoss": f"{_LOSSES}.supcon_loss",
+    "TripletMarginLoss": f"{_LOSSES}.triplet_margin_loss",
+    "SelfSupervisedLoss": f"{_LOSSES}.self_supervised_loss",
+    "CrossBatchMemory": f"{_LOSSES}.cross_batch_memory",
+}
+HOME = _LOSSES  # where `patch` looks for losses without an adapter
+__all__ = sorted(ORIGINALS)
+_OWN = "runs the library's own code, with a warning"
+DIFFERENCES = {
+    "NTXentLoss": "does not saturate at 87.34 with gradient 0, nor give 0 for a single pair (`strict=True` does);"
+    f" indices_tuple, or a distance other than cosine and dot product, {_OWN}",
+    "SupConLoss": "rows whose loss underflows stay in the mean, and rows of one label alone have a loss, not 0"
+    f" (`strict=True`: as the library); the rest as NTXentLoss {_OWN}",
+    "TripletMarginLoss": f"given triplets (a miner's) are gathered; all triplets, swap and other distances: {_OWN}",
+    "SelfSupervisedLoss": "as the loss inside",
+    "CrossBatchMemory": "an enqueue_mask without a True does not count the empty memory as full",
+}
+
+
+def as_classes(*labels):
+    """Labels as int64 tensors that are equal where the labels are; they may be floating."""
+    if all(not part.is_floating_point() for part in labels):
+        return [part.long() for part in labels]
+    ranks = torch.unique(torch.cat([part.double() for part in labels]), return_inverse=True)[1]
+    return list(ranks.split([len(part) for part in labels]))
+
+
+def nt_xent_of_pairs(rows, labels, columns, column_labels, temperature, own=None, normalize=True):
+    """−log(e^{s_p} / (e^{s_p} + Σ_n e^{s_n})) of each pair of an anchor and a positive p; n are the anchor's negatives.
+
+    Args:
+        rows: (N, D), anchors.
+        labels: (N,).
+        columns: (M, D), or None: rows themselves.
+        column_labels: (M,).
+        own: (N,) index of the column that is no positive of its row, or None.
+
+    Returns:
+        (losses, anchors, positives): (pairs,) each.
+    """
+    mates, is_mate = class_mates(labels, column_labels)
+    if own is not None:
+        is_mate = is_mate & (mates != own[:, None])
+    lse, _, logits = contrastive(
+        rows,
+        columns,
+        inverse(temperature, rows),
+        positives=mates,
+        row_ids=labels,
+        column_ids=None if columns is None else column_labels,
+        normalize_rows=normalize,
+        normalize_columns=normalize,
+        caller="NTXentLoss",
+    )
+    anchors, place = is_mate.nonzero(as_tuple=True)
+    losses = F.softplus(lse[anchors] - logits[anchors, place])
+    return losses.to(accumulation_dtype(rows)), anchors, mates[anchors, place]
+
+
+def sup_con_of_rows(rows, labels, columns, column_labels, temperature, own=None, normalize=True):
+    """SupCon's loss of each row, (N,), against columns; 0 for a row without a positive. Arguments as above."""
+    if columns is None:
+        return sup_con_loss(rows, labels, temperature, normalize=normalize, reduction="none")
+    mates, is_mate = class_mates(labels, column_labels)
+    slots = None if own is None else torch.arange(len(columns), device=rows.device)
+    if own is not None:
+        is_mate = is_mate & (mates != own[:, None])
+    lse, _, logits = contrastive(
+        rows,
+        columns,
+        inverse(temperature, rows),
+        positives=mates,
+        row_ids=own,
+        column_ids=slots,
+        normalize_rows=normalize,
+        normalize_columns=normalize,
+        caller="SupConLoss",
+    )
+    count = is_mate.sum(1)
+    means = logits.masked_fill(~is_mate, 0).sum(1) / count.clamp_min(1)
+    return (lse - means).where(count > 0, 0).to(accumulation_dtype(rows))
+
+
+def triplet_margins(rows, columns, triplets, margin, normalize=True, smooth=False):
+    """relu(|a − p| − |a − n| + margin) of triplets of indices, a of rows and p, n of columns; smooth: softplus."""
+    anchor, positive, negative = triplets
+    gaps = row_pairs(
+        rows[anchor],
+        columns[positive],
+        columns[negative],
+        normalize=normalize,
+        measure="distance",
+        caller="TripletMarginLoss",
+    )
+    violation = gaps + margin
+    return (F.softplus(violation) if smooth else F.relu(violation)).to(accumulation_dtype(rows))
+
+
+def __getattr__(name):
+    if name in ORIGINALS:
+        from ssl_kernels.adapters import _pytorch_metric_learning
+
+        return getattr(_pytorch_metric_learning, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

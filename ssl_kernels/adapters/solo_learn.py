@@ -1,0 +1,77 @@
+"""solo-learn's losses (1.0) for which there are kernels. They come back as float32 (float64 for float64)."""
+
+import torch
+
+from ssl_kernels.losses import byol_loss, info_nce_loss, moco_loss, nt_xent_loss, sup_con_loss
+
+__all__ = ["byol_loss_func", "moco_loss_func", "nnclr_loss_func", "simclr_loss_func", "simsiam_loss_func"]
+ORIGINALS = {
+    "simclr_loss_func": "solo.losses.simclr",
+    "moco_loss_func": "solo.losses.moco",
+    "byol_loss_func": "solo.losses.byol",
+    "simsiam_loss_func": "solo.losses.simsiam",
+    "nnclr_loss_func": "solo.losses.nnclr",
+}
+HOME = "solo.losses"  # where `patch` looks for losses without an adapter
+DIFFERENCES = {
+    "simclr_loss_func": "the diagonal of extra_pos_mask is not read (solo-learn: a row may be its own positive)",
+    "moco_loss_func": "the key gets no gradient, as solo-learn's momentum encoder has none",
+    "byol_loss_func": "rows shorter than 1e-8 keep their direction",
+    "simsiam_loss_func": "rows shorter than 1e-8 keep their direction",
+}
+
+
+def simclr_loss_func(z1, z2, temperature=0.1, extra_pos_mask=None):
+    """`solo.losses.simclr_loss_func`: NT-Xent; with extra positives SupCon of the two views.
+
+    Args:
+        z1, z2: (N, D).
+        temperature: > 0.
+        extra_pos_mask: (2N, 2N) bool, further positives of each row. Its diagonal is not read; solo-learn's would make
+            a row its own positive.
+    """
+    if extra_pos_mask is None:
+        return nt_xent_loss(z1, z2, temperature)
+    partner = torch.eye(2 * len(z1), dtype=torch.bool, device=z1.device).roll(len(z1), 0)
+    return sup_con_loss(torch.cat((z1, z2)), None, temperature, positives=partner | extra_pos_mask.bool())
+
+
+def moco_loss_func(query, key, queue, temperature=0.1):
+    """`solo.losses.moco_loss_func`: InfoNCE against a queue, of rows as they are.
+
+    Args:
+        query, key: (N, D), unit rows. key gets no gradient.
+        queue: (D, K), a key a column.
+        temperature: > 0.
+    """
+    return moco_loss(query, key, queue.T, temperature, normalize=False)
+
+
+def byol_loss_func(p, z, simplified=True):
+    """`solo.losses.byol_loss_func`: the mean of 2 − 2 · cosine; z gets no gradient.
+
+    Args:
+        p, z: (N, D).
+        simplified: Not used: the result is the same.
+    """
+    return byol_loss(p, z)
+
+
+def simsiam_loss_func(p, z, simplified=True):
+    """`solo.losses.simsiam_loss_func`: minus the mean cosine; z gets no gradient.
+
+    Args:
+        p, z: (N, D).
+        simplified: Not used: the result is the same.
+    """
+    return byol_loss(p, z) / 2 - 1
+
+
+def nnclr_loss_func(nn, p, temperature=0.1):
+    """`solo.losses.nnclr_loss_func`: InfoNCE of neighbours against predictions.
+
+    Args:
+        nn, p: (N, D).
+        temperature: > 0.
+    """
+    return info_nce_loss(nn, p, temperature=temperature)

@@ -1,0 +1,78 @@
+"""`SupConLoss` of SupContrast (losses.py of github.com/HobbitLong/SupContrast)."""
+
+import torch
+from torch import nn
+
+from ssl_kernels.adapters._shared import mean
+from ssl_kernels.losses import sup_con_loss
+from ssl_kernels.losses._shared import inverse
+from ssl_kernels.ops.contrastive import contrastive
+
+__all__ = ["SupConLoss"]
+ORIGINALS = {}  # no package: a file that is copied into projects
+DIFFERENCES = {
+    "SupConLoss": "an anchor without a positive counts as 0 (older copies: NaN); a mask must be of 0 and 1"
+}
+
+
+class SupConLoss(nn.Module):
+    """SupContrast's SupConLoss: SupCon of several views a sample, SimCLR's loss without labels.
+
+    Rows are taken as they are: normalise them first. The result is that of the paper times
+    temperature / base_temperature.
+
+    Args:
+        temperature: > 0.
+        contrast_mode: "all": every view is an anchor; "one": the first view of each sample.
+        base_temperature: > 0.
+    """
+
+    def __init__(self, temperature=0.07, contrast_mode="all", base_temperature=0.07):
+        super().__init__()
+        self.temperature = temperature
+        self.contrast_mode = contrast_mode
+        self.base_temperature = base_temperature
+
+    def forward(self, features, labels=None, mask=None):
+        """features (B, V, ...); labels (B,), or mask (B, B) of 0 and 1 with mask[i, j] where j is a positive of i."""
+        if features.dim() < 3:
+            raise ValueError(f"SupConLoss: features must have shape (B, V, ...), got {tuple(features.shape)}")
+        if labels is not None and mask is not None:
+            raise ValueError("SupConLoss: labels or mask must be given, got both")
+        if self.contrast_mode not in ("all", "one"):
+            raise ValueError(f'SupConLoss: contrast_mode must be "all" or "one", got {self.contrast_mode!r}')
+        batch, views = features.shape[:2]
+        rows = features.flatten(2).transpose(0, 1).flatten(0, 1)  # view by view
+        if mask is None:
+            labels = torch.arange(batch, device=rows.device) if labels is None else labels.reshape(-1)
+            if len(labels) != batch:
+                raise ValueError(f"SupConLoss: labels must have length {batch}, got {len(labels)}")
+        elif ((mask != 0) & (mask != 1)).any():
+            raise ValueError("SupConLoss: mask must be of 0 and 1, got other numbers")
+        if self.contrast_mode == "all":
+            positives = {} if mask is None else {"positives": mask.bool().repeat(views, views)}
+            labels = None if labels is None else labels.repeat(views)
+            options = {"normalize": False, "reduction": "none", **positives}
+            loss = sup_con_loss(rows, labels, self.temperature, **options).mean()
+        else:
+            same = (labels[:, None] == labels) if mask is None else mask.bool()
+            loss = self._of_first_views(rows, same.repeat(1, views).to(rows.dtype), batch)
+        return loss * (self.temperature / self.base_temperature)
+
+    def _of_first_views(self, rows, positives, batch):
+        positives = positives.clone().fill_diagonal_(0)
+        anchors, own = rows[:batch], torch.arange(len(rows), device=rows.device)
+        scale = inverse(self.temperature, rows)
+        lse = contrastive(
+            anchors,
+            rows,
+            scale,
+            row_ids=own[:batch],
+            column_ids=own,
+            normalize_rows=False,
+            normalize_columns=False,
+            caller="SupConLoss",
+        ).lse
+        count = positives.sum(1)
+        means = (anchors * (positives @ rows)).sum(1, dtype=torch.float64) * scale / count.clamp_min(1)
+        return mean((lse - means).where(count > 0, 0), rows)

@@ -1,0 +1,179 @@
+"""`patch` on a library made for it, in every order of imports, and on the real ones where they are installed."""
+
+import importlib
+import sys
+import textwrap
+import types
+
+import pytest
+
+import ssl_kernels
+from ssl_kernels.adapters import _patching, _shared
+from tests.helpers import run_python
+
+
+class Adapter:
+    pass
+
+
+def adapter_function():
+    return "adapter"
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A library `pretended` with a class and a function in a module of its package, and its adapter."""
+    package = tmp_path / "pretended"
+    (package / "loss").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "loss" / "__init__.py").write_text(
+        "from pretended.loss.one import Thing, function\nclass OtherLoss: pass\n"
+    )
+    (package / "loss" / "one.py").write_text(
+        "class Base: pass\nclass Thing(Base):\n    def who(self): return super().__str__()\n"
+        "def function(): return 'original'\n"
+    )
+    (tmp_path / "user.py").write_text(
+        "from pretended.loss import Thing as Mine, function\nheld = {'x': Mine}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    adapter = types.ModuleType("ssl_kernels.adapters.pretended")
+    adapter.ORIGINALS = {"Thing": "pretended.loss.one", "function": "pretended.loss.one"}
+    adapter.HOME = "pretended.loss"
+    adapter.Thing, adapter.function = Adapter, adapter_function
+    monkeypatch.setitem(sys.modules, adapter.__name__, adapter)
+    monkeypatch.setattr(ssl_kernels.adapters, "LIBRARIES", ("pretended",))
+    yield adapter
+    for patch in list(_patching._active):
+        patch.undo()
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("pretended", "user")]:
+        del sys.modules[name]
+
+
+def test_a_library_that_is_imported_already(library):
+    user = importlib.import_module("user")
+    original, function = user.Mine, user.function
+    patch = ssl_kernels.patch("pretended")
+    import pretended.loss
+
+    assert user.Mine is pretended.loss.Thing is pretended.loss.one.Thing is Adapter
+    assert user.function() == "adapter"
+    patch.undo()
+    assert user.Mine is pretended.loss.Thing is pretended.loss.one.Thing is original
+    assert user.function is pretended.loss.function is function
+    assert not _shared.originals
+    patch.undo()
+
+
+def test_a_library_that_is_imported_later(library):
+    with ssl_kernels.patch("pretended") as patch:
+        assert patch in sys.meta_path and not patch.changed
+        user = importlib.import_module("user")
+        assert user.Mine is Adapter and len(patch.changed) == 2
+        assert patch not in sys.meta_path
+        module = sys.modules["pretended.loss.one"]
+        assert type(module.__loader__) is type(module.__spec__.loader) is not _patching._Loader
+    assert user.Mine is not Adapter and user.Mine is sys.modules["pretended.loss"].Thing
+    assert user.function() == "original"
+
+
+def test_undone_before_the_library_is_imported(library):
+    with ssl_kernels.patch("pretended"):
+        pass
+    assert importlib.import_module("user").Mine is not Adapter
+
+
+def test_names_that_were_the_adapters_stay(library):
+    own = types.ModuleType("own")
+    own.Mine = Adapter
+    sys.modules["own"] = own
+    try:
+        importlib.import_module("user")
+        with ssl_kernels.patch("pretended"):
+            pass
+        assert own.Mine is Adapter
+    finally:
+        del sys.modules["own"]
+
+
+def test_what_is_changed_and_left_is_said(library, caplog):
+    user = importlib.import_module("user")
+    thing = user.Mine()
+
+    class Derived(user.Mine):
+        pass
+
+    patch = ssl_kernels.patch("pretended")
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert (
+        "changed: pretended.loss.one.Thing is" in said and "pretended.loss, pretended.loss.one, user" in said
+    )
+    assert "left: 1 object(s) of the original Thing exist already" in said
+    assert "Derived is a subclass of the original Thing" in said
+    assert "the original Thing is still held by: dict" in said  # user.held
+    assert "the original function is still held" not in said
+    assert "left: pretended.loss: no adapter of OtherLoss" in said
+    assert len(patch.changed) == 2
+    assert thing and Derived
+
+
+def test_a_second_patch_of_the_same_changes_nothing(library):
+    user = importlib.import_module("user")
+    original = user.Mine
+    with ssl_kernels.patch("pretended"):
+        with ssl_kernels.patch("pretended") as second:
+            assert not second.changed
+        assert user.Mine is Adapter
+    assert user.Mine is original
+
+
+def test_a_missing_name_is_said(library):
+    library.ORIGINALS["Gone"] = "pretended.loss.one"
+    importlib.import_module("user")
+    with ssl_kernels.patch("pretended") as patch:
+        assert "pretended.loss.one has no Gone in this version" in patch.left
+
+
+def test_libraries_that_do_not_exist(library, monkeypatch):
+    with pytest.raises(ValueError, match=r"^patch: libraries must be among pretended, got 'lightli'$"):
+        ssl_kernels.patch("lightli")
+    with pytest.raises(ValueError, match="got none"):
+        ssl_kernels.patch()
+    library.ORIGINALS = {}
+    with pytest.raises(ValueError, match="must be packages"):
+        ssl_kernels.patch("pretended")
+    library.ORIGINALS = {"Thing": "not_installed_here.loss"}
+    with pytest.raises(ModuleNotFoundError, match="must be installed, got no module not_installed_here"):
+        ssl_kernels.patch("pretended")
+
+
+def test_the_environment_variable():
+    """A script that imports ssl_kernels only because something of its environment does."""
+    code = """
+    import ssl_kernels, sys
+    import torchvision.transforms.v2 as v2
+    print(v2.MixUp.__module__)
+    """
+    if "torchvision" in ssl_kernels.adapters.LIBRARIES:
+        pytest.importorskip("torchvision", reason="torchvision is not installed")
+        found = run_python(textwrap.dedent(code), SSL_KERNELS_PATCH=" torchvision,")
+        assert found.split()[-1].startswith("ssl_kernels.adapters.")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_lightly(when):
+    pytest.importorskip("lightly.loss", reason="lightly is not installed")
+    imports = "from lightly.loss import NTXentLoss\nimport lightly.loss"
+    patches = "import ssl_kernels; patch = ssl_kernels.patch('lightly')"
+    lines = [patches, imports] if when == "before" else [imports, patches]
+    code = "\n".join(
+        [
+            *lines,
+            "import torch",
+            "assert NTXentLoss is lightly.loss.NTXentLoss is ssl_kernels.adapters.lightly.NTXentLoss",
+            "print(lightly.loss.NTXentLoss(0.5)(*torch.randn(2, 4, 8)).item())",
+            "patch.undo()",
+            "assert NTXentLoss is lightly.loss.NTXentLoss is not ssl_kernels.adapters.lightly.NTXentLoss",
+        ]
+    )
+    assert float(run_python(code)) > 0

@@ -1,0 +1,120 @@
+"""The functions that stand for pytorch-metric-learning's pair losses, and what its classes do beside their value."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from ssl_kernels.adapters import pytorch_metric_learning as ours
+from tests.adapters.formulas import pytorch_metric_learning as formulas
+from tests.adapters.uses import TOLERANCES, Use, cases, largest_error, results
+
+
+@pytest.mark.parametrize("run", formulas.FUNCTIONS)
+@settings(max_examples=8)
+@given(case=cases())
+def test_the_functions_are_the_formulas(run, case):
+    use = Use("pytorch_metric_learning", "", run)
+    found, expected = (
+        results(use, space, case) for space in (formulas.Functions, sys.modules[formulas.__name__])
+    )
+    assert largest_error(found, expected) <= TOLERANCES[case.dtype]
+
+
+def test_labels_may_be_floating():
+    first, second = ours.as_classes(torch.tensor([0.5, 2.0]), torch.tensor([2.0, 0.5, -1.0]))
+    assert ((first[:, None] == second) == torch.tensor([[False, True, False], [True, False, False]])).all()
+
+
+def test_a_pair_far_apart_has_its_loss():
+    """The library's is 87.34 with gradient 0 from there on."""
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 1e-3]], requires_grad=True)
+    losses, anchors, positives = ours.nt_xent_of_pairs(x, torch.tensor([0, 0, 1]), None, None, 0.01)
+    assert list(zip(anchors.tolist(), positives.tolist(), strict=True)) == [(0, 1), (1, 0)]
+    assert losses[0].item() == pytest.approx(200, abs=0.01)
+    assert torch.autograd.grad(losses[0], x)[0].abs().max() > 0.05
+
+
+def test_rows_without_a_negative_have_loss_zero():
+    x = torch.randn(3, 4, requires_grad=True)
+    losses, *_ = ours.nt_xent_of_pairs(x, torch.zeros(3, dtype=torch.long), None, None, 0.1)
+    assert len(losses) == 6 and not losses.any()
+    assert not torch.autograd.grad(losses.sum(), x)[0].any()
+
+
+@pytest.fixture
+def library():
+    return pytest.importorskip(
+        "pytorch_metric_learning.losses", reason="pytorch-metric-learning is not installed"
+    )
+
+
+def rows(n=12, d=8, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def test_strict_is_the_library(library):
+    x, labels = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 1e-3]]), torch.tensor([0, 0, 1])
+    strict = ours.NTXentLoss(0.01, strict=True)(x, labels)  # of the pairs (0, 1), 200, and (1, 0), log 2
+    assert torch.equal(strict, library.NTXentLoss(0.01)(x, labels))
+    assert strict.item() == pytest.approx((87.34 + 0.69) / 2, abs=0.01)
+    assert ours.NTXentLoss(0.01)(x, labels).item() == pytest.approx((200 + 0.69) / 2, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss", "TripletMarginLoss"])
+def test_what_is_not_streamed_runs_the_library_with_one_warning(library, name, monkeypatch):
+    from pytorch_metric_learning.distances import SNRDistance
+
+    from ssl_kernels.adapters import _shared
+
+    monkeypatch.setattr(_shared, "_warned", set())
+    x, labels = rows(), torch.arange(12) // 3
+    mine, theirs = (getattr(space, name)(distance=SNRDistance()) for space in (ours, library))
+    with pytest.warns(UserWarning, match=f"{name}: with .* the code of pytorch_metric_learning runs"):
+        assert torch.equal(mine(x, labels), theirs(x, labels))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mine(x, labels)
+
+
+def test_a_miners_pairs_run_the_library(library):
+    from pytorch_metric_learning.miners import MultiSimilarityMiner
+
+    x, labels = rows(), torch.arange(12) // 3
+    pairs = MultiSimilarityMiner()(x, labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(ours.NTXentLoss()(x, labels, pairs), library.NTXentLoss()(x, labels, pairs))
+
+
+def test_states_go_both_ways(library):
+    memories = [space.CrossBatchMemory(space.NTXentLoss(), 8, 20) for space in (ours, library)]
+    memories[1](rows(), torch.arange(12) // 3)
+    memories[0].load_state_dict(memories[1].state_dict())
+    memories[1].load_state_dict(memories[0].state_dict())
+    assert torch.equal(memories[0].embedding_memory, memories[1].embedding_memory)
+    learned = torch.nn.Parameter(torch.tensor(0.1))
+    assert list(ours.NTXentLoss(learned).state_dict()) == list(library.NTXentLoss(learned).state_dict())
+
+
+def test_a_mask_without_a_true_does_not_fill_the_memory(library):
+    memory = ours.CrossBatchMemory(ours.NTXentLoss(), 8, 20)
+    loss = memory(rows(), torch.arange(12) // 3, enqueue_mask=torch.zeros(12, dtype=torch.bool))
+    assert loss == 0 and not memory.has_been_filled
+
+
+def test_bfloat16_triplets(library):
+    """The library has no distances of it on the CPU."""
+    x = rows().bfloat16().requires_grad_()
+    triplets = [torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([4, 5])]
+    ours.TripletMarginLoss(margin=2.0)(x, None, triplets).backward()
+    assert x.grad.isfinite().all() and x.grad.any()
+
+
+def test_pickles(library):
+    import pickle
+
+    loss = pickle.loads(pickle.dumps(ours.NTXentLoss(0.2)))
+    assert loss.temperature == 0.2 and type(loss) is ours.NTXentLoss
