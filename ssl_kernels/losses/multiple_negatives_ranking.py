@@ -166,14 +166,11 @@ class _Call:
         """<x_i, y_i> of each row, (N,) float64."""
         return row_pairs(x, y, normalize=self.normalize, measure="product", backend=self.backend, caller=OP)
 
-    def limits(self, scale, exempt=None, more=0):
-        """Arguments that leave out likely false negatives of rows, of which the last `more` have none."""
+    def limits(self, scale, exempt=None):
+        """Arguments that leave out likely false negatives of rows that are queries, or their documents."""
         if self.limit is None:
             return {}
-        limit = (scale.detach() * self.limit).to(scale.dtype)
-        if more:
-            limit = torch.cat((limit, limit, limit.new_full((more,), torch.inf)))
-        return {"row_limit": limit, "exempt": exempt}
+        return {"row_limit": (scale.detach() * self.limit).to(scale.dtype), "exempt": exempt}
 
     def contrastive(self, rows, columns, scale, **options):
         return contrastive(
@@ -196,11 +193,12 @@ class _Call:
             options["row_ids"] = self.groups.repeat(kinds)
         elif self.hard_negatives:  # own documents are left out of one another's sums
             options["row_ids"] = torch.cat((self.own, (self.own + n).repeat(kinds - 1)))
-        exempt = None
-        if self.curated is not None:
-            exempt = torch.cat((torch.zeros_like(self.curated[:n]), self.curated))
+        limits = self.limits(self.scale)
+        if limits:  # hard negatives, whose own sums are not read, have none
+            limit = limits["row_limit"]
+            limits["row_limit"] = torch.cat((limit, limit, limit.new_full(((kinds - 2) * n,), torch.inf)))
+            limits["exempt"] = torch.cat((torch.zeros_like(self.curated[:n]), self.curated))
         partner = torch.cat((self.own + n, self.own.repeat(kinds - 1)))
-        limits = self.limits(self.scale, exempt, more=(kinds - 2) * n)
         lse, _, logit = self.contrastive(rows, None, self.scale, positives=partner, **limits, **options)
         terms, logit = [lse[:n], lse[n : 2 * n]], logit[:n]
         if self.has_ids:

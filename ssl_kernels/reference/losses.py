@@ -298,7 +298,7 @@ def multiple_negatives_ranking_loss(
     stays = {"query_to_doc": own_documents, "doc_to_query": own}
     curated = torch.arange(n * kinds, device=q.device) >= n
     terms = []
-    for name in dict.fromkeys(directions):
+    for name in [each for each in cosines if each in directions]:
         out = left_out.get(name, torch.zeros_like(cosines[name], dtype=torch.bool))
         keep = stays.get(name, torch.zeros_like(out))
         if ids is not None:
