@@ -113,7 +113,7 @@ def unsupported(backend, rows, columns=None, both_directions=False, has_addition
     if backend in ("chunked", "reference"):
         return None
     device = rows.device.type
-    if has_additions is True and (backend == "triton" or device == "cuda"):
+    if has_additions is True and backend == "native" and device == "cuda":
         return "its kernels take no column_bias, row_bias, row_limit or only_equal_ids"
     if device == "cuda" and columns is not None and columns.dtype != rows.dtype:
         if rows.dtype != torch.float32 or columns.dtype not in (torch.float16, torch.bfloat16):

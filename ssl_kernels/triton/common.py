@@ -124,10 +124,22 @@ def scale_logits(products, row_scale, column_rnorm, columns, M):
 
 
 @triton.jit
-def exclude(logits, row_ids, column_ids, rows, columns, SQUARE: tl.constexpr, KEEP_DIAGONAL: tl.constexpr):
-    """Sets what is left out of the sums to -inf: equal ids, and the diagonal in the square case."""
+def exclude(
+    logits,
+    row_ids,
+    column_ids,
+    rows,
+    columns,
+    SQUARE: tl.constexpr,
+    KEEP_DIAGONAL: tl.constexpr,
+    ONLY_EQUAL_IDS: tl.constexpr = False,
+):
+    """Sets what is left out of the sums to -inf: equal (or all other) ids, and the diagonal in the square case."""
     if row_ids is not None:
-        excluded = row_ids[:, None] == column_ids[None, :]
+        if ONLY_EQUAL_IDS:
+            excluded = row_ids[:, None] != column_ids[None, :]
+        else:
+            excluded = row_ids[:, None] == column_ids[None, :]
         if SQUARE:
             excluded |= rows[:, None] == columns[None, :]
         elif KEEP_DIAGONAL:
@@ -135,6 +147,49 @@ def exclude(logits, row_ids, column_ids, rows, columns, SQUARE: tl.constexpr, KE
         logits = tl.where(excluded, float("-inf"), logits)
     elif SQUARE:
         logits = tl.where(rows[:, None] == columns[None, :], float("-inf"), logits)
+    return logits
+
+
+@triton.jit
+def load_base2(ptr, index, size):
+    """Biases or limits of logits in the units of these, 0 outside; None where there are none."""
+    if ptr is not None:
+        vector = LOG2E * tl.load(ptr + index, mask=index < size, other=0.0)
+    else:
+        vector = None
+    return vector
+
+
+@triton.jit
+def along(vector, ACROSS: tl.constexpr):
+    """A value for each row of a tile, or with ACROSS for each column, as broadcasting takes it."""
+    return vector[None, :] if ACROSS else vector[:, None]
+
+
+@triton.jit
+def exclude_above(
+    logits, limit, exempt_ptr, positives_ptr, owners, others, owner_count, other_count, P, ACROSS: tl.constexpr
+):  # fmt: skip
+    """Sets logits above the limit of their owner to -inf, but for its positives and for others that are exempt.
+
+    Owners, with `limit` and positives (owner_count, P), are the rows of the tile or with ACROSS its columns. NaN stays.
+    """
+    above = logits > along(limit, ACROSS)
+    if exempt_ptr is not None:
+        exempt = tl.load(exempt_ptr + others, mask=others < other_count, other=0)
+        above &= along(exempt, not ACROSS) == 0
+    if positives_ptr is not None:
+        for k in range(P):
+            index = load_index(positives_ptr, owners, k, owner_count, other_count, P)
+            above &= along(index, ACROSS) != along(others, not ACROSS)
+    return tl.where(above, float("-inf"), logits)
+
+
+@triton.jit
+def add_bias(logits, bias, ACROSS: tl.constexpr):
+    """Adds the bias of each row, or with ACROSS of each column, to what is not left out; None: as it is."""
+    if bias is not None:
+        logits = tl.where(logits == float("-inf"), logits, logits + along(bias, ACROSS))
     return logits
 
 

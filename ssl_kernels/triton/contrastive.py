@@ -39,6 +39,9 @@ class Side(NamedTuple):
     log2_lse: torch.Tensor | None
     weight: torch.Tensor | None  # of the softmax, the incoming gradient of lse: see softmax_weight_kernel
     ids: torch.Tensor | None
+    bias: torch.Tensor | None  # of its logits in the sums of the other side
+    limit: torch.Tensor | None  # of the side that is the operator's rows
+    exempt: torch.Tensor | None  # uint8, of the side that is the operator's columns
     positives: torch.Tensor | None  # (N, P) int32
     grad_positives: torch.Tensor | None  # over `bound`, in scale's type
 
@@ -63,6 +66,11 @@ def contrastive_fwd(
     both_directions,
     keep,
     columns_need_grad,
+    column_bias=None,
+    row_bias=None,
+    row_limit=None,
+    exempt=None,
+    only_equal_ids=False,
 ):
     """`contrastive_fwd` of docs/contrastive.md."""
     square = columns is None
@@ -106,6 +114,10 @@ def contrastive_fwd(
             column_rnorm,
             contiguous(row_ids),
             contiguous(column_ids),
+            contiguous(row_bias),
+            contiguous(column_bias),
+            contiguous(row_limit),
+            _bytes(exempt),
             positives,
             positive_logits if positives is not None else None,
             lse,
@@ -123,6 +135,7 @@ def contrastive_fwd(
             1 + panel,
             SQUARE=square,
             KEEP_DIAGONAL=keep_diagonal,
+            ONLY_EQUAL_IDS=only_equal_ids,
             PRECISION=precision(rows),
             EVEN_D=d % tile.block_d == 0,
             ONE_BLOCK_D=d <= tile.block_d,
@@ -173,6 +186,13 @@ def contrastive_bwd(
     both_directions,
     rows_need_grad,
     columns_need_grad,
+    column_bias=None,
+    row_bias=None,
+    row_limit=None,
+    exempt=None,
+    only_equal_ids=False,
+    column_bias_needs_grad=False,
+    row_bias_needs_grad=False,
 ):
     """`contrastive_bwd` of docs/contrastive.md."""
     if kept.dim() == 2:
@@ -186,13 +206,16 @@ def contrastive_bwd(
     if not has_columns:
         grad_column_lse = None
     if not has_positives:
-        positives = grad_positive_logits = None
+        grad_positive_logits = None
+    if not has_positives and (row_limit is None or positives is None or positives.numel() == 0):
+        positives = None
     bound = None
     if rows.dtype == torch.float16:
         bound = _gradient_bound((grad_lse, grad_column_lse, grad_positive_logits), scale)
-    if has_positives:
+    if positives is not None:
         m = rows.shape[0] if square else columns.shape[0]
         positives = positives.remainder(m).to(torch.int32).reshape(rows.shape[0], -1).contiguous()
+    if has_positives:
         grad_positive_logits = grad_positive_logits if bound is None else grad_positive_logits / bound
         grad_positive_logits = grad_positive_logits.to(scale.dtype).reshape(positives.shape).contiguous()
     row_side = Side(
@@ -200,6 +223,9 @@ def contrastive_bwd(
         row_rnorm.contiguous() if normalize_rows else None,
         *_softmax_weight(lse, grad_lse, bound, scale),
         contiguous(row_ids),
+        contiguous(column_bias if square else row_bias),
+        contiguous(row_limit),
+        _bytes(exempt) if square else None,
         positives,
         grad_positive_logits,
     )
@@ -211,30 +237,37 @@ def contrastive_bwd(
             column_rnorm.contiguous() if normalize_columns else None,
             *_softmax_weight(column_lse, grad_column_lse, bound, scale),
             contiguous(column_ids),
+            contiguous(column_bias),
+            None,
+            _bytes(exempt),
             None,
             None,
         )
-    masks = {"SQUARE": square, "KEEP_DIAGONAL": keep_diagonal}
+    masks = {"SQUARE": square, "KEEP_DIAGONAL": keep_diagonal, "ONLY_EQUAL_IDS": only_equal_ids}
+    # The gradient of a side's bias comes from the walk that gives that of its vectors: (vectors, bias) wanted.
+    row_grads = rows_need_grad, column_bias_needs_grad if square else row_bias_needs_grad
+    column_grads = columns_need_grad and not square, column_bias_needs_grad and not square
     # The row dots of either side give the gradient of scale.
-    rows_first = rows_need_grad or square or not columns_need_grad
-    both = rows_need_grad and columns_need_grad and not square
-    first, second = (row_side, column_side) if rows_first else (column_side, row_side)
-    first_grad = rows_need_grad or not rows_first
+    rows_first = any(row_grads) or square or not any(column_grads)
+    both = any(row_grads) and any(column_grads)
+    sides = (row_side, row_grads), (column_side, column_grads)
+    first, second = sides if rows_first else sides[::-1]
 
     if tile_for("backward", rows) is not None:
-        grad, row_dots = _bwd_fused(first, second, scale, bound, masks, first_grad)
-        other_grad = _bwd_fused(second, first, scale, bound, masks, True)[0] if both else None
+        *first_grads, row_dots = _bwd_fused(*first, second[0], scale, bound, masks)
+        second_grads = _bwd_fused(*second, first[0], scale, bound, masks)[:2] if both else (None, None)
     else:
-        grad, other_grad, row_dots = _bwd_panels(first, second, scale, bound, masks, first_grad, both)
+        first_grads, second_grads, row_dots = _bwd_panels(
+            *first, *(second if both else (second[0], (False, False))), scale, bound, masks
+        )
 
-    empty = [rows.new_empty(0), rows.new_empty(0)]
-    grad_scale = row_dots.sum() * 0.5 if square else row_dots.sum()
-    by_biases = (scale.new_empty(0), scale.new_empty(0))
-    if not first_grad:
-        return *empty, grad_scale, *by_biases
-    if both:
-        return grad, other_grad, grad_scale, *by_biases
-    return *((grad, empty[0]) if rows_first else (empty[0], grad)), grad_scale, *by_biases
+    row_results, column_results = (first_grads, second_grads) if rows_first else (second_grads, first_grads)
+    by_biases = (row_results[1], None) if square else (column_results[1], row_results[1])
+    return (
+        *(rows.new_empty(0) if grad is None else grad for grad in (row_results[0], column_results[0])),
+        row_dots.sum() * 0.5 if square else row_dots.sum(),
+        *(scale.new_empty(0) if grad is None else grad for grad in by_biases),
+    )
 
 
 def _bwd_from_expectation(
@@ -262,16 +295,20 @@ def _bwd_from_expectation(
     return rows.new_empty(0) if grad is None else grad, rows.new_empty(0), row_dots.sum(), *nothing
 
 
-def _bwd_fused(side, other, scale, bound, masks, need_grad):
-    """Gradient of one side, in one kernel unless the walk over the other side is split; and its row dots."""
+def _bwd_fused(side, needed, other, scale, bound, masks):
+    """Gradients of one side's vectors and bias, None where not needed, and its row dots.
+
+    In one kernel, unless the walk over the other side is split.
+    """
     n, d = side.vectors.shape
     m = other.vectors.shape[0]
     tile = tile_for("backward", side.vectors)
     tiles = triton.cdiv(m, tile.block_m)
     splits, tiles_per_split = split_walk(triton.cdiv(n, tile.block_n), tiles)
-    grad = torch.empty_like(side.vectors, memory_format=torch.contiguous_format) if need_grad else None
+    grad = torch.empty_like(side.vectors, memory_format=torch.contiguous_format) if needed[0] else None
     row_dots = scale.new_empty(n)
     partial = scale.new_empty(splits, n, d) if splits > 1 else None
+    bias_partial = scale.new_empty(splits, n) if needed[1] and other.log2_lse is not None else None
     contrastive_bwd_kernel[triton.cdiv(n, tile.block_n), splits](
         *_side_arguments(side),
         *_side_arguments(other),
@@ -280,6 +317,7 @@ def _bwd_fused(side, other, scale, bound, masks, need_grad):
         grad,
         row_dots,
         partial,
+        bias_partial,
         n,
         m,
         d,
@@ -294,11 +332,23 @@ def _bwd_fused(side, other, scale, bound, masks, need_grad):
     )
     if partial is not None:
         finish_rows(partial, side.vectors, side.rnorm, scale, bound, grad, row_dots, has_rnorm=False)
-    return grad, row_dots
+    grad_bias = scale.new_zeros(n) if needed[1] else None
+    if bias_partial is not None:
+        grad_bias = _bias_gradient(bias_partial, bound)
+    return grad, grad_bias, row_dots
 
 
-def _bwd_panels(side, other, scale, bound, masks, need_grad, other_needs_grad):
-    """Gradients of one side and, if asked, the other, by panels of stored coefficients; and the row dots."""
+def _bias_gradient(partial, bound):
+    """Gradient of a bias from its parts (parts, N), which are over `bound`."""
+    total = partial.sum(0)
+    return total if bound is None else total * bound
+
+
+def _bwd_panels(side, needed, other, other_needed, scale, bound, masks):
+    """Gradients (vectors, bias) of one side and of the other, None where not needed, and the row dots of the one.
+
+    By panels of stored coefficients.
+    """
     n, d = side.vectors.shape
     m = other.vectors.shape[0]
     tile = tile_for("coefficient", side.vectors)
@@ -308,16 +358,26 @@ def _bwd_panels(side, other, scale, bound, masks, need_grad, other_needs_grad):
     scratch_blocks = SCRATCH_BYTES // (stride_c * side.vectors.element_size() * tile.block_n)
     panel = min(n, max(1, scratch_blocks) * tile.block_n)
     coefficients = side.vectors.new_empty(panel, stride_c)
-    grad = torch.empty_like(side.vectors, memory_format=torch.contiguous_format) if need_grad else None
+    grad = torch.empty_like(side.vectors, memory_format=torch.contiguous_format) if needed[0] else None
+    grad_bias = scale.new_zeros(n) if needed[1] else None
+    other_grad_bias = scale.new_zeros(m) if other_needed[1] else None
     row_dots = scale.new_empty(n)
     partial = other_partial = None
     for first in range(0, n, panel):
         panel_rows = min(panel, n - first)
-        contrastive_coefficient_kernel[triton.cdiv(panel_rows, tile.block_n) * triton.cdiv(m, tile.block_m),](
+        row_blocks, column_blocks = triton.cdiv(panel_rows, tile.block_n), triton.cdiv(m, tile.block_m)
+        bias_partial = other_bias_partial = None
+        if needed[1] and other.log2_lse is not None:
+            bias_partial = scale.new_empty(column_blocks, panel_rows)
+        if other_needed[1] and side.log2_lse is not None:
+            other_bias_partial = scale.new_empty(row_blocks, m)
+        contrastive_coefficient_kernel[row_blocks * column_blocks,](
             *_side_arguments(side),
             *_side_arguments(other),
             scale,
             coefficients,
+            bias_partial,
+            other_bias_partial,
             n,
             m,
             d,
@@ -335,27 +395,30 @@ def _bwd_panels(side, other, scale, bound, masks, need_grad, other_needs_grad):
         )
         panel_coefficients = coefficients[:panel_rows, :m]
         rows = slice(first, first + panel_rows)
+        if bias_partial is not None:
+            grad_bias[rows] = _bias_gradient(bias_partial, bound)
+        if other_bias_partial is not None:
+            other_grad_bias += _bias_gradient(other_bias_partial, bound)
         rnorm = None if norms_in_panel else other.rnorm
         partial = _product(panel_coefficients, other.vectors, rnorm, scale, partial, accumulate=False)
-        part = Side(side.vectors[rows], None if side.rnorm is None else side.rnorm[rows], *[None] * 5)
-        part_grad = None if grad is None else grad[rows]
+        vectors, vectors_rnorm = side.vectors[rows], None if side.rnorm is None else side.rnorm[rows]
         finish_rows(
             partial,
-            part.vectors,
-            part.rnorm,
+            vectors,
+            vectors_rnorm,
             scale,
             bound,
-            part_grad,
+            None if grad is None else grad[rows],
             row_dots[rows],
             has_rnorm=norms_in_panel,
         )
-        if other_needs_grad:
-            rnorm = None if norms_in_panel else part.rnorm
+        if other_needed[0]:
+            rnorm = None if norms_in_panel else vectors_rnorm
             other_partial = _product(
-                panel_coefficients.T, part.vectors, rnorm, scale, other_partial, accumulate=first > 0
+                panel_coefficients.T, vectors, rnorm, scale, other_partial, accumulate=first > 0
             )
     other_grad = None
-    if other_needs_grad:
+    if other_needed[0]:
         other_grad = torch.empty_like(other.vectors, memory_format=torch.contiguous_format)
         finish_rows(
             other_partial,
@@ -367,7 +430,7 @@ def _bwd_panels(side, other, scale, bound, masks, need_grad, other_needs_grad):
             scale.new_empty(m),
             has_rnorm=norms_in_panel,
         )
-    return grad, other_grad, row_dots
+    return (grad, grad_bias), (other_grad, other_grad_bias), row_dots
 
 
 def _product(a, b, b_rnorm, scale, partial, accumulate):
@@ -427,6 +490,10 @@ def _gradient_bound(gradients, scale):
     return torch.stack(largest).amax().clamp_min(1e-30).to(scale.dtype)
 
 
+def _bytes(flags):
+    return None if flags is None else flags.contiguous().view(torch.uint8)
+
+
 def _empty_float64(like, *shape):
     return torch.empty(*shape, dtype=torch.float64, device=like.device)
 
@@ -438,6 +505,9 @@ def _side_arguments(side):
         side.log2_lse,
         side.weight,
         side.ids,
+        side.bias,
+        side.limit,
+        side.exempt,
         side.positives,
         side.grad_positives,
     )

@@ -5,9 +5,12 @@ import triton.language as tl
 
 from ssl_kernels.triton.common import (
     LOG2E,
+    add_bias,
     exclude,
+    exclude_above,
     exp2,
     inner_products,
+    load_base2,
     load_tile,
     load_vector,
     normalize_tile,
@@ -35,16 +38,41 @@ def softmax_weight_kernel(lse_ptr, grad_ptr, bound_ptr, log2_lse_ptr, weight_ptr
 
 
 @triton.jit
-def softmax_coefficients(logits, row_lse, row_weight, column_lse, column_weight):
+def logits_of_sums(
+    logits, x_bias, x_limit, x_exempt_ptr, x_positives_ptr, y_bias, y_limit, y_exempt_ptr, y_positives_ptr,
+    rows, columns, N, M, P, SQUARE: tl.constexpr,
+):  # fmt: skip
+    """(row_logits, column_logits): a tile as the sums over y of its rows take it, and those over x of its columns.
+
+    The side with a limit is that of the operator's rows: what it leaves out stays out of both sums. In the square case
+    that is either side, and each leaves out of its own sums.
+    """
+    row_logits, column_logits = logits, logits
+    if x_limit is not None:
+        row_logits = exclude_above(
+            logits, x_limit, y_exempt_ptr, x_positives_ptr, rows, columns, N, M, P, ACROSS=False
+        )
+        column_logits = row_logits
+    if y_limit is not None:
+        column_logits = exclude_above(
+            logits, y_limit, x_exempt_ptr, y_positives_ptr, columns, rows, M, N, P, ACROSS=True
+        )
+        if not SQUARE:
+            row_logits = column_logits
+    return add_bias(row_logits, y_bias, ACROSS=True), add_bias(column_logits, x_bias, ACROSS=False)
+
+
+@triton.jit
+def softmax_coefficients(row_logits, column_logits, row_lse, row_weight, column_lse, column_weight):
     """row_weight_i 2^(s'_ij - row_lse_i) + column_weight_j 2^(s'_ij - column_lse_j); None: no such side."""
     if row_lse is not None:
-        coefficients = row_weight[:, None] * exp2(logits - row_lse[:, None])
+        coefficients = row_weight[:, None] * exp2(row_logits - row_lse[:, None])
         if column_lse is not None:
-            coefficients += column_weight[None, :] * exp2(logits - column_lse[None, :])
+            coefficients += column_weight[None, :] * exp2(column_logits - column_lse[None, :])
     elif column_lse is not None:
-        coefficients = column_weight[None, :] * exp2(logits - column_lse[None, :])
+        coefficients = column_weight[None, :] * exp2(column_logits - column_lse[None, :])
     else:
-        coefficients = tl.zeros(logits.shape, logits.dtype)
+        coefficients = tl.zeros(row_logits.shape, row_logits.dtype)
     return coefficients
 
 
@@ -80,6 +108,9 @@ def contrastive_bwd_kernel(
     x_lse_ptr,
     x_weight_ptr,
     x_ids_ptr,
+    x_bias_ptr,
+    x_limit_ptr,
+    x_exempt_ptr,
     x_positives_ptr,
     x_grad_positives_ptr,
     y_ptr,
@@ -87,6 +118,9 @@ def contrastive_bwd_kernel(
     y_lse_ptr,
     y_weight_ptr,
     y_ids_ptr,
+    y_bias_ptr,
+    y_limit_ptr,
+    y_exempt_ptr,
     y_positives_ptr,
     y_grad_positives_ptr,
     scale_ptr,
@@ -94,6 +128,7 @@ def contrastive_bwd_kernel(
     grad_ptr,
     row_dots_ptr,
     partial_ptr,
+    bias_partial_ptr,
     N,
     M,
     D,
@@ -105,6 +140,7 @@ def contrastive_bwd_kernel(
     tiles_per_split,
     SQUARE: tl.constexpr,
     KEEP_DIAGONAL: tl.constexpr,
+    ONLY_EQUAL_IDS: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -113,11 +149,12 @@ def contrastive_bwd_kernel(
 ):
     # Gradient of the rows x (N, D) of one side; the other side is y (M, D). Called with rows and columns,
     # with both exchanged, or in the square case with the same side twice. With s as in the forward kernel,
-    #   C_ij = allowed_ij (x_weight_i 2^(s'_ij - x_lse_i) + y_weight_j 2^(s'_ij - y_lse_j))
+    #   C_ij = allowed_ij (x_weight_i 2^(s'_ij + y_bias_j - x_lse_i) + y_weight_j 2^(s'_ij + x_bias_i - y_lse_j))
     #          + Σ_k [x_positives(i, k) = j] x_grad_positives_ik
     #          + Σ_k [y_positives(j, k) = i] y_grad_positives_jk
     #   g_i = Σ_j C_ij ŷ_j;   row_dots_i = ⟨x̂_i, g_i⟩;   grad_i = d(x̂_i)/d(x_i) · scale · g_i
     # Square: C is A + Aᵀ, symmetric, so this one product is the whole gradient.
+    # Biases: bias_partial (splits, N) takes Σ_j of the second term, the gradient of x_bias.
     # Tiling: as the forward kernel with D <= BLOCK_D; y is loaded once and multiplied twice, g stays in
     #   registers. Where the walk is split, g goes to partial (splits, N, D) and finish_rows_kernel
     #   does the last line.
@@ -147,8 +184,11 @@ def contrastive_bwd_kernel(
     x_lse = load_vector(x_lse_ptr, rows, N, 0.0)
     x_weight = load_vector(x_weight_ptr, rows, N, 0.0)
     x_ids = load_vector(x_ids_ptr, rows, N, 0)
+    x_bias, x_limit = load_base2(x_bias_ptr, rows, N), load_base2(x_limit_ptr, rows, N)
 
     gradient = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    if bias_partial_ptr is not None:
+        bias_gradient = tl.zeros([BLOCK_N], ACC)
     start = split * tiles_per_split * BLOCK_M
     stop = min(M, start + tiles_per_split * BLOCK_M)
     for m0 in range(start, stop, BLOCK_M):
@@ -158,19 +198,22 @@ def contrastive_bwd_kernel(
         y_rnorm = load_vector(y_rnorm_ptr, columns, M, 0.0)
         logits = scale_logits(products, row_scale, y_rnorm, columns, M)
         y_ids = load_vector(y_ids_ptr, columns, M, 0)
-        logits = exclude(logits, x_ids, y_ids, rows, columns, SQUARE, KEEP_DIAGONAL)
-        coefficients = softmax_coefficients(
-            logits,
-            x_lse,
-            x_weight,
-            load_vector(y_lse_ptr, columns, M, 0.0),
-            load_vector(y_weight_ptr, columns, M, 0.0),
-        )
-        if x_positives_ptr is not None:
+        logits = exclude(logits, x_ids, y_ids, rows, columns, SQUARE, KEEP_DIAGONAL, ONLY_EQUAL_IDS)
+        row_logits, column_logits = logits_of_sums(
+            logits, x_bias, x_limit, x_exempt_ptr, x_positives_ptr, load_base2(y_bias_ptr, columns, M),
+            load_base2(y_limit_ptr, columns, M), y_exempt_ptr, y_positives_ptr, rows, columns, N, M, P, SQUARE,
+        )  # fmt: skip
+        y_lse = load_vector(y_lse_ptr, columns, M, 0.0)
+        y_weight = load_vector(y_weight_ptr, columns, M, 0.0)
+        coefficients = softmax_coefficients(row_logits, column_logits, x_lse, x_weight, y_lse, y_weight)
+        if bias_partial_ptr is not None:
+            of_columns = softmax_coefficients(row_logits, column_logits, None, None, y_lse, y_weight)
+            bias_gradient += tl.sum(of_columns, axis=1)
+        if x_grad_positives_ptr is not None:
             coefficients = add_row_positives(
                 coefficients, x_positives_ptr, x_grad_positives_ptr, rows, columns, N, P
             )
-        if y_positives_ptr is not None:
+        if y_grad_positives_ptr is not None:
             coefficients = add_column_positives(
                 coefficients, y_positives_ptr, y_grad_positives_ptr, rows, columns, M, P
             )
@@ -185,6 +228,8 @@ def contrastive_bwd_kernel(
     if not EVEN_D:
         inside &= features[None, :] < D
     offsets = rows.to(tl.int64)[:, None] * D + features[None, :]
+    if bias_partial_ptr is not None:
+        tl.store(bias_partial_ptr + split.to(tl.int64) * N + rows, bias_gradient, mask=rows < N)
     if partial_ptr is not None:
         tl.store(partial_ptr + split.to(tl.int64) * N * D + offsets, gradient, mask=inside)
     else:
@@ -207,6 +252,9 @@ def contrastive_coefficient_kernel(
     x_lse_ptr,
     x_weight_ptr,
     x_ids_ptr,
+    x_bias_ptr,
+    x_limit_ptr,
+    x_exempt_ptr,
     x_positives_ptr,
     x_grad_positives_ptr,
     y_ptr,
@@ -214,10 +262,15 @@ def contrastive_coefficient_kernel(
     y_lse_ptr,
     y_weight_ptr,
     y_ids_ptr,
+    y_bias_ptr,
+    y_limit_ptr,
+    y_exempt_ptr,
     y_positives_ptr,
     y_grad_positives_ptr,
     scale_ptr,
     coefficient_ptr,
+    x_bias_partial_ptr,
+    y_bias_partial_ptr,
     N,
     M,
     D,
@@ -231,6 +284,7 @@ def contrastive_coefficient_kernel(
     panel_rows,
     SQUARE: tl.constexpr,
     KEEP_DIAGONAL: tl.constexpr,
+    ONLY_EQUAL_IDS: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
     ONE_BLOCK_D: tl.constexpr,
@@ -246,6 +300,8 @@ def contrastive_coefficient_kernel(
     # Tiling: one BLOCK_N × BLOCK_M tile a program, row blocks of the panel first, so that they share y in L2.
     # Traffic: reads ceil(M / BLOCK_M) times the panel of x and ceil(panel_rows / BLOCK_N) times y; writes
     #   panel_rows · M elements.
+    # Biases: x_bias_partial (column blocks, panel_rows) and y_bias_partial (row blocks, M) take the sums of the second
+    #   term along the rows of a tile and of the first along its columns: the gradients of x_bias and y_bias.
     # Work: 1 unit over all panels.
     ACC: tl.constexpr = scale_ptr.dtype.element_ty
     row_blocks = tl.cdiv(panel_rows, BLOCK_N)
@@ -271,19 +327,31 @@ def contrastive_coefficient_kernel(
     logits = scale_logits(products, row_scale, y_rnorm, columns, M)
     x_ids = load_vector(x_ids_ptr, rows, N, 0)
     y_ids = load_vector(y_ids_ptr, columns, M, 0)
-    logits = exclude(logits, x_ids, y_ids, rows, columns, SQUARE, KEEP_DIAGONAL)
-    coefficients = softmax_coefficients(
-        logits,
-        load_vector(x_lse_ptr, rows, N, 0.0),
-        load_vector(x_weight_ptr, rows, N, 0.0),
-        load_vector(y_lse_ptr, columns, M, 0.0),
-        load_vector(y_weight_ptr, columns, M, 0.0),
-    )
-    if x_positives_ptr is not None:
+    logits = exclude(logits, x_ids, y_ids, rows, columns, SQUARE, KEEP_DIAGONAL, ONLY_EQUAL_IDS)
+    row_logits, column_logits = logits_of_sums(
+        logits, load_base2(x_bias_ptr, rows, N), load_base2(x_limit_ptr, rows, N), x_exempt_ptr, x_positives_ptr,
+        load_base2(y_bias_ptr, columns, M), load_base2(y_limit_ptr, columns, M), y_exempt_ptr, y_positives_ptr,
+        rows, columns, N, M, P, SQUARE,
+    )  # fmt: skip
+    x_lse, x_weight = load_vector(x_lse_ptr, rows, N, 0.0), load_vector(x_weight_ptr, rows, N, 0.0)
+    y_lse, y_weight = load_vector(y_lse_ptr, columns, M, 0.0), load_vector(y_weight_ptr, columns, M, 0.0)
+    coefficients = softmax_coefficients(row_logits, column_logits, x_lse, x_weight, y_lse, y_weight)
+    if x_bias_partial_ptr is not None:
+        of_columns = softmax_coefficients(row_logits, column_logits, None, None, y_lse, y_weight)
+        column_block = (tl.program_id(0) // row_blocks).to(tl.int64)
+        panel = panel_row + tl.arange(0, BLOCK_N)
+        pointers = x_bias_partial_ptr + column_block * panel_rows + panel
+        tl.store(pointers, tl.sum(of_columns, axis=1), mask=panel < panel_rows)
+    if y_bias_partial_ptr is not None:
+        of_rows = softmax_coefficients(row_logits, column_logits, x_lse, x_weight, None, None)
+        of_rows = tl.where(rows[:, None] < N, of_rows, 0.0)
+        pointers = y_bias_partial_ptr + (tl.program_id(0) % row_blocks).to(tl.int64) * M + columns
+        tl.store(pointers, tl.sum(of_rows, axis=0), mask=columns < M)
+    if x_grad_positives_ptr is not None:
         coefficients = add_row_positives(
             coefficients, x_positives_ptr, x_grad_positives_ptr, rows, columns, N, P
         )
-    if y_positives_ptr is not None:
+    if y_grad_positives_ptr is not None:
         coefficients = add_column_positives(
             coefficients, y_positives_ptr, y_grad_positives_ptr, rows, columns, M, P
         )

@@ -6,12 +6,15 @@ import triton.language as tl
 from ssl_kernels.triton.common import (
     LN2,
     LOG2E,
+    add_bias,
     column_softmax,
     exclude,
+    exclude_above,
     exp2,
     finite_shift,
     index_range,
     inner_products,
+    load_base2,
     load_index,
     load_tile,
     load_vector,
@@ -42,6 +45,10 @@ def contrastive_fwd_kernel(
     y_rnorm_ptr,
     x_ids_ptr,
     y_ids_ptr,
+    x_bias_ptr,
+    y_bias_ptr,
+    x_limit_ptr,
+    y_exempt_ptr,
     positives_ptr,
     positive_logits_ptr,
     lse_ptr,
@@ -61,6 +68,7 @@ def contrastive_fwd_kernel(
     column_slots,
     SQUARE: tl.constexpr,
     KEEP_DIAGONAL: tl.constexpr,
+    ONLY_EQUAL_IDS: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
     ONE_BLOCK_D: tl.constexpr,
@@ -69,9 +77,10 @@ def contrastive_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     # x (N, D), y (M, D), s_ij = scale · x_rnorm_i · y_rnorm_j · ⟨x_i, y_j⟩.
-    #   lse_i = log Σ_{j allowed} exp(s_ij);   positive_logits_ik = s_{i, positives(i, k)}
-    #   column_partial: the same sums over the rows of each row block, merged by merge_lse_kernel into
-    #   column_lse
+    #   lse_i = log Σ_{j allowed} exp(s_ij + y_bias_j);   positive_logits_ik = s_{i, positives(i, k)}
+    #   column_partial: Σ_{i allowed} exp(s_ij + x_bias_i) over the rows of each row block, merged by
+    #   merge_lse_kernel into column_lse
+    # With x_limit, s_ij above x_limit_i are left out too, but for positives of i and exempt j.
     # Tiling: a program owns BLOCK_N rows and walks the columns of its split BLOCK_M at a time, running
     #   maximum and sum in registers. With ONE_BLOCK_D (D <= BLOCK_D) its rows stay on chip; else each tile
     #   loops over D. Where the walk is split, maxima and sums go to row_partial (2, splits, N) and
@@ -102,7 +111,8 @@ def contrastive_fwd_kernel(
     if x_rnorm_ptr is not None:
         row_scale *= tl.load(x_rnorm_ptr + rows, mask=rows < N, other=0.0)
     row_ids = load_vector(x_ids_ptr, rows, N, 0)
-    if positives_ptr is not None:
+    row_bias, row_limit = load_base2(x_bias_ptr, rows, N), load_base2(x_limit_ptr, rows, N)
+    if positive_logits_ptr is not None:
         lowest, highest = index_range(positives_ptr, rows, N, M, P)
 
     maximum = tl.full([BLOCK_N], float("-inf"), ACC)
@@ -124,11 +134,17 @@ def contrastive_fwd_kernel(
                 EVEN_D, BLOCK_D, ACC, PRECISION,
             )  # fmt: skip
         logits = scale_logits(products, row_scale, load_vector(y_rnorm_ptr, columns, M, 0.0), columns, M)
-        if positives_ptr is not None:
+        if positive_logits_ptr is not None:
             if (lowest < m0 + BLOCK_M) & (highest >= m0):
                 store_positive_logits(logits, positives_ptr, positive_logits_ptr, rows, columns, m0, N, M, P)
         column_ids = load_vector(y_ids_ptr, columns, M, 0)
-        logits = exclude(logits, row_ids, column_ids, rows, columns, SQUARE, KEEP_DIAGONAL)
+        logits = exclude(logits, row_ids, column_ids, rows, columns, SQUARE, KEEP_DIAGONAL, ONLY_EQUAL_IDS)
+        if row_limit is not None:
+            logits = exclude_above(
+                logits, row_limit, y_exempt_ptr, positives_ptr, rows, columns, N, M, P, ACROSS=False
+            )
+        column_logits = add_bias(logits, row_bias, ACROSS=False)
+        logits = add_bias(logits, load_base2(y_bias_ptr, columns, M), ACROSS=True)
         if expectation_partial_ptr is not None:
             new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
             shift = finite_shift(new_maximum)
@@ -148,7 +164,7 @@ def contrastive_fwd_kernel(
         else:
             maximum, total = online_softmax(maximum, total, logits)
         if column_partial_ptr is not None:
-            inside = tl.where(rows[:, None] < N, logits, float("-inf"))
+            inside = tl.where(rows[:, None] < N, column_logits, float("-inf"))
             column_maximum, column_total = column_softmax(inside)
             pointers = column_partial_ptr + (1 + tl.program_id(0)).to(tl.int64) * M + columns
             tl.store(pointers, column_maximum, mask=columns < M)

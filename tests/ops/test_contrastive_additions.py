@@ -1,6 +1,7 @@
 """Biases, limits and ids with a sense of `contrastive`, against dense algebra in float64 and its autograd."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -311,8 +312,9 @@ def test_operators_are_registered_as_torch_asks(backend, shape):
     torch.library.opcheck(getattr(torch.ops.ssl_kernels.contrastive_bwd, backend), call, test_utils=tests[:2])
 
 
-def test_gpu_kernels_refuse_them():
+def test_cuda_kernels_refuse_them():
     x = torch.zeros(2, 8, device="meta")
-    assert "on cuda" in backends.backends_for("contrastive", x)["triton"]
-    reason = backends._operations["contrastive"]("triton", torch.zeros(2, 8), None, False, True)
+    rows = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    reason = backends._operations["contrastive"]("native", rows, None, False, True)
     assert reason == "its kernels take no column_bias, row_bias, row_limit or only_equal_ids"
+    assert "on cuda" in backends.backends_for("contrastive", x)["triton"]

@@ -29,6 +29,9 @@ class Case:
     normalize: bool = True
     data: str = "random"  # or "zero rows", "equal rows", "uneven norms"
     layout: str = "contiguous"  # or "transposed", "strided"
+    additions: str = (
+        ""  # of "bias", "padding" (-inf in a third of column_bias), "limit", "exempt", "only" equal ids
+    )
     seed: int = 0
 
     def __str__(self):
@@ -37,6 +40,7 @@ class Case:
         words += [flag for flag in flags if getattr(self, flag)]
         words += [] if self.normalize else ["raw"]
         words += [word for word in (self.data, self.layout) if word not in ("random", "contiguous")]
+        words += [self.additions] if self.additions else []
         return "-".join(words).replace(" ", "_")
 
 
@@ -72,6 +76,27 @@ class Call:
         self.grad_positive_logits = None
         if case.positives:
             self.grad_positive_logits = (torch.randn(case.n, case.positives, **draw) / case.n).to(device)
+        self.column_bias = self.row_bias = self.row_limit = self.exempt = None
+        if "bias" in case.additions:
+            column_bias, row_bias = 2 * torch.randn(columns, **draw), torch.randn(case.n, **draw)
+            if "padding" in case.additions:
+                column_bias[::3] = -torch.inf
+            self.column_bias = column_bias.to(device, acc)
+            self.row_bias = row_bias.to(device, acc) if case.both_directions else None
+        if "limit" in case.additions:
+            self.row_limit = self._limits_between_logits().to(device, acc)
+        if "exempt" in case.additions:
+            self.exempt = (torch.rand(columns, generator=generator) < 0.3).to(device)
+
+    def _limits_between_logits(self):
+        """A limit for each row in the widest gap among the middle of its logits, so that no rounding crosses it."""
+        rows, columns = (x.double() for x in (self.rows, self.rows if self.columns is None else self.columns))
+        if self.case.normalize:
+            rows, columns = (torch.nn.functional.normalize(x, dim=1) for x in (rows, columns))
+        logits = (self.scale.double() * rows @ columns.T).sort(dim=1).values
+        middle = logits[:, logits.shape[1] // 4 : logits.shape[1] - logits.shape[1] // 4 + 1]
+        at = middle.diff(dim=1).argmax(dim=1, keepdim=True)
+        return (middle.gather(1, at) + middle.gather(1, at + 1)).flatten() / 2
 
     @property
     def operands(self):
@@ -82,11 +107,27 @@ class Call:
         case = self.case
         return (case.normalize, case.normalize, case.keep_diagonal, case.both_directions)
 
-    def forward(self):
-        return kernels.contrastive_fwd(*self.operands, *self.flags, True, not self.case.expectation)
+    @property
+    def additions(self):
+        only = "only" in self.case.additions
+        return (
+            (self.column_bias, self.row_bias, self.row_limit, self.exempt, only)
+            if self.case.additions
+            else ()
+        )
 
-    def backward(self, results, rows_need_grad=True, columns_need_grad=True):
+    def forward(self):
+        columns_need_grad = not self.case.expectation
+        return kernels.contrastive_fwd(*self.operands, *self.flags, True, columns_need_grad, *self.additions)
+
+    def backward(self, results, rows_need_grad=True, columns_need_grad=True, bias_needs_grad=(True, True)):
+        """Gradients of rows, columns and scale, and with additions of both biases."""
         lse, column_lse, _, *saved = results
+        expectation = self.case.expectation and saved[-1].dim() == 2
+        bias_needs_grad = [
+            wanted and bias is not None and not expectation
+            for wanted, bias in zip(bias_needs_grad, (self.column_bias, self.row_bias), strict=True)
+        ]
         return kernels.contrastive_bwd(
             self.grad_lse,
             self.grad_column_lse,
@@ -98,35 +139,47 @@ class Call:
             *self.flags,
             rows_need_grad,
             columns_need_grad,
-        )[:3]
+            *((*self.additions, *bias_needs_grad) if self.additions else ()),
+        )[: 5 if self.additions else 3]
 
     def triton(self):
-        """lse, column_lse, positive_logits and the gradients of rows, columns and scale."""
+        """lse, column_lse, positive_logits and the gradients of rows, columns, scale and with additions biases."""
         results = self.forward()
         return [*results[:3], *self.backward(results, True, not self.case.expectation)]
 
     def autograd(self, dtype):
-        """The same six of the reference computed in `dtype`, as float64."""
+        """The same of the reference computed in `dtype`, as float64."""
         rows = self.rows.to(dtype).requires_grad_()
         columns = None if self.columns is None else self.columns.to(dtype).requires_grad_()
         scale = self.scale.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
         operands = (rows, columns, scale, self.positives, self.row_ids, self.column_ids)
-        lse, column_lse, positive_logits = reference(*operands, *self.flags)
+        biases = [
+            None if bias is None else bias.to(scale.dtype).requires_grad_()
+            for bias in (self.column_bias, self.row_bias)
+        ]
+        additions = (*biases, *self.additions[2:]) if self.additions else ()
+        lse, column_lse, positive_logits = reference(*operands, *self.flags, *additions)
         objective = (lse.double() * self.grad_lse).sum()
         if self.grad_column_lse is not None:
             objective = objective + (column_lse.double() * self.grad_column_lse).sum()
         if self.grad_positive_logits is not None:
             objective = objective + (positive_logits.double() * self.grad_positive_logits).sum()
         inputs = [tensor for tensor in (rows, columns, scale) if tensor is not None]
-        grads = list(torch.autograd.grad(objective, inputs))
+        grads = list(torch.autograd.grad(objective, inputs, retain_graph=True))
         if columns is None:
             grads.insert(1, rows.new_empty(0))
         elif self.case.expectation:
             grads[1] = rows.new_empty(0)
+        if self.additions:
+            wanted = [bias for bias in biases if bias is not None and not self.case.expectation]
+            found = iter(torch.autograd.grad(objective, wanted) if wanted else ())
+            grads += [
+                next(found) if any(bias is each for each in wanted) else rows.new_empty(0) for bias in biases
+            ]
         return [result.detach().double() for result in (lse, column_lse, positive_logits, *grads)]
 
     def units(self):
-        """For each of the six results the size of the terms it is a sum of: errors are counted in these."""
+        """For each of the results the size of the terms it is a sum of: errors are counted in these."""
         truth_scale = self.scale.double()
         rows, columns = self.rows.double(), (self.rows if self.columns is None else self.columns).double()
         row_norm, column_norm = rows.norm(dim=1), columns.norm(dim=1)
@@ -146,10 +199,14 @@ class Call:
             grad_columns = truth_scale * weight * row_norm.max()
         # Several rows may have one column as their positive.
         grad_columns = grad_columns * max(1, len(rows) / len(columns))
-        return [row_sum, column_sum, logit, grad_rows, grad_columns, largest * weight * len(rows)]
+        by_biases = [weight * len(rows), weight * len(columns)] if self.additions else []
+        return [row_sum, column_sum, logit, grad_rows, grad_columns, largest * weight * len(rows), *by_biases]
 
 
-NAMES = ("lse", "column_lse", "positive_logits", "grad_rows", "grad_columns", "grad_scale")
+NAMES = (
+    "lse", "column_lse", "positive_logits", "grad_rows", "grad_columns", "grad_scale", "grad_column_bias",
+    "grad_row_bias",
+)  # fmt: skip
 
 
 def check(call, results=None):
@@ -160,7 +217,9 @@ def check(call, results=None):
     storage_eps = torch.finfo(call.case.dtype).eps
     logit_eps = product_eps(call.case.d, call.scale.dtype)
     conditioning = units[2].item()
-    for name, ours, exact, theirs, unit in zip(NAMES, results, truth, plain, units, strict=True):
+    for name, ours, exact, theirs, unit in zip(
+        NAMES[: len(results)], results, truth, plain, units, strict=True
+    ):
         assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
         if exact.numel() == 0:
             continue

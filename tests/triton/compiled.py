@@ -30,6 +30,11 @@ FLOAT64 = {"lse_ptr", "positive_logits_ptr", "losses_ptr", "biases_ptr"}
 ABSENT = {"x_ids_ptr", "y_ids_ptr", "row_partial_ptr", "column_partial_ptr"}
 # Of the forward, in calls that keep the expectation only.
 OF_EXPECTATION = {"expectation_partial_ptr"}
+# Of calls with biases and limits only.
+ADDITIONS = {
+    "x_bias_ptr", "y_bias_ptr", "x_limit_ptr", "y_limit_ptr", "x_exempt_ptr", "y_exempt_ptr", "bias_partial_ptr",
+    "x_bias_partial_ptr", "y_bias_partial_ptr",
+}  # fmt: skip
 UNIT_STRIDES = {"stride_xd", "stride_yd", "stride_bd", "stride_ak"}
 FIELDS = ("REG", "STACK", "LOCAL")  # of cuobjdump's resource report
 
@@ -62,6 +67,7 @@ def compile_kernel(kernel, arch, dtype, d, tile, precision="ieee", everything=Fa
     function = KERNELS[kernel]
     acc = "fp64" if dtype == torch.float64 else "fp32"
     absent = set() if everything else set(ABSENT)
+    absent |= ADDITIONS
     absent |= {"column_partial_ptr"} if kernel == "expectation" else OF_EXPECTATION
     absent |= {"row_partial_ptr"} if kernel not in ("forward", "expectation") else set()
     absent -= {"row_partial_ptr"} if kernel == "expectation" else set()
@@ -73,6 +79,7 @@ def compile_kernel(kernel, arch, dtype, d, tile, precision="ieee", everything=Fa
     constants = {
         "SQUARE": not everything and kernel != "expectation",
         "KEEP_DIAGONAL": everything,
+        "ONLY_EQUAL_IDS": False,
         "ACCUMULATE": everything,
         "PRECISION": precision,
         "EVEN_D": d % tile.block_d == 0,

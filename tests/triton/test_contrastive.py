@@ -39,6 +39,72 @@ def test_matches_float64(gpu, case):
         check(call)
 
 
+ADDITIONS = [
+    Case(65, None, 64, torch.bfloat16, positives=2, additions="bias padding limit exempt"),
+    Case(33, None, 17, torch.float32, ids=True, additions="bias limit"),
+    Case(65, 130, 40, torch.bfloat16, both_directions=True, ids=True, keep_diagonal=True, additions="bias limit only"),
+    Case(65, 33, 257, torch.float16, both_directions=True, additions="bias padding limit exempt"),
+    Case(33, 65, 17, torch.float32, both_directions=True, positives=2, additions="bias limit exempt"),
+    Case(17, 33, 17, torch.float64, both_directions=True, positives=0, additions="bias padding limit"),
+    Case(3, 1100, 16, torch.bfloat16, both_directions=True, additions="bias"),
+    Case(65, 130, 64, torch.bfloat16, expectation=True, additions="bias padding limit exempt"),
+    Case(65, 130, 64, torch.bfloat16, expectation=True, ids=True, additions="only"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ADDITIONS, ids=str)
+def test_additions_match_float64(gpu, case):
+    call = Call(case, gpu.device)
+    with gpu.triton():
+        check(call)
+
+
+@pytest.mark.parametrize("d", [17, 257])
+def test_gradients_of_biases_alone(gpu, d):
+    """The same whether the vectors get theirs or not, and 0 where nothing of the sums they are in has one."""
+    call = Call(
+        Case(33, 65, d, torch.bfloat16, both_directions=True, additions="bias padding limit"), gpu.device
+    )
+    with gpu.triton():
+        results = call.forward()
+        every = call.backward(results)
+        for wanted in [(True, False), (False, True)]:
+            *vectors, _, by_columns, by_rows = call.backward(results, False, False, wanted)
+            assert [x.shape for x in vectors] == [(0,), (0,)]
+            for bias, needed, expected in zip((by_columns, by_rows), wanted, every[3:], strict=True):
+                expected = expected if needed else expected[:0]
+                torch.testing.assert_close(bias, expected, rtol=1e-4, atol=1e-6)
+        call.grad_lse = None
+        *_, by_columns, by_rows = call.backward(results)
+    assert (by_columns == 0).all() and by_rows.abs().max() > 0
+
+
+def test_rows_whose_columns_are_all_padding_or_above_the_limit(gpu):
+    case = Case(5, 6, 17, torch.bfloat16, positives=0, additions="bias limit")
+    call = Call(case, gpu.device)
+    call.row_limit[:] = torch.inf
+    call.row_limit[0] = -torch.inf
+    for everything in (False, True):
+        if everything:
+            call.column_bias[:] = -torch.inf
+        with gpu.triton():
+            results = call.forward()
+            grads = call.backward(results)
+        empty = slice(None) if everything else slice(1)
+        assert (results[0][empty] == -torch.inf).all()
+        assert (grads[0][empty] == 0).all() and all(grad.isfinite().all() for grad in grads)
+        assert everything or results[0][1:].isfinite().all()
+
+
+def test_not_a_number_passes_every_limit(gpu):
+    call = Call(Case(5, 6, 17, torch.bfloat16, positives=0, additions="limit"), gpu.device)
+    call.columns[2] = torch.nan
+    call.row_limit[:] = -torch.inf
+    with gpu.triton():
+        lse = call.forward()[0]
+    assert lse.isnan().all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("square", [True, False], ids=["square", "rectangular"])
 @pytest.mark.parametrize("d", [1, 3, 17, 64, 123, 128, 257])
