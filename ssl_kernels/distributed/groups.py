@@ -112,24 +112,3 @@ class _AllReduce(torch.autograd.Function):
 def all_reduce(x, name):
     """The sum of x over the ranks, differentiable."""
     return _AllReduce.apply(x, name)
-
-
-class _GatherRows(torch.autograd.Function):
-    """`all_gather_rows`, whose gradient is the sum of what the ranks have for these rows."""
-
-    @staticmethod
-    def forward(ctx, x, sizes, rank, name):
-        ctx.options = sizes, rank, name
-        return all_gather_rows(x, sizes, name)
-
-    @staticmethod
-    def backward(ctx, grad):
-        sizes, rank, name = ctx.options
-        wide = grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
-        rows = reduce_scatter_rows(wide, sizes, name)[: sizes[rank]]
-        return rows.to(grad.dtype), None, None, None
-
-
-def gather_rows(x, sizes, rank, name):
-    """Rows of all ranks in rank order, differentiable: backward is a reduce-scatter."""
-    return _GatherRows.apply(x, sizes, rank, name)

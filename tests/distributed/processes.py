@@ -20,14 +20,14 @@ def _context():
     return context
 
 
-def _main(rank, world, path, function, arguments, results, missing):
+def _main(rank, world, path, function, arguments, results, group_timeout, together):
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{path}", rank=rank, world_size=world, timeout=TIMEOUT
+            "gloo", init_method=f"file://{path}", rank=rank, world_size=world, timeout=group_timeout
         )
         results.put((rank, function(rank, world, *arguments), None))
-        if not missing:
+        if together:
             dist.barrier()
             dist.destroy_process_group()
     except BaseException:
@@ -37,7 +37,7 @@ def _main(rank, world, path, function, arguments, results, missing):
     os._exit(0)  # a thread of torch's may still run, with which the process can abort as it ends
 
 
-def run(world, function, *arguments, timeout=300, missing=()):
+def run(world, function, *arguments, timeout=300, missing=(), group_timeout=TIMEOUT):
     """function(rank, world, *arguments) in `world` processes; what they return, by rank. An error is raised.
 
     missing: Ranks that leave without a word.
@@ -47,7 +47,17 @@ def run(world, function, *arguments, timeout=300, missing=()):
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(
-                target=_main, args=(rank, world, f"{folder}/meeting", function, arguments, results, missing)
+                target=_main,
+                args=(
+                    rank,
+                    world,
+                    f"{folder}/meeting",
+                    function,
+                    arguments,
+                    results,
+                    group_timeout,
+                    not missing,
+                ),
             )
             for rank in range(world)
         ]
