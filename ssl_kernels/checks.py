@@ -154,13 +154,15 @@ def check_least_rows(op, name, tensor, least, why):
         raise ValueError(f"{op}: {name} must have at least {least} rows, {why}, got {tensor.shape[0]}")
 
 
-def can_be_read(tensor):
-    """Whether looking at values waits for no device: a tensor on the CPU that is no stand-in in a trace."""
+def can_be_read(*tensors):
+    """Whether looking at values waits for no device: tensors on the CPU that are no stand-ins in a trace."""
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if not tensor.is_cpu or type(tensor) not in _HOLDING_VALUES:
+            return False
     return (
-        not torch.compiler.is_compiling()
-        and tensor.is_cpu
-        and type(tensor) in _HOLDING_VALUES
-        and not torch._C._len_torch_dispatch_stack()  # of fake tensors, or make_fx
+        not torch._C._len_torch_dispatch_stack()  # of fake tensors, or make_fx
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -172,7 +174,7 @@ def is_number(value):
 
 def is_whole(value):
     """An integer of Python or numpy, no bool."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
 
 
 def short(dtype):

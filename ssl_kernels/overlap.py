@@ -10,11 +10,11 @@ def share_memory(x, other):
         return False
     if x.is_meta or other.is_meta or isinstance(x, FakeTensor) or isinstance(other, FakeTensor):
         return False
-    begin, other_begin = x.data_ptr(), other.data_ptr()
-    end, other_end = begin + _extent(x), other_begin + _extent(other)
-    if end <= other_begin or other_end <= begin:
+    distance = other.data_ptr() - x.data_ptr()
+    first, between = (x, distance) if distance >= 0 else (other, -distance)
+    if _extent(first) <= between:
         return False
-    return _meet(x, other, other_end - 1 - begin)
+    return other.numel() > 0 and _meet(x, other, distance + _extent(other) - 1)
 
 
 def _extent(tensor):

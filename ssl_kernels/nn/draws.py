@@ -72,13 +72,19 @@ class Draws:
 
     def uniform(self, shape, device, dtype=torch.float32):
         """In [0, 1)."""
+        if not self.own:
+            return torch.rand(shape, dtype=dtype, device=device)
         return self._drawn("uniform", shape, device, dtype)
 
     def gamma(self, concentration, shape, device):
         """Of scale 1, float64."""
+        if not self.own and not torch.compiler.is_compiling():
+            return torch._standard_gamma(torch.full(shape, concentration, dtype=torch.float64, device=device))
         return self._drawn("gamma", shape, device, torch.float64, concentration)
 
     def permutation(self, count, device):
+        if not self.own:
+            return torch.randperm(count, device=device)
         return self._drawn("permutation", (count,), device, torch.int64)
 
     def _drawn(self, kind, shape, device, dtype, concentration=0.0):
@@ -245,7 +251,7 @@ def beta(alpha, count, device, draws):
     """
     alpha = min(max(float(alpha), _ALPHAS[0]), _ALPHAS[1])
     if alpha >= _SMALL_ALPHA:
-        first, second = draws.gamma(alpha, (2, count), device)
+        first, second = draws.gamma(alpha, (2, count), device).unbind()
         return (first / (first + second)).float()
     gammas = draws.gamma(alpha + 1, (2, count), device)
     powers = torch.log1p(-draws.uniform((2, count), device, torch.float64)) / alpha
@@ -265,8 +271,11 @@ def span_around(centre, side, size):
 
     Of an even number of pixels, as in the paper's code, where there are more than two.
     """
-    length = torch.floor(size * side).long()
-    middle = torch.floor(size * centre).long()
+    factor = (
+        size if torch.compiler.is_compiling() else float(size)
+    )  # an integer would be cast first, in each product
+    length = torch.floor(factor * side).long()
+    middle = torch.floor(factor * centre).long()
     if size <= 2:
         begin = middle * (length < size)
         return begin, begin + length

@@ -213,7 +213,7 @@ class Mixup(DrawingModule):
         lam, boxes = torch.ones(groups, device=source), None
         if self.mixup_alpha > 0:
             lam = torch.where(pasted, lam, beta(self.mixup_alpha, groups, source, self.draws))
-        pixel_lam = torch.where(done, lam, 1)
+        pixel_lam = torch.where(done, lam, 1.0)
         lam = pixel_lam
         if self.cutmix_alpha > 0:
             boxes, left = self._boxes(groups, *x.shape[-2:], source)
@@ -453,7 +453,7 @@ class Mixup(DrawingModule):
         places = uniform(), uniform()
         if self.cutmix_minmax is None:
             left = beta(self.cutmix_alpha, groups, device, self.draws)
-            share, span = 1 - left.double(), span_around
+            share, span = 1.0 - left.double(), span_around
             sides = sides_of(share, height, width)
         else:
             least, most = self.cutmix_minmax
@@ -463,9 +463,10 @@ class Mixup(DrawingModule):
         boxes = torch.stack([*spans[0], *spans[1]], 1)
         if height == width == 1:  # in full or not at all, as often as its share says
             boxes = boxes * (places[0] < share)[:, None]
-        area = ((boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2])).double()
+        y0, y1, x0, x1 = boxes.unbind(1)
+        area = ((y1 - y0) * (x1 - x0)).double()
         if self.correct_lam or self.cutmix_minmax is not None:
-            left = (1 - area / (height * width)).float()
+            left = (1.0 - area / (height * width)).float()
         return boxes, left
 
 

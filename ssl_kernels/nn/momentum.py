@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from ssl_kernels import backends
-from ssl_kernels.checks import is_number, is_whole, short
+from ssl_kernels.checks import can_be_read, is_number, is_whole, short
 from ssl_kernels.nn.counters import after_apply
 from ssl_kernels.ops.momentum_update import HALF, momentum_update_
 
 BUFFER_POLICIES = ("copy", "average")
 AVERAGED = (torch.float64, torch.float32, *HALF, torch.complex128, torch.complex64, torch.complex32)
+PLAIN = (torch.Tensor, nn.Parameter)
 WRAPPED = (
     "_orig_mod",
     "_checkpoint_wrapped_module",
@@ -84,7 +85,7 @@ class MomentumEncoder(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             self.module = copy.deepcopy(module).requires_grad_(False)
             _make_writable(self.module)
-            parameters, own_buffers = self._settle()
+            parameters, own_buffers, _, _ = self._settle()
             device = next(iter((parameters | own_buffers).values()), torch.empty(0, device="cpu")).device
             self.register_buffer("update_count", torch.zeros((), dtype=torch.int64, device=device))
 
@@ -127,17 +128,15 @@ class MomentumEncoder(nn.Module):
             for each in (self, module):
                 _reshard(each)
                 _check_not_in_forward(each)
-        parameters, buffers = self._settle()
+        parameters, buffers, averaged, masters = self._settle()
         given_parameters, given_buffers = _tensors(module)
         _check_parameters(parameters, given_parameters)
         given = given_parameters | given_buffers
-        averaged = self._averaged(parameters, buffers)
-        masters = self._masters(averaged)
         if not torch.compiler.is_compiling():
             _check_tensors(parameters | buffers, given, averaged)
-        devices = {master.device: _local(master) for master in masters.values()}
+        devices = {master.device: master for master in masters.values()}
         for master in devices.values():
-            backends.choose_backend("momentum_update", self.backend, "MomentumEncoder", master)
+            backends.choose_backend("momentum_update", self.backend, "MomentumEncoder", _local(master))
         like = given | buffers | parameters
         sources = {name: _placed_as(tensor, like[name]) for name, tensor in given.items()}
         if _shapes(buffers) != _shapes(given_buffers):
@@ -147,15 +146,13 @@ class MomentumEncoder(nn.Module):
 
         momentum = self._momentum(momentum)
         for device in devices:
-            self._update_masters(
-                {name: master for name, master in masters.items() if master.device == device},
-                averaged,
-                sources,
-                momentum,
-            )
+            here = masters
+            if len(devices) > 1:
+                here = {name: master for name, master in masters.items() if master.device == device}
+            self._update_masters(here, averaged, sources, momentum)
         wide = [name for name in averaged if name not in masters]
         if wide:
-            averages = _as_real([_local(averaged[name]) for name in wide])
+            averages = _as_real(_locals([averaged[name] for name in wide]))
             targets = [_local(sources[name]).to(averaged[name].dtype) for name in wide]
             weight = 1 - momentum
             if isinstance(weight, torch.Tensor):
@@ -174,7 +171,10 @@ class MomentumEncoder(nn.Module):
         device = self.update_count.device
         dtype = torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
         if momentum is None and self.steps is not None:
-            angle = self.update_count.clamp(max=self.steps).to(dtype) * (math.pi / self.steps)
+            count = self.update_count
+            if can_be_read(count):
+                return cosine_momentum(count.item(), self.steps, self.momentum)
+            angle = count.clamp(max=self.steps).to(dtype) * (math.pi / self.steps)
             return 1 - (angle.cos() + 1) * ((1 - self.momentum) / 2)
         momentum = self.momentum if momentum is None else momentum
         if torch.compiler.is_compiling():  # a number would be compiled once for each of its values
@@ -183,8 +183,8 @@ class MomentumEncoder(nn.Module):
 
     def _update_masters(self, masters, averaged, sources, momentum):
         """Move masters of one device, by name, and the half-precision averages that are rounded from them."""
-        own = [_local(master) for master in masters.values()]
-        averages = [_local(averaged[name]) for name in masters]
+        own = _locals(masters.values())
+        averages = _locals([averaged[name] for name in masters])
         # An average of another layout than its master is updated in a copy.
         shadows = [
             average
@@ -192,7 +192,7 @@ class MomentumEncoder(nn.Module):
             else torch.empty_like(master, dtype=average.dtype).copy_(average)
             for average, master in zip(averages, own, strict=True)
         ]
-        targets = [_local(sources[name]) for name in masters]
+        targets = _locals([sources[name] for name in masters])
         targets = [target if target.dtype in HALF else target.float() for target in targets]
         if isinstance(momentum, torch.Tensor):
             momentum = momentum.to(own[0].device)
@@ -212,23 +212,22 @@ class MomentumEncoder(nn.Module):
         return {name: masters[str(i)] for i, name in enumerate(averaged) if str(i) in masters}
 
     def _settle(self):
-        """(parameters, buffers) of the copy by name, a master beside each half-precision average.
+        """Parameters, buffers, averages and masters of the copy by name, a master beside each half-precision average.
 
         The copy alone may have been cast, moved or sharded since.
         """
         parameters, buffers = _tensors(self.module)
-        if torch.compiler.is_compiling():
-            return parameters, buffers
         averaged = self._averaged(parameters, buffers)
         masters = self._masters(averaged)
-        for name, tensor in averaged.items():
-            master = masters.get(name)
-            if (tensor.dtype in HALF) != (master is not None) or not (
-                master is None or _fits(master, tensor)
-            ):
-                self._set_masters(averaged, masters)
-                break
-        return parameters, buffers
+        if not torch.compiler.is_compiling():
+            for name, tensor in averaged.items():
+                master = masters.get(name)
+                is_settled = (master is None) if tensor.dtype not in HALF else _fits(master, tensor)
+                if not is_settled:
+                    self._set_masters(averaged, masters)
+                    masters = self._masters(averaged)
+                    break
+        return parameters, buffers, averaged, masters
 
     def _set_masters(self, averaged, values):
         """Give every half-precision average a float32 master, with the value of its name where there is one."""
@@ -275,8 +274,9 @@ class MomentumEncoder(nn.Module):
     def _apply(self, fn, recurse=True):
         _reshard(self)
         # A change of dtype reaches the copy; masters follow in all but that. The copy takes their values.
-        averaged = {name: tensor.detach() for name, tensor in self._averaged(*self._settle()).items()}
-        masters, count = self._masters(averaged), self.update_count
+        _, _, averaged, masters = self._settle()
+        averaged = {name: tensor.detach() for name, tensor in averaged.items()}
+        count = self.update_count
         super()._apply(fn, recurse)
         self.update_count = after_apply(count, self.update_count)
         new = self._averaged(*_tensors(self.module))
@@ -308,9 +308,7 @@ class MomentumEncoder(nn.Module):
     @torch.no_grad()
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         _reshard(self)
-        parameters, buffers = self._settle()
-        averaged = self._averaged(parameters, buffers)
-        masters = self._masters(averaged)
+        parameters, buffers, averaged, masters = self._settle()
         assign = local_metadata.get("assign_to_params_buffers", False)
         older = state_dict.pop(f"{prefix}_extra_state", None)  # a dict, when the count was no tensor
         if f"{prefix}update_count" not in state_dict:
@@ -384,12 +382,16 @@ def _add_parts(parts, seen, path, prefix, part):
 def _tensors(module):
     """({name: parameter}, {name: buffer}), each tensor once and named as if nothing were wrapped."""
     parameters, buffers, seen = {}, {}, set()
+    is_compiling = torch.compiler.is_compiling()
     for path, (_, part) in _parts(module).items():
         prefix = f"{path}." if path else ""
         for found, tensors in ((parameters, part._parameters), (buffers, part._buffers)):
             for name, tensor in tensors.items():
-                if tensor is not None and tensor not in seen:
-                    seen.add(tensor)
+                if tensor is None:
+                    continue
+                key = tensor if is_compiling else id(tensor)  # the hash of a tensor is a call in Python
+                if key not in seen:
+                    seen.add(key)
                     found[prefix + name] = tensor
     return parameters, buffers
 
@@ -420,7 +422,7 @@ def _exact(master, rounded):
 
 
 def _is_sharded(tensor):
-    return hasattr(tensor, "placements")
+    return type(tensor) not in PLAIN and hasattr(tensor, "placements")
 
 
 def _local(tensor):
@@ -428,8 +430,14 @@ def _local(tensor):
     return tensor.to_local() if _is_sharded(tensor) else tensor
 
 
+def _locals(tensors):
+    return [tensor if type(tensor) in PLAIN else _local(tensor) for tensor in tensors]
+
+
 def _placed_as(tensor, like):
     """`tensor` where `like` is: on its device, and sharded as it is."""
+    if type(tensor) in PLAIN and type(like) in PLAIN:
+        return tensor.to(like.device)
     if not _is_sharded(like):
         return (tensor.full_tensor() if _is_sharded(tensor) else tensor).to(like.device)
     mesh, placements = like.device_mesh, like.placements
@@ -443,9 +451,10 @@ def _placed_as(tensor, like):
 
 def _fits(master, tensor):
     return (
-        master.shape == tensor.shape
+        master is not None
+        and master.shape == tensor.shape
         and master.device == tensor.device
-        and _is_sharded(master) == _is_sharded(tensor)
+        and ((type(master) in PLAIN and type(tensor) in PLAIN) or _is_sharded(master) == _is_sharded(tensor))
     )
 
 

@@ -77,7 +77,6 @@ class MoCoQueue(nn.Module):
     def _make_storage(self, size, dim, group, **kind):
         self.register_buffer("storage", torch.zeros(size, dim, **kind))
 
-    @torch.no_grad()
     def push_(self, keys, ids=None):
         """Write `keys`, (B, D) of any floating dtype, over the oldest rows; with B > size only the last stay.
 

@@ -20,6 +20,13 @@ def savable(tensor):
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
+def all_savable(*tensors):
+    """Each of them `savable`."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return tensors
+    return [tensor.clone() if tensor is not None and tensor.is_inference() else tensor for tensor in tensors]
+
+
 def distinct(*operands):
     """Operands of a Function: torch.compile refuses one that is given a tensor twice, as ids of rows and columns."""
     if not torch.compiler.is_compiling():

@@ -4,7 +4,7 @@ import torch
 
 from ssl_kernels import backends
 from ssl_kernels.chunked import mixup_cross_entropy as chunked
-from ssl_kernels.ops.library import distinct, refuse_torch_func, savable
+from ssl_kernels.ops.library import all_savable, distinct, refuse_torch_func, savable
 from ssl_kernels.ops.operation import Operation
 from ssl_kernels.reference import mixup_cross_entropy as reference
 from ssl_kernels.reference.mixup_cross_entropy import target_terms
@@ -44,8 +44,7 @@ class _MixupCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, logits, target, partner, lam, weight, options, reduction):
         loss, lse, total = _fwd[backend](logits, target, partner, lam, weight, *options, reduction)
-        operands = (logits, target, partner, lam, weight)
-        ctx.save_for_backward(*map(savable, operands), lse, total, loss)
+        ctx.save_for_backward(*all_savable(logits, target, partner, lam, weight), lse, total, loss)
         ctx.backend, ctx.options, ctx.reduction = backend, options, reduction
         return loss
 
@@ -59,7 +58,7 @@ class _MixupCrossEntropy(torch.autograd.Function):
             return None, grad_logits, None, None, grad_lam, None, None, None
         grad_logits = grad_lam = None
         per_row = grad / total if ctx.reduction == "mean" else grad
-        grad_loss = per_row.double().expand(len(logits))
+        grad_loss = per_row.double().expand(logits.shape[0])
         if logits_need_grad:
             grad_logits = _bwd[ctx.backend](grad_loss, *operands, lse, *ctx.options)
         if lam_needs_grad:

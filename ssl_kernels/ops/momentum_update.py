@@ -9,6 +9,11 @@ from ssl_kernels.ops.operation import Operation
 from ssl_kernels.reference import momentum_update as reference
 
 HALF = (torch.float16, torch.bfloat16)
+_ROLES = (
+    ("masters", (torch.float32,), "float32"),
+    ("shadows", HALF, "float16 or bfloat16"),
+    ("sources", (torch.float32, *HALF), "float32, float16 or bfloat16"),
+)
 
 _operation = Operation(
     "momentum_update",
@@ -83,12 +88,11 @@ def _check(masters, shadows, sources, momentum):
             f" got {len(masters)}, {len(shadows)} and {len(sources)}"
         )
     _check_momentum(op, momentum, masters)
-    for i, (master, shadow, source) in enumerate(zip(masters, shadows, sources, strict=True)):
-        for name, tensor, dtypes, rule in (
-            ("masters", master, (torch.float32,), "float32"),
-            ("shadows", shadow, HALF, "float16 or bfloat16"),
-            ("sources", source, (torch.float32, *HALF), "float32, float16 or bfloat16"),
-        ):
+    recorded = torch.is_grad_enabled()
+    frozen = not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
+    for i, triple in enumerate(zip(masters, shadows, sources, strict=True)):
+        master, shadow, _ = triple
+        for tensor, (name, dtypes, rule) in zip(triple, _ROLES, strict=True):
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"{op}: {name}[{i}] must be a tensor, got {type(tensor).__name__}")
             if tensor.dtype not in dtypes:
@@ -111,17 +115,16 @@ def _check(masters, shadows, sources, momentum):
             raise ValueError(
                 f"{op}: shadows[{i}] must have the strides {master.stride()} of its master, got {shadow.stride()}"
             )
-        if torch.is_grad_enabled() and (master.requires_grad or shadow.requires_grad):
+        if recorded and (master.requires_grad or shadow.requires_grad):
             raise ValueError(
                 f"{op}: masters[{i}] and shadows[{i}] must not require grad while gradients are recorded,"
                 " got one that does"
             )
-        if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
-            if master.is_inference() or shadow.is_inference():
-                raise ValueError(
-                    f"{op}: masters[{i}] and shadows[{i}] must not be written outside torch.inference_mode, under which"
-                    " they were made"
-                )
+        if frozen and (master.is_inference() or shadow.is_inference()):
+            raise ValueError(
+                f"{op}: masters[{i}] and shadows[{i}] must not be written outside torch.inference_mode, under which"
+                " they were made"
+            )
 
 
 def _check_momentum(op, momentum, masters):

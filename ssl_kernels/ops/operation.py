@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from ssl_kernels import backends
-from ssl_kernels.ops.library import distinct, library, refuse_torch_func, savable
+from ssl_kernels.ops.library import all_savable, distinct, library, refuse_torch_func
 
 OVERLOADS = ("native", "triton", "chunked")
 
@@ -85,7 +85,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx, name, backend, operands, *args):
         results, saved = _operations[name].forward(backend, ctx.needs_input_grad[3:], *args)
-        ctx.save_for_backward(*map(savable, saved))
+        ctx.save_for_backward(*all_savable(*saved))
         ctx.name, ctx.backend, ctx.options = name, backend, args[operands:]
         ctx.set_materialize_grads(False)
         return results

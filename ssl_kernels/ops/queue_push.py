@@ -89,9 +89,9 @@ def _check(storage, keys, position, filled):
                 )
     if torch._C._is_alias_of(keys, storage):
         raise ValueError("queue_push_: keys must not share memory with storage; pass a clone")
-    if can_be_read(position) and can_be_read(filled):
-        size = len(storage)
-        if not 0 <= int(position) < size:
-            raise ValueError(f"queue_push_: position must lie in [0, {size}), got {int(position)}")
-        if not 0 <= int(filled) <= size:
-            raise ValueError(f"queue_push_: filled must lie in [0, {size}], got {int(filled)}")
+    if can_be_read(position, filled):
+        size, begin, rows = storage.shape[0], position.item(), filled.item()
+        if not 0 <= begin < size:
+            raise ValueError(f"queue_push_: position must lie in [0, {size}), got {begin}")
+        if not 0 <= rows <= size:
+            raise ValueError(f"queue_push_: filled must lie in [0, {size}], got {rows}")
