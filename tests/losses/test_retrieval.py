@@ -454,3 +454,14 @@ def test_limits_that_leave_no_negative_leave_a_loss_of_0(backend):
     )
     assert found.abs().max() < 1e-12
     assert all(grad.abs().max() < 1e-12 for grad in torch.autograd.grad(found.sum(), (anchor, positive)))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_training_through_sentence_transformers_has_the_same_losses():
+    for package in ("sentence_transformers", "datasets", "accelerate"):
+        pytest.importorskip(package, reason=f"needs {package}")
+    from benchmarks.sentence_transformers_run import compare
+
+    (theirs, _), (ours, _) = compare(steps=50, batch_size=32)
+    assert len(theirs) == 50 and max(abs(a - b) for a, b in zip(theirs, ours, strict=True)) < 1e-4
