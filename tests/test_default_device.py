@@ -146,7 +146,16 @@ def test_queue_and_average():
 
 def test_all_of_the_public_interface_is_here():
     tried = {*MIXING, *(case.loss for case in ALL)}
-    others = {"nn", "backends_for", "use_backend", "empty_cache", "matryoshka", "adapters", "grad_cache"}
+    others = {
+        "nn",
+        "backends_for",
+        "use_backend",
+        "empty_cache",
+        "matryoshka",
+        "adapters",
+        "grad_cache",
+        "patch",
+    }
     assert tried | others == set(ssl_kernels.__all__)
     modules = {name for name in nn.__all__ if inspect.isclass(getattr(nn, name))}
     losses = {name for name in modules if name.endswith("Loss")}

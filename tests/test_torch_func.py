@@ -61,6 +61,7 @@ def test_every_function_with_a_derivative_is_called():
         "matryoshka",
         "adapters",
         "grad_cache",
+        "patch",
     }
     called = {case.loss for case in CASES + OTHER_CASES} | set(mixing_calls())
     assert called == {name for name in ssl_kernels.__all__ if name not in without}

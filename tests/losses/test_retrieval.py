@@ -111,12 +111,12 @@ def test_padding_columns_and_rows_without_any(backend):
 
 
 @every_backend
-@pytest.mark.parametrize("hard", [0, 1, 2])
+@pytest.mark.parametrize("hard", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize(
     "directions",
-    [ALL, ALL[:1], ALL[:2], (ALL[0], ALL[2]), (ALL[3], ALL[0])],
-    ids=lambda names: str(len(names)),
+    [ALL, ALL[:2], (ALL[3], ALL[0])],
+    ids=["all", "two", "documents"],
 )
 def test_ranking_with_margins_and_ids_is_its_definition(backend, hard, with_ids, directions):
     n = 9
