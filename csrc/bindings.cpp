@@ -1,10 +1,7 @@
 // The Python module ssl_kernels._C: importing it registers the kernels; it tells what was built.
 #include <pybind11/pybind11.h>
 
-#include <exception>
-
 #include "cpu/pool.h"
-#include "cpu/product.h"
 #include "cpu/rows.h"
 #include "cpu/tile_math.h"
 #include "ops/allow_tf32.h"
@@ -17,11 +14,6 @@ PYBIND11_MODULE(_C, module) {
   using ssl_kernels::cpu::Pool;
   // Made here, not by the first thread to come: a fork in the meantime would leave its child half of them.
   Pool::instance();
-  try {
-    ssl_kernels::cpu::has_small_products<float>();
-  } catch (const std::exception&) {
-    // An unknown instruction set is an error of the first call.
-  }
   module.def(
       "build_info",
       [] {

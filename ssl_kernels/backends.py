@@ -31,6 +31,21 @@ except ImportError as error:
     extension = None
     extension_missing = f"the extension ssl_kernels._C is not built or does not load ({error})"
 
+
+def _multiplies_bfloat16():
+    try:
+        return extension.build_info()["cpu_instruction_set"] in ("avx512_bf16", "amx")
+    except (
+        AttributeError,
+        ValueError,
+    ):  # no extension; an unknown instruction set, which is an error of the first call
+        return False
+
+
+MULTIPLIES_BFLOAT16 = (
+    _multiplies_bfloat16()
+)  # whether the C++ kernels of the CPU multiply bfloat16 rows as they are
+
 triton_missing = None if importlib.util.find_spec("triton") else "the package triton is not installed"
 
 OLDEST_FOR_TRITON = 80

@@ -245,15 +245,13 @@ def rounding_floor(call, name, sums):
     """The relative error that rounding to the accumulation dtype, and of gradients to the input's, may leave.
 
     A logit is off by the roundings of its dot product and its scale, and with it lse and the exponential's exponent.
-    A gradient's sum over n vectors is off by sqrt(n) roundings, however it is ordered. Products of bfloat16 rows may
-    take coefficients that are rounded to bfloat16, by half an eps each, which grad_scale is then made of.
+    A gradient's sum over n vectors is off by sqrt(n) roundings, however it is ordered.
     """
     eps = torch.finfo(call.acc).eps
     if name in RESULTS:
         return 4 * eps
     largest_logit = sums["lse"].max().item()
-    exact_scale = name == "grad_scale" and call.rows.dtype != torch.bfloat16
-    stored = 0 if exact_scale else torch.finfo(call.rows.dtype).eps / 2
+    stored = 0 if name == "grad_scale" else torch.finfo(call.rows.dtype).eps / 2
     return eps * (4 + 2 * largest_logit + max(call.sizes) ** 0.5) + (
         stored if call.rows.dtype != call.acc else 0
     )

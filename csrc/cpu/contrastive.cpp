@@ -13,7 +13,8 @@
 //   process): they need not be recomputed. The results have the same bits either way.
 //   Where all are kept, backward is 1 unit: of 128 features up to about 7000 rows of the square case.
 // Numerics: products, softmax and sums over a tile in acc_t (float32, float64 for float64), sums over tiles in double; of
-//   bfloat16 rows products in bfloat16, where the processor has them (tiles.h).
+//   bfloat16 rows products in bfloat16, where the processor has them (tiles.h). What coefficients lose by their rounding goes
+//   to grad_scale: there backward makes exponentials and coefficients apart, in a second scratch.
 //   While |s| <= |scale| * longest row * longest column stays below kFixedShift, that bound is the shift of every row
 //   and column: tiles hold dot products v, scale enters with the exponent, 2^(factor * v - shift), and of kept tiles
 //   these exponentials are kept. Above it tiles hold s * log2 e, and rows and columns get running maxima, whose
@@ -46,10 +47,10 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // of 2^40 in the incoming gradient still fits float32.
 constexpr double kFixedShift = 43;
 
-// Bytes of logits kept for backward: kKeptBytes, or half of the matrix if with the rows and their gradients it stays below
-// the budget, as far as other losses have left it. Logits of narrow rows are recomputed: their products cost about as much
-// as reading a tile back (an estimate).
-constexpr int64_t kKeptBytes = 24 << 20, kNarrow = 32;
+// Bytes of logits kept for backward: kKeptBytes, or half of the matrix, all of it of wide rows, if with the rows and their
+// gradients it stays below the budget, as far as other losses have left it. Logits of narrow rows are recomputed: their
+// products cost about as much as reading a tile back (an estimate).
+constexpr int64_t kKeptBytes = 24 << 20, kNarrow = 32, kWide = 256;
 // More threads than this share too little memory bandwidth to keep more than kKeptBytes (an estimate).
 constexpr int64_t kFewThreads = 8;
 
@@ -63,7 +64,8 @@ class Problem : public Tiles<acc_t> {
   using Tile = ssl_kernels::cpu::Tile<acc_t>;
 
   explicit Problem(const ContrastiveArgs& args)
-      : Base(load_rows<scalar_t, acc_t>(args.rows, args.normalize_rows, args.more_rows),
+      : Base(in_float32_if(load_rows<scalar_t, acc_t>(args.rows, args.normalize_rows, args.more_rows),
+                           *args.scale.const_data_ptr<acc_t>() == 0 || changes_logits(args.additions)),
              args.columns ? std::optional(load_rows_of<acc_t>(*args.columns, args.normalize_columns))
                           : std::nullopt,
              /*in_parts=*/true),
@@ -106,8 +108,10 @@ class Problem : public Tiles<acc_t> {
     const int64_t tile = row_blocks.size * column_blocks.size;
     int64_t count = 0, room = 0;
     if (d >= kNarrow && !additions.two_sided()) {
-      const int64_t half = square ? n * (n + kLargestTile) / 2 : n * m / 2;
-      const int64_t rest = static_cast<int64_t>(kKeptBudget) / size - 4 * (square ? n : n + m) * d;
+      // Backward of kept tiles alone has no more of packed rows than these, one packed copy and the gradient.
+      const bool wide = d >= kWide && !square && this->packs();
+      const int64_t half = square ? n * (n + kLargestTile) / 2 : wide ? n * m : n * m / 2;
+      const int64_t rest = static_cast<int64_t>(kKeptBudget) / size - (wide ? 3 : 4) * (square ? n : n + m) * d;
       int64_t most = kKeptBytes / size;
       if (threads <= kFewThreads) most = std::max(most, std::min(half, rest));
       const Block last_i = row_blocks[row_blocks.count() - 1], last_j = column_blocks[column_blocks.count() - 1];
@@ -169,6 +173,17 @@ class Problem : public Tiles<acc_t> {
     pairs_.mask(copy.s, copy.ld, copy.i, copy.j);
     additions.add(copy.s, copy.ld, copy.i, copy.j, /*of_columns=*/true);
     return copy;
+  }
+
+  bool allowed(int64_t row, int64_t column) const { return pairs_.allowed(row, column); }
+
+  // What a tile holds for a pair that its sums leave out.
+  acc_t entry(int64_t row, int64_t column, bool exponential) const {
+    const acc_t* x = rows.values.template const_data_ptr<acc_t>() + row * d;
+    const acc_t* y = columns.values.template const_data_ptr<acc_t>() + column * d;
+    const double product = tile_math<acc_t>().dot(x, y, d);
+    const double value = factor != 1 ? product : product * scale * kLog2E;
+    return static_cast<acc_t>(exponential ? std::exp2(factor * value - bound) : value);
   }
 
   template <class Visit>
@@ -475,22 +490,28 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
 
   const auto visit = [&](int64_t block_i, int64_t block_j, int thread, int part) {
     const auto kept = problem.kept(block_i, block_j, kept_logits);
-    const auto tile = problem.scratch(block_i, block_j, thread);
+    const auto recomputed = problem.scratch(block_i, block_j, thread);
+    const auto tile = problem.in_bfloat16 ? problem.second_scratch(block_i, block_j, thread) : recomputed;
+    const bool recomputes = !kept && (!positives_alone || problem.in_bfloat16);
     std::optional<Tile<acc_t>> apart;
-    if (!kept && !positives_alone) {
-      problem.multiply(tile);
-      if (two_sided) apart = problem.second(tile, thread);
-      problem.settle_entries(tile);
+    if (recomputes) {
+      problem.multiply(recomputed);
+      if (two_sided) apart = problem.second(recomputed, thread);
+      problem.settle_entries(recomputed);
     }
-    const auto& logits = kept ? *kept : tile;
+    const auto& logits = kept ? *kept : recomputed;
+    const bool exponentials = problem.fixed_shift && (kept || problem.in_bfloat16);
+    acc_t row_sum[kLargestTile];
+    if (exponentials && recomputes)
+      math.exp_sums(logits.s, logits.ld, tile.i.size, tile.j.size, factor, bound, row_sum, nullptr, /*keep=*/true);
     const int64_t i0 = tile.i.begin, j0 = tile.j.begin;
     const acc_t* const all_column_weights = both_terms ? transposed.weight.data() + j0 : nullptr;
     const acc_t* column_weight = apart ? nullptr : all_column_weights;
     const acc_t* row_weight = of_rows.weight.data() + i0;
     if (positives_alone)
       for (int64_t k = 0; k < tile.i.size; ++k) std::fill_n(tile.s + k * tile.ld, tile.j.size, acc_t(0));
-    else if (problem.fixed_shift && kept)
-      math.coefficients_of_kept(kept->s, kept->ld, tile.s, tile.ld, tile.i.size, tile.j.size, row_weight, column_weight);
+    else if (exponentials)
+      math.coefficients_of_kept(logits.s, logits.ld, tile.s, tile.ld, tile.i.size, tile.j.size, row_weight, column_weight);
     else if (problem.fixed_shift)
       math.coefficients(tile.s, tile.ld, tile.s, tile.ld, tile.i.size, tile.j.size, factor, bound, row_weight,
                         column_weight);
@@ -512,19 +533,25 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
       for (int64_t k = 0; k < tile.i.size; ++k)
         math.add_scaled(tile.s + k * tile.ld, apart->s + k * apart->ld, acc_t(1), tile.j.size);
     }
+    std::vector<std::pair<acc_t*, acc_t>> shown;  // entries left out of the sums that have a coefficient, and what they were
     if (q) {
-      problem.for_each_positive(tile.i, tile.j, [&](int64_t k, int64_t row, int64_t column) {
+      const auto add_positive = [&](int64_t k, int64_t row, int64_t column) {
         tile.at(row, column) += static_cast<acc_t>(q[k]);
-      });
+        if (!problem.in_bfloat16 || problem.allowed(row, column)) return;
+        acc_t& entry = logits.at(row, column);
+        shown.emplace_back(&entry, entry);
+        entry = problem.entry(row, column, exponentials);
+      };
+      problem.for_each_positive(tile.i, tile.j, add_positive);
       if (problem.square)
-        problem.for_each_positive(tile.j, tile.i, [&](int64_t k, int64_t row, int64_t column) {
-          tile.at(column, row) += static_cast<acc_t>(q[k]);
-        });
+        problem.for_each_positive(tile.j, tile.i, [&](int64_t k, int64_t row, int64_t column) { add_positive(k, column, row); });
     }
     if (args.classes) subtract_class_weights(tile, *args.classes, class_weight.data());
     const bool columns_too = columns_wanted || (problem.square && block_i != block_j);
     problem.add(rows_wanted ? &grad_rows : nullptr, !columns_too ? nullptr : problem.square ? &grad_rows : &grad_columns, tile,
-                thread, part);
+                {logits, exponentials, 1 / (factor == 1 ? problem.scale * kLog2E : factor), exponentials ? bound : 0.}, thread,
+                part);
+    for (auto entry = shown.rbegin(); entry != shown.rend(); ++entry) *entry->first = entry->second;
   };
   const bool bias_wanted = by_column_bias || by_row_bias;
   problem.for_each_in_parts((rows_wanted && columns_wanted) || bias_wanted ? Owned::kBoth
@@ -541,7 +568,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
       return finish_gradient<decltype(type), acc_t>(grad_columns.result(), problem.columns, problem.scale, args.columns->options(),
                                                         problem.in_bfloat16);
     });
-  const double dots = rows_wanted ? by_rows.dots : by_columns.dots;
+  const double dots = (rows_wanted ? by_rows.dots : by_columns.dots) + problem.lost_dots();
   const double grad_scale = problem.square ? dots / 2 : dots;
   const auto none = [&] { return at::empty({0}, storage); };
   const auto by_bias = [&](const Numbers& parts) {

@@ -20,6 +20,11 @@ struct ContrastiveAdditions {
   bool only_equal_ids = false;              // other ids are left out instead of equal ones
 };
 
+// Whether logits of the sums are other numbers than those of the products, or not the same in both sums.
+inline bool changes_logits(const ContrastiveAdditions& additions) {
+  return additions.column_bias || additions.row_bias || additions.row_limit;
+}
+
 struct ContrastiveArgs {
   const at::Tensor& rows;
   const std::optional<at::Tensor>& columns;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "tile_math.h"
 
@@ -13,6 +14,8 @@
 #endif
 
 namespace ssl_kernels::cpu::packed {
+
+bool is_chosen_for_float32() { return isa() == Isa::kAvx512 || isa() == Isa::kAvx512Bf16; }
 
 void pack_transposed(const uint32_t* rows, int64_t ld, int64_t columns, int64_t depth, uint32_t* to) {
   const auto& math = tile_math<float>();  // which moves any bits
@@ -39,6 +42,10 @@ void pack_float32(const float* rows, int64_t ld, int64_t count, int64_t columns,
 namespace {
 
 constexpr int64_t kRows = 6, kDepth = 128;
+
+// log2(1 + t) / t for t in [-1/4, 1/2].
+constexpr int kLog2Terms = 6;
+constexpr float kLog2Series[kLog2Terms] = {1.44269163e+00f, -7.21170358e-01f, 4.81222781e-01f, -3.69515000e-01f, 2.95478579e-01f, -1.52775847e-01f};
 
 #define SSL_KERNELS_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 
@@ -87,34 +94,73 @@ SSL_KERNELS_TARGET void pack(const uint16_t* rows, int64_t ld, int64_t count, in
   }
 }
 
-template <bool kFactors>
+// log2(x) to about 1e-4 of itself, which is enough for what rounding took away.
+SSL_KERNELS_TARGET inline __m512 log2_of(__m512 x) {
+  const __m512 exponent = _mm512_getexp_ps(_mm512_mul_ps(x, _mm512_set1_ps(4 / 3.f)));
+  const __m512 t = _mm512_sub_ps(_mm512_scalef_ps(x, _mm512_sub_ps(_mm512_setzero_ps(), exponent)), _mm512_set1_ps(1));
+  __m512 p = _mm512_set1_ps(kLog2Series[kLog2Terms - 1]);
+  for (int k = kLog2Terms - 2; k >= 0; --k) p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(kLog2Series[k]));
+  return _mm512_fmadd_ps(p, t, exponent);
+}
+
+// One row's share of what is lost.
+struct LostSums {
+  __m512 coefficients, products;
+};
+
+template <bool kExponentials>
+SSL_KERNELS_TARGET inline void add_lost(LostSums& sums, __m512 exact, __m512i rounded, const float* values, __mmask16 mask,
+                                        __m512 inverse) {
+  const __m512 x = _mm512_maskz_loadu_ps(mask, values);
+  const __m512 nothing = _mm512_set1_ps(kExponentials ? 0.f : -std::numeric_limits<float>::infinity());
+  const __mmask16 counted = _mm512_mask_cmp_ps_mask(mask, x, nothing, _CMP_NEQ_UQ);
+  const __m512 logit = kExponentials ? log2_of(x) : x;
+  const __m512 rest = _mm512_mul_ps(_mm512_sub_ps(exact, _mm512_castsi512_ps(rounded)), inverse);
+  sums.coefficients = _mm512_mask_add_ps(sums.coefficients, counted, sums.coefficients, rest);
+  sums.products = _mm512_mask3_fmadd_ps(rest, logit, sums.products, counted);
+}
+
+template <bool kFactors, bool kExponentials>
 SSL_KERNELS_TARGET void round_rows(const float* c, int64_t ld, int64_t rows, int64_t columns, const float* row_factor,
                                    const float* column_factor, uint32_t* by_rows, int64_t ld_rows, uint32_t* by_columns,
-                                   int64_t ld_columns) {
+                                   int64_t ld_columns, const Lost& lost) {
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i pairs = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(kLanes)), 16));
+  const __m512i upper_half = _mm512_set1_epi32(static_cast<int>(0xffff0000));
   for (int64_t i = 0; i < rows; i += 2) {
     const bool two = i + 1 < rows;
     const float *upper = c + i * ld, *lower = upper + (two ? ld : 0);
     const __m512 first_factor = _mm512_set1_ps(kFactors ? row_factor[i] : 1.f);
     const __m512 second_factor = _mm512_set1_ps(kFactors && two ? row_factor[i + 1] : 1.f);
+    const float *upper_values = lost.values + i * lost.ld, *lower_values = upper_values + (two ? lost.ld : 0);
+    LostSums of_upper{_mm512_setzero_ps(), _mm512_setzero_ps()}, of_lower = of_upper;
     for (int64_t j = 0; j < columns; j += kLanes) {
-      const __mmask16 mask = first(columns - j);
-      __m512 even = _mm512_maskz_loadu_ps(mask, upper + j), odd = _mm512_maskz_loadu_ps(two ? mask : 0, lower + j);
+      const __mmask16 mask = first(columns - j), second = two ? mask : static_cast<__mmask16>(0);
+      __m512 even = _mm512_maskz_loadu_ps(mask, upper + j), odd = _mm512_maskz_loadu_ps(second, lower + j);
+      __m512 inverse = _mm512_set1_ps(1);
       if constexpr (kFactors) {
         const __m512 factor = _mm512_maskz_loadu_ps(mask, column_factor + j);
+        inverse = _mm512_maskz_loadu_ps(mask, lost.column_inverse + j);
         even = _mm512_mul_ps(even, _mm512_mul_ps(factor, first_factor));
         odd = _mm512_mul_ps(odd, _mm512_mul_ps(factor, second_factor));
       }
       const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
+      const __m512i units = _mm512_permutexvar_epi16(pairs, both);
+      add_lost<kExponentials>(of_upper, even, _mm512_slli_epi32(units, 16), upper_values + j, mask, inverse);
+      add_lost<kExponentials>(of_lower, odd, _mm512_and_si512(units, upper_half), lower_values + j, second, inverse);
       if (by_rows) {
-        const __mmask8 units = static_cast<__mmask8>(first((columns - j + 1) / 2));
+        const __mmask8 count = static_cast<__mmask8>(first((columns - j + 1) / 2));
         uint32_t* to = by_rows + i * ld_rows + j / 2;
-        _mm256_mask_storeu_epi32(to, units, _mm512_castsi512_si256(both));
-        if (two) _mm256_mask_storeu_epi32(to + ld_rows, units, _mm512_maskz_extracti64x4_epi64(0xff, both, 1));
+        _mm256_mask_storeu_epi32(to, count, _mm512_castsi512_si256(both));
+        if (two) _mm256_mask_storeu_epi32(to + ld_rows, count, _mm512_maskz_extracti64x4_epi64(0xff, both, 1));
       }
-      if (by_columns) _mm512_storeu_si512(by_columns + i / 2 * ld_columns + j, _mm512_permutexvar_epi16(pairs, both));
+      if (by_columns) _mm512_storeu_si512(by_columns + i / 2 * ld_columns + j, units);
     }
+    lost.coefficients[i] = _mm512_reduce_add_ps(of_upper.coefficients);
+    lost.products[i] = _mm512_reduce_add_ps(of_upper.products);
+    if (!two) continue;
+    lost.coefficients[i + 1] = _mm512_reduce_add_ps(of_lower.coefficients);
+    lost.products[i + 1] = _mm512_reduce_add_ps(of_lower.products);
   }
 }
 }  // namespace bfloat16
@@ -122,9 +168,9 @@ SSL_KERNELS_TARGET void round_rows(const float* c, int64_t ld, int64_t rows, int
 
 }  // namespace
 
-void multiply_float32(const Product& product) { float32::multiply(product); }
-
-void multiply_bfloat16(const Product& product) { bfloat16::multiply(product); }
+void multiply(bool in_bfloat16, const Product& product) {
+  (in_bfloat16 ? bfloat16::multiply : float32::multiply)(product);
+}
 
 void pack_bfloat16(const uint16_t* rows, int64_t ld, int64_t count, int64_t columns, uint32_t* to) {
   bfloat16::pack(rows, ld, count, columns, to);
@@ -132,18 +178,18 @@ void pack_bfloat16(const uint16_t* rows, int64_t ld, int64_t count, int64_t colu
 
 void round_to_bfloat16(const float* c, int64_t ld, int64_t rows, int64_t columns, const float* row_factor,
                        const float* column_factor, uint32_t* by_rows, int64_t ld_rows, uint32_t* by_columns,
-                       int64_t ld_columns) {
-  (row_factor ? bfloat16::round_rows<true> : bfloat16::round_rows<false>)(
-      c, ld, rows, columns, row_factor, column_factor, by_rows, ld_rows, by_columns, ld_columns);
+                       int64_t ld_columns, const Lost& lost) {
+  const auto round = row_factor ? (lost.exponentials ? bfloat16::round_rows<true, true> : bfloat16::round_rows<true, false>)
+                                : (lost.exponentials ? bfloat16::round_rows<false, true> : bfloat16::round_rows<false, false>);
+  round(c, ld, rows, columns, row_factor, column_factor, by_rows, ld_rows, by_columns, ld_columns, lost);
 }
 
 #else  // nothing asks for them: isa() is below kAvx512
 
-void multiply_float32(const Product&) { TORCH_INTERNAL_ASSERT(false); }
-void multiply_bfloat16(const Product&) { TORCH_INTERNAL_ASSERT(false); }
+void multiply(bool, const Product&) { TORCH_INTERNAL_ASSERT(false); }
 void pack_bfloat16(const uint16_t*, int64_t, int64_t, int64_t, uint32_t*) { TORCH_INTERNAL_ASSERT(false); }
 void round_to_bfloat16(const float*, int64_t, int64_t, int64_t, const float*, const float*, uint32_t*, int64_t, uint32_t*,
-                       int64_t) {
+                       int64_t, const Lost&) {
   TORCH_INTERNAL_ASSERT(false);
 }
 

@@ -33,8 +33,11 @@ struct Product {
   const float *row_factor = nullptr, *column_factor = nullptr;  // both or none
 };
 
-void multiply_float32(const Product& product);
-void multiply_bfloat16(const Product& product);
+// Of bfloat16 or of float32 units. On the instruction sets from kAvx512Bf16 or kAvx512 on (tile_math.h), as what follows.
+void multiply(bool in_bfloat16, const Product& product);
+
+// Whether float32 rows are packed here: not where AMX multiplies them (product_amx.h).
+bool is_chosen_for_float32();
 
 // Packs b whose columns are rows that lie as units, one after the other along the depth.
 void pack_transposed(const uint32_t* rows, int64_t ld, int64_t columns, int64_t depth, uint32_t* to);
@@ -45,11 +48,21 @@ void pack_float32(const float* rows, int64_t ld, int64_t count, int64_t columns,
 // Packs b (count, columns), bfloat16: a unit is two numbers of the same column. ceil(count / 2) units deep.
 void pack_bfloat16(const uint16_t* rows, int64_t ld, int64_t count, int64_t columns, uint32_t* to);
 
+// What coefficients lose by rounding, times the logits they belong to: with it a gradient of the logits' scale is as it was.
+struct Lost {
+  const float* values;  // logits, or their exponentials, base 2
+  int64_t ld;
+  bool exponentials;
+  const float* column_inverse;  // 1 / column_factor, null where there are no factors
+  // sum_j (c_ij - rounded_ij) and the same times logit_ij, in units of row_factor_i; logits of -inf count nothing.
+  float *coefficients, *products;
+};
+
 // The bfloat16 numbers nearest to c_ij * row_factor_i * column_factor_j as left operands. by_rows: unit (i, k) holds columns
 // 2k and 2k + 1 of row i. by_columns: unit (j, k) holds rows 2k and 2k + 1 of column j, at by_columns[k * ld_columns + j].
 // Either may be null; both are written up to the next even number of rows and columns, and by_columns to whole vectors.
 void round_to_bfloat16(const float* c, int64_t ld, int64_t rows, int64_t columns, const float* row_factor,
                        const float* column_factor, uint32_t* by_rows, int64_t ld_rows, uint32_t* by_columns,
-                       int64_t ld_columns);
+                       int64_t ld_columns, const Lost& lost);
 
 }  // namespace ssl_kernels::cpu::packed

@@ -1,28 +1,16 @@
 #include "product.h"
 
-#include <ATen/native/CPUBlas.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cstring>
 
+#include "packed.h"
 #include "product_amx.h"
 #include "tile_math.h"
 
 namespace ssl_kernels::cpu {
 namespace {
-
-// torch refuses where its oneDNN or the processor lacks the kernels: ask it once.
-bool has_brgemm() {
-  if (isa() < Isa::kAvx512) return false;
-  const float a = 2, b = 3;
-  float c = 0;
-  try {
-    at::native::cpublas::brgemm(1, 1, 1, 1, 1, 1, false, &a, &b, &c, /*is_vnni=*/false);
-  } catch (const c10::Error&) {
-    return false;
-  }
-  return c == 6;
-}
 
 #if defined(__x86_64__) && defined(__GNUC__)
 // c in strips of kRows x 16, whose 12 vectors of sums stay in registers along the depth: a step of it reads 2 vectors of b
@@ -111,14 +99,25 @@ SSL_KERNELS_TARGET void multiply(int64_t m, int64_t n, int64_t k, const float* a
 using Multiply = void (*)(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* b, int64_t ld_b,
                           float* c, int64_t ld_c, bool add);
 
-void multiply_by_brgemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* b, int64_t ld_b,
-                        float* c, int64_t ld_c, bool add) {
-  at::native::cpublas::brgemm(m, n, k, ld_a, ld_b, ld_c, add, a, b, c, /*is_vnni=*/false);
+namespace avx512 {
+// A panel of b at a time, packed for all rows of a.
+void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* b, int64_t ld_b, float* c,
+              int64_t ld_c, bool add) {
+  constexpr int64_t kDepth = 128;
+  alignas(64) uint32_t panel[kDepth * packed::kPanel];
+  for (int64_t depth = 0; depth < k; depth += kDepth)
+    for (int64_t column = 0; column < n; column += packed::kPanel) {
+      const int64_t steps = std::min(kDepth, k - depth), width = std::min(packed::kPanel, n - column);
+      packed::pack_float32(b + depth * ld_b + column, ld_b, steps, width, panel);
+      packed::multiply(/*in_bfloat16=*/false, {m, width, steps, reinterpret_cast<const uint32_t*>(a + depth), ld_a, 1, panel,
+                                               c + column, ld_c, add || depth > 0});
+    }
 }
+}  // namespace avx512
 
 Multiply chosen() {
   static const Multiply multiply = [] -> Multiply {
-    if (has_brgemm()) return multiply_by_brgemm;
+    if (isa() >= Isa::kAvx512) return avx512::multiply;
 #if defined(__x86_64__) && defined(__GNUC__)
     if (isa() >= Isa::kAvx2) return avx2::multiply;
 #endif

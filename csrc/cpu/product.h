@@ -2,10 +2,9 @@
 // fast as large ones.
 //   AMX: product_amx.cpp splits float32 numbers into bfloat16 ones, for products large enough to repay it. One core of an
 //     Intel Xeon runs 220 to 300 GFLOP/s at tiles of 128 to 256 rows, oneDNN's kernels 180.
-//   AVX-512: oneDNN's batch-reduce kernels, which torch carries ("brgemm"): code made for one shape and kept by the thread
-//     that asked (0.1 ms and 20 KB a shape).
-//   AVX2, or where torch's oneDNN has none: strips of 6 x 16 in product.cpp. One core of an AMD EPYC (Zen 3) runs 93 to 97
-//     GFLOP/s at tiles of 64 to 512 rows, and torch.mm of the same shapes 66 to 89.
+//   AVX-512: packed.h, a panel of the right operand packed at a time. What multiplies many tiles packs them once, itself.
+//   AVX2: strips of 6 x 16 in product.cpp. One core of an AMD EPYC (Zen 3) runs 93 to 97 GFLOP/s at tiles of 64 to 512
+//     rows, and torch.mm of the same shapes 66 to 89.
 // Everything else goes to that BLAS.
 #pragma once
 

@@ -43,6 +43,8 @@ constexpr double kNormEpsilon = 1e-12;  // as F.normalize
 // product of two reciprocal norms, which enters the coefficients, may not bring these near the ends of float32's range.
 constexpr double kLengths = 1 << 20;
 
+inline bool is_in_range(double length) { return length == 0 || (length > 1 / kLengths && length < kLengths); }
+
 // Rows in acc_t, normalised or as they are, and what came of it.
 struct Rows {
   at::Tensor values;  // (N, D) acc_t, contiguous
@@ -55,6 +57,13 @@ struct Rows {
 
 // exp2_of hands on a NaN only where the low bits of its payload are 0, as they are in this one.
 inline double without_payload(double x) { return std::isnan(x) ? std::numeric_limits<double>::quiet_NaN() : x; }
+
+// `rows`, to be multiplied in float32 if so. Of logits that are all 0, as with a scale of 0, or that are more than products, what
+// coefficients lose by rounding cannot be told.
+inline Rows in_float32_if(Rows rows, bool wanted) {
+  if (wanted) rows.units = at::Tensor();
+  return rows;
+}
 
 inline int64_t rows_per_task(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)); }
 
@@ -115,7 +124,7 @@ Rows load_rows(const at::Tensor& x, bool normalize, const at::Tensor* more = nul
         char* to = units + i * stride * sizeof(int32_t);
         std::memcpy(to, row_of(i), d * sizeof(scalar_t));
         std::memset(to + d * sizeof(scalar_t), 0, stride * sizeof(int32_t) - d * sizeof(scalar_t));
-        if (!(row.length == 0 || (row.length > 1 / kLengths && row.length < kLengths))) in_range = false;
+        if (!is_in_range(row.length)) in_range = false;
       }
       if (normalize) rnorm[i] = static_cast<acc_t>(row.rnorm);
     }

@@ -64,6 +64,11 @@ class Problem : public Tiles<acc_t> {
     this->for_each(columns_wanted ? Owned::kBoth : Owned::kRows, [&](int64_t block_i, int64_t block_j, int thread) {
       const Tile<acc_t> tile = this->scratch(block_i, block_j, thread);
       this->multiply(tile, static_cast<acc_t>(scale * kLog2E));
+      Logits<acc_t> logits{tile, false, 1 / (scale * kLog2E), 0};
+      if (gradient && this->in_bfloat16) {
+        logits.tile = this->second_scratch(block_i, block_j, thread);
+        std::copy_n(tile.s, tile.i.size * tile.ld, logits.tile.s);
+      }
 
       // Positive pairs: an entry of -inf adds nothing to any sum.
       const int64_t i0 = tile.i.begin, j0 = tile.j.begin;
@@ -95,7 +100,7 @@ class Problem : public Tiles<acc_t> {
         pass.grad_bias[i] += coefficient;
       }
       if (gradient)
-        this->add(rows_wanted ? &of_rows : nullptr, columns_wanted ? &of_columns : nullptr, tile, thread, /*part=*/0);
+        this->add(rows_wanted ? &of_rows : nullptr, columns_wanted ? &of_columns : nullptr, tile, logits, thread, /*part=*/0);
     });
     if (rows_wanted) pass.grad_rows = of_rows.result();
     if (columns_wanted) pass.grad_columns = of_columns.result();
@@ -110,7 +115,7 @@ class Problem : public Tiles<acc_t> {
 
 template <class scalar_t, class acc_t>
 Problem<acc_t> make_problem(const SigmoidPairsArgs& args) {
-  return {load_rows<scalar_t, acc_t>(args.rows, args.normalize_rows),
+  return {in_float32_if(load_rows<scalar_t, acc_t>(args.rows, args.normalize_rows), *args.scale.const_data_ptr<acc_t>() == 0),
           load_rows<scalar_t, acc_t>(args.columns, args.normalize_columns), args};
 }
 
@@ -137,7 +142,7 @@ SigmoidPairsBwd gradients(Problem<acc_t>& problem, const SigmoidPairsArgs& args,
   const InputGradient by_rows = finish(rows_wanted, pass.grad_rows, problem.rows);
   const InputGradient by_columns = finish(columns_wanted, pass.grad_columns, problem.columns);
   return {args.rows_need_grad ? by_rows.values : at::empty({0}, storage), by_columns.values,
-          at::scalar_tensor(rows_wanted ? by_rows.dots : by_columns.dots, acc),
+          at::scalar_tensor((rows_wanted ? by_rows.dots : by_columns.dots) + problem.lost_dots(), acc),
           at::scalar_tensor(sum_of(pass.grad_bias), acc)};
 }
 

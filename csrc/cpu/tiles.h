@@ -1,10 +1,10 @@
 // The loop that every loss over pairs of rows runs: x^ . y^T cut into tiles, one product each, in a scratch a
 // thread. What is made of a tile is the loss's own: its visit(block_i, block_j, thread) calls scratch and multiply,
 // and adds up what belongs to the tile's rows and columns. N x M never exists.
-// Products are packed products (packed.h) of bfloat16 rows where the processor multiplies bfloat16 numbers: of the rows as they
-// came, whose products are exact in float32 and take the reciprocal norms as factors afterwards. Coefficients take these
-// factors as well and are rounded to bfloat16 once, with a relative error of 2^-8 each.
-// Others are small products (product.h) where these run: they want their right operand as it is read, so the
+// Products are packed products (packed.h) on AVX-512. Where the processor multiplies bfloat16 numbers, those of bfloat16 rows are
+// made of the rows as they came: exact in float32, they take the reciprocal norms as factors afterwards. Coefficients take
+// these factors as well and are rounded to bfloat16 once, with a relative error of 2^-8 each.
+// On others they are small products (product.h) where these run: they want their right operand as it is read, so the
 // columns are kept transposed as well (M*D more), and what a backward adds to columns is summed up transposed.
 #pragma once
 
@@ -55,6 +55,15 @@ struct Tile {
   acc_t* s;
   int64_t ld;
   acc_t& at(int64_t row, int64_t column) const { return s[(row - i.begin) * ld + column - j.begin]; }
+};
+
+// The logits that the coefficients of a tile are made of: factor * (entry + shift), or with the entry's logarithm, base 2, where
+// these are exponentials. Read where products are in bfloat16.
+template <class acc_t>
+struct Logits {
+  Tile<acc_t> tile;
+  bool exponentials;
+  double factor, shift;
 };
 
 // The rows of `values` block by block, each block transposed: (blocks, D, blocks.size), the ragged end unset.
@@ -142,6 +151,7 @@ class Tiles {
         m(this->columns.values.size(0)),
         d(rows.values.size(1)),
         in_bfloat16(rows.units.defined() && this->columns.units.defined()),
+        packs_(in_bfloat16 || (std::is_same_v<acc_t, float> && packed::is_chosen_for_float32())),
         threads(std::max(n, m) > (square && in_parts && has_small_products<acc_t>() ? kOneThread / 2 : kOneThread)
                     ? at::get_num_threads()
                     : 1),
@@ -151,7 +161,14 @@ class Tiles {
                   : 1),
         row_blocks(cut(n, parts > 1 && !square ? 1 : ways())),
         column_blocks(square ? row_blocks : cut(m, ways())),
-        scratch_(pooled({threads, row_blocks.size, column_blocks.size + kPadding}, rows.values.options())) {}
+        scratch_(pooled({in_bfloat16 ? 2 * threads : threads, row_blocks.size, column_blocks.size + kPadding},
+                        rows.values.options())),
+        lost_(threads, 0.) {}
+
+  // A second tile in the thread's scratch, where products are in bfloat16: for the coefficients, beside the logits.
+  Tile<acc_t> second_scratch(int64_t block_i, int64_t block_j, int thread) const {
+    return scratch(block_i, block_j, static_cast<int>(threads) + thread);
+  }
 
   // The tile in the thread's scratch.
   Tile<acc_t> scratch(int64_t block_i, int64_t block_j, int thread) const {
@@ -163,7 +180,7 @@ class Tiles {
 
   // Makes what `multiply` and `add` to sums of either kind need. Before the loop.
   void prepare(bool to_multiply, bool to_add_to_rows, bool to_add_to_columns) {
-    if (in_bfloat16) return pack(to_multiply, to_add_to_rows, to_add_to_columns);
+    if (packs_) return pack(to_multiply, to_add_to_rows, to_add_to_columns);
     if (!has_small_products<acc_t>()) return;
     if (to_multiply || (to_add_to_columns && square && !flips()))
       columns_transposed_ = transposed_blocks<acc_t>(columns.values, column_blocks);
@@ -183,8 +200,8 @@ class Tiles {
 
   // Fills a tile with <x^_i, y^_j>, all pairs.
   void multiply(const Tile<acc_t>& tile) const {
-    if (in_bfloat16)
-      multiply_in_bfloat16(tile);
+    if (packs_)
+      multiply_packed(tile);
     else if (has_small_products<acc_t>())
       multiply_small<acc_t>(tile.i.size, tile.j.size, d, row(rows, tile.i), d, block(columns_transposed_, tile.j),
                             column_blocks.size, tile.s, tile.ld, false);
@@ -201,10 +218,21 @@ class Tiles {
 
   // of_rows_i += sum_j c_ij y^_j and of_columns_j += sum_i c_ij x^_i for the coefficients c of a tile, each unless it is null;
   // in bfloat16 these are rnorm_i and rnorm_j times that. In the square case both may be the same.
-  void add(RowSums<acc_t>* of_rows, RowSums<acc_t>* of_columns, const Tile<acc_t>& c, int thread, int part) const {
-    if (in_bfloat16) return add_in_bfloat16(of_rows, of_columns, c, thread, part);
+  void add(RowSums<acc_t>* of_rows, RowSums<acc_t>* of_columns, const Tile<acc_t>& c, const Logits<acc_t>& logits, int thread,
+           int part) {
+    if (packs_) return add_packed(of_rows, of_columns, c, logits, thread, part);
     if (of_rows) add_to_rows(*of_rows, c, part);
     if (of_columns) add_to_columns(*of_columns, c, part);
+  }
+
+  bool packs() const { return packs_; }
+
+  // What the row dots <x^_i, sum_j c_ij y^_j>, added up, lack since the coefficients were rounded: those of the rows, or of the
+  // columns, and in the square case of both.
+  double lost_dots() const {
+    double sum = 0;
+    for (double of_thread : lost_) sum += of_thread;
+    return sum;
   }
 
   // Visits every tile (square: on and above the diagonal), no two at once that share what is `owned`; the square
@@ -234,6 +262,11 @@ class Tiles {
   const Rows rows, columns;
   const int64_t n, m, d;
   const bool in_bfloat16;  // products are; and sums have the reciprocal norms of their rows in them
+
+ private:
+  const bool packs_;  // right operands are packed (packed.h)
+
+ public:
   const int64_t threads;  // 1: outside a parallel region, where the BLAS has the others
   const int64_t parts;    // in which for_each_in_parts visits the tiles
   const Blocks row_blocks, column_blocks;
@@ -247,7 +280,7 @@ class Tiles {
   }
   // Where rows and columns are few, transposing the coefficients moves less than transposing rows and sums.
   bool flips() const { return (threads == 1 || (square && parts > 1)) && has_small_products<acc_t>(); }
-  bool transposes_sums() const { return !in_bfloat16 && has_small_products<acc_t>() && !flips(); }
+  bool transposes_sums() const { return !packs_ && has_small_products<acc_t>() && !flips(); }
 
   void add_to_rows(RowSums<acc_t>& sums, const Tile<acc_t>& c, int part) const {
     const bool add = sums.begin_rows(c.i, part);
@@ -272,75 +305,96 @@ class Tiles {
     }
   }
 
-  static int64_t pairs(int64_t n) { return (n + 1) / 2; }
-  int64_t rounded_ld() const { return pairs(column_blocks.size) + kPadding; }
+  // Units of so many numbers that lie next to each other along the depth.
+  int64_t units(int64_t numbers) const { return in_bfloat16 ? (numbers + 1) / 2 : numbers; }
+  int64_t rounded_ld() const { return units(column_blocks.size) + kPadding; }
+  const at::Tensor& left(const Rows& of) const { return in_bfloat16 ? of.units : of.values; }
 
-  // Blocks of bfloat16 rows as right operands (packed.h): `across`, of products whose columns they are, in pairs of features;
-  // else, of products that add them up, in pairs of rows.
+  // Blocks of rows as right operands (packed.h): `across`, of products whose columns they are; else of products that add
+  // them up.
   at::Tensor packed_blocks(const Rows& of, const Blocks& blocks, bool across) const {
-    const int64_t ld = of.units.stride(0), full = packed_size(blocks, across);
-    at::Tensor result = pooled({blocks.count(), full}, of.units.options());
-    const uint32_t* from = units_of(of.units);
+    const at::Tensor& source = left(of);
+    const int64_t ld = source.stride(0);
+    const int64_t full = across ? packed::size_of(units(d), blocks.size) : packed::size_of(units(blocks.size), d);
+    at::Tensor result = pooled({blocks.count(), full}, source.options());
     uint32_t* to = units_of(result);
     at::parallel_for(0, blocks.count(), std::max<int64_t>(1, 32768 / (blocks.size * d)), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        const uint32_t* here = from + blocks[b].begin * ld;
+        const uint32_t* from = units_of(source) + blocks[b].begin * ld;
         if (across)
-          packed::pack_transposed(here, ld, blocks[b].size, pairs(d), to + b * full);
+          packed::pack_transposed(from, ld, blocks[b].size, units(d), to + b * full);
+        else if (in_bfloat16)
+          packed::pack_bfloat16(reinterpret_cast<const uint16_t*>(from), 2 * ld, blocks[b].size, d, to + b * full);
         else
-          packed::pack_bfloat16(reinterpret_cast<const uint16_t*>(here), 2 * ld, blocks[b].size, d, to + b * full);
+          packed::pack_float32(reinterpret_cast<const float*>(from), ld, blocks[b].size, d, to + b * full);
       }
     });
     return result;
   }
-  int64_t packed_size(const Blocks& blocks, bool across) const {
-    return across ? packed::size_of(pairs(d), blocks.size) : packed::size_of(pairs(blocks.size), d);
-  }
   static uint32_t* units_of(const at::Tensor& units) { return static_cast<uint32_t*>(units.mutable_data_ptr()); }
+  static const uint32_t* block_of(const at::Tensor& packed, int64_t index) {
+    return units_of(packed) + index * packed.stride(0);
+  }
 
   void pack(bool to_multiply, bool to_add_to_rows, bool to_add_to_columns) {
     if (to_multiply) columns_across_ = packed_blocks(columns, column_blocks, true);
     if (to_add_to_rows) columns_along_ = packed_blocks(columns, column_blocks, false);
     if (to_add_to_columns)
       rows_along_ = square && to_add_to_rows ? columns_along_ : packed_blocks(rows, row_blocks, false);
+    if (!in_bfloat16) return;
     if (to_add_to_rows || to_add_to_columns)
-      rounded_ = pooled({threads, row_blocks.size * rounded_ld() + pairs(row_blocks.size) * column_blocks.size},
+      rounded_ = pooled({threads, row_blocks.size * rounded_ld() + units(row_blocks.size) * column_blocks.size},
                         rows.units.options());
     row_factor_ = rows.rnorm;
     column_factor_ = columns.rnorm;
-    if (row_factor_.numel() == column_factor_.numel()) return;
+    if (row_factor_.numel() == 0 && column_factor_.numel() == 0) return;
     if (row_factor_.numel() == 0) row_factor_ = at::ones({n}, rows.values.options());
     if (column_factor_.numel() == 0) column_factor_ = at::ones({m}, rows.values.options());
+    column_inverse_.resize(m);
+    for (int64_t j = 0; j < m; ++j) column_inverse_[j] = 1 / column_factor_.template const_data_ptr<float>()[j];
   }
   const float* factor_of(const at::Tensor& factor, Block block) const {
-    return factor.numel() ? factor.template const_data_ptr<float>() + block.begin : nullptr;
+    return factor.defined() && factor.numel() ? factor.template const_data_ptr<float>() + block.begin : nullptr;
   }
 
-  void multiply_in_bfloat16(const Tile<acc_t>& tile) const {
+  void multiply_packed(const Tile<acc_t>& tile) const {
     if constexpr (std::is_same_v<acc_t, float>) {
-      const int64_t ld = rows.units.stride(0);
-      packed::multiply_bfloat16({tile.i.size, tile.j.size, pairs(d), units_of(rows.units) + tile.i.begin * ld, ld, 1,
-                                 units_of(columns_across_) + index(column_blocks, tile.j) * columns_across_.stride(0),
-                                 tile.s, tile.ld, false, factor_of(row_factor_, tile.i), factor_of(column_factor_, tile.j)});
+      const int64_t ld = left(rows).stride(0);
+      packed::multiply(in_bfloat16, {tile.i.size, tile.j.size, units(d), units_of(left(rows)) + tile.i.begin * ld, ld, 1,
+                                     block_of(columns_across_, index(column_blocks, tile.j)), tile.s, tile.ld, false,
+                                     factor_of(row_factor_, tile.i), factor_of(column_factor_, tile.j)});
     }
   }
 
-  void add_in_bfloat16(RowSums<acc_t>* of_rows, RowSums<acc_t>* of_columns, const Tile<acc_t>& c, int thread, int part) const {
+  void add_packed(RowSums<acc_t>* of_rows, RowSums<acc_t>* of_columns, const Tile<acc_t>& c, const Logits<acc_t>& logits,
+                  int thread, int part) {
     if constexpr (std::is_same_v<acc_t, float>) {
-      uint32_t* const by_rows = units_of(rounded_) + thread * rounded_.stride(0);
-      uint32_t* const by_columns = by_rows + row_blocks.size * rounded_ld();
-      const int64_t ld_columns = column_blocks.size;
-      packed::round_to_bfloat16(c.s, c.ld, c.i.size, c.j.size, factor_of(row_factor_, c.i), factor_of(column_factor_, c.j),
-                                of_rows ? by_rows : nullptr, rounded_ld(), of_columns ? by_columns : nullptr, ld_columns);
+      const uint32_t *by_rows = reinterpret_cast<const uint32_t*>(c.s), *by_columns = by_rows;
+      int64_t ld_rows = c.ld, ld_columns = c.ld;
+      if (in_bfloat16) {
+        uint32_t* const to_rows = units_of(rounded_) + thread * rounded_.stride(0);
+        uint32_t* const to_columns = to_rows + row_blocks.size * rounded_ld();
+        by_rows = to_rows, by_columns = to_columns, ld_rows = rounded_ld(), ld_columns = column_blocks.size;
+        float coefficients[kLargestTile], products[kLargestTile];
+        const float *row_factor = factor_of(row_factor_, c.i), *column_factor = factor_of(column_factor_, c.j);
+        packed::round_to_bfloat16(c.s, c.ld, c.i.size, c.j.size, row_factor, column_factor, of_rows ? to_rows : nullptr,
+                                  ld_rows, of_columns ? to_columns : nullptr, ld_columns,
+                                  {logits.tile.s, logits.tile.ld, logits.exponentials,
+                                   column_factor ? column_inverse_.data() + c.j.begin : nullptr, coefficients, products});
+        double lost = 0;
+        for (int64_t k = 0; k < c.i.size; ++k)
+          lost += (products[k] + logits.shift * coefficients[k]) / (row_factor ? row_factor[k] : 1);
+        lost_[thread] += (square && of_columns ? 2 : 1) * logits.factor * lost;
+      }
       if (of_rows)
-        packed::multiply_bfloat16({c.i.size, d, pairs(c.j.size), by_rows, rounded_ld(), 1,
-                                   units_of(columns_along_) + index(column_blocks, c.j) * columns_along_.stride(0),
-                                   of_rows->of_rows(c.i, part), d, of_rows->begin_rows(c.i, part)});
+        packed::multiply(in_bfloat16, {c.i.size, d, units(c.j.size), by_rows, ld_rows, 1,
+                                       block_of(columns_along_, index(column_blocks, c.j)), of_rows->of_rows(c.i, part), d,
+                                       of_rows->begin_rows(c.i, part)});
       const int own = of_columns && of_columns->values.size(0) > 1 ? part : 0;
       if (of_columns)
-        packed::multiply_bfloat16({c.j.size, d, pairs(c.i.size), by_columns, 1, ld_columns,
-                                   units_of(rows_along_) + index(row_blocks, c.i) * rows_along_.stride(0),
-                                   of_columns->of_rows(c.j, own), d, of_columns->begin_rows(c.j, own)});
+        packed::multiply(in_bfloat16, {c.j.size, d, units(c.i.size), by_columns, 1, ld_columns,
+                                       block_of(rows_along_, index(row_blocks, c.i)), of_columns->of_rows(c.j, own), d,
+                                       of_columns->begin_rows(c.j, own)});
     }
   }
   static int64_t index(const Blocks& blocks, Block block) { return block.begin / blocks.size; }
@@ -367,8 +421,10 @@ class Tiles {
   }
 
   at::Tensor scratch_, columns_transposed_, rows_transposed_, flipped_;
-  // Where products are made in bfloat16: see packed_blocks; coefficients of a thread; reciprocal norms.
+  // Where right operands are packed: see packed_blocks. In bfloat16: coefficients of a thread; reciprocal norms.
   at::Tensor columns_across_, columns_along_, rows_along_, rounded_, row_factor_, column_factor_;
+  std::vector<float> column_inverse_;
+  std::vector<double> lost_;  // see lost_dots; of each thread
 };
 
 }  // namespace ssl_kernels::cpu

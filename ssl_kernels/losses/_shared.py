@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ssl_kernels.backends import choose_backend
+from ssl_kernels.backends import MULTIPLIES_BFLOAT16, choose_backend
 from ssl_kernels.ops.library import accumulation_dtype, savable
 
 
@@ -100,10 +100,11 @@ def minus_log_sigmoid(logit):
 def rows_for_several(x, backend, caller):
     """x for several operators that differentiate by it: autograd adds their gradients before it rounds them once.
 
-    That is x in the accumulation dtype. Kernels of a GPU get narrow rows as they are, since the products of wide ones
-    take several times as long: there each gradient is rounded.
+    That is x in the accumulation dtype. Kernels of a GPU get narrow rows as they are, and so do those of a CPU that
+    multiplies bfloat16 numbers, since the products of wide ones take several times as long: each gradient is rounded.
     """
-    if x.is_cuda and choose_backend("contrastive", backend, caller, x) in ("native", "triton"):
+    narrow = x.is_cuda or (x.dtype == torch.bfloat16 and MULTIPLIES_BFLOAT16 and x.device.type == "cpu")
+    if narrow and choose_backend("contrastive", backend, caller, x) in ("native", "triton"):
         return x
     return x.to(accumulation_dtype(x))
 

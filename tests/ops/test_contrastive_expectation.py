@@ -1,9 +1,11 @@
 """The expectation that `contrastive` keeps where the columns need no gradient: values, backward, what is saved."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -80,7 +82,10 @@ def check_against_float64(backend, call):
         assert error <= FACTOR * plain_errors[name] + rounding_floor(call, name, sums), name
     length = same_dtype.columns.double().norm(dim=1).max().item()
     largest = 1.0 if call.normalize_columns else max(1.0, length)
-    tolerance = 4 * rounding_floor(same_dtype, "grad_scale", sums) * largest
+    rounded = (
+        torch.finfo(torch.bfloat16).eps / 2 if call.rows.dtype == torch.bfloat16 else 0
+    )  # the exponentials
+    tolerance = (4 * rounding_floor(same_dtype, "grad_scale", sums) + rounded) * largest
     torch.testing.assert_close(results[5].double(), exact_expectation(same_dtype), rtol=0, atol=tolerance)
 
 
@@ -351,3 +356,36 @@ def test_native_backward_refuses_a_foreign_expectation():
     for kept in (results[5][:5], results[5].double()):
         with pytest.raises(RuntimeError, match="kept must be what contrastive_fwd returned"):
             backward("native", call, [*results[:5], kept])
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("temperature", [0.05, 0.2])
+def test_bfloat16_softmax_near_its_target(normalize, temperature):
+    """What is left of E and the positive where they are nearly the same: row by row, as near as plain bfloat16."""
+    columns = random_rows(200, 64, torch.bfloat16, seed=1)
+    rows = columns[:150] + 0.3 * random_rows(150, 64, torch.bfloat16, seed=2)
+    if not normalize:
+        columns, rows = (F.normalize(each.float()).bfloat16() for each in (columns, rows))
+    positives, flags = torch.arange(150), {"normalize_rows": normalize, "normalize_columns": normalize}
+
+    def gradient(run, dtype):
+        x = rows.to(dtype).requires_grad_()
+        scale = torch.tensor(
+            1 / temperature, dtype=torch.float64 if dtype == torch.float64 else torch.float32
+        )
+        lse, _, positive = run(x, columns.to(dtype), scale, positives=positives, **flags)
+        return torch.autograd.grad((lse - positive).sum(), x)[0].double()
+
+    def plain(x, y, scale, **_):
+        x, y = (F.normalize(x), F.normalize(y)) if normalize else (x, y)
+        logits = x @ y.T * scale.to(x.dtype)
+        return logits.logsumexp(1), None, logits.diagonal()
+
+    truth = gradient(reference, torch.float64)
+    size = truth.norm(dim=1)
+
+    def error(found):
+        return ((found - truth).norm(dim=1) / size).max().item()
+
+    found = error(gradient(functools.partial(contrastive, backend="native"), torch.bfloat16))
+    assert found <= min(0.1, error(gradient(plain, torch.bfloat16)))
