@@ -10,16 +10,20 @@ from torch import nn
 from ssl_kernels import backends
 from ssl_kernels.checks import can_be_read, is_number, is_whole, short
 from ssl_kernels.nn.counters import after_apply
+from ssl_kernels.nn.shards import (
+    PLAIN,
+    check_not_in_forward,
+    is_sharded,
+    local_of,
+    locals_of,
+    placed_as,
+    reshard,
+)
+from ssl_kernels.nn.wrapped import parts_of, tensors_of, unwrapped
 from ssl_kernels.ops.momentum_update import HALF, momentum_update_
 
 BUFFER_POLICIES = ("copy", "average")
 AVERAGED = (torch.float64, torch.float32, *HALF, torch.complex128, torch.complex64, torch.complex32)
-PLAIN = (torch.Tensor, nn.Parameter)
-WRAPPED = (
-    "_orig_mod",
-    "_checkpoint_wrapped_module",
-    "_fsdp_wrapped_module",
-)  # a wrapper's name of what it wraps
 
 
 def cosine_momentum(step, steps, base):
@@ -74,7 +78,7 @@ class MomentumEncoder(nn.Module):
         if buffers not in BUFFER_POLICIES:
             raise ValueError(f'MomentumEncoder: buffers must be "copy" or "average", got {buffers!r}')
         backends.check_name("MomentumEncoder", backend)
-        module = _unwrapped(module)
+        module = unwrapped(module)
         _check_can_be_copied(module)
         self.momentum = float(momentum)
         self.steps = None if steps is None else int(steps)
@@ -126,19 +130,19 @@ class MomentumEncoder(nn.Module):
         _check_momentum(self.momentum if momentum is None else momentum)
         if not torch.compiler.is_compiling():
             for each in (self, module):
-                _reshard(each)
-                _check_not_in_forward(each)
+                reshard(each)
+                check_not_in_forward(each)
         parameters, buffers, averaged, masters = self._settle()
-        given_parameters, given_buffers = _tensors(module)
+        given_parameters, given_buffers = tensors_of(module)
         _check_parameters(parameters, given_parameters)
         given = given_parameters | given_buffers
         if not torch.compiler.is_compiling():
             _check_tensors(parameters | buffers, given, averaged)
         devices = {master.device: master for master in masters.values()}
         for master in devices.values():
-            backends.choose_backend("momentum_update", self.backend, "MomentumEncoder", _local(master))
+            backends.choose_backend("momentum_update", self.backend, "MomentumEncoder", local_of(master))
         like = given | buffers | parameters
-        sources = {name: _placed_as(tensor, like[name]) for name, tensor in given.items()}
+        sources = {name: placed_as(tensor, like[name]) for name, tensor in given.items()}
         if _shapes(buffers) != _shapes(given_buffers):
             parameters, buffers = self._take_over_buffers(module, buffers, given_buffers)
             averaged = self._averaged(parameters, buffers)
@@ -152,8 +156,8 @@ class MomentumEncoder(nn.Module):
             self._update_masters(here, averaged, sources, momentum)
         wide = [name for name in averaged if name not in masters]
         if wide:
-            averages = _as_real(_locals([averaged[name] for name in wide]))
-            targets = [_local(sources[name]).to(averaged[name].dtype) for name in wide]
+            averages = _as_real(locals_of([averaged[name] for name in wide]))
+            targets = [local_of(sources[name]).to(averaged[name].dtype) for name in wide]
             weight = 1 - momentum
             if isinstance(weight, torch.Tensor):
                 kinds = {(average.dtype, average.device): average for average in averages}
@@ -162,7 +166,7 @@ class MomentumEncoder(nn.Module):
             torch._foreach_lerp_(averages, _as_real(targets), weight)
         for name, tensor in (parameters | buffers).items():
             if name not in averaged:
-                _local(tensor).copy_(_local(sources[name]))
+                local_of(tensor).copy_(local_of(sources[name]))
         self.update_count.add_(1)
         return self
 
@@ -183,8 +187,8 @@ class MomentumEncoder(nn.Module):
 
     def _update_masters(self, masters, averaged, sources, momentum):
         """Move masters of one device, by name, and the half-precision averages that are rounded from them."""
-        own = _locals(masters.values())
-        averages = _locals([averaged[name] for name in masters])
+        own = locals_of(masters.values())
+        averages = locals_of([averaged[name] for name in masters])
         # An average of another layout than its master is updated in a copy.
         shadows = [
             average
@@ -192,7 +196,7 @@ class MomentumEncoder(nn.Module):
             else torch.empty_like(master, dtype=average.dtype).copy_(average)
             for average, master in zip(averages, own, strict=True)
         ]
-        targets = _locals([sources[name] for name in masters])
+        targets = locals_of([sources[name] for name in masters])
         targets = [target if target.dtype in HALF else target.float() for target in targets]
         if isinstance(momentum, torch.Tensor):
             momentum = momentum.to(own[0].device)
@@ -216,7 +220,7 @@ class MomentumEncoder(nn.Module):
 
         The copy alone may have been cast, moved or sharded since.
         """
-        parameters, buffers = _tensors(self.module)
+        parameters, buffers = tensors_of(self.module)
         averaged = self._averaged(parameters, buffers)
         masters = self._masters(averaged)
         if not torch.compiler.is_compiling():
@@ -237,13 +241,13 @@ class MomentumEncoder(nn.Module):
                 if tensor.dtype in HALF:
                     value = values.get(name, tensor)
                     value = value if value.shape == tensor.shape else tensor
-                    value = _placed_as(value.detach(), tensor).float()
+                    value = placed_as(value.detach(), tensor).float()
                     masters.register_buffer(str(i), value)
         object.__setattr__(self, "masters", masters)
 
     def _take_over_buffers(self, module, buffers, given):
         """Give the copy the buffers of `module` that have another shape there, came or went."""
-        own_parts, given_parts = _parts(self.module), _parts(module)
+        own_parts, given_parts = parts_of(self.module), parts_of(module)
         changed = [
             name for name in {**buffers, **given} if _shapes(buffers).get(name) != _shapes(given).get(name)
         ]
@@ -258,7 +262,7 @@ class MomentumEncoder(nn.Module):
                 like = buffers.get(name, given[name])
                 device = like.device if name in buffers else self.update_count.device
                 new[name] = torch.empty_like(given[name], dtype=like.dtype, device=device).copy_(given[name])
-        masters = self._masters(self._averaged(_tensors(self.module)[0], buffers))
+        masters = self._masters(self._averaged(tensors_of(self.module)[0], buffers))
         for name in changed:
             path, _, leaf = name.rpartition(".")
             _, part = own_parts[path]
@@ -267,19 +271,19 @@ class MomentumEncoder(nn.Module):
                 part.register_buffer(leaf, new[name], persistent=not fleeting)
             else:
                 part._buffers[leaf] = new.get(name)
-        parameters, buffers = _tensors(self.module)
+        parameters, buffers = tensors_of(self.module)
         self._set_masters(self._averaged(parameters, buffers), masters)
         return parameters, buffers
 
     def _apply(self, fn, recurse=True):
-        _reshard(self)
+        reshard(self)
         # A change of dtype reaches the copy; masters follow in all but that. The copy takes their values.
         _, _, averaged, masters = self._settle()
         averaged = {name: tensor.detach() for name, tensor in averaged.items()}
         count = self.update_count
         super()._apply(fn, recurse)
         self.update_count = after_apply(count, self.update_count)
-        new = self._averaged(*_tensors(self.module))
+        new = self._averaged(*tensors_of(self.module))
         values = {}
         with torch.no_grad():
             for name, tensor in new.items():
@@ -299,7 +303,7 @@ class MomentumEncoder(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        _reshard(self)
+        reshard(self)
         self._settle()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for i, master in self.masters._buffers.items():
@@ -307,7 +311,7 @@ class MomentumEncoder(nn.Module):
 
     @torch.no_grad()
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        _reshard(self)
+        reshard(self)
         parameters, buffers, averaged, masters = self._settle()
         assign = local_metadata.get("assign_to_params_buffers", False)
         older = state_dict.pop(f"{prefix}_extra_state", None)  # a dict, when the count was no tensor
@@ -316,7 +320,7 @@ class MomentumEncoder(nn.Module):
             state_dict[f"{prefix}update_count"] = count
         # Masters are numbered in the order of parameters and floating buffers, also where a buffer has none.
         inexact = [item for item in (parameters | buffers).items() if _is_inexact(item[1])]
-        paths = {path: raw for path, (raw, _) in _parts(self.module).items()}
+        paths = {path: raw for path, (raw, _) in parts_of(self.module).items()}
         for i, (name, tensor) in enumerate(inexact):
             master = state_dict.pop(f"{prefix}masters.{i}", None)
             path, _, leaf = name.rpartition(".")
@@ -328,7 +332,7 @@ class MomentumEncoder(nn.Module):
             if master is None:
                 master = value
             elif master.shape == value.shape:
-                master = _exact(_placed_as(master, value), value)
+                master = _exact(placed_as(master, value), value)
             else:
                 errors.append(
                     f"size mismatch for {prefix}masters.{i}: copying a param with shape {tuple(master.shape)} from"
@@ -341,59 +345,11 @@ class MomentumEncoder(nn.Module):
                 if assign:
                     self.masters.register_buffer(str(i), master.detach().float().contiguous())
                 else:
-                    masters[name].copy_(_placed_as(master, masters[name]))
+                    masters[name].copy_(placed_as(master, masters[name]))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self):
         return f"momentum={self.momentum}, steps={self.steps}, buffers={self.buffer_policy!r}"
-
-
-def _unwrapped(module):
-    """The module inside a compiled or data-parallel one."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(module, wrappers) or hasattr(module, "_orig_mod"):
-        module = module.module if isinstance(module, wrappers) else module._orig_mod
-    return module
-
-
-def _parts(module):
-    """{path: (prefix, part)} of the module and all within it, paths as if nothing were wrapped, prefixes as it is."""
-    parts = {}
-    _add_parts(parts, set(), "", "", module)
-    return parts
-
-
-def _add_parts(parts, seen, path, prefix, part):
-    while len(part._modules) == 1:
-        ((name, child),) = part._modules.items()
-        plain = name == "module" and not part._parameters and not part._buffers
-        if child is None or not (plain or name in WRAPPED):
-            break
-        prefix, part = f"{prefix}{name}.", child
-    if part in seen:
-        return
-    seen.add(part)
-    parts[path] = prefix, part
-    for name, child in part._modules.items():
-        if child is not None:
-            _add_parts(parts, seen, f"{path}.{name}" if path else name, f"{prefix}{name}.", child)
-
-
-def _tensors(module):
-    """({name: parameter}, {name: buffer}), each tensor once and named as if nothing were wrapped."""
-    parameters, buffers, seen = {}, {}, set()
-    is_compiling = torch.compiler.is_compiling()
-    for path, (_, part) in _parts(module).items():
-        prefix = f"{path}." if path else ""
-        for found, tensors in ((parameters, part._parameters), (buffers, part._buffers)):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                key = tensor if is_compiling else id(tensor)  # the hash of a tensor is a call in Python
-                if key not in seen:
-                    seen.add(key)
-                    found[prefix + name] = tensor
-    return parameters, buffers
 
 
 def _shapes(tensors):
@@ -421,79 +377,13 @@ def _exact(master, rounded):
     return torch.where(master.to(rounded.dtype) == rounded, master, rounded.to(master.dtype))
 
 
-def _is_sharded(tensor):
-    return type(tensor) not in PLAIN and hasattr(tensor, "placements")
-
-
-def _local(tensor):
-    """The shard of a sharded tensor, else the tensor."""
-    return tensor.to_local() if _is_sharded(tensor) else tensor
-
-
-def _locals(tensors):
-    return [tensor if type(tensor) in PLAIN else _local(tensor) for tensor in tensors]
-
-
-def _placed_as(tensor, like):
-    """`tensor` where `like` is: on its device, and sharded as it is."""
-    if type(tensor) in PLAIN and type(like) in PLAIN:
-        return tensor.to(like.device)
-    if not _is_sharded(like):
-        return (tensor.full_tensor() if _is_sharded(tensor) else tensor).to(like.device)
-    mesh, placements = like.device_mesh, like.placements
-    if _is_sharded(tensor):
-        same = tensor.device_mesh == mesh and tensor.placements == placements
-        return tensor if same else tensor.redistribute(mesh, placements)
-    from torch.distributed.tensor import distribute_tensor  # of which a process without shards has no need
-
-    return distribute_tensor(tensor.detach().to(like.device), mesh, placements, src_data_rank=None)
-
-
 def _fits(master, tensor):
     return (
         master is not None
         and master.shape == tensor.shape
         and master.device == tensor.device
-        and ((type(master) in PLAIN and type(tensor) in PLAIN) or _is_sharded(master) == _is_sharded(tensor))
+        and ((type(master) in PLAIN and type(tensor) in PLAIN) or is_sharded(master) == is_sharded(tensor))
     )
-
-
-def _sharded_parts(module):
-    """What `fully_shard` was applied to in and around `module`."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return []
-    from torch.distributed._composable_state import (
-        _module_state_mapping,
-    )  # the only way from a part to what holds it
-
-    parts = [part for part in list(_module_state_mapping) if isinstance(part, fsdp.FSDPModule)]
-    inside = set(module.modules() if parts else ())
-    return [part for part in parts if not inside.isdisjoint(part.modules())]
-
-
-def _reshard(module):
-    """Have what `fully_shard` was applied to hold its shards.
-
-    After a forward without gradients parameters stay gathered copies, and what is written into those is lost.
-    """
-    for part in _sharded_parts(module):
-        part.reshard()
-
-
-def _check_not_in_forward(module):
-    """Within a forward that needs them, parameters stay gathered copies for all that `_reshard` does."""
-    for sharded in _sharded_parts(module):
-        inside = set(module.modules())
-        parts = [sharded] if sharded._get_fsdp_state()._training_state.name == "FORWARD" else []
-        while parts:
-            part = parts.pop()
-            parts += [child for child in part.children() if not hasattr(child, "reshard")]
-            if part in inside and not all(map(_is_sharded, part.parameters(recurse=False))):
-                raise ValueError(
-                    "MomentumEncoder: update_ must be called outside of the forward of what fully_shard was applied to,"
-                    f" got one in that of {type(sharded).__name__}; or shard both encoders by themselves"
-                )
 
 
 def _make_writable(module):
