@@ -24,15 +24,23 @@ class _OverRanks:
 
     def __init_subclass__(cls):
         plain = cls.__mro__[2]
-        cls._arguments = tuple(inspect.signature(plain.forward).parameters)[1:]
+        parameters = tuple(inspect.signature(plain.forward).parameters.values())[1:]
+        cls._arguments = tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
         cls.__doc__ = f"""`ssl_kernels.distributed.{cls.function.__name__}` as a module.
 
     Takes what `nn.{plain.__name__}` takes, and group, strategy, check and rows_per_rank as the function does.
     """
 
     def forward(self, *args, **keywords):
-        named = dict(zip(self._arguments, args, strict=False))
-        return type(self).function(**named, **keywords, **self.options, **self.over)
+        if len(args) > len(self._arguments):
+            raise TypeError(
+                f"{type(self).__name__}: at most {len(self._arguments)} tensors must be given without a name,"
+                f" got {len(args)}"
+            )
+        given = dict(zip(self._arguments, args, strict=False)) | keywords
+        named = {name: value for name, value in given.items() if name not in self._names}
+        own = self.options_with(**{name: given[name] for name in given.keys() & set(self._names)})
+        return type(self).function(**named, **own, **self.over)
 
     def extra_repr(self):
         strategy = self.over["strategy"]

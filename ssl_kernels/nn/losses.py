@@ -47,6 +47,10 @@ class Loss(nn.Module):
     def options(self):
         return {name: getattr(self, name) for name in self._names}
 
+    def options_with(self, **given):
+        """The options, those of `given` that are not None in the place of the module's own."""
+        return self.options | {name: value for name, value in given.items() if value is not None}
+
     def extra_repr(self):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if name != "backend")
 
@@ -85,7 +89,7 @@ class NTXentLoss(Loss):
     def __init__(self, temperature=0.5, *, normalize=True, reduction="mean", backend=None):
         super().__init__(temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
 
-    def forward(self, z0, z1, row_weights=None, *, ids=None):
+    def forward(self, z0, z1, *, ids=None, row_weights=None):
         return losses.nt_xent_loss(z0, z1, ids=ids, row_weights=row_weights, **self.options)
 
 
@@ -131,28 +135,37 @@ class InfoNCELoss(Loss):
 
 
 class CLIPLoss(Loss):
-    """`ssl_kernels.clip_loss` as a module: `CLIPLoss()(image_features, text_features, logit_scale)`.
+    """`ssl_kernels.clip_loss` as a module: `CLIPLoss(scale)(image_features, text_features)`.
+
+    A scale given at the call, `CLIPLoss()(image_features, text_features, logit_scale)`, goes before the module's own.
 
     Args:
+        logit_scale: A float, a tensor of one element, or an `nn.Parameter` to learn it. The paper learns the logarithm
+            of the scale: give its exponential at the call for that.
         label_smoothing, normalize, reduction, backend: As in `clip_loss`.
     """
 
-    def __init__(self, *, label_smoothing=0.0, normalize=True, reduction="mean", backend=None):
+    def __init__(
+        self, logit_scale=1 / 0.07, *, label_smoothing=0.0, normalize=True, reduction="mean", backend=None
+    ):
         super().__init__(
-            label_smoothing=label_smoothing, normalize=normalize, reduction=reduction, backend=backend
+            logit_scale=logit_scale,
+            label_smoothing=label_smoothing,
+            normalize=normalize,
+            reduction=reduction,
+            backend=backend,
         )
 
     def forward(
-        self, image_features, text_features, logit_scale, *, ids=None, image_index=None, row_weights=None
+        self, image_features, text_features, logit_scale=None, *, ids=None, image_index=None, row_weights=None
     ):
         return losses.clip_loss(
             image_features,
             text_features,
-            logit_scale,
             ids=ids,
             image_index=image_index,
             row_weights=row_weights,
-            **self.options,
+            **self.options_with(logit_scale=logit_scale),
         )
 
 
@@ -173,7 +186,7 @@ class SupConLoss(Loss):
             backend=backend,
         )
 
-    def forward(self, features, labels, row_weights=None, *, positives=None):
+    def forward(self, features, labels, *, positives=None, row_weights=None):
         return losses.sup_con_loss(
             features, labels, positives=positives, row_weights=row_weights, **self.options
         )
@@ -190,7 +203,7 @@ class DCLLoss(Loss):
     def __init__(self, temperature=0.1, *, normalize=True, reduction="mean", backend=None):
         super().__init__(temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
 
-    def forward(self, z0, z1, row_weights=None):
+    def forward(self, z0, z1, *, row_weights=None):
         return losses.dcl_loss(z0, z1, row_weights=row_weights, **self.options)
 
 
@@ -213,7 +226,7 @@ class DebiasedNTXentLoss(Loss):
             backend=backend,
         )
 
-    def forward(self, z0, z1, row_weights=None):
+    def forward(self, z0, z1, *, row_weights=None):
         return losses.debiased_nt_xent_loss(z0, z1, row_weights=row_weights, **self.options)
 
 
@@ -260,16 +273,18 @@ class BYOLLoss(Loss):
     def __init__(self, *, normalize=True, reduction="mean", backend=None):
         super().__init__(normalize=normalize, reduction=reduction, backend=backend)
 
-    def forward(self, prediction, target, row_weights=None):
+    def forward(self, prediction, target, *, row_weights=None):
         return losses.byol_loss(prediction, target, row_weights=row_weights, **self.options)
 
 
 class SigLIPLoss(Loss):
     """`ssl_kernels.siglip_loss` as a module: `SigLIPLoss(scale, bias)(image_features, text_features)`.
 
+    What is given at the call, `SigLIPLoss()(image_features, text_features, scale, bias)`, goes before the module's own.
+
     Args:
         logit_scale, logit_bias: A float, a tensor of one element, or an `nn.Parameter` to learn it. The paper learns
-            the logarithm of the scale: call `siglip_loss` with its exponential for that.
+            the logarithm of the scale: give its exponential at the call for that.
         normalize, reduction, backend: As in `siglip_loss`.
     """
 
@@ -282,8 +297,9 @@ class SigLIPLoss(Loss):
             backend=backend,
         )
 
-    def forward(self, image_features, text_features):
-        return losses.siglip_loss(image_features, text_features, **self.options)
+    def forward(self, image_features, text_features, logit_scale=None, logit_bias=None):
+        options = self.options_with(logit_scale=logit_scale, logit_bias=logit_bias)
+        return losses.siglip_loss(image_features, text_features, **options)
 
 
 class TripletLoss(Loss):

@@ -152,7 +152,7 @@ class MILNCELoss(Loss):
             backend=backend,
         )
 
-    def forward(self, query, keys, row_weights=None):
+    def forward(self, query, keys, *, row_weights=None):
         return losses.mil_nce_loss(query, keys, row_weights=row_weights, **self.options)
 
 
@@ -175,7 +175,7 @@ class DistillationLoss(Loss):
             backend=backend,
         )
 
-    def forward(self, query, keys, teacher_query, teacher_keys, row_weights=None):
+    def forward(self, query, keys, teacher_query, teacher_keys, *, row_weights=None):
         return losses.distillation_loss(
             query, keys, teacher_query, teacher_keys, row_weights=row_weights, **self.options
         )

@@ -154,7 +154,7 @@ def in_other_ways(rank, world):
     assert same_bits(same, known.detach())
     weights = torch.ones(2 * len(x))
     assert same_bits(
-        distributed.NTXentLoss(0.2)(x, y, weights).detach(),
+        distributed.NTXentLoss(0.2)(x, y, row_weights=weights).detach(),
         distributed.nt_xent_loss(x, y, 0.2, row_weights=weights).detach(),
     )
     for strategy in ("gather", "ring"):

@@ -1,13 +1,16 @@
 """What the loss modules hold: numbers, buffers, parameters."""
 
 import copy
+import inspect
 import pickle
 
 import numpy as np
 import pytest
 import torch
 
+import ssl_kernels
 from ssl_kernels import nn, nt_xent_loss, siglip_loss
+from ssl_kernels.nn.losses import Loss
 from tests.helpers import random_rows, same_bits
 
 VIEWS = random_rows(6, 4), random_rows(6, 4, seed=1)
@@ -90,3 +93,34 @@ def test_a_tensor_in_a_functional_call():
     found = torch.func.functional_call(module, {"temperature": torch.tensor(0.2)}, VIEWS)
     assert same_bits(found, nt_xent_loss(*VIEWS, torch.tensor(0.2)))
     assert module.temperature == torch.tensor(0.3)
+
+
+LOSSES = [module for module in vars(nn).values() if isinstance(module, type) and issubclass(module, Loss)]
+
+
+@pytest.mark.parametrize("module", LOSSES, ids=lambda module: module.__name__)
+def test_weights_of_rows_are_named(module):
+    parameters = inspect.signature(module.forward).parameters
+    if "row_weights" in parameters:
+        assert parameters["row_weights"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@pytest.mark.parametrize("module, function, own, given", [
+    (nn.CLIPLoss, ssl_kernels.clip_loss, (9.0,), (4.0,)),
+    (nn.SigLIPLoss, ssl_kernels.siglip_loss, (9.0, -3.0), (4.0, -1.0)),
+])  # fmt: skip
+def test_scale_and_bias_are_the_modules_own_or_given_at_the_call(module, function, own, given):
+    x, y = torch.randn(2, 6, 8)
+    leaves = [torch.nn.Parameter(torch.tensor([value])) for value in own]
+    loss = module(*leaves)
+    assert torch.equal(loss(x, y), function(x, y, *leaves))
+    assert torch.equal(loss(x, y, *given), function(x, y, *given))
+    assert torch.equal(module()(x, y, logit_scale=given[0]), module(given[0])(x, y))
+    loss(x, y).backward()
+    assert all(leaf.grad.item() != 0 for leaf in leaves)
+    assert len(list(loss.parameters())) == len(loss.state_dict()) == len(own)
+
+
+def test_a_clip_loss_without_options_has_no_state():
+    """As the checkpoints have it from before the scale was an option."""
+    nn.CLIPLoss().load_state_dict({})
