@@ -299,14 +299,14 @@ def moco_loss(
     if symmetric:
         key = stacked(*key.chunk(2)[::-1]) if key.shape[0] else key
     setting = call.setting(normalize)
-    query, key = pairs.widened(query), pairs.widened(key)
-    positive = _positive_logits(call, query, key, scale, normalize)
+    query, keys = pairs.widened(query), key  # keys travel as they are
+    positive = _positive_logits(call, query, pairs.widened(key), scale, normalize)
     if queue is None:
         views = 2 if symmetric else 1
         sizes = tuple(count // views for count in call.sizes)
         spans = [slice(v * sizes[setting.rank], (v + 1) * sizes[setting.rank]) for v in range(views)]
         merged = [
-            pairs.frozen_columns(query[span], key[span], scale, setting, sizes, normalize) for span in spans
+            pairs.frozen_columns(query[span], keys[span], scale, setting, sizes, normalize) for span in spans
         ]
         lse = torch.cat(
             [

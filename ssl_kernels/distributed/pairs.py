@@ -72,7 +72,7 @@ class _LogSums(torch.autograd.Function):
             y = widened(block[0])
             mine = x[part]
             if not mine.shape[0] or not y.shape[0]:
-                return [lse.new_full((y.shape[0],), -torch.inf)] if both else None
+                return LogSum.nothing([lse], y.shape[0]) if both else None
             marks = _marks(positives, row_ids, block, square, first)
             results = operators.contrastive_fwd(
                 setting.backend,
@@ -95,11 +95,9 @@ class _LogSums(torch.autograd.Function):
                 lse = torch.cat((lse[:begin], torch.logaddexp(lse[part], results[0]), lse[end:]))
             if first and positives is not None:
                 logits = results[2]
-            if among_themselves:  # its rows are in lse
-                return [torch.full_like(results[0], -torch.inf)]
-            return [results[1]] if both else None
+            return [results[1]] if both and not among_themselves else None
 
-        found = transport.walk(held, visit, LogSum if both else None, symmetric=square)
+        found = transport.walk(held, visit, LogSum if both else None, [lse[:0]], symmetric=square)
         column_lse = lse.new_empty(0)
         if square:
             lse = torch.logaddexp(lse, found[0])
@@ -158,13 +156,13 @@ class _LogSums(torch.autograd.Function):
                 grad_rows[part] += part_rows
             if not columns_need_grad:
                 return None
-            # Of rows among themselves the gradient is in part_rows.
-            return [_gradient(y) if among_themselves else part_columns.to(grad_rows.dtype)]
+            return None if among_themselves else [part_columns.to(grad_rows.dtype)]
 
-        found = transport.walk(held, visit, Sum if columns_need_grad else None, symmetric=square)
+        combine = Sum if columns_need_grad else None
+        found = transport.walk(held, visit, combine, [grad_rows[:0]], symmetric=square)
         grads = [grad_rows if rows_need_grad else None, None]
         if square and rows_need_grad:
-            grads[0] = grad_rows + found[0]
+            grads[0] = grad_rows.add_(found[0])
         elif columns_need_grad:
             grads[1] = found[0]
         grads = [None if grad is None else grad.to(rows.dtype) for grad in grads]
@@ -230,7 +228,7 @@ def frozen_columns(rows, columns, scale, setting, sizes, normalize_columns):
 
     def visit(block, part, first):
         if x.shape[0] and block[0].shape[0]:
-            LogSum.merge(found, _frozen(x, block[0], scale, setting, normalize_columns))
+            LogSum.merge(found, _frozen(x, widened(block[0]), scale, setting, normalize_columns))
 
     transport.walk(transport.collect(columns), visit)
     return found
@@ -240,14 +238,15 @@ def frozen_columns(rows, columns, scale, setting, sizes, normalize_columns):
 def travelling_rows(rows, columns, scale, setting, sizes):
     """The same where each rank keeps its columns, and the rows of all ranks come by; sizes are those of rows."""
     transport = setting.transport(sizes)
+    like = [rows.new_empty(0, dtype=torch.float64), _gradient(rows[:0])]
 
     def visit(block, part, first):
         x = widened(block[0])
         if not x.shape[0] or not columns.shape[0]:
-            return LogSum.nothing([x.new_empty(0, dtype=torch.float64), _gradient(x[:0])], x.shape[0])
+            return LogSum.nothing(like, x.shape[0])
         return _frozen(x, columns, scale, setting, False)
 
-    return transport.walk(transport.collect(rows), visit, LogSum)
+    return transport.walk(transport.collect(rows), visit, LogSum, like)
 
 
 def _frozen(rows, columns, scale, setting, normalize_columns):
@@ -299,7 +298,7 @@ class _SigmoidSums(torch.autograd.Function):
                 grad_rows.add_(part_rows)
             return [part_columns.to(grad_rows.dtype)] if needs[1] else None
 
-        found = transport.walk(held, visit, Sum if needs[1] else None)
+        found = transport.walk(held, visit, Sum if needs[1] else None, [grad_rows[:0]])
         return (
             grad_rows.to(rows.dtype) if needs[0] else None,
             found[0].to(rows.dtype) if needs[1] else None,

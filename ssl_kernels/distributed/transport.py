@@ -78,16 +78,17 @@ class Gather:
         """The rows of all ranks, from the own on, which come first."""
         return [groups.all_gather_rows(t, self.sizes, self.ranks.name, self.ranks.rank) for t in tensors]
 
-    def walk(self, held, visit, combine=None, symmetric=False):
+    def walk(self, held, visit, combine=None, like=(), symmetric=False):
         """Visit the blocks of what `collect` returned.
 
         Args:
             held: Tensors with the rows of all ranks.
             visit: visit(block, own, is_first): the tensors' rows of a block, a slice of this rank's rows they are to
-                meet, and whether the block begins with (symmetric: is) this rank's own. Returns the parts for the rows
-                of the block, a list, or None.
-            combine: `Sum` or `LogSum`, for what visits return.
-            symmetric: See above.
+                meet, and whether the block begins with (symmetric: is) this rank's own. Returns what it found for the
+                rows of the block, a list as `like`, or None for nothing.
+            combine: `Sum` or `LogSum`, for what visits return; None if that is nothing.
+            like: Tensors without rows of the width and dtype of what visits return.
+            symmetric: See above. What the visit of the own block finds for this rank's rows is not returned.
 
         Returns:
             What all ranks' visits together found for this rank's rows, a list of tensors, or None without `combine`.
@@ -108,14 +109,12 @@ class Gather:
                 spans = [(EVERY, ends[1], ends[middle] + of_theirs.stop)]
             else:
                 spans.append((rows, ends[middle], ends[middle + 1]))
-        total = visit([tensor[:own] for tensor in held], EVERY, True)
-        if combine:
-            everyones = combine.nothing(total, ends[-1])
-            combine.merge([part[:own] for part in everyones], total)
+        visit([tensor[:own] for tensor in held], EVERY, True)
+        everyones = combine.nothing(like, ends[-1]) if combine else None
         for rows, start, stop in spans:
             if start < stop:
                 parts = visit([tensor[start:stop] for tensor in held], rows, False)
-                if combine:
+                if parts is not None:
                     combine.merge([part[start:stop] for part in everyones], parts)
         return self._deliver(everyones, combine) if combine else None
 
@@ -139,22 +138,24 @@ class Ring:
         """The tensors themselves: rows are fetched during the walk."""
         return [tensor.contiguous() for tensor in tensors]
 
-    def walk(self, held, visit, combine=None, symmetric=False):
-        """As `Gather.walk`; visits meet one block each."""
+    def walk(self, held, visit, combine=None, like=(), symmetric=False):
+        """As `Gather.walk`; visits meet one block each. Memory is that of a few blocks whatever the number of ranks."""
         rank, world = self.ranks.rank, self.ranks.world
         last = world // 2 if symmetric else world - 1
         left, right = (rank - 1) % world, (rank + 1) % world
+        places = [self._places(held) for _ in range(2)]
+        finds = [self._places(like) for _ in range(2)]
         block, found = held, None
         for step in range(last + 1):
             owner = (rank + step) % world
             sends, receives, ahead, passed = [], [], None, None
             if step < last:
-                ahead = self._buffers(held, (owner + 1) % world)
+                ahead = self._of(places[step % 2], (owner + 1) % world)
                 sends += [(tensor, left) for tensor in block]
                 receives += [(tensor, right) for tensor in ahead]
-            if combine and step > symmetric:  # a symmetric walk keeps what it finds for its own rows
+            if combine and step > symmetric:  # a symmetric walk finds nothing for others at step 0
                 # What this rank found at the last step goes on; of this block, what the right one found comes.
-                passed = self._buffers(found, owner)
+                passed = self._of(finds[step % 2], owner)
                 sends += [(tensor, left) for tensor in found]
                 receives += [(tensor, right) for tensor in passed]
             transfer = self._start(sends, receives)
@@ -163,30 +164,30 @@ class Ring:
             if symmetric and step and 2 * step == world:
                 rows, of_theirs = _halves(rank, owner, self.sizes[rank], self.sizes[owner])
             parts = visit([tensor[of_theirs] for tensor in block], rows, step == 0)
-            if combine and of_theirs != EVERY:
-                whole = combine.nothing(parts, self.sizes[owner])
-                combine.merge([part[of_theirs] for part in whole], parts)
-                parts = whole
             self._finish(transfer)
-            if combine:
-                if symmetric and step == 0:
-                    home, parts = parts, combine.nothing(parts, self.sizes[rank])
-                if passed is not None:
-                    combine.merge(parts, passed)
-                found = [part.contiguous() for part in parts]
+            if combine and step >= symmetric:
+                found = passed
+                if found is None:
+                    found = self._of(finds[step % 2], owner)
+                    for place, nothing in zip(found, combine.nothing(like, 1), strict=True):
+                        place.copy_(nothing.expand_as(place))
+                if parts is not None:
+                    combine.merge([part[of_theirs] for part in found], parts)
             block = ahead
+            del parts
         if not combine:
             return None
-        mine = self._buffers(found, rank)
+        mine = self._of(finds[(last + 1) % 2], rank)
         to, source = (rank + last) % world, (rank - last) % world
         self._finish(self._start([(t, to) for t in found], [(t, source) for t in mine]))
-        if symmetric:
-            combine.merge(home, mine)
-            return home
         return mine
 
-    def _buffers(self, like, owner):
-        return [tensor.new_empty(self.sizes[owner], *tensor.shape[1:]) for tensor in like]
+    def _places(self, like):
+        """Room for the largest block of tensors like these."""
+        return [tensor.new_empty(max(self.sizes), *tensor.shape[1:]) for tensor in like]
+
+    def _of(self, places, owner):
+        return [place[: self.sizes[owner]] for place in places]
 
     def _start(self, sends, receives):
         """Begin the transfers as one group, in which no order of the ranks can lock. Empty blocks are not sent."""
