@@ -7,32 +7,11 @@
 
 import os
 
-from ssl_kernels import adapters, nn
+from ssl_kernels import adapters, losses, nn
 from ssl_kernels.adapters import patch
 from ssl_kernels.backends import backends_for, use_backend
 from ssl_kernels.gradient_cache import grad_cache
-from ssl_kernels.losses import (
-    alignment_loss,
-    byol_loss,
-    clip_loss,
-    dcl_loss,
-    debiased_nt_xent_loss,
-    distillation_loss,
-    imix_loss,
-    info_nce_loss,
-    koleo_loss,
-    mil_nce_loss,
-    moco_loss,
-    multiple_negatives_ranking_loss,
-    nt_xent_loss,
-    sampled_softmax_loss,
-    siglip_loss,
-    similarity_cross_entropy,
-    sup_con_loss,
-    triplet_loss,
-    triplet_margin_loss,
-    uniformity_loss,
-)
+from ssl_kernels.losses import *
 from ssl_kernels.losses.matryoshka import matryoshka
 from ssl_kernels.memory import empty_cache
 from ssl_kernels.mixing import cutmix, cutmix_, mixup, mixup_, mixup_cross_entropy, mixup_normalize
@@ -40,39 +19,20 @@ from ssl_kernels.mixing import cutmix, cutmix_, mixup, mixup_, mixup_cross_entro
 __version__ = "0.1.0"
 __all__ = [
     "adapters",
-    "alignment_loss",
     "backends_for",
-    "byol_loss",
-    "clip_loss",
     "cutmix",
     "cutmix_",
-    "dcl_loss",
-    "debiased_nt_xent_loss",
-    "distillation_loss",
     "empty_cache",
     "grad_cache",
-    "imix_loss",
-    "info_nce_loss",
-    "koleo_loss",
     "matryoshka",
-    "mil_nce_loss",
     "mixup",
     "mixup_",
     "mixup_cross_entropy",
     "mixup_normalize",
-    "moco_loss",
-    "multiple_negatives_ranking_loss",
     "nn",
-    "nt_xent_loss",
     "patch",
-    "sampled_softmax_loss",
-    "siglip_loss",
-    "similarity_cross_entropy",
-    "sup_con_loss",
-    "triplet_loss",
-    "triplet_margin_loss",
-    "uniformity_loss",
     "use_backend",
+    *losses.__all__,
 ]
 
 if os.environ.get("SSL_KERNELS_PATCH"):

@@ -1,5 +1,7 @@
 """The losses, one file each: a few lines of algebra over the operations in `ops/`. docs/losses.md lists them."""
 
+import inspect
+
 from ssl_kernels.losses.alignment import alignment_loss
 from ssl_kernels.losses.byol import byol_loss
 from ssl_kernels.losses.clip import clip_loss
@@ -21,25 +23,4 @@ from ssl_kernels.losses.triplet import triplet_loss
 from ssl_kernels.losses.triplet_margin import triplet_margin_loss
 from ssl_kernels.losses.uniformity import uniformity_loss
 
-__all__ = [
-    "alignment_loss",
-    "byol_loss",
-    "clip_loss",
-    "dcl_loss",
-    "debiased_nt_xent_loss",
-    "distillation_loss",
-    "imix_loss",
-    "info_nce_loss",
-    "koleo_loss",
-    "mil_nce_loss",
-    "moco_loss",
-    "multiple_negatives_ranking_loss",
-    "nt_xent_loss",
-    "sampled_softmax_loss",
-    "siglip_loss",
-    "similarity_cross_entropy",
-    "sup_con_loss",
-    "triplet_loss",
-    "triplet_margin_loss",
-    "uniformity_loss",
-]
+__all__ = sorted(name for name, value in vars().items() if inspect.isfunction(value))
