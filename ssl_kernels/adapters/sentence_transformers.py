@@ -1,0 +1,26 @@
+"""sentence-transformers' MultipleNegativesRankingLoss and its relatives (6.2)."""
+
+_LOSSES = "sentence_transformers.sentence_transformer.losses"
+ORIGINALS = {
+    "MultipleNegativesRankingLoss": f"{_LOSSES}.multiple_negatives_ranking",
+    "CachedMultipleNegativesRankingLoss": f"{_LOSSES}.cached_multiple_negatives_ranking",
+    "MultipleNegativesSymmetricRankingLoss": f"{_LOSSES}.multiple_negatives_symmetric_ranking",
+    "CachedMultipleNegativesSymmetricRankingLoss": f"{_LOSSES}.cached_multiple_negatives_symmetric_ranking",
+}
+__all__ = sorted(ORIGINALS)
+_OTHER = "a similarity_fct other than cos_sim and dot_score runs the library's own code, with a warning"
+DIFFERENCES = {
+    "MultipleNegativesRankingLoss": f"float32 under autocast (the library: bfloat16); {_OTHER}, and so do several"
+    " processes with gather_across_devices",
+    "CachedMultipleNegativesRankingLoss": f"the loss of all rows at once, in O(N · D); {_OTHER}",
+    "MultipleNegativesSymmetricRankingLoss": "as MultipleNegativesRankingLoss",
+    "CachedMultipleNegativesSymmetricRankingLoss": "as CachedMultipleNegativesRankingLoss",
+}
+
+
+def __getattr__(name):
+    if name in ORIGINALS:
+        from ssl_kernels.adapters import _sentence_transformers
+
+        return getattr(_sentence_transformers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
