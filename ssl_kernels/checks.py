@@ -146,7 +146,7 @@ def check_fraction(op, name, value, *, below_one=False):
     if not is_number(value):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     if not (0 <= value < 1 if below_one else 0 <= value <= 1):
-        raise ValueError(f"{op}: {name} must lie in [0, 1{')' if below_one else ']'}, got {value}")
+        raise ValueError(f"{op}: {name} must be in [0, 1{')' if below_one else ']'}, got {value}")
 
 
 def check_least_rows(op, name, tensor, least, why):

@@ -8,6 +8,7 @@ from ssl_kernels.checks import (
     DTYPES,
     can_be_read,
     check_dense,
+    check_fraction,
     check_reduction,
     is_number,
     is_whole,
@@ -249,7 +250,7 @@ def mixup_cross_entropy(
         weight = _class_weights(op, weight, logits)
     if not is_whole(ignore_index):
         raise TypeError(f"{op}: ignore_index must be an integer, got {type(ignore_index).__name__}")
-    _check_share(op, "label_smoothing", label_smoothing)
+    check_fraction(op, "label_smoothing", label_smoothing)
     check_reduction(op, reduction)
     lam = _shares(op, lam, logits, "logits")
     if logits.dim() > 2:  # one row a pixel
@@ -354,18 +355,11 @@ def _check_boxes(op, boxes, x):
     _check_indices(op, "boxes", boxes, (x.shape[0], 4), x)
 
 
-def _check_share(op, name, value):
-    if not is_number(value):
-        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not 0 <= value <= 1:  # NaN too
-        raise ValueError(f"{op}: {name} must be in [0, 1], got {value}")
-
-
 def _shares(op, lam, x, like="x"):
     """lam as (B,) in the accumulation dtype of x."""
     batch, acc = x.shape[0], accumulation_dtype(x)
     if not isinstance(lam, torch.Tensor):
-        _check_share(op, "lam", lam)
+        check_fraction(op, "lam", lam)
         if (
             torch.compiler.is_compiling()
         ):  # a number that changes stays one graph; `full` has one for each value

@@ -34,7 +34,7 @@ def as_index(op, name, value, count, like):
     if can_be_read(value):
         bad = value[(value < 0) | (value >= like.shape[0])]
         if len(bad):
-            raise ValueError(f"{op}: {name} must lie in [0, {like.shape[0]}), got {bad[0].item()}")
+            raise ValueError(f"{op}: {name} must be in [0, {like.shape[0]}), got {bad[0].item()}")
     return value.long()
 
 

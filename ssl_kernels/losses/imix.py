@@ -119,5 +119,5 @@ def _check_mixing(query, permutation, lam):
         raise TypeError(f"{OP}: lam must be a floating tensor, got {short(lam.dtype)}")
     if can_be_read(lam) and not ((lam >= 0) & (lam <= 1)).all():
         raise ValueError(
-            f"{OP}: lam must lie in [0, 1], got values from {lam.min().item()} to {lam.max().item()}"
+            f"{OP}: lam must be in [0, 1], got values from {lam.min().item()} to {lam.max().item()}"
         )

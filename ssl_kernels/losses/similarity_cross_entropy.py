@@ -162,7 +162,7 @@ def _checked_target(query, columns, target, ignore_index):
         bad = target[counts & ((target < 0) | (target >= columns))]
         if len(bad):
             raise ValueError(
-                f"{OP}: target must lie in [0, {columns}) or be ignore_index {ignore_index}, got {bad[0].item()}"
+                f"{OP}: target must be in [0, {columns}) or be ignore_index {ignore_index}, got {bad[0].item()}"
             )
     return target.masked_fill(~counts, 0), counts
 

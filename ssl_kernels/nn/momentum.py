@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ssl_kernels import backends
-from ssl_kernels.checks import can_be_read, is_number, is_whole, short
+from ssl_kernels.checks import can_be_read, check_fraction, is_whole, short
 from ssl_kernels.nn.counters import after_apply
 from ssl_kernels.nn.shards import (
     PLAIN,
@@ -72,7 +72,7 @@ class MomentumEncoder(nn.Module):
         super().__init__()
         if not isinstance(module, nn.Module):
             raise TypeError(f"MomentumEncoder: module must be an nn.Module, got {type(module).__name__}")
-        _check_momentum(momentum)
+        check_fraction("MomentumEncoder", "momentum", momentum)
         if steps is not None and (not is_whole(steps) or steps < 1):
             raise ValueError(f"MomentumEncoder: steps must be a whole number from 1 or None, got {steps!r}")
         if buffers not in BUFFER_POLICIES:
@@ -127,7 +127,7 @@ class MomentumEncoder(nn.Module):
             TypeError, ValueError: `module` has other parameters than the copy, or tensors that cannot be averaged or
                 copied into its; momentum outside [0, 1]; a backend that cannot run. Nothing was written then.
         """
-        _check_momentum(self.momentum if momentum is None else momentum)
+        check_fraction("MomentumEncoder", "momentum", self.momentum if momentum is None else momentum)
         if not torch.compiler.is_compiling():
             for each in (self, module):
                 reshard(each)
@@ -398,13 +398,6 @@ def _overlaps(tensor):
     return not tensor.is_contiguous() and any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )
-
-
-def _check_momentum(momentum):
-    if not is_number(momentum):
-        raise TypeError(f"MomentumEncoder: momentum must be a number, got {type(momentum).__name__}")
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"MomentumEncoder: momentum must lie in [0, 1], got {momentum}")
 
 
 def _check_can_be_copied(module):

@@ -3,7 +3,7 @@
 import torch
 
 from ssl_kernels import backends
-from ssl_kernels.checks import is_number, short
+from ssl_kernels.checks import check_fraction, short
 from ssl_kernels.chunked import momentum_update as chunked
 from ssl_kernels.ops.operation import Operation
 from ssl_kernels.reference import momentum_update as reference
@@ -136,10 +136,8 @@ def _check_momentum(op, momentum, masters):
             )
         if masters and momentum.device != getattr(masters[0], "device", None):
             raise ValueError(f"{op}: momentum must be on the device of the masters, got {momentum.device}")
-    elif not is_number(momentum):
-        raise TypeError(f"{op}: momentum must be a number, got {type(momentum).__name__}")
-    elif not 0 <= momentum <= 1:
-        raise ValueError(f"{op}: momentum must lie in [0, 1], got {momentum}")
+    else:
+        check_fraction(op, "momentum", momentum)
 
 
 def _is_dense(tensor):

@@ -92,6 +92,6 @@ def _check(storage, keys, position, filled):
     if can_be_read(position, filled):
         size, begin, rows = storage.shape[0], position.item(), filled.item()
         if not 0 <= begin < size:
-            raise ValueError(f"queue_push_: position must lie in [0, {size}), got {begin}")
+            raise ValueError(f"queue_push_: position must be in [0, {size}), got {begin}")
         if not 0 <= rows <= size:
-            raise ValueError(f"queue_push_: filled must lie in [0, {size}], got {rows}")
+            raise ValueError(f"queue_push_: filled must be in [0, {size}], got {rows}")

@@ -653,7 +653,7 @@ BAD_CALLS = [
         (X, X, 1.0),
         {"label_smoothing": 1.5},
         ValueError,
-        r"label_smoothing must lie in \[0, 1\], got 1.5",
+        r"label_smoothing must be in \[0, 1\], got 1.5",
     ),
     (
         "clip_loss",
@@ -732,7 +732,7 @@ BAD_CALLS = [
         (X, X),
         {"positive_prior": 1.0},
         ValueError,
-        r"positive_prior must lie in \[0, 1\), got 1.0",
+        r"positive_prior must be in \[0, 1\), got 1.0",
     ),
     (
         "imix_loss",
@@ -743,13 +743,13 @@ BAD_CALLS = [
     ),
     ("imix_loss", (X, X, ORDER[:3], 0.5), {}, ValueError, r"permutation must have shape \(4,\), got \(3,\)"),
     ("imix_loss", (X, X, X[:, 0], 0.5), {}, TypeError, "permutation must be an integer tensor, got float32"),
-    ("imix_loss", (X, X, ORDER, 1.5), {}, ValueError, r"lam must lie in \[0, 1\], got 1.5"),
+    ("imix_loss", (X, X, ORDER, 1.5), {}, ValueError, r"lam must be in \[0, 1\], got 1.5"),
     (
         "imix_loss",
         (X, X, ORDER, 2 * X[:, 0]),
         {},
         ValueError,
-        r"lam must lie in \[0, 1\], got values from 2.0",
+        r"lam must be in \[0, 1\], got values from 2.0",
     ),
     ("imix_loss", (X, X, ORDER, X[:3, 0]), {}, ValueError, r"lam must have shape \(4,\), got \(3,\)"),
     ("imix_loss", (X, X, ORDER, ORDER), {}, TypeError, "lam must be a floating tensor, got int64"),

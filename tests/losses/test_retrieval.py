@@ -359,8 +359,8 @@ def test_nothing_of_queries_times_columns_is_held(name):
 X, Y, T = torch.ones(4, 8), torch.ones(6, 8), torch.zeros(4, dtype=torch.long)
 BAD = {
     "similarity_cross_entropy": [
-        ((X, Y, T + 6), {}, ValueError, r"target must lie in \[0, 6\) or be ignore_index -100, got 6"),
-        ((X, Y, T - 1), {}, ValueError, "target must lie in .* got -1"),
+        ((X, Y, T + 6), {}, ValueError, r"target must be in \[0, 6\) or be ignore_index -100, got 6"),
+        ((X, Y, T - 1), {}, ValueError, "target must be in .* got -1"),
         ((X, Y, T[:3]), {}, ValueError, r"target must have shape \(4,\) or \(4, P\), got \(3,\)"),
         ((X, Y, T.float()), {}, TypeError, "target must be an integer tensor, got float32"),
         ((X, Y, T), {"column_bias": X[:, 0]}, ValueError, r"column_bias must have shape \(6,\), got \(4,\)"),
@@ -430,7 +430,7 @@ BAD = {
     "alignment_loss": [((X, Y), {}, ValueError, "y must have 4 rows as x has, got 6")],
     "clip_loss": [
         ((X, Y, 1.0), {"image_index": T}, ValueError, r"image_index must have shape \(6,\), got \(4,\)"),
-        ((Y, X, 1.0), {"image_index": T + 6}, ValueError, r"image_index must lie in \[0, 6\), got 6"),
+        ((Y, X, 1.0), {"image_index": T + 6}, ValueError, r"image_index must be in \[0, 6\), got 6"),
     ],
 }
 

@@ -240,8 +240,8 @@ def test_momentum_of_numpy():
 
 @pytest.mark.parametrize("change, error, message", [
     ({"module": 3}, TypeError, "module must be an nn.Module, got int"),
-    ({"momentum": 1.5}, ValueError, r"momentum must lie in \[0, 1\], got 1.5"),
-    ({"momentum": float("nan")}, ValueError, r"momentum must lie in \[0, 1\], got nan"),
+    ({"momentum": 1.5}, ValueError, r"momentum must be in \[0, 1\], got 1.5"),
+    ({"momentum": float("nan")}, ValueError, r"momentum must be in \[0, 1\], got nan"),
     ({"momentum": "0.9"}, TypeError, "momentum must be a number, got str"),
     ({"steps": 0}, ValueError, "steps must be a whole number from 1 or None, got 0"),
     ({"buffers": "keep"}, ValueError, "buffers must be"),

@@ -546,7 +546,7 @@ def averages_of_inference_mode(encoder):
     (None, averages_of_a_byte, {}, "3.bias must be dense and of 16 to 128 bits to be averaged, got float8_e4m3fn"),
     (None, averages_that_overlap, {}, r"3.bias of the copy must hold each element once, got strides \(0,\)"),
     (None, averages_of_inference_mode, {}, "3.bias of the copy was made under torch.inference_mode"),
-    (None, None, {"momentum": 1.5}, r"momentum must lie in \[0, 1\], got 1.5"),
+    (None, None, {"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
     (None, None, {"momentum": "0.5"}, "momentum must be a number, got str"),
 ])  # fmt: skip
 def test_an_update_that_raises_changes_nothing(dtype, source, average, options, message):

@@ -249,9 +249,9 @@ def good_call():
     ({"storage": torch.zeros(4, 5).T}, "storage must be contiguous with shape"),
     ({"position": torch.tensor(0.0)}, "position must be 0-d int64"),
     ({"position": torch.tensor([0])}, "position must be 0-d int64"),
-    ({"position": torch.tensor(5)}, r"position must lie in \[0, 5\), got 5"),
-    ({"position": torch.tensor(-1)}, r"position must lie in \[0, 5\), got -1"),
-    ({"filled": torch.tensor(6)}, r"filled must lie in \[0, 5\], got 6"),
+    ({"position": torch.tensor(5)}, r"position must be in \[0, 5\), got 5"),
+    ({"position": torch.tensor(-1)}, r"position must be in \[0, 5\), got -1"),
+    ({"filled": torch.tensor(6)}, r"filled must be in \[0, 5\], got 6"),
 ])  # fmt: skip
 def test_refuses_what_does_not_fit(change, message):
     for backend in BACKENDS:
