@@ -32,7 +32,10 @@ SCRATCH_BYTES = 128 << 20
 
 
 class Side(NamedTuple):
-    """One side of the similarity matrix in backward, rows or columns: vectors and what belongs to each."""
+    """One side of the similarity matrix in backward, rows or columns: vectors and what belongs to each.
+
+    In the order in which the kernels take them.
+    """
 
     vectors: torch.Tensor  # (N, D)
     rnorm: torch.Tensor | None
@@ -310,8 +313,8 @@ def _bwd_fused(side, needed, other, scale, bound, masks):
     partial = scale.new_empty(splits, n, d) if splits > 1 else None
     bias_partial = scale.new_empty(splits, n) if needed[1] and other.log2_lse is not None else None
     contrastive_bwd_kernel[triton.cdiv(n, tile.block_n), splits](
-        *_side_arguments(side),
-        *_side_arguments(other),
+        *side,
+        *other,
         scale,
         bound,
         grad,
@@ -372,8 +375,8 @@ def _bwd_panels(side, needed, other, other_needed, scale, bound, masks):
         if other_needed[1] and side.log2_lse is not None:
             other_bias_partial = scale.new_empty(row_blocks, m)
         contrastive_coefficient_kernel[row_blocks * column_blocks,](
-            *_side_arguments(side),
-            *_side_arguments(other),
+            *side,
+            *other,
             scale,
             coefficients,
             bias_partial,
@@ -402,15 +405,9 @@ def _bwd_panels(side, needed, other, other_needed, scale, bound, masks):
         rnorm = None if norms_in_panel else other.rnorm
         partial = _product(panel_coefficients, other.vectors, rnorm, scale, partial, accumulate=False)
         vectors, vectors_rnorm = side.vectors[rows], None if side.rnorm is None else side.rnorm[rows]
+        part = None if grad is None else grad[rows]
         finish_rows(
-            partial,
-            vectors,
-            vectors_rnorm,
-            scale,
-            bound,
-            None if grad is None else grad[rows],
-            row_dots[rows],
-            has_rnorm=norms_in_panel,
+            partial, vectors, vectors_rnorm, scale, bound, part, row_dots[rows], has_rnorm=norms_in_panel
         )
         if other_needed[0]:
             rnorm = None if norms_in_panel else vectors_rnorm
@@ -496,21 +493,6 @@ def _bytes(flags):
 
 def _empty_float64(like, *shape):
     return torch.empty(*shape, dtype=torch.float64, device=like.device)
-
-
-def _side_arguments(side):
-    return (
-        side.vectors,
-        side.rnorm,
-        side.log2_lse,
-        side.weight,
-        side.ids,
-        side.bias,
-        side.limit,
-        side.exempt,
-        side.positives,
-        side.grad_positives,
-    )
 
 
 def _positives_per_row(*sides):
