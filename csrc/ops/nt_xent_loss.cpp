@@ -15,6 +15,7 @@
 #include "../cpu/contrastive.h"
 #include "contrastive_autograd.h"
 #include "no_second_derivative.h"
+#include "readable.h"
 #include "saved.h"
 #include "transforms.h"
 
@@ -25,11 +26,6 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
-
-// On the CPU and not a stand-in: a loop over a few hundred numbers is cheaper than the operators that it replaces.
-bool can_be_read(const Tensor& tensor) {
-  return tensor.is_cpu() && !tensor.key_set().has_any(c10::python_ks) && tensor.has_storage() && !tensor.is_meta();
-}
 
 // Whether the CPU kernel can be called without the dispatcher, which has nobody to tell. It takes the views as they are.
 bool runs_directly(const Tensor& z0, const Tensor& z1, const Tensor& scale) {

@@ -46,6 +46,20 @@ def takes_native_node(backend, caller, x, views=1):
     return choose_backend("contrastive", backend, caller, x, views=views) == "native"
 
 
+def takes_row_losses(backend, caller, x, lse):
+    """Whether `row_losses.native` (csrc/ops/row_losses.cpp) stands for the operators after the sums `lse` of rows x."""
+    return type(lse) is torch.Tensor and lse.is_cpu and takes_native_node(backend, caller, x)
+
+
+def native_row_losses(rule, inputs, reduction, like, row_weights=None, constants=()):
+    """`reduce` of the losses that a rule of `row_losses.native` makes of `inputs`."""
+    of_rows = row_weights is not None or reduction == "none"
+    loss = torch.ops.ssl_kernels.row_losses.native(
+        rule, inputs, constants, "none" if of_rows else reduction, like.dtype == torch.float64
+    )
+    return reduce(loss, reduction, like, row_weights) if of_rows else loss
+
+
 def as_scalar(value, like):
     """A number or tensor of one element as a 0-d tensor in the accumulation dtype of `like`."""
     acc = accumulation_dtype(like)
@@ -124,6 +138,14 @@ def weighted_mean(loss, weights):
     total = weights.sum()
     counts = total != 0
     return ((loss * weights).sum() / total.where(counts, 1)).where(counts, 0)
+
+
+def loss_beside(products, scale, lse, reduction, like, row_weights=None, *, backend, caller):
+    """Reduced losses of rows whose positive, of logit scale · product, stands beside the sum `lse` of the negatives."""
+    if takes_row_losses(backend, caller, like, lse):
+        return native_row_losses("beside", (products, scale, lse), reduction, like, row_weights)
+    logit = infinite_as_nan(scale * products)
+    return reduce(minus_log_sigmoid(logit - lse), reduction, like, row_weights)
 
 
 def reduce(loss, reduction, like, row_weights=None):

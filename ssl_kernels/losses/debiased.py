@@ -16,8 +16,10 @@ from ssl_kernels.losses._shared import (
     inverse,
     logarithm,
     minus_log_sigmoid,
+    native_row_losses,
     reduce,
     stacked,
+    takes_row_losses,
     widest_under_autocast,
 )
 from ssl_kernels.losses.dcl import negatives_and_positive
@@ -76,18 +78,21 @@ def debiased_nt_xent_loss(
     check_row_weights(OP, "row_weights", row_weights, 2 * z0.shape[0], z0)
     views = stacked(z0, z1)
     scale = inverse(temperature, views)
-    lse, positive = map(infinite_as_nan, negatives_and_positive(views, scale, normalize, backend, OP))
+    lse, positive = negatives_and_positive(views, scale, normalize, backend, OP)
 
     # log G, all in logarithms: Σ − K τ exp(s) = Σ (1 − exp(excess)), which must be positive to have one.
     negatives = views.shape[0] - 2
-    least = logarithm(negatives, views) - scale.double()
-    excess = logarithm(negatives * positive_prior, views) + positive - lse
+    constants = [
+        logarithm(number, views) for number in (negatives, negatives * positive_prior, 1 - positive_prior)
+    ]
+    if takes_row_losses(backend, OP, views, lse):
+        inputs = (lse, positive, scale)
+        return native_row_losses("debiased", inputs, reduction, views, row_weights, constants)
+    lse, positive = infinite_as_nan(lse), infinite_as_nan(positive)
+    least = constants[0] - scale.double()
+    excess = constants[1] + positive - lse
     no_correction = excess >= 0  # false for NaN, which stays
-    corrected = (
-        lse
-        + torch.log(-torch.expm1(excess.masked_fill(no_correction, -1)))
-        - logarithm(1 - positive_prior, views)
-    )
+    corrected = lse + torch.log(-torch.expm1(excess.masked_fill(no_correction, -1))) - constants[2]
     log_negatives = torch.maximum(corrected, least).where(~no_correction, least)
     return reduce(minus_log_sigmoid(positive - log_negatives), reduction, views, row_weights)
 

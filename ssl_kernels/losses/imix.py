@@ -14,7 +14,14 @@ from ssl_kernels.checks import (
     check_shape,
     short,
 )
-from ssl_kernels.losses._shared import inverse, reduce, rows_for_several, widest_under_autocast
+from ssl_kernels.losses._shared import (
+    inverse,
+    native_row_losses,
+    reduce,
+    rows_for_several,
+    takes_row_losses,
+    widest_under_autocast,
+)
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import savable
 from ssl_kernels.value_checks import check_permutation
@@ -96,9 +103,13 @@ def imix_loss(
     lse, _, logits = contrastive(query, key, scale, positives=positives, **options)
     if negative_keys is not None:
         lse = torch.logaddexp(lse, contrastive(query, negative_keys, scale, **options).lse)
-    own, partner = (lse - logit for logit in logits.unbind(1))  # neither is below 0
     if isinstance(lam, torch.Tensor):
         lam = savable(lam.reshape(()) if lam.numel() == 1 else lam).double()
+    if takes_row_losses(backend, OP, query, lse):
+        if not isinstance(lam, torch.Tensor):
+            lam = torch.scalar_tensor(float(lam), dtype=torch.float64)
+        return native_row_losses("mixed", (lse, logits, lam), reduction, query, row_weights)
+    own, partner = (lse - logit for logit in logits.unbind(1))  # neither is below 0
     loss = lam * own + (1 - lam) * partner
     return reduce(loss, reduction, query, row_weights)
 

@@ -15,7 +15,7 @@ from ssl_kernels.losses._rows import paired_logits
 from ssl_kernels.losses._shared import (
     infinite_as_nan,
     inverse,
-    minus_log_sigmoid,
+    loss_beside,
     reduce,
     rows_for_several,
     takes_native_node,
@@ -118,7 +118,7 @@ def info_nce_loss(
         return reduce(loss, reduction, query, row_weights)
 
     query, positive_key = (rows_for_several(rows, backend, OP) for rows in (query, positive_key))
-    positive = scale * row_pairs(
+    products = row_pairs(
         query, positive_key, normalize=normalize, measure="product", backend=backend, caller=OP
     )
     if negative_mode == "unpaired":
@@ -129,7 +129,7 @@ def info_nce_loss(
         if query_ids is not None:
             logits = logits.masked_fill(query_ids[:, None] == key_ids, -torch.inf)
         lse = infinite_as_nan(torch.logsumexp(logits, 1))
-    return reduce(minus_log_sigmoid(infinite_as_nan(positive) - lse), reduction, query, row_weights)
+    return loss_beside(products, scale, lse, reduction, query, row_weights, backend=backend, caller=OP)
 
 
 info_nce_loss.operation = "contrastive"

@@ -5,9 +5,8 @@ import torch
 from ssl_kernels.checks import DTYPES, check_embeddings, check_reduction, check_same_rows, check_scalar
 from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._shared import (
-    infinite_as_nan,
     inverse,
-    minus_log_sigmoid,
+    loss_beside,
     reduce,
     rows_for_several,
     stacked,
@@ -82,9 +81,8 @@ def moco_loss(
         key = stacked(*key.chunk(2)[::-1])
     if queue is None:
         loss = _in_batch(query, key, scale, ids, normalize, 2 if symmetric else 1, backend)
-    else:
-        loss = _against_queue(query, key, queue, scale, ids, queue_ids, normalize, backend)
-    return reduce(loss, reduction, query)
+        return reduce(loss, reduction, query)
+    return _against_queue(query, key, queue, scale, ids, queue_ids, normalize, reduction, backend)
 
 
 moco_loss.operation = "contrastive"
@@ -112,7 +110,7 @@ def _in_batch(query, key, scale, ids, normalize, views, backend):
     return torch.cat(losses)
 
 
-def _against_queue(query, key, queue, scale, ids, queue_ids, normalize, backend):
+def _against_queue(query, key, queue, scale, ids, queue_ids, normalize, reduction, backend):
     bias = None
     if not hasattr(queue, "negatives"):
         columns, row_ids, column_ids = queue.detach(), ids, queue_ids
@@ -122,7 +120,7 @@ def _against_queue(query, key, queue, scale, ids, queue_ids, normalize, backend)
         columns, row_ids, column_ids, bias = queue.negatives_with_ids(ids)
     added = {} if bias is None else {"column_bias": bias.to(scale.dtype)}
     query, key = (rows_for_several(rows, backend, "moco_loss") for rows in (query, key))
-    positive = scale * row_pairs(
+    products = row_pairs(
         query, key, normalize=normalize, measure="product", backend=backend, caller="moco_loss"
     )
     lse = contrastive(
@@ -137,7 +135,7 @@ def _against_queue(query, key, queue, scale, ids, queue_ids, normalize, backend)
         caller="moco_loss",
         **added,
     ).lse
-    return minus_log_sigmoid(infinite_as_nan(positive) - lse)
+    return loss_beside(products, scale, lse, reduction, query, backend=backend, caller="moco_loss")
 
 
 def _checked_ids(query, queue, ids, queue_ids):
