@@ -105,3 +105,21 @@ def test_labels_may_be_mapped_over_too():
     found = vmap(grad(loss))(features, labels)
     for ours, rows, label in zip(found, features, labels, strict=True):
         torch.testing.assert_close(ours, grad(loss)(rows, label))
+
+
+def test_the_share_of_imix_may_be_transformed_where_the_rows_are_not():
+    """λ meets the kernels' results in operators alone, so every transform of it is right on every backend."""
+    query, key = random_rows(6, 8, torch.float32, seed=1), random_rows(6, 8, torch.float32, seed=2)
+    permutation = torch.tensor([1, 0, 3, 2, 5, 4])
+    lam = torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
+
+    def loss(lam, backend=None):
+        return ssl_kernels.imix_loss(query, key, permutation, lam, reduction="sum", backend=backend)
+
+    slope = torch.func.grad(lambda lam: loss(lam, "reference").double())(lam)
+    torch.testing.assert_close(torch.func.grad(loss)(lam), slope, rtol=1e-4, atol=1e-5)
+    value, tangent = torch.func.jvp(loss, (lam,), (torch.ones_like(lam),))
+    torch.testing.assert_close(value, loss(lam))
+    torch.testing.assert_close(tangent.double(), slope.sum(), rtol=1e-4, atol=1e-4)
+    mapped = torch.func.vmap(loss)(torch.stack((lam, 1 - lam)))
+    torch.testing.assert_close(mapped, torch.stack((loss(lam), loss(1 - lam))))

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 
 from ssl_kernels.backends import MULTIPLIES_BFLOAT16, choose_backend
@@ -46,9 +47,15 @@ def takes_native_node(backend, caller, x, views=1):
     return choose_backend("contrastive", backend, caller, x, views=views) == "native"
 
 
-def takes_row_losses(backend, caller, x, lse):
-    """Whether `row_losses.native` (csrc/ops/row_losses.cpp) stands for the operators after the sums `lse` of rows x."""
-    return type(lse) is torch.Tensor and lse.is_cpu and takes_native_node(backend, caller, x)
+def takes_row_losses(backend, caller, x, *values):
+    """Whether `row_losses.native` (csrc/ops/row_losses.cpp) stands for the operators after the sums of rows x.
+
+    It reads `values`, which plain tensors on the CPU let it, and has no rule for torch.func and dual tensors.
+    """
+    if torch._C._are_functorch_transforms_active() or fwAD._current_level >= 0:
+        return False
+    readable = all(type(value) is torch.Tensor and value.is_cpu for value in values)
+    return readable and takes_native_node(backend, caller, x)
 
 
 def native_row_losses(rule, inputs, reduction, like, row_weights=None, constants=()):

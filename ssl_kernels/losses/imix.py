@@ -105,10 +105,10 @@ def imix_loss(
         lse = torch.logaddexp(lse, contrastive(query, negative_keys, scale, **options).lse)
     if isinstance(lam, torch.Tensor):
         lam = savable(lam.reshape(()) if lam.numel() == 1 else lam).double()
-    if takes_row_losses(backend, OP, query, lse):
-        if not isinstance(lam, torch.Tensor):
-            lam = torch.scalar_tensor(float(lam), dtype=torch.float64)
-        return native_row_losses("mixed", (lse, logits, lam), reduction, query, row_weights)
+    by_tensor = (lam,) if isinstance(lam, torch.Tensor) else ()
+    if takes_row_losses(backend, OP, query, lse, *by_tensor):
+        share = by_tensor or (torch.scalar_tensor(float(lam), dtype=torch.float64, device=lse.device),)
+        return native_row_losses("mixed", (lse, logits, *share), reduction, query, row_weights)
     own, partner = (lse - logit for logit in logits.unbind(1))  # neither is below 0
     loss = lam * own + (1 - lam) * partner
     return reduce(loss, reduction, query, row_weights)
