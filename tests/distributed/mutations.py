@@ -1,0 +1,190 @@
+"""Mistakes in every collective and transfer, each of which the checks of some losses must notice."""
+
+import importlib
+import inspect
+import time
+from typing import NamedTuple
+
+import torch
+
+from ssl_kernels.distributed import groups
+
+GROUPS, TRANSPORT, PAIRS, CALL = "groups", "transport", "pairs", "call"
+SUMS, HARDEST, QUEUE, SHUFFLE, LOSSES = "class_sums", "hardest", "queue", "shuffle", "losses"
+# In the order in which they import each other.
+MODULES = (
+    GROUPS,
+    TRANSPORT,
+    "operators",
+    "once",
+    PAIRS,
+    SUMS,
+    HARDEST,
+    "checks",
+    CALL,
+    QUEUE,
+    SHUFFLE,
+    LOSSES,
+)
+
+
+class Mutation(NamedTuple):
+    """In one module, `old` becomes `new` everywhere."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+
+
+MUTATIONS = [
+    Mutation(
+        "wait: collectives", GROUPS, "return torch.ops._c10d_functional.wait_tensor(tensor)", "return tensor"
+    ),
+    Mutation("wait: transfers", TRANSPORT, "            work.wait()", "            pass"),
+    Mutation("scale: mean", CALL, "(world / (views * self.total))", "(1 / (views * self.total))"),
+    Mutation(
+        "scale: rows of this rank", CALL, "self.total = sum(self.sizes)", "self.total = self.sizes[0] * world"
+    ),
+    Mutation("scale: weighted mean", CALL, "(world * loss.sum() / total", "(loss.sum() / total"),
+    Mutation(
+        "scale: sum of weights of this rank alone",
+        CALL,
+        "groups.all_reduce(weights.sum(), self.ranks.name)",
+        "weights.sum()",
+    ),
+    Mutation("offset: first of an even gather", GROUPS, "start = first * most", "start = 0"),
+    Mutation("offset: order of an uneven gather", GROUPS, "(first + k) % world", "k % world"),
+    Mutation(
+        "offset: rank of delivered parts",
+        TRANSPORT,
+        "before = sum(self.sizes[: self.ranks.rank])",
+        "before = 0",
+    ),
+    Mutation(
+        "sum: reduce-scatter",
+        GROUPS,
+        '(x.contiguous(), "sum", world, name)',
+        '(x.contiguous(), "max", world, name)',
+    ),
+    Mutation("sum: all-reduce", GROUPS, '(x.contiguous(), "sum", name)', '(x.contiguous(), "max", name)'),
+    Mutation(
+        "backward: all-reduce", GROUPS, "return _AllReduce.apply(grad, ctx.name), None", "return grad, None"
+    ),
+    Mutation("merge: sums", TRANSPORT, "            ours += theirs", "            ours.copy_(theirs)"),
+    Mutation(
+        "merge: log-sum-exps",
+        TRANSPORT,
+        "merged = torch.logaddexp(total[0], part[0])",
+        "merged = part[0].clone()",
+    ),
+    Mutation(
+        "merge: log-sum-exps of ranks", TRANSPORT, "lse = torch.logsumexp(lses, 0)", "lse = lses.amax(0)"
+    ),
+    Mutation(
+        "rank: neighbours",
+        TRANSPORT,
+        "left, right = (rank - 1) % world, (rank + 1) % world",
+        "left, right = (rank + 1) % world, (rank - 1) % world",
+    ),
+    Mutation(
+        "rank: owner of a block", TRANSPORT, "owner = (rank + step) % world", "owner = (rank - step) % world"
+    ),
+    Mutation("rank: home", TRANSPORT, "(rank + last) % world, (rank - last) % world", "left, right"),
+    Mutation(
+        "step: how far a half ring goes",
+        TRANSPORT,
+        "last = world // 2 if symmetric",
+        "last = (world - 1) // 2 if symmetric",
+    ),
+    Mutation(
+        "half: whose rows",
+        TRANSPORT,
+        "return slice(own // 2, own), EVERY",
+        "return slice(0, own // 2), EVERY",
+    ),
+    Mutation("half: blocks of a gather", TRANSPORT, "ends[(world + 1) // 2])]", "ends[world // 2 + 1])]"),
+    Mutation("found: of own rows, forward", PAIRS, "lse = torch.logaddexp(lse, found[0])", "lse = lse + 0"),
+    Mutation("found: of own rows, backward", PAIRS, "grad_rows.add_(found[0])", "grad_rows"),
+    Mutation(
+        "found: scale of the last block alone",
+        PAIRS,
+        "grad_scale = grad_scale + part_scale",
+        "grad_scale = part_scale",
+    ),
+    Mutation(
+        "travels: gradient of log-sum-exps", PAIRS, "travelling = (lse, grad_lse)", "travelling = (lse, lse)"
+    ),
+    Mutation(
+        "travels: log-sum-exps of columns",
+        PAIRS,
+        "travelling = (column_lse, _or_zeros",
+        "travelling = (column_lse * 0, _or_zeros",
+    ),
+    Mutation(
+        "pairs: positives of another's block", PAIRS, "return 0 if first else columns.shape[0]", "return 0"
+    ),
+    Mutation("classes: of this rank alone", SUMS, "sums = groups.all_reduce(sums, name)", "sums = sums + 0"),
+    Mutation(
+        "classes: a slab too few",
+        SUMS,
+        "for first in range(0, count, slab)",
+        "for first in range(0, max(1, count - slab), slab)",
+    ),
+    Mutation(
+        "hardest: where rows lie", HARDEST, "at = (index - theirs[0]) % everyones", "at = index % everyones"
+    ),
+    Mutation("queue: where rows lie", QUEUE, "[0]) - self.first", "[0]) - 0"),
+    Mutation(
+        "queue: who keeps them",
+        QUEUE,
+        "torch.tensor(self.bounds[1:]), places, right=True",
+        "torch.tensor(self.bounds[1:]), places",
+    ),
+    Mutation(
+        "queue: position", QUEUE, "(position + total) % self.size", "(position + keys.shape[0]) % self.size"
+    ),
+    Mutation(
+        "shuffle: order of departure",
+        SHUFFLE,
+        "self.departure = place[own].argsort()",
+        "self.departure = place[own].argsort(descending=True)",
+    ),
+    Mutation("shuffle: way back", SHUFFLE, "if back:", "if False:"),
+]
+
+
+def apply(mutation):
+    """Make the modules again of their sources, one of which has the mistake. The process is lost for anything else."""
+    for name in MODULES:
+        module = importlib.import_module(f"ssl_kernels.distributed.{name}")
+        source = inspect.getsource(module)
+        if mutation is not None and name == mutation.module:
+            assert mutation.old in source, f"{mutation.name}: {name}.py has no {mutation.old!r}"
+            source = source.replace(mutation.old, mutation.new)
+        exec(compile(source, module.__file__, "exec"), module.__dict__)
+    losses = importlib.import_module("ssl_kernels.distributed.losses")
+    shuffle = importlib.import_module("ssl_kernels.distributed.shuffle")
+    package = importlib.import_module("ssl_kernels.distributed")
+    for module in (losses, shuffle):
+        for name in package.__all__:
+            if hasattr(module, name):
+                setattr(package, name, getattr(module, name))
+
+
+def slow_down(rank):
+    """Rank 1 comes late to every transfer, and memory that nothing has arrived in is NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    if rank == 1:
+        started, sent = groups._collective, groups.dist.batch_isend_irecv
+
+        def late(function):
+            def run(*args):
+                time.sleep(0.02)
+                return function(*args)
+
+            return run
+
+        groups._collective = late(started)
+        groups.dist.batch_isend_irecv = late(sent)
