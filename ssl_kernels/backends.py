@@ -19,7 +19,7 @@ import weakref
 
 import torch
 
-from ssl_kernels.preference import architecture_of, prefer, runs_on
+from ssl_kernels.preference import architecture_of, prefer
 
 BACKENDS = ("native", "triton", "chunked", "reference")
 
@@ -219,6 +219,30 @@ def _forced():
     if _traced_call is not None and not _state.in_block:
         return _traced_call[0]
     return _state.forced
+
+
+# Embedded GPUs, which run no machine code of another architecture; 8.8, of which NVIDIA says only that nvcc 13 compiles
+# for it, is taken for one: PTX runs in any case.
+EMBEDDED = (53, 62, 72, 87, 88, 101, 110)
+
+
+def runs_on(built, architecture):
+    """Whether code built for `built`, as "8.0", "9.0a" or "8.0+PTX", runs on compute capability `architecture` / 10.
+
+    Machine code runs on the later minor versions of its major version, PTX on every later version, where the driver
+    compiles it; code for features of one architecture ("a") nowhere else.
+
+    Source: CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility".
+    """
+    number, _, ptx = built.partition("+")
+    major, minor = map(int, number.rstrip("af").split("."))
+    target = 10 * major + minor
+    if target == architecture:
+        return True
+    if number.endswith("a"):
+        return False
+    same_major = architecture // 10 == major and architecture >= target
+    return (same_major and architecture not in EMBEDDED) or (ptx == "PTX" and architecture >= target)
 
 
 def native_unsupported(device):

@@ -112,27 +112,3 @@ def prefer(table, rows, architecture, views=1):
 def architecture_of(device):
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-# Embedded GPUs, which run no machine code of another architecture; 8.8, of which NVIDIA says only that nvcc 13 compiles
-# for it, is taken for one: PTX runs in any case.
-EMBEDDED = (53, 62, 72, 87, 88, 101, 110)
-
-
-def runs_on(built, architecture):
-    """Whether code built for `built`, as "8.0", "9.0a" or "8.0+PTX", runs on compute capability `architecture` / 10.
-
-    Machine code runs on the later minor versions of its major version, PTX on every later version, where the driver
-    compiles it; code for features of one architecture ("a") nowhere else.
-
-    Source: CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility".
-    """
-    number, _, ptx = built.partition("+")
-    major, minor = map(int, number.rstrip("af").split("."))
-    target = 10 * major + minor
-    if target == architecture:
-        return True
-    if number.endswith("a"):
-        return False
-    same_major = architecture // 10 == major and architecture >= target
-    return (same_major and architecture not in EMBEDDED) or (ptx == "PTX" and architecture >= target)

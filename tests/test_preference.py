@@ -80,8 +80,8 @@ def test_order_on_a_gpu_follows_the_table(monkeypatch):
     ],
 )
 def test_where_built_code_runs(built, runs, does_not):
-    assert all(preference.runs_on(built, architecture) for architecture in runs)
-    assert not any(preference.runs_on(built, architecture) for architecture in does_not)
+    assert all(backends.runs_on(built, architecture) for architecture in runs)
+    assert not any(backends.runs_on(built, architecture) for architecture in does_not)
 
 
 @pytest.mark.parametrize(
