@@ -52,6 +52,8 @@ def takes_row_losses(backend, caller, x, *values):
 
     It reads `values`, which plain tensors on the CPU let it, and has no rule for torch.func and dual tensors.
     """
+    if torch.compiler.is_compiling():
+        return False
     if torch._C._are_functorch_transforms_active() or fwAD._current_level >= 0:
         return False
     readable = all(type(value) is torch.Tensor and value.is_cpu for value in values)
