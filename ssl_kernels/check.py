@@ -13,11 +13,11 @@ import torch.nn.functional as F
 
 import ssl_kernels
 from ssl_kernels import backends
+from ssl_kernels.checks import DTYPES
 from ssl_kernels.cli import usable_device
 from ssl_kernels.ops.momentum_update import momentum_update_
 from ssl_kernels.ops.queue_push import queue_push_
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # N, D: whole tiles; ragged ones, whose walk over columns is split; rows wider than one tile of a kernel holds.
 SHAPES = ((64, 128), (513, 123), (65, 200), (33, 520))
 TEMPERATURES = (0.005, 0.1, 10.0)

@@ -98,7 +98,6 @@ struct ProductShape {
   static constexpr int kNTiles = kWarpColumns / 8;
   static constexpr int kChunk = kTileRowBytes / sizeof(scalar_t);
   static constexpr int kSliceChunks = kSliceChunks_;
-  static constexpr int kSlice = kSliceChunks * kChunk;
   static constexpr int kWarpDepth = kChunk / kWarpsN;  // columns of g per step
   static constexpr int kGTiles = kWarpDepth / 8;
   static constexpr int kPanels = kBlockN / kChunk;  // tiles of coefficients side by side
@@ -187,9 +186,8 @@ class TileWalk {
   }
 
   __device__ __forceinline__ int64_t row0() const { return row0_; }
-  // First row of the warp's part, in the block; first column, in the tile.
+  // First row of the warp's part, in the block.
   __device__ __forceinline__ int warp_row() const { return warp_row_; }
-  __device__ __forceinline__ int warp_column() const { return warp_column_; }
   // First column of the warp's part of the present tile.
   __device__ __forceinline__ int64_t column0() const { return tile_ * Shape::kBlockN + warp_column_; }
   // Shared memory for kRowTerms numbers of every row; the first step's barrier publishes what start() follows.

@@ -514,6 +514,15 @@ def nothing_runs(monkeypatch):
         for operators in (ssl_kernels.ops.contrastive._fwd, ssl_kernels.ops.contrastive._bwd):
             monkeypatch.setitem(operators, overload, fail)
     monkeypatch.setattr(ssl_kernels.ops.contrastive.reference, "contrastive", fail)
+    if ssl_kernels.backends.extension is not None:
+        monkeypatch.setattr(torch.ops.ssl_kernels.nt_xent_loss, "native", fail)
+
+
+@every_backend
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_fixture_notices_a_call(nothing_runs, backend, reduction):
+    with pytest.raises(pytest.fail.Exception, match="ran on bad input"):
+        nt_xent_loss(Z, Z, reduction=reduction, backend=backend)
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
