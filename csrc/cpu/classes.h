@@ -29,10 +29,12 @@ class Classes {
 
   bool symmetric() const { return kind_ != Kind::kMask; }
 
-  // match[k] = 1 where row j.begin + k is a positive of `row`, else 0; match_back[k] the other way round.
+  // match[k] = 1 where row j.begin + k is a positive of `row`, else 0; match_back[k] the other way round. False where it
+  // is known that all are 0: then neither is to be read.
   template <class acc_t>
-  void match(int64_t row, Block j, acc_t* match, acc_t* match_back) const {
+  bool match(int64_t row, Block j, acc_t* match, acc_t* match_back) const {
     const auto& math = tile_math<acc_t>();
+    bool some = true;
     if (kind_ == Kind::kMask) {
       const bool* mask = values_.const_data_ptr<bool>();
       for (int64_t k = 0; k < j.size; ++k) match[k] = mask[row * n_ + j.begin + k];
@@ -41,11 +43,12 @@ class Classes {
       const int64_t words = kind_ == Kind::kLabels ? 1 : values_.size(1);
       const int64_t* sets = values_.const_data_ptr<int64_t>();
       if (kind_ == Kind::kLabels)
-        math.match_ids(match, sets + j.begin, j.size, sets[row]);
+        some = math.match_ids(match, sets + j.begin, j.size, sets[row]);
       else
         math.match_bits(match, sets + j.begin * words, words, j.size, sets + row * words);
     }
     if (row >= j.begin && row < j.begin + j.size) match[row - j.begin] = match_back[row - j.begin] = 0;
+    return some;
   }
 
  private:

@@ -325,9 +325,10 @@ void add_class_sums(ClassSums& sums, const Classes& classes, const Tile<acc_t>& 
   const auto& math = tile_math<acc_t>();
   acc_t forth[kLargestTile], back[kLargestTile];
   acc_t* const match_back = classes.symmetric() ? forth : back;
-  acc_t row_sum[kLargestTile], row_count[kLargestTile], column_sum[kLargestTile] = {}, column_count[kLargestTile] = {};
+  acc_t row_sum[kLargestTile] = {}, row_count[kLargestTile] = {}, column_sum[kLargestTile] = {},
+        column_count[kLargestTile] = {};
   for (int64_t k = 0; k < tile.i.size; ++k) {
-    classes.match(tile.i.begin + k, tile.j, forth, match_back);
+    if (!classes.match(tile.i.begin + k, tile.j, forth, match_back)) continue;
     math.matched_sums(tile.s + k * tile.ld, tile.j.size, forth, match_back, row_sum + k, row_count + k,
                       mirrored ? column_sum : nullptr, column_count);
   }
@@ -343,7 +344,7 @@ void subtract_class_weights(const Tile<acc_t>& tile, const Classes& classes, con
   acc_t forth[kLargestTile], back[kLargestTile];
   acc_t* const match_back = classes.symmetric() ? forth : back;
   for (int64_t k = 0; k < tile.i.size; ++k) {
-    classes.match(tile.i.begin + k, tile.j, forth, match_back);
+    if (!classes.match(tile.i.begin + k, tile.j, forth, match_back)) continue;
     math.subtract_matched(tile.s + k * tile.ld, tile.j.size, forth, match_back, weight[tile.i.begin + k],
                           weight + tile.j.begin);
   }
