@@ -43,7 +43,7 @@ OLDEST := build/oldest/package
 test-oldest: $(OLDEST)/built
 	@mkdir -p $(OLDEST)/build build/gpu_emulation && ln -sfn ../../../gpu_emulation $(OLDEST)/build/gpu_emulation
 	cd $(OLDEST) && rm -rf tests benchmarks csrc docs
-	cp -r tests benchmarks csrc docs README.md Makefile setup.py pyproject.toml $(OLDEST)
+	cp -r tests benchmarks csrc docs README.md CHANGELOG.md Makefile setup.py pyproject.toml $(OLDEST)
 	cd $(OLDEST) && $(CURDIR)/.venv-oldest/bin/python -m pytest $(PARALLEL) $(TEST_ARGS)
 
 $(OLDEST)/built: .venv-oldest/installed setup.py $(SOURCES) $(wildcard ssl_kernels/*.py ssl_kernels/*/*.py)
