@@ -162,8 +162,8 @@ def mixup_normalize(x, lam, permutation, mean, std, dtype=torch.float32, *, vali
 
     Raises:
         TypeError: x is not uint8, or another argument has the wrong type.
-        ValueError: Shapes or devices that do not fit, an empty batch, λ outside [0, 1], a permutation that is none, a
-            std not > 0.
+        ValueError: Shapes or devices that do not fit, an empty batch, λ outside [0, 1], indices that are not a
+            permutation, a std not > 0.
 
     Source: Zhang et al., mixup, arXiv:1710.09412.
     """

@@ -69,9 +69,9 @@ def imix_loss(
 
     Raises:
         TypeError: An argument is no tensor of the kind above, or dtypes differ outside autocast.
-        ValueError: Shapes that do not fit, an empty batch, mixed devices, temperature not > 0, lam outside [0, 1], a
-            permutation that is none, an unknown reduction or backend, or a backend that cannot run this call. The
-            values of permutation and lam are looked at on the CPU outside of torch.compile only: elsewhere
+        ValueError: Shapes that do not fit, an empty batch, mixed devices, temperature not > 0, lam outside [0, 1],
+            indices that are not a permutation, an unknown reduction or backend, or a backend that cannot run this
+            call. The values of permutation and lam are looked at on the CPU outside of torch.compile only: elsewhere
             that would have to wait for the device.
         RuntimeError: A second derivative is asked of a backend other than "reference".
 
