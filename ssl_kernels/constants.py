@@ -2,7 +2,10 @@
 
 from ssl_kernels.backends import extension
 
-_built = {} if extension is None else extension.build_info()
+try:
+    _built = {} if extension is None else extension.build_info()
+except (RuntimeError, ValueError):  # an unknown SSL_KERNELS_CPU, which is an error of the first call
+    _built = {}
 
 # A row shorter than this is divided by it, as F.normalize does.
 NORM_EPS = _built.get("norm_eps", 1e-12)

@@ -33,7 +33,8 @@ def exported(function, tensors):
     """The exported program, sizes of the first dimensions free."""
     head = Head(function, tensors[0].shape[1])
     free = tuple({0: torch.export.Dim.DYNAMIC} if tensor.dim() else None for tensor in tensors)
-    return head, torch.export.export(head, tensors, dynamic_shapes=(free[0], free[1:]), strict=False).module()
+    dynamic = (free[0], free[1:]) if len(free) > 1 else free
+    return head, torch.export.export(head, tensors, dynamic_shapes=dynamic, strict=False).module()
 
 
 def same_at(sizes_of_tensors, head, program):

@@ -7,7 +7,7 @@ from its matrix of coefficients by two products, whatever the number of triplets
 import torch
 
 from ssl_kernels.chunked.rows import LOGITS_PER_BLOCK, input_gradient, unit_rows
-from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
+from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func, savable
 
 
 def semi_hard_losses(embeddings, labels, margin, distance, normalize, chosen):
@@ -43,7 +43,7 @@ class _SemiHard(torch.autograd.Function):
             gaps, there = _gaps(_distances(x, block, distance), labels, block)
             losses[block] = _losses(gaps.double(), there, "soft" if soft else margin)[0].sum(1)
             count = count + there.sum()
-        ctx.save_for_backward(embeddings, labels, margin)
+        ctx.save_for_backward(*map(savable, (embeddings, labels, margin)))
         ctx.options = soft, distance, normalize
         ctx.mark_non_differentiable(count)
         return losses, count

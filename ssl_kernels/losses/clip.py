@@ -21,6 +21,7 @@ from ssl_kernels.losses._shared import (
     widest_under_autocast,
 )
 from ssl_kernels.ops.contrastive import contrastive
+from ssl_kernels.ops.library import savable
 
 OP = "clip_loss"
 
@@ -145,6 +146,7 @@ def _with_several_texts(
         backend=backend,
         caller=OP,
     )
+    image_index = savable(image_index)
     loss = (lse + image_lse[image_index]) / 2 - (1 - label_smoothing) * positive
     if not label_smoothing:
         return loss

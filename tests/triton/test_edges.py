@@ -61,7 +61,7 @@ def _low_temperature(kernels):
     rows[:, 0], columns[:, 0] = 1, 1 + torch.arange(40) * 2.0**-14
     operands = (rows, columns, torch.tensor(2.0**13), None, None, None)
     lse, column_lse, _, *saved = kernels.contrastive_fwd(*operands, False, False, False, False, True, True)
-    _, grad, _ = kernels.contrastive_bwd(
+    _, grad, *_ = kernels.contrastive_bwd(
         torch.ones_like(lse),
         None,
         None,
@@ -238,8 +238,8 @@ MUTATIONS = [
     ("batch_hard", "batch_hard", ".amin(0)", ".amax(0)"),
     ("batch_hard", "batch_hard", "inside = (columns < N)[None, :]", "inside = (columns < N - 1)[None, :]"),
     ("queue_push", "queue_push", "tl.where(norm < eps, eps, norm)", "tl.maximum(norm, eps)"),
-    ("queue_push", "common", "tl.constexpr(1e-12)", "tl.constexpr(1.05e-12)"),
-    ("row_pairs", "common", "tl.constexpr(1e-12)", "tl.constexpr(1.05e-12)"),
+    ("queue_push", "common", "    constants.NORM_EPS", "    1.05 * constants.NORM_EPS"),
+    ("row_pairs", "common", "    constants.NORM_EPS", "    1.05 * constants.NORM_EPS"),
     ("row_pairs", "row_pairs", "0.999999e12", "0.95e12"),
     ("momentum_update", "momentum_update", "near = weight < 0.5", "near = weight < 2.0"),
     ("momentum_update", "momentum_update", "rounded == written", "(rounded == written) & (written < 65504.0)"),
