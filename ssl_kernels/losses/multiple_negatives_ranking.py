@@ -160,7 +160,7 @@ class _Call:
             cosine = self.cosine(self.queries.detach(), self.positives.detach())
             self.limit = cosine - margin if mode == "absolute" else cosine * (1 - margin)
         count = self.documents.shape[0]
-        self.curated = torch.arange(count, device=self.queries.device) >= len(self.own)
+        self.curated = torch.arange(count, device=self.queries.device) >= self.own.shape[0]
 
     def cosine(self, x, y):
         """<x_i, y_i> of each row, (N,) float64."""
@@ -186,7 +186,7 @@ class _Call:
 
     def all_directions(self):
         """Over the rows [queries; positives; hard negatives], none with itself: the first two make up the loss."""
-        n, kinds = len(self.own), 2 + len(self.hard_negatives)
+        n, kinds = self.own.shape[0], 2 + len(self.hard_negatives)
         rows = stacked(self.queries, self.documents)
         options = {}
         if self.has_ids:  # all own pairs are left out
