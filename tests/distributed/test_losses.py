@@ -54,7 +54,9 @@ def every_case(rank, world):
     return failures
 
 
-@pytest.mark.parametrize("world", SPLITS)
+@pytest.mark.parametrize(
+    "world", [pytest.param(world, marks=pytest.mark.slow) if world == 4 else world for world in SPLITS]
+)
 def test_every_loss_is_that_of_one_process_on_the_joined_batch(world):
     for failures in processes.run(world, every_case):
         assert not failures, "\n".join(failures[:5])
