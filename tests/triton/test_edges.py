@@ -228,9 +228,9 @@ CHECKS = {
 
 MUTATIONS = [
     ("contrastive", "common", "outside = tl.where(columns < M,", "outside = tl.where(columns < M + 1,"),
-    ("contrastive", "contrastive", "weight *= tl.where(empty, 1.0, exp2(",
+    ("contrastive", "contrastive_bwd", "weight *= tl.where(empty, 1.0, exp2(",
      "weight *= tl.where(empty, 1.0, exp2(0.0 * "),
-    ("contrastive", "contrastive", "coefficients += tl.where(index[:, None] == columns",
+    ("contrastive", "contrastive_bwd", "coefficients += tl.where(index[:, None] == columns",
      "coefficients = coefficients * 0.0 + tl.where(index[:, None] == columns"),
     ("contrastive", "common", "1.0 / tl.maximum(tl.sqrt(squared_norm), tl.full([], NORM_EPS, ACC))",
      "1.0 / tl.maximum(tl.sqrt(squared_norm), tl.full([], 1.05e-12, ACC))"),
@@ -256,12 +256,14 @@ MUTATIONS = [
 def load(folder, operation, file, old, new):
     """The kernels of an operation from copies of its file and those shared by all, with a mutation of one of them."""
     suffix = folder.name.replace("-", "_")
-    for name in ("common", "launch", operation):
+    kernels = [path.stem for path in SOURCES.glob(f"{operation}_[fb]wd.py")]
+    shared_names = ("common", "launch", *kernels)
+    for name in (*shared_names, operation):
         text = (SOURCES / f"{name}.py").read_text()
         if name == file:
             assert old in text, f"{old!r} is not in {name}.py"
             text = text.replace(old, new, 1)
-        for shared in ("common", "launch"):
+        for shared in shared_names:
             text = text.replace(f"ssl_kernels.triton.{shared} ", f"{shared}_{suffix} ")
         (folder / f"{name}_{suffix}.py").write_text(text)
     return importlib.import_module(f"{operation}_{suffix}")
