@@ -87,7 +87,7 @@ def main():
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     ours, other = start(here), start(arguments.other)
-    print(f"{'milliseconds a step':<20} {'this':>9} {'other':>9} {'plain':>9}  other/this plain/this")
+    print(f"{'milliseconds per step':<22} {'this':>9} {'other':>9} {'plain':>9}  other/this plain/this")
     for case in CASES:
         for dtype in ("f32", "bf16"):
             if arguments.cases and not any(part in f"{case} {dtype}" for part in arguments.cases):
@@ -100,7 +100,7 @@ def main():
                     best[who] = min(best[who], json.loads(process.stdout.readline()))
             this, that, plain = (1e3 * best[who] for who in ("this", "other", "plain"))
             ratios = f"{that / this:10.2f} {plain / this:10.2f}"
-            print(f"{case + ' ' + dtype:<20} {this:9.2f} {that:9.2f} {plain:9.2f}  {ratios}", flush=True)
+            print(f"{case + ' ' + dtype:<22} {this:9.2f} {that:9.2f} {plain:9.2f}  {ratios}", flush=True)
     for process in (ours, other):
         process.stdin.close()
 

@@ -118,7 +118,7 @@ def table(machine=None):
         "inside a node; a gather does not overlap with its products, a ring does. tests/distributed/test_traffic.py",
         "counts the bytes; no time here was measured.",
         "",
-        "A cell: bytes a rank sends / milliseconds / bytes a rank holds beyond inputs and gradients.",
+        "A cell: bytes per rank sends / milliseconds / bytes per rank holds beyond inputs and gradients.",
         "",
         "| GPUs | pairs | gather | ring | half ring |",
         "|---|---|---|---|---|",

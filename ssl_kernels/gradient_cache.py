@@ -21,7 +21,7 @@ def grad_cache(loss, encoders, inputs, mini_batch_size, *, scaler=None, sync=Tru
     Embeds all mini-batches without a graph, takes the loss of all embeddings once with its gradients, then embeds each
     mini-batch again with a graph, whose backward gets its rows of these gradients. Memory is that of one mini-batch and
     of the embeddings, time that of one more forward. Random numbers (dropout) and buffers (running averages)
-    are those of the first time when a mini-batch is embedded the second time, and move on once a step. Layers that
+    are those of the first time when a mini-batch is embedded the second time, and move on once per step. Layers that
     look across their batch, as batch normalisation, see mini-batches.
 
     Under DistributedDataParallel gradients are averaged once, at the last mini-batch, whatever the number of

@@ -32,7 +32,7 @@ namespace contrastive {
 template <typename Engine, int kWarpsM, int kSliceChunks>
 using BwdShape = ProductShape<Engine, kWarpsM, kSliceChunks, 3, 3>;
 
-// What the backward tiles need of a sum and its gradient, once a row (g = grad_lse):
+// What the backward tiles need of a sum and its gradient, once per row (g = grad_lse):
 //
 //   L_i = lse_i log2(e) rounded to acc_t      w_i = g_i 2^(L_i - lse_i log2(e))      so g_i exp(s - lse_i) =
 //   w_i 2^(a v - L_i)

@@ -18,7 +18,7 @@
 //   positives 32 B T P, column norms B T kBlockN / 8, row norms and scale 20 B. Writes N (1 + P) doubles, or 2 N
 //   acc_t a part. Both directions write 2 B M acc_t and read 2 (B - groups) M acc_t more.
 // Memory: 2 N acc_t a part, and in both directions 2 M acc_t a group: on 132 multiprocessors at most 33 groups, 264
-//   bytes a column, or less than 1 MB in all where T < 32 leaves fewer parts and so more groups (twice that for double).
+//   bytes per column, or less than 1 MB in all where T < 32 leaves fewer parts and so more groups (twice that for double).
 // Shared memory: min(S, 3) * 16 KB of own rows + 3 * kBlockN * (128 bytes + acc_t), 2 KB more in both directions. No
 //   bank conflicts. Wavefronts of a tile and step: kBlockN for its copy (128 more with own rows), reads of operands
 //   384 on tensor cores, 2560 by float FMA; and of a tile 66 for column norms, and 32 in both directions.

@@ -11,7 +11,7 @@ from ssl_kernels.adapters.kornia import blend, paste
 class RandomMixUpV2(MixUp):
     """`kornia.augmentation.RandomMixUpV2`: kornia's draws, labels and arguments, the images blended in one pass.
 
-    λ is the partner's share, uniform, one a sample, as in kornia.
+    λ is the partner's share, uniform, one per sample, as in kornia.
     """
 
     def apply_transform(self, input, params, maybe_flags=None):

@@ -9,7 +9,7 @@ import torch
 from ssl_kernels.checks import check_embeddings
 from ssl_kernels.distributed import groups
 
-MESSAGE = 1024  # bytes a rank
+MESSAGE = 1024  # bytes per rank
 _REFUSED = "refused"
 
 

@@ -18,7 +18,7 @@ class Classes(NamedTuple):
 
 
 def classes_of(labels, unlabelled, sizes, ranks):
-    """`Classes` of int64 labels, by an all-gather of all ranks' labels: 8 bytes a row."""
+    """`Classes` of int64 labels, by an all-gather of all ranks' labels: 8 bytes per row."""
     everyones = groups.all_gather_rows(labels, sizes, ranks.name)
     of_all, members = _groups(everyones)
     start = sum(sizes[: ranks.rank])

@@ -464,7 +464,7 @@ def sup_con_loss(
             )
         if isinstance(labels, torch.Tensor) and labels.dim() == 2 and labels.shape[1] > 1:
             raise ValueError(
-                f"{op}: labels must be one a row over several ranks, got shape {tuple(labels.shape)}"
+                f"{op}: labels must have shape (N,) over several ranks, got {tuple(labels.shape)}"
             )
         labels = as_ids(op, "labels", labels, (features.shape[0],), features)
         if unlabelled is not None and (isinstance(unlabelled, bool) or int(unlabelled) != unlabelled):

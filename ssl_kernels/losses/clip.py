@@ -67,7 +67,7 @@ def clip_loss(
         backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
 
     Returns:
-        float32 (float64 for float64 input): a scalar, or a value a pair for "none".
+        float32 (float64 for float64 input): a scalar, or a value per pair for "none".
 
     Raises:
         TypeError: An argument is no tensor or number of the kind above, or dtypes differ outside autocast.

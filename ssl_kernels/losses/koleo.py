@@ -17,7 +17,7 @@ def koleo_loss(embeddings, *, normalize=True, reduction="mean", backend=None):
 
         loss_i = −log( ‖x̂_i − x̂_n(i)‖₂ + 1e-8 ),  n(i) = argmin_{j ≠ i} ‖x̂_i − x̂_j‖₂
 
-    The nearest rows come from one streamed pass over the pairs, `batch_hard` with a label a row, and get no gradient
+    The nearest rows come from one streamed pass over the pairs, `batch_hard` with a label per row, and get no gradient
     through the choice; the distances are then computed from the rows.
 
     Args:

@@ -153,7 +153,7 @@ class _Call:
         self.scale, self.groups, self.has_ids = scale, groups, has_ids
         self.own = torch.arange(queries.shape[0], device=queries.device)
         self.normalize, self.backend = normalize, backend
-        self.limit = self.curated = None  # of cosines a row; which documents are left out by none
+        self.limit = self.curated = None  # of cosines, per row; which documents are left out by none
 
     def limit_by(self, margin, mode):
         with torch.no_grad():

@@ -181,7 +181,7 @@ def _checked_shares(query, index, counts, target_weights):
 
 
 def _checked_columns(name, value, columns, query):
-    """A floating number a column: `weight` as float64, `column_bias` in the accumulation dtype; or None."""
+    """A floating number per column: `weight` as float64, `column_bias` in the accumulation dtype; or None."""
     if value is None:
         return None
     check_shape(OP, name, value, (columns,), query)

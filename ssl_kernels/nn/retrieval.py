@@ -9,7 +9,7 @@ class SimilarityCrossEntropyLoss(Loss):
 
     Args:
         scale: A float, a tensor of one element, or an `nn.Parameter` to learn it.
-        weight: None or (M,), a weight a column as target; a buffer.
+        weight: None or (M,), a weight per column as target; a buffer.
         ignore_index, label_smoothing, normalize, reduction, backend: As in `similarity_cross_entropy`.
     """
 

@@ -108,7 +108,7 @@ def compare_with_one(processes, settings, images):
     one = experiment.prepare_trainings(loaded, {"one": NTXentLoss(settings.temperature)}, settings)["one"]
     simclr.train([one], loaded.views, title="1 process")
     model, history = run_in_processes(processes, settings, images)
-    lines = [f"{'':14}{'first loss':>12}{'last loss':>12}{'k-NN':>8}{'linear':>8}{'ms a step':>11}"]
+    lines = [f"{'':14}{'first loss':>12}{'last loss':>12}{'k-NN':>8}{'linear':>8}{'ms per step':>13}"]
     runs = {"1 process": (one.model, one.history), f"{processes} processes": (model, history)}
     for name, (trained, of_run) in runs.items():
         features = [extract_features(trained.encoder, batches) for batches in (loaded.train, loaded.test)]
@@ -116,7 +116,7 @@ def compare_with_one(processes, settings, images):
         seconds = sorted(of_run.step_seconds)[len(of_run.step_seconds) // 2]
         lines.append(
             f"{name:14}{of_run.losses[0]:12.6f}{of_run.losses[-1]:12.6f}{accuracy.knn:8.1%}{accuracy.linear:8.1%}"
-            f"{seconds * 1e3:11.1f}"
+            f"{seconds * 1e3:13.1f}"
         )
     pairs = list(zip(one.history.losses, history.losses, strict=True))
     for count in (10, len(pairs)):

@@ -158,4 +158,4 @@ def test_bad_arguments_in_words():
         )
         assert found[3] == ("ValueError", "nt_xent_loss: z1 must be on cpu as z0 is, got meta")
         assert found[4][1] == "dcl_loss: the ranks must have at least 2 rows of z0 together, got 1"
-        assert found[5][1] == "sup_con_loss: labels must be one a row over several ranks, got shape (2, 3)"
+        assert found[5][1] == "sup_con_loss: labels must have shape (N,) over several ranks, got (2, 3)"

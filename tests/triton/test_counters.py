@@ -63,7 +63,7 @@ def test_expectation_multiplies_two_units(gpu):
 
 
 def test_both_directions_multiply_one_unit_forward(gpu):
-    """Each tile is visited once; its column sums are 8 bytes a column and row block."""
+    """Each tile is visited once; its column sums are 8 bytes per column and row block."""
     n, m, d = 256, 512, 128
     counters, splits = _forward_and_splits(
         gpu, Case(n, m, d, torch.bfloat16, both_directions=True, positives=0)
