@@ -184,7 +184,8 @@ def contrastive_bwd_kernel(
     x_lse = load_vector(x_lse_ptr, rows, N, 0.0)
     x_weight = load_vector(x_weight_ptr, rows, N, 0.0)
     x_ids = load_vector(x_ids_ptr, rows, N, 0)
-    x_bias, x_limit = load_base2(x_bias_ptr, rows, N), load_base2(x_limit_ptr, rows, N)
+    x_bias = load_base2(x_bias_ptr, rows, N)
+    x_limit = load_base2(x_limit_ptr, rows, N)
 
     gradient = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     if bias_partial_ptr is not None:

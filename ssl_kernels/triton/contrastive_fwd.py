@@ -111,7 +111,8 @@ def contrastive_fwd_kernel(
     if x_rnorm_ptr is not None:
         row_scale *= tl.load(x_rnorm_ptr + rows, mask=rows < N, other=0.0)
     row_ids = load_vector(x_ids_ptr, rows, N, 0)
-    row_bias, row_limit = load_base2(x_bias_ptr, rows, N), load_base2(x_limit_ptr, rows, N)
+    row_bias = load_base2(x_bias_ptr, rows, N)  # Triton 3.6 makes no tuple of two that may be None
+    row_limit = load_base2(x_limit_ptr, rows, N)
     if positive_logits_ptr is not None:
         lowest, highest = index_range(positives_ptr, rows, N, M, P)
 
