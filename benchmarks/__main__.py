@@ -28,12 +28,7 @@ def operations():
     return [name.removeprefix("bench_") for name in modules if name.startswith("bench_")]
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser):
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(operations())}; all without any")
     parser.add_argument("--quick", action="store_true", help="few sizes, few rounds: well under a minute")
     parser.add_argument("--out", type=pathlib.Path, default=FOLDER / "results", help="folder (%(default)s)")
@@ -46,7 +41,6 @@ def make_parser():
     parser.add_argument("--threads", type=size, help="CPU threads, instead of torch's choice")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="(%(default)s)")
-    return parser
 
 
 def size(text):
@@ -115,9 +109,18 @@ def show(record, path):
 
 
 def main(argv=None):
-    """Run what `argv` asks for; the exit code, 1 if an implementation was refused."""
-    parser = make_parser()
-    options = parser.parse_args(argv)
+    """Run what `argv` asks for, and return the exit code of `run`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    return run(parser.parse_args(argv), parser)
+
+
+def run(options, parser):
+    """Measure what `options` ask for; the exit code, 1 if an implementation was refused."""
     unknown = [op for op in options.ops if op not in operations()]
     if unknown:
         parser.error(f"op must be one of {', '.join(operations())}, got {', '.join(unknown)}")

@@ -1,9 +1,9 @@
-"""Entry point of `python -m ssl_kernels`."""
+"""Entry point of `python -m ssl_kernels` and of the command `ssl-kernels`."""
 
 import os
 import sys
 
-from ssl_kernels.cli import INTERRUPTED, main
+from ssl_kernels.cli import INTERRUPTED, main, program
 
 
 def run():
@@ -12,13 +12,13 @@ def run():
         code = main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("python -m ssl_kernels: interrupted", file=sys.stderr)
+        print(f"{program()}: interrupted", file=sys.stderr)
         code = INTERRUPTED
     except BrokenPipeError:
         code = 1
         _drop_output()
     except OSError as error:
-        print(f"python -m ssl_kernels: error: {error}", file=sys.stderr)
+        print(f"{program()}: error: {error}", file=sys.stderr)
         code = 2
         _drop_output()
     return code

@@ -1,4 +1,4 @@
-"""The command line: `python -m ssl_kernels COMMAND [options]`.
+"""The command line: `ssl-kernels COMMAND [options]`, or `python -m ssl_kernels COMMAND [options]`.
 
 A command is a module with two functions: `add_arguments(parser)`, and `run(args, parser)`, which returns
 the exit code and reports a user's mistake by `parser.error`. Its docstring is the text of its --help. It is
@@ -7,6 +7,8 @@ imported when it is called, so that no command pays for the dependencies of anot
 
 import argparse
 import importlib
+import pathlib
+import sys
 
 import torch
 
@@ -17,8 +19,8 @@ COMMANDS = {
     "info": ("ssl_kernels.info", "what is built and which backends can run here"),
     "check": ("ssl_kernels.check", "run every kernel that can run here against float64"),
     "pretrain": ("ssl_kernels.recipes.pretrain", "pretrain an encoder with SimCLR or MoCo and judge it"),
+    "bench": ("ssl_kernels.bench", "measure against what people use today (in a clone of the repository)"),
 }
-
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as of a shell
 
@@ -27,6 +29,12 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line, whatever the message is made of; --help has the rest."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def program():
+    """The command as the user called it, for messages."""
+    installed = pathlib.Path(sys.argv[0]).stem == "ssl-kernels"
+    return "ssl-kernels" if installed else "python -m ssl_kernels"
 
 
 def usable_device(name):
@@ -50,7 +58,7 @@ def main(argv=None):
     """Run the command in `argv` (default: the process's arguments) and return its exit code."""
     summaries = [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
     parser = _Parser(
-        prog="python -m ssl_kernels",
+        prog=program(),
         description=ssl_kernels.__doc__.splitlines()[0],
         epilog="\n".join(["commands:", *summaries]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -65,7 +73,7 @@ def main(argv=None):
 def run_command(name, argv):
     module = importlib.import_module(COMMANDS[name][0])
     parser = _Parser(
-        prog=f"python -m ssl_kernels {name}",
+        prog=f"{program()} {name}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,3 +1,4 @@
+import argparse
 import json
 import sys
 import types
@@ -63,7 +64,9 @@ def test_refused_implementation_is_told_by_the_exit_code(operation, tmp_path, ca
 
 
 def test_file_is_named_after_what_is_not_the_default(tmp_path):
-    parse = main.make_parser().parse_args
+    parser = argparse.ArgumentParser()
+    main.add_arguments(parser)
+    parse = parser.parse_args
     assert main.file_stem("contrastive", parse([])) == "contrastive"
     options = parse("--quick --dim 512 --dtype bfloat16 --threads 1 --batch-sizes 8 4".split())
     assert main.file_stem("contrastive", options) == "contrastive-dim512-bfloat16-threads1-batch4_8-quick"
