@@ -12,7 +12,7 @@ PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-all test-peers test-oldest sanitize bench card lint info clean
+.PHONY: help demo test test-all test-peers test-oldest sanitize bench card lint docs docs-links info clean
 
 help:
 	@echo "make demo      pretrain an encoder with the fused loss and with plain PyTorch's, and compare"
@@ -24,6 +24,7 @@ help:
 	@echo "make card      on a machine with a GPU: build, check, time and store (CARD_ARGS=--dry: try that without one)"
 	@echo "make info      what is built and what can run here"
 	@echo "make lint      ruff"
+	@echo "make docs      the site in build/docs/index.html (make docs-links: follow its links to other sites too)"
 
 demo: .venv/built
 	$(BIN)/python -m ssl_kernels pretrain $(DEMO_ARGS)
@@ -81,6 +82,14 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The package is read from its source, built or not.
+docs: .venv/docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs build/docs
+	@echo "build/docs/index.html"
+
+docs-links: .venv/docs
+	$(BIN)/python -m sphinx --quiet --builder linkcheck docs build/docs-links
+
 info: .venv/built
 	$(BIN)/python -m ssl_kernels info
 
@@ -101,6 +110,10 @@ clean:
 
 .venv/peers: .venv/installed requirements-bench.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@touch $@
+
+.venv/docs: .venv/installed requirements-docs.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	@touch $@
 
 .venv/built: .venv/installed setup.py $(SOURCES)

@@ -29,7 +29,7 @@ def grad_cache(loss, encoders, inputs, mini_batch_size, *, scaler=None, sync=Tru
     ranks need as many, and reduces gradients once.
 
     Args:
-        loss: loss(*embeddings) -> scalar, of what the encoders return for all rows: of this library, over several
+        loss: `loss(*embeddings)` -> scalar, of what the encoders return for all rows: of this library, over several
             ranks (`ssl_kernels.distributed`), or any other. Parameters in it get their gradient.
         encoders: A module or function, or a sequence of them. They may be wrapped in DistributedDataParallel or
             sharded, be the same one for several inputs, or be frozen: one without a parameter or input that needs a

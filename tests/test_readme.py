@@ -30,7 +30,7 @@ def session_source(code):
     return "\n".join(line[4:] for line in code.splitlines() if line.startswith((">>> ", "... ")))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
     """Blocks of a page build on one another, as a reader types them."""
     monkeypatch.chdir(tmp_path)
@@ -52,7 +52,7 @@ def test_docstring_of_the_package_runs():
     exec(session_source(ssl_kernels.__doc__), {})
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_make_targets_exist(page):
     text = page.read_text()
     # In backticks, in a fenced or indented block, or after another command; prose that says "make sure" is none.
@@ -70,7 +70,7 @@ def test_make_targets_exist(page):
         assert {"demo", "test"} <= named
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_to_files_exist(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
         if not re.match(r"[a-z]+:", target):

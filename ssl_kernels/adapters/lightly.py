@@ -105,7 +105,7 @@ class NTXentLoss(nn.Module):
         strict: Lose the rows of the bank that lightly loses.
 
     Raises:
-        ValueError: |temperature| < 1e-8 here; temperature < 0, which lightly computes with, at the call.
+        ValueError: temperature is within 1e-8 of 0; at the call, it is < 0, which lightly computes with.
     """
 
     def __init__(self, temperature=0.5, memory_bank_size=0, gather_distributed=False, *, strict=False):

@@ -50,12 +50,12 @@ def multiple_negatives_ranking_loss(
 
         loss_i = log Σ exp(the logits of every direction) − s(q_i, d_i),  s = scale · cosine
 
-    | direction | logits of row i |
-    |---|---|
-    | "query_to_doc" | q_i with every document: all positives and all hard negatives, its own too |
-    | "doc_to_query" | d_i with every query |
-    | "query_to_query" | q_i with every other query |
-    | "doc_to_doc" | d_i with every document of the other queries |
+    with, of each direction, these logits of row i:
+
+    - "query_to_doc": q_i with every document, all positives and all hard negatives, its own too;
+    - "doc_to_query": d_i with every query;
+    - "query_to_query": q_i with every other query;
+    - "doc_to_doc": d_i with every document of the other queries.
 
     "joint" adds up the exponentials of all of them, so that with "doc_to_query" the own pair is in the sum twice;
     "per_direction" is the mean of a loss for each direction. All four at once are one pass over the square of the

@@ -45,9 +45,8 @@ class MultipleNegativesRankingLoss(Loss):
 
     Args:
         scale: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
-        directions, partition_mode, hardness_mode, hardness_strength, margin, margin_mode, normalize, reduction,
-        backend:
-            As in `multiple_negatives_ranking_loss`.
+        directions, partition_mode, hardness_mode, hardness_strength: As in `multiple_negatives_ranking_loss`.
+        margin, margin_mode, normalize, reduction, backend: Likewise.
     """
 
     def __init__(
