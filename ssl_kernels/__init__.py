@@ -13,6 +13,7 @@ from ssl_kernels.backends import backends_for, use_backend
 from ssl_kernels.gradient_cache import grad_cache
 from ssl_kernels.losses import *
 from ssl_kernels.losses.matryoshka import matryoshka
+from ssl_kernels.losses.sinkhorn import sinkhorn
 from ssl_kernels.memory import empty_cache
 from ssl_kernels.mixing import cutmix, cutmix_, mixup, mixup_, mixup_cross_entropy, mixup_normalize
 
@@ -31,6 +32,7 @@ __all__ = [
     "mixup_normalize",
     "nn",
     "patch",
+    "sinkhorn",
     "use_backend",
     *losses.__all__,
 ]

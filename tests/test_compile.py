@@ -13,7 +13,7 @@ import ssl_kernels
 from ssl_kernels import losses, nn
 from ssl_kernels.nn.losses import Loss
 from tests.helpers import OPERATORS, random_rows
-from tests.losses.cases import CASES, OTHER_CASES
+from tests.losses.cases import CASES, OTHER_CASES, grouped
 
 CALLS = 12
 MOST_GRAPHS = 3  # the first call, a number or size that changed, and one to spare
@@ -49,6 +49,13 @@ FORMS = (
     "koleo",
     "uniformity",
     "byol",
+    "swav-queue",
+    "dino",
+    "dino-logits",
+    "dino-sinkhorn",
+    "barlow_twins",
+    "vicreg",
+    "mae",
 )
 SLOW = dict.fromkeys(
     ("clip-ids", "triplet-cosine", "triplet-soft", "moco-ids", "clip-texts", "mnrl-hardness"),
@@ -66,6 +73,13 @@ NUMBERS = {
     "hardness_strength": lambda k: 1.0 + 0.1 * k,
     "alpha": lambda k: 2.0 + 0.1 * k,
     "t": lambda k: 2.0 + 0.1 * k,
+    "epsilon": lambda k: 0.2 + 0.01 * k,
+    "teacher_temperature": lambda k: 0.3 + 0.01 * k,
+    "off_diagonal_weight": lambda k: 0.1 + 0.01 * k,
+    "eps": lambda k: 1e-3 + 1e-4 * k,
+    "invariance": lambda k: 3.0 + 0.1 * k,
+    "variance": lambda k: 3.0 - 0.1 * k,
+    "covariance": lambda k: 2.0 + 0.1 * k,
 }
 
 
@@ -183,6 +197,11 @@ MODULES = {
     "sampled_softmax_loss": nn.SampledSoftmaxLoss,
     "similarity_cross_entropy": nn.SimilarityCrossEntropyLoss,
     "uniformity_loss": nn.UniformityLoss,
+    "swav_loss": nn.SwAVLoss,
+    "dino_loss": nn.DINOLoss,
+    "barlow_twins_loss": nn.BarlowTwinsLoss,
+    "vicreg_loss": nn.VICRegLoss,
+    "mae_loss": nn.MAELoss,
 }
 
 LEARN = [name for name, module in MODULES.items() if {"temperature", "margin", "logit_scale"} & takes(module)]
@@ -204,7 +223,7 @@ def test_modules(name, learned):
         if not learned:
             for option in held:
                 setattr(module, option, NUMBERS[option](k))
-        arguments = arguments_of(case, k, sizes=False)
+        arguments = grouped(arguments_of(case, k, sizes=False))
         return {key: value for key, value in arguments.items() if key in takes(type(module).forward)}
 
     torch._dynamo.reset()

@@ -155,9 +155,16 @@ def test_all_of_the_public_interface_is_here():
         "adapters",
         "grad_cache",
         "patch",
+        "sinkhorn",
     }
     assert tried | others == set(ssl_kernels.__all__)
     modules = {name for name in nn.__all__ if inspect.isclass(getattr(nn, name))}
     losses = {name for name in modules if name.endswith("Loss")}
     results = {"MixingDraw", "MixedMasks", "MixedBoxes"}
-    assert modules - losses - results == {"Mixup", "ManifoldMixup", "MoCoQueue", "MomentumEncoder"}
+    assert modules - losses - results == {
+        "Mixup",
+        "ManifoldMixup",
+        "MoCoQueue",
+        "MomentumEncoder",
+        "DINOCenter",
+    }

@@ -112,3 +112,11 @@ class _AllReduce(torch.autograd.Function):
 def all_reduce(x, name):
     """The sum of x over the ranks, differentiable."""
     return _AllReduce.apply(x, name)
+
+
+def all_reduce_lse(lse, name):
+    """The log-sum-exp over the ranks of what each of them has, not differentiable."""
+    reduce = _collective("all_reduce")
+    top = _wait(reduce(lse.contiguous(), "max", name))
+    shift = top.masked_fill(top.isinf(), 0)
+    return shift + _wait(reduce((lse - shift).exp(), "sum", name)).log()

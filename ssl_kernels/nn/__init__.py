@@ -1,6 +1,14 @@
 """The losses, the state that training keeps beside them, and the mixing of batches as modules."""
 
 from ssl_kernels.nn.boxes import MixedBoxes
+from ssl_kernels.nn.clustering import (
+    BarlowTwinsLoss,
+    DINOCenter,
+    DINOLoss,
+    MAELoss,
+    SwAVLoss,
+    VICRegLoss,
+)
 from ssl_kernels.nn.losses import (
     BYOLLoss,
     CLIPLoss,

@@ -6,12 +6,28 @@ from dataclasses import dataclass
 import torch
 
 from ssl_kernels import losses
+from ssl_kernels.reference import clustering
 from ssl_kernels.reference import losses as definitions
 from tests.helpers import random_rows
 
+VIEWS = ("features", "student", "teacher")
+
+
+def grouped(arguments):
+    """Arguments with views, named features_0, features_1 and so on, in one list each."""
+    made = {}
+    for name, value in arguments.items():
+        base = name.rstrip("0123456789").removesuffix("_")
+        if base in VIEWS and base != name:
+            made.setdefault(base, []).append(value)
+        else:
+            made[name] = value
+    return made
+
 
 def call(function, **arguments):
-    """function(**arguments), hard negatives by position."""
+    """function(**arguments), views in lists, hard negatives by position."""
+    arguments = grouped(arguments)
     further = [arguments.pop(name) for name in list(arguments) if name.startswith("hard_negatives")]
     first = [arguments.pop(name) for name in ("anchor", "positive")] if further else []
     return function(*first, *further, **arguments)
@@ -67,7 +83,8 @@ class Case:
 
     def definition(self, **arguments):
         """A value a row."""
-        return getattr(definitions, self.loss)(**arguments)
+        definition = getattr(definitions, self.loss, None) or getattr(clustering, self.loss)
+        return definition(**grouped(arguments))
 
 
 def _generator(seed):
@@ -239,6 +256,43 @@ def image_and_texts(n, d, seed):
     }
 
 
+def crops(n, d, seed):
+    return _rows(n, d, seed, "features_0", "features_1", "features_2") | {
+        "prototypes": random_rows(n + 3, d, torch.float64, seed=seed + 7)
+    }
+
+
+def crops_with_queue(n, d, seed):
+    return crops(n, d, seed) | {"queue": random_rows(n + 2, d, torch.float64, seed=seed + 8)}
+
+
+def crops_with_teacher(n, d, seed):
+    """Logits near one another: the teacher's softmax is no one-hot vector."""
+    names = ("student_0", "student_1", "student_2", "teacher_0", "teacher_1")
+    return _rows(n, d, seed, *names) | {
+        "prototypes": random_rows(n + 3, d, torch.float64, seed=seed + 7),
+        "teacher_prototypes": random_rows(n + 3, d, torch.float64, seed=seed + 8),
+    }
+
+
+def crops_with_center(n, d, seed):
+    center = 0.3 * random_rows(n + 3, 1, torch.float64, seed=seed + 9)[:, 0]
+    return crops_with_teacher(n, d, seed) | {"center": center}
+
+
+def logits_with_center(n, d, seed):
+    rows = crops_with_teacher(n, d, seed)
+    del rows["prototypes"], rows["teacher_prototypes"]
+    return rows | {"center": 0.3 * random_rows(d, 1, torch.float64, seed=seed + 9)[:, 0]}
+
+
+def patches(n, d, seed):
+    return _rows(n, max(d, 2), seed, "prediction", "target")
+
+
+TEACHERS = ("teacher_0", "teacher_1", "teacher_prototypes", "center")
+
+
 def regression(n, d, seed):
     return _rows(n, d, seed, "prediction", "target")
 
@@ -321,6 +375,40 @@ CASES = [
 ]
 # Of the losses that have a test file of their own.
 OTHER_CASES = [
+    Case(
+        "swav-queue",
+        "swav_loss",
+        crops_with_queue,
+        (("epsilon", 0.2), ("normalize_prototypes", False)),
+        without_gradient=("queue",),
+    ),
+    Case("swav", "swav_loss", crops, (("epsilon", 0.2),)),
+    Case(
+        "dino-sinkhorn",
+        "dino_loss",
+        crops_with_teacher,
+        (("centering", "sinkhorn"), ("teacher_temperature", 0.2)),
+        without_gradient=TEACHERS,
+    ),
+    Case(
+        "dino-logits",
+        "dino_loss",
+        logits_with_center,
+        (("teacher_temperature", 0.4),),
+        without_gradient=TEACHERS,
+    ),
+    Case("dino", "dino_loss", crops_with_center, (("teacher_temperature", 0.2),), without_gradient=TEACHERS),
+    Case("barlow_twins", "barlow_twins_loss", views, scalar="off_diagonal_weight", least_rows=4),
+    Case("vicreg", "vicreg_loss", views, scalar="covariance", least_rows=4),
+    Case(
+        "mae-raw",
+        "mae_loss",
+        patches,
+        (("normalize_target", False),),
+        scalar=None,
+        without_gradient=("target",),
+    ),
+    Case("mae", "mae_loss", patches, scalar=None, without_gradient=("target",)),
     Case("moco-ids", "moco_loss", with_queue_of_ids, without_gradient=("key", "queue")),
     Case("koleo", "koleo_loss", embedded, scalar=None, least_rows=2),
     Case("uniformity", "uniformity_loss", embedded, scalar=None, least_rows=2),

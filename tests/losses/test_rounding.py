@@ -55,6 +55,8 @@ def test_gradients_of_rows_alike_are_those_of_float32_rounded_once(case, backend
     """As plain PyTorch has them on x.float(): what softmax and target leave of each other keeps its digits."""
     if case.name in ("triplet-soft", "uniformity"):
         pytest.skip("distances from products: their rounding chooses rows, or is all that is left of them")
+    if case.loss in ("swav_loss", "dino_loss"):
+        pytest.skip("softmax and target meet after their products")
     arguments = clustered(case, 96, 64, cosine, dtype, scalar=0.07)
     wide = widened(case, arguments, torch.float64)
     truth = value_and_gradients(case.definition, case, wide, 1.0)[1:]
@@ -138,7 +140,7 @@ def test_weights_of_0_alone_give_a_mean_of_0_with_gradient_0(case, backend):
 
 
 # Comparisons choose their rows; sums over other rows meet an infinite one with a weight of 0.
-NEAREST = ("triplet_loss", "koleo_loss", "distillation_loss")
+NEAREST = ("triplet_loss", "koleo_loss", "distillation_loss", "swav_loss", "dino_loss")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,161 @@
+"""Second moments of features over a batch and what the losses of correlations make of them, gradients written out.
+
+C = X̄ᵀ Ȳ of the centred rows is the large product; what else there is costs O(N · D + D · D). Over a process group
+the sums are those of all ranks' rows, and each rank's gradient is `world` times that of the global loss by its rows, so
+that the mean over the ranks, which data parallelism takes, is the global gradient.
+"""
+
+import torch
+
+from ssl_kernels.ops.library import accumulation_dtype, all_savable
+from ssl_kernels.ops.operation import once
+
+
+def summed(tensor, group):
+    """The sum over the ranks of a group, by its name; the tensor itself for ""."""
+    if not group:
+        return tensor
+    from ssl_kernels.distributed.groups import all_reduce
+
+    return all_reduce(tensor, group)
+
+
+def _centred(rows, count, group):
+    """(rows less their mean, the mean), in the accumulation dtype."""
+    rows = rows.to(accumulation_dtype(rows))
+    mean = summed(rows.sum(0), group) / count
+    return rows - mean, mean
+
+
+def count_of(rows, group):
+    """How many rows all ranks have: a 0-d tensor in the accumulation dtype."""
+    own = torch.ones((), dtype=accumulation_dtype(rows), device=rows.device) * rows.shape[0]
+    return summed(own, group)
+
+
+class _Correlation(torch.autograd.Function):
+    """(D,) losses of the features: (1 − c_dd)² and the sum of c_dj² over the other features j."""
+
+    @staticmethod
+    def forward(ctx, op, chosen, group, world, x, y, eps):
+        with torch.autocast(x.device.type, enabled=False):
+            count = count_of(x, group)
+            (first, mean), (second, other_mean) = (_centred(rows, count, group) for rows in (x, y))
+            squares = torch.stack((first.square().sum(0), second.square().sum(0)))
+            scale = (summed(squares, group) / count + eps).rsqrt()  # (2, D)
+            correlation = summed(first.T @ second, group) / count
+            correlation = correlation * scale[0][:, None] * scale[1]
+        on_diagonal = correlation.diagonal()
+        ctx.save_for_backward(*all_savable(x, y, mean, other_mean, scale, correlation, count))
+        ctx.op, ctx.chosen, ctx.world = op, chosen, world
+        return (1 - on_diagonal).square(), correlation.square().sum(1) - on_diagonal.square()
+
+    @staticmethod
+    def backward(ctx, grad_on, grad_off):
+        x, y, mean, other_mean, scale, correlation, count = ctx.saved_tensors
+        needs = ctx.needs_input_grad[4:6]
+
+        def make():
+            with torch.autocast(x.device.type, enabled=False):
+                on_diagonal = correlation.diagonal()
+                by_correlation = (2 * grad_off)[:, None] * correlation
+                by_correlation.diagonal().copy_(2 * grad_on * (on_diagonal - 1))
+                along = by_correlation * correlation
+                by_correlation = by_correlation * (scale[0][:, None] * scale[1])
+                first, second = x.to(mean.dtype) - mean, y.to(mean.dtype) - other_mean
+                factor = ctx.world / count
+                grads = []
+                for need, own, other, matrix, shrink in (
+                    (needs[0], first, second, by_correlation.T, scale[0].square() * along.sum(1)),
+                    (needs[1], second, first, by_correlation, scale[1].square() * along.sum(0)),
+                ):
+                    made = factor * (other @ matrix - own * shrink) if need else own.new_empty(0)
+                    grads.append(made.to(x.dtype))
+            return tuple(grads)
+
+        made = once(ctx.op, ctx.chosen, make, grad_on, grad_off, x, y)
+        grads = [grad if need else None for grad, need in zip(made, needs, strict=True)]
+        return None, None, None, None, *grads, None
+
+
+class _Covariance(torch.autograd.Function):
+    """(D,) of the features of rows: the variance, and the sum of the squared covariances with the other features."""
+
+    @staticmethod
+    def forward(ctx, op, chosen, group, world, x):
+        with torch.autocast(x.device.type, enabled=False):
+            count = count_of(x, group)
+            centred, mean = _centred(x, count, group)
+            covariance = summed(centred.T @ centred, group) / (count - 1)
+        variance = covariance.diagonal().clone()
+        ctx.save_for_backward(*all_savable(x, mean, covariance, count))
+        ctx.op, ctx.chosen, ctx.world = op, chosen, world
+        return variance, covariance.square().sum(1) - variance.square()
+
+    @staticmethod
+    def backward(ctx, grad_variance, grad_off):
+        x, mean, covariance, count = ctx.saved_tensors
+
+        def make():
+            with torch.autocast(x.device.type, enabled=False):
+                by_covariance = 2 * (grad_off[:, None] + grad_off) * covariance
+                by_covariance.diagonal().copy_(2 * grad_variance)
+                centred = x.to(mean.dtype) - mean
+                return (centred @ by_covariance).mul_(ctx.world / (count - 1)).to(x.dtype)
+
+        return None, None, None, None, once(ctx.op, ctx.chosen, make, grad_variance, grad_off, x)
+
+
+class _MeanSquares(torch.autograd.Function):
+    """(D,) means over the rows of (x − y)²."""
+
+    @staticmethod
+    def forward(ctx, op, chosen, group, world, x, y):
+        acc = accumulation_dtype(x)
+        count = count_of(x, group)
+        ctx.save_for_backward(*all_savable(x, y, count))
+        ctx.op, ctx.chosen, ctx.world = op, chosen, world
+        return summed((x.to(acc) - y.to(acc)).square_().sum(0), group) / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y, count = ctx.saved_tensors
+        needs = ctx.needs_input_grad[4:6]
+
+        def make():
+            by_x = (x.to(grad.dtype) - y.to(grad.dtype)).mul_(2 * ctx.world / count * grad).to(x.dtype)
+            return by_x, -by_x
+
+        made = once(ctx.op, ctx.chosen, make, grad, x, y)
+        return (
+            None,
+            None,
+            None,
+            None,
+            *(each if need else None for each, need in zip(made, needs, strict=True)),
+        )
+
+
+def correlations(op, chosen, group, world, x, y, eps):
+    """`_Correlation` of a backend other than the reference."""
+    return _Correlation.apply(op, chosen, group, world, x, y, eps)
+
+
+def covariances(op, chosen, group, world, x):
+    """`_Covariance` of a backend other than the reference."""
+    return _Covariance.apply(op, chosen, group, world, x)
+
+
+def mean_squares(op, chosen, group, world, x, y):
+    """`_MeanSquares` of a backend other than the reference."""
+    return _MeanSquares.apply(op, chosen, group, world, x, y)
+
+
+def group_and_world(op, group):
+    """(name, number of ranks) of a process group; ("", 1) for None."""
+    if group is None:
+        return "", 1
+    from ssl_kernels.distributed.groups import ranks_of  # which imports the losses
+
+    ranks = ranks_of(op, group)[1]
+    return ranks.name, ranks.world

@@ -1,0 +1,79 @@
+"""Barlow Twins: features of two views that agree, each with itself alone."""
+
+import torch
+
+from ssl_kernels.backends import choose_backend
+from ssl_kernels.checks import (
+    check_embeddings,
+    check_least_rows,
+    check_reduction,
+    check_same_rows,
+    check_scalar,
+)
+from ssl_kernels.losses._features import correlations, group_and_world
+from ssl_kernels.losses._shared import as_scalar, reduce, widest_under_autocast
+from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
+from ssl_kernels.reference.clustering import cross_correlation
+
+OP = "barlow_twins_loss"
+
+
+def barlow_twins_loss(
+    z0, z1, off_diagonal_weight=0.005, *, eps=1e-5, reduction="sum", group=None, backend=None
+):
+    """Redundancy reduction: the cross-correlation of the features of two views is to be the identity.
+
+        loss = Σ_d (1 − c_dd)² + off_diagonal_weight · Σ_d Σ_{j ≠ d} c_dj²
+        c_dj = 1 / N · Σ_i ẑ0_id ẑ1_ij,  ẑ_id = (z_id − mean_d) / sqrt(variance_d + eps) over the batch
+
+    The normalisation and its gradient are part of the loss; what it costs are three products of N · D · D: one forward,
+    and one backward for each view.
+
+    Args:
+        z0, z1: (N, D) each with N >= 2, row i of both a pair: what the projector makes of two views, not normalised.
+            float64, float32, float16 or bfloat16, any strides. Under autocast they may differ in dtype; the wider one
+            is used. Both get their gradient.
+        off_diagonal_weight: A float or a tensor of one element, which gets its gradient.
+        eps: Added to the variances, > 0, as `BatchNorm1d` does it.
+        reduction: "sum" over the D features, which is the paper's loss, "mean", or "none".
+        group: A process group whose ranks' rows are one batch, or None for this process alone. Every rank returns the
+            loss of the whole batch, and the mean over the ranks of their gradients is its gradient.
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`). The products
+            are torch's on all of them.
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or (D,) for "none".
+
+    Raises:
+        TypeError: z0 or z1 is no floating tensor, their dtypes differ outside autocast, or a weight is no number.
+        ValueError: Shapes that do not fit, fewer than 2 rows, mixed devices, eps not > 0, an unknown reduction or
+            backend, "reference" with a group, or a backend that cannot run this call.
+        RuntimeError: A second derivative is asked of a backend other than "reference", or a group is given and
+            torch.distributed is not initialised.
+
+    Source: Zbontar et al., Barlow Twins, arXiv:2103.03230, eq. 1 and 2.
+    """
+    z0, z1 = widest_under_autocast(z0, z1)
+    check_embeddings(OP, z0=z0, z1=z1)
+    check_same_rows(OP, z0=z0, z1=z1)
+    check_scalar(OP, "off_diagonal_weight", off_diagonal_weight, z0)
+    check_scalar(OP, "eps", eps, z0, positive=True)
+    check_reduction(OP, reduction)
+    name, world = group_and_world(OP, group)
+    if not name:
+        check_least_rows(OP, "z0", z0, 2, "so that features vary")
+    chosen = choose_backend("row_pairs", backend, OP, z0, z1)
+    weight, eps = as_scalar(off_diagonal_weight, z0), as_scalar(eps, z0).detach()
+    if chosen == "reference":
+        if name:
+            raise ValueError(f'{OP}: group must be None with backend "reference", got a process group')
+        with torch.autocast(z0.device.type, enabled=False):
+            acc = accumulation_dtype(z0)
+            on_diagonal, off_diagonal = cross_correlation(z0.to(acc), z1.to(acc), eps)
+    else:
+        refuse_torch_func(OP, chosen)
+        on_diagonal, off_diagonal = correlations(OP, chosen, name, world, z0, z1, eps)
+    return reduce(on_diagonal + weight * off_diagonal, reduction, z0)
+
+
+barlow_twins_loss.operation = "row_pairs"

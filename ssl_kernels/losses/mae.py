@@ -1,0 +1,132 @@
+"""MAE: the pixels of masked patches."""
+
+import torch
+
+from ssl_kernels.backends import choose_backend
+from ssl_kernels.checks import DTYPES, check_reduction, check_scalar, short
+from ssl_kernels.losses._shared import as_scalar, reduce
+from ssl_kernels.ops.library import accumulation_dtype, all_savable, refuse_torch_func
+from ssl_kernels.ops.operation import once
+
+OP = "mae_loss"
+
+
+def mae_loss(
+    prediction, target, mask=None, *, normalize_target=True, eps=1e-6, reduction="mean", backend=None
+):
+    """Masked autoencoding: the mean squared error of each patch, of patches normalised one by one.
+
+        loss_p = 1 / C · Σ_c (prediction_pc − t̂_pc)²,  t̂_p = (target_p − mean_p) / sqrt(variance_p + eps)
+
+    with mean and variance (divided by C − 1) over the C numbers of the patch. Nothing of the target's size is kept
+    for backward but the target.
+
+    Args:
+        prediction: (..., C), such as (N, L, C): L patches of N images. float64, float32, float16 or bfloat16, of any
+            strides. Gets its gradient.
+        target: The patches' pixels in the same shape, of any floating dtype. No gradient.
+        mask: (...), bool or floating weights of the patches, 1 where a patch was hidden and counts; None counts all.
+            "none" and "sum" take mask · loss, "mean" divides their sum by that of the mask, 0 where that is 0.
+        normalize_target: Normalise each patch of the target, for which C >= 2. False takes it as it is.
+        eps: Added to the variances, > 0.
+        reduction: "mean" over the patches, "sum", or "none".
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
+
+    Returns:
+        float32 (float64 for float64 predictions): a scalar, or (...) for "none".
+
+    Raises:
+        TypeError: prediction or target is no floating tensor, or mask neither bool nor floating.
+        ValueError: Shapes that do not fit, an empty batch, mixed devices, eps not > 0, an unknown reduction or backend,
+            or a backend that cannot run this call.
+        RuntimeError: A second derivative is asked of a backend other than "reference".
+
+    Source: He et al., MAE, arXiv:2111.06377, section 3 ("Reconstruction target") and its published code.
+    """
+    _check(prediction, target, mask, normalize_target)
+    check_scalar(OP, "eps", eps, prediction, positive=True)
+    check_reduction(OP, reduction)
+    width = prediction.shape[-1]
+    rows, target = prediction.reshape(-1, width), target.detach().reshape(-1, width)
+    chosen = choose_backend("row_pairs", backend, OP, rows, target)
+    eps = as_scalar(eps, prediction).detach()
+    if chosen == "reference":
+        with torch.autocast(prediction.device.type, enabled=False):
+            acc = accumulation_dtype(prediction)
+            if normalize_target:
+                target = _normalized(target.to(acc), eps)
+            loss = (rows.to(acc) - target.to(acc)).square().mean(1)
+    else:
+        refuse_torch_func(OP, chosen)
+        loss = _PatchErrors.apply(chosen, rows, target, normalize_target, eps)
+    loss = loss.double()
+    if mask is not None:
+        mask = mask.to(loss.dtype).reshape(-1)
+    loss = reduce(loss, reduction, prediction, mask)
+    return loss.reshape(prediction.shape[:-1]) if reduction == "none" else loss
+
+
+mae_loss.operation = "row_pairs"
+
+
+def _normalized(target, eps):
+    centred = target - target.mean(1, keepdim=True)
+    return centred * (centred.square().sum(1, keepdim=True) / (target.shape[1] - 1) + eps).rsqrt()
+
+
+class _PatchErrors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, chosen, prediction, target, normalize_target, eps):
+        acc = accumulation_dtype(prediction)
+        ctx.save_for_backward(*all_savable(prediction, target, eps))
+        ctx.chosen, ctx.normalize_target = chosen, normalize_target
+        wide = target.to(acc)
+        wide = _normalized(wide, eps) if normalize_target else wide
+        return (prediction.to(acc) - wide).square_().mean(1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        prediction, target, eps = ctx.saved_tensors
+
+        def make():
+            wide = target.to(grad.dtype)
+            wide = _normalized(wide, eps) if ctx.normalize_target else wide
+            factor = (2 / prediction.shape[1]) * grad[:, None]
+            return (prediction.to(grad.dtype) - wide).mul_(factor).to(prediction.dtype)
+
+        return None, once(OP, ctx.chosen, make, grad, prediction), None, None, None
+
+
+def _check(prediction, target, mask, normalize_target):
+    for name, tensor in (("prediction", prediction), ("target", target)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{OP}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{OP}: {name} must be float64, float32, float16 or bfloat16, got {short(tensor.dtype)}"
+            )
+    if prediction.dim() < 2 or 0 in prediction.shape:
+        raise ValueError(
+            f"{OP}: prediction must have shape (..., C), none of it 0, got {tuple(prediction.shape)}"
+        )
+    if target.shape != prediction.shape:
+        raise ValueError(
+            f"{OP}: target must have shape {tuple(prediction.shape)} as prediction has, got {tuple(target.shape)}"
+        )
+    if normalize_target and prediction.shape[-1] < 2:
+        raise ValueError(f"{OP}: prediction must have patches of C >= 2 with normalize_target, got 1")
+    if target.device != prediction.device:
+        raise ValueError(f"{OP}: target must be on {prediction.device} as prediction is, got {target.device}")
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"{OP}: mask must be a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{OP}: mask must be bool or floating, got {short(mask.dtype)}")
+    if mask.shape != prediction.shape[:-1]:
+        raise ValueError(
+            f"{OP}: mask must have shape {tuple(prediction.shape[:-1])} as prediction has patches,"
+            f" got {tuple(mask.shape)}"
+        )
+    if mask.device != prediction.device:
+        raise ValueError(f"{OP}: mask must be on {prediction.device}, got {mask.device}")

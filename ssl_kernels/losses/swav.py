@@ -1,0 +1,145 @@
+"""SwAV: each crop predicts the cluster codes of the others."""
+
+import torch
+
+from ssl_kernels.backends import choose_backend
+from ssl_kernels.checks import check_embeddings, check_reduction, check_row_weights, check_scalar, is_whole
+from ssl_kernels.losses._clusters import biased, swapped_cross_entropy, views_of
+from ssl_kernels.losses._shared import inverse, not_below_zero, reduce, unit_rows, widest_under_autocast
+from ssl_kernels.losses.sinkhorn import check_iterations, group_name
+from ssl_kernels.ops.column_potentials import column_potentials
+from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
+from ssl_kernels.reference.clustering import potentials
+from ssl_kernels.reference.products import product
+
+OP = "swav_loss"
+
+
+def swav_loss(
+    features,
+    prototypes,
+    temperature=0.1,
+    *,
+    epsilon=0.05,
+    iterations=3,
+    assign=(0, 1),
+    queue=None,
+    normalize=True,
+    normalize_prototypes=True,
+    reduction="mean",
+    row_weights=None,
+    group=None,
+    backend=None,
+):
+    """Swapped prediction: the cross-entropy of each crop's softmax over the prototypes against other crops' codes.
+
+        loss_i = 1 / P · Σ_{a in assign} Σ_{v ≠ a} −Σ_k q_a,ik log softmax(<ẑ_v,i, ĉ> / temperature)_k
+
+    with q_a the `sinkhorn` codes of crop a, without gradient, and P the number of pairs (a, v). Scores, softmax and
+    codes are streamed: memory grows with V · N · D + K · D, and a block of 16 MB.
+
+    Args:
+        features: (V, N, D), or a sequence of V tensors (N, D): the crops of N images, V >= 2. float64, float32, float16
+            or bfloat16, any strides.
+        prototypes: (K, D), of the dtype of features; under autocast dtypes may differ, the widest one is used.
+        temperature: > 0, a float or a tensor of one element, which gets its gradient.
+        epsilon, iterations: As in `sinkhorn`.
+        assign: Numbers of the crops whose codes are predicted; SwAV takes the two large ones.
+        queue: Features of earlier batches that share the prototypes when codes are assigned, rows as they are: (Q, D)
+            for all crops of `assign`, or a sequence of one such tensor for each of them. No gradient.
+        normalize: L2-normalise the features first, as `F.normalize` does (eps 1e-12).
+        normalize_prototypes: The same of the prototypes. SwAV normalises them in place after each step of the
+            optimizer.
+        reduction: "mean" over the N images, "sum", or "none".
+        row_weights: (N,) floating, or None. "none" and "sum" take weight · loss, "mean" divides their sum by that of
+            the weights.
+        group: A process group whose ranks' images share the prototypes when codes are assigned, as in `sinkhorn`. The
+            loss is that of this rank's images.
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or (N,) for "none".
+
+    Raises:
+        TypeError: Features or prototypes that are no floating tensors, or dtypes that differ outside autocast.
+        ValueError: Shapes that do not fit, fewer than 2 crops, mixed devices, a temperature or epsilon not > 0, crops
+            in `assign` that are none, an unknown reduction or backend, or a backend that cannot run this call.
+        RuntimeError: A second derivative is asked of a backend other than "reference".
+
+    Source: Caron et al., SwAV, arXiv:2006.09882, eq. 2 and 6.
+    """
+    views = views_of(OP, "features", features)
+    *views, prototypes = widest_under_autocast(*views, prototypes)
+    check_embeddings(OP, features=views[0], prototypes=prototypes)
+    if len(views) < 2:
+        raise ValueError(f"{OP}: features must hold at least 2 crops, got {len(views)}")
+    assign = _checked_crops(assign, len(views))
+    queues = _checked_queues(queue, len(assign), prototypes)
+    check_scalar(OP, "temperature", temperature, prototypes, positive=True)
+    check_scalar(OP, "epsilon", epsilon, prototypes, positive=True)
+    check_iterations(OP, iterations)
+    check_reduction(OP, reduction)
+    check_row_weights(OP, "row_weights", row_weights, views[0].shape[0], prototypes)
+    name = group_name(OP, group)
+    chosen = choose_backend("contrastive", backend, OP, views[0], prototypes)
+    if chosen != "reference":
+        refuse_torch_func(OP, chosen)
+    acc = accumulation_dtype(prototypes)
+    with torch.no_grad(), torch.autocast(prototypes.device.type, enabled=False):
+        steepness = inverse(epsilon, prototypes).detach()
+        columns = unit_rows(prototypes.detach(), normalize_prototypes)
+        rows = [steepness * unit_rows(views[a].detach(), normalize) for a in assign]
+        biases = []
+        for own, earlier in zip(rows, queues, strict=True):
+            all_rows = own if earlier is None else torch.cat((own, steepness * earlier.detach().to(acc)))
+            if chosen == "reference" and not name:
+                biases.append(potentials(product(all_rows, columns.T), iterations))
+            else:
+                biases.append(column_potentials(all_rows, columns, iterations=iterations, group=name))
+        teacher = biased(rows, columns, biases)
+    loss = swapped_cross_entropy(
+        views,
+        prototypes,
+        inverse(temperature, prototypes),
+        teacher,
+        [(k, v) for k, a in enumerate(assign) for v in range(len(views)) if v != a],
+        normalize=normalize,
+        normalize_prototypes=normalize_prototypes,
+        backend=backend,
+        chosen=chosen,
+        caller=OP,
+    )
+    return reduce(not_below_zero(loss), reduction, prototypes, row_weights)
+
+
+swav_loss.operation = "contrastive"
+
+
+def _checked_crops(assign, views):
+    crops = tuple(assign) if isinstance(assign, (list, tuple, range)) else (assign,)
+    for crop in crops:
+        if not is_whole(crop) or not 0 <= crop < views:
+            raise ValueError(f"{OP}: assign must hold crops from 0 to {views - 1}, got {crop!r}")
+    if not crops or len(set(crops)) < len(crops):
+        raise ValueError(f"{OP}: assign must hold different crops, at least one, got {crops}")
+    return crops
+
+
+def _checked_queues(queue, count, prototypes):
+    """A queue or None for each crop whose codes are assigned."""
+    if queue is None or isinstance(queue, torch.Tensor):
+        queues = (queue,) * count
+    else:
+        queues = tuple(queue)
+    if len(queues) != count:
+        raise ValueError(f"{OP}: queue must hold {count} tensors as assign has crops, got {len(queues)}")
+    width = prototypes.shape[1]
+    for each in queues:
+        if each is None:
+            continue
+        check_embeddings(OP, queue=each)
+        if each.shape[1] != width:
+            raise ValueError(f"{OP}: queue must have width {width} as features has, got {each.shape[1]}")
+        if each.device != prototypes.device:
+            raise ValueError(f"{OP}: queue must be on {prototypes.device}, got {each.device}")
+    return queues

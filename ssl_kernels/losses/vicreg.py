@@ -1,0 +1,98 @@
+"""VICReg: two views alike, features that vary, and no two of them together."""
+
+import torch
+
+from ssl_kernels.backends import choose_backend
+from ssl_kernels.checks import (
+    check_embeddings,
+    check_least_rows,
+    check_reduction,
+    check_same_rows,
+    check_scalar,
+)
+from ssl_kernels.losses._features import covariances, group_and_world, mean_squares
+from ssl_kernels.losses._shared import as_scalar, reduce, widest_under_autocast
+from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
+from ssl_kernels.reference.clustering import moments
+
+OP = "vicreg_loss"
+
+
+def vicreg_loss(
+    z0,
+    z1,
+    invariance=25.0,
+    variance=25.0,
+    covariance=1.0,
+    *,
+    eps=1e-4,
+    reduction="mean",
+    group=None,
+    backend=None,
+):
+    """Variance, invariance and covariance of the features of two views.
+
+        loss = 1 / D · Σ_d invariance · mean_i (z0_id − z1_id)²
+                         + variance · ½ Σ_z max(0, 1 − sqrt(C(z)_dd + eps)) + covariance · Σ_z Σ_{j ≠ d} C(z)_dj²
+
+    over z in {z0, z1}, with C(z) the covariance matrix of the features over the batch, divided by N − 1. What it costs
+    are four products of N · D · D: one forward and one backward for each view.
+
+    Args:
+        z0, z1: (N, D) each with N >= 2, row i of both a pair: what the expander makes of two views, not normalised.
+            float64, float32, float16 or bfloat16, any strides. Under autocast they may differ in dtype; the wider one
+            is used. Both get their gradient.
+        invariance, variance, covariance: The terms' weights, each a float or a tensor of one element, which gets its
+            gradient.
+        eps: Added to the variances, > 0.
+        reduction: "mean" over the D features, which is the paper's loss, "sum", or "none".
+        group: A process group whose ranks' rows are one batch, or None for this process alone. Every rank returns the
+            loss of the whole batch, and the mean over the ranks of their gradients is its gradient.
+        backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`). The products
+            are torch's on all of them.
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or (D,) for "none".
+
+    Raises:
+        TypeError: z0 or z1 is no floating tensor, their dtypes differ outside autocast, or a weight is no number.
+        ValueError: Shapes that do not fit, fewer than 2 rows, mixed devices, eps not > 0, an unknown reduction or
+            backend, "reference" with a group, or a backend that cannot run this call.
+        RuntimeError: A second derivative is asked of a backend other than "reference", or a group is given and
+            torch.distributed is not initialised.
+
+    Source: Bardes et al., VICReg, arXiv:2105.04906, eq. 1 to 6.
+    """
+    z0, z1 = widest_under_autocast(z0, z1)
+    check_embeddings(OP, z0=z0, z1=z1)
+    check_same_rows(OP, z0=z0, z1=z1)
+    weights = {"invariance": invariance, "variance": variance, "covariance": covariance}
+    for name, weight in weights.items():
+        check_scalar(OP, name, weight, z0)
+    check_scalar(OP, "eps", eps, z0, positive=True)
+    check_reduction(OP, reduction)
+    name, world = group_and_world(OP, group)
+    if not name:
+        check_least_rows(OP, "z0", z0, 2, "so that features vary")
+    chosen = choose_backend("row_pairs", backend, OP, z0, z1)
+    invariance, variance, covariance = (as_scalar(weight, z0) for weight in weights.values())
+    eps = as_scalar(eps, z0).detach()
+    if chosen == "reference":
+        if name:
+            raise ValueError(f'{OP}: group must be None with backend "reference", got a process group')
+        with torch.autocast(z0.device.type, enabled=False):
+            acc = accumulation_dtype(z0)
+            rows = z0.to(acc), z1.to(acc)
+            apart = (rows[0] - rows[1]).square().mean(0)
+            of_views = [moments(each) for each in rows]
+    else:
+        refuse_torch_func(OP, chosen)
+        apart = mean_squares(OP, chosen, name, world, z0, z1)
+        of_views = [covariances(OP, chosen, name, world, each) for each in (z0, z1)]
+    loss = invariance * apart
+    for variances, others in of_views:
+        loss = loss + variance / 2 * torch.relu(1 - (variances + eps).sqrt()) + covariance * others
+    return reduce(loss, reduction, z0)
+
+
+vicreg_loss.operation = "row_pairs"

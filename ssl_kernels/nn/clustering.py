@@ -1,0 +1,265 @@
+"""Losses against prototypes, of correlations and of patches as modules, and the teacher's centre."""
+
+import torch
+from torch import nn
+
+from ssl_kernels import losses
+from ssl_kernels.checks import check_embeddings, check_fraction, is_whole, short
+from ssl_kernels.losses._clusters import views_of
+from ssl_kernels.losses._features import count_of, group_and_world, summed
+from ssl_kernels.losses._shared import unit_rows
+from ssl_kernels.nn.losses import Loss
+
+
+class SwAVLoss(Loss):
+    """`ssl_kernels.swav_loss` as a module: `SwAVLoss(temperature=0.1)(features, prototypes)`.
+
+    Args:
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
+        epsilon, iterations, assign, normalize, normalize_prototypes, reduction, backend: As in `swav_loss`.
+    """
+
+    def __init__(
+        self,
+        temperature=0.1,
+        *,
+        epsilon=0.05,
+        iterations=3,
+        assign=(0, 1),
+        normalize=True,
+        normalize_prototypes=True,
+        reduction="mean",
+        backend=None,
+    ):
+        super().__init__(
+            temperature=temperature,
+            epsilon=epsilon,
+            iterations=iterations,
+            assign=assign,
+            normalize=normalize,
+            normalize_prototypes=normalize_prototypes,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    def forward(self, features, prototypes, *, queue=None, row_weights=None, group=None):
+        return losses.swav_loss(
+            features, prototypes, queue=queue, row_weights=row_weights, group=group, **self.options
+        )
+
+
+class DINOLoss(Loss):
+    """`ssl_kernels.dino_loss` as a module: `DINOLoss()(student, teacher, prototypes, teacher_prototypes,
+    center=center)`.
+
+    The centre is an argument and no part of the module: an `nn.DINOCenter`, which the training step updates, or a
+    tensor.
+
+    Args:
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
+        teacher_temperature, centering, iterations, normalize, normalize_prototypes, reduction, backend: As in
+        `dino_loss`.
+    """
+
+    def __init__(
+        self,
+        temperature=0.1,
+        teacher_temperature=0.04,
+        *,
+        centering="center",
+        iterations=3,
+        normalize=True,
+        normalize_prototypes=True,
+        reduction="mean",
+        backend=None,
+    ):
+        super().__init__(
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            centering=centering,
+            iterations=iterations,
+            normalize=normalize,
+            normalize_prototypes=normalize_prototypes,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        student,
+        teacher,
+        prototypes=None,
+        teacher_prototypes=None,
+        *,
+        center=None,
+        mask=None,
+        row_weights=None,
+        group=None,
+    ):
+        return losses.dino_loss(
+            student,
+            teacher,
+            prototypes,
+            teacher_prototypes,
+            center=center,
+            mask=mask,
+            row_weights=row_weights,
+            group=group,
+            **self.options,
+        )
+
+
+class DINOCenter(nn.Module):
+    """The running mean of the teacher's logits, which `dino_loss` subtracts: `center.update_(teacher, prototypes)`.
+
+        center = DINOCenter(65536)
+        loss = dino_loss(student, teacher, prototypes, teacher_prototypes, center=center)
+        center.update_(teacher, teacher_prototypes)
+
+    The mean of logits is a logit of the mean row, so that an update costs O(N · D + K · D) and makes no logits.
+
+    Args:
+        size: K, the number of prototypes.
+        momentum: In [0, 1]: the part of the old centre that stays.
+        normalize, normalize_prototypes: As in the loss that the centre is for.
+
+    Attributes:
+        center: (K,) float32 buffer, 0 at first; `state_dict` has it.
+
+    Source: Caron et al., DINO, arXiv:2104.14294, eq. 4.
+    """
+
+    def __init__(self, size, momentum=0.9, *, normalize=True, normalize_prototypes=True):
+        super().__init__()
+        if not is_whole(size) or size < 1:
+            raise ValueError(f"DINOCenter: size must be an integer >= 1, got {size!r}")
+        check_fraction("DINOCenter", "momentum", momentum)
+        self.momentum, self.normalize, self.normalize_prototypes = momentum, normalize, normalize_prototypes
+        self.register_buffer("center", torch.zeros(int(size)))
+
+    @torch.no_grad()
+    def update_(self, teacher, prototypes=None, *, mask=None, group=None):
+        """center ← momentum · center + (1 − momentum) · mean of the teacher's logits.
+
+        Args:
+            teacher: (A, N, T) or a sequence of A tensors (N, T), as in `dino_loss`; without prototypes logits (A, N,
+                K). With a mask (A, N, L, T): patch tokens.
+            prototypes: (K, T), the teacher's, or None.
+            mask: (A, N, L) bool: the tokens that count, or None for all of them.
+            group: A process group whose ranks' rows are one batch, or None for this process alone.
+
+        Returns:
+            The module.
+
+        Raises:
+            TypeError, ValueError: As in `dino_loss`.
+        """
+        op = "DINOCenter.update_"
+        name, _ = group_and_world(op, group)
+        if mask is not None:
+            teacher = self._masked(op, teacher, mask)
+        views = views_of(op, "teacher", teacher)
+        width = len(self.center)
+        if prototypes is None:
+            if views[0].shape[1] != width:
+                raise ValueError(
+                    f"{op}: teacher must have width {width} as center has, got {views[0].shape[1]}"
+                )
+        else:
+            check_embeddings(op, prototypes=prototypes)
+            if tuple(prototypes.shape) != (width, views[0].shape[1]):
+                raise ValueError(
+                    f"{op}: prototypes must have shape {(width, views[0].shape[1])}, got {tuple(prototypes.shape)}"
+                )
+        for given, tensor in (("teacher", views[0]), ("prototypes", prototypes)):
+            if tensor is not None and tensor.device != self.center.device:
+                raise ValueError(
+                    f"{op}: {given} must be on {self.center.device} as center is, got {tensor.device}"
+                )
+        with torch.autocast(self.center.device.type, enabled=False):
+            normalize = self.normalize and prototypes is not None
+            total = sum(unit_rows(view, normalize).sum(0) for view in views)
+            count = sum(count_of(view, "") for view in views)
+            mean = summed(total, name) / summed(count, name)
+            if prototypes is not None:
+                mean = unit_rows(prototypes, self.normalize_prototypes).to(mean.dtype) @ mean
+            self.center.lerp_(mean.to(self.center.dtype), 1 - self.momentum)
+        return self
+
+    @staticmethod
+    def _masked(op, teacher, mask):
+        """(1, M, T): the tokens that count."""
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+            kind = short(mask.dtype) if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise TypeError(f"{op}: mask must be a bool tensor, got {kind}")
+        tokens = torch.stack(tuple(teacher)) if isinstance(teacher, (list, tuple)) else teacher
+        if tokens.dim() != 4 or tokens.shape[:3] != mask.shape:
+            raise ValueError(
+                f"{op}: mask must have shape {tuple(tokens.shape[:3])} as teacher has tokens, got {tuple(mask.shape)}"
+            )
+        return tokens[mask][None]
+
+    def extra_repr(self):
+        return f"{len(self.center)}, momentum={self.momentum}"
+
+
+class BarlowTwinsLoss(Loss):
+    """`ssl_kernels.barlow_twins_loss` as a module: `BarlowTwinsLoss(off_diagonal_weight=0.005)(z0, z1)`.
+
+    Args:
+        off_diagonal_weight: A float, a tensor of one element, or an `nn.Parameter` to learn it.
+        eps, reduction, backend: As in `barlow_twins_loss`.
+    """
+
+    def __init__(self, off_diagonal_weight=0.005, *, eps=1e-5, reduction="sum", backend=None):
+        super().__init__(
+            off_diagonal_weight=off_diagonal_weight, eps=eps, reduction=reduction, backend=backend
+        )
+
+    def forward(self, z0, z1, *, group=None):
+        return losses.barlow_twins_loss(z0, z1, group=group, **self.options)
+
+
+class VICRegLoss(Loss):
+    """`ssl_kernels.vicreg_loss` as a module: `VICRegLoss()(z0, z1)`.
+
+    Args:
+        invariance, variance, covariance: A float, a tensor of one element, or an `nn.Parameter` to learn it.
+        eps, reduction, backend: As in `vicreg_loss`.
+    """
+
+    def __init__(
+        self,
+        invariance=25.0,
+        variance=25.0,
+        covariance=1.0,
+        *,
+        eps=1e-4,
+        reduction="mean",
+        backend=None,
+    ):
+        super().__init__(
+            invariance=invariance,
+            variance=variance,
+            covariance=covariance,
+            eps=eps,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    def forward(self, z0, z1, *, group=None):
+        return losses.vicreg_loss(z0, z1, group=group, **self.options)
+
+
+class MAELoss(Loss):
+    """`ssl_kernels.mae_loss` as a module: `MAELoss()(prediction, target, mask)`.
+
+    Args:
+        normalize_target, eps, reduction, backend: As in `mae_loss`.
+    """
+
+    def __init__(self, *, normalize_target=True, eps=1e-6, reduction="mean", backend=None):
+        super().__init__(normalize_target=normalize_target, eps=eps, reduction=reduction, backend=backend)
+
+    def forward(self, prediction, target, mask=None):
+        return losses.mae_loss(prediction, target, mask, **self.options)
