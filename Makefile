@@ -17,7 +17,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -n
 help:
 	@echo "make demo      pretrain an encoder with the fused loss and with plain PyTorch's, and compare"
 	@echo "make test      build and run the tests (make test-all: the slow sweeps too)"
-	@echo "make test-peers  compare the adapters with the libraries they stand for, and write the table of docs/migration.md"
+	@echo "make test-peers  compare the adapters with the libraries they stand for, write the table of docs/migration.md, run all examples"
 	@echo "make test-oldest  the tests with the oldest torch that is supported and its Triton"
 	@echo "make sanitize  test the C++ kernels under address and undefined-behaviour sanitizers"
 	@echo "make bench     measure against plain PyTorch, torch.compile and lightly"
@@ -36,15 +36,15 @@ test-all: .venv/built
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow" $(TEST_ARGS)
 
 test-peers: .venv/built .venv/peers
-	$(BIN)/python -m pytest tests/adapters $(TEST_ARGS)
+	$(BIN)/python -m pytest tests/adapters tests/test_examples.py $(TEST_ARGS)
 	$(BIN)/python -m tests.adapters.table
 
 # A copy of the repository with an extension of its own, for another torch. What the emulator builds is shared.
 OLDEST := build/oldest/package
 test-oldest: $(OLDEST)/built
 	@mkdir -p $(OLDEST)/build build/gpu_emulation && ln -sfn ../../../gpu_emulation $(OLDEST)/build/gpu_emulation
-	cd $(OLDEST) && rm -rf tests benchmarks csrc docs
-	cp -r tests benchmarks csrc docs README.md CHANGELOG.md Makefile setup.py pyproject.toml $(OLDEST)
+	cd $(OLDEST) && rm -rf tests benchmarks csrc docs examples
+	cp -r tests benchmarks csrc docs examples README.md CHANGELOG.md Makefile setup.py pyproject.toml $(OLDEST)
 	cd $(OLDEST) && $(CURDIR)/.venv-oldest/bin/python -m pytest $(PARALLEL) $(TEST_ARGS)
 
 $(OLDEST)/built: .venv-oldest/installed setup.py $(SOURCES) $(wildcard ssl_kernels/*.py ssl_kernels/*/*.py)
