@@ -18,7 +18,10 @@ import ssl_kernels
 COMMANDS = {
     "info": ("ssl_kernels.info", "what is built and which backends can run here"),
     "check": ("ssl_kernels.check", "run every kernel that can run here against float64"),
-    "pretrain": ("ssl_kernels.recipes.pretrain", "pretrain an encoder with SimCLR or MoCo and judge it"),
+    "pretrain": (
+        "ssl_kernels.recipes.pretrain",
+        "pretrain an encoder with SimCLR, MoCo, BYOL or another method, and judge it",
+    ),
     "bench": ("ssl_kernels.bench", "measure against what people use today (in a clone of the repository)"),
 }
 

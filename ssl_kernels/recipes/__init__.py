@@ -1,15 +1,21 @@
 """Pretraining recipes and the evaluation of what they train. They need scikit-learn, matplotlib, tqdm and torchvision.
 
-simclr      the training loop, with checkpoints
-data        the image sets and their two augmented views
+methods     what each method is: one short file each, the code to copy
+engine      the training loop, with checkpoints
+checkpoints, files, logs    what a training writes, whole or not at all
+optimizers  LARS beside torch's, and the schedule
+ranks       the processes that train together
+timing      the time of a loss within a step
+collapse    whether embeddings collapse
+data, views the image sets, their augmented views and crops
 encoders    the networks
+presets     epochs, batch sizes and rates for each image set
 evaluation  nearest neighbours and linear probes on frozen features
-baseline    NT-Xent as plain PyTorch code has it, to compare with
+baseline    losses as plain PyTorch code has them, to compare with
 memory      peak memory of a function
 contention  whether other work had the cores
-files       files that are there whole or not at all
 experiment  one whole comparison, from data to report
 report      its table, figures and numbers
-processes   the same training over several processes
-pretrain    the command line over it
+processes   the same training over several processes beside one
+pretrain    the command line over it; arguments is what commands share of theirs
 """

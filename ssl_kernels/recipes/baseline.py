@@ -16,17 +16,18 @@ def plain_nt_xent_loss(z0, z1, temperature=0.5):
     return F.cross_entropy(logits, partner)
 
 
-def plain_moco_loss(query, key, queue, temperature=0.2):
-    """Mean symmetric InfoNCE against a queue, through concatenated logits (2B, 1 + K).
+def plain_moco_loss(query, key, queue, temperature=0.2, *, symmetric=True):
+    """Mean InfoNCE against a queue, through concatenated logits (N, 1 + K).
 
     Args:
-        query, key: (2B, D), view 0 above view 1; a query's positive is the key of the other view.
+        query, key: (N, D), if symmetric view 0 above view 1; a query's positive is the key of the other view then.
         queue: An `nn.MoCoQueue`.
 
     Source: He et al., MoCo, arXiv:1911.05722, algorithm 1.
     """
     query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
-    positive = (query * torch.cat(key.chunk(2)[::-1])).sum(1, keepdim=True)
+    key = torch.cat(key.chunk(2)[::-1]) if symmetric else key
+    positive = (query * key).sum(1, keepdim=True)
     # A clone, since backward needs the keys that are overwritten before it.
     negative = query @ queue.keys.clone().T
     logits = torch.cat([positive, negative], dim=1) / temperature

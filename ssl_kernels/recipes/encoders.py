@@ -1,4 +1,4 @@
-"""Networks from images to features, of width `out_features`, and the SimCLR model around them."""
+"""Networks from images to features, of width `out_features`, and the heads that only training sees."""
 
 from torch import nn
 from torchvision.models import resnet
@@ -43,19 +43,24 @@ def resnet18(small_images):
     return encoder
 
 
-class SimCLRModel(nn.Module):
-    """An encoder and the projection head that only pretraining sees: images to (B, projection_width)."""
+class Embedder(nn.Module):
+    """An encoder, which is kept, and the head on it that only training sees: images to (B, width of the head)."""
 
-    def __init__(self, encoder, projection_width=128):
+    def __init__(self, encoder, head):
         super().__init__()
-        width = encoder.out_features
         self.encoder = encoder
-        self.projection = nn.Sequential(
-            nn.Linear(width, width, bias=False),
-            nn.BatchNorm1d(width),
-            nn.ReLU(inplace=True),
-            nn.Linear(width, projection_width),
-        )
+        self.projection = head
 
     def forward(self, images):
         return self.projection(self.encoder(images))
+
+
+def mlp(width_in, width_out, hidden=None):
+    """The usual head of two layers, (B, width_in) to (B, width_out); `hidden` is width_in unless given."""
+    hidden = hidden or width_in
+    return nn.Sequential(
+        nn.Linear(width_in, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, width_out),
+    )

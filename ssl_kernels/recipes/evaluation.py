@@ -30,12 +30,12 @@ class Accuracy:
 def extract_features(encoder, batches):
     """(features, labels) of all `batches` of (images, labels), on the CPU, the encoder in evaluation mode."""
     weight = next(encoder.parameters(), None)
-    device = weight.device if weight is not None else "cpu"
+    device, dtype = ("cpu", torch.float32) if weight is None else (weight.device, weight.dtype)
     was_training = encoder.training
     encoder.eval()
     features, labels = [], []
     for images, batch_labels in batches:
-        features.append(encoder(images.to(device)).float().cpu())
+        features.append(encoder(images.to(device, dtype)).float().cpu())
         labels.append(batch_labels)
     encoder.train(was_training)
     return torch.cat(features), torch.cat(labels)

@@ -1,20 +1,21 @@
 """One pretraining experiment: the same run with each loss, judged beside an encoder that was not trained."""
 
+import copy
 import dataclasses
 import statistics
 
 import torch
 
-from ssl_kernels.nn import MoCoQueue
-from ssl_kernels.recipes import moco
+from ssl_kernels.recipes.checkpoints import History
 from ssl_kernels.recipes.contention import Watch
-from ssl_kernels.recipes.encoders import SimCLRModel, SmallConvNet, resnet18
+from ssl_kernels.recipes.encoders import SmallConvNet, resnet18
+from ssl_kernels.recipes.engine import Training, train
 from ssl_kernels.recipes.evaluation import Accuracy, evaluate_features, extract_features
 from ssl_kernels.recipes.memory import peak_memory
-from ssl_kernels.recipes.simclr import History, Training, train
+from ssl_kernels.recipes.methods import find_method
+from ssl_kernels.recipes.ranks import ALONE
 
 LARGEST_SMALL_IMAGE = 64  # pixels a side, up to which ResNet-18 gets the CIFAR stem
-PROJECTION_WIDTH = 128
 
 
 @dataclasses.dataclass
@@ -37,48 +38,65 @@ class Run:
         return statistics.fmean(losses[-max(1, len(losses) // 20) :])
 
 
-def build_model(data, seed):
-    """The model for `data`, its weights drawn from `seed` without touching torch's generator."""
+def build_encoder(data, seed):
+    """The encoder for `data`, its weights drawn from `seed` without touching torch's generator."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        if data.name == "digits":
-            encoder = SmallConvNet()
-        else:
-            encoder = resnet18(small_images=data.image_size <= LARGEST_SMALL_IMAGE)
-        return SimCLRModel(encoder, PROJECTION_WIDTH)
+        return _encoder(data)
 
 
-def prepare_trainings(data, losses, settings, *, device="cpu", out=None, resume=False):
+def _encoder(data):
+    if data.channels == 1:
+        return SmallConvNet()
+    return resnet18(small_images=data.image_size <= LARGEST_SMALL_IMAGE)
+
+
+def build_method(data, settings):
+    """The method that `settings` name, for `data`; its weights are drawn as `build_encoder` draws them.
+
+    Raises:
+        ValueError: It cannot be made with these options.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings.seed)
+        return find_method(settings.method)(_encoder(data), data, **settings.options)
+
+
+def prepare_trainings(data, losses, settings, *, device="cpu", out=None, resume=False, ranks=ALONE):
     """A `Training` for each loss, all from the same weights, with what a checkpoint holds of it.
 
     Args:
         data: An `ImageData`.
-        losses: dict from a run's name to a function of both views' embeddings, for "moco" of queries, keys and
-            the queue.
-        settings: `simclr.Settings`.
+        losses: dict from a run's name to a loss called as the method's `criterion`, or None for that.
+        settings: `engine.Settings`.
         out: Folder (a pathlib.Path) of the checkpoints, one a run, or None.
         resume: Go on from these.
+        ranks: The `Ranks` that train together.
 
     Returns:
         dict from a run's name to its `Training`.
 
     Raises:
-        ValueError: A checkpoint cannot be used, or the queue does not fit into memory.
+        ValueError: A checkpoint cannot be used, or the method cannot be made.
     """
     trainings = {}
     for name, loss in losses.items():
-        model = build_model(data, settings.seed)
-        step = None
-        if settings.method == "moco":
-            try:
-                model = moco.MoCoModel(model, PROJECTION_WIDTH, settings.queue_size, settings.momentum)
-            except RuntimeError as error:
-                raise ValueError(f"--queue-size must fit into memory, got {settings.queue_size}") from error
-            step = moco.train_step
-        checkpoint = checkpoint_path(out, name) if out else None
-        trainings[name] = Training(model, loss, settings, step=step, device=device, checkpoint=checkpoint)
-        if resume and checkpoint is not None and checkpoint.exists():
-            trainings[name].load(len(data.views))
+        try:
+            method = build_method(data, settings)
+        except RuntimeError as error:
+            size = settings.options.get("queue_size")
+            raise ValueError(f"--queue-size must fit into memory, got {size}") from error
+        trainings[name] = training = Training(
+            method,
+            settings,
+            settings.epochs * len(data.views),
+            loss=loss,
+            device=device,
+            checkpoint=checkpoint_path(out, name) if out else None,
+            ranks=ranks,
+        )
+        if resume and out and training.checkpoint.exists():
+            training.load(len(data.views))
     return trainings
 
 
@@ -88,25 +106,23 @@ def run_experiment(data, trainings, settings, *, device="cpu"):
     Args:
         data: An `ImageData`.
         trainings: From `prepare_trainings`.
-        settings: `simclr.Settings`.
+        settings: `engine.Settings`.
 
     Returns:
-        (runs, contention): list of `Run`, which are raw pixels (of digits only: too many columns elsewhere), the
-        untrained encoder, then the trained ones in the order of `trainings`; and a `Contention` of the training.
+        (runs, contention): list of `Run`, which are raw pixels (of images in grey only: too many columns elsewhere),
+        the untrained encoder, then the trained ones in the order of `trainings`; and a `Contention` of the training.
     """
     runs = []
-    if data.name == "digits":
+    if data.channels == 1:
         runs.append(_judge("raw pixels", torch.nn.Flatten(), data))
-    runs.append(_judge("untrained encoder", build_model(data, settings.seed).encoder.to(device), data))
-    peak_bytes = {
-        name: measure_loss_memory(training.loss, settings, device) for name, training in trainings.items()
-    }
+    runs.append(_judge("untrained encoder", build_encoder(data, settings.seed).to(device), data))
     watch = Watch()
-    train(list(trainings.values()), data.views)
+    train(list(trainings.values()), data.views, settings.method)
     contention = watch.read()
     for name, training in trainings.items():
-        run = _judge(name, training.model.encoder, data)
-        runs.append(dataclasses.replace(run, history=training.history, peak_bytes=peak_bytes[name]))
+        run = _judge(name, training.method.encoder, data)
+        peak_bytes = measure_loss_memory(training, next(data.views.epoch(0)))
+        runs.append(dataclasses.replace(run, history=training.history, peak_bytes=peak_bytes))
     return runs, contention
 
 
@@ -115,24 +131,21 @@ def checkpoint_path(out, name):
     return out / f"{name.split()[0]}.pt"
 
 
-def measure_loss_memory(loss, settings, device):
-    """Peak bytes of `loss`, forward and backward with the gradients, on embeddings like those of a batch."""
-    generator = torch.Generator().manual_seed(0)
-    views = torch.randn(2, settings.batch_size, PROJECTION_WIDTH, generator=generator).to(device)
-    if settings.method == "moco":
-        queue = MoCoQueue(settings.queue_size, PROJECTION_WIDTH, device=device)
-        queue.push_(torch.randn(settings.queue_size, PROJECTION_WIDTH, generator=generator).to(device))
+def measure_loss_memory(training, batch):
+    """Peak bytes of the loss of a `Training`, forward and backward with the gradients, on the embeddings of a batch."""
+    method = copy.deepcopy(training.method)
+    timed = method.criterion
+    peaks = []
 
-    def forward_and_backward():
-        if settings.method == "moco":
-            queries = torch.cat(tuple(views)).requires_grad_()
-            loss(queries, torch.cat(tuple(views)), queue).backward()
-        else:
-            z0, z1 = (view.detach().requires_grad_() for view in views)
-            loss(z0, z1).backward()
+    def measured(*args, **options):
+        values = timed(*args, **options)  # the first call may set up what stays
+        peaks.append(peak_memory(lambda: timed(*args, **options), training.device))
+        return values
 
-    forward_and_backward()  # the first call may set up what stays
-    return peak_memory(forward_and_backward, device)
+    method.criterion = measured
+    with torch.random.fork_rng(devices=[]):
+        method(batch.to(training.device))
+    return max(peaks)
 
 
 def _judge(name, encoder, data):

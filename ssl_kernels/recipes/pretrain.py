@@ -1,14 +1,17 @@
-"""Pretrain an encoder with SimCLR or MoCo v2 and the loss of this library, then judge it on held-out images.
+"""Pretrain an encoder with one of the methods, then judge it on held-out images.
 
-Prints a table and writes loss.png, embedding.png, results.json and the checkpoints to the output folder.
-With --compare the same run is done with the loss in plain PyTorch too, from the same weights and on the same
+Prints a table and writes loss.png, embedding.png, results.json, the log (.csv) and the checkpoint (.pt) to the output
+folder. With --compare the same run is done with the loss in plain PyTorch too, from the same weights and on the same
 views, step by step in turn. Ctrl-C ends the step and writes checkpoints; --resume goes on from them, bit for bit.
+torchrun starts it over several processes.
+
+methods: METHODS
 """
 
 import argparse
 import functools
 import importlib.util
-import math
+import inspect
 import pathlib
 import time
 
@@ -16,6 +19,10 @@ import torch
 
 import ssl_kernels
 from ssl_kernels.cli import INTERRUPTED, usable_device
+from ssl_kernels.recipes import arguments, presets
+from ssl_kernels.recipes.methods import METHODS
+
+__doc__ = __doc__.replace("METHODS", ", ".join(METHODS))
 
 DEMO_PACKAGES = {
     "sklearn": "scikit-learn",
@@ -23,76 +30,86 @@ DEMO_PACKAGES = {
     "tqdm": "tqdm",
     "torchvision": "torchvision",
 }
-
-DEFAULTS = {
-    "digits": {"epochs": 150, "batch_size": 1024, "temperature": 0.5, "learning_rate": 6e-3},
-    "cifar10": {"epochs": 200, "batch_size": 512, "temperature": 0.5, "learning_rate": 1e-3},
-    "folder": {"epochs": 100, "batch_size": 256, "temperature": 0.1, "learning_rate": 1e-3},
-}
-MOCO_DEFAULTS = {
-    "digits": {"epochs": 150, "batch_size": 256, "temperature": 0.2, "learning_rate": 3e-3},
-    "cifar10": {"epochs": 200, "batch_size": 256, "temperature": 0.2, "learning_rate": 1e-3},
-    "folder": {"epochs": 100, "batch_size": 256, "temperature": 0.2, "learning_rate": 1e-3},
-}
-QUEUE = {
-    "digits": {"queue_size": 1024, "momentum": 0.99},
-    "cifar10": {"queue_size": 16384, "momentum": 0.99},
-    "folder": {"queue_size": 65536, "momentum": 0.999},
-}
-SHORT = {
-    "digits": {"epochs": 15, "batch_size": 256, "learning_rate": 3e-3},
-    "cifar10": {"epochs": 1},
-    "folder": {"epochs": 1},
-}
+COMPARED = ("simclr", "moco")  # methods whose loss the recipes have in plain PyTorch
 
 
 def add_arguments(parser):
-    for_digits = DEFAULTS["digits"]
-    parser.add_argument(
-        "--data",
-        choices=DEFAULTS,
-        default="digits",
-        help="digits: 1797 handwritten digits that scikit-learn carries (default), with a small convolutional"
-        " network; cifar10, folder: CIFAR-10 or one folder of images a class under --root, with a ResNet-18",
-    )
+    for_digits = presets.choose("simclr", "digits")
+    arguments.add_data(parser)
     parser.add_argument(
         "--method",
-        choices=("simclr", "moco"),
+        choices=METHODS,
         default="simclr",
-        help="simclr: each view against all others of the batch (default); moco: MoCo v2, against a queue of keys",
+        metavar="NAME",
+        help="one of those above; default simclr",
     )
-    parser.add_argument("--root", metavar="DIR", help="where the images of cifar10 or folder are")
     parser.add_argument(
-        "--epochs", type=_positive_int, metavar="N", help=f"default {for_digits['epochs']} for digits"
+        "--epochs",
+        type=arguments.positive_int,
+        metavar="N",
+        help=f"default {for_digits['epochs']} for simclr on the digits",
     )
     parser.add_argument(
         "--batch-size",
-        type=_batch_size,
+        type=arguments.batch_size,
         metavar="N",
-        help=f"images a step, each seen in two views; default {for_digits['batch_size']} for digits",
+        help="images a step, each seen in as many views as the method asks for; default"
+        f" {for_digits['batch_size']} for simclr on the digits",
     )
     parser.add_argument(
-        "--temperature",
-        type=_positive_float,
-        metavar="T",
-        help=f"default {for_digits['temperature']} for digits",
+        "--learning-rate", type=arguments.positive_float, metavar="R", help="at the top of a cosine schedule"
+    )
+    parser.add_argument("--optimizer", choices=presets.OPTIMIZERS, default="adamw", help="default adamw")
+    parser.add_argument(
+        "--weight-decay", type=arguments.not_negative, metavar="W", default=1e-4, help="default 0.0001"
     )
     parser.add_argument(
-        "--learning-rate", type=_positive_float, metavar="R", help="of AdamW, at the top of a cosine schedule"
+        "--warmup",
+        type=arguments.share,
+        metavar="PART",
+        default=0.05,
+        help="part of the steps over which the learning rate rises; default 0.05",
+    )
+    parser.add_argument(
+        "--temperature", type=arguments.positive_float, metavar="T", help="of methods that have one"
     )
     parser.add_argument(
         "--queue-size",
-        type=_positive_int,
+        type=arguments.positive_int,
         metavar="K",
-        help=f"keys that moco's queue holds; default {QUEUE['digits']['queue_size']} for digits",
+        help="keys that the queue of moco or mixco holds",
     )
     parser.add_argument(
         "--momentum",
-        type=_share,
+        type=arguments.share,
         metavar="M",
-        help=f"of moco's key encoder, from 0 to 1; default {QUEUE['digits']['momentum']} for digits",
+        help="of the average of moco, byol and others, from 0 to 1",
     )
-    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="of weights and views; default 0")
+    parser.add_argument(
+        "--option",
+        type=arguments.named_value,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another option of the method, such as width=256; may be repeated",
+    )
+    parser.add_argument(
+        "--seed", type=arguments.seed, default=0, metavar="S", help="of weights and views; default 0"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the networks; losses are in float32",
+    )
+    parser.add_argument(
+        "--accumulate",
+        type=arguments.positive_int,
+        default=1,
+        metavar="N",
+        help="compute a batch in so many parts, each with a loss of its own; default 1",
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the encoder with torch.compile")
     parser.add_argument(
         "--backend",
         metavar="NAME",
@@ -101,29 +118,17 @@ def add_arguments(parser):
     parser.add_argument(
         "--compare",
         action=argparse.BooleanOptionalAction,
-        help="run with the plain PyTorch loss too; default for digits",
+        help="run with the plain PyTorch loss too; default for simclr and moco on the digits",
     )
     parser.add_argument("--short", action="store_true", help="a few epochs only, to see that it works")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
-    parser.add_argument(
-        "--image-size",
-        type=_positive_int,
-        metavar="N",
-        help="side of the crops of folder images; default 224",
-    )
-    parser.add_argument(
-        "--workers",
-        type=_count,
-        default=2,
-        metavar="N",
-        help="processes that load cifar10 or folder images; default 2",
-    )
+    parser.add_argument("--tensorboard", action="store_true", help="write a log for TensorBoard too")
     parser.add_argument(
         "--processes",
-        type=_positive_int,
+        type=arguments.positive_int,
         default=1,
         metavar="N",
-        help="train over so many processes of this machine, and hold the losses against those of one; default 1",
+        help="train simclr over so many processes of this machine, and hold the losses against those of one",
     )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument(
@@ -136,11 +141,9 @@ def add_arguments(parser):
 
 
 def run(args, parser):
-    missing = missing_packages()
-    if missing:
-        parser.error(f"{', '.join(missing)} must be installed for it: pip install {' '.join(missing)}")
+    check_packages(parser)
     try:
-        from ssl_kernels.recipes import experiment, report, simclr
+        from ssl_kernels.recipes import engine, experiment, ranks, report
     except (ImportError, OSError, RuntimeError) as error:
         parser.error(f"{', '.join(DEMO_PACKAGES.values())} must load for it: {error}")
 
@@ -151,16 +154,24 @@ def run(args, parser):
         settings, device, images, trainings = set_up(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    together = next(iter(trainings.values())).ranks
+    is_first = together.rank == 0
     machine = report.describe_machine(device)
-    print(f"{machine}\n{settings}", flush=True)
+    if is_first:
+        print(f"{machine}\n{settings}", flush=True)
     try:
+        if not is_first:
+            engine.train(list(trainings.values()), images.views)
+            return 0
         runs, contention = experiment.run_experiment(images, trainings, settings, device=device)
         labels = torch.cat([batch_labels for _, batch_labels in images.test])
         text = report.write_report(runs, labels, settings, machine, contention, args.out)
-    except (OSError, simclr.Diverged) as error:
+    except (OSError, engine.Diverged) as error:
         parser.error(str(error).strip().splitlines()[-1])  # a worker process puts its traceback before
     except KeyboardInterrupt:
         parser.exit(INTERRUPTED, f"{parser.prog}: interrupted; --resume goes on from what is in {args.out}\n")
+    finally:
+        ranks.leave()
     print(text)
     print(f"{time.perf_counter() - start:.0f} s in all")
     return 0
@@ -168,7 +179,7 @@ def run(args, parser):
 
 def run_processes(args, parser):
     """Train in one process and in several, and print both."""
-    from ssl_kernels.recipes import processes, report, simclr
+    from ssl_kernels.recipes import engine, processes, report
 
     start = time.perf_counter()
     try:
@@ -193,40 +204,69 @@ def run_processes(args, parser):
         }
         print(f"{report.describe_machine(torch.device('cpu'))}\n{settings}", flush=True)
         print(processes.compare_with_one(args.processes, settings, images))
-    except (ValueError, OSError, simclr.Diverged) as error:
+    except (ValueError, OSError, engine.Diverged) as error:
         parser.error(str(error).strip().splitlines()[-1])
     print(f"{time.perf_counter() - start:.0f} s in all")
     return 0
 
 
 def choose_settings(args):
-    """The `simclr.Settings` of the command line; raises ValueError for options that do not go together."""
-    from ssl_kernels.recipes import simclr
+    """The `engine.Settings` of the command line; raises ValueError for options that do not go together."""
+    from ssl_kernels.recipes import engine
+    from ssl_kernels.recipes.methods import find_method, options_of
 
-    with_queue = args.method == "moco"
-    if not with_queue and (args.queue_size is not None or args.momentum is not None):
-        raise ValueError("--queue-size and --momentum must come with --method moco")
-    for option, value, data_sets in (
-        ("--root", args.root, ("cifar10", "folder")),
-        ("--image-size", args.image_size, ("folder",)),
-    ):
-        if value is not None and args.data not in data_sets:
-            raise ValueError(f"{option} must come with --data {' or '.join(data_sets)}, got {args.data}")
-    choices = MOCO_DEFAULTS[args.data] | QUEUE[args.data] if with_queue else DEFAULTS[args.data]
-    choices = choices | (SHORT[args.data] if args.short else {})
-    choices |= {name: getattr(args, name) for name in choices if getattr(args, name) is not None}
-    return simclr.Settings(args.data, **choices, seed=args.seed, method=args.method)
+    arguments.check_data(args)
+    values = presets.choose(args.method, args.data, args.short)
+    values |= {
+        name: getattr(args, name)
+        for name in ("epochs", "batch_size", "learning_rate")
+        if getattr(args, name) is not None
+    }
+    known = options_of(find_method(args.method))
+    given = {
+        name: getattr(args, name)
+        for name in ("temperature", "queue_size", "momentum")
+        if getattr(args, name) is not None
+    }
+    for name in given:
+        if name not in known:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} must come with a --method that has it, got {args.method}")
+    given |= arguments.read_options(args.method, known, args.option)
+    options = known | {name: values.pop(name) for name in list(values) if name in known} | given
+    rest = {name: values[name] for name in ("epochs", "batch_size", "learning_rate")}
+    if args.accumulate > rest["batch_size"] // 2:
+        raise ValueError(f"--accumulate must leave 2 images a part of --batch-size, got {args.accumulate}")
+    return engine.Settings(
+        args.method,
+        args.data,
+        **rest,
+        optimizer=args.optimizer,
+        weight_decay=args.weight_decay,
+        warmup=args.warmup,
+        precision=args.precision,
+        accumulate=args.accumulate,
+        compile=args.compile,
+        seed=args.seed,
+        image_size=args.image_size,
+        options=options,
+    )
 
 
 def set_up(args):
     """(settings, device, images, trainings); raises ValueError or OSError for what cannot be done."""
-    from ssl_kernels.recipes import data, experiment, report
+    from ssl_kernels.recipes import data, experiment, ranks, report
     from ssl_kernels.recipes.files import check_folder
+    from ssl_kernels.recipes.methods import find_method
 
     settings = choose_settings(args)
-    device = choose_device(args.device)
-    compare = args.data == "digits" if args.compare is None else args.compare
-    losses = choose_losses(settings, args.backend, compare, device)
+    together, device = ranks.join(choose_device(args.device))
+    if settings.batch_size % together.size:
+        raise ValueError(
+            f"--batch-size must be a multiple of the {together.size} processes, got {settings.batch_size}"
+        )
+    losses = choose_losses(args, settings, together, device)
+    method = find_method(args.method)
     images = data.load_data(
         args.data,
         settings.batch_size,
@@ -234,18 +274,39 @@ def set_up(args):
         root=args.root,
         image_size=args.image_size,
         workers=args.workers,
+        views=method.views,
+        crops=method.crops,
     )
     trainings = experiment.prepare_trainings(
-        images, losses, settings, device=device, out=args.out, resume=args.resume
+        images, losses, settings, device=device, out=args.out, resume=args.resume, ranks=together
     )
     checkpoints = [training.checkpoint for training in trainings.values()]
     sizes = [training.bytes_of_checkpoint for training in trainings.values()]
     there = sum(path.stat().st_size for path in checkpoints if path.is_file())
+    names = [path.with_suffix(ending).name for path in checkpoints for ending in (".pt", ".csv")]
     # One more, since each is written aside.
-    check_folder(
-        args.out, [*report.FILES, *(path.name for path in checkpoints)], sum(sizes) + max(sizes) - there
-    )
+    check_folder(args.out, [*report.FILES, *names], sum(sizes) + max(sizes) - there)
+    if args.tensorboard and together.rank == 0:
+        open_boards(trainings, args.out)
     return settings, device, images, trainings
+
+
+def open_boards(trainings, out):
+    from ssl_kernels.recipes.logs import TensorBoard
+
+    for training in trainings.values():
+        try:
+            training.board = TensorBoard(out / "tensorboard" / training.checkpoint.stem, training.history)
+        except ImportError as error:
+            raise ValueError(
+                "--tensorboard must have tensorboard installed: pip install tensorboard"
+            ) from error
+
+
+def check_packages(parser):
+    missing = missing_packages()
+    if missing:
+        parser.error(f"{', '.join(missing)} must be installed for it: pip install {' '.join(missing)}")
 
 
 def missing_packages():
@@ -259,55 +320,34 @@ def choose_device(name):
     return usable_device(name)
 
 
-def choose_losses(settings, backend, compare, device):
+def choose_losses(args, settings, together, device):
     """dict from a run's name to its loss. A backend that cannot run raises here, before training."""
     from ssl_kernels.recipes.baseline import plain_moco_loss, plain_nt_xent_loss
+    from ssl_kernels.recipes.methods import find_method
+    from ssl_kernels.recipes.ranks import over_ranks
 
-    temperature = settings.temperature
-    sample = torch.ones(2, 8, device=device)
-    ssl_kernels.nt_xent_loss(sample, sample, temperature, backend=backend)
-    if backend is None:
-        usable = ssl_kernels.backends_for(ssl_kernels.nt_xent_loss, sample, sample)
-        backend = next(name for name, reason in usable.items() if reason is None)
-    if settings.method == "moco":
-        loss, plain = ssl_kernels.nn.MoCoLoss(temperature, symmetric=True, backend=backend), plain_moco_loss
-    else:
-        loss, plain = ssl_kernels.nn.NTXentLoss(temperature, backend=backend), plain_nt_xent_loss
-    losses = {f"ssl_kernels ({backend})": loss}
-    if compare:
-        losses = {"plain PyTorch": functools.partial(plain, temperature=temperature)} | losses
-    return losses
-
-
-def _positive_int(text):
-    return _number(text, int, lambda value: value >= 1, "a whole number from 1")
-
-
-def _batch_size(text):
-    return _number(text, int, lambda value: value >= 2, "a whole number from 2")
-
-
-def _count(text):
-    return _number(text, int, lambda value: value >= 0, "a whole number from 0")
-
-
-def _seed(text):
-    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
-
-
-def _positive_float(text):
-    return _number(text, float, lambda value: value > 0 and math.isfinite(value), "a finite number over 0")
-
-
-def _share(text):
-    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
-def _number(text, kind, allowed, rule):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not allowed(value):
-        raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
-    return value
+    loss, backend = find_method(settings.method).criterion, args.backend
+    takes_backend = "backend" in inspect.signature(loss).parameters
+    if backend is not None and not takes_backend:
+        raise ValueError(
+            f"--backend must come with a --method whose loss is of ssl_kernels, got {args.method}"
+        )
+    if together.size > 1:
+        loss = over_ranks(loss)
+    name = "ssl_kernels"
+    if takes_backend:
+        sample = torch.ones(2, 8, device=device)
+        ssl_kernels.nt_xent_loss(sample, sample, backend=backend)
+        if backend is None:
+            usable = ssl_kernels.backends_for(ssl_kernels.nt_xent_loss, sample, sample)
+            backend = next(name for name, reason in usable.items() if reason is None)
+        else:
+            loss = functools.partial(loss, backend=backend)
+        name = f"ssl_kernels ({backend})"
+    can_compare = settings.method in COMPARED and together.size == 1
+    if args.compare and not can_compare:
+        raise ValueError(f"--compare must come with --method {' or '.join(COMPARED)} in one process")
+    if can_compare and (args.data == "digits" if args.compare is None else args.compare):
+        plain = {"simclr": plain_nt_xent_loss, "moco": plain_moco_loss}[settings.method]
+        return {"plain PyTorch": plain, name: loss}
+    return {name: loss}

@@ -126,7 +126,7 @@ def draw_losses(trained, path):
         # Equal curves hide each other: the first is drawn wide, the second thin on it.
         width = 5 if position < len(trained) - 1 else 1.4
         panels["curves"].plot(steps, run.history.losses, color=color, linewidth=width, label=run.name)
-    panels["curves"].set(xlabel="step", ylabel="contrastive loss", title="Pretraining")
+    panels["curves"].set(xlabel="step", ylabel="loss", title="Pretraining")
     panels["curves"].legend(frameon=False)
 
     names = [run.name for run in trained]
@@ -184,7 +184,7 @@ def write_results(runs, settings, machine, contention, path):
     results = {
         "machine": machine,
         "contention": dataclasses.asdict(contention),
-        "settings": dataclasses.asdict(settings),
+        "settings": settings.as_dict(),
         "runs": [],
     }
     for run in runs:

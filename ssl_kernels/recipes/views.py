@@ -1,16 +1,60 @@
-"""Two augmented views of every image, in batches, reproducible epoch by epoch.
+"""Augmented views of every image, in batches, reproducible epoch by epoch.
 
 What epoch e yields depends on the seed and on e alone, so two runs see the same views and a resumed run
-goes on with those it would have seen. Both classes have `epoch(e, first=0)`, an iterator over (view0, view1), each
-(B, C, H, W), from batch `first` on, and `len`, the batches of an epoch; the images that fill no batch differ by epoch.
+goes on with those it would have seen. Both classes have `epoch(e, first=0)`, an iterator over `Batch` from batch
+`first` on, and `len`, the batches of an epoch; the images that fill no batch differ by epoch.
 """
 
 import contextlib
 import signal
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+
+
+class Batch(NamedTuple):
+    """views: each (B, C, H, W). crops: smaller ones of the same images, each (B, C, h, w), for methods that ask for
+    them. labels: (B,), for methods that are told them."""
+
+    views: list[torch.Tensor]
+    crops: list[torch.Tensor]
+    labels: torch.Tensor
+
+    def to(self, device, dtype=torch.float32):
+        """On a device, its images in a dtype."""
+        views, crops = ([images.to(device, dtype) for images in some] for some in (self.views, self.crops))
+        return Batch(views, crops, self.labels.to(device))
+
+    def rows(self, rows):
+        """Those of a slice."""
+        return self._each(lambda tensor: tensor[rows])
+
+    def parts(self, count):
+        """`count` batches of about equal size that together are this one."""
+        size = len(self.labels)
+        return [self.rows(slice(size * part // count, size * (part + 1) // count)) for part in range(count)]
+
+    def _each(self, change):
+        views, crops = ([change(tensor) for tensor in tensors] for tensors in (self.views, self.crops))
+        return Batch(views, crops, change(self.labels))
+
+
+class Augmentation(NamedTuple):
+    """What is made of each image: `views` draws of `view`, and `crops` draws of `crop`."""
+
+    view: object
+    views: int = 2
+    crop: object = None
+    crops: int = 0
+
+    def of(self, images):
+        """(views, crops) of what the transforms take: lists of what they return."""
+        return (
+            [self.view(images) for _ in range(self.views)],
+            [self.crop(images) for _ in range(self.crops)],
+        )
 
 
 def mix_seed(*numbers):
@@ -27,18 +71,20 @@ def seeded(*numbers):
 
 
 class BatchViews:
-    """Views of images held in memory, (N, C, H, W), transformed `group` images a call.
+    """Views of images held in memory, (N, C, H, W) with labels (N,), transformed `group` images a call.
 
     A torchvision transform draws its parameters once a call. One call an image costs far more than the
     arithmetic when images are tiny; one a batch would give all of it the same shift and angle.
     """
 
-    def __init__(self, images, transform, batch_size, seed, group=16):
+    def __init__(self, images, labels, augmentation, batch_size, seed, group=16):
         self.images = images
-        self.transform = transform
+        self.labels = labels
         self.batch_size = batch_size
         self.seed = seed
-        self.group = group
+        self.augmentation = augmentation._replace(
+            view=_grouped(augmentation.view, group), crop=_grouped(augmentation.crop, group)
+        )
 
     def __len__(self):
         return len(self.images) // self.batch_size
@@ -47,21 +93,22 @@ class BatchViews:
         shuffle = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
         order = torch.randperm(len(self.images), generator=shuffle)
         for step in range(first, len(self)):
-            batch = self.images[order[step * self.batch_size : (step + 1) * self.batch_size]]
+            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
             with seeded(self.seed, epoch, step):
-                views = self._view(batch), self._view(batch)
-            yield views
+                views, crops = self.augmentation.of(self.images[chosen])
+            yield Batch(views, crops, self.labels[chosen])
 
-    def _view(self, batch):
-        return torch.cat([self.transform(group) for group in batch.split(self.group)])
+
+def _grouped(transform, group):
+    return lambda images: torch.cat([transform(some) for some in images.split(group)])
 
 
 class DatasetViews:
     """Views of a torchvision dataset of (image, label), transformed one by one in DataLoader workers."""
 
-    def __init__(self, dataset, transform, batch_size, seed, workers=0):
+    def __init__(self, dataset, augmentation, batch_size, seed, workers=0):
         self.dataset = dataset
-        self.transform = transform
+        self.augmentation = augmentation
         self.batch_size = batch_size
         self.seed = seed
         self.workers = workers
@@ -75,7 +122,7 @@ class DatasetViews:
         batches = order[: len(self) * self.batch_size].view(-1, self.batch_size).tolist()
         return iter(
             DataLoader(
-                _TwoViews(self.dataset, self.transform, self.seed, epoch),
+                _Augmented(self.dataset, self.augmentation, self.seed, epoch),
                 batch_sampler=batches[first:],
                 num_workers=self.workers,
                 worker_init_fn=ignore_interrupts,
@@ -89,10 +136,10 @@ def ignore_interrupts(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class _TwoViews(Dataset):
-    def __init__(self, dataset, transform, seed, epoch):
+class _Augmented(Dataset):
+    def __init__(self, dataset, augmentation, seed, epoch):
         self.dataset = dataset
-        self.transform = transform
+        self.augmentation = augmentation
         self.seed = seed
         self.epoch = epoch
 
@@ -100,7 +147,8 @@ class _TwoViews(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index):
-        image, _ = self.dataset[index]
+        image, label = self.dataset[index]
         # Seeded by image: the same whatever worker it falls to, and however many there are.
         with seeded(self.seed, self.epoch, index):
-            return self.transform(image), self.transform(image)
+            views, crops = self.augmentation.of(image)
+        return Batch(views, crops, label)

@@ -32,7 +32,7 @@ def test_digits_are_held_out():
 
 def test_digit_views_are_augmented_digits():
     digits = load_data("digits", 64, seed=0)
-    view0, view1 = next(iter(digits.views.epoch(0)))
+    view0, view1 = next(iter(digits.views.epoch(0))).views
     assert view0.shape == view1.shape == (64, 1, 8, 8)
     assert view0.dtype == torch.float32
     # To raw pixels a view is far from its digit, and still nearer to it than chance (0.1) has it.
@@ -54,7 +54,7 @@ def test_folder_is_split_by_class(tmp_path):
     assert torch.bincount(train_labels).tolist() == [6, 6, 6]
     assert torch.bincount(test_labels).tolist() == [2, 2, 2]
     assert not rows(train) & rows(test)
-    view0, view1 = next(iter(data.views.epoch(0)))
+    view0, view1 = next(iter(data.views.epoch(0))).views
     assert view0.shape == view1.shape == (4, 3, 24, 24)
     assert not torch.equal(view0, view1)
     assert len(data.views) == 4
@@ -84,7 +84,7 @@ def test_cifar10(tmp_path, monkeypatch):
     assert all_images(data.train)[0].shape == (45, 3, 32, 32)
     assert all_images(data.test)[0].shape == (9, 3, 32, 32)
     assert data.image_size == 32
-    view0, _ = next(iter(data.views.epoch(0)))
+    view0, _ = next(iter(data.views.epoch(0))).views
     assert view0.shape == (16, 3, 32, 32)
 
 

@@ -1,9 +1,10 @@
 import torch
 
+from ssl_kernels.recipes import data
 from ssl_kernels.recipes.baseline import plain_nt_xent_loss
-from ssl_kernels.recipes.experiment import measure_loss_memory
+from ssl_kernels.recipes.engine import Settings
+from ssl_kernels.recipes.experiment import measure_loss_memory, prepare_trainings
 from ssl_kernels.recipes.memory import peak_memory
-from ssl_kernels.recipes.simclr import Settings
 
 MEGABYTE = 250_000  # float32 values
 
@@ -32,6 +33,11 @@ def test_peak_leaves_out_what_was_there_before():
 def test_plain_loss_holds_several_matrices_of_logits():
     batch_size = 256
     matrix = 4 * (2 * batch_size) ** 2
-    settings = Settings("digits", epochs=1, batch_size=batch_size, temperature=0.5, learning_rate=1.0)
-    peak = measure_loss_memory(plain_nt_xent_loss, settings, "cpu")
+    settings = Settings("simclr", "digits", epochs=1, batch_size=batch_size, learning_rate=1.0)
+    images = data.load_data("digits", batch_size, 0)
+    training = prepare_trainings(images, {"plain": plain_nt_xent_loss}, settings)["plain"]
+    before = {name: value.clone() for name, value in training.method.state_dict().items()}
+    peak = measure_loss_memory(training, next(images.views.epoch(0)))
     assert 2 * matrix < peak < 6 * matrix
+    for name, value in training.method.state_dict().items():
+        assert torch.equal(value, before[name])  # the training has not moved

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import os
 import signal
 import tempfile
@@ -11,31 +10,34 @@ import pytest
 import torch
 
 import ssl_kernels
-from ssl_kernels.nn import MoCoLoss, MoCoQueue
-from ssl_kernels.recipes import data, experiment, moco, pretrain, simclr
+from ssl_kernels.nn import MoCoQueue
+from ssl_kernels.recipes import data, engine, experiment, pretrain
 from ssl_kernels.recipes.baseline import plain_moco_loss
 from tests.helpers import random_rows
 
-SETTINGS = simclr.Settings(
+SETTINGS = engine.Settings(
+    "moco",
     "digits",
     epochs=3,
     batch_size=256,
-    temperature=0.2,
     learning_rate=3e-3,
-    method="moco",
-    queue_size=700,  # no multiple of the 512 keys of a step
-    momentum=0.9,
+    options={
+        "temperature": 0.2,
+        "queue_size": 700,
+        "momentum": 0.9,
+    },  # 700: no multiple of the 512 keys of a step
 )
 
 
-def train(settings=SETTINGS, loss=None, **options):
-    """(model, history) of a run on the digits, two steps an epoch."""
+def train(settings=SETTINGS, loss=None, checkpoint=None, resume=False):
+    """(method, history) of a run on the digits, two steps an epoch."""
     images = data.load_data("digits", settings.batch_size, settings.seed)
     images.views.images = images.views.images[:512]
-    query = experiment.build_model(images, settings.seed)
-    model = moco.MoCoModel(query, experiment.PROJECTION_WIDTH, settings.queue_size, settings.momentum)
-    loss = loss or MoCoLoss(settings.temperature, symmetric=True)
-    return model, simclr.pretrain(model, loss, images.views, settings, step=moco.train_step, **options)
+    losses = {"run": loss}
+    options = {"out": checkpoint.parent, "resume": resume} if checkpoint else {}
+    training = experiment.prepare_trainings(images, losses, settings, **options)["run"]
+    engine.train([training], images.views)
+    return training.method, training.history
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +52,15 @@ def test_queue_fills_and_average_follows(trained):
     assert history.losses[5] < history.losses[2]
     assert len(model.queue) == 700
     assert model.queue.position.item() == 6 * 512 % 700
-    assert model.key.updates == 6
-    for average, parameter in zip(model.key.module.parameters(), model.query.parameters(), strict=True):
+    assert model.average.updates == 6
+    for average, parameter in zip(model.average.module.parameters(), model.online.parameters(), strict=True):
         assert not torch.equal(average, parameter)
         assert not average.requires_grad
 
 
 def test_plain_loss_trains_the_same(trained):
     _, ours = trained
-    _, plain = train(loss=functools.partial(plain_moco_loss, temperature=0.2))
+    _, plain = train(loss=plain_moco_loss)
     assert plain.losses == pytest.approx(ours.losses, rel=1e-3, abs=1e-6)
 
 
@@ -68,12 +70,12 @@ def test_resumed_run_ends_as_the_unbroken_one(trained, tmp_path):
 
     calls = 0
 
-    def breaking_loss(query, key, queue):
+    def breaking_loss(*args, **options):
         nonlocal calls
         calls += 1
         if calls > 4:  # in the third epoch
             raise Break
-        return ssl_kernels.moco_loss(query, key, queue, 0.2, symmetric=True)
+        return ssl_kernels.moco_loss(*args, **options)
 
     checkpoint = tmp_path / "run.pt"
     with pytest.raises(Break):
@@ -84,18 +86,18 @@ def test_resumed_run_ends_as_the_unbroken_one(trained, tmp_path):
     for name, value in model.state_dict().items():
         if torch.is_tensor(value):
             assert torch.equal(value, whole_model.state_dict()[name]), name
-    assert model.key.updates == 6
+    assert model.average.updates == 6
 
 
 def test_ctrl_c_in_the_middle_of_an_epoch_keeps_queue_and_average(trained, tmp_path):
     calls = 0
 
-    def interrupting_loss(query, key, queue):
+    def interrupting_loss(*args, **options):
         nonlocal calls
         calls += 1
         if calls == 3:  # the first step of the second epoch
             os.kill(os.getpid(), signal.SIGINT)
-        return ssl_kernels.moco_loss(query, key, queue, 0.2, symmetric=True)
+        return ssl_kernels.moco_loss(*args, **options)
 
     checkpoint = tmp_path / "run.pt"
     with pytest.raises(KeyboardInterrupt):
@@ -112,7 +114,7 @@ def test_resume_refuses_another_queue(tmp_path):
     checkpoint = tmp_path / "run.pt"
     settings = dataclasses.replace(SETTINGS, epochs=1)
     train(settings, checkpoint=checkpoint)
-    changed = dataclasses.replace(settings, queue_size=800)
+    changed = dataclasses.replace(settings, options=settings.options | {"queue_size": 800})
     with pytest.raises(ValueError, match=r"--resume: queue_size must be 700 as in .*run\.pt, got 800"):
         train(changed, checkpoint=checkpoint, resume=True)
 

@@ -16,7 +16,7 @@ import torch
 
 import ssl_kernels
 from ssl_kernels.cli import main
-from ssl_kernels.recipes import experiment, report, simclr
+from ssl_kernels.recipes import engine, experiment, report
 from ssl_kernels.recipes.evaluation import Accuracy
 from tests.recipes.image_sets import write_cifar10, write_folder
 
@@ -35,7 +35,13 @@ def trained_runs(out):
 def test_digits_end_to_end(tmp_path, capsys):
     options = ["--epochs", 3, "--batch-size", 256, "--out", tmp_path]
     assert pretrain(*options) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {*FILES, "plain.pt", "ssl_kernels.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *FILES,
+        "plain.pt",
+        "plain.csv",
+        "ssl_kernels.pt",
+        "ssl_kernels.csv",
+    }
     printed = capsys.readouterr().out
     for row in ("raw pixels", "untrained encoder", "plain PyTorch", "ssl_kernels ("):
         assert re.search(rf"^{re.escape(row)}", printed, re.MULTILINE)
@@ -71,7 +77,7 @@ def test_folder(tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--data", "folder", "--root", tmp_path / "images", "--image-size", 32, "--batch-size", 6]
     assert pretrain(*options, "--epochs", 1, "--workers", 0, "--backend", "chunked", "--out", out) == 0
-    assert {path.name for path in out.iterdir()} == {*FILES, "ssl_kernels.pt"}
+    assert {path.name for path in out.iterdir()} == {*FILES, "ssl_kernels.pt", "ssl_kernels.csv"}
     (ours,) = trained_runs(out)
     assert ours["name"] == "ssl_kernels (chunked)"
     assert len(ours["losses"]) == 3
@@ -97,8 +103,25 @@ def test_cifar10(tmp_path, monkeypatch):
         (["--temperature", "0"], "argument --temperature: must be a finite number over 0, got 0"),
         (["--temperature", "nan"], "argument --temperature: must be a finite number over 0, got nan"),
         (["--seed", "-1"], "argument --seed: must be a whole number from 0 to 2**32 - 1, got -1"),
-        (["--method", "byol"], "argument --method: invalid choice: 'byol'"),
-        (["--queue-size", "100"], "--queue-size and --momentum must come with --method moco"),
+        (["--method", "alchemy"], "argument --method: invalid choice: 'alchemy'"),
+        (["--queue-size", "100"], "--queue-size must come with a --method that has it, got simclr"),
+        (
+            ["--method", "byol", "--temperature", "1"],
+            "--temperature must come with a --method that has it, got byol",
+        ),
+        (
+            ["--method", "byol", "--compare"],
+            "--compare must come with --method simclr or moco in one process",
+        ),
+        (
+            ["--method", "rotation", "--backend", "native"],
+            "--backend must come with a --method whose loss is of ssl",
+        ),
+        (["--option", "depth=3"], "--option must name one of simclr's (temperature, width), got depth"),
+        (["--option", "width=wide"], "--option width must be of type int, got wide"),
+        (["--option", "width"], "argument --option: must be NAME=VALUE, got width"),
+        (["--accumulate", "900"], "--accumulate must leave 2 images a part of --batch-size, got 900"),
+        (["--warmup", "2"], "argument --warmup: must be a number from 0 to 1, got 2"),
         (
             ["--method", "moco", "--momentum", "1.5"],
             "argument --momentum: must be a number from 0 to 1, got 1.5",
@@ -160,7 +183,7 @@ def test_out_that_cannot_be_written(tmp_path, capsys, no_work):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc", "/proc/nonesuch"):
         assert f"--out must be a folder that can be written to, got {out} (" in refused(capsys, "--out", out)
-    for name in ("plain.pt", "results.json"):
+    for name in ("plain.pt", "plain.csv", "results.json"):
         (tmp_path / name).mkdir()
         assert f"--out must be a folder without a folder {name} in it" in refused(capsys, "--out", tmp_path)
         (tmp_path / name).rmdir()
@@ -230,6 +253,7 @@ FOREIGN = {
     "a tensor": lambda whole: other_state(whole, lambda state: torch.zeros(3)),
     "a list": lambda whole: other_state(whole, lambda state: [1, 2]),
     "weights": lambda whole: other_state(whole, lambda state: state["model"]),
+    "no schedule": lambda whole: other_state(whole, lambda state: state | {"schedule": None}),
     "no history": lambda whole: other_state(whole, lambda state: state | {"history": {}}),
     "history of no numbers": lambda whole: other_state(
         whole, lambda state: state | {"history": {name: ["a"] for name in state["history"]}}
@@ -259,22 +283,6 @@ def test_a_checkpoint_that_is_a_folder(short_run, tmp_path, capsys, no_work):
     assert "ssl_kernels.pt" in refused(capsys, *short_run[0], "--out", tmp_path, "--resume")
 
 
-def test_a_checkpoint_of_an_earlier_version_is_taken(short_run, tmp_path, no_judging):
-    """It knows the epoch and the seconds of the whole run alone."""
-    options, out, whole = short_run
-
-    def earlier(state):
-        history = {name: state["history"][name] for name in ("losses", "loss_seconds")} | {"seconds": 3.0}
-        return {name: state[name] for name in ("epoch", "model", "optimizer", "settings")} | {
-            "history": history
-        }
-
-    (tmp_path / "ssl_kernels.pt").write_bytes(other_state(whole, earlier))
-    assert pretrain(*options, "--out", tmp_path, "--resume") == 0
-    (run,), (before,) = trained_runs(tmp_path), trained_runs(out)
-    assert run["losses"] == before["losses"] and run["seconds"] == pytest.approx(3.0)
-
-
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
     short_run, tmp_path, capsys, monkeypatch, no_judging
 ):
@@ -284,14 +292,14 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
     def full(descriptor):
         nonlocal calls
         calls += 1
-        if calls == 2:
+        if calls == 3:  # checkpoint and log of the first epoch are whole
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         message = refused(capsys, *options, "--out", tmp_path)
     assert f"No space left on device: '{tmp_path / 'ssl_kernels.pt'}'" in message
-    assert [path.name for path in tmp_path.iterdir()] == ["ssl_kernels.pt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"ssl_kernels.pt", "ssl_kernels.csv"}
     assert pretrain(*options, "--out", tmp_path, "--resume") == 0
     assert trained_runs(tmp_path)[0]["losses"] == trained_runs(out)[0]["losses"]
 
@@ -303,22 +311,22 @@ def test_interrupted_run_goes_on_bit_for_bit(short_run, tmp_path, capsys, monkey
     def interrupted_at(call):
         calls = 0
 
-        def step(*args):
+        def interrupted(training, batch):
             nonlocal calls
             calls += 1
             if calls == call:
                 os.kill(os.getpid(), signal.SIGINT)
-            set_learning_rate(*args)
+            return update(training, batch)
 
-        monkeypatch.setattr(simclr, "set_learning_rate", step)
+        monkeypatch.setattr(engine.Training, "_update", interrupted)
         with pytest.raises(SystemExit) as stop:
             pretrain(*options, "--out", tmp_path, "--resume")
         assert stop.value.code == 130
         assert "interrupted; --resume goes on from what is in" in one_line(capsys)
-        monkeypatch.setattr(simclr, "set_learning_rate", set_learning_rate)
+        monkeypatch.setattr(engine.Training, "_update", update)
         return torch.load(tmp_path / "ssl_kernels.pt", weights_only=True)
 
-    set_learning_rate = simclr.set_learning_rate
+    update = engine.Training._update
     state = interrupted_at(3)
     assert (state["epoch"], state["batch"], len(state["history"]["losses"])) == (1, 1, 3)
     state = interrupted_at(1)

@@ -4,25 +4,20 @@ import pytest
 import torch
 
 from ssl_kernels.cli import main
-from ssl_kernels.nn import NTXentLoss
-from ssl_kernels.recipes import data, experiment, processes, simclr
+from ssl_kernels.recipes import data, engine, experiment, processes
 
 
 def test_losses_and_weights_follow_the_run_of_one_process():
-    settings = simclr.Settings("digits", epochs=1, batch_size=101, temperature=0.5, learning_rate=3e-3)
+    settings = engine.Settings("simclr", "digits", epochs=1, batch_size=101, learning_rate=3e-3)
     images = {"name": "digits", "batch_size": 101, "seed": 0}
     loaded = data.load_data(**images)
-
-    def step(model, loss, optimizer, view0, view1):
-        return simclr.train_step(model, loss, optimizer, view0.double(), view1.double())
-
-    model = experiment.build_model(loaded, settings.seed).double()
-    one = simclr.Training(model, NTXentLoss(settings.temperature), settings, step=step)
-    simclr.train([one], loaded.views)
+    method = experiment.build_method(loaded, settings).double()
+    one = engine.Training(method, settings, steps=13)
+    engine.train([one], loaded.views)
     trained, history = processes.run_in_processes(2, settings, images, dtype=torch.float64)
     assert len(history.losses) == len(one.history.losses) == 13
     assert history.losses == pytest.approx(one.history.losses, rel=1e-9)
-    expected = one.model.state_dict()
+    expected = one.method.state_dict()
     for name, value in trained.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-8)
 

@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 
 from ssl_kernels.recipes import report
+from ssl_kernels.recipes.checkpoints import History
 from ssl_kernels.recipes.contention import Contention
+from ssl_kernels.recipes.engine import Settings
 from ssl_kernels.recipes.evaluation import Accuracy
 from ssl_kernels.recipes.experiment import Run
-from ssl_kernels.recipes.simclr import History, Settings
 
 
 def make_runs(classes=10, trained=("plain PyTorch", "ssl_kernels (native)")):
@@ -60,7 +61,7 @@ def test_gain_compares_steps_that_ran_one_after_the_other():
 )
 def test_report_writes_figures_and_numbers(classes, trained, tmp_path):
     runs, labels = make_runs(classes, trained)
-    settings = Settings("digits", epochs=1, batch_size=8, temperature=0.5, learning_rate=0.1)
+    settings = Settings("simclr", "digits", epochs=1, batch_size=8, learning_rate=0.1)
     contention = Contention(waiting=0.4, load=7.25, own_load=1.5, cores=2)
     text = report.write_report(runs, labels, settings, "some machine", contention, tmp_path)
     assert "the machine was busy (threads of this process waited for a core 40 % of their time, load" in text

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from ssl_kernels.recipes.views import BatchViews, DatasetViews
+from ssl_kernels.recipes.views import Augmentation, BatchViews, DatasetViews
 
 IMAGES = torch.rand(22, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -16,12 +16,12 @@ class LabelledImages(torch.utils.data.Dataset):
 
 
 def make_views(kind, transform, seed=0, **options):
-    source = IMAGES if kind is BatchViews else LabelledImages()
-    return kind(source, transform, 8, seed, **options)
+    source = (IMAGES, torch.zeros(len(IMAGES))) if kind is BatchViews else (LabelledImages(),)
+    return kind(*source, Augmentation(transform), 8, seed, **options)
 
 
 def all_views(views, epoch):
-    return torch.stack([torch.stack(pair) for pair in views.epoch(epoch)])
+    return torch.stack([torch.stack(batch.views) for batch in views.epoch(epoch)])
 
 
 both_kinds = pytest.mark.parametrize("kind", [BatchViews, DatasetViews])
@@ -56,8 +56,8 @@ def test_views_depend_on_seed_and_epoch_alone(kind):
 @both_kinds
 def test_views_from_a_batch_on_are_the_rest_of_the_epoch(kind):
     views = make_views(kind, v2.GaussianNoise(sigma=0.1))
-    whole = [torch.stack(pair) for pair in views.epoch(3)]
-    assert [torch.equal(torch.stack(pair), whole[1]) for pair in views.epoch(3, first=1)] == [True]
+    whole = [torch.stack(batch.views) for batch in views.epoch(3)]
+    assert [torch.equal(torch.stack(batch.views), whole[1]) for batch in views.epoch(3, first=1)] == [True]
     assert list(views.epoch(3, first=2)) == []
 
 
@@ -89,3 +89,29 @@ def test_dataset_views_do_not_depend_on_the_workers():
     noise = v2.GaussianNoise(sigma=0.1)
     alone = all_views(make_views(DatasetViews, noise, workers=0), 0)
     assert torch.equal(all_views(make_views(DatasetViews, noise, workers=2), 0), alone)
+
+
+@both_kinds
+def test_crops_and_labels_come_with_the_views(kind):
+    """As many of either as were asked for, and each image with its own label."""
+    labels = torch.arange(len(IMAGES))
+
+    class Labelled(LabelledImages):
+        def __getitem__(self, index):
+            return IMAGES[index], index
+
+    augmentation = Augmentation(v2.Identity(), 1, lambda images: images[..., :4, :4], 3)
+    source = (IMAGES, labels) if kind is BatchViews else (Labelled(),)
+    for batch in kind(*source, augmentation, 8, 0).epoch(0):
+        (view,) = batch.views
+        assert torch.equal(view, IMAGES[batch.labels])
+        assert len(batch.crops) == 3
+        assert all(torch.equal(crop, view[..., :4, :4]) for crop in batch.crops)
+
+
+def test_parts_of_a_batch_are_all_of_it():
+    (batch, _) = make_views(BatchViews, v2.GaussianNoise()).epoch(0)
+    parts = batch.parts(3)
+    assert [len(part.labels) for part in parts] == [2, 3, 3]
+    for view in range(2):
+        assert torch.equal(torch.cat([part.views[view] for part in parts]), batch.views[view])

@@ -1,5 +1,5 @@
 import copy
-import functools
+import dataclasses
 import os
 import signal
 
@@ -8,19 +8,30 @@ import torch
 from torch import nn
 
 import ssl_kernels
-from ssl_kernels.recipes import data, experiment, simclr
+from ssl_kernels.recipes import data, engine, experiment
 from ssl_kernels.recipes.baseline import plain_nt_xent_loss
 
-SETTINGS = simclr.Settings("digits", epochs=3, batch_size=256, temperature=0.5, learning_rate=3e-3)
+SETTINGS = engine.Settings(
+    "simclr", "digits", epochs=3, batch_size=256, learning_rate=3e-3, options={"temperature": 0.5}
+)
 
 
-def train(settings=SETTINGS, loss=None, **options):
-    """(model, history) of a run on the digits."""
+def two_steps(settings):
+    """Digits for two steps an epoch."""
     images = data.load_data("digits", settings.batch_size, settings.seed)
-    images.views.images = images.views.images[:512]  # two steps an epoch
-    model = experiment.build_model(images, settings.seed)
-    loss = loss or ssl_kernels.nn.NTXentLoss(settings.temperature)
-    return model, simclr.pretrain(model, loss, images.views, settings, **options)
+    images.views.images = images.views.images[:512]
+    return images
+
+
+def train(settings=SETTINGS, loss=None, checkpoint=None, resume=False):
+    """(method, history) of a run on the digits."""
+    images = two_steps(settings)
+    method = experiment.build_method(images, settings)
+    training = engine.Training(method, settings, 2 * settings.epochs, loss=loss, checkpoint=checkpoint)
+    if resume:
+        training.load(2)
+    engine.train([training], images.views)
+    return method, training.history
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +48,7 @@ def test_loss_falls(trained):
 
 def test_plain_loss_trains_the_same(trained):
     _, ours = trained
-    _, plain = train(loss=functools.partial(plain_nt_xent_loss, temperature=0.5))
+    _, plain = train(loss=plain_nt_xent_loss)
     assert plain.losses[0] == pytest.approx(ours.losses[0], rel=1e-6)
     assert plain.losses == pytest.approx(ours.losses, rel=1e-3)
 
@@ -52,7 +63,7 @@ def test_same_seed_gives_the_same_run(trained):
 
 
 def test_another_seed_gives_another_run(trained):
-    settings = simclr.dataclasses.replace(SETTINGS, seed=1, epochs=1)
+    settings = dataclasses.replace(SETTINGS, seed=1, epochs=1)
     assert train(settings)[1].losses[0] != trained[1].losses[0]
 
 
@@ -62,12 +73,12 @@ def test_resumed_run_ends_as_the_unbroken_one(trained, tmp_path):
 
     calls = 0
 
-    def breaking_loss(z0, z1):
+    def breaking_loss(*args):
         nonlocal calls
         calls += 1
         if calls > 4:  # two steps an epoch: in the third
             raise Break
-        return ssl_kernels.nt_xent_loss(z0, z1, 0.5)
+        return ssl_kernels.nt_xent_loss(*args)
 
     checkpoint = tmp_path / "run.pt"
     with pytest.raises(Break):
@@ -81,26 +92,22 @@ def test_resumed_run_ends_as_the_unbroken_one(trained, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def with_dropout(model):
-    """A model whose steps draw from torch's generator."""
-    model.projection.insert(0, nn.Dropout(0.3))
-    return model
-
-
 def trainings_of_both(images, settings, losses, out, resume=False):
     found = []
     for name, loss in losses.items():
-        model = with_dropout(experiment.build_model(images, settings.seed))
-        found.append(simclr.Training(model, loss, settings, checkpoint=out / f"{name}.pt"))
+        method = experiment.build_method(images, settings)
+        method.online.projection.insert(0, nn.Dropout(0.3))  # its steps draw from torch's generator
+        path = out / f"{name}.pt"
+        found.append(engine.Training(method, settings, 2 * settings.epochs, loss=loss, checkpoint=path))
         if resume:
             found[-1].load(len(images.views))
     return found
 
 
 def state_of(training):
-    history = simclr.dataclasses.asdict(training.history)
+    history = dataclasses.asdict(training.history)
     return {
-        "model": training.model.state_dict(),
+        "model": training.method.state_dict(),
         "optimizer": training.optimizer.state_dict(),
         "random": dict(training._random),
         "losses": history["losses"],
@@ -113,20 +120,19 @@ def assert_same(found, expected):
 
 def two_losses():
     return {
-        "plain": functools.partial(plain_nt_xent_loss, temperature=0.5),
-        "ours": ssl_kernels.nn.NTXentLoss(0.5),
+        "plain": plain_nt_xent_loss,
+        "ours": ssl_kernels.nt_xent_loss,
     }
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """(images, what each of two trainings ends with when it runs alone): three epochs of two steps."""
-    images = data.load_data("digits", SETTINGS.batch_size, SETTINGS.seed)
-    images.views.images = images.views.images[:512]
+    images = two_steps(SETTINGS)
     ends = []
     for name, loss in two_losses().items():
         (training,) = trainings_of_both(images, SETTINGS, {name: loss}, tmp_path_factory.mktemp(name))
-        simclr.train([training], images.views)
+        engine.train([training], images.views)
         ends.append(state_of(training))
     return images, ends
 
@@ -136,7 +142,7 @@ def test_trainings_in_turn_end_as_each_does_alone(alone, tmp_path):
     trainings = trainings_of_both(images, SETTINGS, two_losses(), tmp_path)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    simclr.train(trainings, images.views)
+    engine.train(trainings, images.views)
     assert_same([state_of(training) for training in trainings], expected)
     assert torch.equal(torch.get_rng_state(), before)
     ours, plain = (training.history for training in trainings)
@@ -151,21 +157,21 @@ def test_ctrl_c_goes_on_where_it_stopped(alone, tmp_path, steps):
     losses = two_losses()
     calls = 0
 
-    def interrupting_loss(z0, z1):
+    def interrupting_loss(*args):
         nonlocal calls
         calls += 1
         if calls == steps:
             os.kill(os.getpid(), signal.SIGINT)
-        return two_losses()["plain"](z0, z1)
+        return two_losses()["plain"](*args)
 
     with pytest.raises(KeyboardInterrupt):
-        simclr.train(
+        engine.train(
             trainings_of_both(images, SETTINGS, losses | {"plain": interrupting_loss}, tmp_path), images.views
         )
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     trainings = trainings_of_both(images, SETTINGS, losses, tmp_path, resume=True)
     assert [(training.epoch, training.batch) for training in trainings] == [divmod(steps, 2)] * 2
-    simclr.train(trainings, images.views)
+    engine.train(trainings, images.views)
     assert_same([state_of(training) for training in trainings], expected)
 
 
@@ -177,22 +183,22 @@ def test_an_interrupt_in_the_middle_of_a_step_leaves_what_was_whole(alone, tmp_p
     losses = two_losses()
     calls = 0
 
-    def breaking_loss(z0, z1):
+    def breaking_loss(*args):
         nonlocal calls
         calls += 1
         if calls == call:
             raise KeyboardInterrupt
-        return two_losses()["plain"](z0, z1)
+        return two_losses()["plain"](*args)
 
     with pytest.raises(KeyboardInterrupt):
-        simclr.train(
+        engine.train(
             trainings_of_both(images, SETTINGS, losses | {"plain": breaking_loss}, tmp_path), images.views
         )
     assert not list(tmp_path.glob("*.partial"))
     trainings = trainings_of_both(images, SETTINGS, losses, tmp_path, resume=True)
     places = [(training.epoch, training.batch) for training in trainings]
     assert places[0] == at and places[1] > at
-    simclr.train(trainings, images.views)
+    engine.train(trainings, images.views)
     assert_same([state_of(training) for training in trainings], expected)
 
 
@@ -215,40 +221,69 @@ def test_a_checkpoint_that_cannot_be_used_changes_nothing(alone, tmp_path):
 
 def test_resume_refuses_other_settings(tmp_path):
     checkpoint = tmp_path / "run.pt"
-    settings = simclr.dataclasses.replace(SETTINGS, epochs=1)
+    settings = dataclasses.replace(SETTINGS, epochs=1)
     train(settings, checkpoint=checkpoint)
-    changed = simclr.dataclasses.replace(settings, temperature=0.1)
+    changed = dataclasses.replace(settings, options={"temperature": 0.1})
     with pytest.raises(ValueError, match=r"--resume: temperature must be 0\.5 as in .*run\.pt, got 0\.1"):
         train(changed, checkpoint=checkpoint, resume=True)
 
 
-def test_train_step_makes_the_ordinary_update():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8))
-    ordinary = copy.deepcopy(model)
-    view0, view1 = torch.rand(2, 10, 1, 8, 8)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model[1].weight.grad = torch.full_like(model[1].weight, 1e3)  # of an earlier step: must not count
-    value, seconds = simclr.train_step(model, plain_nt_xent_loss, optimizer, view0, view1)
+def test_a_step_makes_the_ordinary_update():
+    """That of plain PyTorch, with the optimizer's own defaults but for rate and decay."""
+    settings = dataclasses.replace(SETTINGS, optimizer="sgd", weight_decay=0.01)
+    images = two_steps(settings)
+    method = experiment.build_method(images, settings)
+    ordinary = copy.deepcopy(method)
+    batch = next(images.views.epoch(0))
+    training = engine.Training(method, settings, steps=6)
+    method.online.projection[0].weight.grad = torch.full_like(method.online.projection[0].weight, 1e3)
+    training.step(batch, 2)
 
-    loss = plain_nt_xent_loss(ordinary(view0), ordinary(view1))
+    rate = training.history.rates[0]
+    optimizer = torch.optim.SGD(ordinary.parameters(), lr=rate, momentum=0.9, weight_decay=0.01)
+    loss = plain_nt_xent_loss(*ordinary.online(torch.cat(batch.views)).chunk(2), 0.5)
     loss.backward()
-    torch.optim.SGD(ordinary.parameters(), lr=0.1).step()
-    assert value == pytest.approx(loss.item(), rel=1e-6)
-    assert seconds > 0
-    torch.testing.assert_close(model[1].weight, ordinary[1].weight)
-    torch.testing.assert_close(model[1].bias, ordinary[1].bias)
+    optimizer.step()
+    assert training.history.losses[0] == pytest.approx(loss.item(), rel=1e-6)
+    for ours, expected in zip(method.parameters(), ordinary.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
-def test_learning_rate_rises_and_falls():
-    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=9.0)
-    rates = []
-    for step in range(100):
-        simclr.set_learning_rate(optimizer, SETTINGS, step, 100)
-        rates.append(optimizer.param_groups[0]["lr"])
-    top = rates.index(max(rates))
-    assert 0.9 * 3e-3 < max(rates) <= 3e-3
-    assert 3 <= top <= 6
-    assert rates[:top] == sorted(rates[:top])
-    assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert 0 < rates[-1] < 1e-5
+def test_parts_of_a_batch_add_up():
+    """Supervised, in evaluation mode of the normalisations: rows do not see each other, and the parts are the whole."""
+    settings = dataclasses.replace(SETTINGS, method="supervised", options={}, optimizer="sgd")
+    images = data.load_data("digits", 250, 0, views=1)
+    batch = next(images.views.epoch(0))
+    ends = []
+    for accumulate in (1, 3):
+        settings = dataclasses.replace(settings, accumulate=accumulate)
+        method = experiment.build_method(images, settings)
+        training = engine.Training(method, settings, steps=2)
+        for module in method.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        method.encoder.train = lambda mode: None
+        training._watch.embeddings = torch.eye(8)
+        training.step(batch, 2)
+        ends.append((training.history.losses, dict(method.named_parameters())))
+    torch.testing.assert_close(ends[1], ends[0])
+
+
+def test_bfloat16_trains_nearly_as_float32(trained):
+    settings = dataclasses.replace(SETTINGS, precision="bfloat16")
+    _, history = train(settings)
+    assert history.losses != trained[1].losses
+    assert history.losses == pytest.approx(trained[1].losses, rel=0.02)
+
+
+def test_the_log_has_a_line_a_step(tmp_path):
+    _, history = train(checkpoint=tmp_path / "run.pt")
+    header, *lines = [line.split(",") for line in (tmp_path / "run.csv").read_text().splitlines()]
+    assert header[:4] == ["step", "epoch", "loss", "learning_rate"]
+    assert [(int(line[0]), int(line[1])) for line in lines] == [
+        (step + 1, step // 2 + 1) for step in range(6)
+    ]
+    assert [float(line[2]) for line in lines] == history.losses
+    spreads = [line[header.index("spread")] for line in lines]
+    assert spreads[::2] == [""] * 3
+    assert [float(value) for value in spreads[1::2]] == history.spreads

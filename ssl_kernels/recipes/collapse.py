@@ -1,0 +1,65 @@
+"""Whether embeddings collapse: how far apart they lie, and in how many directions."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+LEAST_SPREAD = 0.02
+LEAST_RANK = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Health:
+    """Of a batch of embeddings made unit. spread: One less their mean cosine, from 0 where all are the same to 1.
+    rank: In how many directions they vary, exp of the entropy of the covariance's normalised eigenvalues (Roy and
+    Vetterli, The effective rank, 2007)."""
+
+    spread: float
+    rank: float
+
+    @property
+    def is_collapsed(self):
+        return self.spread < LEAST_SPREAD or self.rank < LEAST_RANK
+
+    def describe(self):
+        if self.spread < LEAST_SPREAD:
+            return f"all embeddings point the same way: their mean cosine is {1 - self.spread:.4f}"
+        return f"the embeddings vary in one direction alone: their effective rank is {self.rank:.2f}"
+
+
+def measure_health(embeddings):
+    """`Health` of (N, D) embeddings."""
+    rows = F.normalize(embeddings.detach().double(), dim=1)
+    spread = 1 - rows.mean(0).square().sum()
+    return Health(float(spread), effective_rank(covariance_spectrum(rows)))
+
+
+def covariance_spectrum(rows):
+    """Eigenvalues of the covariance of (N, D) rows, largest first: min(N, D) of them."""
+    centred = rows.double() - rows.double().mean(0)
+    return torch.linalg.svdvals(centred).square() / max(1, len(rows) - 1)
+
+
+def effective_rank(spectrum):
+    total = spectrum.sum()
+    if not total > 0:
+        return 0.0
+    shares = spectrum / total
+    return float(torch.special.entr(shares).sum().exp())
+
+
+class Watch:
+    """Keeps what a module returned last.
+
+    Args:
+        module: Whose outputs (B, D) are looked at.
+    """
+
+    def __init__(self, module):
+        self.embeddings = None
+        module.register_forward_hook(self._note)
+
+    def _note(self, module, inputs, output):
+        if module.training:
+            self.embeddings = output.detach()

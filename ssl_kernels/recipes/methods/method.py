@@ -1,0 +1,32 @@
+"""What every method is to the training loop."""
+
+from torch import nn
+
+
+class Method(nn.Module):
+    """A network and its loss: called with a `views.Batch`, it returns the loss, a scalar.
+
+    A subclass takes (encoder, data, *, options with defaults): a network of width `out_features`, and the `ImageData`
+    that it will see. It sets `online`, an `encoders.Embedder`, whose encoder is kept after training.
+
+    Attributes:
+        criterion: The loss that `forward` calls with embeddings; the training loop puts one in its place that is timed.
+        views, crops: How many of each image it asks for.
+        uses_labels: Whether it is told the labels of the training images.
+    """
+
+    criterion = None
+    views, crops = 2, 0
+    uses_labels = False
+
+    @property
+    def encoder(self):
+        return self.online.encoder
+
+    @property
+    def watched(self):
+        """The module whose outputs must not collapse."""
+        return self.online
+
+    def after_step(self):
+        """Called when the optimizer has changed the parameters."""

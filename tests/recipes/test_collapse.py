@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from ssl_kernels.recipes.collapse import covariance_spectrum, effective_rank, measure_health
+
+
+def test_spread_is_one_less_the_mean_cosine():
+    rows = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    assert measure_health(rows).spread == pytest.approx(1 - (unit @ unit.T).mean().item(), abs=1e-6)
+
+
+def test_rank_counts_directions():
+    assert effective_rank(torch.tensor([1.0, 1, 1, 0])) == pytest.approx(3)
+    assert effective_rank(torch.tensor([1.0, 0, 0, 0])) == pytest.approx(1)
+    assert effective_rank(torch.zeros(4)) == 0
+
+
+def test_spectrum_is_that_of_the_covariance():
+    rows = torch.randn(30, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = torch.linalg.eigvalsh(torch.cov(rows.T)).flip(0)
+    torch.testing.assert_close(covariance_spectrum(rows), expected)
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        (torch.ones(8, 4), "all embeddings point the same way: their mean cosine is 1.0000"),
+        (torch.ones(8, 4) + 1e-3 * torch.eye(8, 4), "all embeddings point the same way"),
+        (torch.tensor([1.0, -1, 1, -1])[:, None] * torch.ones(3), "their effective rank is 1.00"),
+    ],
+    ids=["equal", "nearly equal", "one direction"],
+)
+def test_collapse_is_described(rows, words):
+    health = measure_health(rows)
+    assert health.is_collapsed
+    assert words in health.describe()
+
+
+def test_spread_rows_are_healthy():
+    assert not measure_health(torch.eye(8)).is_collapsed
