@@ -1,9 +1,15 @@
 """What people use today: the implementations that ours are compared with."""
 
+import importlib.util
+import pathlib
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 
+from benchmarks import plain_losses
 from benchmarks.harness import Implementation
+from ssl_kernels import adapters
 from ssl_kernels.recipes.baseline import plain_nt_xent_loss
 
 MATRICES_OF_LOGITS = 6  # that plain PyTorch code holds at its worst moment, estimated from above
@@ -105,3 +111,54 @@ def triplet_peers(distances_bytes):
         Implementation(name, function, baseline=True, extra_bytes=extra_bytes)
         for name, function in functions.items()
     ]
+
+
+class Originals:
+    """The names of an adapter as its library itself has them.
+
+    Args:
+        library: Name of a module in `ssl_kernels.adapters`.
+
+    Raises:
+        ImportError: The library is not installed.
+    """
+
+    def __init__(self, library):
+        originals = getattr(adapters, library).ORIGINALS
+        if not originals:
+            raise ImportError(f"{library} is no package")
+        for name, module in originals.items():
+            setattr(self, name, getattr(_module(library, module), name))
+
+
+def _module(library, name):
+    if library != "solo_learn":
+        return importlib.import_module(name)
+    # The package itself cannot be imported any more: it asks for one that is gone.
+    root, *path = name.split(".")
+    spec = importlib.util.find_spec(root)
+    if spec is None:
+        raise ImportError(f"{root} is not installed")
+    file = pathlib.Path(spec.submodule_search_locations[0], *path).with_suffix(".py")
+    spec = importlib.util.spec_from_file_location(name, file)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+class _PlainSupCon:
+    """SupContrast's loss of one view, of unit rows (B, 1, D)."""
+
+    def __call__(self, features, labels):
+        return plain_losses.plain_sup_con_loss(features.flatten(1), labels)
+
+
+def _plain_in_batch_neg_loss(q_reps, p_reps):
+    return F.cross_entropy(q_reps @ p_reps.T / 0.02, torch.arange(len(q_reps), device=q_reps.device))
+
+
+# Of libraries that are no packages.
+RESTATED = {
+    "flag_embedding": SimpleNamespace(in_batch_neg_loss=_plain_in_batch_neg_loss),
+    "sup_contrast": SimpleNamespace(SupConLoss=_PlainSupCon),
+}

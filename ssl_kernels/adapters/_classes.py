@@ -3,11 +3,19 @@
 import torch
 
 
+def as_classes(*labels):
+    """Labels as int64 tensors that are equal where the labels are; they may be bool or floating."""
+    if all(not part.is_floating_point() for part in labels):
+        return [part.long() for part in labels]
+    ranks = torch.unique(torch.cat([part.double() for part in labels]), return_inverse=True)[1]
+    return list(ranks.split([len(part) for part in labels]))
+
+
 def class_mates(labels, memory_labels=None):
     """For each label the indices of the rows of `memory_labels` that have it too, padded to the largest number.
 
     Args:
-        labels: (N,) integers.
+        labels: (N,) int64.
         memory_labels: (M,), or None: labels themselves, and a row is no mate of its own.
 
     Returns:

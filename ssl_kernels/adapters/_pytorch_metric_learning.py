@@ -3,14 +3,17 @@
 import torch
 from pytorch_metric_learning import distances, losses
 
+from ssl_kernels.adapters._classes import as_classes
 from ssl_kernels.adapters._shared import warn_once
-from ssl_kernels.adapters.pytorch_metric_learning import (
-    as_classes,
-    nt_xent_of_pairs,
-    sup_con_of_rows,
-    triplet_margins,
-)
+from ssl_kernels.adapters.pytorch_metric_learning import nt_xent_of_pairs, sup_con_of_rows, triplet_margins
 from ssl_kernels.checks import DTYPES
+
+_OVERRIDABLE = ("_compute_loss", "mat_based_loss", "pair_based_loss")
+
+
+def _library_class(kind):
+    """The library's own class that an adapter's class, or one of its subclasses, is derived from."""
+    return next(base for base in kind.__mro__ if base.__module__.startswith("pytorch_metric_learning."))
 
 
 class _AllPairs(tuple):
@@ -26,10 +29,15 @@ def _plain(distance, *kinds):
 class _ByLabels:
     """The losses over all pairs by labels."""
 
+    strict = False  # of an object that was pickled as the library's
+
     def _obstacle(self):
         """Why the library's own code has to run, or None."""
         if self.strict:
             return "strict=True"
+        mine, theirs = type(self), _library_class(type(self))
+        if any(getattr(mine, name) is not getattr(theirs, name) for name in _OVERRIDABLE):
+            return "methods of a subclass"
         if not _plain(self.distance, distances.CosineSimilarity, distances.DotProductSimilarity):
             return "a distance other than CosineSimilarity and DotProductSimilarity"
         return None
@@ -123,6 +131,8 @@ class TripletMarginLoss(losses.TripletMarginLoss):
         strict: The library's own code always.
     """
 
+    strict = False
+
     def __init__(self, margin=0.05, swap=False, smooth_loss=False, triplets_per_anchor="all", **kwargs):
         self.strict = kwargs.pop("strict", False)
         super().__init__(margin, swap, smooth_loss, triplets_per_anchor, **kwargs)
@@ -174,4 +184,6 @@ class CrossBatchMemory(losses.CrossBatchMemory):
             pairs = _AllPairs()
             pairs.own = self.curr_batch_idx if do_remove else None
             return pairs
+        if len(E_mem) == 0 and input_indices_tuple is None:
+            return tuple(torch.empty(4, 0, dtype=torch.long, device=labels.device))  # miners want rows
         return super().create_indices_tuple(embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove)

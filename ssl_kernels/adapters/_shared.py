@@ -3,10 +3,37 @@
 import importlib
 import warnings
 
+import torch
+
+from ssl_kernels.checks import check_scalar
+from ssl_kernels.losses._shared import inverse
 from ssl_kernels.ops.library import accumulation_dtype
 
 originals = {}  # from a replaced class or function, as `patch` left it in its library, to the library's own
 _warned = set()
+
+
+class Closed:
+    """A base of adapters: a subclass that replaces methods which only the original calls is refused, not ignored."""
+
+    never_called = ()
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        for name in cls.never_called:
+            if name in vars(cls):
+                raise TypeError(
+                    f"{cls.__name__}: a subclass of this adapter must leave {name} alone, which it never calls:"
+                    " derive it from the original"
+                )
+
+
+def scale_of(caller, temperature, rows, *, positive=True):
+    """1 / temperature for rows, which must be > 0, or without `positive` not 0."""
+    check_scalar(caller, "temperature", temperature, rows, positive=positive)
+    if not isinstance(temperature, torch.Tensor) and temperature == 0:
+        raise ValueError(f"{caller}: temperature must not be 0, got {temperature}")
+    return inverse(temperature, rows)
 
 
 def mean(losses, like):

@@ -2,7 +2,9 @@
 
 from torch import nn
 
+from ssl_kernels.checks import check_embeddings, check_reduction, check_same_rows, check_scalar
 from ssl_kernels.losses import info_nce_loss
+from ssl_kernels.ops.library import accumulation_dtype
 
 __all__ = ["InfoNCE", "info_nce"]
 ORIGINALS = {"InfoNCE": "info_nce", "info_nce": "info_nce"}
@@ -25,8 +27,12 @@ def info_nce(
         negative_mode: "unpaired" or "paired".
     """
     if negative_keys is not None and negative_keys.dim() > 1 and negative_keys.shape[-2] == 0:
-        negative_keys, loss = None, (query * positive_key).sum(1) * 0
-        return {"mean": loss.mean, "sum": loss.sum, "none": lambda: loss}[reduction]()
+        check_embeddings("info_nce", query=query, positive_key=positive_key)
+        check_same_rows("info_nce", query=query, positive_key=positive_key)
+        check_scalar("info_nce", "temperature", temperature, query, positive=True)
+        check_reduction("info_nce", reduction)
+        losses = (query * positive_key).sum(1, dtype=accumulation_dtype(query)) * 0
+        return losses if reduction == "none" else losses.sum()
     return info_nce_loss(query, positive_key, negative_keys, temperature, reduction, negative_mode)
 
 

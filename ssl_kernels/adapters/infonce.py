@@ -1,13 +1,13 @@
 """`infonce` (0.3). Losses come back as float32 (float64 for float64)."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ssl_kernels.adapters._classes import class_mates
-from ssl_kernels.adapters._shared import mean
+from ssl_kernels.adapters._classes import as_classes, class_mates
+from ssl_kernels.adapters._shared import mean, scale_of
+from ssl_kernels.checks import check_embeddings
 from ssl_kernels.losses import nt_xent_loss
-from ssl_kernels.losses._shared import inverse
+from ssl_kernels.losses._shared import minus_log_sigmoid
 from ssl_kernels.ops.contrastive import contrastive
 
 __all__ = ["InfoNCE", "SupervisedInfoNCE"]
@@ -49,17 +49,23 @@ class SupervisedInfoNCE(nn.Module):
         self.supervised = supervised
 
     def forward(self, features, target):
-        """features (N, D), target (N,) integers."""
-        mates, is_mate = class_mates(target)
+        """features (N, D), target (N,)."""
+        check_embeddings("SupervisedInfoNCE", features=features)
+        if target.shape != features.shape[:1]:
+            raise ValueError(
+                f"SupervisedInfoNCE: target must have shape {(len(features),)}, got {tuple(target.shape)}"
+            )
+        (classes,) = as_classes(target)
+        mates, is_mate = class_mates(classes)
         lse, _, logits = contrastive(
             features,
             features,
-            inverse(self.temperature, features),
+            scale_of("SupervisedInfoNCE", self.temperature, features),
             positives=mates,
-            row_ids=target.long(),
-            column_ids=target.long(),
+            row_ids=classes,
+            column_ids=classes,
             caller="SupervisedInfoNCE",
         )
         own = logits.new_zeros(len(logits), 1)  # exp(0), the row itself
         positive = torch.cat((own, logits.masked_fill(~is_mate, -torch.inf)), 1).logsumexp(1)
-        return mean(F.softplus(lse) - positive, features)
+        return mean(minus_log_sigmoid(-lse) - positive, features)

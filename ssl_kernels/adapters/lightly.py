@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssl_kernels.adapters._gather import gather_constant, gather_rows, rank, world_size
-from ssl_kernels.adapters._shared import mean
+from ssl_kernels.adapters._shared import Closed, mean, original, scale_of
 from ssl_kernels.backends import choose_backend
 from ssl_kernels.losses import dcl_loss, info_nce_loss, nt_xent_loss
-from ssl_kernels.losses._shared import inverse, stacked, widest_under_autocast
+from ssl_kernels.losses._shared import reduce, stacked, widest_under_autocast
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
 from ssl_kernels.ops.row_pairs import row_pairs
@@ -25,7 +25,8 @@ ORIGINALS = {
 }
 HOME = "lightly.loss"  # where `patch` looks for losses without an adapter
 DIFFERENCES = {
-    "NTXentLoss": "the bank keeps rows that wrap (`strict=True` loses them); temperature < 0 raises",
+    "NTXentLoss": "the bank keeps rows that wrap (`strict=True` loses them); a `cross_entropy` of another kind runs"
+    " lightly's own code, with a warning",
     "DCLLoss": "one sample raises (lightly: −inf)",
     "DCLWLoss": "gathered: weights from all processes' rows (`strict=True`: from each one's own)",
     "NegativeCosineSimilarity": "rows shorter than 1e-8 keep their direction (`strict=True`: fade to 0)",
@@ -49,6 +50,8 @@ class MemoryBankModule(nn.Module):
         ValueError: A size of another form, as in lightly.
     """
 
+    strict = False  # of an object that was pickled as lightly's
+
     def __init__(self, size, gather_distributed=False, feature_dim_first=True, *, strict=False):
         super().__init__()
         shape = (size,) if isinstance(size, int) else tuple(size)
@@ -60,9 +63,10 @@ class MemoryBankModule(nn.Module):
         self.gather_distributed = gather_distributed
         self.feature_dim_first = feature_dim_first
         self.strict = strict
-        bank = F.normalize(torch.randn(shape), dim=-1) if len(shape) == 2 else torch.empty(shape)
-        self.register_buffer("bank", bank, persistent=False)
+        self.register_buffer("bank", torch.empty(shape), persistent=False)
         self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
+        if len(shape) == 2:
+            self._init_memory_bank(shape)
 
     def forward(self, output, labels=None, update=False):
         """(output, the bank before this call), or (output, None) without a bank; `update` stores output's rows."""
@@ -72,6 +76,11 @@ class MemoryBankModule(nn.Module):
         if update:
             self._dequeue_and_enqueue(output)
         return output, bank.transpose(0, -1) if self.feature_dim_first else bank
+
+    @torch.no_grad()
+    def _init_memory_bank(self, size):
+        self.bank = F.normalize(torch.randn(size).type_as(self.bank), dim=-1)
+        self.bank_ptr = torch.zeros_like(self.bank_ptr)
 
     @torch.no_grad()
     def _dequeue_and_enqueue(self, batch):
@@ -96,6 +105,8 @@ class NTXentLoss(nn.Module):
 
     The bank's rows that lightly loses where its ring ends are kept (`MemoryBankModule`). As in lightly the
     negatives are the bank before the batch, which is stored if out0 requires a gradient, and out1 gets its own.
+    Another `cross_entropy` than the mean, sum or list of the rows' losses, or another `memory_bank` than of its class,
+    runs lightly's own code, with a warning.
 
     Args:
         temperature: > 0.
@@ -121,13 +132,18 @@ class NTXentLoss(nn.Module):
 
     def forward(self, out0, out1):
         """The mean loss of (B, D) embeddings of two views."""
-        if self.memory_bank.size[0]:
-            return self._against_bank(out0, out1)
+        memory_bank, cross_entropy = self.memory_bank, self.cross_entropy
+        if type(memory_bank) is not MemoryBankModule or not _only_reduces(cross_entropy):
+            why = "NTXentLoss: a cross_entropy or memory_bank of another kind"
+            return original("lightly.loss.ntx_ent_loss", "NTXentLoss", why).forward(self, out0, out1)
+        reduction = cross_entropy.reduction
+        if memory_bank.size[0]:
+            return self._against_bank(out0, out1, reduction)
         if self.gather_distributed and world_size() > 1:
-            return _gathered_nt_xent(out0, out1, self.temperature)
-        return nt_xent_loss(out0, out1, self.temperature)
+            return _gathered_nt_xent(out0, out1, self.temperature, reduction)
+        return nt_xent_loss(out0, out1, self.temperature, reduction=reduction)
 
-    def _against_bank(self, out0, out1):
+    def _against_bank(self, out0, out1, reduction):
         bank = self.memory_bank.bank.to(out0.device)
         update = torch.is_grad_enabled() and out0.requires_grad
         if update and choose_backend("contrastive", None, "NTXentLoss", out0, bank) not in (
@@ -135,26 +151,31 @@ class NTXentLoss(nn.Module):
             "chunked",
         ):
             bank = bank.clone()  # backward reads it again
-        loss = info_nce_loss(out0, out1, bank, self.temperature)
+        loss = info_nce_loss(out0, out1, bank, self.temperature, reduction)
         if update:
             self.memory_bank._dequeue_and_enqueue(F.normalize(out1.detach(), dim=1))
         return loss
 
 
-def _gathered_nt_xent(out0, out1, temperature):
+def _only_reduces(cross_entropy):
+    plain = type(cross_entropy) is nn.CrossEntropyLoss and cross_entropy.ignore_index < 0
+    return plain and cross_entropy.weight is None and cross_entropy.label_smoothing == 0
+
+
+def _gathered_nt_xent(out0, out1, temperature, reduction):
     views = stacked(*widest_under_autocast(out0, out1))
     n = len(views)  # 2B
     own = torch.arange(n, device=views.device) + rank() * n
     lse, _, positive = contrastive(
         views,
         gather_rows(views),
-        inverse(temperature, views),
+        scale_of("NTXentLoss", temperature, views),
         positives=own.roll(n // 2),
         row_ids=own,
         column_ids=torch.arange(n * world_size(), device=views.device),
         caller="NTXentLoss",
     )
-    return mean(lse - positive, views)
+    return reduce(lse - positive, reduction, views)
 
 
 def negative_mises_fisher_weights(out0, out1, sigma=0.5):
@@ -163,7 +184,7 @@ def negative_mises_fisher_weights(out0, out1, sigma=0.5):
     return 2 - len(out0) * F.softmax(similarity, dim=0)
 
 
-class DCLLoss(nn.Module):
+class DCLLoss(Closed, nn.Module):
     """`lightly.loss.DCLLoss`: `dcl_loss`, with a weight for each positive.
 
     B = 1, for which lightly's is −inf, raises ValueError.
@@ -173,6 +194,8 @@ class DCLLoss(nn.Module):
         weight_fn: Called with the unit rows (out0, out1) and (out1, out0); its (B,) weights scale the positives.
         gather_distributed: The views of all processes are the negatives.
     """
+
+    never_called = ("_loss",)
 
     def __init__(self, temperature=0.1, weight_fn=None, gather_distributed=False):
         super().__init__()
@@ -205,7 +228,7 @@ def _gathered_dcl(out0, out1, temperature):
     lse, _, positive = contrastive(
         views,
         gather_rows(views),
-        inverse(temperature, views),
+        scale_of("DCLLoss", temperature, views),
         positives=(torch.arange(n, device=views.device) + rank() * n).roll(n // 2),
         row_ids=samples[rank()].reshape(-1),
         column_ids=samples.reshape(-1),
@@ -226,6 +249,8 @@ class DCLWLoss(DCLLoss):
         gather_distributed: The views of all processes are the negatives.
         strict: Weights from the process's own rows.
     """
+
+    strict = False
 
     def __init__(self, temperature=0.1, sigma=0.5, gather_distributed=False, *, strict=False):
         super().__init__(temperature, partial(negative_mises_fisher_weights, sigma=sigma), gather_distributed)
@@ -248,6 +273,8 @@ class NegativeCosineSimilarity(nn.Module):
         dim, eps: As `nn.CosineSimilarity`.
         strict: `F.cosine_similarity` always.
     """
+
+    strict = False
 
     def __init__(self, dim=1, eps=1e-8, *, strict=False):
         super().__init__()

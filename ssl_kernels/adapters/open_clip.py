@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ssl_kernels.adapters._gather import gather_constant, gather_rows
-from ssl_kernels.adapters._shared import mean, original
+from ssl_kernels.adapters._shared import Closed, mean, original
 from ssl_kernels.losses import clip_loss, siglip_loss
 from ssl_kernels.losses._shared import as_scalar, widest_under_autocast
 from ssl_kernels.ops.contrastive import contrastive
@@ -32,7 +32,7 @@ def _unused(loss, parameter):
     return loss
 
 
-class ClipLoss(nn.Module):
+class ClipLoss(Closed, nn.Module):
     """`open_clip.loss.ClipLoss`: `clip_loss` of features as they are.
 
     logit_bias changes nothing and has a gradient of 0; open_clip's is 0 up to rounding. use_horovod with several
@@ -46,6 +46,8 @@ class ClipLoss(nn.Module):
         rank, world_size: Of the processes.
         use_horovod: Gather with Horovod.
     """
+
+    never_called = ("get_ground_truth", "get_logits")
 
     def __init__(
         self,
@@ -141,7 +143,7 @@ class CoCaLoss(ClipLoss):
         return {"contrastive_loss": clip, "caption_loss": caption} if output_dict else (clip, caption)
 
 
-class SigLipLoss(nn.Module):
+class SigLipLoss(Closed, nn.Module):
     """`open_clip.loss.SigLipLoss`: `siglip_loss` of features as they are.
 
     With several processes the texts of all are gathered, whichever way `dist_impl` names: all give one loss and
@@ -152,6 +154,8 @@ class SigLipLoss(nn.Module):
         rank, world_size: Of the processes.
         dist_impl: "bidir", "shift", "reduce" or "gather".
     """
+
+    never_called = ("get_ground_truth", "get_logits", "_loss")
 
     def __init__(self, cache_labels=False, rank=0, world_size=1, dist_impl=None):
         super().__init__()

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from ssl_kernels.adapters._classes import class_mates
+from ssl_kernels.adapters._shared import scale_of
 from ssl_kernels.losses import sup_con_loss
-from ssl_kernels.losses._shared import inverse
+from ssl_kernels.losses._shared import minus_log_sigmoid
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
 from ssl_kernels.ops.row_pairs import row_pairs
@@ -36,14 +37,6 @@ DIFFERENCES = {
 }
 
 
-def as_classes(*labels):
-    """Labels as int64 tensors that are equal where the labels are; they may be floating."""
-    if all(not part.is_floating_point() for part in labels):
-        return [part.long() for part in labels]
-    ranks = torch.unique(torch.cat([part.double() for part in labels]), return_inverse=True)[1]
-    return list(ranks.split([len(part) for part in labels]))
-
-
 def nt_xent_of_pairs(rows, labels, columns, column_labels, temperature, own=None, normalize=True):
     """−log(e^{s_p} / (e^{s_p} + Σ_n e^{s_n})) of each pair of an anchor and a positive p; n are the anchor's negatives.
 
@@ -63,7 +56,7 @@ def nt_xent_of_pairs(rows, labels, columns, column_labels, temperature, own=None
     lse, _, logits = contrastive(
         rows,
         columns,
-        inverse(temperature, rows),
+        scale_of("NTXentLoss", temperature, rows, positive=False),
         positives=mates,
         row_ids=labels,
         column_ids=None if columns is None else column_labels,
@@ -72,7 +65,7 @@ def nt_xent_of_pairs(rows, labels, columns, column_labels, temperature, own=None
         caller="NTXentLoss",
     )
     anchors, place = is_mate.nonzero(as_tuple=True)
-    losses = F.softplus(lse[anchors] - logits[anchors, place])
+    losses = minus_log_sigmoid(logits[anchors, place] - lse[anchors])
     return losses.to(accumulation_dtype(rows)), anchors, mates[anchors, place]
 
 
@@ -87,7 +80,7 @@ def sup_con_of_rows(rows, labels, columns, column_labels, temperature, own=None,
     lse, _, logits = contrastive(
         rows,
         columns,
-        inverse(temperature, rows),
+        scale_of("SupConLoss", temperature, rows),
         positives=mates,
         row_ids=own,
         column_ids=slots,

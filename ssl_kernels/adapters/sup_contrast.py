@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from ssl_kernels.adapters._shared import mean
+from ssl_kernels.adapters._classes import as_classes
+from ssl_kernels.adapters._shared import mean, scale_of
 from ssl_kernels.losses import sup_con_loss
-from ssl_kernels.losses._shared import inverse
 from ssl_kernels.ops.contrastive import contrastive
 
 __all__ = ["SupConLoss"]
@@ -44,7 +44,9 @@ class SupConLoss(nn.Module):
         batch, views = features.shape[:2]
         rows = features.flatten(2).transpose(0, 1).flatten(0, 1)  # view by view
         if mask is None:
-            labels = torch.arange(batch, device=rows.device) if labels is None else labels.reshape(-1)
+            if labels is None:
+                labels = torch.arange(batch, device=rows.device)
+            (labels,) = as_classes(labels.reshape(-1))
             if len(labels) != batch:
                 raise ValueError(f"SupConLoss: labels must have length {batch}, got {len(labels)}")
         elif ((mask != 0) & (mask != 1)).any():
@@ -62,7 +64,7 @@ class SupConLoss(nn.Module):
     def _of_first_views(self, rows, positives, batch):
         positives = positives.clone().fill_diagonal_(0)
         anchors, own = rows[:batch], torch.arange(len(rows), device=rows.device)
-        scale = inverse(self.temperature, rows)
+        scale = scale_of("SupConLoss", self.temperature, rows)
         lse = contrastive(
             anchors,
             rows,

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import torch
 
+from ssl_kernels.adapters._shared import Closed
 from ssl_kernels.mixing import cutmix_, mixup_
 
 __all__ = ["Mixup"]
@@ -15,7 +16,7 @@ DIFFERENCES = {
 }
 
 
-class Mixup:
+class Mixup(Closed):
     """`timm.data.Mixup`: mixup and CutMix of a batch in place, each sample with the one as far from the other end.
 
     Numbers are drawn from NumPy's global generator in timm's order. The images are mixed in place, in one pass. In
@@ -34,6 +35,9 @@ class Mixup:
         multi_label: Targets are (B, num_classes), and smoothed towards 0.5.
         strict: Refuse an odd batch.
     """
+
+    never_called = ("_params_per_batch", "_params_per_elem")
+    strict = False  # of an object that was pickled as timm's
 
     def __init__(
         self,

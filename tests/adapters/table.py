@@ -9,7 +9,8 @@ import sys
 
 import torch
 
-from tests.adapters.uses import Case, Peer, adapter, all_uses, largest_error, results
+from benchmarks.peers import Originals
+from tests.adapters.uses import Case, adapter, all_uses, largest_error, results
 
 PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "migration.md"
 BEGIN, END = "<!-- written by tests/adapters/table.py -->\n", "<!-- end -->\n"
@@ -68,7 +69,7 @@ def main(libraries=()):
         if libraries and use.library not in libraries:
             continue
         try:
-            space = spaces.setdefault(use.library, None) or Peer(use.library)
+            space = spaces.setdefault(use.library, None) or Originals(use.library)
         except ImportError:
             missing.add(use.library)
             continue

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 
 from ssl_kernels.adapters import pytorch_metric_learning as ours
+from ssl_kernels.adapters._classes import as_classes
 from tests.adapters.formulas import pytorch_metric_learning as formulas
 from tests.adapters.uses import TOLERANCES, Use, cases, largest_error, results
 
@@ -24,7 +25,7 @@ def test_the_functions_are_the_formulas(run, case):
 
 
 def test_labels_may_be_floating():
-    first, second = ours.as_classes(torch.tensor([0.5, 2.0]), torch.tensor([2.0, 0.5, -1.0]))
+    first, second = as_classes(torch.tensor([0.5, 2.0]), torch.tensor([2.0, 0.5, -1.0]))
     assert ((first[:, None] == second) == torch.tensor([[False, True, False], [True, False, False]])).all()
 
 

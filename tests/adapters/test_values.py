@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from benchmarks.peers import Originals
 from ssl_kernels.adapters import LIBRARIES
 from tests.adapters import table
 from tests.adapters.uses import (
     TOLERANCES,
     Case,
-    Peer,
     adapter,
     all_uses,
     cases,
@@ -41,7 +41,7 @@ def test_the_published_formula(use, case):
 @given(case=cases())
 def test_the_library_itself(use, case):
     try:
-        space = Peer(use.library)
+        space = Originals(use.library)
     except ImportError as error:
         pytest.skip(f"the library is not installed (make test-peers installs all): {error}")
     with warnings.catch_warnings():

@@ -3,9 +3,8 @@
 All three are namespaces of the same names. What a use returns, and the gradients of its random rows, are compared.
 """
 
-import importlib.util
+import importlib
 import math
-import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -149,35 +148,6 @@ def largest_error(found, expected):
 
 def adapter(library):
     return importlib.import_module(f"ssl_kernels.adapters.{library}")
-
-
-class Peer:
-    """The names of an adapter as the library itself has them.
-
-    Raises:
-        ImportError: The library is not installed.
-    """
-
-    def __init__(self, library):
-        originals = adapter(library).ORIGINALS
-        if not originals:
-            raise ImportError(f"{library} is no package")
-        for name, module in originals.items():
-            found = _from_file(module) if library == "solo_learn" else importlib.import_module(module)
-            setattr(self, name, getattr(found, name))
-
-
-def _from_file(module):
-    """A module of a package that itself cannot be imported any more: solo-learn's asks for one that is gone."""
-    root, *path = module.split(".")
-    spec = importlib.util.find_spec(root)
-    if spec is None:
-        raise ImportError(f"{root} is not installed")
-    file = pathlib.Path(spec.submodule_search_locations[0], *path).with_suffix(".py")
-    spec = importlib.util.spec_from_file_location(module, file)
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
 
 
 def formulas(library):

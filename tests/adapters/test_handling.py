@@ -1,0 +1,227 @@
+"""What programs do with the classes beside calling them: copy and pickle, derive, set attributes, load old states."""
+
+import copy
+import inspect
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.peers import Originals
+from ssl_kernels import adapters
+from tests.adapters.uses import adapter, all_uses, largest_error
+
+
+def rows(n=6, d=8, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def library_or_skip(library):
+    try:
+        return Originals(library)
+    except ImportError as error:
+        pytest.skip(f"the library is not installed (make test-peers installs all): {error}")
+
+
+ADAPTED = sorted({(use.library, use.name) for use in all_uses() if adapter(use.library).ORIGINALS})
+# (library, class): how it is made, and a call of it that does not depend on random numbers.
+OBJECTS = {
+    ("info_nce", "InfoNCE"): (lambda kind: kind(0.2, "none"), lambda f: f(rows(), rows(seed=1))),
+    ("infonce", "InfoNCE"): (lambda kind: kind(0.2), lambda f: f(rows())),
+    ("infonce", "SupervisedInfoNCE"): (lambda kind: kind(0.2), lambda f: f(rows(), torch.arange(6) % 2)),
+    ("lightly", "NTXentLoss"): (lambda kind: kind(0.2, (12, 8)), lambda f: f(rows(), rows(seed=1))),
+    ("lightly", "DCLLoss"): (lambda kind: kind(0.2), lambda f: f(rows(), rows(seed=1))),
+    ("lightly", "DCLWLoss"): (lambda kind: kind(0.2, 0.4), lambda f: f(rows(), rows(seed=1))),
+    ("lightly", "NegativeCosineSimilarity"): (lambda kind: kind(), lambda f: f(rows(), rows(seed=1))),
+    ("lightly", "MemoryBankModule"): (lambda kind: kind((4, 8)), lambda f: f(rows(4), update=True)[1]),
+    ("open_clip", "ClipLoss"): (lambda kind: kind(), lambda f: f(rows(), rows(seed=1), 2.0)),
+    ("open_clip", "CoCaLoss"): (
+        lambda kind: kind(1.0, 2.0),
+        lambda f: sum(f(rows(), rows(seed=1), rows(12, 5).view(6, 2, 5), torch.ones(6, 2).long(), 2.0)),
+    ),
+    ("open_clip", "SigLipLoss"): (lambda kind: kind(), lambda f: f(rows(), rows(seed=1), 2.0, -1.0)),
+    ("pytorch_metric_learning", "NTXentLoss"): (
+        lambda kind: kind(0.2),
+        lambda f: f(rows(), torch.arange(6) % 2),
+    ),
+    ("pytorch_metric_learning", "SupConLoss"): (
+        lambda kind: kind(0.2),
+        lambda f: f(rows(), torch.arange(6) % 2),
+    ),
+    ("pytorch_metric_learning", "TripletMarginLoss"): (
+        lambda kind: kind(0.2),
+        lambda f: f(
+            rows(), torch.arange(6), (torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([4, 5]))
+        ),
+    ),
+    ("timm", "Mixup"): (
+        lambda kind: kind(prob=0.0, num_classes=6),
+        lambda f: f(rows().view(6, 2, 2, 2), torch.arange(6))[1],
+    ),
+}
+
+
+@pytest.mark.parametrize("library, name", ADAPTED, ids=[".".join(key) for key in ADAPTED])
+def test_arguments_are_the_originals(library, name):
+    """The same names, order and defaults; what is added is for keywords alone."""
+    theirs, ours = (getattr(space, name) for space in (library_or_skip(library), adapter(library)))
+    pairs = [(theirs, ours)]
+    if isinstance(theirs, type):
+        pairs = [(theirs.__init__, ours.__init__)]
+        pairs += [(getattr(theirs, m), getattr(ours, m)) for m in ("forward",) if hasattr(theirs, m)]
+        pairs += [(theirs.__call__, ours.__call__)] if not issubclass(theirs, nn.Module) else []
+    for original, mine in pairs:
+        kept = [
+            (parameter.name, parameter.kind, parameter.default)
+            for parameter in inspect.signature(mine).parameters.values()
+            if parameter.name != "strict"
+        ]
+        expected = inspect.signature(original).parameters.values()
+        assert kept == [(parameter.name, parameter.kind, parameter.default) for parameter in expected]
+
+
+@pytest.mark.parametrize("library, name", OBJECTS, ids=[".".join(key) for key in OBJECTS])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"]
+)
+def test_copies_and_pickles(library, name, copied):
+    if library == "pytorch_metric_learning":
+        library_or_skip(library)
+    make, call = OBJECTS[library, name]
+    torch.manual_seed(0)
+    first = make(getattr(adapter(library), name))
+    second = copied(first)
+    assert type(second) is type(first)
+    assert torch.equal(call(second), call(first))
+
+
+@pytest.mark.parametrize("library, name", OBJECTS, ids=[".".join(key) for key in OBJECTS])
+def test_an_object_pickled_as_the_original(library, name):
+    """Under `patch` its class is found to be the adapter: the attributes must do."""
+    space = library_or_skip(library)
+    make, call = OBJECTS[library, name]
+    torch.manual_seed(0)
+    theirs = make(getattr(space, name))
+    kind = getattr(adapter(library), name)
+    mine = kind.__new__(kind)
+    mine.__dict__.update(copy.deepcopy(theirs).__dict__)
+    torch.testing.assert_close(call(mine), call(theirs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("library, name", OBJECTS, ids=[".".join(key) for key in OBJECTS])
+def test_states_go_both_ways(library, name):
+    space = library_or_skip(library)
+    make, _ = OBJECTS[library, name]
+    theirs, mine = make(getattr(space, name)), make(getattr(adapter(library), name))
+    if isinstance(theirs, nn.Module):
+        assert mine.load_state_dict(theirs.state_dict()) == theirs.load_state_dict(mine.state_dict())
+        learned = [buffer.shape for buffer in theirs.buffers()]
+        assert [buffer.shape for buffer in mine.buffers()] == learned
+
+
+HOOKS = [
+    (adapters.open_clip.ClipLoss, "get_logits"),
+    (adapters.open_clip.CoCaLoss, "get_ground_truth"),
+    (adapters.open_clip.SigLipLoss, "_loss"),
+    (adapters.lightly.DCLLoss, "_loss"),
+    (adapters.timm.Mixup, "_params_per_batch"),
+]
+
+
+@pytest.mark.parametrize("kind, method", HOOKS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_method_that_is_never_called_is_refused(kind, method):
+    with pytest.raises(TypeError, match=f"Derived: a subclass of this adapter must leave {method} alone"):
+        type("Derived", (kind,), {method: lambda self: None})
+    assert issubclass(type("Derived", (kind,), {"other": None}), kind)
+
+
+def test_a_subclass_of_a_library_class_is_heard():
+    library_or_skip("pytorch_metric_learning")
+    from ssl_kernels.adapters.pytorch_metric_learning import NTXentLoss
+
+    class Doubled(NTXentLoss):
+        def _compute_loss(self, *arguments):
+            found = super()._compute_loss(*arguments)
+            found["loss"]["losses"] = 2 * found["loss"]["losses"]
+            return found
+
+    x, labels = rows(), torch.arange(6) % 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(Doubled()(x, labels), 2 * NTXentLoss()(x, labels))
+
+
+@pytest.mark.parametrize("bank", [0, (12, 8)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_lightlys_cross_entropy_reduces(bank, reduction):
+    loss = adapters.lightly.NTXentLoss(0.2, bank)
+    expected = loss(rows(), rows(seed=1))
+    loss.cross_entropy = nn.CrossEntropyLoss(reduction=reduction)
+    found = loss(rows(), rows(seed=1))
+    assert found.shape == ((6 if bank else 12,) if reduction == "none" else ())
+    found = found / (6 if bank else 12) if reduction == "sum" else found.mean()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("bank", [0, (12, 8)])
+def test_lightlys_other_cross_entropies_run_lightly(bank):
+    space = library_or_skip("lightly")
+    values = []
+    for kind in (adapters.lightly.NTXentLoss, space.NTXentLoss):
+        torch.manual_seed(0)
+        loss = kind(0.2, bank)
+        loss.cross_entropy = nn.CrossEntropyLoss(label_smoothing=0.1)
+        x = rows().requires_grad_()
+        value = loss(x, rows(seed=1))
+        values.append(([value.detach()], list(torch.autograd.grad(value, x))))
+    assert largest_error(*values) < 1e-5
+
+
+def test_lightlys_memory_bank_may_be_another():
+    space = library_or_skip("lightly")
+
+    class Backwards(space.MemoryBankModule):
+        def forward(self, output, labels=None, update=False):
+            output, bank = super().forward(output, labels, update)
+            return output, -bank
+
+    values = []
+    for kind in (adapters.lightly.NTXentLoss, space.NTXentLoss):
+        loss = kind(0.2)
+        torch.manual_seed(0)
+        loss.memory_bank = Backwards((12, 8))
+        values.append(loss(rows(), rows(seed=1)))
+    assert torch.equal(*values)
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.arange(6) % 2 == 0, torch.arange(6) % 3 / 4, (torch.arange(6) % 3).int()]
+)
+def test_labels_of_any_dtype(labels):
+    """Floating ones that an integer cannot tell apart too."""
+    integers = torch.unique(labels, return_inverse=True)[1]
+    unit = nn.functional.normalize(rows(), dim=1)[:, None]
+    for loss, x in (
+        (adapters.infonce.SupervisedInfoNCE(), rows()),
+        (adapters.sup_contrast.SupConLoss(), unit),
+    ):
+        assert torch.equal(loss(x, labels), loss(x, integers))
+
+
+def test_messages_of_what_cannot_be():
+    x, labels = rows(), torch.arange(6) % 2
+    supervised = adapters.infonce.SupervisedInfoNCE
+    with pytest.raises(ValueError, match=r"SupervisedInfoNCE: temperature must be finite and > 0, got 0"):
+        supervised(0)(x, labels)
+    with pytest.raises(ValueError, match=r"SupervisedInfoNCE: features must have shape .*, got \(0, 8\)"):
+        supervised()(x[:0], labels[:0])
+    with pytest.raises(ValueError, match=r"SupervisedInfoNCE: target must have shape \(6,\), got \(5,\)"):
+        supervised()(x, labels[:5])
+    with pytest.raises(ValueError, match="temperature must not be 0"):
+        adapters.pytorch_metric_learning.nt_xent_of_pairs(x, labels, None, None, 0.0)
+    with pytest.raises(ValueError, match=r"info_nce: temperature must be finite and > 0, got 0"):
+        adapters.info_nce.info_nce(x, x, x[:0], 0.0)
+    with pytest.raises(ValueError, match="clip_loss: text_features must have"):
+        adapters.open_clip.ClipLoss()(x, rows(12), 1.0)
