@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 LEAST_SPREAD = 0.02
-LEAST_RANK = 1.5
+LEAST_RANK = 1.5  # of embeddings that are not told apart by classes, of which two need one direction alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,14 +18,13 @@ class Health:
     spread: float
     rank: float
 
-    @property
-    def is_collapsed(self):
-        return self.spread < LEAST_SPREAD or self.rank < LEAST_RANK
-
-    def describe(self):
+    def complaint(self, least_rank=LEAST_RANK):
+        """What is wrong with them, or "" where they are well."""
         if self.spread < LEAST_SPREAD:
             return f"all embeddings point the same way: their mean cosine is {1 - self.spread:.4f}"
-        return f"the embeddings vary in one direction alone: their effective rank is {self.rank:.2f}"
+        if self.rank < least_rank:
+            return f"the embeddings vary in one direction alone: their effective rank is {self.rank:.2f}"
+        return ""
 
 
 def measure_health(embeddings):
@@ -53,7 +52,7 @@ class Watch:
     """Keeps what a module returned last.
 
     Args:
-        module: Whose outputs (B, D) are looked at.
+        module: Whose outputs (..., D) are looked at.
     """
 
     def __init__(self, module):
@@ -62,4 +61,4 @@ class Watch:
 
     def _note(self, module, inputs, output):
         if module.training:
-            self.embeddings = output.detach()
+            self.embeddings = output.detach().flatten(0, -2)

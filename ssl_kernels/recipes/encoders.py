@@ -1,5 +1,7 @@
 """Networks from images to features, of width `out_features`, and the heads that only training sees."""
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet
 
@@ -64,3 +66,40 @@ def mlp(width_in, width_out, hidden=None):
         nn.ReLU(inplace=True),
         nn.Linear(hidden, width_out),
     )
+
+
+class PatchTransformer(nn.Module):
+    """A small vision transformer: images (B, channels, size, size) to the mean of their tokens, (B, width).
+
+    Args:
+        size: Of the images; a patch's side is the least divisor of it from 2 on that makes at most 64 patches.
+    """
+
+    def __init__(self, channels, size, width=64, layers=2):
+        super().__init__()
+        self.side = next(side for side in range(2, size + 1) if size % side == 0 and size // side <= 8)
+        self.embedding = nn.Linear(channels * self.side**2, width)
+        self.places = nn.Parameter(0.02 * torch.randn((size // self.side) ** 2, width))
+        self.layers = transformer_layers(width, layers)
+        self.norm = nn.LayerNorm(width)
+        self.out_features = width
+
+    def patches(self, images):
+        """(B, L, channels * side * side), row by row."""
+        return F.unfold(images, self.side, stride=self.side).transpose(1, 2)
+
+    def forward(self, images, seen=None):
+        """The mean over the tokens, or with `seen`, numbers of patches (B, S), the tokens of these: (B, S, width)."""
+        tokens = self.embedding(self.patches(images)) + self.places
+        if seen is not None:
+            tokens = tokens.gather(1, seen[:, :, None].expand(-1, -1, tokens.shape[2]))
+        tokens = self.norm(self.layers(tokens))
+        return tokens.mean(1) if seen is None else tokens
+
+
+def transformer_layers(width, count):
+    """So many layers of self-attention, normalised before each part."""
+    layer = nn.TransformerEncoderLayer(
+        width, nhead=4, dim_feedforward=2 * width, dropout=0.0, batch_first=True, norm_first=True
+    )
+    return nn.TransformerEncoder(layer, count, enable_nested_tensor=False)

@@ -153,11 +153,13 @@ class Training:
     def _look_at_embeddings(self):
         health = measure_health(self._watch.embeddings)
         before = zip(self.history.spreads[-1:], self.history.ranks[-1:], strict=True)
-        was_collapsed = any(Health(*values).is_collapsed for values in before)
+        least = self.method.least_rank
+        was_collapsed = any(Health(*values).complaint(least) for values in before)
         self.history.spreads.append(health.spread)
         self.history.ranks.append(health.rank)
-        if health.is_collapsed and not was_collapsed and self.ranks.rank == 0:
-            log.warning("%s: collapse at epoch %d: %s", self.settings.method, self.epoch, health.describe())
+        complaint = health.complaint(least)
+        if complaint and not was_collapsed and self.ranks.rank == 0:
+            log.warning("%s: collapse at epoch %d: %s", self.settings.method, self.epoch, complaint)
 
     @contextlib.contextmanager
     def _own_random_numbers(self):

@@ -87,3 +87,37 @@ def draw_per_class(labels, count, seed):
     return np.concatenate(
         [random.permutation(np.flatnonzero(labels == label))[:count] for label in np.unique(labels)]
     )
+
+
+def draw_part(labels, part, seed):
+    """Indices of the part (0 to 1) of the rows of each class, at least one of each."""
+    labels = labels.numpy()
+    random = np.random.default_rng(seed)
+    rows = []
+    for label in np.unique(labels):
+        own = random.permutation(np.flatnonzero(labels == label))
+        rows.append(own[: max(1, round(part * len(own)))])
+    return torch.from_numpy(np.concatenate(rows))
+
+
+def calibration_error(logits, labels, bins=15):
+    """Expected calibration error: how far confidence is from accuracy, over bins of equal width of the confidence.
+
+    Source: Guo et al., arXiv:1706.04599, eq. 3.
+    """
+    confidence, predicted = logits.double().softmax(1).max(1)
+    right = (predicted == labels).double()
+    index = (confidence * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add(0, index, confidence - right)
+    return float(gaps.abs().sum() / len(labels))
+
+
+def accuracy_of(logits, labels):
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def with_noise(batches, sigma, seed=0):
+    """The batches of (images, labels) with the same normal noise at every call."""
+    generator = torch.Generator().manual_seed(seed)
+    for images, labels in batches:
+        yield images + sigma * torch.randn(images.shape, generator=generator), labels

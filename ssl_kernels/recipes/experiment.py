@@ -8,7 +8,7 @@ import torch
 
 from ssl_kernels.recipes.checkpoints import History
 from ssl_kernels.recipes.contention import Watch
-from ssl_kernels.recipes.encoders import SmallConvNet, resnet18
+from ssl_kernels.recipes.encoders import PatchTransformer, SmallConvNet, resnet18
 from ssl_kernels.recipes.engine import Training, train
 from ssl_kernels.recipes.evaluation import Accuracy, evaluate_features, extract_features
 from ssl_kernels.recipes.memory import peak_memory
@@ -38,14 +38,16 @@ class Run:
         return statistics.fmean(losses[-max(1, len(losses) // 20) :])
 
 
-def build_encoder(data, seed):
-    """The encoder for `data`, its weights drawn from `seed` without touching torch's generator."""
+def build_encoder(data, seed, method):
+    """The encoder for `data` of the method called `method`, drawn from `seed` without touching torch's generator."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return _encoder(data)
+        return _encoder(data, find_method(method))
 
 
-def _encoder(data):
+def _encoder(data, method):
+    if method.transformer:
+        return PatchTransformer(data.channels, data.image_size)
     if data.channels == 1:
         return SmallConvNet()
     return resnet18(small_images=data.image_size <= LARGEST_SMALL_IMAGE)
@@ -59,7 +61,8 @@ def build_method(data, settings):
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
-        return find_method(settings.method)(_encoder(data), data, **settings.options)
+        method = find_method(settings.method)
+        return method(_encoder(data, method), data, **settings.options)
 
 
 def prepare_trainings(data, losses, settings, *, device="cpu", out=None, resume=False, ranks=ALONE):
@@ -115,7 +118,9 @@ def run_experiment(data, trainings, settings, *, device="cpu"):
     runs = []
     if data.channels == 1:
         runs.append(_judge("raw pixels", torch.nn.Flatten(), data))
-    runs.append(_judge("untrained encoder", build_encoder(data, settings.seed).to(device), data))
+    runs.append(
+        _judge("untrained encoder", build_encoder(data, settings.seed, settings.method).to(device), data)
+    )
     watch = Watch()
     train(list(trainings.values()), data.views, settings.method)
     contention = watch.read()

@@ -1,6 +1,8 @@
 """The processes that train together, as torchrun starts them."""
 
 import dataclasses
+import functools
+import inspect
 import os
 
 import torch
@@ -59,8 +61,10 @@ def leave():
 
 
 def over_ranks(loss):
-    """The loss over the rows of all ranks, where `ssl_kernels.distributed` has it; else `loss` itself, which every rank
-    takes over its own rows."""
+    """The loss over the rows of all ranks, where it takes a group or `ssl_kernels.distributed` has it; else `loss`
+    itself, which every rank takes over its own rows."""
+    if "group" in inspect.signature(loss).parameters:
+        return functools.partial(loss, group=dist.group.WORLD)
     return getattr(distributed, getattr(loss, "__name__", ""), loss)
 
 

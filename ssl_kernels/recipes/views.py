@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 
 class Batch(NamedTuple):
@@ -89,6 +89,13 @@ class BatchViews:
     def __len__(self):
         return len(self.images) // self.batch_size
 
+    def subset(self, rows, batch_size, seed):
+        """One view of each of these images, in batches of their own."""
+        one = self.augmentation._replace(views=1, crops=0)
+        views = BatchViews(self.images[rows], self.labels[rows], one, batch_size, seed)
+        views.augmentation = one  # grouped already
+        return views
+
     def epoch(self, epoch, first=0):
         shuffle = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
         order = torch.randperm(len(self.images), generator=shuffle)
@@ -115,6 +122,19 @@ class DatasetViews:
 
     def __len__(self):
         return len(self.dataset) // self.batch_size
+
+    @property
+    def labels(self):
+        dataset, rows = self.dataset, None
+        if isinstance(dataset, Subset):
+            dataset, rows = dataset.dataset, dataset.indices
+        labels = torch.tensor(dataset.targets)
+        return labels if rows is None else labels[rows]
+
+    def subset(self, rows, batch_size, seed):
+        """One view of each of these images, in batches of their own."""
+        one = self.augmentation._replace(views=1, crops=0)
+        return DatasetViews(Subset(self.dataset, rows.tolist()), one, batch_size, seed, self.workers)
 
     def epoch(self, epoch, first=0):
         generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))

@@ -11,6 +11,7 @@ class Classifier(Method):
 
     criterion = staticmethod(nn.functional.cross_entropy)
     views = 1
+    least_rank = 0.0
 
     def __init__(self, encoder, classes):
         super().__init__()

@@ -21,6 +21,7 @@ class CLIP(Method):
     criterion = staticmethod(clip_loss)
     views = 1
     uses_labels = True
+    least_rank = 0.0
 
     def __init__(self, encoder, data, *, logit_scale=10.0, width=64):
         super().__init__()

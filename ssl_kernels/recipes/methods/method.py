@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from ssl_kernels.recipes.collapse import LEAST_RANK
+
 
 class Method(nn.Module):
     """A network and its loss: called with a `views.Batch`, it returns the loss, a scalar.
@@ -13,11 +15,16 @@ class Method(nn.Module):
         criterion: The loss that `forward` calls with embeddings; the training loop puts one in its place that is timed.
         views, crops: How many of each image it asks for.
         uses_labels: Whether it is told the labels of the training images.
+        least_rank: Of healthy outputs of `watched`; 0 where one direction may be
+            enough, as for two classes.
+        transformer: Whether its encoder is a `PatchTransformer` instead of a convolutional network.
     """
 
     criterion = None
     views, crops = 2, 0
     uses_labels = False
+    transformer = False
+    least_rank = LEAST_RANK
 
     @property
     def encoder(self):

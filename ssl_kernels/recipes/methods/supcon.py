@@ -13,6 +13,7 @@ from ssl_kernels.recipes.methods.method import Method
 class SupCon(Method):
     criterion = staticmethod(sup_con_loss)
     uses_labels = True
+    least_rank = 0.0
 
     def __init__(self, encoder, data, *, temperature=0.1, width=128):
         super().__init__()

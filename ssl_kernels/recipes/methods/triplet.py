@@ -13,6 +13,7 @@ from ssl_kernels.recipes.methods.method import Method
 class Triplet(Method):
     criterion = staticmethod(triplet_loss)
     uses_labels = True
+    least_rank = 0.0
 
     def __init__(self, encoder, data, *, margin=0.2, mining="batch_hard", width=128):
         super().__init__()
