@@ -232,7 +232,6 @@ class _Data:
     def __init__(self, dtype, device):
         self.dtype, self.device = dtype, device
         self.acc = torch.float64 if dtype == torch.float64 else torch.float32
-        self.has_additions = torch.device(device).type == "cpu"  # the kernels of GPUs take none
         self.generator = torch.Generator().manual_seed(1)
 
     def floats(self, *shape, dtype=None):
@@ -274,15 +273,14 @@ def _contrastive(data, operator, run, backward):
         "only_equal_ids": False,
     }
     calls = [(*shape, nothing) for shape in shapes]
-    if data.has_additions:
-        added = {
-            "column_bias": data.floats(m, dtype=data.acc),
-            "row_bias": data.floats(n, dtype=data.acc),
-            "row_limit": data.floats(n, dtype=data.acc),
-            "exempt": data.integers(2, m).bool(),
-            "only_equal_ids": True,
-        }
-        calls.append((columns, ids, (n, 2), True, True, added))
+    added = {
+        "column_bias": data.floats(m, dtype=data.acc),
+        "row_bias": data.floats(n, dtype=data.acc),
+        "row_limit": data.floats(n, dtype=data.acc),
+        "exempt": data.integers(2, m).bool(),
+        "only_equal_ids": True,
+    }
+    calls.append((columns, ids, (n, 2), True, True, added))
     for other, numbers, shape, both, columns_need_grad, additions in calls:
         common = {"rows": rows, "columns": other, "scale": data.number(5.0), **numbers, **flags}
         common |= {"positives": data.integers(n if other is None else m, *shape)}

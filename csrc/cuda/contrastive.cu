@@ -1,316 +1,9 @@
-// Launchers of contrastive.h.
-#include "contrastive.h"
-
-#include "contrastive_bwd.cuh"
-#include "contrastive_expectation.cuh"
-#include "contrastive_fwd.cuh"
-#include "launcher.cuh"
-#include "slab_product.cuh"
+// The kernels of `contrastive` without additions.
+#include "contrastive_launch.cuh"
 
 namespace ssl_kernels {
 namespace contrastive {
 namespace {
-
-template <typename scalar_t>
-Matrix<scalar_t> rows_matrix(const ContrastiveArgs& args) {
-  return {
-      static_cast<const scalar_t*>(args.rows), {args.row_strides[0], args.row_strides[1]}, args.N, args.D};
-}
-
-template <typename scalar_t>
-Matrix<scalar_t> columns_matrix(const ContrastiveArgs& args) {
-  return {static_cast<const scalar_t*>(args.columns),
-          {args.column_strides[0], args.column_strides[1]},
-          args.M,
-          args.D};
-}
-
-template <typename scalar_t, typename acc_t, typename other_t>
-Problem<scalar_t, acc_t, other_t> problem_of(const ContrastiveArgs& args, const Side<scalar_t, acc_t>& own,
-                                             const Side<other_t, acc_t>& other) {
-  Problem<scalar_t, acc_t, other_t> problem = {};
-  problem.own = own;
-  problem.other = other;
-  problem.width = round_up(args.D, 16 / sizeof(scalar_t));
-  problem.scale = static_cast<const acc_t*>(args.scale);
-  problem.P = args.P;
-  problem.square = args.columns == nullptr;
-  problem.keep_diagonal = args.keep_diagonal != 0 && !problem.square;
-  return problem;
-}
-
-// Parts of the columns that fill the card together with the groups of row blocks.
-constexpr int64_t kPartsBesideGroups = 8;
-
-// Groups of row blocks, each with one set of column sums: no more than fill the card beside the parts, as even as
-// they can be.
-int64_t pick_groups(int64_t row_blocks, int64_t tiles, int64_t slots) {
-  const int64_t parts = std::clamp<int64_t>(tiles / kMinTilesPerSplit, 1, kPartsBesideGroups);
-  return blocks_for(row_blocks, blocks_for(row_blocks, blocks_for(slots, parts)));
-}
-
-// With `column_lse` where kBothDirections.
-template <typename Engine, bool kBothDirections>
-void forward_pass(Launcher& launcher, const ContrastiveArgs& args,
-                  const ProblemOf<Engine>& problem, double* lse, double* column_lse,
-                  double* positive_logits) {
-  using Shape = FwdShape<Engine, kBothDirections>;
-  using acc_t = typename Engine::acc_t;
-  using Softmax = OnlineSoftmax<acc_t>;
-  const int64_t rows = problem.own.count, columns = problem.other.count;
-  if (rows == 0) return;
-  const int64_t row_blocks = blocks_for(rows, Shape::kBlockM);
-  const int64_t tiles = blocks_for(columns, Shape::kBlockN);
-  const int64_t slots = int64_t{multiprocessors()} * Shape::kBlocksPerSm;
-  const int64_t groups = kBothDirections ? pick_groups(row_blocks, tiles, slots) : row_blocks;
-  const int parts = pick_splits(args.splits, groups, tiles, slots);
-  auto* partial = parts > 1 ? launcher.scratch<Softmax>(parts * rows) : nullptr;
-  auto* column_partial = kBothDirections ? launcher.scratch<Softmax>(groups * columns) : nullptr;
-  const int chunks = blocks_for(problem.width, Shape::kChunk);
-  launcher.launch(contrastive_fwd_kernel<Engine, kBothDirections>, dim3(groups, parts), Shape::kThreads,
-                  shared_bytes_of<Shape>(chunks), problem, lse, positive_logits, partial,
-                  column_partial);
-  const auto merge = [&](const Softmax* sums, int64_t count, int64_t entries, double* result) {
-    launcher.launch(contrastive_merge_kernel<acc_t>, blocks_for(entries, 256), 256, 0, sums, static_cast<int>(count),
-                    entries, problem.scale, result);
-  };
-  if (parts > 1) merge(partial, parts, rows, lse);
-  if (kBothDirections) merge(column_partial, groups, columns, column_lse);
-}
-
-// The same with the expectation of the columns, E.
-template <typename Engine, int kWarpsM, int kSliceChunks>
-void expectation_pass(Launcher& launcher, const ContrastiveArgs& args,
-                      const ProblemOf<Engine>& problem, double* lse,
-                      double* positive_logits, typename Engine::acc_t* expectation) {
-  using Shape = ExpectationShape<Engine, kWarpsM, kSliceChunks>;
-  using acc_t = typename Engine::acc_t;
-  const int64_t rows = problem.own.count;
-  const int64_t row_blocks = blocks_for(rows, Shape::kBlockM);
-  const int64_t tiles = blocks_for(problem.other.count, Shape::kBlockN);
-  const int chunks = blocks_for(problem.width, Shape::kChunk);
-  const int slices = blocks_for(chunks, Shape::kSliceChunks);
-  const int parts = pick_splits(args.splits, row_blocks * slices, tiles, multiprocessors());
-  auto* partial_sums = launcher.scratch<OnlineSoftmax<acc_t>>(parts * rows);
-  auto* partial = launcher.scratch<acc_t>(parts * rows * problem.width);
-  const acc_t* coefficient_scale = nullptr;
-  if constexpr (Shape::kScaled) {
-    auto* result = launcher.scratch<acc_t>(1);
-    launcher.launch(coefficient_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, acc_t(1),
-                    nullptr, int64_t{0}, nullptr, problem.other.rnorm, problem.other.count, nullptr, int64_t{0},
-                    int64_t{0}, result);
-    coefficient_scale = result;
-  }
-  launcher.launch(contrastive_expectation_kernel<Shape, Engine>, dim3(row_blocks, parts, slices),
-                  Shape::kThreads, shared_bytes_of<Shape>(chunks), problem,
-                  coefficient_scale, positive_logits, partial_sums, partial);
-  launcher.launch(contrastive_expectation_merge_kernel<acc_t>, blocks_for(rows, kRowWarps),
-                  kRowWarps * kWarpSize, 0, partial_sums, partial, parts, problem.width, rows, args.D,
-                  problem.scale, coefficient_scale, lse, expectation);
-}
-
-template <typename Engine>
-constexpr bool kWidens = !std::is_same_v<typename Engine::scalar_t, typename Engine::other_t>;
-
-template <typename Engine>
-void forward(Launcher& launcher, const ContrastiveFwdArgs& args) {
-  using scalar_t = typename Engine::scalar_t;
-  using other_t = typename Engine::other_t;
-  using acc_t = typename Engine::acc_t;
-  const ContrastiveArgs& common = args.common;
-  const bool square = common.columns == nullptr;
-  auto* row_rnorm = common.normalize_rows ? static_cast<acc_t*>(args.row_rnorm) : nullptr;
-  auto* column_rnorm = common.normalize_columns && !square ? static_cast<acc_t*>(args.column_rnorm) : nullptr;
-
-  Side<scalar_t, acc_t> rows = {prepare(launcher, rows_matrix<scalar_t>(common), row_rnorm)};
-  rows.ids = common.row_ids;
-  Side<other_t, acc_t> columns = {};
-  if (!square) {
-    columns = {prepare(launcher, columns_matrix<other_t>(common), column_rnorm)};
-    columns.ids = common.column_ids;
-  } else if constexpr (!kWidens<Engine>) {
-    columns = rows;
-  }
-  rows.positives = common.positives;
-  const auto problem = problem_of(common, rows, columns);
-  double* positive_logits = common.positives ? args.positive_logits : nullptr;
-  if (args.expectation) {
-    with_shape_for_width<scalar_t>(common.D, [&](auto warps_m, auto slice_chunks) {
-      expectation_pass<Engine, warps_m, slice_chunks>(launcher, common, problem, args.lse, positive_logits,
-                                                      static_cast<acc_t*>(args.expectation));
-    });
-    return;
-  }
-  if constexpr (!kWidens<Engine>) {
-    if (!square && common.both_directions) {
-      forward_pass<Engine, true>(launcher, common, problem, args.lse, args.column_lse, positive_logits);
-      return;
-    }
-  }
-  forward_pass<Engine, false>(launcher, common, problem, args.lse, nullptr, positive_logits);
-}
-
-template <typename scalar_t, typename acc_t>
-void add_terms(Launcher& launcher, const double* lse, const double* grad_lse, Side<scalar_t, acc_t>& side) {
-  if (!grad_lse) return;
-  acc_t* base2_lse = launcher.scratch<acc_t>(side.count);
-  acc_t* weight = launcher.scratch<acc_t>(side.count);
-  launcher.launch(contrastive_terms_kernel<acc_t>, blocks_for(side.count, 256), 256, 0, lse, grad_lse,
-                  side.count, base2_lse, weight);
-  side.base2_lse = base2_lse;
-  side.weight = weight;
-}
-
-// The power of two that half coefficients of one owner are scaled by; null for other types.
-template <typename Engine>
-typename Engine::acc_t* scale_coefficients(Launcher& launcher, const ContrastiveArgs& args,
-                                           const ProblemOf<Engine>& problem, const double* grad_positive_logits) {
-  using acc_t = typename Engine::acc_t;
-  acc_t* coefficient_scale = nullptr;
-  if constexpr (kScalesCoefficients<Engine>) {
-    const auto& own = problem.own;
-    const auto& other = problem.other;
-    coefficient_scale = launcher.scratch<acc_t>(1);
-    launcher.launch(coefficient_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, acc_t(0), own.weight, own.count,
-                    other.weight, other.rnorm, other.count, grad_positive_logits, args.N * args.P, args.P,
-                    coefficient_scale);
-  }
-  return coefficient_scale;
-}
-
-// One owner's gradient; `matrix` is the owner's as the caller passed it. Writes the dots of its rows.
-template <typename Engine, int kWarpsM, int kSliceChunks>
-void backward_pass(Launcher& launcher, const ContrastiveArgs& args,
-                   const ProblemOf<Engine>& problem,
-                   const Matrix<typename Engine::scalar_t>& matrix, const double* grad_positive_logits,
-                   typename Engine::scalar_t* grad, typename Engine::acc_t* dots) {
-  using Shape = BwdShape<Engine, kWarpsM, kSliceChunks>;
-  using scalar_t = typename Engine::scalar_t;
-  using acc_t = typename Engine::acc_t;
-  const auto& own = problem.own;
-  const int64_t row_blocks = blocks_for(own.count, Shape::kBlockM);
-  const int64_t tiles = blocks_for(problem.other.count, Shape::kBlockN);
-  const int chunks = blocks_for(problem.width, Shape::kChunk);
-  const int parts = pick_splits(args.splits, row_blocks, tiles, multiprocessors());
-  auto* partial = launcher.scratch<acc_t>(parts * own.count * problem.width);
-  const acc_t* coefficient_scale = scale_coefficients<Engine>(launcher, args, problem, grad_positive_logits);
-  launcher.launch(contrastive_bwd_kernel<Shape, Engine>, dim3(row_blocks, parts), Shape::kThreads,
-                  shared_bytes_of<Shape>(chunks), problem, grad_positive_logits,
-                  coefficient_scale, partial);
-  launcher.launch(finish_rows_kernel<scalar_t, acc_t, scalar_t>, blocks_for(own.count, kRowWarps),
-                  kRowWarps * kWarpSize, 0, static_cast<const acc_t*>(partial), parts, problem.width,
-                  matrix.strided(), own.count, args.D, own.rnorm, problem.scale, coefficient_scale, grad, dots);
-}
-
-// The same of wide rows.
-template <typename Engine>
-void wide_backward_pass(Launcher& launcher, const ContrastiveArgs& args, const ProblemOf<Engine>& problem,
-                        const Matrix<typename Engine::scalar_t>& matrix, const double* grad_positive_logits,
-                        typename Engine::scalar_t* grad, typename Engine::acc_t* dots) {
-  using Shape = CoefficientShape<Engine>;
-  using scalar_t = typename Engine::scalar_t;
-  using acc_t = typename Engine::acc_t;
-  const acc_t* coefficient_scale = scale_coefficients<Engine>(launcher, args, problem, grad_positive_logits);
-  const int64_t tiles = blocks_for(problem.other.count, Shape::kBlockN);
-  const auto write = [&](int64_t first_row, unsigned row_blocks, scalar_t* coefficients, int64_t stride) {
-    const int parts = pick_splits(args.splits, row_blocks, tiles, multiprocessors() * Shape::kBlocksPerSm, tiles);
-    launcher.launch(contrastive_coefficients_kernel<Engine>, dim3(row_blocks, parts), Shape::kThreads,
-                    Shape::shared_bytes(kOwnerSlots), problem, grad_positive_logits, coefficient_scale, first_row,
-                    stride, coefficients);
-  };
-  slab_gradient<Engine>(launcher, args.splits, args.slab_rows, Shape::kBlockN, problem.own, problem.other, matrix,
-                        problem.scale, coefficient_scale, grad, dots, write);
-}
-
-template <typename Engine, typename... Args>
-void backward_pass_for_width(Launcher& launcher, const ContrastiveArgs& args, const ProblemOf<Engine>& problem,
-                             const Args&... rest) {
-  using scalar_t = typename Engine::scalar_t;
-  if (problem.own.count == 0) return;
-  if (is_wide<scalar_t>(args.D)) return wide_backward_pass<Engine>(launcher, args, problem, rest...);
-  with_shape_for_width<scalar_t>(args.D, [&](auto warps_m, auto slice_chunks) {
-    backward_pass<Engine, warps_m, slice_chunks>(launcher, args, problem, rest...);
-  });
-}
-
-// The gradients from the expectation, without a walk.
-template <typename Engine>
-void expectation_backward(Launcher& launcher, const ContrastiveBwdArgs& args) {
-  using scalar_t = typename Engine::scalar_t;
-  using other_t = typename Engine::other_t;
-  using acc_t = typename Engine::acc_t;
-  const ContrastiveArgs& common = args.common;
-  auto* dots = launcher.scratch<acc_t>(common.N);
-  launcher.launch(contrastive_expectation_bwd_kernel<scalar_t, acc_t, other_t>, blocks_for(common.N, kRowWarps),
-                  kRowWarps * kWarpSize, 0, static_cast<const acc_t*>(args.expectation),
-                  rows_matrix<scalar_t>(common).strided(),
-                  common.normalize_rows ? static_cast<const acc_t*>(args.row_rnorm) : nullptr,
-                  columns_matrix<other_t>(common).strided(),
-                  common.normalize_columns ? static_cast<const acc_t*>(args.column_rnorm) : nullptr, common.N,
-                  common.M, common.D, common.positives, common.P, args.grad_lse,
-                  common.positives ? args.grad_positive_logits : nullptr, static_cast<const acc_t*>(common.scale),
-                  static_cast<scalar_t*>(args.grad_rows), dots);
-  launcher.launch(sum_rows_kernel<acc_t, acc_t>, 1, kBlockWarps * kWarpSize, 0, dots, common.N, acc_t(1),
-                  static_cast<acc_t*>(args.grad_scale));
-}
-
-template <typename Engine>
-void backward(Launcher& launcher, const ContrastiveBwdArgs& args) {
-  using scalar_t = typename Engine::scalar_t;
-  using acc_t = typename Engine::acc_t;
-  const ContrastiveArgs& common = args.common;
-  const bool square = common.columns == nullptr;
-  const double* grad_positive_logits = common.positives ? args.grad_positive_logits : nullptr;
-
-  const Matrix<scalar_t> row_matrix = rows_matrix<scalar_t>(common);
-  Side<scalar_t, acc_t> rows = {prepare<scalar_t, acc_t>(launcher, row_matrix, nullptr)};
-  rows.rnorm = common.normalize_rows ? static_cast<const acc_t*>(args.row_rnorm) : nullptr;
-  rows.ids = common.row_ids;
-  add_terms(launcher, args.lse, args.grad_lse, rows);
-  rows.positives = common.positives;
-  auto* row_dots = launcher.scratch<acc_t>(common.N);
-  auto* grad_rows = static_cast<scalar_t*>(args.grad_rows);
-  const acc_t* dots = row_dots;
-  int64_t dot_count = common.N;
-
-  if (square) {
-    backward_pass_for_width<Engine>(launcher, common, problem_of(common, rows, rows), row_matrix,
-                                    grad_positive_logits, grad_rows, row_dots);
-  } else {
-    const Matrix<scalar_t> column_matrix = columns_matrix<scalar_t>(common);
-    Side<scalar_t, acc_t> columns = {prepare<scalar_t, acc_t>(launcher, column_matrix, nullptr)};
-    columns.rnorm = common.normalize_columns ? static_cast<const acc_t*>(args.column_rnorm) : nullptr;
-    columns.ids = common.column_ids;
-    add_terms(launcher, args.column_lse, args.grad_column_lse, columns);
-    if (grad_rows || !args.grad_columns) {
-      backward_pass_for_width<Engine>(launcher, common, problem_of(common, rows, columns), row_matrix,
-                                      grad_positive_logits, grad_rows, row_dots);
-    }
-    if (args.grad_columns) {
-      auto* column_dots = launcher.scratch<acc_t>(common.M);
-      backward_pass_for_width<Engine>(launcher, common, problem_of(common, columns, rows), column_matrix,
-                                      grad_positive_logits, static_cast<scalar_t*>(args.grad_columns),
-                                      column_dots);
-      if (!grad_rows) {
-        dots = column_dots;
-        dot_count = common.M;
-      }
-    }
-  }
-  launcher.launch(sum_rows_kernel<acc_t, acc_t>, 1, kBlockWarps * kWarpSize, 0, dots, dot_count,
-                  square ? acc_t(0.5) : acc_t(1), static_cast<acc_t*>(args.grad_scale));
-}
-
-template <typename Engine>
-void run(Launcher& launcher, const ContrastiveFwdArgs& args) {
-  forward<Engine>(launcher, args);
-}
-
-template <typename Engine>
-void run(Launcher& launcher, const ContrastiveBwdArgs& args) {
-  if (args.expectation) return expectation_backward<Engine>(launcher, args);
-  if constexpr (!kWidens<Engine>) backward<Engine>(launcher, args);
-}
 
 // Calls f with the engine of float rows against columns of a Dtype of 2 bytes.
 template <typename F>
@@ -323,42 +16,37 @@ void with_widening_engine(int column_dtype, bool allow_tf32, F f) {
   return widen(__nv_bfloat16());
 }
 
-template <typename Args>
-Launcher dispatch(const Args& args, cudaStream_t stream, bool dry) {
-  Launcher launcher(args.common.workspace, stream, dry);
-  const ContrastiveArgs& common = args.common;
-  const auto run_on = [&](auto engine) { run<decltype(engine)>(launcher, args); };
-  if (common.columns && common.column_dtype != common.dtype) {
-    with_widening_engine(common.column_dtype, common.allow_tf32, run_on);
-  } else {
-    with_engine(common.dtype, common.allow_tf32, run_on);
+struct Plain {
+  template <typename Args>
+  static void run(Launcher& launcher, const Args& args) {
+    const ContrastiveArgs& common = args.common;
+    const auto run_on = [&](auto engine) { contrastive::run<decltype(engine)>(launcher, args); };
+    if (common.columns && common.column_dtype != common.dtype) {
+      with_widening_engine(common.column_dtype, common.allow_tf32, run_on);
+    } else {
+      with_engine(common.dtype, common.allow_tf32, run_on);
+    }
   }
-  return launcher;
-}
-
-template <typename Args>
-int workspace(const Args& args, size_t* bytes) {
-  const Launcher launcher = dispatch(args, nullptr, true);
-  *bytes = launcher.used();
-  return launcher.error();
-}
+};
 
 }  // namespace
 }  // namespace contrastive
 }  // namespace ssl_kernels
 
+using ssl_kernels::contrastive::Plain;
+
 int contrastive_fwd_workspace(const ContrastiveFwdArgs* args, size_t* bytes) {
-  return ssl_kernels::contrastive::workspace(*args, bytes);
+  return ssl_kernels::contrastive::workspace<Plain>(*args, bytes);
 }
 
 int contrastive_bwd_workspace(const ContrastiveBwdArgs* args, size_t* bytes) {
-  return ssl_kernels::contrastive::workspace(*args, bytes);
+  return ssl_kernels::contrastive::workspace<Plain>(*args, bytes);
 }
 
 int contrastive_fwd(const ContrastiveFwdArgs* args, cudaStream_t stream) {
-  return ssl_kernels::contrastive::dispatch(*args, stream, false).error();
+  return ssl_kernels::contrastive::launch<Plain>(*args, stream);
 }
 
 int contrastive_bwd(const ContrastiveBwdArgs* args, cudaStream_t stream) {
-  return ssl_kernels::contrastive::dispatch(*args, stream, false).error();
+  return ssl_kernels::contrastive::launch<Plain>(*args, stream);
 }

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "rows.cuh"
 #include "tile_walk.cuh"
@@ -25,8 +26,50 @@ struct Side : Operand<scalar_t, acc_t> {
   const acc_t* weight;
 };
 
-template <typename scalar_t, typename acc_t, typename other_t = scalar_t>
-struct Problem {
+// The additions of one side, in units of base-2 logits and up to the end of the last tile. Null: a bias of 0, no limits.
+template <typename acc_t>
+struct SideAdditions {
+  const acc_t* bias;  // of its logits in the sums of the other side's rows
+  // What its logits may not exceed, in the sums of its own rows and in those of the other side's; with the limit of the
+  // other side the larger one counts. Exempt: infinity, and -infinity where the limit is the other side's.
+  const acc_t* own_limit;
+  const acc_t* other_limit;
+};
+
+// What the kernels of an AddingEngine know besides (docs/contrastive.md, "Biases and limits").
+template <typename acc_t>
+struct Additions {
+  SideAdditions<acc_t> own_additions, other_additions;
+  bool only_equal_ids;
+  // Backward: the gradient of the own bias for rows from bias_row on, see BiasSums; null where it is not needed.
+  acc_t* bias_partial;
+  int64_t bias_row, bias_rows;
+};
+
+struct NoAdditions {
+  static constexpr bool only_equal_ids = false;
+};
+
+// The same products, in kernels that take additions.
+template <typename Engine>
+struct AddingEngine : Engine {};
+
+template <typename Engine>
+struct WithoutAdditions {
+  using type = Engine;
+};
+template <typename Engine>
+struct WithoutAdditions<AddingEngine<Engine>> {
+  using type = Engine;
+};
+template <typename Engine>
+using PlainEngine = typename WithoutAdditions<Engine>::type;
+
+template <typename Engine>
+constexpr bool kAdds = !std::is_same_v<Engine, PlainEngine<Engine>>;
+
+template <typename scalar_t, typename acc_t, typename other_t, typename additions_t>
+struct Problem : additions_t {
   Side<scalar_t, acc_t> own;
   Side<other_t, acc_t> other;
   int64_t width;  // D padded to 16 bytes
@@ -37,15 +80,17 @@ struct Problem {
 };
 
 template <typename Engine>
-using ProblemOf = Problem<typename Engine::scalar_t, typename Engine::acc_t, typename Engine::other_t>;
+using ProblemOf =
+    Problem<typename Engine::scalar_t, typename Engine::acc_t, typename Engine::other_t,
+            std::conditional_t<kAdds<Engine>, Additions<typename Engine::acc_t>, NoAdditions>>;
 
 // Whether s_ij counts in the sums, given the ids of both (0 for all where there are none).
-template <typename scalar_t, typename acc_t, typename other_t>
-__device__ __forceinline__ bool is_allowed(const Problem<scalar_t, acc_t, other_t>& problem, int64_t i, int64_t id_i,
-                                           int64_t j, int64_t id_j) {
+template <typename Problem>
+__device__ __forceinline__ bool is_allowed(const Problem& problem, int64_t i, int64_t id_i, int64_t j, int64_t id_j) {
+  const bool apart = id_i != id_j != problem.only_equal_ids;
   if (j >= problem.other.count) return false;
-  if (i == j) return !problem.square && (problem.keep_diagonal || !problem.own.ids || id_i != id_j);
-  return !problem.own.ids || id_i != id_j;
+  if (i == j) return !problem.square && (problem.keep_diagonal || !problem.own.ids || apart);
+  return !problem.own.ids || apart;
 }
 
 template <typename scalar_t, typename acc_t>
@@ -54,9 +99,9 @@ __device__ __forceinline__ int64_t id_of(const Side<scalar_t, acc_t>& side, int6
 }
 
 // Sets the elements of a warp's part of a tile, at (row0, column0), that stay out of the sums to `value`.
-template <int kNTiles, typename scalar_t, typename acc_t, typename other_t>
-__device__ __forceinline__ void exclude(Fragment<acc_t, kNTiles>& c, const Problem<scalar_t, acc_t, other_t>& problem,
-                                        int64_t row0, int64_t column0, acc_t value) {
+template <int kNTiles, typename acc_t, typename Problem>
+__device__ __forceinline__ void exclude(Fragment<acc_t, kNTiles>& c, const Problem& problem, int64_t row0,
+                                        int64_t column0, acc_t value) {
   const auto& own = problem.own;
   const auto& other = problem.other;
   constexpr int kColumns = kNTiles * 8;
@@ -116,10 +161,10 @@ __device__ __forceinline__ acc_t signed_rnorm(const Side<scalar_t, acc_t>& own, 
 }
 
 // Writes the logits that the rows' positives name in a warp's part of a tile, at (row0, column0); v by logit_scale.
-template <int kNTiles, typename scalar_t, typename acc_t, typename other_t>
-__device__ __forceinline__ void store_positive_logits(const Fragment<acc_t, kNTiles>& c,
-                                                      const Problem<scalar_t, acc_t, other_t>& problem, int64_t row0,
-                                                      int64_t column0, double logit_scale, double* positive_logits) {
+template <int kNTiles, typename acc_t, typename Problem>
+__device__ __forceinline__ void store_positive_logits(const Fragment<acc_t, kNTiles>& c, const Problem& problem,
+                                                      int64_t row0, int64_t column0, double logit_scale,
+                                                      double* positive_logits) {
   for_each_positive(problem.own, row0, kWarpRows, problem.other, column0, kNTiles * 8, problem.P,
                     [&](int row, int column, int64_t k) __attribute__((always_inline)) {
                       if (!holds_element(row, column)) return;

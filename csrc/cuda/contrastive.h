@@ -13,6 +13,15 @@
 extern "C" {
 #endif
 
+// Biases and limits of the logits, contiguous acc_t or null: what contrastive_additions_* take besides.
+typedef struct {
+  const void* column_bias;  // (M,)
+  const void* row_bias;     // (N,), only with both_directions
+  const void* row_limit;    // (N,)
+  const uint8_t* exempt;    // (M,) of 0 and 1, only with row_limit
+  int32_t only_equal_ids;   // pairs of equal ids are those that stay
+} ContrastiveAdditions;
+
 // What both directions share. acc_t is float, or double for float64.
 typedef struct {
   int32_t dtype;           // Dtype of rows
@@ -37,6 +46,7 @@ typedef struct {
   const int64_t* row_ids;     // (N,) contiguous, or null
   const int64_t* column_ids;  // (M,) contiguous, or null
   void* workspace;            // contrastive_*_workspace bytes, 16-byte aligned
+  ContrastiveAdditions additions;
 } ContrastiveArgs;
 
 // Results are contiguous; null stands for what the operator returns empty.
@@ -65,6 +75,8 @@ typedef struct {
   void* grad_rows;     // (N, D) contiguous, or null where not needed
   void* grad_columns;  // (M, D) contiguous, or null where not needed; null in the square case
   void* grad_scale;    // one acc_t, always written
+  void* grad_column_bias;  // (M,) acc_t, or null where not needed
+  void* grad_row_bias;     // (N,) acc_t, or null where not needed
 } ContrastiveBwdArgs;
 
 // Each returns 0 or a cudaError_t. Sizes N, M and D are at least 1. The first two tell the bytes of scratch
@@ -73,6 +85,13 @@ int contrastive_fwd_workspace(const ContrastiveFwdArgs* args, size_t* bytes);
 int contrastive_bwd_workspace(const ContrastiveBwdArgs* args, size_t* bytes);
 int contrastive_fwd(const ContrastiveFwdArgs* args, cudaStream_t stream);
 int contrastive_bwd(const ContrastiveBwdArgs* args, cudaStream_t stream);
+
+// The same of calls with additions: rows and columns of one dtype, and the backward without the expectation, from which
+// contrastive_bwd works as it is.
+int contrastive_additions_fwd_workspace(const ContrastiveFwdArgs* args, size_t* bytes);
+int contrastive_additions_bwd_workspace(const ContrastiveBwdArgs* args, size_t* bytes);
+int contrastive_additions_fwd(const ContrastiveFwdArgs* args, cudaStream_t stream);
+int contrastive_additions_bwd(const ContrastiveBwdArgs* args, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

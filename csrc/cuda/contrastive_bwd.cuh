@@ -5,6 +5,9 @@
 //          + sum_k [positives(i, k) = j] q_ik + sum_k [positives(j, k) = i] q_jk
 //   G_i = sum_j C_ij rnorm_j y_j    dx^_i = scale G_i    dscale = sum_i <x^_i, G_i>, half of it when square
 //
+// With additions (contrastive_additions.cuh) the two exponentials take s' and the bias of the column and of the row, each
+// with the limits of its own sums, and the sum of the second term over j is the gradient of row i's bias.
+//
 // Square: both sides are the same, C = A + A^T. Rectangular: the rows' terms are those of lse, the columns'
 // those of column_lse; for the columns' gradient the roles are exchanged.
 //
@@ -24,7 +27,7 @@
 //   near 2^15.
 #pragma once
 
-#include "contrastive.cuh"
+#include "contrastive_additions.cuh"
 
 namespace ssl_kernels {
 namespace contrastive {
@@ -49,6 +52,8 @@ __global__ void contrastive_terms_kernel(const double* lse, const double* grad_l
   weight[row] = static_cast<acc_t>(grad_lse[row] * Math<double>::exp2(rounded - exact));
 }
 
+enum ColumnTerm { kRnorm, kBase2Lse, kWeight };
+
 // What the coefficients need of one row of the owner.
 template <typename acc_t>
 struct RowTerms {
@@ -63,58 +68,156 @@ __device__ __forceinline__ RowTerms<acc_t> row_terms(const Side<scalar_t, acc_t>
           valid && own.base2_lse ? own.weight[i] : acc_t(0)};
 }
 
+// The gradient of the own bias: the sums over the tiles of the other side's term of the coefficients, for a lane's rows.
+// Nothing without additions.
+template <typename Engine, bool kSums = kAdds<Engine>>
+struct BiasSums {
+  template <typename Shape>
+  __device__ __forceinline__ void store(const TileWalk<Shape, Engine>&, const ProblemOf<Engine>&) const {}
+};
+
+template <typename Engine>
+struct BiasSums<Engine, true> {
+  using acc_t = typename Engine::acc_t;
+  acc_t of_rows[4] = {};  // by fragment_row
+
+  // Leaves them in part (blockIdx.y, the warp's place beside those that share its rows) of bias_partial, (parts, rows).
+  template <typename Shape>
+  __device__ __forceinline__ void store(const TileWalk<Shape, Engine>& walk, const ProblemOf<Engine>& problem) {
+    if (!problem.bias_partial) return;
+    const int lane = threadIdx.x % kWarpSize, warp_n = threadIdx.x / kWarpSize % Shape::kWarpsN;
+    const int64_t part = static_cast<int64_t>(blockIdx.y) * Shape::kWarpsN + warp_n;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int offset = 1; offset < 4; offset *= 2) of_rows[i] += __shfl_xor_sync(kAllLanes, of_rows[i], offset);
+      const int64_t row = walk.row0() + walk.warp_row() + fragment_row(lane, i / 2, i % 2 * 2) - problem.bias_row;
+      if (lane % 4 == 0 && row < problem.bias_rows) problem.bias_partial[part * problem.bias_rows + row] = of_rows[i];
+    }
+  }
+};
+
+// The softmax' part of C in the place of the products, with additions.
+template <typename Shape, typename Engine>
+__device__ __forceinline__ void make_added_coefficients(typename TileWalk<Shape, Engine>::Tile& c,
+                                                        const TileWalk<Shape, Engine>& walk,
+                                                        const ProblemOf<Engine>& problem,
+                                                        const RowTerms<typename Engine::acc_t> (&rows)[4],
+                                                        typename Engine::acc_t a, BiasSums<Engine>& bias_sums) {
+  using acc_t = typename Engine::acc_t;
+  constexpr int kNTiles = Shape::kNTiles;
+  const acc_t infinity = Math<acc_t>::infinity();
+  const auto& of_columns = problem.other_additions;
+  const int64_t warp_row0 = walk.row0() + walk.warp_row(), column0 = walk.column0();
+  const acc_t row_factor[4] = {rows[0].rnorm, rows[1].rnorm, rows[2].rnorm, rows[3].rnorm};
+  walk.normalize(c, row_factor);
+  scale_tile<kNTiles>(c, a);
+  StayingElements stay = {};
+  if (of_columns.own_limit) stay = staying_elements<kNTiles>(problem, warp_row0, column0);
+  exclude<kNTiles>(c, problem, warp_row0, column0, -infinity);
+  RowAdditions<acc_t> additions[4];
+  read_row_additions(problem, warp_row0, additions);
+  // w 2^(s - L), 0 for what is left out, whatever w and L are.
+  const auto term = [&](acc_t s, acc_t bias, bool left_out, acc_t weight, acc_t base2_lse)
+                        __attribute__((always_inline)) {
+    s = left_out ? -infinity : with_bias(s, bias);
+    return s == -infinity ? acc_t(0) : weight * Math<acc_t>::exp2(s - base2_lse);
+  };
+#pragma unroll
+  for (int n = 0; n < kNTiles; ++n) {
+    acc_t coefficient[4][2] = {};
+    if (problem.own.base2_lse) {
+      const Pair<acc_t> bias = column_additions(of_columns.bias, column0, n, acc_t(0));
+      const Pair<acc_t> limit = column_additions(of_columns.other_limit, column0, n, infinity);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const acc_t s = c[i / 2][n][i % 2 * 2 + e];
+          const bool left_out = exceeds<kNTiles>(s, additions[i].own_limit, limit.value[e], stay.own, i, n, e);
+          coefficient[i][e] = term(s, bias.value[e], left_out, rows[i].weight, rows[i].base2_lse);
+        }
+      }
+    }
+    if (problem.other.base2_lse) {
+      const Pair<acc_t> limit = column_additions(of_columns.own_limit, column0, n, infinity);
+      const Pair<acc_t> base2_lse = walk.column_pair(kBase2Lse, n), weight = walk.column_pair(kWeight, n);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const acc_t s = c[i / 2][n][i % 2 * 2 + e];
+          const bool left_out = exceeds<kNTiles>(s, additions[i].other_limit, limit.value[e], stay.other, i, n, e);
+          const acc_t of_column = term(s, additions[i].bias, left_out, weight.value[e], base2_lse.value[e]);
+          coefficient[i][e] += of_column;
+          bias_sums.of_rows[i] += of_column;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) c[i / 2][n][i % 2 * 2 + e] = coefficient[i][e];
+    }
+  }
+}
+
 // C in the place of the products of the walk's tile; a = scale log2(e), `rows` by fragment_row.
 template <typename Shape, typename Engine>
 __device__ __forceinline__ void make_coefficients(typename TileWalk<Shape, Engine>::Tile& c,
                                                   const TileWalk<Shape, Engine>& walk,
                                                   const ProblemOf<Engine>& problem,
                                                   const RowTerms<typename Engine::acc_t> (&rows)[4],
-                                                  typename Engine::acc_t a, const double* grad_positive_logits) {
+                                                  typename Engine::acc_t a, const double* grad_positive_logits,
+                                                  BiasSums<Engine>& bias_sums) {
   using acc_t = typename Engine::acc_t;
   constexpr int kNTiles = Shape::kNTiles;
-  enum ColumnTerm { kRnorm, kBase2Lse, kWeight };
   const auto& own = problem.own;
   const auto& other = problem.other;
   const int64_t warp_row0 = walk.row0() + walk.warp_row();
+  if constexpr (kAdds<Engine>) {
+    make_added_coefficients(c, walk, problem, rows, a, bias_sums);
+  } else {
 #pragma unroll
-  for (int n = 0; n < kNTiles; ++n) {
-    const Pair<acc_t> column_factor = walk.column_rnorm(n);
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        c[m][n][e] *= rows[m * 2 + e / 2].rnorm * column_factor.value[e % 2];
-      }
-    }
-    acc_t coefficient[2][4] = {};
-    if (own.base2_lse) {
+    for (int n = 0; n < kNTiles; ++n) {
+      const Pair<acc_t> column_factor = walk.column_rnorm(n);
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const RowTerms<acc_t>& row = rows[m * 2 + e / 2];
-          coefficient[m][e] = row.weight * Math<acc_t>::exp2(Math<acc_t>::fma(c[m][n][e], a, -row.base2_lse));
+          c[m][n][e] *= rows[m * 2 + e / 2].rnorm * column_factor.value[e % 2];
         }
       }
-    }
-    if (other.base2_lse) {
-      const Pair<acc_t> base2_lse = walk.column_pair(kBase2Lse, n), weight = walk.column_pair(kWeight, n);
+      acc_t coefficient[2][4] = {};
+      if (own.base2_lse) {
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const RowTerms<acc_t>& row = rows[m * 2 + e / 2];
+            coefficient[m][e] = row.weight * Math<acc_t>::exp2(Math<acc_t>::fma(c[m][n][e], a, -row.base2_lse));
+          }
+        }
+      }
+      if (other.base2_lse) {
+        const Pair<acc_t> base2_lse = walk.column_pair(kBase2Lse, n), weight = walk.column_pair(kWeight, n);
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            coefficient[m][e] +=
+                weight.value[e % 2] * Math<acc_t>::exp2(Math<acc_t>::fma(c[m][n][e], a, -base2_lse.value[e % 2]));
+          }
+        }
+      }
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          coefficient[m][e] +=
-              weight.value[e % 2] * Math<acc_t>::exp2(Math<acc_t>::fma(c[m][n][e], a, -base2_lse.value[e % 2]));
-        }
+        for (int e = 0; e < 4; ++e) c[m][n][e] = coefficient[m][e];
       }
     }
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) c[m][n][e] = coefficient[m][e];
-    }
+    exclude<kNTiles>(c, problem, warp_row0, walk.column0(), acc_t(0));
   }
-  exclude<kNTiles>(c, problem, warp_row0, walk.column0(), acc_t(0));
   if (grad_positive_logits && own.positives) {
     for_each_positive(own, warp_row0, kWarpRows, other, walk.column0(), Shape::kWarpColumns, problem.P,
                       [&](int row, int column, int64_t k) __attribute__((always_inline)) {
@@ -163,6 +266,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   Fragment<acc_t, Shape::kGTiles> g[Shape::kSliceChunks];
 #pragma unroll
   for (int slice = 0; slice < Shape::kSliceChunks; ++slice) clear<acc_t, Shape::kGTiles>(g[slice]);
+  BiasSums<Engine> bias_sums;
 
   for (walk.start(); walk.next();) {
     typename TileWalk<Shape, Engine>::Tile c;
@@ -173,13 +277,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       const int r = walk.warp_row() + fragment_row(lane, i / 2, i % 2 * 2);
       rows[i] = {row_rnorm[r], row_base2_lse[r], row_weights[r]};
     }
-    make_coefficients(c, walk, problem, rows, a, grad_positive_logits);
+    make_coefficients(c, walk, problem, rows, a, grad_positive_logits, bias_sums);
     walk.store_coefficients(c, [&](int n) __attribute__((always_inline)) {
       return coefficient_factor<kScalesCoefficients<Engine>>(walk.column_rnorm(n), c_scale);
     });
     walk.accumulate(g);
   }
   walk.store(g, partial);
+  bias_sums.store(walk, problem);
 }
 
 // Wide rows: slab by slab (slab_gradient), this kernel writes C of the slab, rounded as contrastive_bwd_kernel rounds
@@ -193,10 +298,16 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 //   (double: twice these). Writes 128 B T kBlockN scalar_t in whole sectors.
 // Shared memory: 48 KB of own rows, 3 * kBlockN * 128 bytes of the other side, terms of two tiles: 99 KB, 75 KB for
 //   double. No bank conflicts.
-// Occupancy: 256 threads, at most 128 registers: 2 blocks per multiprocessor, one by sm_80's shared memory; double: one
-//   block, at most 255 registers.
+// Occupancy: 256 threads, at most 128 registers: 2 blocks per multiprocessor, one by sm_80's shared memory; double and
+//   with additions: one block, at most 255 registers.
 template <typename Engine>
-using CoefficientShape = MatrixShape<Engine, 3>;
+struct AddingCoefficientShape : MatrixShape<Engine, 3> {
+  static constexpr int kBlocksPerSm = 1;  // the additions take the registers
+};
+
+template <typename Engine>
+using CoefficientShape =
+    std::conditional_t<kAdds<Engine>, AddingCoefficientShape<Engine>, MatrixShape<Engine, 3>>;
 
 // C of the rows from `first_row` on; `coefficients` is a matrix of whole tiles, 0 past the last column.
 template <typename Engine>
@@ -214,6 +325,7 @@ __global__ void __launch_bounds__(CoefficientShape<Engine>::kThreads, Coefficien
                                first_row + static_cast<int64_t>(blockIdx.x) * Shape::kBlockM);
   const acc_t a = *problem.scale * Math<acc_t>::kLog2e;
   const acc_t c_scale = kScalesCoefficients<Engine> ? *coefficient_scale : acc_t(1);
+  BiasSums<Engine> bias_sums;
 
   for (walk.start(); walk.next();) {
     typename TileWalk<Shape, Engine>::Tile c;
@@ -223,7 +335,7 @@ __global__ void __launch_bounds__(CoefficientShape<Engine>::kThreads, Coefficien
     for (int i = 0; i < 4; ++i) {
       rows[i] = row_terms(own, walk.row0() + walk.warp_row() + fragment_row(lane, i / 2, i % 2 * 2));
     }
-    make_coefficients(c, walk, problem, rows, a, grad_positive_logits);
+    make_coefficients(c, walk, problem, rows, a, grad_positive_logits, bias_sums);
     walk.write_coefficients(
         c,
         [&](int n) __attribute__((always_inline)) {
@@ -231,6 +343,7 @@ __global__ void __launch_bounds__(CoefficientShape<Engine>::kThreads, Coefficien
         },
         coefficients + (walk.row0() - first_row) * stride, stride);
   }
+  bias_sums.store(walk, problem);
 }
 
 }  // namespace contrastive

@@ -24,7 +24,7 @@
 //   scales them by a power of two that brings their product with the norms near 2^15.
 #pragma once
 
-#include "contrastive.cuh"
+#include "contrastive_additions.cuh"
 #include "device/online_softmax.cuh"
 
 namespace ssl_kernels {
@@ -56,8 +56,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   acc_t* exchange = row_factors + kBlockM;  // (kWarpsN, kBlockM)
 
   const acc_t signed_scale = *problem.scale;
-  const acc_t a = Softmax::base2_scale(Math<acc_t>::abs(signed_scale));
-  const double logit_scale = signed_scale == acc_t(0) ? 0.0 : a * Math<double>::kLn2;
+  const acc_t a = sum_base2_scale<kAdds<Engine>>(signed_scale);
+  const double logit_scale = kAdds<Engine>              ? Math<double>::kLn2
+                             : signed_scale == acc_t(0) ? 0.0
+                                                        : a * Math<double>::kLn2;
   const acc_t c_scale = Shape::kScaled ? *coefficient_scale : acc_t(1);
   const bool first_slice = blockIdx.z == 0;
   for (int r = threadIdx.x; r < kBlockM; r += Shape::kThreads) {
@@ -79,10 +81,17 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       row_factor[i] = row_factors[walk.warp_row() + fragment_row(lane, i / 2, i % 2 * 2)];
     }
     walk.normalize(c, row_factor);
+    if constexpr (kAdds<Engine>) scale_tile<kNTiles>(c, Math<acc_t>::abs(signed_scale) * Math<acc_t>::kLog2e);
     if (positive_logits && first_slice) {
       store_positive_logits<kNTiles>(c, problem, warp_row0, walk.column0(), logit_scale, positive_logits);
     }
+    if constexpr (kAdds<Engine>) {
+      RowAdditions<acc_t> additions[4];
+      read_row_additions(problem, warp_row0, additions);
+      exclude_above<kNTiles>(c, problem, warp_row0, walk.column0(), additions);
+    }
     exclude<kNTiles>(c, problem, warp_row0, walk.column0(), -Math<acc_t>::infinity());
+    if constexpr (kAdds<Engine>) add_column_bias<kNTiles>(c, problem.other_additions.bias, walk.column0());
 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -170,7 +179,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 //
 // Traffic: reads parts N (D acc_t and 2 sectors), 1 sector a row of scale, for half 2; writes N D acc_t and N doubles, of
 // which each is a sector of its own.
-template <typename acc_t>
+template <typename acc_t, bool kAdded>
 __global__ void __launch_bounds__(kRowWarps* kWarpSize)
     contrastive_expectation_merge_kernel(const OnlineSoftmax<acc_t>* partial_sums, const acc_t* partial,
                                          int parts, int64_t partial_stride, int64_t count, int64_t D,
@@ -179,7 +188,7 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize)
   const int lane = threadIdx.x % kWarpSize;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
   if (row >= count) return;
-  const acc_t a = OnlineSoftmax<acc_t>::base2_scale(Math<acc_t>::abs(*scale));
+  const acc_t a = sum_base2_scale<kAdded>(*scale);
   OnlineSoftmax<acc_t> state = partial_sums[row];
   for (int part = 1; part < parts; ++part) {
     const OnlineSoftmax<acc_t> next = partial_sums[part * count + row];

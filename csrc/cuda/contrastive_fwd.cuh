@@ -27,7 +27,7 @@
 //   column is that of the warp's 32 rows before any exponential of it is taken, then a running one as of a row.
 #pragma once
 
-#include "contrastive.cuh"
+#include "contrastive_additions.cuh"
 #include "device/online_softmax.cuh"
 
 namespace ssl_kernels {
@@ -167,8 +167,10 @@ __global__ void __launch_bounds__(FwdShape<Engine, kBothDirections>::kThreads,
   extern __shared__ __align__(128) unsigned char shared[];
 
   const acc_t signed_scale = *problem.scale;
-  const acc_t a = Softmax::base2_scale(Math<acc_t>::abs(signed_scale));
-  const double logit_scale = signed_scale == acc_t(0) ? 0.0 : a * Math<double>::kLn2;
+  const acc_t a = sum_base2_scale<kAdds<Engine>>(signed_scale);
+  const double logit_scale = kAdds<Engine>              ? Math<double>::kLn2
+                             : signed_scale == acc_t(0) ? 0.0
+                                                        : a * Math<double>::kLn2;
 
   int row_block = blockIdx.x, row_blocks_end = row_block + 1;
   if constexpr (kBothDirections) {
@@ -188,19 +190,31 @@ __global__ void __launch_bounds__(FwdShape<Engine, kBothDirections>::kThreads,
       row_factor[i] = signed_rnorm(own, warp_row0 + fragment_row(lane, i / 2, i % 2 * 2), signed_scale);
     }
     RowSums<acc_t> sums(a);
+    RowAdditions<acc_t> additions[4];
+    if constexpr (kAdds<Engine>) read_row_additions(problem, warp_row0, additions);
 
     for (walk.start(); walk.next();) {
       Fragment<acc_t, kNTiles> c;
       walk.products(c);
       walk.normalize(c, row_factor);
+      if constexpr (kAdds<Engine>) scale_tile<kNTiles>(c, Math<acc_t>::abs(signed_scale) * Math<acc_t>::kLog2e);
       if (positive_logits) {
         store_positive_logits<kNTiles>(c, problem, warp_row0, walk.column0(), logit_scale, positive_logits);
       }
+      if constexpr (kAdds<Engine>) exclude_above<kNTiles>(c, problem, warp_row0, walk.column0(), additions);
       exclude<kNTiles>(c, problem, warp_row0, walk.column0(), -Math<acc_t>::infinity());
       if constexpr (kBothDirections) {
         exclude_rows_past_the_end<kNTiles>(c, own.count - warp_row0);
-        ColumnSums<Shape>::add(c, a, exchange + threadIdx.x / kWarpSize * Shape::kBlockN);
+        auto* columns = exchange + threadIdx.x / kWarpSize * Shape::kBlockN;
+        if constexpr (kAdds<Engine>) {
+          Fragment<acc_t, kNTiles> of_columns;
+          copy_with_row_bias<kNTiles>(c, additions, of_columns);
+          ColumnSums<Shape>::add(of_columns, a, columns);
+        } else {
+          ColumnSums<Shape>::add(c, a, columns);
+        }
       }
+      if constexpr (kAdds<Engine>) add_column_bias<kNTiles>(c, problem.other_additions.bias, walk.column0());
       sums.template add<kNTiles>(c);
       if constexpr (kBothDirections) {
         __syncthreads();  // the next step's stands between this reading of the exchange and the next writing
@@ -242,12 +256,12 @@ __global__ void __launch_bounds__(FwdShape<Engine, kBothDirections>::kThreads,
 
 // lse_i from the maxima and sums of `parts` parts, (parts, count), merged in their order: of rows or of columns. One
 // thread each.
-template <typename acc_t>
+template <typename acc_t, bool kAdded>
 __global__ void contrastive_merge_kernel(const OnlineSoftmax<acc_t>* partial, int parts, int64_t count,
                                          const acc_t* scale, double* lse) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= count) return;
-  const acc_t a = OnlineSoftmax<acc_t>::base2_scale(Math<acc_t>::abs(*scale));
+  const acc_t a = sum_base2_scale<kAdded>(*scale);
   OnlineSoftmax<acc_t> state = partial[row];
   for (int part = 1; part < parts; ++part) {
     const OnlineSoftmax<acc_t> next = partial[part * count + row];

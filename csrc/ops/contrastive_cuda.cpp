@@ -56,10 +56,21 @@ void check_column_dtype(const at::Tensor& rows, const OptionalTensor& columns, b
               " cannot go together in this call");
 }
 
-void refuse_additions(const OptionalTensor& column_bias, const OptionalTensor& row_bias, const OptionalTensor& row_limit,
-                      bool only_equal_ids) {
-  TORCH_CHECK(!column_bias && !row_bias && !row_limit && !only_equal_ids,
-              "contrastive: the CUDA kernels take no column_bias, row_bias, row_limit or only_equal_ids");
+// The additions of a call, contiguous; they outlive the launches.
+struct Additions {
+  OptionalTensor column_bias, row_bias, row_limit, exempt;
+  bool only_equal_ids;
+
+  bool any() const { return column_bias || row_bias || row_limit || only_equal_ids; }
+
+  ContrastiveAdditions pointers() const {
+    return {pointer(column_bias), pointer(row_bias), pointer(row_limit), pointer<uint8_t>(exempt), only_equal_ids};
+  }
+};
+
+Additions additions_of(const OptionalTensor& column_bias, const OptionalTensor& row_bias,
+                       const OptionalTensor& row_limit, const OptionalTensor& exempt, bool only_equal_ids) {
+  return {contiguous(column_bias), contiguous(row_bias), contiguous(row_limit), contiguous(exempt), only_equal_ids};
 }
 
 Fwd contrastive_fwd(const at::Tensor& rows, const OptionalTensor& columns, const at::Tensor& scale,
@@ -68,9 +79,11 @@ Fwd contrastive_fwd(const at::Tensor& rows, const OptionalTensor& columns, const
                     bool keep_diagonal, bool both_directions, bool keep, bool columns_need_grad,
                     const OptionalTensor& column_bias, const OptionalTensor& row_bias, const OptionalTensor& row_limit,
                     const OptionalTensor& exempt, bool only_equal_ids) {
-  refuse_additions(column_bias, row_bias, row_limit, only_equal_ids);
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
-  check_column_dtype(rows, columns, both_directions, keep && columns_need_grad);
+  check_additions(rows, columns, scale, row_ids, both_directions, column_bias, row_bias, row_limit, exempt,
+                  only_equal_ids);
+  const Additions additions = additions_of(column_bias, row_bias, row_limit, exempt, only_equal_ids);
+  check_column_dtype(rows, columns, both_directions || additions.any(), keep && columns_need_grad);
   const c10::cuda::CUDAGuard guard(rows.device());
   const auto index = contiguous(positives), row_index = contiguous(row_ids),
              column_index = contiguous(column_ids);
@@ -92,7 +105,12 @@ Fwd contrastive_fwd(const at::Tensor& rows, const OptionalTensor& columns, const
   args.row_rnorm = pointer(row_rnorm);
   args.column_rnorm = pointer(column_rnorm);
   args.expectation = pointer(kept);
-  launch(args, rows, contrastive_fwd_workspace, ::contrastive_fwd);
+  args.common.additions = additions.pointers();
+  if (additions.any()) {
+    launch(args, rows, contrastive_additions_fwd_workspace, contrastive_additions_fwd);
+  } else {
+    launch(args, rows, contrastive_fwd_workspace, ::contrastive_fwd);
+  }
   return {lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept};
 }
 
@@ -106,14 +124,17 @@ Bwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_c
                     const OptionalTensor& column_bias, const OptionalTensor& row_bias, const OptionalTensor& row_limit,
                     const OptionalTensor& exempt, bool only_equal_ids, bool column_bias_needs_grad,
                     bool row_bias_needs_grad) {
-  refuse_additions(column_bias, row_bias, row_limit, only_equal_ids);
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
-  check_column_dtype(rows, columns, both_directions, kept.dim() != 2);
+  check_additions(rows, columns, scale, row_ids, both_directions, column_bias, row_bias, row_limit, exempt,
+                  only_equal_ids);
+  const Additions additions = additions_of(column_bias, row_bias, row_limit, exempt, only_equal_ids);
+  check_column_dtype(rows, columns, both_directions || additions.any(), kept.dim() != 2);
   TORCH_CHECK(lse.scalar_type() == at::kDouble && lse.numel() == rows.size(0),
               "contrastive: lse must be what contrastive_fwd returned");
   const bool expectation = kept.dim() == 2;
   TORCH_CHECK(!expectation || (kept.sizes() == rows.sizes() && kept.scalar_type() == accumulation_dtype(rows) &&
-                               !columns_need_grad && (columns || !positives)),
+                               !columns_need_grad && !column_bias_needs_grad && !row_bias_needs_grad &&
+                               (columns || !positives)),
               "contrastive: kept must be what contrastive_fwd returned");
   const c10::cuda::CUDAGuard guard(rows.device());
   const auto index = contiguous(positives), row_index = contiguous(row_ids),
@@ -142,9 +163,17 @@ Bwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_c
   args.grad_rows = pointer(grad_rows);
   args.grad_columns = pointer(grad_columns);
   args.grad_scale = pointer(grad_scale);
-  launch(args, rows, contrastive_bwd_workspace, ::contrastive_bwd);
-  const at::Tensor none = at::empty({0}, grad_scale.options());
-  return {grad_rows, grad_columns, grad_scale, none, none.clone()};
+  args.common.additions = additions.pointers();
+  const at::Tensor grad_column_bias = at::empty({column_bias_needs_grad ? args.common.M : 0}, grad_scale.options());
+  const at::Tensor grad_row_bias = at::empty({row_bias_needs_grad ? args.common.N : 0}, grad_scale.options());
+  args.grad_column_bias = pointer(grad_column_bias);
+  args.grad_row_bias = pointer(grad_row_bias);
+  if (additions.any() && !expectation) {
+    launch(args, rows, contrastive_additions_bwd_workspace, contrastive_additions_bwd);
+  } else {
+    launch(args, rows, contrastive_bwd_workspace, ::contrastive_bwd);
+  }
+  return {grad_rows, grad_columns, grad_scale, grad_column_bias, grad_row_bias};
 }
 
 TORCH_LIBRARY_IMPL(ssl_kernels, CUDA, library) {

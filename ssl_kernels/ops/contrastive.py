@@ -113,8 +113,6 @@ def unsupported(backend, rows, columns=None, both_directions=False, has_addition
     if backend in ("chunked", "reference"):
         return None
     device = rows.device.type
-    if has_additions is True and backend == "native" and device == "cuda":
-        return "its kernels take no column_bias, row_bias, row_limit or only_equal_ids"
     if device == "cuda" and columns is not None and columns.dtype != rows.dtype:
         if rows.dtype != torch.float32 or columns.dtype not in (torch.float16, torch.bfloat16):
             return (
@@ -122,6 +120,10 @@ def unsupported(backend, rows, columns=None, both_directions=False, has_addition
             )
         if both_directions is True or (columns.requires_grad and torch.is_grad_enabled()):
             return "on cuda columns of another dtype than rows get no gradient and no sums of their own"
+        if has_additions is True and backend == "native":
+            return (
+                "its kernels take no columns of another dtype with column_bias, row_limit or only_equal_ids"
+            )
     if backend == "native":
         if backends.extension is None:
             return backends.extension_missing

@@ -9,14 +9,15 @@ SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 
 
 @functools.cache
-def _library(gpu, source):
-    return gpu.cuda_library([SOURCES / source])
+def _library(gpu, *sources):
+    return gpu.cuda_library([SOURCES / source for source in sources])
 
 
 @pytest.fixture
 def library(gpu, nvcc, request):
-    """The launchers of csrc/cuda/contrastive.h, or of the file that the test module names as SOURCE."""
-    return _library(gpu, getattr(request.module, "SOURCE", "contrastive.cu"))
+    """The launchers of csrc/cuda/contrastive.cu, or of the file or files that the test module names as SOURCE."""
+    source = getattr(request.module, "SOURCE", "contrastive.cu")
+    return _library(gpu, *((source,) if isinstance(source, str) else source))
 
 
 @pytest.fixture

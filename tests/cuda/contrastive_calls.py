@@ -8,6 +8,13 @@ import torch
 from tests.cuda.launching import DTYPE_CODES, accumulation_dtype, address, launch, poisoned_on
 
 
+class Additions(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("column_bias", "row_bias", "row_limit", "exempt")],
+        ("only_equal_ids", ctypes.c_int32),
+    ]
+
+
 class Common(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_int32) for name in (
@@ -20,6 +27,7 @@ class Common(ctypes.Structure):
         *[(name, ctypes.c_void_p) for name in (
             "rows", "columns", "scale", "positives", "row_ids", "column_ids", "workspace",
         )],
+        ("additions", Additions),
     ]  # fmt: skip
 
 
@@ -38,7 +46,7 @@ class BwdArgs(ctypes.Structure):
         *[(name, ctypes.c_void_p) for name in (
             "grad_lse", "grad_column_lse", "grad_positive_logits",
             "lse", "column_lse", "row_rnorm", "column_rnorm", "expectation",
-            "grad_rows", "grad_columns", "grad_scale",
+            "grad_rows", "grad_columns", "grad_scale", "grad_column_bias", "grad_row_bias",
         )],
     ]  # fmt: skip
 
@@ -56,6 +64,16 @@ class Call(NamedTuple):
     normalize_columns: bool = True
     keep_diagonal: bool = False
     both_directions: bool = False
+    column_bias: torch.Tensor | None = None
+    row_bias: torch.Tensor | None = None
+    row_limit: torch.Tensor | None = None
+    exempt: torch.Tensor | None = None
+    only_equal_ids: bool = False
+
+    @property
+    def has_additions(self):
+        biases_and_limits = (self.column_bias, self.row_bias, self.row_limit)
+        return self.only_equal_ids or any(each is not None for each in biases_and_limits)
 
 
 class Fwd(NamedTuple):
@@ -71,6 +89,8 @@ class Bwd(NamedTuple):
     grad_rows: torch.Tensor | None
     grad_columns: torch.Tensor | None
     grad_scale: torch.Tensor
+    grad_column_bias: torch.Tensor | None = None
+    grad_row_bias: torch.Tensor | None = None
 
 
 def contrastive_fwd(library, call, *, expectation=False, splits=0, tf32=False, **options):
@@ -86,15 +106,14 @@ def contrastive_fwd(library, call, *, expectation=False, splits=0, tf32=False, *
         column_rnorm=poisoned((m,), acc) if call.normalize_columns and not square else None,
         expectation=poisoned(call.rows.shape, acc) if expectation else None,
     )
-    launches = _run(
-        library, "contrastive_fwd", FwdArgs, call, results, {}, options, splits=splits, allow_tf32=tf32
-    )
+    function = "contrastive_additions_fwd" if call.has_additions else "contrastive_fwd"
+    launches = _run(library, function, FwdArgs, call, results, {}, options, splits=splits, allow_tf32=tf32)
     return results, launches
 
 
 def contrastive_bwd(
     library, call, fwd, grad_lse, grad_column_lse=None, grad_positive_logits=None, *,
-    rows_need_grad=True, columns_need_grad=True, splits=0, slab_rows=0, tf32=False, **options,
+    rows_need_grad=True, columns_need_grad=True, biases_need_grad=True, splits=0, slab_rows=0, tf32=False, **options,
 ):  # fmt: skip
     """Runs the backward; returns (Bwd, launches)."""
     poisoned = poisoned_on(call.rows.device)
@@ -103,6 +122,11 @@ def contrastive_bwd(
         grad_rows=poisoned(call.rows.shape, call.rows.dtype) if rows_need_grad else None,
         grad_columns=poisoned(call.columns.shape, call.rows.dtype) if with_columns else None,
         grad_scale=poisoned((), accumulation_dtype(call.rows.dtype)),
+        **{
+            f"grad_{name}": poisoned(bias.shape, bias.dtype)
+            for name, bias in (("column_bias", call.column_bias), ("row_bias", call.row_bias))
+            if bias is not None and biases_need_grad and fwd.expectation is None
+        },
     )
     inputs = {
         "grad_lse": grad_lse,
@@ -115,7 +139,9 @@ def contrastive_bwd(
         "expectation": fwd.expectation,
     }
     flags = {"splits": splits, "slab_rows": slab_rows, "allow_tf32": tf32}
-    launches = _run(library, "contrastive_bwd", BwdArgs, call, results, inputs, options, **flags)
+    adds = call.has_additions and fwd.expectation is None
+    function = "contrastive_additions_bwd" if adds else "contrastive_bwd"
+    launches = _run(library, function, BwdArgs, call, results, inputs, options, **flags)
     return results, launches
 
 
@@ -129,6 +155,7 @@ def _run(library, function, args_type, call, results, inputs, options, **flags):
     tensors = {name: getattr(call, name) for name in (
         "rows", "columns", "scale", "positives", "row_ids", "column_ids",
     )}  # fmt: skip
+    added = {name: getattr(call, name) for name in ("column_bias", "row_bias", "row_limit", "exempt")}
     common = Common(
         dtype=DTYPE_CODES[call.rows.dtype],
         column_dtype=DTYPE_CODES[(call.rows if call.columns is None else call.columns).dtype],
@@ -144,7 +171,10 @@ def _run(library, function, args_type, call, results, inputs, options, **flags):
         row_strides=(ctypes.c_int64 * 2)(*call.rows.stride()),
         column_strides=(ctypes.c_int64 * 2)(*(call.rows if call.columns is None else call.columns).stride()),
         **{name: address(tensor) for name, tensor in tensors.items()},
+        additions=Additions(
+            only_equal_ids=call.only_equal_ids, **{name: address(tensor) for name, tensor in added.items()}
+        ),
     )
     written = results._asdict()
     args = args_type(common=common, **{name: address(t) for name, t in {**inputs, **written}.items()})
-    return launch(library, function, args, {**tensors, **inputs}, written, **options)
+    return launch(library, function, args, {**tensors, **added, **inputs}, written, **options)

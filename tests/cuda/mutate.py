@@ -10,13 +10,20 @@ import argparse
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.cuda import mutations_arithmetic, mutations_edges, mutations_losses, mutations_mixing
+from tests.cuda import (
+    mutations_additions,
+    mutations_arithmetic,
+    mutations_edges,
+    mutations_losses,
+    mutations_mixing,
+)
 from tests.cuda.mutation import build, noticed_by
 
 MUTATIONS = {
     f"{operation}: {mutation.name}": (operation, mutation)
     for table in (
         mutations_losses.MUTATIONS,
+        mutations_additions.MUTATIONS,
         mutations_mixing.MUTATIONS,
         mutations_arithmetic.MUTATIONS,
         mutations_edges.MUTATIONS,
@@ -26,7 +33,11 @@ MUTATIONS = {
 }
 CHECKS = {
     operation: mutations_edges.with_edges(operation, check)
-    for operation, check in {**mutations_losses.CHECKS, **mutations_mixing.CHECKS}.items()
+    for operation, check in {
+        **mutations_losses.CHECKS,
+        **mutations_additions.CHECKS,
+        **mutations_mixing.CHECKS,
+    }.items()
 }
 
 

@@ -16,7 +16,7 @@ SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 UNUSED = r"case kFloat64: .*|case kBFloat16: .*|if \(allow_tf32\) .*|return widen\(__nv_bfloat16.*|case (1|8): cutmix.*"
 
 # Multiprocessors of the emulated card: one, so that a block of `contrastive` has several blocks of rows to walk.
-MULTIPROCESSORS = {"contrastive": 1}
+MULTIPROCESSORS = {"contrastive": 1, "contrastive_additions": 1}
 
 
 class Mutation(NamedTuple):

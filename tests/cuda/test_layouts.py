@@ -19,8 +19,6 @@ ON_GPU = [
 ]
 # Single numbers, and what a check of the operator says must be dense.
 AS_THEY_ARE = {"scale", "bias", "position", "filled", "storage", "masters", "shadows", "sources"}
-# Of `contrastive`, whose CUDA kernels refuse calls with any of them.
-REFUSED = {"column_bias", "row_bias", "row_limit", "exempt"}
 
 
 def operation_of(operator):
@@ -64,7 +62,7 @@ def test_launchers_read_side_inputs_by_their_strides(gpu, nvcc, operator, dtype)
 def test_side_inputs_go_to_launchers_with_strides_or_contiguous(operator):
     source = (OPS / f"{operation_of(operator)}_cuda.cpp").read_text()
     numbers = AS_THEY_ARE | ({"weight"} if operator == "momentum_update_" else set())
-    for name in set(operators()[operator]) - numbers - REFUSED - MAIN.get(operator, set()):
+    for name in set(operators()[operator]) - numbers - MAIN.get(operator, set()):
         strided = re.search(rf"\b{name}(\.|->)stride\(", source)
         dense = re.search(rf"\b{name}_?(\.|->)contiguous\(\)|\bcontiguous\({name}\)", source)
         assert strided or dense, name

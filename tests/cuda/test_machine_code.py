@@ -16,7 +16,7 @@ import pytest
 from tests.gpu_emulation import nvcc_path
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("contrastive", "sigmoid_pairs", "batch_hard")
+SOURCES = ("contrastive", "contrastive_additions", "sigmoid_pairs", "batch_hard")
 SHARED_KERNELS = r"(?:prepare_rows|finish_rows|sum_rows|sum_parts|coefficient_scale|slab_product)_kernel"
 ARCHITECTURES = (80, 90, 100)
 REGISTERS = 65536  # of a multiprocessor, handed out 256 at a time to a warp
@@ -28,28 +28,33 @@ TWO_WHERE_THEY_FIT = {80: 1, 90: 2, 100: 2}
 # Kernel, by what its mangled name holds: threads, dynamic shared memory at most, blocks per multiprocessor.
 KERNELS = {
     r"contrastive_fwd_kernel.*EngineI(13__nv_bfloat16|6__half|f)EE.*Lb0E": (128, 74496, 2),
-    r"contrastive_fwd_kernel.*FmaEngineIdEELb0E": (128, 62208, 2),
-    r"contrastive_fwd_kernel.*EngineI(13__nv_bfloat16|6__half|f)EELb1E": (128, 76544, 2),
-    r"contrastive_fwd_kernel.*FmaEngineIdEELb1E": (128, 64256, 2),
-    r"contrastive_bwd_kernel.*MmaEngineI13__nv_bfloat16EELi4ELi2E": (256, 77568, 1),
-    r"contrastive_bwd_kernel.*MmaEngineI13__nv_bfloat16EELi4ELi4E": (256, 93952, 1),
-    r"contrastive_bwd_kernel.*MmaEngineI13__nv_bfloat16EELi2ELi8E": (256, 60416, 1),
-    r"contrastive_bwd_kernel.*MmaEngineI6__halfEELi4ELi2E": (256, 77568, 1),
-    r"contrastive_bwd_kernel.*MmaEngineI6__halfEELi4ELi4E": (256, 93952, 1),
-    r"contrastive_bwd_kernel.*MmaEngineI6__halfEELi2ELi8E": (256, 60416, 1),
-    r"contrastive_bwd_kernel.*MmaEngineIfEELi4ELi8E": (256, 80512, 1),
-    r"contrastive_bwd_kernel.*FmaEngineIfEELi4ELi8E": (256, 80512, 1),
-    r"contrastive_bwd_kernel.*FmaEngineIdEELi4ELi8E": (256, 99584, 1),
-    r"contrastive_coefficients_kernel.*EngineI(13__nv_bfloat16|6__half|f)": (256, 101376, TWO_WHERE_THEY_FIT),
+    r"contrastive_fwd_kernel.*FmaEngineIdEE(?:EE)?Lb0E": (128, 62208, 2),
+    r"contrastive_fwd_kernel.*EngineI(13__nv_bfloat16|6__half|f)EE(?:EE)?Lb1E": (128, 76544, 2),
+    r"contrastive_fwd_kernel.*FmaEngineIdEE(?:EE)?Lb1E": (128, 64256, 2),
+    r"contrastive_bwd_kernel.*MmaEngineI13__nv_bfloat16EE(?:EE)?Li4ELi2E": (256, 77568, 1),
+    r"contrastive_bwd_kernel.*MmaEngineI13__nv_bfloat16EE(?:EE)?Li4ELi4E": (256, 93952, 1),
+    r"contrastive_bwd_kernel.*MmaEngineI13__nv_bfloat16EE(?:EE)?Li2ELi8E": (256, 60416, 1),
+    r"contrastive_bwd_kernel.*MmaEngineI6__halfEE(?:EE)?Li4ELi2E": (256, 77568, 1),
+    r"contrastive_bwd_kernel.*MmaEngineI6__halfEE(?:EE)?Li4ELi4E": (256, 93952, 1),
+    r"contrastive_bwd_kernel.*MmaEngineI6__halfEE(?:EE)?Li2ELi8E": (256, 60416, 1),
+    r"contrastive_bwd_kernel.*MmaEngineIfEE(?:EE)?Li4ELi8E": (256, 80512, 1),
+    r"contrastive_bwd_kernel.*FmaEngineIfEE(?:EE)?Li4ELi8E": (256, 80512, 1),
+    r"contrastive_bwd_kernel.*FmaEngineIdEE(?:EE)?Li4ELi8E": (256, 99584, 1),
+    r"contrastive_coefficients_kernelI(?!.*AddingEngine).*EngineI(13__nv_bfloat16|6__half|f)": (
+        256,
+        101376,
+        TWO_WHERE_THEY_FIT,
+    ),
+    r"contrastive_coefficients_kernel.*AddingEngine.*EngineI(13__nv_bfloat16|6__half|f)": (256, 101376, 1),
     r"contrastive_coefficients_kernel.*FmaEngineId": (256, 76800, 1),
     r"slab_product_kernel.*EngineI(13__nv_bfloat16|6__half|f)": (256, 98304, TWO_WHERE_THEY_FIT),
     r"slab_product_kernel.*FmaEngineId": (256, 98304, 1),
-    r"expectation_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EELi4ELi2E": (256, 75264, 1),
-    r"expectation_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EELi4ELi4E": (256, 91648, 1),
-    r"expectation_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EELi2ELi8E": (256, 59392, 1),
-    r"expectation_kernel.*EngineIfEELi4ELi8E": (256, 79744, 1),
-    r"expectation_kernel.*FmaEngineIdEELi4ELi8E": (256, 98048, 1),
-    r"expectation_kernel.*WideningEngine.*(13__nv_bfloat16|6__half)EELi4ELi8E": (256, 79744, 1),
+    r"expectation_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EE(?:EE)?Li4ELi2E": (256, 75264, 1),
+    r"expectation_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EE(?:EE)?Li4ELi4E": (256, 91648, 1),
+    r"expectation_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EE(?:EE)?Li2ELi8E": (256, 59392, 1),
+    r"expectation_kernel.*EngineIfEE(?:EE)?Li4ELi8E": (256, 79744, 1),
+    r"expectation_kernel.*FmaEngineIdEE(?:EE)?Li4ELi8E": (256, 98048, 1),
+    r"expectation_kernel.*WideningEngine.*(13__nv_bfloat16|6__half)EE(?:EE)?Li4ELi8E": (256, 79744, 1),
     r"sigmoid_pairs_fwd_kernel.*EngineI(13__nv_bfloat16|6__half|f)": (128, 74496, 2),
     r"sigmoid_pairs_fwd_kernel.*FmaEngineId": (128, 62208, 2),
     r"sigmoid_pairs_bwd_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EELi4ELi2E": (256, 76288, 1),
@@ -67,6 +72,7 @@ KERNELS = {
     r"finish_rows_kernel": (256, 0, 4),
     r"(?<!expectation_)merge_kernel": (256, 0, 4),
     r"terms_kernel": (256, 0, 4),
+    r"additions_kernel": (256, 0, 4),
     r"sum_parts_kernel": (256, 0, 4),
     r"sum_rows_kernel": (1024, 0, 1),
     r"coefficient_scale_kernel": (1024, 0, 1),
@@ -160,7 +166,7 @@ def test_tensor_cores_and_vector_accesses_are_used(cuobjdump, binaries, arch):
     """In the tile loops: tensor cores with ldmatrix, or FMA; 16-byte cp.async, 8-byte stores."""
     code = instructions(dump(cuobjdump, binaries, arch, "-sass"))
     tile_kernels = {name: opcodes for name, opcodes in code.items() if "EngineI" in name}
-    assert len(tile_kernels) == 65
+    assert len(tile_kernels) == 97
     for name, opcodes in tile_kernels.items():
 
         def total(prefix, opcodes=opcodes):

@@ -7,7 +7,7 @@ import torch
 
 from ssl_kernels.reference.contrastive import contrastive as reference
 from ssl_kernels.triton import contrastive as kernels
-from tests.helpers import product_eps
+from tests.helpers import limits_between, product_eps
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -89,14 +89,10 @@ class Call:
             self.exempt = (torch.rand(columns, generator=generator) < 0.3).to(device)
 
     def _limits_between_logits(self):
-        """A limit for each row in the widest gap among the middle of its logits, so that no rounding crosses it."""
         rows, columns = (x.double() for x in (self.rows, self.rows if self.columns is None else self.columns))
         if self.case.normalize:
             rows, columns = (torch.nn.functional.normalize(x, dim=1) for x in (rows, columns))
-        logits = (self.scale.double() * rows @ columns.T).sort(dim=1).values
-        middle = logits[:, logits.shape[1] // 4 : logits.shape[1] - logits.shape[1] // 4 + 1]
-        at = middle.diff(dim=1).argmax(dim=1, keepdim=True)
-        return (middle.gather(1, at) + middle.gather(1, at + 1)).flatten() / 2
+        return limits_between(self.scale.double() * rows @ columns.T)
 
     @property
     def operands(self):
