@@ -21,8 +21,11 @@ def check_embeddings(op, **tensors):
             raise TypeError(
                 f"{op}: {name} must be float64, float32, float16 or bfloat16, got {short(tensor.dtype)}"
             )
-        if tensor.dim() != 2 or 0 in tensor.shape:
-            raise ValueError(f"{op}: {name} must have shape (N, D) with N, D >= 1, got {tuple(tensor.shape)}")
+        shape = tensor.shape
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"{op}: {name} must have shape (N, D) with N, D >= 1, got {tuple(shape)}")
+        if tensor is first:
+            continue
         if tensor.device != first.device:
             raise ValueError(
                 f"{op}: {name} must be on {first.device} as {first_name} is, got {tensor.device}"
@@ -31,9 +34,9 @@ def check_embeddings(op, **tensors):
             raise TypeError(
                 f"{op}: {name} must be {short(first.dtype)} as {first_name} is, got {short(tensor.dtype)}"
             )
-        if tensor.shape[1] != first.shape[1]:
+        if shape[1] != first.shape[1]:
             raise ValueError(
-                f"{op}: {name} must have width {first.shape[1]} as {first_name} has, got {tensor.shape[1]}"
+                f"{op}: {name} must have width {first.shape[1]} as {first_name} has, got {shape[1]}"
             )
 
 

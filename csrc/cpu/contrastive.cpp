@@ -21,8 +21,6 @@
 //   entries then count exactly 1.
 #include "contrastive.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <cmath>
@@ -266,7 +264,7 @@ class LogSumExp {
   }
 
   at::Tensor result(const at::TensorOptions& options) const {
-    at::Tensor lse = at::empty({static_cast<int64_t>(sum_.size())}, options.dtype(at::kDouble));
+    at::Tensor lse = pooled({static_cast<int64_t>(sum_.size())}, options.dtype(at::kDouble));
     double* out = lse.mutable_data_ptr<double>();
     for (size_t i = 0; i < sum_.size(); ++i)
       out[i] = sum_[i] == 0 ? -kInfinity : kLn2 * (shift_[i] + std::log2(sum_[i]));
@@ -382,11 +380,11 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   const acc_t factor = problem.factor;
   std::vector<LogSumExp> over_columns(problem.parts, {problem.n, problem.fixed_shift, problem.bound});  // for each row
   LogSumExp over_rows(args.both_directions ? problem.m : 0, problem.fixed_shift, problem.bound);
-  at::Tensor positive_logits =
-      args.positives ? at::empty(args.positives->sizes(), options.dtype(at::kDouble))
-                     : at::empty({0}, options.dtype(at::kDouble));
+  const int64_t one_each[] = {args.partner >= 0 ? problem.n : 0};
+  const at::Tensor positive_logits =
+      pooled(args.positives ? args.positives->sizes() : at::IntArrayRef(one_each), options.dtype(at::kDouble));
   double* positive = positive_logits.mutable_data_ptr<double>();
-  const at::Tensor kept_logits = args.keep ? problem.keep(options) : at::empty({0}, options);
+  const at::Tensor kept_logits = args.keep ? problem.keep(options) : pooled({0}, options);
 
   std::vector<ClassSums> class_sums;
   if (args.classes) class_sums.assign(problem.parts, ClassSums(problem.n));
@@ -438,7 +436,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   for (const ClassSums& sums : class_sums) args.class_sums->add(sums);
   if (args.classes)
     for (double& sum : args.class_sums->logits) sum *= kLn2 * factor;
-  const at::Tensor none = at::empty({0}, options);
+  const at::Tensor none = pooled({0}, options);
   const at::Tensor lse = over_columns[0].result(options), column_lse = over_rows.result(options);
   problem.settle(lse.mutable_data_ptr<double>(), args.both_directions ? column_lse.mutable_data_ptr<double>() : nullptr,
                  positive);
@@ -459,8 +457,8 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   const SoftmaxWeights<acc_t>& transposed = problem.square ? of_rows : of_columns;
   const bool positives_alone = of_rows.all_zero() && (!both_terms || transposed.all_zero());
   at::Tensor grad_positive;
-  if (args.positives && saved.grad_positive_logits) grad_positive = saved.grad_positive_logits->contiguous();
-  const at::Tensor kept_logits = problem.has_tiles_of(saved.kept) ? saved.kept : at::empty({0}, options);
+  if (args.has_positives() && saved.grad_positive_logits) grad_positive = saved.grad_positive_logits->contiguous();
+  const at::Tensor kept_logits = problem.has_tiles_of(saved.kept) ? saved.kept : pooled({0}, options);
   const double* q = grad_positive.defined() ? grad_positive.const_data_ptr<double>() : nullptr;
   std::vector<acc_t> class_weight;
   if (args.classes) class_weight.assign(saved.class_weight, saved.class_weight + problem.n);
@@ -571,9 +569,9 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
     });
   const double dots = (rows_wanted ? by_rows.dots : by_columns.dots) + problem.lost_dots();
   const double grad_scale = problem.square ? dots / 2 : dots;
-  const auto none = [&] { return at::empty({0}, storage); };
+  const auto none = [&] { return pooled({0}, storage); };
   const auto by_bias = [&](const Numbers& parts) {
-    const at::Tensor grad = at::empty({static_cast<int64_t>(parts[0].size())}, options);
+    const at::Tensor grad = pooled({static_cast<int64_t>(parts[0].size())}, options);
     acc_t* out = grad.mutable_data_ptr<acc_t>();
     for (size_t k = 0; k < parts[0].size(); ++k) {
       double sum = 0;
@@ -583,7 +581,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
     return grad;
   };
   return {saved.rows_need_grad ? by_rows.values : none(), columns_wanted ? by_columns.values : none(),
-          at::scalar_tensor(grad_scale, options), by_bias(of_column_bias), by_bias(of_row_bias)};
+          number<acc_t>(grad_scale), by_bias(of_column_bias), by_bias(of_row_bias)};
 }
 
 }  // namespace
@@ -613,7 +611,7 @@ ClassContrastiveFwd class_contrastive_fwd(const at::Tensor& rows, const at::Tens
   args.classes = &classes;
   args.class_sums = &sums;
   const auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept] = contrastive_fwd(args);
-  const at::Tensor losses = at::empty({n}, lse.options()), counts = at::empty({n}, lse.options());
+  const at::Tensor losses = pooled({n}, lse.options()), counts = pooled({n}, lse.options());
   double *loss = losses.mutable_data_ptr<double>(), *count = counts.mutable_data_ptr<double>();
   const double* l = lse.const_data_ptr<double>();
   for (int64_t i = 0; i < n; ++i) {
@@ -634,7 +632,7 @@ std::tuple<at::Tensor, at::Tensor> class_contrastive_bwd(const at::Tensor& grad_
   const Classes classes(positives, n);
   const at::Tensor upstream = grad_losses.contiguous(), number = counts.contiguous();
   const double *g = upstream.const_data_ptr<double>(), *count = number.const_data_ptr<double>();
-  const at::Tensor of_lse = at::empty({n}, lse.options());
+  const at::Tensor of_lse = pooled({n}, lse.options());
   double* weight = of_lse.mutable_data_ptr<double>();
   std::vector<double> class_weight(n);
   for (int64_t i = 0; i < n; ++i) {
@@ -645,7 +643,7 @@ std::tuple<at::Tensor, at::Tensor> class_contrastive_bwd(const at::Tensor& grad_
   ContrastiveArgs args{rows, none, scale, none, none, none, normalize, normalize, /*keep_diagonal=*/false,
                        /*both_directions=*/false};
   args.classes = &classes;
-  const at::Tensor empty = at::empty({0}, lse.options());
+  const at::Tensor empty = pooled({0}, lse.options());
   const auto [grad_rows, grad_columns, grad_scale, grad_column_bias, grad_row_bias] = contrastive_bwd(
       args, {grad_lse, none, none, lse, empty, row_rnorm, empty, kept, rows_need_grad, false, class_weight.data()});
   return {grad_rows, grad_scale};

@@ -39,7 +39,12 @@ struct ContrastiveArgs {
   const Classes* classes = nullptr;       // of the square case: which pairs `class_sums` and `class_weight` are about
   ClassSums* class_sums = nullptr;        // forward adds up the positives' logits here
   ContrastiveAdditions additions = {};
+  // In place of `positives`: the positive of row i is column (i + partner) mod M, in the square case with i its partner's
+  // own; where it is left out, it is in no sum.
+  int64_t partner = -1;
+  bool leaves_partner_out = false;
 
+  bool has_positives() const { return partner >= 0 || positives.has_value(); }
   int64_t row_count() const { return rows.size(0) + (more_rows ? more_rows->size(0) : 0); }
 };
 

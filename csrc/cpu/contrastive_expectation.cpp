@@ -18,10 +18,8 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/index_select.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
@@ -56,7 +54,7 @@ class ColumnReader {
         normalize_(normalize),
         in_place_(!normalize && source_.scalar_type() == c10::CppTypeToScalarType<acc_t>::value &&
                   source_.stride(0) >= d_),
-        rnorm(at::empty({normalize ? columns.size(0) : 0},
+        rnorm(pooled({normalize ? columns.size(0) : 0},
                         columns.options().dtype(c10::CppTypeToScalarType<acc_t>::value))) {}
 
   // Elements of scratch for a tile.
@@ -171,7 +169,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
     return Part<acc_t>{tops.data() + part * n + row, totals.data() + part * n + row,
                        losts.data() + part * n + row, sums + row * width};
   };
-  at::Tensor positive_logits = at::empty(args.positives ? args.positives->sizes() : at::IntArrayRef({0}),
+  at::Tensor positive_logits = pooled(args.positives ? args.positives->sizes() : at::IntArrayRef({0}),
                                          options.dtype(at::kDouble));
   double* positive = positive_logits.mutable_data_ptr<double>();
 
@@ -296,7 +294,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
       for (int64_t task = begin; task < end; ++task) run(task, at::get_thread_num());
     });
 
-  const at::Tensor lse = at::empty({n}, options.dtype(at::kDouble));
+  const at::Tensor lse = pooled({n}, options.dtype(at::kDouble));
   double* out = lse.mutable_data_ptr<double>();
   const auto merge = [&](int64_t row) {
     const Part<acc_t> into = part_of(0, row);
@@ -326,7 +324,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) merge(row);
   });
-  return {lse, at::empty({0}, options.dtype(at::kDouble)), positive_logits, rows.rnorm, columns.rnorm, kept};
+  return {lse, pooled({0}, options.dtype(at::kDouble)), positive_logits, rows.rnorm, columns.rnorm, kept};
 }
 
 template <class scalar_t, class acc_t>
@@ -365,9 +363,9 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
     }
   });
   const InputGradient by_rows = finish_gradient<scalar_t, acc_t>(grad, rows, scale, args.rows.options());
-  const auto none = [&] { return at::empty({0}, args.rows.options()); };
-  const at::Tensor no_bias = at::empty({0}, options);
-  return {saved.rows_need_grad ? by_rows.values : none(), none(), at::scalar_tensor(by_rows.dots, options), no_bias,
+  const auto none = [&] { return pooled({0}, args.rows.options()); };
+  const at::Tensor no_bias = pooled({0}, options);
+  return {saved.rows_need_grad ? by_rows.values : none(), none(), number<acc_t>(by_rows.dots), no_bias,
           no_bias.clone()};
 }
 

@@ -18,8 +18,10 @@ class Pairs {
       : square_(!args.columns),
         keep_diagonal_(args.keep_diagonal && !square_),
         only_equal_(args.additions.only_equal_ids),
+        leaves_partner_out_(args.leaves_partner_out),
         m_(square_ ? args.row_count() : args.columns->size(0)),
-        positives_per_row_(args.positives ? args.positives->numel() / args.row_count() : 0) {
+        partner_(args.partner),
+        positives_per_row_(args.partner >= 0 ? 1 : args.positives ? args.positives->numel() / args.row_count() : 0) {
     if (args.row_ids) {
       row_ids_ = args.row_ids->contiguous();
       column_ids_ = square_ ? row_ids_ : args.column_ids->contiguous();
@@ -50,11 +52,16 @@ class Pairs {
     }
     if (square_)
       for (int64_t k = first; k < last; ++k) on_diagonal(k) = left_out;
+    if (leaves_partner_out_)
+      for_each_positive(i, j, [&](int64_t, int64_t row, int64_t column) {
+        s[(row - i.begin) * ld + column - j.begin] = left_out;
+      });
   }
 
   // Whether a pair takes part in the sums.
   bool allowed(int64_t row, int64_t column) const {
     if (row == column && (square_ || keep_diagonal_)) return !square_;
+    if (leaves_partner_out_ && column == partner_of(row)) return false;
     return !row_ids_.defined() ||
            (row_ids_.const_data_ptr<int64_t>()[row] == column_ids_.const_data_ptr<int64_t>()[column]) == only_equal_;
   }
@@ -63,6 +70,13 @@ class Pairs {
   template <class Visit>
   void for_each_positive(Block i, Block j, const Visit& visit) const {
     if (!positives_per_row_) return;
+    if (partner_ >= 0) {
+      for (int64_t row = i.begin; row < i.begin + i.size; ++row) {
+        const int64_t column = partner_of(row);
+        if (column >= j.begin && column < j.begin + j.size) visit(row, row, column);
+      }
+      return;
+    }
     const int64_t* positives = positives_.const_data_ptr<int64_t>();
     for (int64_t row = i.begin; row < i.begin + i.size; ++row)
       for (int64_t k = row * positives_per_row_; k < (row + 1) * positives_per_row_; ++k) {
@@ -72,8 +86,10 @@ class Pairs {
   }
 
  private:
-  bool square_, keep_diagonal_, only_equal_;
-  int64_t m_, positives_per_row_;
+  int64_t partner_of(int64_t row) const { return row + partner_ < m_ ? row + partner_ : row + partner_ - m_; }
+
+  bool square_, keep_diagonal_, only_equal_, leaves_partner_out_;
+  int64_t m_, partner_, positives_per_row_;
   at::Tensor positives_, row_ids_, column_ids_;
 };
 

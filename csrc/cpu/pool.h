@@ -195,11 +195,19 @@ inline bool fills_empty() {
   return torch.deterministicAlgorithms() && torch.deterministicFillUninitializedMemory();
 }
 
-// As at::empty.
+// As at::empty, on the CPU, past the dispatcher.
 inline at::Tensor pooled(at::IntArrayRef sizes, const at::TensorOptions& options) {
   if (fills_empty()) return at::empty(sizes, options);
   return at::detail::empty_generic(sizes, &Pool::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU),
                                    c10::typeMetaToScalarType(options.dtype()), std::nullopt);
+}
+
+// A 0-d tensor of T, without the dispatcher's part in making and filling one.
+template <class T>
+at::Tensor number(double value) {
+  const at::Tensor result = pooled({}, at::TensorOptions(c10::CppTypeToScalarType<T>::value));
+  *result.mutable_data_ptr<T>() = static_cast<T>(value);
+  return result;
 }
 
 // A tensor of `shown` zeros at the beginning of a storage with room for more: `wanted` more elements, or as many times `unit`

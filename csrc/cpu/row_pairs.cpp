@@ -15,7 +15,6 @@
 #include "row_pairs.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <cmath>
@@ -60,8 +59,8 @@ std::tuple<Tensor, Tensor> measure_pairs(const Tensor& x, const Tensor& y, const
                                          bool distance) {
   const auto operands = operands_of<scalar_t>(x, y, z);
   const int64_t n = x.size(0), d = x.size(1), pairs = static_cast<int64_t>(operands.size()) - 1;
-  const Tensor values = at::empty({n}, x.options().dtype(at::kDouble));
-  const Tensor saved = at::empty({n, pairs, 4}, x.options().dtype(c10::CppTypeToScalarType<acc_t>::value));
+  const Tensor values = pooled({n}, x.options().dtype(at::kDouble));
+  const Tensor saved = pooled({n, pairs, 4}, x.options().dtype(c10::CppTypeToScalarType<acc_t>::value));
   double* value = values.mutable_data_ptr<double>();
   auto* keep = reinterpret_cast<Saved<acc_t>*>(saved.template mutable_data_ptr<acc_t>());
   const auto& math = tile_math<acc_t>();
@@ -118,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> differentiate(const Tensor& grad_values, cons
   scalar_t* out[3] = {};
   for (int64_t k = 0; k < 3; ++k) {
     const bool wanted = k <= pairs && needs_grad[k];
-    grads[k] = at::empty(wanted ? x.sizes() : at::IntArrayRef({0}), x.options());
+    grads[k] = pooled(wanted ? x.sizes() : at::IntArrayRef({0}), x.options());
     if (wanted) out[k] = grads[k].mutable_data_ptr<scalar_t>();
   }
   const Tensor upstream = grad_values.contiguous();

@@ -4,7 +4,6 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <atomic>
@@ -103,7 +102,7 @@ Rows load_rows(const at::Tensor& x, bool normalize, const at::Tensor* more = nul
   const at::Tensor upper = readable(x), lower = more ? readable(*more) : upper;
   const int64_t first = x.size(0), n = first + (more ? more->size(0) : 0), d = x.size(1);
   const auto acc = x.options().dtype(c10::CppTypeToScalarType<acc_t>::value);
-  Rows rows{pooled({n, d}, acc), at::empty({normalize ? n : 0}, acc), normalize ? 1. : 0., {}};
+  Rows rows{pooled({n, d}, acc), pooled({normalize ? n : 0}, acc), normalize ? 1. : 0., {}};
   const int64_t stride = padded_units(d);
   constexpr bool is_bfloat16 = std::is_same_v<scalar_t, c10::BFloat16>;
   if (is_bfloat16 && isa() >= Isa::kAvx512Bf16) rows.units = pooled({n, stride}, acc.dtype(at::kInt));

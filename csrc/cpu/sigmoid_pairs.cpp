@@ -12,8 +12,6 @@
 //   out of the tile and computed in double, from the product that the tile held.
 #include "sigmoid_pairs.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <cmath>
@@ -137,20 +135,20 @@ SigmoidPairsBwd gradients(Problem<acc_t>& problem, const SigmoidPairsArgs& args,
   const auto storage = acc.dtype(c10::CppTypeToScalarType<storage_t>::value);
   const auto finish = [&](bool wanted, const at::Tensor& grad, const Rows& rows) {
     return wanted ? finish_gradient<storage_t, acc_t>(grad, rows, problem.scale, storage, problem.in_bfloat16)
-                  : InputGradient{at::empty({0}, storage), 0};
+                  : InputGradient{pooled({0}, storage), 0};
   };
   const InputGradient by_rows = finish(rows_wanted, pass.grad_rows, problem.rows);
   const InputGradient by_columns = finish(columns_wanted, pass.grad_columns, problem.columns);
-  return {args.rows_need_grad ? by_rows.values : at::empty({0}, storage), by_columns.values,
-          at::scalar_tensor((rows_wanted ? by_rows.dots : by_columns.dots) + problem.lost_dots(), acc),
-          at::scalar_tensor(sum_of(pass.grad_bias), acc)};
+  return {args.rows_need_grad ? by_rows.values : pooled({0}, storage), by_columns.values,
+          number<acc_t>((rows_wanted ? by_rows.dots : by_columns.dots) + problem.lost_dots()),
+          number<acc_t>(sum_of(pass.grad_bias))};
 }
 
 template <class scalar_t, class acc_t>
 SigmoidPairsFwd forward(const SigmoidPairsArgs& args, bool total, bool keep) {
   Problem<acc_t> problem = make_problem<scalar_t, acc_t>(args);
   const auto acc = problem.rows.values.options();
-  const auto none = [&] { return at::empty({0}, acc); };
+  const auto none = [&] { return pooled({0}, acc); };
   std::vector<double> losses;
   SigmoidPairsBwd grads;
   if (total && keep) {
@@ -161,9 +159,9 @@ SigmoidPairsFwd forward(const SigmoidPairsArgs& args, bool total, bool keep) {
   }
   at::Tensor result;
   if (total) {
-    result = at::scalar_tensor(sum_of(losses), acc.dtype(at::kDouble));
+    result = number<double>(sum_of(losses));
   } else {
-    result = at::empty({problem.n}, acc.dtype(at::kDouble));
+    result = pooled({problem.n}, acc.dtype(at::kDouble));
     std::copy(losses.begin(), losses.end(), result.mutable_data_ptr<double>());
   }
   return std::tuple_cat(std::make_tuple(result), std::move(grads));

@@ -3,11 +3,9 @@
 #include <torch/library.h>
 
 #include "../cpu/contrastive.h"
+#include "autograd.h"
 #include "contrastive.h"
 #include "contrastive_autograd.h"
-#include "no_second_derivative.h"
-#include "saved.h"
-#include "transforms.h"
 
 namespace ssl_kernels {
 namespace {

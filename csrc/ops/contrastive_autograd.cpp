@@ -3,10 +3,8 @@
 // is in ssl_kernels/ops/contrastive.py.
 #include <torch/library.h>
 
+#include "autograd.h"
 #include "contrastive_autograd.h"
-#include "no_second_derivative.h"
-#include "saved.h"
-#include "transforms.h"
 
 namespace ssl_kernels {
 namespace {
@@ -15,8 +13,6 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
-
-Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); }
 
 constexpr size_t kSaved = 11;  // tensors that every call saves; the additions follow
 

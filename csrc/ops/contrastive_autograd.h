@@ -1,10 +1,9 @@
 // `contrastive_fwd.native` and `contrastive_bwd.native` through the dispatcher, for what differentiates by them.
 #pragma once
 
-#include <ATen/core/dispatch/Dispatcher.h>
-
 #include <tuple>
 
+#include "autograd.h"
 #include "contrastive.h"
 
 namespace ssl_kernels {
@@ -25,11 +24,6 @@ using ContrastiveBackwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor, at:
     const OptionalTensor& column_bias, const OptionalTensor& row_bias, const OptionalTensor& row_limit,
     const OptionalTensor& exempt, bool only_equal_ids, bool column_bias_needs_grad, bool row_bias_needs_grad);
 
-template <class Op>
-c10::TypedOperatorHandle<Op> native_overload(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "native").typed<Op>();
-}
-
 inline const auto& contrastive_forward_op() {
   static const auto op = native_overload<ContrastiveForwardOp>("ssl_kernels::contrastive_fwd");
   return op;
@@ -38,10 +32,6 @@ inline const auto& contrastive_forward_op() {
 inline const auto& contrastive_backward_op() {
   static const auto op = native_overload<ContrastiveBackwardOp>("ssl_kernels::contrastive_bwd");
   return op;
-}
-
-inline OptionalTensor if_defined(const at::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
 }  // namespace ssl_kernels

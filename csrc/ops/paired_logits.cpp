@@ -9,9 +9,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
-#include "no_second_derivative.h"
-#include "saved.h"
-#include "transforms.h"
+#include "autograd.h"
 #include "unit_rows.h"
 
 namespace ssl_kernels {

@@ -20,10 +20,8 @@
 #include <limits>
 #include <vector>
 
-#include "no_second_derivative.h"
+#include "autograd.h"
 #include "readable.h"
-#include "saved.h"
-#include "transforms.h"
 
 namespace ssl_kernels {
 namespace {

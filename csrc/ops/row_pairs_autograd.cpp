@@ -1,14 +1,11 @@
 // Differentiates `row_pairs_fwd.native` by `row_pairs_bwd.native`, on every device. In C++ for the sake of small
 // batches; the other backends' Function is in ssl_kernels/ops/row_pairs.py.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <tuple>
 
-#include "no_second_derivative.h"
+#include "autograd.h"
 #include "row_pairs.h"
-#include "saved.h"
-#include "transforms.h"
 
 namespace ssl_kernels {
 namespace {
@@ -24,19 +21,15 @@ using BackwardOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tenso
                                                       const OptionalTensor&, const Tensor&, bool, std::string_view,
                                                       bool, bool, bool);
 
-const c10::TypedOperatorHandle<ForwardOp>& forward_op() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("ssl_kernels::row_pairs_fwd", "native").typed<ForwardOp>();
+const auto& forward_op() {
+  static const auto op = native_overload<ForwardOp>("ssl_kernels::row_pairs_fwd");
   return op;
 }
 
-const c10::TypedOperatorHandle<BackwardOp>& backward_op() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("ssl_kernels::row_pairs_bwd", "native").typed<BackwardOp>();
+const auto& backward_op() {
+  static const auto op = native_overload<BackwardOp>("ssl_kernels::row_pairs_bwd");
   return op;
 }
-
-OptionalTensor if_defined(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
 struct RowPairs : Function<RowPairs> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const OptionalTensor& z,

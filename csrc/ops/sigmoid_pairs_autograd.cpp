@@ -1,14 +1,11 @@
 // Differentiates `sigmoid_pairs_fwd.native`: by the gradients that the forward made of a total, else by
 // `sigmoid_pairs_bwd.native`. In C++ for the sake of small batches; the other backends' Function is in
 // ssl_kernels/ops/sigmoid_pairs.py.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/mul.h>
 #include <torch/library.h>
 
-#include "no_second_derivative.h"
-#include "saved.h"
+#include "autograd.h"
 #include "sigmoid_pairs.h"
-#include "transforms.h"
 
 namespace ssl_kernels {
 namespace {
@@ -25,15 +22,13 @@ using BackwardOp = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, con
                                                               const Tensor&, const Tensor&, int64_t, bool, bool, bool,
                                                               bool);
 
-const c10::TypedOperatorHandle<ForwardOp>& forward_op() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("ssl_kernels::sigmoid_pairs_fwd", "native").typed<ForwardOp>();
+const auto& forward_op() {
+  static const auto op = native_overload<ForwardOp>("ssl_kernels::sigmoid_pairs_fwd");
   return op;
 }
 
-const c10::TypedOperatorHandle<BackwardOp>& backward_op() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("ssl_kernels::sigmoid_pairs_bwd", "native").typed<BackwardOp>();
+const auto& backward_op() {
+  static const auto op = native_overload<BackwardOp>("ssl_kernels::sigmoid_pairs_bwd");
   return op;
 }
 

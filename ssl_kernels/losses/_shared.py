@@ -20,9 +20,13 @@ def is_autocast_enabled(device):
 
 def widest_under_autocast(*tensors):
     """Under autocast, tensors of different dtypes in the widest of them; otherwise as they are."""
-    if not all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in tensors):
+    dtype = getattr(tensors[0], "dtype", None)
+    for tensor in tensors:
+        if getattr(tensor, "dtype", None) != dtype:
+            break
+    else:
         return tensors
-    if all(tensor.dtype == tensors[0].dtype for tensor in tensors):
+    if not all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in tensors):
         return tensors
     if not is_autocast_enabled(tensors[0].device.type):
         return tensors
@@ -40,11 +44,11 @@ def stacked(*rows):
     return torch.cat(rows)
 
 
-def takes_native_node(backend, caller, x, views=1):
-    """Whether a node of autograd in C++ stands for algebra over `contrastive`: on the native backend, run eagerly."""
+def runs_natively(backend, caller, *call, views=1):
+    """Whether `contrastive` runs on the native backend, eagerly, so that nodes of autograd in C++ may follow."""
     if torch.compiler.is_compiling():
         return False
-    return choose_backend("contrastive", backend, caller, x, views=views) == "native"
+    return choose_backend("contrastive", backend, caller, *call, views=views) == "native"
 
 
 def takes_row_losses(backend, caller, x, *values):
@@ -57,7 +61,7 @@ def takes_row_losses(backend, caller, x, *values):
     if torch._C._are_functorch_transforms_active() or fwAD._current_level >= 0:
         return False
     readable = all(type(value) is torch.Tensor and value.is_cpu for value in values)
-    return readable and takes_native_node(backend, caller, x)
+    return readable and runs_natively(backend, caller, x)
 
 
 def native_row_losses(rule, inputs, reduction, like, row_weights=None, constants=()):
@@ -91,6 +95,13 @@ def inverse(temperature, like):
     if torch.compiler.is_compiling():
         return (1 / _traced(temperature, like)).to(accumulation_dtype(like))
     return as_scalar(1 / float(temperature), like)
+
+
+def inverse_operand(temperature, like):
+    """As `inverse`, but of a number the number, where `as_scalar` makes it a tensor."""
+    if isinstance(temperature, torch.Tensor) or torch.compiler.is_compiling():
+        return inverse(temperature, like)
+    return 1 / float(temperature)
 
 
 def logarithm(number, like):

@@ -13,6 +13,7 @@ from ssl_kernels.checks import (
 from ssl_kernels.losses._labels import as_ids, as_index
 from ssl_kernels.losses._rows import row_dots
 from ssl_kernels.losses._shared import (
+    as_operand,
     as_scalar,
     not_below_zero,
     reduce,
@@ -20,6 +21,7 @@ from ssl_kernels.losses._shared import (
     unit_rows,
     widest_under_autocast,
 )
+from ssl_kernels.losses._softmax import pairs_loss
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import savable
 
@@ -100,6 +102,20 @@ def clip_loss(
             rows_for_several(rows, backend, OP) for rows in (image_features, text_features)
         )
 
+    if image_index is None and not label_smoothing:
+        return pairs_loss(
+            image_features,
+            text_features,
+            as_operand(logit_scale, image_features),
+            reduction,
+            row_weights,
+            row_ids=ids,
+            column_ids=ids,
+            both_directions=True,
+            normalize=normalize,
+            backend=backend,
+            caller=OP,
+        )
     scale = as_scalar(logit_scale, image_features)
     if image_index is not None:
         loss = _with_several_texts(
@@ -111,20 +127,16 @@ def clip_loss(
         text_features,
         scale,
         positives=torch.arange(n, device=image_features.device),
-        row_ids=ids,
-        column_ids=ids,
         normalize_rows=normalize,
         normalize_columns=normalize,
-        keep_diagonal=True,
         both_directions=True,
         backend=backend,
         caller=OP,
     )
     loss = (lse + text_lse) / 2 - (1 - label_smoothing) * positive
-    if label_smoothing:
-        images, texts = unit_rows(image_features, normalize), unit_rows(text_features, normalize)
-        means = row_dots(images, texts.mean(0)) + row_dots(texts, images.mean(0))
-        loss = not_below_zero(loss - label_smoothing / 2 * scale * means)
+    images, texts = unit_rows(image_features, normalize), unit_rows(text_features, normalize)
+    means = row_dots(images, texts.mean(0)) + row_dots(texts, images.mean(0))
+    loss = not_below_zero(loss - label_smoothing / 2 * scale * means)
     return reduce(loss, reduction, image_features, row_weights)
 
 

@@ -1,7 +1,5 @@
 """DCL: NT-Xent whose denominator leaves the positive out."""
 
-import torch
-
 from ssl_kernels.checks import (
     check_embeddings,
     check_least_rows,
@@ -10,8 +8,8 @@ from ssl_kernels.checks import (
     check_same_rows,
     check_scalar,
 )
-from ssl_kernels.losses._shared import inverse, reduce, stacked, widest_under_autocast
-from ssl_kernels.ops.contrastive import contrastive
+from ssl_kernels.losses._shared import inverse_operand, widest_under_autocast
+from ssl_kernels.losses._softmax import views_loss
 
 OP = "dcl_loss"
 
@@ -60,28 +58,18 @@ def dcl_loss(
     check_scalar(OP, "temperature", temperature, z0, positive=True)
     check_reduction(OP, reduction)
     check_row_weights(OP, "row_weights", row_weights, 2 * z0.shape[0], z0)
-    views = stacked(z0, z1)
-    lse, positive = negatives_and_positive(views, inverse(temperature, views), normalize, backend, OP)
-    return reduce(lse - positive, reduction, views, row_weights)
+    return views_loss(
+        z0,
+        z1,
+        inverse_operand(temperature, z0),
+        reduction,
+        row_weights,
+        leaves_partner_out=True,
+        normalize=normalize,
+        backend=backend,
+        caller=OP,
+    )
 
 
 dcl_loss.operation = "contrastive"
 dcl_loss.views = 2
-
-
-def negatives_and_positive(views, scale, normalize, backend, caller):
-    """log Σ exp over all views but a sample's own two, and the logit of its other view; (2B,) float64 each."""
-    half = views.shape[0] // 2
-    sample = torch.arange(half, device=views.device).repeat(2)
-    partner = torch.arange(-half, half, device=views.device)  # negative indices count from the end
-    lse, _, positive = contrastive(
-        views,
-        None,
-        scale,
-        positives=partner,
-        row_ids=sample,
-        normalize_rows=normalize,
-        backend=backend,
-        caller=caller,
-    )
-    return lse, positive

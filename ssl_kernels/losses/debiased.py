@@ -22,7 +22,7 @@ from ssl_kernels.losses._shared import (
     takes_row_losses,
     widest_under_autocast,
 )
-from ssl_kernels.losses.dcl import negatives_and_positive
+from ssl_kernels.losses._softmax import samples, sums_of_views
 
 OP = "debiased_nt_xent_loss"
 
@@ -78,7 +78,8 @@ def debiased_nt_xent_loss(
     check_row_weights(OP, "row_weights", row_weights, 2 * z0.shape[0], z0)
     views = stacked(z0, z1)
     scale = inverse(temperature, views)
-    lse, positive = negatives_and_positive(views, scale, normalize, backend, OP)
+    options = {"normalize": normalize, "backend": backend, "caller": OP}
+    lse, positive = sums_of_views(views, scale, samples(views), **options)
 
     # log G, all in logarithms: Σ − K τ exp(s) = Σ (1 − exp(excess)), which must be positive to have one.
     negatives = views.shape[0] - 2

@@ -15,12 +15,13 @@ from ssl_kernels.losses._rows import paired_logits
 from ssl_kernels.losses._shared import (
     infinite_as_nan,
     inverse,
+    inverse_operand,
     loss_beside,
-    reduce,
     rows_for_several,
-    takes_native_node,
+    runs_natively,
     widest_under_autocast,
 )
+from ssl_kernels.losses._softmax import pairs_loss
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.row_pairs import row_pairs
 
@@ -94,6 +95,20 @@ def info_nce_loss(
     check_name(OP, backend)
     query_ids, key_ids = _checked_ids(query, query_ids, key_ids, negative_keys)
 
+    if negative_keys is None:
+        return pairs_loss(
+            query,
+            positive_key,
+            inverse_operand(temperature, query),
+            reduction,
+            row_weights,
+            row_ids=query_ids,
+            column_ids=key_ids,
+            both_directions=symmetric,
+            normalize=normalize,
+            backend=backend,
+            caller=OP,
+        )
     scale = inverse(temperature, query)
     options = {
         "row_ids": query_ids,
@@ -103,20 +118,6 @@ def info_nce_loss(
         "backend": backend,
         "caller": OP,
     }
-    if negative_keys is None:
-        own = torch.arange(query.shape[0], device=query.device)
-        lse, key_lse, positive = contrastive(
-            query,
-            positive_key,
-            scale,
-            positives=own,
-            keep_diagonal=True,
-            both_directions=symmetric,
-            **options,
-        )
-        loss = ((lse + key_lse) / 2 if symmetric else lse) - positive
-        return reduce(loss, reduction, query, row_weights)
-
     query, positive_key = (rows_for_several(rows, backend, OP) for rows in (query, positive_key))
     products = row_pairs(
         query, positive_key, normalize=normalize, measure="product", backend=backend, caller=OP
@@ -124,7 +125,7 @@ def info_nce_loss(
     if negative_mode == "unpaired":
         lse = contrastive(query, negative_keys, scale, **options).lse
     else:
-        native = takes_native_node(backend, OP, query)
+        native = runs_natively(backend, OP, query)
         logits = paired_logits(query, negative_keys, scale, normalize, native)
         if query_ids is not None:
             logits = logits.masked_fill(query_ids[:, None] == key_ids, -torch.inf)

@@ -1,7 +1,5 @@
 """NT-Xent, the loss of SimCLR."""
 
-import torch
-
 from ssl_kernels.checks import (
     check_embeddings,
     check_reduction,
@@ -11,15 +9,15 @@ from ssl_kernels.checks import (
 )
 from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._shared import (
+    as_scalar,
     infinite_as_nan,
-    inverse,
+    inverse_operand,
     minus_log_sigmoid,
     reduce,
     stacked,
-    takes_native_node,
     widest_under_autocast,
 )
-from ssl_kernels.ops.contrastive import contrastive
+from ssl_kernels.losses._softmax import sums_of_views, views_loss
 
 
 def nt_xent_loss(
@@ -71,30 +69,14 @@ def nt_xent_loss(
     check_row_weights(op, "row_weights", row_weights, 2 * z0.shape[0], z0)
     if ids is not None:
         ids = as_ids(op, "ids", ids, (z0.shape[0],), z0)
-    is_total = reduction != "none" and row_weights is None and ids is None
-    if is_total and takes_native_node(backend, op, z0, views=2):
-        # The same in C++: csrc/ops/nt_xent_loss.cpp says why.
-        learned = isinstance(temperature, torch.Tensor)
-        scale = (inverse(temperature, z0), 1.0) if learned else (None, 1 / float(temperature))
-        return torch.ops.ssl_kernels.nt_xent_loss.native(z0, z1, *scale, normalize, reduction == "mean")
+    scale = inverse_operand(temperature, z0)
+    options = {"normalize": normalize, "backend": backend, "caller": op}
+    if ids is None:
+        return views_loss(z0, z1, scale, reduction, row_weights, **options)
+    # Where the partner is left out of the sum too.
     views = stacked(z0, z1)
-    partner = torch.arange(
-        -z0.shape[0], z0.shape[0], device=views.device
-    )  # negative indices count from the end
-    lse, _, positive = contrastive(
-        views,
-        None,
-        inverse(temperature, z0),
-        positives=partner,
-        row_ids=None if ids is None else ids.repeat(2),
-        normalize_rows=normalize,
-        backend=backend,
-        caller=op,
-    )
-    # With ids the partner is left out of the sum too.
-    loss = (
-        lse - positive if ids is None else minus_log_sigmoid(infinite_as_nan(positive) - infinite_as_nan(lse))
-    )
+    lse, positive = sums_of_views(views, as_scalar(scale, z0), ids.repeat(2), **options)
+    loss = minus_log_sigmoid(infinite_as_nan(positive) - infinite_as_nan(lse))
     return reduce(loss, reduction, views, row_weights)
 
 

@@ -16,7 +16,8 @@ from ssl_kernels.checks import (
 )
 from ssl_kernels.losses._labels import as_ids, bit_sets, ranks, without_unlabelled
 from ssl_kernels.losses._rows import Groups, less_class_means
-from ssl_kernels.losses._shared import inverse, not_below_zero, reduce, weighted_mean
+from ssl_kernels.losses._shared import inverse, inverse_operand, not_below_zero, reduce, weighted_mean
+from ssl_kernels.losses._softmax import one_node
 from ssl_kernels.ops.class_contrastive import class_contrastive, takes_classes
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
@@ -82,6 +83,15 @@ def sup_con_loss(
     check_reduction(OP, reduction)
     check_row_weights(OP, "row_weights", row_weights, features.shape[0], features)
     chosen = backends.choose_backend("contrastive", backend, OP, features)
+    look = can_be_read(features)
+    if look and chosen == "native" and reduction != "none" and row_weights is None and can_be_read(positives):
+        scale = inverse_operand(temperature, features)
+        loss, counted = one_node(
+            features, None, scale, classes=positives, normalize=normalize, reduction=reduction
+        )
+        if counted == 0:
+            _warn_of_no_positive()
+        return loss
     scale = inverse(temperature, features)
     if not takes_classes(chosen, features) and positives.dim() > 1:
         if backend is not None:
@@ -94,12 +104,11 @@ def sup_con_loss(
     else:
         loss, counts = _by_class_sums(features, scale, positives, normalize, chosen)
 
-    look = can_be_read(features)
     if look and counts.min().item() > 0:
         return reduce(loss, reduction, features, row_weights)
     has_positive = counts > 0
     if look and not has_positive.any():
-        warnings.warn(f"{OP}: no row has another of its label, so the loss is 0", stacklevel=2)
+        _warn_of_no_positive()
     if reduction != "mean":
         return reduce(loss, reduction, features, row_weights)
     counted = has_positive.to(loss.dtype)
@@ -109,6 +118,10 @@ def sup_con_loss(
 
 
 sup_con_loss.operation = "contrastive"
+
+
+def _warn_of_no_positive():
+    warnings.warn(f"{OP}: no row has another of its label, so the loss is 0", stacklevel=3)
 
 
 def _positives(features, labels, positives, unlabelled):

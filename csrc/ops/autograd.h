@@ -1,0 +1,87 @@
+// What every node of autograd in C++ needs: the operators that it calls, what it keeps for its backward, and refusals of what
+// it has no derivative for.
+#pragma once
+
+#include <ATen/FuncTorchTLS.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/clone.h>
+#include <c10/util/Exception.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+namespace ssl_kernels {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// The `native` overload of an operator, through the dispatcher. To be looked up once:
+//   static const auto op = native_overload<Op>("ssl_kernels::row_pairs_fwd");
+template <class Op>
+c10::TypedOperatorHandle<Op> native_overload(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "native").typed<Op>();
+}
+
+inline OptionalTensor if_defined(const at::Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+inline at::Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : at::Tensor(); }
+
+// Inference tensors, which autograd refuses to save, as clones; the others as they are. A teacher's features are made
+// under inference_mode and get no gradient.
+inline torch::autograd::variable_list savable(torch::autograd::variable_list tensors) {
+  for (at::Tensor& tensor : tensors)
+    if (tensor.defined() && tensor.is_inference()) tensor = tensor.clone();
+  return tensors;
+}
+
+// Operators that are differentiated once must not be differentiated again as if their gradients were constants.
+struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
+  using variable_list = torch::autograd::variable_list;
+
+  static variable_list forward(torch::autograd::AutogradContext* ctx, at::TensorList grads, at::TensorList /*origins*/,
+                               const std::string& op) {
+    ctx->saved_data["op"] = op;
+    variable_list passed;
+    for (const at::Tensor& grad : grads) passed.push_back(grad.detach());
+    return passed;
+  }
+  static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list&) {
+    TORCH_CHECK(false, ctx->saved_data["op"].toStringRef(),
+                ": backend \"native\" has no second derivative; backend=\"reference\" has one");
+  }
+};
+
+// The gradients, which refuse to be differentiated by any of the defined ones among `origins`.
+inline torch::autograd::variable_list without_second_derivative(const char* op, torch::autograd::variable_list grads,
+                                                                const torch::autograd::variable_list& origins) {
+  if (!at::GradMode::is_enabled()) return grads;
+  torch::autograd::variable_list defined;
+  for (const at::Tensor& origin : origins)
+    if (origin.defined()) defined.push_back(origin);
+  return NoSecondDerivative::apply(at::TensorList(grads), at::TensorList(defined), std::string(op));
+}
+
+// The tangent of a dual tensor must not be dropped.
+inline void refuse_forward_mode(const char* op, std::initializer_list<const at::Tensor*> inputs) {
+  for (const at::Tensor* input : inputs)
+    TORCH_CHECK_NOT_IMPLEMENTED(!input || !input->defined() || !input->_fw_grad(/*level=*/0).defined(), op,
+                                ": backend \"native\" has no forward-mode derivative; backend=\"reference\" has one");
+}
+
+// torch.func.grad, vjp and vmap of them take no node of autograd in C++. Called where there would be one.
+inline void refuse_torch_func(const char* op) {
+  const auto& transforms = at::functorch::functorchTLSAccessor();
+  if (!transforms) return;
+  try {
+    transforms->checkSupportsCppAutogradFunction();
+  } catch (const c10::Error&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, op,
+                                ": backend \"native\" has no derivative inside torch.func; backend=\"reference\" has one");
+  }
+}
+
+}  // namespace ssl_kernels

@@ -1,0 +1,132 @@
+"""Losses lse_i − s_i,p(i): of each row's softmax over its columns, with one of these as its positive p(i)."""
+
+import torch
+
+from ssl_kernels.losses._shared import as_scalar, reduce, runs_natively, stacked
+from ssl_kernels.ops.contrastive import contrastive
+
+
+def views_loss(
+    z0, z1, scale, reduction, row_weights, *, leaves_partner_out=False, normalize, backend, caller
+):
+    """Reduced losses of the rows of z0 above z1, each among the others: p(i) is the other view of i.
+
+    Args:
+        scale: A number, or a tensor as `contrastive` takes it.
+        leaves_partner_out: Whether p(i) is left out of the sum.
+        caller: The loss, named in errors.
+    """
+    is_total = row_weights is None and reduction != "none"
+    if is_total and runs_natively(backend, caller, z0, views=2):
+        flags = {"are_views": True, "leaves_partner_out": leaves_partner_out, "normalize": normalize}
+        return one_node(z0, z1, scale, reduction=reduction, **flags)[0]
+    views = stacked(z0, z1)
+    lse, positive = sums_of_views(
+        views,
+        as_scalar(scale, z0),
+        samples(views) if leaves_partner_out else None,
+        normalize=normalize,
+        backend=backend,
+        caller=caller,
+    )
+    return reduce(lse - positive, reduction, views, row_weights)
+
+
+def samples(views):
+    """(2B,) the number of each view's sample."""
+    return torch.arange(views.shape[0] // 2, device=views.device).repeat(2)
+
+
+def sums_of_views(views, scale, ids=None, *, normalize, backend, caller):
+    """log Σ exp over all other views, of other ids if given, and the logit of the partner; (2B,) float64 each."""
+    half = views.shape[0] // 2
+    partner = torch.arange(-half, half, device=views.device)  # negative indices count from the end
+    lse, _, positive = contrastive(
+        views,
+        None,
+        scale,
+        positives=partner,
+        row_ids=ids,
+        normalize_rows=normalize,
+        backend=backend,
+        caller=caller,
+    )
+    return lse, positive
+
+
+def pairs_loss(
+    rows,
+    columns,
+    scale,
+    reduction,
+    row_weights,
+    *,
+    row_ids=None,
+    column_ids=None,
+    both_directions=False,
+    normalize,
+    backend,
+    caller,
+):
+    """Reduced losses of rows over columns, as many, with p(i) = i; with both_directions the mean of both softmaxes.
+
+    Args:
+        scale: A number, or a tensor as `contrastive` takes it.
+        row_ids, column_ids: (N,) int64, or None: other pairs of equal ids stay out of the sums.
+        caller: The loss, named in errors.
+    """
+    is_total = row_weights is None and reduction != "none"
+    if is_total and runs_natively(backend, caller, rows, columns, both_directions):
+        options = {"both_directions": both_directions, "normalize": normalize, "reduction": reduction}
+        return one_node(rows, columns, scale, row_ids=row_ids, column_ids=column_ids, **options)[0]
+    lse, column_lse, positive = contrastive(
+        rows,
+        columns,
+        as_scalar(scale, rows),
+        positives=torch.arange(rows.shape[0], device=rows.device),
+        row_ids=row_ids,
+        column_ids=column_ids,
+        normalize_rows=normalize,
+        normalize_columns=normalize,
+        keep_diagonal=True,
+        both_directions=both_directions,
+        backend=backend,
+        caller=caller,
+    )
+    loss = ((lse + column_lse) / 2 if both_directions else lse) - positive
+    return reduce(loss, reduction, rows, row_weights)
+
+
+def one_node(
+    rows,
+    others,
+    scale,
+    *,
+    classes=None,
+    row_ids=None,
+    column_ids=None,
+    are_views=False,
+    leaves_partner_out=False,
+    both_directions=False,
+    normalize,
+    reduction,
+):
+    """(reduced loss, how many rows the mean is over) in C++: csrc/ops/contrastive_loss.cpp has what, and says why.
+
+    Where `runs_natively`, `reduction` is "mean" or "sum"; with classes also where the rows can be read.
+    """
+    learned, constant = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
+    return torch.ops.ssl_kernels.contrastive_loss.native(
+        rows,
+        others,
+        learned,
+        constant,
+        classes,
+        row_ids,
+        column_ids,
+        are_views,
+        leaves_partner_out,
+        both_directions,
+        normalize,
+        reduction == "mean",
+    )
