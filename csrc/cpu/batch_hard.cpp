@@ -59,7 +59,7 @@ class Best {
   }
 
   at::Tensor result(const at::TensorOptions& options) const {
-    const at::Tensor index = at::empty({static_cast<int64_t>(index_.size())}, options.dtype(at::kLong));
+    const at::Tensor index = pooled({static_cast<int64_t>(index_.size())}, options.dtype(at::kLong));
     std::copy(index_.begin(), index_.end(), index.mutable_data_ptr<int64_t>());
     return index;
   }

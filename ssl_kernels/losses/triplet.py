@@ -72,7 +72,6 @@ def triplet_loss(
     if distance not in DISTANCES:
         raise ValueError(f'{op}: distance must be "euclidean" or "cosine", got {distance!r}')
     check_reduction(op, reduction)
-    labels = labels.to(torch.int64)
     chosen = choose_backend("batch_hard", backend, op, embeddings, labels)
     if mining == "semi_hard":
         losses, triplets = semi_hard_losses(embeddings, labels, margin, distance, normalize, chosen)

@@ -1,6 +1,5 @@
 """Every loss against its definition in float64: values, gradients, reductions, dtypes, edges, memory."""
 
-import dataclasses
 import functools
 import inspect
 import math
@@ -14,6 +13,7 @@ from torch import nn
 
 import ssl_kernels
 from ssl_kernels import losses
+from ssl_kernels.losses import _softmax
 from ssl_kernels.recipes.memory import peak_memory
 from tests.helpers import BACKENDS, DTYPES, OPERATORS, random_rows, same_bits, saved_bytes
 from tests.losses.cases import CASES, call, on_backends, value_and_gradients
@@ -788,9 +788,9 @@ def nothing_runs(monkeypatch):
     def fail(*_, **__):
         pytest.fail("the operation ran on bad input")
 
-    for case in CASES:
-        module = inspect.getmodule(getattr(losses, case.loss))
-        for operation in ("contrastive", "class_contrastive", "row_pairs", "paired_logits"):
+    modules = [inspect.getmodule(getattr(losses, case.loss)) for case in CASES]
+    for module in (*modules, _softmax):
+        for operation in ("contrastive", "class_contrastive", "one_node", "row_pairs", "paired_logits"):
             if hasattr(module, operation):
                 monkeypatch.setattr(module, operation, fail)
 
@@ -798,8 +798,6 @@ def nothing_runs(monkeypatch):
 @every_case
 def test_every_loss_reaches_an_operation(case, nothing_runs):
     """So that `nothing_runs` can fail."""
-    if case.name == "nt_xent":  # its node in C++ is all of it
-        case = dataclasses.replace(case, options=(("backend", "chunked"),))
     with pytest.raises(pytest.fail.Exception, match="the operation ran"):
         call(getattr(losses, case.loss), **case.arguments(6, 4))
 

@@ -515,7 +515,7 @@ def nothing_runs(monkeypatch):
             monkeypatch.setitem(operators, overload, fail)
     monkeypatch.setattr(ssl_kernels.ops.contrastive.reference, "contrastive", fail)
     if ssl_kernels.backends.extension is not None:
-        monkeypatch.setattr(torch.ops.ssl_kernels.nt_xent_loss, "native", fail)
+        monkeypatch.setattr(torch.ops.ssl_kernels.contrastive_loss, "native", fail)
 
 
 @every_backend
