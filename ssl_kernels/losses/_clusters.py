@@ -4,16 +4,20 @@ With the student's logits s (of unit rows x and prototypes y) and the teacher's 
 
     −Σ_k p_k log softmax(s)_k = lse(s) − <x, Σ_k p_k y_k> · scale
 
-so that one streamed pass over the prototypes gives the first term and another the second; neither keeps anything of
-size N × K. Views that share a teacher are added up before they meet its expectation.
+so that neither term needs anything of size N × K in memory. On the CPU and in plain PyTorch both are made of one block
+of logits after the other (`cluster_cross_entropy`); the kernels of a GPU stream over the prototypes once for the first
+term and once for the second, where views that share a teacher are added up before they meet its expectation.
 """
+
+from typing import NamedTuple
 
 import torch
 
 from ssl_kernels.checks import check_embeddings, check_same_rows
-from ssl_kernels.losses._rows import row_dots
-from ssl_kernels.losses._shared import rows_for_several, stacked, unit_rows
+from ssl_kernels.losses._shared import not_below_zero, reduce, rows_for_several, stacked, unit_rows
+from ssl_kernels.ops.cluster_cross_entropy import cluster_cross_entropy
 from ssl_kernels.ops.contrastive import contrastive
+from ssl_kernels.ops.library import accumulation_dtype
 from ssl_kernels.ops.teacher_dots import teacher_dots
 from ssl_kernels.reference.products import product
 
@@ -39,81 +43,119 @@ def views_of(op, name, value):
     return views
 
 
-def swapped_cross_entropy(
-    student,
-    prototypes,
-    scale,
-    teacher,
-    pairs,
-    *,
-    normalize,
-    normalize_prototypes,
-    backend,
-    chosen,
-    caller,
-):
-    """Mean over the pairs of the cross-entropies of samples, (N,) float64.
+class Teacher(NamedTuple):
+    """The teacher's logits, rows @ columnsᵀ + bias."""
+
+    rows: list  # A tensors (N, T)
+    columns: torch.Tensor  # (K, T)
+    biases: torch.Tensor | None  # (A, K), one for each of rows, (1, K) for all, or None
+
+
+class Prototypes(NamedTuple):
+    """The student's last layer: its logits are scale · <x̂, ŷ>."""
+
+    columns: torch.Tensor  # (K, D)
+    scale: torch.Tensor  # 0-d
+    normalize_rows: bool
+    normalize_columns: bool
+
+
+def sample_weights(reduction, row_weights, n, like):
+    """(N,) float64 with which a reduction adds up the samples' losses, or None for "none"."""
+    if reduction == "none":
+        return None
+    if row_weights is None:
+        weights = torch.ones(n, dtype=torch.float64, device=like.device)
+        return weights / n if reduction == "mean" else weights
+    weights = row_weights.to(torch.float64)
+    if reduction == "sum":
+        return weights
+    total = weights.sum()
+    return (weights / total.where(total != 0, 1)).where(total != 0, 0)
+
+
+def reduced(loss, weights, like, row_weights):
+    """What the caller asked for, of the losses of samples, or of their sum by `weights`."""
+    if weights is None:
+        return reduce(loss, "none", like, row_weights)
+    return loss.to(accumulation_dtype(like))
+
+
+def swapped_cross_entropy(student, prototypes, teacher, pairs, weights, *, backend, chosen, caller):
+    """Mean over the pairs of the cross-entropies of samples, (N,) float64, or their sum by weights.
 
     Args:
         student: V tensors (N, D).
-        prototypes: (K, D).
-        scale: 0-d, of the student's logits.
-        teacher: (rows, columns) as `biased` makes them of A tensors (N, T) and the teacher's prototypes.
+        prototypes, teacher: `Prototypes` and `Teacher`.
         pairs: (a, v): view v of the student is to have the probabilities of the teacher's view a.
+        weights: (N,) float64, or None.
         backend, chosen: What the caller asked for, and the backend that runs the call.
     """
+    if chosen == "chunked" or (chosen == "native" and not student[0].is_cuda):
+        return cluster_cross_entropy(
+            stacked(*student),
+            prototypes.columns,
+            prototypes.scale,
+            (torch.cat(teacher.rows), teacher.columns, teacher.biases),
+            pairs,
+            weights,
+            views=len(student),
+            normalize_rows=prototypes.normalize_rows,
+            normalize_columns=prototypes.normalize_columns,
+            caller=caller,
+            chosen=chosen,
+        )
+    if chosen == "reference":
+        losses = _by_definition(student, prototypes, teacher, pairs)
+    else:
+        losses = streamed(student, prototypes, teacher, pairs, backend=backend, chosen=chosen, caller=caller)
+    losses = not_below_zero(losses)
+    return losses if weights is None else (losses * weights).sum()
+
+
+def _by_definition(student, prototypes, teacher, pairs):
+    columns, scale, normalize_rows, normalize_columns = prototypes
+    columns = unit_rows(columns, normalize_columns)
+    codes = [product(rows, teacher.columns.T) for rows in teacher.rows]
+    if teacher.biases is not None:
+        biases = teacher.biases.expand(len(codes), -1).unbind(0)
+        codes = [logits + bias for logits, bias in zip(codes, biases, strict=True)]
+    codes = [torch.softmax(logits, 1) for logits in codes]
+    logits = [torch.log_softmax(scale * product(unit_rows(x, normalize_rows), columns.T), 1) for x in student]
+    return -sum((codes[a] * logits[v]).sum(1).double() for a, v in pairs) / len(pairs)
+
+
+def streamed(student, prototypes, teacher, pairs, *, backend, chosen, caller):
+    """`swapped_cross_entropy` by the algebra above, of samples, over `contrastive`."""
+    columns, scale, normalize_rows, normalize_columns = prototypes
     n = student[0].shape[0]
     counts = [sum(v == view for _, v in pairs) for view in range(len(student))]
     student = [rows_for_several(view, backend, caller) for view in student]
-    prototypes = rows_for_several(prototypes, backend, caller)
+    columns = rows_for_several(columns, backend, caller)
     lse = contrastive(
         stacked(*(view for view, count in zip(student, counts, strict=True) if count)),
-        prototypes,
+        columns,
         scale,
-        normalize_rows=normalize,
-        normalize_columns=normalize_prototypes,
+        normalize_rows=normalize_rows,
+        normalize_columns=normalize_columns,
         backend=chosen,
         caller=caller,
     ).lse
     used = [count for count in counts if count]
     lse = sum(count * each for count, each in zip(used, lse.view(len(used), n).unbind(0), strict=True))
-    views = [unit_rows(view, normalize) for view in student]
-    teachers = 1 + max(a for a, _ in pairs)
-    swapped = [sum(views[v] for of, v in pairs if of == a) for a in range(teachers)]
-    dots = expected_dots(chosen, torch.cat(swapped), unit_rows(prototypes, normalize_prototypes), *teacher)
+    views = [unit_rows(view, normalize_rows) for view in student]
+    teachers = len(teacher.rows)
+    swapped = torch.cat([sum(views[v] for of, v in pairs if of == a) for a in range(teachers)])
+    dots = teacher_dots(chosen, swapped, unit_rows(columns, normalize_columns), *_with_bias(teacher))[0]
     return (lse - scale * dots.view(teachers, n).sum(0)) / len(pairs)
 
 
-def biased(rows, columns, biases):
-    """(rows, columns) with the logits <rows_i, columns_k> + bias_k, by a feature of value 1 for each bias.
-
-    Args:
-        rows: A tensors (N, T).
-        columns: (K, T).
-        biases: None, one (K,) for all, or one for each of rows.
-    """
+def _with_bias(teacher):
+    """(rows, columns) of the teacher with the bias as a product of features more: of 1 and the bias."""
+    rows, columns, biases = teacher
     if biases is None:
         return torch.cat(rows), columns
-    if len(biases) == 1:
-        rows = torch.cat(rows)
-        return torch.cat((rows, torch.ones_like(rows[:, :1])), 1), torch.cat((columns, biases[0][:, None]), 1)
-    ones = [
-        torch.cat(
-            [
-                torch.ones_like(own[:, :1]) if k == a else torch.zeros_like(own[:, :1])
-                for k in range(len(biases))
-            ],
-            1,
-        )
-        for a, own in enumerate(rows)
-    ]
-    rows = torch.cat([torch.cat((own, of), 1) for own, of in zip(rows, ones, strict=True)])
-    return rows, torch.cat((columns, torch.stack(biases, 1)), 1)
-
-
-def expected_dots(chosen, x, y, rows, columns):
-    """<x_i, Σ_k p_ik y_k>, (N,) float64, p_i = softmax over k of <rows_i, columns_k>, which get no gradient."""
-    if chosen == "reference":
-        probabilities = torch.softmax(product(rows, columns.T), 1)
-        return row_dots(x, product(probabilities, y))
-    return teacher_dots(chosen, x, y, rows, columns)[0]
+    places = torch.eye(len(biases), dtype=columns.dtype, device=columns.device)
+    places = places.expand(len(rows), -1) if len(biases) == 1 else places
+    rows = [torch.cat((own, place.expand(len(own), -1)), 1) for own, place in zip(rows, places, strict=True)]
+    return torch.cat(rows), torch.cat((columns, biases.T), 1)

@@ -3,6 +3,10 @@
 C = X̄ᵀ Ȳ of the centred rows is the large product; what else there is costs O(N · D + D · D). Over a process group
 the sums are those of all ranks' rows, and each rank's gradient is `world` times that of the global loss by its rows, so
 that the mean over the ranks, which data parallelism takes, is the global gradient.
+
+With half as many rows as features or fewer, the products of rows with rows are the smaller ones, and they are enough
+for the sum of all squares: |X̄ᵀ Ȳ|² = Σ_nm (X̄ X̄ᵀ)_nm (Ȳ Ȳᵀ)_nm. So sums over the features cost N · N · D where they
+may.
 """
 
 import torch
@@ -78,6 +82,57 @@ class _Correlation(torch.autograd.Function):
         return None, None, None, None, *grads, None
 
 
+class _CorrelationSums(torch.autograd.Function):
+    """The sums over the features of what `_Correlation` gives, by products of rows with rows."""
+
+    @staticmethod
+    def forward(ctx, op, chosen, x, y, eps):
+        with torch.autocast(x.device.type, enabled=False):
+            n = x.shape[0]
+            units, moments, grams = [], [], []
+            for rows in (x, y):
+                centred, mean = _centred(rows, n, "")
+                scale = (centred.square().sum(0) / n + eps).rsqrt()
+                unit = centred.mul_(scale)
+                units.append(unit)
+                moments += [mean, scale]
+                grams.append(unit @ unit.T)
+            on_diagonal = (units[0] * units[1]).sum(0) / n
+            squares = (grams[0] * grams[1]).sum(dtype=torch.float64) / n**2
+        ctx.save_for_backward(*all_savable(x, y, on_diagonal, *moments, *grams))
+        ctx.op, ctx.chosen = op, chosen
+        off = squares - on_diagonal.square().sum(dtype=torch.float64)
+        return (1 - on_diagonal).square().sum(dtype=torch.float64), off
+
+    @staticmethod
+    def backward(ctx, grad_on, grad_off):
+        x, y, on_diagonal, mean, scale, other_mean, other_scale, gram, other_gram = ctx.saved_tensors
+        needs, n = ctx.needs_input_grad[2:4], x.shape[0]
+
+        def make():
+            with torch.autocast(x.device.type, enabled=False):
+                acc = mean.dtype
+                twice = (2 * grad_off).to(acc)
+                diagonal = (2 * grad_on).to(acc) * (on_diagonal - 1) - twice * on_diagonal
+                first, second = (x.to(acc) - mean).mul_(scale), (y.to(acc) - other_mean).mul_(other_scale)
+                grads = []
+                for need, own, other, matrix, shrink in (
+                    (needs[0], first, second, other_gram, scale),
+                    (needs[1], second, first, gram, other_scale),
+                ):
+                    if not need:
+                        grads.append(x.new_empty(0))
+                        continue
+                    mixed = (matrix @ own).mul_(twice / n)  # N times what the squares give
+                    along = ((own * mixed).sum(0) / n + diagonal * on_diagonal) / n
+                    made = mixed.addcmul_(other, diagonal).div_(n).addcmul_(own, along, value=-1)
+                    grads.append(made.mul_(shrink).to(x.dtype))
+            return tuple(grads)
+
+        made = once(ctx.op, ctx.chosen, make, grad_on, grad_off, x, y)
+        return None, None, *(grad if need else None for grad, need in zip(made, needs, strict=True)), None
+
+
 class _Covariance(torch.autograd.Function):
     """(D,) of the features of rows: the variance, and the sum of the squared covariances with the other features."""
 
@@ -104,6 +159,36 @@ class _Covariance(torch.autograd.Function):
                 return (centred @ by_covariance).mul_(ctx.world / (count - 1)).to(x.dtype)
 
         return None, None, None, None, once(ctx.op, ctx.chosen, make, grad_variance, grad_off, x)
+
+
+class _CovarianceSums(torch.autograd.Function):
+    """(D,) variances, and the sum over the features of the other result of `_Covariance`, by products of rows with
+    rows."""
+
+    @staticmethod
+    def forward(ctx, op, chosen, x):
+        with torch.autocast(x.device.type, enabled=False):
+            centred, mean = _centred(x, x.shape[0], "")
+            gram = centred @ centred.T
+            variance = centred.square_().sum(0) / (x.shape[0] - 1)
+        ctx.save_for_backward(*all_savable(x, mean, variance, gram))
+        ctx.op, ctx.chosen = op, chosen
+        squares = gram.square().sum(dtype=torch.float64) / (x.shape[0] - 1) ** 2
+        return variance.clone(), squares - variance.square().sum(dtype=torch.float64)
+
+    @staticmethod
+    def backward(ctx, grad_variance, grad_off):
+        x, mean, variance, gram = ctx.saved_tensors
+
+        def make():
+            with torch.autocast(x.device.type, enabled=False):
+                factor = (4 * grad_off).to(mean.dtype)
+                centred = x.to(mean.dtype) - mean
+                own = 2 * grad_variance - factor * variance
+                made = (gram @ centred).mul_(factor / (x.shape[0] - 1)).addcmul_(centred, own)
+                return made.div_(x.shape[0] - 1).to(x.dtype)
+
+        return None, None, once(ctx.op, ctx.chosen, make, grad_variance, grad_off, x)
 
 
 class _MeanSquares(torch.autograd.Function):
@@ -136,14 +221,25 @@ class _MeanSquares(torch.autograd.Function):
         )
 
 
-def correlations(op, chosen, group, world, x, y, eps):
-    """`_Correlation` of a backend other than the reference."""
-    return _Correlation.apply(op, chosen, group, world, x, y, eps)
+def few_rows(x, group):
+    """Whether products of rows with rows are the smaller ones. Sizes that change would compile anew."""
+    return not group and not torch.compiler.is_compiling() and 2 * x.shape[0] <= x.shape[1]
 
 
-def covariances(op, chosen, group, world, x):
-    """`_Covariance` of a backend other than the reference."""
-    return _Covariance.apply(op, chosen, group, world, x)
+def correlations(op, chosen, group, world, x, y, eps, summed_up):
+    """`_Correlation` of a backend other than the reference, or with summed_up its results' sums over the features."""
+    if summed_up and few_rows(x, group):
+        return _CorrelationSums.apply(op, chosen, x, y, eps)
+    results = _Correlation.apply(op, chosen, group, world, x, y, eps)
+    return tuple(each.sum() for each in results) if summed_up else results
+
+
+def covariances(op, chosen, group, world, x, summed_up):
+    """`_Covariance` of a backend other than the reference; with summed_up the second result's sum over the features."""
+    if summed_up and few_rows(x, group):
+        return _CovarianceSums.apply(op, chosen, x)
+    variance, others = _Covariance.apply(op, chosen, group, world, x)
+    return variance, others.sum() if summed_up else others
 
 
 def mean_squares(op, chosen, group, world, x, y):

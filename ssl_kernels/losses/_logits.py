@@ -5,12 +5,13 @@ Nothing of the size of the logits is kept beside them: backward makes the softma
 
 import torch
 
+from ssl_kernels.losses._shared import not_below_zero
 from ssl_kernels.ops.library import all_savable
 from ssl_kernels.ops.operation import once
 
 
-def swapped_logits(student, scale, teacher, steepness, bias, pairs, *, chosen):
-    """Mean over the pairs of the cross-entropies of samples, (N,) float64.
+def swapped_logits(student, scale, teacher, steepness, bias, pairs, weights, *, chosen):
+    """Mean over the pairs of the cross-entropies of samples, (N,) float64, or their sum by weights.
 
     Args:
         student: V tensors (N, K).
@@ -18,18 +19,21 @@ def swapped_logits(student, scale, teacher, steepness, bias, pairs, *, chosen):
         teacher: A tensors (N, K) with the probabilities softmax(steepness · t + bias), without gradient.
         steepness, bias: 0-d, and (K,) or None.
         pairs: (a, v): view v of the student is to have the probabilities of the teacher's view a.
+        weights: (N,) float64, or None.
         chosen: The backend.
     """
     if chosen == "reference":
-        with torch.autocast(student[0].device.type, enabled=False):
-            codes = [_codes(logits, steepness, bias) for logits in teacher]
-            return -sum(
-                (codes[a] * torch.log_softmax(scale * student[v].to(scale.dtype), 1)).sum(1).double()
-                for a, v in pairs
-            ) / len(pairs)
-    return _SwappedLogits.apply(
-        tuple(pairs), len(student), chosen, scale, steepness, bias, *student, *teacher
-    )
+        codes = [_codes(logits, steepness, bias) for logits in teacher]
+        losses = -sum(
+            (codes[a] * torch.log_softmax(scale * student[v].to(scale.dtype), 1)).sum(1).double()
+            for a, v in pairs
+        ) / len(pairs)
+    else:
+        losses = _SwappedLogits.apply(
+            tuple(pairs), len(student), chosen, scale, steepness, bias, *student, *teacher
+        )
+    losses = not_below_zero(losses)
+    return losses if weights is None else (losses * weights).sum()
 
 
 def _codes(logits, steepness, bias):
@@ -40,9 +44,13 @@ def _codes(logits, steepness, bias):
 def _targets(pairs, teacher, steepness, bias):
     """(number of a view of the student, how many teachers it has, the sum of their probabilities), view by view."""
     codes = [_codes(logits, steepness, bias) for logits in teacher]
-    for view in sorted({v for _, v in pairs}):
-        own = [codes[a] for a, v in pairs if v == view]
-        yield view, len(own), own[0] if len(own) == 1 else sum(own)
+    of_view, sums = {}, {}
+    for a, v in pairs:
+        of_view[v] = (*of_view.get(v, ()), a)
+    for view, of in of_view.items():
+        if of not in sums:
+            sums[of] = codes[of[0]] if len(of) == 1 else torch.stack([codes[a] for a in of]).sum(0)
+        yield view, len(of), sums[of]
 
 
 class _SwappedLogits(torch.autograd.Function):
@@ -51,10 +59,9 @@ class _SwappedLogits(torch.autograd.Function):
         student, teacher = views[:students], views[students:]
         loss = 0
         with torch.autocast(scale.device.type, enabled=False):
-            for view, count, target in _targets(pairs, teacher, steepness, bias):
-                logits = scale * student[view].to(scale.dtype)
-                dots = (target * logits).sum(1, dtype=torch.float64)
-                loss = loss + count * torch.logsumexp(logits, 1).double() - dots
+            for view, _, target in _targets(pairs, teacher, steepness, bias):
+                probabilities = torch.log_softmax(scale * student[view].to(scale.dtype), 1)
+                loss = loss - (probabilities * target).sum(1, dtype=torch.float64)
         ctx.save_for_backward(*all_savable(scale, steepness, bias, *views))
         ctx.pairs, ctx.students, ctx.chosen = pairs, students, chosen
         return loss / len(pairs)
@@ -68,19 +75,23 @@ class _SwappedLogits(torch.autograd.Function):
 
         def make():
             weight = (grad / len(ctx.pairs)).to(scale.dtype)[:, None]
+            scaled = weight * scale
             by_scale = torch.zeros((), dtype=torch.float64, device=scale.device)
-            grads = [
-                torch.zeros_like(each) if need else each.new_empty(0)
-                for each, need in zip(student, needs, strict=True)
-            ]
+            grads = [None if need else each.new_empty(0) for each, need in zip(student, needs, strict=True)]
             with torch.autocast(scale.device.type, enabled=False):
                 for view, count, target in _targets(ctx.pairs, teacher, steepness, bias):
                     logits = student[view].to(scale.dtype)
-                    by_logits = torch.softmax(scale * logits, 1).mul_(count).sub_(target).mul_(weight)
+                    by_logits = torch.softmax(scale * logits, 1)
+                    if count > 1:
+                        by_logits.mul_(count)
+                    by_logits.sub_(target)
                     if scale_needs_grad:
-                        by_scale = by_scale + (by_logits * logits).sum(dtype=torch.float64)
+                        by_scale = by_scale + (by_logits * logits * weight).sum(dtype=torch.float64)
                     if needs[view]:
-                        grads[view] = (by_logits * scale).to(student[view].dtype)
+                        grads[view] = by_logits.mul_(scaled).to(student[view].dtype)
+            grads = [
+                torch.zeros_like(x) if made is None else made for x, made in zip(student, grads, strict=True)
+            ]
             return by_scale.to(scale.dtype), *grads
 
         by_scale, *grads = once("dino_loss", ctx.chosen, make, grad, scale, *views)

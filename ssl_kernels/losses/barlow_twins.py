@@ -26,8 +26,8 @@ def barlow_twins_loss(
         loss = Σ_d (1 − c_dd)² + off_diagonal_weight · Σ_d Σ_{j ≠ d} c_dj²
         c_dj = 1 / N · Σ_i ẑ0_id ẑ1_ij,  ẑ_id = (z_id − mean_d) / sqrt(variance_d + eps) over the batch
 
-    The normalisation and its gradient are part of the loss; what it costs are three products of N · D · D: one forward,
-    and one backward for each view.
+    The normalisation and its gradient are part of the loss. What it costs are three products of N · D · D, one forward
+    and one backward for each view; for a sum or mean with 2 N <= D in one process, four of N · N · D.
 
     Args:
         z0, z1: (N, D) each with N >= 2, row i of both a pair: what the projector makes of two views, not normalised.
@@ -72,8 +72,11 @@ def barlow_twins_loss(
             on_diagonal, off_diagonal = cross_correlation(z0.to(acc), z1.to(acc), eps)
     else:
         refuse_torch_func(OP, chosen)
-        on_diagonal, off_diagonal = correlations(OP, chosen, name, world, z0, z1, eps)
-    return reduce(on_diagonal + weight * off_diagonal, reduction, z0)
+        on_diagonal, off_diagonal = correlations(OP, chosen, name, world, z0, z1, eps, reduction != "none")
+    loss = on_diagonal + weight * off_diagonal
+    if loss.dim():
+        return reduce(loss, reduction, z0)
+    return (loss / z0.shape[1] if reduction == "mean" else loss).to(accumulation_dtype(z0))
 
 
 barlow_twins_loss.operation = "row_pairs"

@@ -13,9 +13,16 @@ from ssl_kernels.checks import (
     check_shape,
     short,
 )
-from ssl_kernels.losses._clusters import biased, swapped_cross_entropy, views_of
+from ssl_kernels.losses._clusters import (
+    Prototypes,
+    Teacher,
+    reduced,
+    sample_weights,
+    swapped_cross_entropy,
+    views_of,
+)
 from ssl_kernels.losses._logits import swapped_logits
-from ssl_kernels.losses._shared import inverse, not_below_zero, reduce, unit_rows, widest_under_autocast
+from ssl_kernels.losses._shared import inverse, unit_rows, widest_under_autocast
 from ssl_kernels.losses.sinkhorn import check_iterations, group_name
 from ssl_kernels.ops.column_potentials import column_potentials
 from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
@@ -133,25 +140,25 @@ def dino_loss(
                 name,
                 chosen,
             )
+    weights = image_weights = sample_weights(reduction, row_weights, n, like)
+    if mask is not None and weights is not None:
+        weights = _weights_of_tokens(image_weights, places, mask)
     if prototypes is None:
-        loss = swapped_logits(students, scale, teachers, steepness, bias, pairs, chosen=chosen)
+        loss = swapped_logits(students, scale, teachers, steepness, bias, pairs, weights, chosen=chosen)
     else:
         loss = swapped_cross_entropy(
             students,
-            prototypes,
-            scale,
-            biased(teachers, columns, None if bias is None else [bias]),
+            Prototypes(prototypes, scale, normalize, normalize_prototypes),
+            Teacher(teachers, columns, None if bias is None else bias[None]),
             pairs,
-            normalize=normalize,
-            normalize_prototypes=normalize_prototypes,
+            weights,
             backend=backend,
             chosen=chosen,
             caller=OP,
         )
-    loss = not_below_zero(loss)
-    if mask is not None:
+    if mask is not None and weights is None:
         loss = _of_images(loss, places, mask)
-    return reduce(loss, reduction, like, row_weights)
+    return reduced(loss, weights, like, row_weights)
 
 
 dino_loss.operation = "contrastive"
@@ -261,12 +268,22 @@ def _masked_tokens(students, teachers, mask):
     return [students], [teachers], None
 
 
+def _shares(mask):
+    """(A, N, L) float64: how much a token counts in the loss of its image."""
+    return mask.double() / mask.sum(2, keepdim=True).clamp_min(1) / mask.shape[0]
+
+
+def _weights_of_tokens(weights, places, mask):
+    """Those of the images (N,), divided among their tokens."""
+    weights = (weights[:, None] * _shares(mask)).flatten()
+    return weights if places is None else weights[places]
+
+
 def _of_images(loss, places, mask):
     """(N,) of the losses of tokens."""
     if places is not None:
         loss = loss.new_zeros(mask.numel()).index_copy(0, places, loss)
-    counts = mask.sum(2).clamp_min(1)
-    return (loss.view(mask.shape).where(mask, 0).sum(2) / counts).mean(0)
+    return (loss.view(mask.shape) * _shares(mask)).sum((0, 2))
 
 
 def _potentials(rows, columns, counts, iterations, name, chosen):

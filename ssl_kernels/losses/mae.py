@@ -5,8 +5,8 @@ import torch
 from ssl_kernels.backends import choose_backend
 from ssl_kernels.checks import DTYPES, check_reduction, check_scalar, short
 from ssl_kernels.losses._shared import as_scalar, reduce
-from ssl_kernels.ops.library import accumulation_dtype, all_savable, refuse_torch_func
-from ssl_kernels.ops.operation import once
+from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
+from ssl_kernels.ops.patch_errors import patch_errors
 
 OP = "mae_loss"
 
@@ -18,8 +18,8 @@ def mae_loss(
 
         loss_p = 1 / C · Σ_c (prediction_pc − t̂_pc)²,  t̂_p = (target_p − mean_p) / sqrt(variance_p + eps)
 
-    with mean and variance (divided by C − 1) over the C numbers of the patch. Nothing of the target's size is kept
-    for backward but the target.
+    with mean and variance (divided by C − 1) over the C numbers of the patch. The target goes by in blocks: the
+    normalised one is never in memory as a whole.
 
     Args:
         prediction: (..., C), such as (N, L, C): L patches of N images. float64, float32, float16 or bfloat16, of any
@@ -58,7 +58,7 @@ def mae_loss(
             loss = (rows.to(acc) - target.to(acc)).square().mean(1)
     else:
         refuse_torch_func(OP, chosen)
-        loss = _PatchErrors.apply(chosen, rows, target, normalize_target, eps)
+        loss = patch_errors(rows, target, eps, normalize_target, caller=OP, chosen=chosen)
     loss = loss.double()
     if mask is not None:
         mask = mask.to(loss.dtype).reshape(-1)
@@ -72,29 +72,6 @@ mae_loss.operation = "row_pairs"
 def _normalized(target, eps):
     centred = target - target.mean(1, keepdim=True)
     return centred * (centred.square().sum(1, keepdim=True) / (target.shape[1] - 1) + eps).rsqrt()
-
-
-class _PatchErrors(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, chosen, prediction, target, normalize_target, eps):
-        acc = accumulation_dtype(prediction)
-        ctx.save_for_backward(*all_savable(prediction, target, eps))
-        ctx.chosen, ctx.normalize_target = chosen, normalize_target
-        wide = target.to(acc)
-        wide = _normalized(wide, eps) if normalize_target else wide
-        return (prediction.to(acc) - wide).square_().mean(1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        prediction, target, eps = ctx.saved_tensors
-
-        def make():
-            wide = target.to(grad.dtype)
-            wide = _normalized(wide, eps) if ctx.normalize_target else wide
-            factor = (2 / prediction.shape[1]) * grad[:, None]
-            return (prediction.to(grad.dtype) - wide).mul_(factor).to(prediction.dtype)
-
-        return None, once(OP, ctx.chosen, make, grad, prediction), None, None, None
 
 
 def _check(prediction, target, mask, normalize_target):

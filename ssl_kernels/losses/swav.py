@@ -4,8 +4,15 @@ import torch
 
 from ssl_kernels.backends import choose_backend
 from ssl_kernels.checks import check_embeddings, check_reduction, check_row_weights, check_scalar, is_whole
-from ssl_kernels.losses._clusters import biased, swapped_cross_entropy, views_of
-from ssl_kernels.losses._shared import inverse, not_below_zero, reduce, unit_rows, widest_under_autocast
+from ssl_kernels.losses._clusters import (
+    Prototypes,
+    Teacher,
+    reduced,
+    sample_weights,
+    swapped_cross_entropy,
+    views_of,
+)
+from ssl_kernels.losses._shared import inverse, unit_rows, widest_under_autocast
 from ssl_kernels.losses.sinkhorn import check_iterations, group_name
 from ssl_kernels.ops.column_potentials import column_potentials
 from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
@@ -96,20 +103,19 @@ def swav_loss(
                 biases.append(potentials(product(all_rows, columns.T), iterations))
             else:
                 biases.append(column_potentials(all_rows, columns, iterations=iterations, group=name))
-        teacher = biased(rows, columns, biases)
+        teacher = Teacher(rows, columns, torch.stack(biases))
+    weights = sample_weights(reduction, row_weights, views[0].shape[0], prototypes)
     loss = swapped_cross_entropy(
         views,
-        prototypes,
-        inverse(temperature, prototypes),
+        Prototypes(prototypes, inverse(temperature, prototypes), normalize, normalize_prototypes),
         teacher,
         [(k, v) for k, a in enumerate(assign) for v in range(len(views)) if v != a],
-        normalize=normalize,
-        normalize_prototypes=normalize_prototypes,
+        weights,
         backend=backend,
         chosen=chosen,
         caller=OP,
     )
-    return reduce(not_below_zero(loss), reduction, prototypes, row_weights)
+    return reduced(loss, weights, prototypes, row_weights)
 
 
 swav_loss.operation = "contrastive"

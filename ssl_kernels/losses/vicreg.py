@@ -36,7 +36,8 @@ def vicreg_loss(
                          + variance · ½ Σ_z max(0, 1 − sqrt(C(z)_dd + eps)) + covariance · Σ_z Σ_{j ≠ d} C(z)_dj²
 
     over z in {z0, z1}, with C(z) the covariance matrix of the features over the batch, divided by N − 1. What it costs
-    are four products of N · D · D: one forward and one backward for each view.
+    are four products of N · D · D, one forward and one backward for each view; for a mean or sum with 2 N <= D in one
+    process, four of N · N · D.
 
     Args:
         z0, z1: (N, D) each with N >= 2, row i of both a pair: what the expander makes of two views, not normalised.
@@ -77,6 +78,7 @@ def vicreg_loss(
     chosen = choose_backend("row_pairs", backend, OP, z0, z1)
     invariance, variance, covariance = (as_scalar(weight, z0) for weight in weights.values())
     eps = as_scalar(eps, z0).detach()
+    summed_up = reduction != "none" and chosen != "reference"
     if chosen == "reference":
         if name:
             raise ValueError(f'{OP}: group must be None with backend "reference", got a process group')
@@ -88,11 +90,15 @@ def vicreg_loss(
     else:
         refuse_torch_func(OP, chosen)
         apart = mean_squares(OP, chosen, name, world, z0, z1)
-        of_views = [covariances(OP, chosen, name, world, each) for each in (z0, z1)]
-    loss = invariance * apart
+        of_views = [covariances(OP, chosen, name, world, each, summed_up) for each in (z0, z1)]
+    loss, together = invariance * apart, 0
     for variances, others in of_views:
-        loss = loss + variance / 2 * torch.relu(1 - (variances + eps).sqrt()) + covariance * others
-    return reduce(loss, reduction, z0)
+        loss = loss + variance / 2 * torch.relu(1 - (variances + eps).sqrt())
+        together = together + covariance * others
+    if not summed_up:
+        return reduce(loss + together, reduction, z0)
+    together = together / z0.shape[1] if reduction == "mean" else together
+    return reduce(loss, reduction, z0) + together.to(accumulation_dtype(z0))
 
 
 vicreg_loss.operation = "row_pairs"

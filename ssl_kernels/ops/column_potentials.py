@@ -6,13 +6,16 @@ keep:
 
     u_i = −log Σ_j exp(L_ij + v_j)   (0 in the first iteration),   v_j = −log Σ_i exp(L_ij + u_i)
 
-No exponential is taken but of a number less the largest of its sum.
+No exponential is taken but of a number less the largest of its sum. Where the logits lie so near one another that no
+scaled matrix leaves float32, exp(L) is made once, and an iteration is two products of it with a vector.
 """
 
 import torch
 
 from ssl_kernels.chunked.rows import LOGITS_PER_BLOCK, without_autocast
 from ssl_kernels.ops.library import library
+
+SAFE_RANGE = 40.0  # exp(−2 · 40), the least that sums of terms are divided to, is a normal float32
 
 library.define(
     "column_potentials(Tensor rows, Tensor? columns, Tensor? counts, int iterations, str group) -> Tensor",
@@ -32,6 +35,10 @@ def _column_potentials(rows, columns, counts, iterations, group):
     blocks = rows.split(max(1, LOGITS_PER_BLOCK // k)) if len(rows) else ()
     if columns is not None and len(blocks) == 1:  # multiplied once
         blocks, columns = (rows @ columns.T,), None
+    if columns is None and len(blocks) == 1 and not group and rows.device.type == "cpu":
+        least, most = blocks[0].aminmax()
+        if most - least <= SAFE_RANGE:  # not so if one is NaN
+            return _by_scaling((blocks[0] - most).exp_(), iterations)
     potentials = rows.new_zeros(k)
     for step in range(iterations):
         sums = torch.full((k,), -torch.inf, dtype=torch.float64, device=rows.device)
@@ -47,6 +54,15 @@ def _column_potentials(rows, columns, counts, iterations, group):
         # A column of no row, or of rows that all leave it out, stays as it is.
         potentials = (sums.amax() - sums).where(sums != -torch.inf, 0).to(rows.dtype)
     return potentials
+
+
+def _by_scaling(terms, iterations):
+    """log of what Sinkhorn's iterations multiply the columns of `terms` with."""
+    by_column = 1 / terms.sum(0)
+    for _ in range(iterations - 1):
+        by_column /= by_column.amax()
+        by_column = 1 / (terms.T @ (1 / (terms @ by_column)))
+    return (by_column / by_column.amax()).log_()
 
 
 library.impl("column_potentials", _column_potentials, "CompositeExplicitAutograd")
