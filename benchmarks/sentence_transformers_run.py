@@ -89,7 +89,7 @@ def make_model(texts, folder):
     return SentenceTransformer(modules=[transformer, models.Pooling(128)], device="cpu")
 
 
-def run(make_loss, pairs, steps, batch_size):
+def run(make_loss, pairs, steps, batch_size, seed=0):
     """Loss of each step, and seconds of training."""
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -103,7 +103,7 @@ def run(make_loss, pairs, steps, batch_size):
                 losses.append(logs["loss"])
 
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = make_model([text for pair in pairs for text in pair], folder)
         arguments = SentenceTransformerTrainingArguments(
             output_dir=folder,
@@ -115,7 +115,7 @@ def run(make_loss, pairs, steps, batch_size):
             report_to=[],
             disable_tqdm=True,
             use_cpu=True,
-            seed=0,
+            seed=seed,
         )
         data = Dataset.from_dict({"anchor": [a for a, _ in pairs], "positive": [b for _, b in pairs]})
         trainer = SentenceTransformerTrainer(

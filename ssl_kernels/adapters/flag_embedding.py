@@ -2,7 +2,10 @@
 
 import torch
 
-from ssl_kernels.losses import similarity_cross_entropy
+from ssl_kernels.adapters._shared import mean, scale_of
+from ssl_kernels.checks import check_embeddings
+from ssl_kernels.losses._shared import widest_under_autocast
+from ssl_kernels.ops.contrastive import contrastive
 
 __all__ = ["in_batch_neg_loss"]
 ORIGINALS = {}  # a method of its models
@@ -22,9 +25,19 @@ def in_batch_neg_loss(q_reps, p_reps, temperature=0.02):
     Raises:
         ValueError: The passages are no multiple of the queries.
     """
-    if len(p_reps) == 0 or len(p_reps) % len(q_reps):
+    if len(q_reps) == 0 or len(p_reps) == 0 or len(p_reps) % len(q_reps):
         raise ValueError(
             f"in_batch_neg_loss: p_reps must have a multiple of {len(q_reps)} rows, got {len(p_reps)}"
         )
-    target = torch.arange(len(q_reps), device=q_reps.device) * (len(p_reps) // len(q_reps))
-    return similarity_cross_entropy(q_reps, p_reps, target, scale=1 / temperature, normalize=False)
+    q_reps, p_reps = widest_under_autocast(q_reps, p_reps)
+    check_embeddings("in_batch_neg_loss", q_reps=q_reps, p_reps=p_reps)
+    lse, _, positive = contrastive(
+        q_reps,
+        p_reps,
+        scale_of("in_batch_neg_loss", temperature, q_reps),
+        positives=torch.arange(0, len(p_reps), len(p_reps) // len(q_reps), device=q_reps.device),
+        normalize_rows=False,
+        normalize_columns=False,
+        caller="in_batch_neg_loss",
+    )
+    return mean(lse - positive, q_reps)

@@ -9,8 +9,15 @@ from torch import nn
 from ssl_kernels.adapters._gather import gather_constant, gather_rows, rank, world_size
 from ssl_kernels.adapters._shared import Closed, mean, original, scale_of
 from ssl_kernels.backends import choose_backend
-from ssl_kernels.losses import dcl_loss, info_nce_loss, nt_xent_loss
-from ssl_kernels.losses._shared import reduce, stacked, widest_under_autocast
+from ssl_kernels.checks import check_embeddings, check_same_rows
+from ssl_kernels.losses import dcl_loss, nt_xent_loss
+from ssl_kernels.losses._shared import (
+    loss_beside,
+    reduce,
+    rows_for_several,
+    stacked,
+    widest_under_autocast,
+)
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
 from ssl_kernels.ops.row_pairs import row_pairs
@@ -151,7 +158,7 @@ class NTXentLoss(nn.Module):
             "chunked",
         ):
             bank = bank.clone()  # backward reads it again
-        loss = info_nce_loss(out0, out1, bank, self.temperature, reduction)
+        loss = _beside_bank(out0, out1, bank, self.temperature, reduction)
         if update:
             self.memory_bank._dequeue_and_enqueue(F.normalize(out1.detach(), dim=1))
         return loss
@@ -160,6 +167,19 @@ class NTXentLoss(nn.Module):
 def _only_reduces(cross_entropy):
     plain = type(cross_entropy) is nn.CrossEntropyLoss and cross_entropy.ignore_index < 0
     return plain and cross_entropy.weight is None and cross_entropy.label_smoothing == 0
+
+
+def _beside_bank(out0, out1, bank, temperature, reduction):
+    """InfoNCE of out0's rows, whose negatives are the bank's rows as they are."""
+    out0, out1, bank = widest_under_autocast(out0, out1, bank)
+    check_embeddings("NTXentLoss", out0=out0, out1=out1, memory_bank=bank)
+    check_same_rows("NTXentLoss", out0=out0, out1=out1)
+    scale = scale_of("NTXentLoss", temperature, out0)
+    out0, out1 = (rows_for_several(rows, None, "NTXentLoss") for rows in (out0, out1))
+    products = row_pairs(out0, out1, normalize=True, measure="product", caller="NTXentLoss")
+    bank = bank.to(out0.dtype)
+    lse = contrastive(out0, bank, scale, normalize_columns=False, caller="NTXentLoss").lse
+    return loss_beside(products, scale, lse, reduction, out0, backend=None, caller="NTXentLoss")
 
 
 def _gathered_nt_xent(out0, out1, temperature, reduction):

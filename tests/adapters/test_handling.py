@@ -165,6 +165,15 @@ def test_lightlys_cross_entropy_reduces(bank, reduction):
     torch.testing.assert_close(found, expected)
 
 
+def test_lightlys_bank_is_taken_as_it_is():
+    """Rows that a program put there need not be of length 1."""
+    loss = adapters.lightly.NTXentLoss(0.2, (12, 8))
+    loss.memory_bank.bank.copy_(3 * rows(12, seed=2))
+    x, y = (nn.functional.normalize(rows(seed=seed), dim=1) for seed in (0, 1))
+    logits = torch.cat(((x * y).sum(1, keepdim=True), x @ loss.memory_bank.bank.T), 1) / 0.2
+    torch.testing.assert_close(loss(x, y), nn.functional.cross_entropy(logits, torch.zeros(6).long()))
+
+
 @pytest.mark.parametrize("bank", [0, (12, 8)])
 def test_lightlys_other_cross_entropies_run_lightly(bank):
     space = library_or_skip("lightly")
