@@ -39,14 +39,24 @@ def work(rank, path):
 
     uneven = MoCoQueue(8, 4).push_(random_rows(2 + rank, 4))
     message = message_of(gather_keys, everyones[rank], uneven)
-    assert message == "gather_keys: queue position must be the same on every rank, got [2, 3]"
+    assert message == (
+        "gather_keys: queue position must be the same on every rank, got 2 on rank 0, 3 on rank 1"
+    )
     full = MoCoQueue(3, 4).push_(random_rows(3 - 3 * rank, 4))  # position 0 on both
     message = message_of(gather_keys, everyones[rank], full)
-    assert message == "gather_keys: queue fill count must be the same on every rank, got [3, 0]"
-    message = message_of(gather_keys, random_rows(2 + rank, 4))
-    assert message == "gather_keys: rows of keys must be the same on every rank, got [2, 3]"
+    assert message == (
+        "gather_keys: queue fill count must be the same on every rank, got 3 on rank 0, 0 on rank 1"
+    )
+    for check in (True, False):  # ranks may differ in their number of keys
+        gathered = gather_keys(everyones[rank][rank:], check=check)
+        assert same_bits(gathered, torch.cat([rows[r:] for r, rows in enumerate(everyones)]))
+    message = message_of(gather_keys, everyones[rank] if rank else everyones[rank][0])
+    own = "gather_keys: keys must have shape (B, D), got (4,)"
+    assert message == (f"gather_keys: rank 0 refused its input: {own}" if rank else own)
     message = message_of(gather_keys, everyones[rank].to((torch.float32, torch.bfloat16)[rank]))
-    assert message == "gather_keys: dtype of keys must be the same on every rank, got ['float32', 'bfloat16']"
+    assert message == (
+        "gather_keys: dtype of keys must be the same on every rank, got float32 on rank 0, bfloat16 on rank 1"
+    )
     assert same_bits(gather_keys(everyones[rank]), torch.cat(everyones))  # the group still works
     dist.destroy_process_group()
 

@@ -1,18 +1,17 @@
 """Training over several processes with torch.distributed: the losses of the global batch. See docs/distributed.md."""
 
 from ssl_kernels.distributed.gather_keys import gather_keys
+from ssl_kernels.distributed.labelled import sup_con_loss, triplet_loss
 from ssl_kernels.distributed.losses import (
     byol_loss,
     clip_loss,
     dcl_loss,
     debiased_nt_xent_loss,
     info_nce_loss,
-    moco_loss,
     nt_xent_loss,
     siglip_loss,
-    sup_con_loss,
-    triplet_loss,
 )
+from ssl_kernels.distributed.moco import moco_loss
 from ssl_kernels.distributed.modules import (
     BYOLLoss,
     CLIPLoss,

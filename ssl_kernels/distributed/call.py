@@ -1,7 +1,5 @@
 """A call of a loss over a process group: what its rank knows of the others, and what the loss divides by."""
 
-from contextlib import contextmanager
-
 import torch
 
 from ssl_kernels.backends import choose_backend
@@ -29,15 +27,10 @@ class Call:
     def alone(self):
         return self.ranks.world == 1
 
-    @contextmanager
     def checking(self):
         """Around the checks of this rank's input: where they raise, the other ranks are told."""
-        try:
-            yield
-        except (TypeError, ValueError) as error:
-            if self.check and not torch.compiler.is_compiling():
-                checks.refuse(self.op, self.group, self.ranks, error)
-            raise
+        tell = self.check and not torch.compiler.is_compiling()
+        return checks.refusing(self.op, self.group, self.ranks, tell)
 
     def meet(self, rows, tensors, backend, operation="contrastive", extra=(), **options):
         """Learn how many rows the ranks have, and with `check` whether they agree.
@@ -55,7 +48,10 @@ class Call:
         self.like, self.backend = rows, self._backend(rows, backend, operation)
         world = self.ranks.world
         if torch.compiler.is_compiling():
-            everyones = [counts] * world
+            known = self.rows_per_rank
+            everyones = [[count, *extra] for count in known or counts[:1] * world]
+            if self.check:
+                checks.assert_counts(self.op, everyones if known else None, counts, rows, self.ranks)
         elif self.check:
             facts = {"_counts": counts, "strategy": self.strategy}
             for name, tensor in tensors.items():

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from contextlib import contextmanager
 
 import torch
 
@@ -58,9 +59,15 @@ def compare(op, group, ranks, facts):
     return everyones
 
 
-def refuse(op, group, ranks, error):
-    """Tell the ranks that are in `compare` that this one raises `error`."""
-    _exchange({"function": op, _REFUSED: str(error)[: MESSAGE // 4]}, group, ranks)
+@contextmanager
+def refusing(op, group, ranks, tell=True):
+    """Around the checks of this rank's input: where they raise, the ranks that are in `compare` are told."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if tell:
+            _exchange({"function": op, _REFUSED: str(error)[: MESSAGE // 4]}, group, ranks)
+        raise
 
 
 def _by_rank(values):
@@ -87,6 +94,18 @@ def exchange_counts(counts, group, ranks):
     """The counts of all ranks, the only thing told where nothing is compared."""
     mine = torch.tensor([counts], device=groups.device_of(group))
     return groups.all_gather_rows(mine, [1] * ranks.world, ranks.name).tolist()
+
+
+def assert_counts(op, expected, counts, like, ranks):
+    """In a compiled function: raise where it runs if the ranks' counts are not the `expected` it was compiled for."""
+    kind = {"dtype": torch.int64, "device": like.device}
+    mine = torch.cat([torch.full((1, 1), count, **kind) for count in counts], 1)  # they may be symbolic
+    everyones = groups.all_gather_rows(mine, [1] * ranks.world, ranks.name)
+    wanted = mine if expected is None else torch.tensor(expected, **kind)
+    torch._assert_async(
+        (everyones == wanted).all(),
+        f"{op}: rows_per_rank must be what the ranks have, or equal numbers without it, in a compiled function",
+    )
 
 
 def as_fact(value):

@@ -4,6 +4,7 @@ import torch
 
 from ssl_kernels.chunked.rows import LOGITS_PER_BLOCK
 from ssl_kernels.distributed.once import once
+from ssl_kernels.distributed.pairs import breaking_the_graph
 from ssl_kernels.distributed.transport import Sum
 
 
@@ -81,6 +82,7 @@ class _Hardest(torch.autograd.Function):
         return grad, None, None, None, None
 
 
+@breaking_the_graph
 def hardest_rows(x, labels, distance, setting, sizes):
     """(positives (n, D), negatives (n, D), complete (n,) bool): the row itself where there is no triplet.
 

@@ -1,23 +1,16 @@
-"""The losses of the library over a process group. docs/distributed.md has the contract that all of them keep."""
-
-import functools
+"""The losses of pairs of rows over a process group. docs/distributed.md has the contract that all of them keep."""
 
 import torch
 
-from ssl_kernels import losses
 from ssl_kernels.checks import check_fraction, check_same_rows, check_scalar
 from ssl_kernels.distributed import groups, pairs
-from ssl_kernels.distributed.call import Call
 from ssl_kernels.distributed.checks import check_rows
-from ssl_kernels.distributed.class_sums import classes_of, other_rows_mean
-from ssl_kernels.distributed.hardest import hardest_rows
+from ssl_kernels.distributed.over_ranks import over_ranks
+from ssl_kernels.distributed.positive_logits import positive_logits
 from ssl_kernels.losses import info_nce as _info_nce
-from ssl_kernels.losses import moco as _moco
-from ssl_kernels.losses import triplet as _triplet
 from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._rows import paired_logits, row_dots
 from ssl_kernels.losses._shared import (
-    as_operand,
     as_scalar,
     infinite_as_nan,
     inverse,
@@ -28,48 +21,6 @@ from ssl_kernels.losses._shared import (
     unit_rows,
     widest_under_autocast,
 )
-from ssl_kernels.ops.batch_hard import DISTANCES
-from ssl_kernels.ops.contrastive import contrastive
-from ssl_kernels.ops.row_pairs import row_pairs
-
-_DOC = """
-
-    Over a process group: each rank passes its own rows, any number of them, and gets a loss whose mean over the ranks
-    is that of the rows of all ranks together. Where gradients are averaged over the ranks, as DistributedDataParallel
-    and fully_shard do, every parameter gets the gradient of that mean. docs/distributed.md has the contract.
-
-    Args:
-        group: A process group or a DeviceMesh of one dimension; None is the default group. With one rank in it, this is
-            `ssl_kernels.{name}`, whose other arguments it takes and documents; "reference" is no backend here.
-        strategy: "gather" moves the rows of all ranks to every rank at once, "ring" a block at a time while the one
-            before is computed, in memory that does not grow with the number of ranks. None gathers while the gathered
-            rows and their gradients take at most 256 MB a rank.
-        check: Compare widths, dtypes, flags and options of all ranks before rows move, and raise on every rank where
-            they differ. Without it the ranks tell each other only how many rows they have.
-        rows_per_rank: The number of rows of each rank, where it is known: with check=False nothing is exchanged before.
-
-    Raises:
-        RuntimeError: torch.distributed is not initialised; a rank is gone, once the group's timeout is over.
-        TypeError, ValueError: As `ssl_kernels.{name}`, and where ranks differ.
-    """
-
-
-def _over_ranks(function):
-    """`function`, which takes a `Call` first, as a public loss: the plain one where the group has one rank."""
-    name = function.__name__
-    plain = getattr(losses, name)
-
-    @functools.wraps(plain, assigned=("__module__", "__name__", "__qualname__"))
-    def run(*args, group=None, strategy=None, check=True, rows_per_rank=None, **options):
-        call = Call(name, group=group, strategy=strategy, check=check, rows_per_rank=rows_per_rank)
-        if call.alone:
-            return plain(*args, **options)
-        return function(call, *args, **options)
-
-    run.__doc__ = plain.__doc__.split("\n", 1)[0] + _DOC.format(name=name)
-    run.operation = plain.operation
-    del run.__wrapped__
-    return run
 
 
 def _two_views(call, z0, z1, temperature, reduction, row_weights, backend, **options):
@@ -91,15 +42,39 @@ def _partners(views):
     return torch.arange(2 * half, device=views.device).roll(half)
 
 
-@_over_ranks
+@over_ranks
 def nt_xent_loss(
-    call, z0, z1, temperature=0.5, *, normalize=True, reduction="mean", row_weights=None, backend=None
+    call,
+    z0,
+    z1,
+    temperature=0.5,
+    *,
+    ids=None,
+    normalize=True,
+    reduction="mean",
+    row_weights=None,
+    backend=None,
 ):
-    views, scale = _two_views(call, z0, z1, temperature, reduction, row_weights, backend, normalize=normalize)
+    options = {"normalize": normalize, "ids": ids is not None}
+    with call.checking():
+        if ids is not None and isinstance(z0, torch.Tensor):
+            ids = as_ids(call.op, "ids", ids, z0.shape[:1], z0).repeat(2)
+    views, scale = _two_views(call, z0, z1, temperature, reduction, row_weights, backend, **options)
     lse, _, positive = pairs.log_sums(
-        views, None, scale, call.setting(normalize), call.rows_of(2), positives=_partners(views)
+        views,
+        None,
+        scale,
+        call.setting(normalize),
+        call.rows_of(2),
+        positives=_partners(views),
+        row_ids=ids,
+        column_ids=ids,
     )
-    return call.reduce(lse - positive, reduction, 2, row_weights)
+    if ids is None:
+        loss = lse - positive
+    else:  # the partner is left out of the sum too
+        loss = minus_log_sigmoid(infinite_as_nan(positive) - infinite_as_nan(lse))
+    return call.reduce(loss, reduction, 2, row_weights)
 
 
 def _negatives_and_positive(call, views, scale, normalize):
@@ -119,7 +94,7 @@ def _negatives_and_positive(call, views, scale, normalize):
     return lse, positive
 
 
-@_over_ranks
+@over_ranks
 def dcl_loss(
     call, z0, z1, temperature=0.1, *, normalize=True, reduction="mean", row_weights=None, backend=None
 ):
@@ -128,7 +103,7 @@ def dcl_loss(
     return call.reduce(lse - positive, reduction, 2, row_weights)
 
 
-@_over_ranks
+@over_ranks
 def debiased_nt_xent_loss(
     call,
     z0,
@@ -160,7 +135,7 @@ def debiased_nt_xent_loss(
     return call.reduce(minus_log_sigmoid(positive - log_negatives), reduction, 2, row_weights)
 
 
-@_over_ranks
+@over_ranks
 def info_nce_loss(
     call,
     query,
@@ -231,7 +206,7 @@ def info_nce_loss(
         return call.reduce(loss, reduction, row_weights=row_weights)
 
     query, positive_key = (pairs.widened(rows) for rows in (query, positive_key))
-    positive = _positive_logits(call, query, positive_key, scale, normalize)
+    positive = positive_logits(call, query, positive_key, scale, normalize)
     if unpaired:
         lse = pairs.log_sums(
             query,
@@ -251,94 +226,7 @@ def info_nce_loss(
     return call.reduce(loss, reduction, row_weights=row_weights)
 
 
-def _positive_logits(call, query, key, scale, normalize):
-    """scale · <q̂_i, k̂_i>, (n,) float64, also of no rows."""
-    if not query.shape[0]:
-        return scale.double() * row_dots(query, key)
-    options = {"normalize": normalize, "backend": call.backend, "caller": call.op}
-    return scale * row_pairs(query, key, measure="product", **options)
-
-
-@_over_ranks
-def moco_loss(
-    call,
-    query,
-    key,
-    queue=None,
-    temperature=0.07,
-    *,
-    normalize=True,
-    symmetric=False,
-    reduction="mean",
-    backend=None,
-):
-    op = call.op
-    sharded = hasattr(queue, "shard")
-    with call.checking():
-        query, key = widest_under_autocast(query, key)
-        check_rows(op, query=query, key=key)
-        check_same_rows(op, query=query, key=key)
-        check_scalar(op, "temperature", temperature, query, positive=True)
-        call.check_common(reduction, None, query.shape[0], query)
-        if symmetric and query.shape[0] % 2:
-            raise ValueError(
-                f"{op}: query must have an even number of rows with symmetric, got {query.shape[0]}"
-            )
-        if queue is not None:
-            held = queue.shard if sharded else queue.storage if hasattr(queue, "negatives") else queue
-            _moco._check_queue(query, held)
-            if sharded and queue.group_name != call.ranks.name:
-                raise ValueError(f"{op}: group must be the one that divides the queue, got another")
-    options = {"reduction": reduction, "normalize": normalize, "symmetric": symmetric}
-    options["queue"] = None if queue is None else "sharded" if sharded else "whole"
-    if hasattr(queue, "filled") and call.check and not torch.compiler.is_compiling():
-        options |= {"queue position": int(queue.position), "queue fill count": int(queue.filled)}
-    call.meet(query, {"query": query, "temperature": temperature}, backend, **options)
-    scale = inverse(temperature, query)
-    key = key.detach()
-    if symmetric:
-        key = stacked(*key.chunk(2)[::-1]) if key.shape[0] else key
-    setting = call.setting(normalize)
-    query, keys = pairs.widened(query), key  # keys travel as they are
-    positive = _positive_logits(call, query, pairs.widened(key), scale, normalize)
-    if queue is None:
-        views = 2 if symmetric else 1
-        sizes = tuple(count // views for count in call.sizes)
-        spans = [slice(v * sizes[setting.rank], (v + 1) * sizes[setting.rank]) for v in range(views)]
-        merged = [
-            pairs.frozen_columns(query[span], keys[span], scale, setting, sizes, normalize) for span in spans
-        ]
-        lse = torch.cat(
-            [
-                pairs.log_sums_with_expectation(scale * unit_rows(query[span], normalize), *of_view)
-                for span, of_view in zip(spans, merged, strict=True)
-            ]
-        )
-        return call.reduce(lse - positive, reduction)
-    if sharded:
-        merged = pairs.travelling_rows(query, queue.filled_shard, scale, setting, call.sizes)
-        lse = pairs.log_sums_with_expectation(scale * unit_rows(query, normalize), *merged)
-    elif not query.shape[0]:
-        lse = positive - positive.detach()
-    else:
-        columns, row_ids, column_ids = queue, None, None
-        if hasattr(queue, "negatives"):
-            columns, row_ids, column_ids = queue.negatives(query.shape[0])
-        lse = contrastive(
-            query,
-            columns.detach(),
-            scale,
-            row_ids=row_ids,
-            column_ids=column_ids,
-            normalize_rows=normalize,
-            normalize_columns=False,
-            backend=backend,
-            caller=op,
-        ).lse
-    return call.reduce(minus_log_sigmoid(infinite_as_nan(positive) - lse), reduction)
-
-
-@_over_ranks
+@over_ranks
 def clip_loss(
     call,
     image_features,
@@ -403,7 +291,7 @@ def clip_loss(
     return call.reduce(loss, reduction, row_weights=row_weights)
 
 
-@_over_ranks
+@over_ranks
 def siglip_loss(
     call,
     image_features,
@@ -441,58 +329,7 @@ def siglip_loss(
     return call.reduce(loss, reduction)
 
 
-@_over_ranks
-def sup_con_loss(
-    call,
-    features,
-    labels,
-    temperature=0.07,
-    *,
-    positives=None,
-    unlabelled=None,
-    normalize=True,
-    reduction="mean",
-    row_weights=None,
-    backend=None,
-):
-    op = call.op
-    with call.checking():
-        check_rows(op, features=features)
-        if positives is not None:
-            raise ValueError(
-                f"{op}: positives must be None over several ranks, got {type(positives).__name__}"
-            )
-        if isinstance(labels, torch.Tensor) and labels.dim() == 2 and labels.shape[1] > 1:
-            raise ValueError(
-                f"{op}: labels must have shape (N,) over several ranks, got {tuple(labels.shape)}"
-            )
-        labels = as_ids(op, "labels", labels, (features.shape[0],), features)
-        if unlabelled is not None and (isinstance(unlabelled, bool) or int(unlabelled) != unlabelled):
-            raise TypeError(f"{op}: unlabelled must be an integer or None, got {unlabelled!r}")
-        check_scalar(op, "temperature", temperature, features, positive=True)
-        call.check_common(reduction, row_weights, features.shape[0], features)
-    call.meet(
-        features,
-        {"features": features, "temperature": temperature, "row_weights": row_weights},
-        backend,
-        reduction=reduction,
-        normalize=normalize,
-        unlabelled=unlabelled,
-    )
-    scale = inverse(temperature, features)
-    features = pairs.widened(features)
-    setting = call.setting(normalize)
-    lse = pairs.log_sums(features, None, scale, setting, call.sizes)[0]
-    classes = classes_of(labels, unlabelled, call.sizes, call.ranks)
-    rows = unit_rows(features, normalize)
-    mean = other_rows_mean(rows, classes, call.sizes, call.ranks.name)
-    loss = lse - scale * row_dots(rows, mean)
-    has_positive = classes.others > 0
-    loss = not_below_zero(loss).where(has_positive, 0)
-    return call.reduce(loss, reduction, row_weights=row_weights, counted=has_positive)
-
-
-@_over_ranks
+@over_ranks
 def byol_loss(call, prediction, target, *, normalize=True, reduction="mean", row_weights=None, backend=None):
     op = call.op
     with call.checking():
@@ -509,55 +346,5 @@ def byol_loss(call, prediction, target, *, normalize=True, reduction="mean", row
         normalize=normalize,
     )
     one = torch.ones((), dtype=torch.float64, device=prediction.device)
-    cosines = _positive_logits(call, prediction, target.detach(), one, normalize)
+    cosines = positive_logits(call, prediction, target.detach(), one, normalize)
     return call.reduce(2 - 2 * cosines, reduction, row_weights=row_weights)
-
-
-@_over_ranks
-def triplet_loss(
-    call,
-    embeddings,
-    labels,
-    margin=0.2,
-    *,
-    mining="batch_hard",
-    distance="euclidean",
-    normalize=True,
-    reduction="mean",
-    backend=None,
-):
-    op = call.op
-    with call.checking():
-        check_rows(op, embeddings=embeddings)
-        labels = as_ids(op, "labels", labels, (embeddings.shape[0],), embeddings)
-        _triplet.check_margin(op, margin, embeddings)
-        if mining not in _triplet.MININGS:
-            raise ValueError(f'{op}: mining must be "batch_hard", got {mining!r}')
-        if distance not in DISTANCES:
-            raise ValueError(f'{op}: distance must be "euclidean" or "cosine", got {distance!r}')
-        call.check_common(reduction, None, 0, embeddings)
-    call.meet(
-        embeddings,
-        {"embeddings": embeddings, "margin": margin},
-        backend,
-        "batch_hard",
-        reduction=reduction,
-        normalize=normalize,
-        distance=distance,
-    )
-    x = unit_rows(embeddings, normalize)
-    setting = call.setting(normalize)
-    positive, negative, complete = hardest_rows(x, labels, distance, setting, call.sizes)
-    if distance == "cosine":
-        gaps = (x * (negative - positive)).sum(1)
-    else:
-        gaps = _length(x - positive) - _length(x - negative)
-    loss = torch.relu(gaps.double() + as_operand(margin, embeddings)).where(complete, 0)
-    return call.reduce(loss, reduction, counted=complete)
-
-
-def _length(x):
-    """‖row‖₂, with gradient 0 at 0."""
-    squares = x.square().sum(1)
-    zero = squares == 0
-    return squares.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)

@@ -3,7 +3,8 @@
 import inspect
 
 from ssl_kernels import nn
-from ssl_kernels.distributed import losses
+from ssl_kernels.distributed import labelled, losses
+from ssl_kernels.distributed.moco import moco_loss
 
 
 class _OverRanks:
@@ -56,7 +57,7 @@ class InfoNCELoss(_OverRanks, nn.InfoNCELoss):
 
 
 class MoCoLoss(_OverRanks, nn.MoCoLoss):
-    function = staticmethod(losses.moco_loss)
+    function = staticmethod(moco_loss)
 
 
 class CLIPLoss(_OverRanks, nn.CLIPLoss):
@@ -68,7 +69,7 @@ class SigLIPLoss(_OverRanks, nn.SigLIPLoss):
 
 
 class SupConLoss(_OverRanks, nn.SupConLoss):
-    function = staticmethod(losses.sup_con_loss)
+    function = staticmethod(labelled.sup_con_loss)
 
 
 class DCLLoss(_OverRanks, nn.DCLLoss):
@@ -84,4 +85,4 @@ class BYOLLoss(_OverRanks, nn.BYOLLoss):
 
 
 class TripletLoss(_OverRanks, nn.TripletLoss):
-    function = staticmethod(losses.triplet_loss)
+    function = staticmethod(labelled.triplet_loss)

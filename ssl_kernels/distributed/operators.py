@@ -42,10 +42,13 @@ def contrastive_bwd(
     return results[:3]  # there are no biases
 
 
-def frozen_fwd(backend, rows, columns, scale, normalize):
-    """[lse, expectation of the columns], the gradient of lse by scaled unit rows, of columns that need no gradient."""
-    nothing = (None, None, None)
-    lse, *_, kept = contrastive_fwd(backend, rows, columns, scale, nothing, normalize, keep=False)
+def frozen_fwd(backend, rows, columns, scale, normalize, ids=None, *, own=False):
+    """[lse, expectation of the columns], the gradient of lse by scaled unit rows, of columns that need no gradient.
+
+    ids: (of rows, of columns), or None.
+    """
+    marks = (None, *(ids or (None, None)))
+    lse, *_, kept = contrastive_fwd(backend, rows, columns, scale, marks, normalize, keep=False, own=own)
     if kept.dim() == 2:
         return [lse, kept]
     # A kernel that keeps none, of wide rows: by the backward operator, of rows that are unit and scaled already.
@@ -53,7 +56,7 @@ def frozen_fwd(backend, rows, columns, scale, normalize):
     scaled = (unit * scale).to(rows.dtype)
     grads, sums = (torch.ones_like(lse), None, None), (lse, lse.new_empty(0))
     flags, needs = (False, normalize[1]), (True, False)
-    made = contrastive_bwd(backend, grads, scaled, columns, one, nothing, sums, None, flags, needs)[0]
+    made = contrastive_bwd(backend, grads, scaled, columns, one, marks, sums, None, flags, needs, own=own)[0]
     return [lse, made.to(unit.dtype)]
 
 

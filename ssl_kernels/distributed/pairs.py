@@ -4,6 +4,7 @@ Gradients are those of what all ranks together differentiate: the rows that came
 that rank's losses too. The gradients of scale and bias are this rank's part, which the ranks' sum makes whole.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,20 @@ class Setting(NamedTuple):
         return TRANSPORTS[self.strategy](group, ranks, sizes)
 
 
+def breaking_the_graph(function):
+    """`function(..., setting, ...)`, of which torch.compile traces a gather and leaves a ring to run as it is."""
+    uncompiled = torch._disable_dynamo(function)
+
+    @functools.wraps(function)
+    def run(*args, **options):
+        setting = next(each for each in args if isinstance(each, Setting))
+        if setting.strategy == "ring" and torch.compiler.is_compiling():
+            return uncompiled(*args, **options)
+        return function(*args, **options)
+
+    return run
+
+
 def widened(rows):
     """Rows as the kernels take them: on the CPU in the accumulation dtype, so that a gradient is rounded once."""
     return rows if rows.is_cuda else rows.to(accumulation_dtype(rows))
@@ -54,7 +69,7 @@ class _LogSums(torch.autograd.Function):
         square = columns is None
         transport = setting.transport(sizes)
         own = rows if square else columns
-        held = transport.collect(own, *([] if square or column_ids is None else [column_ids]))
+        held = transport.collect(own, *([] if column_ids is None else [column_ids]))
         x = widened(rows)
         lse = x.new_full((x.shape[0],), -torch.inf, dtype=torch.float64)
         logits = lse.new_empty((0,) if positives is None else positives.shape)
@@ -73,7 +88,7 @@ class _LogSums(torch.autograd.Function):
             mine = x[part]
             if not mine.shape[0] or not y.shape[0]:
                 return LogSum.nothing([lse], y.shape[0]) if both else None
-            marks = _marks(positives, row_ids, block, square, first)
+            marks = _marks(positives, row_ids, column_ids, block, part, square, first)
             results = operators.contrastive_fwd(
                 setting.backend,
                 mine,
@@ -103,7 +118,7 @@ class _LogSums(torch.autograd.Function):
             lse = torch.logaddexp(lse, found[0])
         elif both:
             column_lse = found[0]
-        ctx.save_for_backward(rows, scale, positives, row_ids, lse, column_lse, *held, *kept)
+        ctx.save_for_backward(rows, scale, positives, row_ids, column_ids, lse, column_lse, *held, *kept)
         ctx.options = square, both, len(kept), sizes, setting
         ctx.set_materialize_grads(False)
         return lse, column_lse, logits
@@ -111,7 +126,7 @@ class _LogSums(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx, grad_lse, grad_column_lse, grad_logits):
-        rows, scale, positives, row_ids, lse, column_lse, *held = ctx.saved_tensors
+        rows, scale, positives, row_ids, column_ids, lse, column_lse, *held = ctx.saved_tensors
         square, both, count, sizes, setting = ctx.options
         held, kept = held[: len(held) - count], iter(held[len(held) - count :])
         transport = setting.transport(sizes)
@@ -143,7 +158,7 @@ class _LogSums(torch.autograd.Function):
                 mine,
                 None if among_themselves else y,
                 scale,
-                _marks(positives, row_ids, block, square, first),
+                _marks(positives, row_ids, column_ids, block, part, square, first),
                 (lse[part], column_sums),
                 [next(kept) for _ in range(3)] if count else None,
                 normalize,
@@ -169,14 +184,17 @@ class _LogSums(torch.autograd.Function):
         return *grads, grad_scale if ctx.needs_input_grad[2] else None, *[None] * 6
 
 
-def _marks(positives, row_ids, block, square, first):
+def _marks(positives, row_ids, column_ids, block, part, square, first):
     """(positives, row_ids, column_ids) for a visit; positives lie in the own block."""
     positives = positives if first else None
-    if row_ids is None or (square and not first):
+    if square and first:
+        return positives, row_ids, None
+    if column_ids is None:
         return positives, None, None
-    return positives, row_ids, None if square else block[1]
+    return positives, row_ids[part], block[1]
 
 
+@breaking_the_graph
 def log_sums(
     rows, columns, scale, setting, sizes, *, positives=None, row_ids=None, column_ids=None, both=False
 ):
@@ -189,7 +207,8 @@ def log_sums(
         setting: `Setting`.
         sizes: How many columns (square: rows) each rank has.
         positives: (n,) or (n, P) indices into this rank's own columns.
-        row_ids, column_ids: As in `contrastive`; without columns, row_ids are compared within the rank alone.
+        row_ids, column_ids: As in `contrastive`. Without columns, row_ids are compared within the rank, and with other
+            ranks' column_ids if these are given.
         both: Also the log-sum-exp over the rows of all ranks for each of this rank's columns.
 
     Returns:
@@ -219,24 +238,33 @@ def log_sums_with_expectation(scaled_rows, lse, expectation):
     return _LogSumOfLogits.apply(scaled_rows, lse, expectation)
 
 
+@breaking_the_graph
 @torch.no_grad()
-def frozen_columns(rows, columns, scale, setting, sizes, normalize_columns):
-    """[lse (n,), expectation (n, D)] of this rank's rows over the columns of all ranks, which get no gradient."""
+def frozen_columns(rows, columns, scale, setting, sizes, normalize_columns, ids=None):
+    """[lse (n,), expectation (n, D)] of this rank's rows over the columns of all ranks, which get no gradient.
+
+    ids: (n,) of the rows and of this rank's columns, or None: pairs of equal ids but row i and own column i stay out.
+    """
     transport = setting.transport(sizes)
     x = widened(rows)
     found = LogSum.nothing([x.new_empty(0, dtype=torch.float64), _gradient(x[:0])], x.shape[0])
 
     def visit(block, part, first):
         if x.shape[0] and block[0].shape[0]:
-            LogSum.merge(found, _frozen(x, widened(block[0]), scale, setting, normalize_columns))
+            options = {"ids": None if ids is None else (ids, block[1]), "own": first and ids is not None}
+            LogSum.merge(found, _frozen(x, widened(block[0]), scale, setting, normalize_columns, **options))
 
-    transport.walk(transport.collect(columns), visit)
+    transport.walk(transport.collect(columns, *([] if ids is None else [ids])), visit)
     return found
 
 
+@breaking_the_graph
 @torch.no_grad()
-def travelling_rows(rows, columns, scale, setting, sizes):
-    """The same where each rank keeps its columns, and the rows of all ranks come by; sizes are those of rows."""
+def travelling_rows(rows, columns, scale, setting, sizes, row_ids=None, column_ids=None):
+    """The same where each rank keeps its columns, and the rows of all ranks come by; sizes are those of rows.
+
+    row_ids, column_ids: As in `contrastive`.
+    """
     transport = setting.transport(sizes)
     like = [rows.new_empty(0, dtype=torch.float64), _gradient(rows[:0])]
 
@@ -244,13 +272,17 @@ def travelling_rows(rows, columns, scale, setting, sizes):
         x = widened(block[0])
         if not x.shape[0] or not columns.shape[0]:
             return LogSum.nothing(like, x.shape[0])
-        return _frozen(x, columns, scale, setting, False)
+        ids = None if row_ids is None else (block[1], column_ids)
+        return _frozen(x, columns, scale, setting, False, ids)
 
-    return transport.walk(transport.collect(rows), visit, LogSum, like)
+    return transport.walk(
+        transport.collect(rows, *([] if row_ids is None else [row_ids])), visit, LogSum, like
+    )
 
 
-def _frozen(rows, columns, scale, setting, normalize_columns):
-    return operators.frozen_fwd(setting.backend, rows, columns, scale, (setting.normalize, normalize_columns))
+def _frozen(rows, columns, scale, setting, normalize_columns, ids=None, own=False):
+    normalize = (setting.normalize, normalize_columns)
+    return operators.frozen_fwd(setting.backend, rows, columns, scale, normalize, ids, own=own)
 
 
 class _SigmoidSums(torch.autograd.Function):
@@ -314,6 +346,7 @@ def _diagonal(columns, first):
     return 0 if first else columns.shape[0]
 
 
+@breaking_the_graph
 def sigmoid_sums(rows, columns, scale, bias, setting, sizes):
     """`sigmoid_pairs` of this rank's rows and the columns of all, (n,) float64; pair i is row i and own column i."""
     return _SigmoidSums.apply(*distinct(rows, columns, scale, bias), sizes, setting)

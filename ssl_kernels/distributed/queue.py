@@ -6,6 +6,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from ssl_kernels.checks import short
 from ssl_kernels.distributed import checks, groups
+from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.nn.counters import after_apply
 from ssl_kernels.nn.queue import MoCoQueue
 from ssl_kernels.ops.queue_push import queue_push_
@@ -34,6 +35,14 @@ class ShardedMoCoQueue(MoCoQueue):
         self.size, self.rank = size, ranks.rank
         self.bounds = [size * rank // ranks.world for rank in range(ranks.world + 1)]
         self.shard = torch.zeros(self.rows, dim, **kind)
+        self.shard_ids = None
+
+    def _make_ids(self, size, device):
+        self.shard_ids = torch.zeros(self.rows, dtype=torch.int64, device=device)
+
+    @property
+    def has_ids(self):
+        return self.shard_ids is not None
 
     @property
     def ranks(self):
@@ -64,25 +73,40 @@ class ShardedMoCoQueue(MoCoQueue):
         return self.shard[: min(max(len(self) - self.first, 0), self.rows)]
 
     @property
+    def filled_ids(self):
+        """Their ids."""
+        return self.shard_ids[: self.filled_shard.shape[0]]
+
+    @property
     def keys(self):
         """The filled rows of all ranks, (len(queue), D): every rank calls it."""
-        return self._whole()[: len(self)]
+        return self._whole(self.shard)[: len(self)]
+
+    @property
+    def ids(self):
+        """The ids of all rows of all ranks, (size,): every rank calls it."""
+        return self._whole(self.shard_ids)
 
     def negatives(self, queries):
         raise ValueError(f"{OP}: a queue with a group must be given to ssl_kernels.distributed.moco_loss")
 
     @torch.no_grad()
-    def push_(self, keys):
+    def push_(self, keys, ids=None):
         """Write the keys of all ranks, rank after rank, over the oldest rows: each goes to the rank that keeps it.
 
-        Every rank calls it, each with its own (B, D), of any B. Returns the queue. Raises ValueError on every rank
-        where widths, dtypes or the state of the queue differ; nothing was written then.
+        Every rank calls it, each with its own (B, D) keys, of any B, and B ids if and only if the queue holds ids.
+        Returns the queue. Raises TypeError or ValueError on every rank where one rank's do not fit, or widths, dtypes
+        or the state of the queue differ; nothing was written then.
         """
-        dim = self.shard.shape[1]
-        if not isinstance(keys, torch.Tensor) or keys.dim() != 2:
-            got = tuple(keys.shape) if isinstance(keys, torch.Tensor) else type(keys).__name__
-            raise ValueError(f"{OP}: keys must have shape (B, {dim}), got {got}")
-        ranks = self.ranks
+        dim, ranks = self.shard.shape[1], self.ranks
+        group = _resolve_process_group(self.group_name)
+        with checks.refusing(OP, group, ranks):
+            self._check_whether_ids(ids)
+            if not isinstance(keys, torch.Tensor) or keys.dim() != 2:
+                got = tuple(keys.shape) if isinstance(keys, torch.Tensor) else type(keys).__name__
+                raise ValueError(f"{OP}: keys must have shape (B, {dim}), got {got}")
+            if ids is not None:
+                ids = as_ids(f"{OP}.push_", "ids", ids, keys.shape[:1], self.shard)
         position = int(self.position)
         facts = {
             "_count": keys.shape[0],
@@ -91,8 +115,9 @@ class ShardedMoCoQueue(MoCoQueue):
             "position": position,
             "fill count": len(self),
             "size": self.size,
+            "ids": self.has_ids,
         }
-        everyones = checks.compare(OP, _resolve_process_group(self.group_name), ranks, facts)
+        everyones = checks.compare(OP, group, ranks, facts)
         if keys.shape[1] != dim:  # on every rank
             raise ValueError(f"{OP}: keys must have shape (B, {dim}), got {tuple(keys.shape)}")
         counts = [theirs["_count"] for theirs in everyones]
@@ -106,19 +131,25 @@ class ShardedMoCoQueue(MoCoQueue):
         mine_kept, mine_owner = (each[ranks.rank] for each in by_rank)
         order = torch.where(mine_kept, mine_owner, ranks.world).argsort(stable=True)[: int(mine_kept.sum())]
         sent = torch.bincount(mine_owner[mine_kept], minlength=ranks.world).tolist()
-        rows = keys.detach().index_select(0, order.to(keys.device))
+        order = order.to(keys.device)
+        rows = keys.detach().index_select(0, order)
         arrived = groups.all_to_all_rows(rows, sent_here, sent, ranks.name)
+        if ids is not None:
+            ids = groups.all_to_all_rows(ids.index_select(0, order), sent_here, sent, ranks.name)
         if arrived.shape[0]:
             # They follow each other in this rank's rows as in a ring of its own.
             begin = int(places[kept & (owner == ranks.rank)][0]) - self.first
             local, count = (torch.full_like(self.position, value) for value in (begin, 0))
+            if ids is not None:
+                at = torch.arange(begin, begin + ids.shape[0], device=ids.device).remainder(self.rows)
+                self.shard_ids.index_copy_(0, at, ids)
             queue_push_(self.shard, arrived, local, count, normalize=self.normalize, backend=self.backend)
         self.position.fill_((position + total) % self.size)
         self.filled.fill_(min(len(self) + total, self.size))
         return self
 
-    def _whole(self):
-        return groups.all_gather_rows(self.shard, self.sizes, self.group_name)
+    def _whole(self, rows):
+        return groups.all_gather_rows(rows, self.sizes, self.group_name)
 
     def _apply(self, fn, recurse=True):
         before = dict(self._buffers)
@@ -129,14 +160,20 @@ class ShardedMoCoQueue(MoCoQueue):
         self.shard = fn(self.shard)
         if was_meta and not self.shard.is_meta:
             self.shard.zero_()
+        if self.has_ids:
+            self.shard_ids = fn(self.shard_ids)
+            if was_meta and not self.shard_ids.is_meta:
+                self.shard_ids.zero_()
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination[prefix + "storage"] = self._whole()
+        destination[prefix + "storage"] = self._whole(self.shard)
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.has_ids:
+            destination[prefix + "ids"] = self.ids
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        names = ["storage", *self._buffers]
+        names = ["storage", *self._buffers, *(["ids"] if self.has_ids else [])]
         absent = [prefix + name for name in names if prefix + name not in state_dict]
         shape = (self.size, self.shard.shape[1])
         storage = state_dict.get(prefix + "storage")
@@ -149,10 +186,15 @@ class ShardedMoCoQueue(MoCoQueue):
         if strict and absent:
             missing.extend(absent)
             return
-        if storage is not None:
-            with torch.no_grad():
-                self.shard.copy_(storage[self.first : self.first + self.rows])
-        others = {name: value for name, value in state_dict.items() if name != prefix + "storage"}
+        own = slice(self.first, self.first + self.rows)
+        parts = {prefix + "storage": self.shard}
+        if self.has_ids:
+            parts[prefix + "ids"] = self.shard_ids
+        with torch.no_grad():
+            for name, part in parts.items():
+                if name in state_dict:
+                    part.copy_(state_dict[name][own])
+        others = {name: value for name, value in state_dict.items() if name not in parts}
         nn.Module._load_from_state_dict(
             self, others, prefix, local_metadata, strict, missing, unexpected, errors
         )
@@ -160,4 +202,5 @@ class ShardedMoCoQueue(MoCoQueue):
     def extra_repr(self):
         rows = f"rows {self.first} to {self.first + self.rows} on rank {self.rank} of {self.ranks.world}"
         dim, dtype = self.shard.shape[1], self.shard.dtype
-        return f"size={self.size}, dim={dim}, dtype={dtype}, normalize={self.normalize}, {rows}"
+        ids = ", ids=True" if self.has_ids else ""
+        return f"size={self.size}, dim={dim}, dtype={dtype}, normalize={self.normalize}{ids}, {rows}"

@@ -33,11 +33,14 @@ def shuffle_rows(x, seed=None, *, group=None, check=True):
     """
     op = "shuffle_rows"
     group, ranks = groups.ranks_of(op, group)
-    if not isinstance(x, torch.Tensor) or x.dim() == 0:
-        raise TypeError(f"{op}: x must be a tensor with rows, got {getattr(x, 'shape', type(x).__name__)}")
-    if seed is not None and not is_whole(seed):
-        raise TypeError(f"{op}: seed must be a whole number or None, got {type(seed).__name__}")
-    checks.check_device(op, "x", x, group)
+    with checks.refusing(op, group, ranks, check):
+        if not isinstance(x, torch.Tensor) or x.dim() == 0:
+            raise TypeError(
+                f"{op}: x must be a tensor with rows, got {getattr(x, 'shape', type(x).__name__)}"
+            )
+        if seed is not None and not is_whole(seed):
+            raise TypeError(f"{op}: seed must be a whole number or None, got {type(seed).__name__}")
+        checks.check_device(op, "x", x, group)
     drawn = int(torch.randint(2**31, ())) if seed is None and ranks.rank == 0 else 0
     told = [x.shape[0], drawn if seed is None else int(seed)]
     if check:

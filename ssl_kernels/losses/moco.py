@@ -111,14 +111,7 @@ def _in_batch(query, key, scale, ids, normalize, views, backend):
 
 
 def _against_queue(query, key, queue, scale, ids, queue_ids, normalize, reduction, backend):
-    bias = None
-    if not hasattr(queue, "negatives"):
-        columns, row_ids, column_ids = queue.detach(), ids, queue_ids
-    elif ids is None:
-        columns, row_ids, column_ids = queue.negatives(query.shape[0])
-    else:
-        columns, row_ids, column_ids, bias = queue.negatives_with_ids(ids)
-    added = {} if bias is None else {"column_bias": bias.to(scale.dtype)}
+    columns, row_ids, column_ids, added = _negatives(query, queue, scale, ids, queue_ids)
     query, key = (rows_for_several(rows, backend, "moco_loss") for rows in (query, key))
     products = row_pairs(
         query, key, normalize=normalize, measure="product", backend=backend, caller="moco_loss"
@@ -136,6 +129,16 @@ def _against_queue(query, key, queue, scale, ids, queue_ids, normalize, reductio
         **added,
     ).lse
     return loss_beside(products, scale, lse, reduction, query, backend=backend, caller="moco_loss")
+
+
+def _negatives(query, queue, scale, ids, queue_ids):
+    """(columns, row_ids, column_ids, further options) of `contrastive` for a queue."""
+    if not hasattr(queue, "negatives"):
+        return queue.detach(), ids, queue_ids, {}
+    if ids is None:
+        return *queue.negatives(query.shape[0]), {}
+    columns, row_ids, column_ids, bias = queue.negatives_with_ids(ids)
+    return columns, row_ids, column_ids, {} if bias is None else {"column_bias": bias.to(scale.dtype)}
 
 
 def _checked_ids(query, queue, ids, queue_ids):

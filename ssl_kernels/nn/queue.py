@@ -28,7 +28,7 @@ class MoCoQueue(nn.Module):
             default dtype.
         normalize: L2-normalise keys when they are pushed, as the loss expects them.
         ids: Whether an id is held with each key, in the buffer `ids`: `queue.push_(keys, ids)`. `moco_loss(...,
-            ids=)` then leaves out the keys of a query's own id, as of earlier views of its sample. Not with a group.
+            ids=)` then leaves out the keys of a query's own id, as of earlier views of its sample.
         device: Where; None is the default device.
         backend: "native", "triton", "chunked" or "reference"; None picks.
         group: A process group (or DeviceMesh of one dimension) whose ranks divide the queue: each keeps K / W of the
@@ -59,8 +59,6 @@ class MoCoQueue(nn.Module):
         if dtype not in DTYPES:
             raise TypeError(f"MoCoQueue: dtype must be float64, float32, float16 or bfloat16, got {dtype}")
         backends.check_name("MoCoQueue", backend)
-        if ids and group is not None:
-            raise ValueError("MoCoQueue: ids must be False with a group, whose ranks divide the keys alone")
         self.normalize = normalize
         self.backend = backend
         with torch.inference_mode(False):  # else it could be written under inference_mode alone
@@ -68,7 +66,7 @@ class MoCoQueue(nn.Module):
             self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device))
             self.register_buffer("filled", torch.zeros((), dtype=torch.int64, device=device))
             if ids:
-                self.register_buffer("ids", torch.zeros(int(size), dtype=torch.int64, device=device))
+                self._make_ids(int(size), device)
 
     @property
     def has_ids(self):
@@ -77,13 +75,10 @@ class MoCoQueue(nn.Module):
     def _make_storage(self, size, dim, group, **kind):
         self.register_buffer("storage", torch.zeros(size, dim, **kind))
 
-    def push_(self, keys, ids=None):
-        """Write `keys`, (B, D) of any floating dtype, over the oldest rows; with B > size only the last stay.
+    def _make_ids(self, size, device):
+        self.register_buffer("ids", torch.zeros(size, dtype=torch.int64, device=device))
 
-        ids: (B,) or (B, 1) integers or bool, if and only if the queue holds ids.
-
-        Returns the queue. Raises TypeError or ValueError for what does not fit; nothing was written then.
-        """
+    def _check_whether_ids(self, ids):
         if self.has_ids != (ids is not None):
             rule = (
                 "be given, since the queue holds ids"
@@ -91,6 +86,15 @@ class MoCoQueue(nn.Module):
                 else "be None, since the queue holds none"
             )
             raise ValueError(f"MoCoQueue.push_: ids must {rule}, got {'None' if ids is None else 'a value'}")
+
+    def push_(self, keys, ids=None):
+        """Write `keys`, (B, D) of any floating dtype, over the oldest rows; with B > size only the last stay.
+
+        ids: (B,) or (B, 1) integers or bool, if and only if the queue holds ids.
+
+        Returns the queue. Raises TypeError or ValueError for what does not fit; nothing was written then.
+        """
+        self._check_whether_ids(ids)
         if not self.has_ids:
             queue_push_(
                 self.storage, keys, self.position, self.filled, normalize=self.normalize, backend=self.backend

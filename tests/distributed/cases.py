@@ -42,6 +42,7 @@ CASES = [
     Case("nt_xent_loss", 2, (0.3,), views=2),
     Case("nt_xent_loss", 2, (0.3,), ("row_weights",), views=2),
     Case("nt_xent_loss", 2, (2.0,), options={"normalize": False}, views=2),
+    Case("nt_xent_loss", 2, (0.3,), ("ids",), views=2),
     Case("dcl_loss", 2, (0.2,), views=2),
     Case("debiased_nt_xent_loss", 2, (0.5,), options={"positive_prior": 0.05}, views=2),
     Case("info_nce_loss", 2, (0.2,)),
@@ -61,6 +62,8 @@ CASES = [
     Case("sup_con_loss", 1, (0.2,), ("labels", "row_weights"), options={"unlabelled": 0}),
     Case("moco_loss", 2, (0.2,), frozen=(1,)),
     Case("moco_loss", 2, (0.2,), ("queue",), frozen=(1,)),
+    Case("moco_loss", 2, (0.2,), ("ids",), frozen=(1,)),
+    Case("moco_loss", 2, (0.2,), ("ids", "queue"), frozen=(1,)),
     Case("byol_loss", 2, frozen=(1,)),
     Case("triplet_loss", 1, (0.4,), ("labels",)),
     Case("triplet_loss", 1, (0.4,), ("labels",), options={"distance": "cosine"}),
@@ -120,6 +123,8 @@ def call(function, case, model, inputs, values, **options):
         arguments.append(values.pop("labels"))
     if "queue" in case.by_row:
         arguments.append(queue_of(features[0].dtype))
+        if "ids" in values:
+            keywords["queue_ids"] = torch.arange(11) % 4
     names = {
         "siglip_loss": ("logit_scale", "logit_bias"),
         "clip_loss": ("logit_scale",),

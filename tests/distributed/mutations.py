@@ -24,7 +24,11 @@ MODULES = (
     CALL,
     QUEUE,
     SHUFFLE,
+    "over_ranks",
+    "positive_logits",
     LOSSES,
+    "moco",
+    "labelled",
 )
 
 
@@ -163,13 +167,11 @@ def apply(mutation):
             assert mutation.old in source, f"{mutation.name}: {name}.py has no {mutation.old!r}"
             source = source.replace(mutation.old, mutation.new)
         exec(compile(source, module.__file__, "exec"), module.__dict__)
-    losses = importlib.import_module("ssl_kernels.distributed.losses")
-    shuffle = importlib.import_module("ssl_kernels.distributed.shuffle")
     package = importlib.import_module("ssl_kernels.distributed")
-    for module in (losses, shuffle):
-        for name in package.__all__:
-            if hasattr(module, name):
-                setattr(package, name, getattr(module, name))
+    for module in (LOSSES, "moco", "labelled", SHUFFLE):
+        for name, value in vars(importlib.import_module(f"ssl_kernels.distributed.{module}")).items():
+            if name in package.__all__:
+                setattr(package, name, value)
 
 
 def slow_down(rank):

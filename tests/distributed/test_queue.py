@@ -31,8 +31,8 @@ class WithQueue(nn.Module):
 
 
 def divided(rank, world, state):
-    queue = MoCoQueue(SIZE, DIM, group=dist.group.WORLD)
-    whole = MoCoQueue(SIZE, DIM)
+    queue = MoCoQueue(SIZE, DIM, ids=True, group=dist.group.WORLD)
+    whole = MoCoQueue(SIZE, DIM, ids=True)
     if state is not None:
         queue.load_state_dict(state)
         whole.load_state_dict(state)
@@ -42,17 +42,19 @@ def divided(rank, world, state):
         counts = (*counts[: world - 1], sum(counts[world - 1 :]))
         start = sum(counts[:rank])
         keys = keys_of(step)
-        own = keys[start : start + counts[rank]]
+        own = slice(start, start + counts[rank])
+        key_ids, query_ids = torch.arange(len(keys)) % 3, torch.arange(6) % 4
 
         query, key = (random_rows(6, DIM, seed=seed).double().float() for seed in (step, step + 1))
         mine = slice(*((0, 4) if rank == 0 else (4, 6) if rank == 1 else (6, 6)))
         temperature = torch.tensor(0.2, requires_grad=True)
         plain_query = query.clone().requires_grad_()
-        expected = ssl_kernels.moco_loss(plain_query, key, whole, temperature)
-        wanted = torch.autograd.grad(expected, (plain_query, temperature))
-        for strategy in ("gather", "ring"):
+        for strategy, ids in (("gather", None), ("ring", None), ("gather", query_ids), ("ring", query_ids)):
+            expected = ssl_kernels.moco_loss(plain_query, key, whole, temperature, ids=ids)
+            wanted = torch.autograd.grad(expected, (plain_query, temperature))
             rows = query[mine].clone().requires_grad_()
-            loss = distributed.moco_loss(rows, key[mine], queue, temperature, strategy=strategy)
+            own_ids = None if ids is None else ids[mine]
+            loss = distributed.moco_loss(rows, key[mine], queue, temperature, ids=own_ids, strategy=strategy)
             found = torch.autograd.grad(loss, (rows, temperature))
             total = torch.stack((loss.detach(), found[1]))
             dist.all_reduce(total)
@@ -60,9 +62,10 @@ def divided(rank, world, state):
             torch.testing.assert_close(total[1] / world, wanted[1], rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(found[0] / world, wanted[0][mine], rtol=1e-4, atol=1e-6)
 
-        queue.push_(own)
-        whole.push_(keys)
+        queue.push_(keys[own], key_ids[own])
+        whole.push_(keys, key_ids)
         assert same_bits(queue.keys, whole.keys), f"step {step}"
+        assert same_bits(queue.ids, whole.ids), f"step {step}"
         assert (len(queue), int(queue.position)) == (len(whole), int(whole.position))
         parallel(keys)  # sends the buffers of rank 0 to the others
         assert same_bits(queue.keys, whole.keys)
@@ -74,23 +77,25 @@ def divided(rank, world, state):
 def test_a_divided_queue_is_the_queue_of_one_process_and_loads_with_other_numbers_of_ranks():
     of_three = processes.run(3, divided, None)
     state = {name: torch.from_numpy(value) for name, value in of_three[0].items()}
-    plain = MoCoQueue(SIZE, DIM)
+    plain = MoCoQueue(SIZE, DIM, ids=True)
     plain.load_state_dict(state)
     assert len(plain) == SIZE
     processes.run(2, divided, state)
 
 
 def refused(rank, world):
-    queue = MoCoQueue(SIZE, DIM, group=dist.group.WORLD).push_(random_rows(2, DIM))
+    queue = MoCoQueue(SIZE, DIM, ids=True, group=dist.group.WORLD)
+    queue.push_(random_rows(2, DIM), torch.arange(2))
     x = random_rows(2, DIM)
     before = queue.shard.clone()
     messages = []
     for attempt in (
-        lambda: queue.push_(random_rows(2, DIM + rank)),
-        lambda: queue.push_(random_rows(2, DIM).to((torch.float32, torch.bfloat16)[rank])),
+        lambda: queue.push_(random_rows(2, DIM + rank), torch.arange(2)),
+        lambda: queue.push_(x.to((torch.float32, torch.bfloat16)[rank]), torch.arange(2)),
+        lambda: queue.push_(x, None if rank else torch.arange(2)),
         lambda: ssl_kernels.moco_loss(x, x, queue),
         lambda: MoCoQueue(1, DIM, group=dist.group.WORLD),
-        lambda: queue.load_state_dict(MoCoQueue(SIZE + 1, DIM).state_dict()),
+        lambda: queue.load_state_dict(MoCoQueue(SIZE + 1, DIM, ids=True).state_dict()),
         lambda: distributed.unshuffle_rows(x, distributed.shuffle_rows(x[:1], 0)[1]),
         lambda: distributed.shuffle_rows(x, seed=rank),
     ):
@@ -103,20 +108,22 @@ def refused(rank, world):
 
 
 def test_what_does_not_fit_is_refused_on_every_rank():
-    for messages in processes.run(2, refused):
+    for rank, messages in enumerate(processes.run(2, refused)):
         assert (
             messages[0]
             == "MoCoQueue: width of keys must be the same on every rank, got 4 on rank 0, 5 on rank 1"
         )
         assert "dtype of keys must be the same on every rank" in messages[1]
-        assert messages[2].startswith(
+        own = "MoCoQueue.push_: ids must be given, since the queue holds ids, got None"
+        assert messages[2] == (own if rank else f"MoCoQueue: rank 1 refused its input: {own}")
+        assert messages[3].startswith(
             "MoCoQueue: a queue with a group must be given to ssl_kernels.distributed"
         )
-        assert messages[3] == "MoCoQueue: size must be at least the 2 ranks of group, got 1"
-        assert "the MoCoQueue of the checkpoint has (size, dim) (8, 4), this one (7, 4)" in messages[4]
-        assert messages[5] == "unshuffle_rows: x must have 1 rows, got 2"
+        assert messages[4] == "MoCoQueue: size must be at least the 2 ranks of group, got 1"
+        assert "the MoCoQueue of the checkpoint has (size, dim) (8, 4), this one (7, 4)" in messages[5]
+        assert messages[6] == "unshuffle_rows: x must have 1 rows, got 2"
         assert (
-            messages[6] == "shuffle_rows: seed must be the same on every rank, got 0 on rank 0, 1 on rank 1"
+            messages[7] == "shuffle_rows: seed must be the same on every rank, got 0 on rank 0, 1 on rank 1"
         )
 
 

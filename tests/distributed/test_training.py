@@ -169,6 +169,22 @@ def in_other_ways(rank, world):
     loss = compiled(x, y, 0.2, strategy="gather")
     assert same_bits(loss.detach(), plain.detach())
     assert same_bits(torch.autograd.grad(loss, x)[0], wanted)
+    few = [rows[: 3 - rank] for rows in (x, y)]
+    plain = distributed.nt_xent_loss(*few, 0.2, strategy="gather")
+    (wanted,) = torch.autograd.grad(plain, x)
+    loss = compiled(*few, 0.2, strategy="gather", rows_per_rank=[3, 2])
+    assert same_bits(loss.detach(), plain.detach())
+    assert same_bits(torch.autograd.grad(loss, x)[0], wanted)
+    with pytest.raises(RuntimeError, match="nt_xent_loss: rows_per_rank must be what the ranks have"):
+        compiled(*few, 0.2, strategy="gather")
+    around = torch.compile(
+        lambda x, y: distributed.nt_xent_loss(x, y, 0.2, strategy="ring"), backend="aot_eager"
+    )
+    plain = distributed.nt_xent_loss(x, y, 0.2, strategy="ring")
+    (wanted,) = torch.autograd.grad(plain, x)
+    loss = around(x, y)
+    assert same_bits(loss.detach(), plain.detach())
+    assert same_bits(torch.autograd.grad(loss, x)[0], wanted)
 
 
 def test_half_precision_autocast_accumulation_modules_and_compile():

@@ -1,0 +1,116 @@
+"""The losses of labelled rows over a process group."""
+
+import torch
+
+from ssl_kernels.checks import check_scalar
+from ssl_kernels.distributed import pairs
+from ssl_kernels.distributed.checks import check_rows
+from ssl_kernels.distributed.class_sums import classes_of, other_rows_mean
+from ssl_kernels.distributed.hardest import hardest_rows
+from ssl_kernels.distributed.over_ranks import over_ranks
+from ssl_kernels.losses import triplet as _triplet
+from ssl_kernels.losses._labels import as_ids
+from ssl_kernels.losses._rows import row_dots
+from ssl_kernels.losses._shared import as_operand, inverse, not_below_zero, unit_rows
+from ssl_kernels.ops.batch_hard import DISTANCES
+
+
+@over_ranks
+def sup_con_loss(
+    call,
+    features,
+    labels,
+    temperature=0.07,
+    *,
+    positives=None,
+    unlabelled=None,
+    normalize=True,
+    reduction="mean",
+    row_weights=None,
+    backend=None,
+):
+    op = call.op
+    with call.checking():
+        check_rows(op, features=features)
+        if positives is not None:
+            raise ValueError(
+                f"{op}: positives must be None over several ranks, got {type(positives).__name__}"
+            )
+        if isinstance(labels, torch.Tensor) and labels.dim() == 2 and labels.shape[1] > 1:
+            raise ValueError(
+                f"{op}: labels must have shape (N,) over several ranks, got {tuple(labels.shape)}"
+            )
+        labels = as_ids(op, "labels", labels, (features.shape[0],), features)
+        if unlabelled is not None and (isinstance(unlabelled, bool) or int(unlabelled) != unlabelled):
+            raise TypeError(f"{op}: unlabelled must be an integer or None, got {unlabelled!r}")
+        check_scalar(op, "temperature", temperature, features, positive=True)
+        call.check_common(reduction, row_weights, features.shape[0], features)
+    call.meet(
+        features,
+        {"features": features, "temperature": temperature, "row_weights": row_weights},
+        backend,
+        reduction=reduction,
+        normalize=normalize,
+        unlabelled=unlabelled,
+    )
+    scale = inverse(temperature, features)
+    features = pairs.widened(features)
+    setting = call.setting(normalize)
+    lse = pairs.log_sums(features, None, scale, setting, call.sizes)[0]
+    classes = classes_of(labels, unlabelled, call.sizes, call.ranks)
+    rows = unit_rows(features, normalize)
+    mean = other_rows_mean(rows, classes, call.sizes, call.ranks.name)
+    loss = lse - scale * row_dots(rows, mean)
+    has_positive = classes.others > 0
+    loss = not_below_zero(loss).where(has_positive, 0)
+    return call.reduce(loss, reduction, row_weights=row_weights, counted=has_positive)
+
+
+@over_ranks
+def triplet_loss(
+    call,
+    embeddings,
+    labels,
+    margin=0.2,
+    *,
+    mining="batch_hard",
+    distance="euclidean",
+    normalize=True,
+    reduction="mean",
+    backend=None,
+):
+    op = call.op
+    with call.checking():
+        check_rows(op, embeddings=embeddings)
+        labels = as_ids(op, "labels", labels, (embeddings.shape[0],), embeddings)
+        _triplet.check_margin(op, margin, embeddings)
+        if mining not in _triplet.MININGS:
+            raise ValueError(f'{op}: mining must be "batch_hard", got {mining!r}')
+        if distance not in DISTANCES:
+            raise ValueError(f'{op}: distance must be "euclidean" or "cosine", got {distance!r}')
+        call.check_common(reduction, None, 0, embeddings)
+    call.meet(
+        embeddings,
+        {"embeddings": embeddings, "margin": margin},
+        backend,
+        "batch_hard",
+        reduction=reduction,
+        normalize=normalize,
+        distance=distance,
+    )
+    x = unit_rows(embeddings, normalize)
+    setting = call.setting(normalize)
+    positive, negative, complete = hardest_rows(x, labels, distance, setting, call.sizes)
+    if distance == "cosine":
+        gaps = (x * (negative - positive)).sum(1)
+    else:
+        gaps = _length(x - positive) - _length(x - negative)
+    loss = torch.relu(gaps.double() + as_operand(margin, embeddings)).where(complete, 0)
+    return call.reduce(loss, reduction, counted=complete)
+
+
+def _length(x):
+    """‖row‖₂, with gradient 0 at 0."""
+    squares = x.square().sum(1)
+    zero = squares == 0
+    return squares.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)

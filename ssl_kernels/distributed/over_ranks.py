@@ -1,0 +1,45 @@
+"""What makes a loss of a `Call` a public function of the package."""
+
+import functools
+
+from ssl_kernels import losses
+from ssl_kernels.distributed.call import Call
+
+_DOC = """
+
+    Over a process group: each rank passes its own rows, any number of them, and gets a loss whose mean over the ranks
+    is that of the rows of all ranks together. Where gradients are averaged over the ranks, as DistributedDataParallel
+    and fully_shard do, every parameter gets the gradient of that mean. docs/distributed.md has the contract.
+
+    Args:
+        group: A process group or a DeviceMesh of one dimension; None is the default group. With one rank in it, this is
+            `ssl_kernels.{name}`, whose other arguments it takes and documents; "reference" is no backend here.
+        strategy: "gather" moves the rows of all ranks to every rank at once, "ring" a block at a time while the one
+            before is computed, in memory that does not grow with the number of ranks. None gathers while the gathered
+            rows and their gradients take at most 256 MB a rank.
+        check: Compare widths, dtypes, flags and options of all ranks before rows move, and raise on every rank where
+            they differ. Without it the ranks tell each other only how many rows they have.
+        rows_per_rank: The number of rows of each rank, where it is known: with check=False nothing is exchanged before.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised; a rank is gone, once the group's timeout is over.
+        TypeError, ValueError: As `ssl_kernels.{name}`, and where ranks differ.
+    """
+
+
+def over_ranks(function):
+    """`function`, which takes a `Call` first, as a public loss: the plain one where the group has one rank."""
+    name = function.__name__
+    plain = getattr(losses, name)
+
+    @functools.wraps(plain, assigned=("__module__", "__name__", "__qualname__"))
+    def run(*args, group=None, strategy=None, check=True, rows_per_rank=None, **options):
+        call = Call(name, group=group, strategy=strategy, check=check, rows_per_rank=rows_per_rank)
+        if call.alone:
+            return plain(*args, **options)
+        return function(call, *args, **options)
+
+    run.__doc__ = plain.__doc__.split("\n", 1)[0] + _DOC.format(name=name)
+    run.operation = plain.operation
+    del run.__wrapped__
+    return run
