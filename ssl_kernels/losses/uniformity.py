@@ -8,17 +8,19 @@ from ssl_kernels.ops.library import accumulation_dtype
 OP = "uniformity_loss"
 
 
-def uniformity_loss(embeddings, t=2.0, *, backend=None):
+def uniformity_loss(embeddings, t=2.0, *, normalize=True, backend=None):
     """Logarithm of the mean Gaussian potential of all pairs of rows, least where they lie evenly on the sphere.
 
         loss = log( 1 / (N (N − 1)) · Σ_{i ≠ j} exp(−t ‖x̂_i − x̂_j‖²) )
 
-    with the rows L2-normalised: of unit rows ‖x̂_i − x̂_j‖² is 2 − 2 <x̂_i, x̂_j>. It is negative, 0 where all rows
-    are one.
+    It is negative, 0 where all rows are one. Of unit rows ‖x̂_i − x̂_j‖² is 2 − 2 <x̂_i, x̂_j>; of rows as they are, the
+    squares of their lengths go with the sums as biases.
 
     Args:
         embeddings: (N, D) with N >= 2, float64, float32, float16 or bfloat16, any strides. Gets its gradient.
         t: > 0, a float or a tensor of one element, which gets its gradient.
+        normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12). Without, an infinite entry makes the
+            loss NaN.
         backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
 
     Returns:
@@ -35,10 +37,15 @@ def uniformity_loss(embeddings, t=2.0, *, backend=None):
     check_least_rows(OP, "embeddings", embeddings, 2, "so that there is a pair")
     check_scalar(OP, "t", t, embeddings, positive=True)
     scale = 2 * as_scalar(t, embeddings)
-    lse = contrastive(embeddings, None, scale, backend=backend, caller=OP).lse
+    own = -scale  # of both rows of a pair
+    added = {}
+    if not normalize:
+        own = -0.5 * scale * embeddings.to(scale.dtype).square().sum(1)
+        added = {"column_bias": own, "normalize_rows": False}
+    lse = contrastive(embeddings, None, scale, **added, backend=backend, caller=OP).lse
     n = embeddings.shape[0]
     pairs = as_scalar(1.0, embeddings).double() * n * (n - 1)
-    return (lse.logsumexp(0) - pairs.log() - scale).to(accumulation_dtype(embeddings))
+    return ((lse + own).logsumexp(0) - pairs.log()).to(accumulation_dtype(embeddings))
 
 
 uniformity_loss.operation = "contrastive"

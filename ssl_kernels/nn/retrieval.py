@@ -185,11 +185,11 @@ class UniformityLoss(Loss):
 
     Args:
         t: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
-        backend: As in `uniformity_loss`.
+        normalize, backend: As in `uniformity_loss`.
     """
 
-    def __init__(self, t=2.0, *, backend=None):
-        super().__init__(t=t, backend=backend)
+    def __init__(self, t=2.0, *, normalize=True, backend=None):
+        super().__init__(t=t, normalize=normalize, backend=backend)
 
     def forward(self, embeddings):
         return losses.uniformity_loss(embeddings, **self.options)

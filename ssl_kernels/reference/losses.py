@@ -381,9 +381,9 @@ def distillation_loss(
     return (teacher.exp() * (teacher - pupil)).sum(1)
 
 
-def uniformity_loss(embeddings, t=2.0):
+def uniformity_loss(embeddings, t=2.0, *, normalize=True):
     """Wang & Isola, arXiv:2005.10242, figure 5; one value for all rows."""
-    x = _unit(embeddings, True)
+    x = _unit(embeddings, normalize)
     squares = (x[:, None] - x).square().sum(2)
     others = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
     return (-t * squares[others]).exp().mean().log()

@@ -7,12 +7,11 @@ from tests.cuda.contrastive_calls import contrastive_fwd
 from tests.cuda.mutation import Mutation, check, require
 
 TILES, FORWARD, BACKWARD = "contrastive_additions.cuh", "contrastive_fwd.cuh", "contrastive_bwd.cuh"
-CONTRASTIVE, LAUNCH = "contrastive.cuh", "contrastive_launch.cuh"
+CONTRASTIVE = "contrastive.cuh"
 
 MUTATIONS = {
     "contrastive_additions": [
         Mutation("preparation: row mask", TILES, "inside = row < count;", "inside = true;"),
-        Mutation("preparation: padding of the last tile", LAUNCH, "round_up(count, kAdditionsPadding)", "count"),
         Mutation("preparation: NaN is no limit", TILES, "value == value ? value : infinity", "value"),
         Mutation("preparation: columns not exempt", TILES, "? infinity : -infinity;", "? infinity : infinity;"),
         Mutation("preparation: exempt columns", TILES, "exempt[row] ? infinity", "exempt[row] ? -infinity"),
@@ -20,7 +19,8 @@ MUTATIONS = {
         Mutation("limits: positives stay", TILES, "&& !(stay >> element_bit<kNTiles>(i, n, e) & 1)"),
         Mutation("limits: positives of the own side", TILES, "mark(stay.own, row, column)", "{}"),
         Mutation("limits: positives of the other side", TILES, "mark(stay.other, row, column)", "{}"),
-        Mutation("limits: either side's positives in a rectangle", TILES, "if (!problem.square) stay"),
+        Mutation("limits: either side's positives in a rectangle",
+                 TILES, "if (!problem.square) stay.own = stay.other = stay.own | stay.other;"),
         Mutation("limits: one lane an element", TILES, "if (holds_element(row, column)) bits", "bits"),
         Mutation("left out: no bias", TILES, "s == -Math<acc_t>::infinity() ? s : s + bias", "s + bias"),
         Mutation("ids: only equal ones", CONTRASTIVE, " != problem.only_equal_ids"),

@@ -53,7 +53,7 @@ def widened(case, arguments, dtype):
 @pytest.mark.parametrize("cosine", [0.5, 0.9, 0.99])
 def test_gradients_of_rows_alike_are_those_of_float32_rounded_once(case, backend, dtype, cosine):
     """As plain PyTorch has them on x.float(): what softmax and target leave of each other keeps its digits."""
-    if case.name in ("triplet-soft", "uniformity"):
+    if case.name in ("triplet-soft", "uniformity", "uniformity-raw"):
         pytest.skip("distances from products: their rounding chooses rows, or is all that is left of them")
     arguments = clustered(case, 96, 64, cosine, dtype, scalar=0.07)
     wide = widened(case, arguments, torch.float64)
@@ -150,6 +150,8 @@ def test_infinite_entries_do_what_they_do_in_plain_pytorch(case, backend, entry)
         arguments = case.arguments(9, 4, requires_grad=False)
         if "normalize" in inspect.signature(getattr(losses, case.loss)).parameters:
             arguments["normalize"] = normalize
+        if case.loss == "uniformity_loss" and not arguments["normalize"]:
+            continue  # distances from products: NaN for an infinite one
         for name, leaf in case.leaves(arguments).items():
             if leaf.dim() < 2:
                 continue
