@@ -18,6 +18,8 @@ QUICK_BATCH_SIZES = (64, 1024)
 NEGATIVES = 16384  # of InfoNCE's queries, each with a gradient
 WIDE = 512
 ROWS_PER_LABEL = 16
+CROPS, PROTOTYPES = 4, 3000
+PIXELS = 768  # of a patch, 16 x 16 of three colours
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Loss:
     def _placed(x, dtype, wide, device):
         if not x.is_floating_point():
             return x.to(device)
-        return x.to(device, dtype if x.dim() == 2 else wide)
+        return x.to(device, dtype if x.dim() >= 2 else wide)
 
 
 def _rows(count):
@@ -108,6 +110,14 @@ def _queries_and_negatives(n, d):
     return [*_rows(2)(n, d), torch.randn(NEGATIVES, d)]
 
 
+def _crops_and_prototypes(n, d):
+    return torch.randn(CROPS, n, d), torch.randn(PROTOTYPES, d)
+
+
+def _logits_of_crops(n, d):
+    return torch.randn(CROPS, n, PROTOTYPES), torch.randn(2, n, PROTOTYPES)
+
+
 # Units: a rectangle needs one product forward and two back, a square, whose triangle is enough, half and one.
 LOSSES = (
     Loss("clip", "clip", _image_and_text, units=3),
@@ -118,6 +128,11 @@ LOSSES = (
     Loss("imix", "imix", _mixed, units=3, without_gradient=1),
     Loss("triplet_margin", "triplet_margin", _rows(3)),
     Loss("byol", "byol", _rows(2), without_gradient=1),
+    Loss("swav", "swav", _crops_and_prototypes),
+    Loss("dino_logits", "dino", _logits_of_crops, without_gradient=1),
+    Loss("barlow_twins", "barlow_twins", _rows(2), dim=WIDE),
+    Loss("vicreg", "vicreg", _rows(2), dim=WIDE),
+    Loss("mae", "mae", _rows(2), dim=PIXELS, without_gradient=1),
 )
 
 

@@ -66,3 +66,69 @@ def plain_triplet_margin_loss(anchor, positive, negative, margin=0.2):
 def plain_byol_loss(prediction, target):
     prediction, target = F.normalize(prediction, dim=-1), F.normalize(target, dim=-1)
     return (2 - 2 * (prediction * target).sum(-1)).mean()
+
+
+def plain_swav_loss(features, prototypes, temperature=0.1, epsilon=0.05):
+    """As its authors' code forms it: scores of all crops in one product, a log-softmax for each pair of crops."""
+    crops, n = features.shape[:2]
+    output = F.normalize(features.flatten(0, 1), dim=1) @ F.normalize(prototypes, dim=1).T
+    loss = 0
+    for own in (0, 1):
+        with torch.no_grad():
+            codes = torch.exp(output[own * n : (own + 1) * n] / epsilon).T
+            codes /= codes.sum()
+            for _ in range(3):
+                codes /= codes.sum(1, keepdim=True)
+                codes /= len(codes)
+                codes /= codes.sum(0, keepdim=True)
+                codes /= n
+            codes = (codes * n).T
+        for crop in range(crops):
+            if crop != own:
+                scores = output[crop * n : (crop + 1) * n] / temperature
+                loss = loss - (codes * F.log_softmax(scores, dim=1)).sum(1).mean()
+    return loss / (2 * (crops - 1))
+
+
+def plain_dino_loss(student, teacher, temperature=0.1, teacher_temperature=0.04):
+    """As its authors' code forms it, of logits: a log-softmax for each pair of crops."""
+    student = [logits / temperature for logits in student]
+    codes = F.softmax(teacher / teacher_temperature, dim=-1).detach()
+    terms = [
+        (-own * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+        for a, own in enumerate(codes)
+        for v, logits in enumerate(student)
+        if v != a
+    ]
+    return sum(terms) / len(terms)
+
+
+def _off_diagonal(matrix):
+    n = len(matrix)
+    return matrix.flatten()[:-1].view(n - 1, n + 1)[:, 1:].flatten()
+
+
+def plain_barlow_twins_loss(z0, z1, off_diagonal_weight=0.005):
+    """As its authors' code forms it."""
+    first, second = (F.batch_norm(z, None, None, training=True) for z in (z0, z1))
+    correlation = first.T @ second / len(z0)
+    on_diagonal = (correlation.diagonal() - 1).square().sum()
+    return on_diagonal + off_diagonal_weight * _off_diagonal(correlation).square().sum()
+
+
+def plain_vicreg_loss(z0, z1):
+    """As its authors' code forms it."""
+    loss = 25 * F.mse_loss(z0, z1)
+    n, d = z0.shape
+    for z in (z0, z1):
+        z = z - z.mean(0)
+        loss = loss + 25 * F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() / 2
+        loss = loss + _off_diagonal(z.T @ z / (n - 1)).square().sum() / d
+    return loss
+
+
+def plain_mae_loss(prediction, target):
+    """As its authors' code forms it, of masked patches alone."""
+    mean, variance = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
+    target = (target - mean) / (variance + 1e-6) ** 0.5
+    return (prediction - target).square().mean(-1).mean()

@@ -144,7 +144,9 @@ def dino_loss(
     if mask is not None and weights is not None:
         weights = _weights_of_tokens(image_weights, places, mask)
     if prototypes is None:
-        loss = swapped_logits(students, scale, teachers, steepness, bias, pairs, weights, chosen=chosen)
+        loss = swapped_logits(
+            students, scale, teachers, steepness, bias, pairs, weights, caller=OP, chosen=chosen
+        )
     else:
         loss = swapped_cross_entropy(
             students,

@@ -14,16 +14,9 @@ the prototypes in all, and nothing of the size of the logits outside of a block.
 import torch
 
 from ssl_kernels.chunked import cluster_cross_entropy as chunked
+from ssl_kernels.chunked.rows import without_autocast
 from ssl_kernels.ops.library import all_savable, library
-from ssl_kernels.ops.operation import once
-
-library.define(
-    "cluster_cross_entropy(Tensor rows, Tensor prototypes, Tensor scale, Tensor teacher_rows, Tensor teacher_columns,"
-    " Tensor? biases, Tensor? weights, int views, int[] pairs, bool normalize_rows, bool normalize_columns,"
-    " bool rows_need_grad, bool prototypes_need_grad)"
-    " -> (Tensor losses, Tensor grad_rows, Tensor grad_prototypes, Tensor grad_scale)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from ssl_kernels.ops.operation import Operation, has_cpu_kernel, once, overload_of
 
 
 def _fake(rows, prototypes, scale, teacher_rows, teacher_columns, biases, weights, views, pairs, *flags):
@@ -34,9 +27,32 @@ def _fake(rows, prototypes, scale, teacher_rows, teacher_columns, biases, weight
     return rows.new_empty(rows.shape[0] // views, dtype=torch.float64), *grads, scale.new_empty(())
 
 
-library.impl("cluster_cross_entropy", chunked.cluster_cross_entropy, "CompositeExplicitAutograd")
-torch.library.register_fake("ssl_kernels::cluster_cross_entropy", _fake, lib=library)
-_run = torch.ops.ssl_kernels.cluster_cross_entropy
+@without_autocast
+def _native(*args):
+    """Torch's products with compiled passes over the rows of logits between them."""
+    return chunked.in_blocks(torch.ops.ssl_kernels.cluster_rows_.native, *args)
+
+
+(_run,) = Operation(
+    "cluster_cross_entropy",
+    chunked,
+    {
+        "": (
+            "(Tensor rows, Tensor prototypes, Tensor scale, Tensor teacher_rows, Tensor teacher_columns,"
+            " Tensor? biases, Tensor? weights, int views, int[] pairs, bool normalize_rows, bool normalize_columns,"
+            " bool rows_need_grad, bool prototypes_need_grad)"
+            " -> (Tensor losses, Tensor grad_rows, Tensor grad_prototypes, Tensor grad_scale)",
+            _fake,
+        )
+    },
+    chosen_by="contrastive",
+).operators
+library.define(
+    "cluster_rows_.native(Tensor(a!) logits, Tensor(b!) codes, Tensor? biases, int[] pairs, bool differentiate)"
+    " -> Tensor"
+)
+library.impl("cluster_cross_entropy.native", _native, "CPU")
+_HAS_KERNEL = has_cpu_kernel("cluster_rows_.native")
 
 
 class _Rows(torch.autograd.Function):
@@ -44,7 +60,8 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, caller, chosen, options, rows, prototypes, scale, *teacher):
-        losses = _run(rows, prototypes, scale, *teacher, None, *options, False, False)[0]
+        run = _run[overload_of(chosen, rows, _HAS_KERNEL)]
+        losses = run(rows, prototypes, scale, *teacher, None, *options, False, False)[0]
         ctx.save_for_backward(*all_savable(rows, prototypes, scale, *teacher))
         ctx.caller, ctx.chosen, ctx.options = caller, chosen, options
         return losses
@@ -54,7 +71,9 @@ class _Rows(torch.autograd.Function):
         operands, needs = ctx.saved_tensors, ctx.needs_input_grad[3:6]
 
         def make():
-            return _run(*operands, grad, *ctx.options, *needs[:2])[1:]
+            return _run[overload_of(ctx.chosen, grad, _HAS_KERNEL)](
+                *operands, grad, *ctx.options, *needs[:2]
+            )[1:]
 
         made = once(ctx.caller, ctx.chosen, make, grad, *operands[:3])
         grads = (each if need else None for each, need in zip(made, needs, strict=True))
@@ -70,7 +89,7 @@ class _Weighted(torch.autograd.Function):
     ):
         needs = ctx.needs_input_grad[3:6]
         wanted = weights if any(needs) else None
-        losses, *grads = _run(
+        losses, *grads = _run[overload_of(chosen, rows, _HAS_KERNEL)](
             rows, prototypes, scale, teacher_rows, columns, biases, wanted, *options, *needs[:2]
         )
         ctx.save_for_backward(*all_savable(rows, prototypes, scale, losses, *grads))

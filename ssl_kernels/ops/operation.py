@@ -104,6 +104,16 @@ class _Node(torch.autograd.Function):
         return None, None, None, *made, *[None] * (len(needs) - len(made))
 
 
+def has_cpu_kernel(name):
+    """Whether the extension that was loaded has a kernel of this name for the CPU."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"ssl_kernels::{name}", "CPU")
+
+
+def overload_of(backend, like, has_kernel):
+    """The overload of an operator that has compiled kernels for the CPU alone, and else runs in plain PyTorch."""
+    return "native" if backend == "native" and has_kernel and like.device.type == "cpu" else "chunked"
+
+
 def once(op, backend, make, *dependencies):
     """make(), gradients by kernels on `backend`; differentiating them again by their dependencies is refused."""
     return _Once.apply(op, backend, make, *dependencies) if torch.is_grad_enabled() else make()

@@ -8,18 +8,8 @@ A block of patches goes through all steps while it is in the caches; mean and r 
 import torch
 
 from ssl_kernels.chunked import patch_errors as chunked
-from ssl_kernels.ops.library import accumulation_dtype, all_savable, library
-from ssl_kernels.ops.operation import once
-
-_TARGET = "Tensor prediction, Tensor target"
-library.define(
-    f"patch_errors_fwd({_TARGET}, Tensor eps, bool normalize) -> (Tensor losses, Tensor mean, Tensor rstd)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-library.define(
-    f"patch_errors_bwd(Tensor grad, {_TARGET}, Tensor mean, Tensor rstd) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from ssl_kernels.ops.library import accumulation_dtype, all_savable
+from ssl_kernels.ops.operation import Operation, has_cpu_kernel, once, overload_of
 
 
 def _fwd_fake(prediction, target, eps, normalize):
@@ -32,18 +22,32 @@ def _bwd_fake(grad, prediction, target, mean, rstd):
     return prediction.new_empty(prediction.shape)
 
 
-for _name, _fake in (("patch_errors_fwd", _fwd_fake), ("patch_errors_bwd", _bwd_fake)):
-    library.impl(_name, getattr(chunked, _name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ssl_kernels::{_name}", _fake, lib=library)
-_operators = torch.ops.ssl_kernels
+_fwd, _bwd = Operation(
+    "patch_errors",
+    chunked,
+    {
+        "_fwd": (
+            "(Tensor prediction, Tensor target, Tensor eps, bool normalize)"
+            " -> (Tensor losses, Tensor mean, Tensor rstd)",
+            _fwd_fake,
+        ),
+        "_bwd": (
+            "(Tensor grad, Tensor prediction, Tensor target, Tensor mean, Tensor rstd) -> Tensor",
+            _bwd_fake,
+        ),
+    },
+    chosen_by="row_pairs",
+).operators
+_HAS_KERNEL = has_cpu_kernel("patch_errors_fwd.native")
 
 
 class _PatchErrors(torch.autograd.Function):
     @staticmethod
     def forward(ctx, caller, chosen, prediction, target, eps, normalize):
-        losses, *saved = _operators.patch_errors_fwd(prediction, target, eps, normalize)
+        overload = overload_of(chosen, prediction, _HAS_KERNEL)
+        losses, *saved = _fwd[overload](prediction, target, eps, normalize)
         ctx.save_for_backward(*all_savable(prediction, target, *saved))
-        ctx.caller, ctx.chosen = caller, chosen
+        ctx.caller, ctx.chosen, ctx.overload = caller, chosen, overload
         return losses
 
     @staticmethod
@@ -51,11 +55,14 @@ class _PatchErrors(torch.autograd.Function):
         saved = ctx.saved_tensors
 
         def make():
-            return _operators.patch_errors_bwd(grad, *saved)
+            return _bwd[ctx.overload](grad, *saved)
 
         return None, None, once(ctx.caller, ctx.chosen, make, grad, saved[0]), None, None, None
 
 
 def patch_errors(prediction, target, eps, normalize, *, caller, chosen):
     """(P,) in the accumulation dtype, of (P, C) each; eps 0-d. The prediction gets its gradient."""
+    acc = accumulation_dtype(prediction)
+    if (target.dtype == torch.float64) != (acc == torch.float64):
+        target = target.to(acc)
     return _PatchErrors.apply(caller, chosen, prediction, target, eps, normalize)
