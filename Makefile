@@ -12,7 +12,7 @@ PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-all test-peers test-oldest sanitize bench card lint docs docs-links info clean
+.PHONY: help demo test test-all test-peers test-oldest sanitize bench card lint docs docs-links wheel info clean
 
 help:
 	@echo "make demo      pretrain an encoder with the fused loss and with plain PyTorch's, and compare"
@@ -24,6 +24,7 @@ help:
 	@echo "make card      on a machine with a GPU: build, check, time and store (CARD_ARGS=--dry: try that without one)"
 	@echo "make info      what is built and what can run here"
 	@echo "make lint      ruff"
+	@echo "make wheel     a wheel and a source distribution in dist/, the wheel built from the latter and checked"
 	@echo "make docs      the site in build/docs/index.html (make docs-links: follow its links to other sites too)"
 
 demo: .venv/built
@@ -90,6 +91,16 @@ docs: .venv/docs
 docs-links: .venv/docs
 	$(BIN)/python -m sphinx --quiet --builder linkcheck docs build/docs-links
 
+# The wheel is made from the source distribution, so that this is known to be whole. It is tried in an environment of its
+# own, with the torch of .venv and nothing else that is installed there.
+wheel: .venv/installed .venv/wheel
+	rm -rf dist build/wheel && mkdir -p build
+	$(BIN)/python -m build --no-isolation > build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/pip install --quiet --disable-pip-version-check $(shell grep ^torch== requirements-dev.txt) dist/*.whl
+	cd build/wheel && bin/python -m ssl_kernels info | head -4 && bin/ssl-kernels check
+	@ls dist/*
+
 info: .venv/built
 	$(BIN)/python -m ssl_kernels info
 
@@ -110,6 +121,10 @@ clean:
 
 .venv/peers: .venv/installed requirements-bench.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@touch $@
+
+.venv/wheel: .venv/installed requirements-wheel.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-wheel.txt
 	@touch $@
 
 .venv/docs: .venv/installed requirements-docs.txt

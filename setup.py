@@ -9,15 +9,32 @@ Environment:
 
 import glob
 import os
+import pathlib
 import platform
 import re
+import shlex
 import shutil
 import subprocess
+import sys
+import sysconfig
 
-import torch
 from setuptools import setup
 from setuptools.command.build_py import build_py
-from torch.utils import cpp_extension
+
+OLDEST_TORCH = (2, 11)
+INSTALL = "pip install --no-build-isolation ."
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    raise SystemExit(
+        f"ssl_kernels: the build needs torch, and {sys.executable} cannot import it ({error})."
+        f" Install torch 2.11 or later into this environment first, then run: {INSTALL}"
+    ) from None
+if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+    raise SystemExit(
+        f"ssl_kernels: torch must be 2.11 or later, got {torch.__version__}. Upgrade it, then run: {INSTALL}"
+    )
 
 CUDA_ARCHITECTURES_WITHOUT_GPU = ["8.0+PTX", "9.0", "10.0"]
 # torch forbids the implicit conversions of __half and __nv_bfloat16; the kernels include no torch header and use them.
@@ -128,6 +145,63 @@ def make_extension():
     )
 
 
+def standard_of_torch():
+    """The C++ standard that torch's headers ask for, as compilers name it."""
+    header = pathlib.Path(torch.__file__).parent / "include/torch/csrc/api/include/torch/all.h"
+    return "c++20" if "202002L" in header.read_text() else "c++17"
+
+
+def refuse_missing_tools():
+    """Ends the build with a sentence where something that it needs is missing."""
+    scripts = sysconfig.get_path("scripts")  # of an environment that may not be activated
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), scripts])
+    if not shutil.which("ninja"):
+        raise SystemExit(f"ssl_kernels: the build needs ninja. Run: pip install ninja, then: {INSTALL}")
+    command = shlex.split(os.environ.get("CXX", "c++"))
+    programs = [part for part in command if not part.startswith("-")]  # "ccache g++ -m64"
+    if not programs or not all(map(shutil.which, programs)):
+        raise SystemExit(
+            f"ssl_kernels: the build needs a C++ compiler, and there is no {' '.join(command) or 'c++'!r} here. Install"
+            " one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: conda install cxx-compiler),"
+            " or name yours: CXX=clang++"
+        )
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")
+    if not os.path.exists(header):
+        raise SystemExit(
+            f"ssl_kernels: the build needs the headers of Python, and there is no {header}. Install them (Debian,"
+            " Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)"
+        )
+    standard = standard_of_torch()
+    includes = {"c++17": "#include <optional>\n", "c++20": "#include <concepts>\n#include <span>\n"}[standard]
+    probe = [*command, f"-std={standard}", "-x", "c++", "-fsyntax-only", "-"]
+    tried = subprocess.run(probe, input=includes, capture_output=True, text=True)
+    if tried.returncode:
+        first = (tried.stderr.strip().splitlines() or ["no message"])[0]
+        raise SystemExit(
+            f"ssl_kernels: the C++ compiler {' '.join(command)!r} is too old, or is not whole: the headers of torch"
+            f" {torch.__version__} need {standard}, and it says: {first}. Install a newer one (g++ 12 is known to"
+            " work) and name it: CXX=g++-12"
+        )
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """Says what to do where the build cannot work or has failed."""
+
+    def __init__(self, *args, **options):
+        refuse_missing_tools()
+        super().__init__(*args, **options)
+
+    def build_extensions(self):
+        try:
+            super().build_extensions()
+        except Exception as error:
+            raise SystemExit(
+                f"ssl_kernels: the build failed ({error}); the first error of the compiler is above. If it is nvcc's,"
+                " SSL_KERNELS_CUDA=0 leaves the CUDA kernels out. If the compiler was killed, memory ran out:"
+                " MAX_JOBS=1 compiles one file at a time. Without the extension the package runs in plain PyTorch."
+            ) from error
+
+
 class BuildPackage(build_py):
     """Puts a line beside the package that Python runs when it starts: it patches what SSL_KERNELS_PATCH names."""
 
@@ -140,5 +214,5 @@ class BuildPackage(build_py):
 
 setup(
     ext_modules=[make_extension()],
-    cmdclass={"build_ext": cpp_extension.BuildExtension, "build_py": BuildPackage},
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage},
 )

@@ -29,7 +29,10 @@ try:
     extension_missing = None
 except ImportError as error:
     extension = None
-    extension_missing = f"the extension ssl_kernels._C is not built or does not load ({error})"
+    if importlib.util.find_spec("ssl_kernels._C") is None:
+        extension_missing = "the extension ssl_kernels._C is not built (docs/start.md says how)"
+    else:
+        extension_missing = f"the extension ssl_kernels._C does not load ({error})"
 
 
 def _multiplies_bfloat16():
