@@ -38,6 +38,7 @@ test-all: .venv/built
 
 test-peers: .venv/built .venv/peers
 	$(BIN)/python -m pytest tests/adapters tests/test_examples.py $(TEST_ARGS)
+	$(BIN)/python -m pytest tests/test_typing.py -m "slow or not slow" $(TEST_ARGS)
 	$(BIN)/python -m tests.adapters.table
 
 # A copy of the repository with an extension of its own, for another torch. What the emulator builds is shared.

@@ -16,10 +16,14 @@ import inspect
 import threading
 import types
 import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from ssl_kernels.preference import architecture_of, prefer
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 BACKENDS = ("native", "triton", "chunked", "reference")
 
@@ -141,7 +145,7 @@ class use_backend:
         ValueError: name is none of these.
     """
 
-    def __init__(self, name):
+    def __init__(self, name: str | None) -> None:
         global _traced_call
         if name is not None and name not in BACKENDS:
             raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)} or None, got {name!r}")
@@ -190,7 +194,7 @@ class use_backend:
                 _blocks.set(blocks[:place] + blocks[place + 1 :])
                 break
 
-    def __call__(self, function):
+    def __call__(self, function: _Function) -> _Function:
         """As a decorator."""
         self._take_call_back()
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
@@ -309,7 +313,7 @@ def operations():
     return tuple(_operations)
 
 
-def backends_for(op, *args):
+def backends_for(op: str | Callable[..., Any], *args: Any) -> dict[str, str | None]:
     """What can run a call, and for each backend that cannot, the reason.
 
     Args:

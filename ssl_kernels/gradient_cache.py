@@ -2,6 +2,8 @@
 
 import contextlib
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +14,15 @@ from ssl_kernels.checks import is_whole
 OP = "grad_cache"
 
 
-def grad_cache(loss, encoders, inputs, mini_batch_size, *, scaler=None, sync=True):
+def grad_cache(
+    loss: Callable[..., torch.Tensor],
+    encoders: Callable[..., Any] | Sequence[Callable[..., Any]],
+    inputs: Any,
+    mini_batch_size: int | Sequence[int],
+    *,
+    scaler: torch.amp.GradScaler | None = None,
+    sync: bool = True,
+) -> torch.Tensor:
     """One step's backward for a batch whose activations do not fit: the gradients are those of the whole batch.
 
         value = grad_cache(clip, (image_encoder, text_encoder), (images, texts), mini_batch_size=64)

@@ -3,7 +3,7 @@
 from ssl_kernels import backends
 
 
-def empty_cache():
+def empty_cache() -> None:
     """Give back to the system the memory that the CPU kernels hold to use it again, as `torch.cuda.empty_cache` does.
 
     All losses of the process together keep at most 122 MB (116 MiB) of logits from forward to backward, beside what

@@ -1,6 +1,7 @@
 """Mixup and CutMix of a batch, and the cross-entropy that goes with them."""
 
 import collections.abc
+from collections.abc import Sequence
 
 import torch
 
@@ -29,7 +30,14 @@ from ssl_kernels.value_checks import (
 )
 
 
-def mixup_(x, lam, permutation, *, validate=False, backend=None):
+def mixup_(
+    x: torch.Tensor,
+    lam: float | torch.Tensor,
+    permutation: torch.Tensor,
+    *,
+    validate: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Mix every sample with its partner in place: x_i ← λ_i x_i + (1 − λ_i) x_p(i), p the permutation.
 
     Any permutation; every element is read once and written once, and nothing of the batch's size is allocated. A sample
@@ -66,7 +74,14 @@ def mixup_(x, lam, permutation, *, validate=False, backend=None):
     return x
 
 
-def mixup(x, lam, permutation, *, validate=False, backend=None):
+def mixup(
+    x: torch.Tensor,
+    lam: float | torch.Tensor,
+    permutation: torch.Tensor,
+    *,
+    validate: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
     """`mixup_` into a new tensor in the layout of x, differentiable by x and by a tensor lam.
 
     For hidden features too (manifold mixup). The gradient by x walks the permutation the other way round.
@@ -90,7 +105,14 @@ def mixup(x, lam, permutation, *, validate=False, backend=None):
     return mixup_ops.mixup(x, lam, permutation, backend=backend)
 
 
-def cutmix_(x, boxes, permutation, *, validate=False, backend=None):
+def cutmix_(
+    x: torch.Tensor,
+    boxes: torch.Tensor,
+    permutation: torch.Tensor,
+    *,
+    validate: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Paste a box of its partner into every sample in place, as the partner was before the call.
 
     x_i[..., y0:y1, x0:x1] ← x_p(i)[..., y0:y1, x0:x1] with (y0, y1, x0, x1) = boxes[i]. Only pixels inside the boxes
@@ -123,7 +145,14 @@ def cutmix_(x, boxes, permutation, *, validate=False, backend=None):
     return x
 
 
-def cutmix(x, boxes, permutation, *, validate=False, backend=None):
+def cutmix(
+    x: torch.Tensor,
+    boxes: torch.Tensor,
+    permutation: torch.Tensor,
+    *,
+    validate: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
     """`cutmix_` into a new tensor in the layout of x, differentiable by x.
 
     Args:
@@ -145,7 +174,17 @@ def cutmix(x, boxes, permutation, *, validate=False, backend=None):
     return cutmix_ops.cutmix(x, boxes, permutation, backend=backend)
 
 
-def mixup_normalize(x, lam, permutation, mean, std, dtype=torch.float32, *, validate=False, backend=None):
+def mixup_normalize(
+    x: torch.Tensor,
+    lam: float | torch.Tensor,
+    permutation: torch.Tensor,
+    mean: Sequence[float] | torch.Tensor,
+    std: Sequence[float] | torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    *,
+    validate: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
     """8-bit images to mixed and normalised numbers in one pass, rounded once.
 
     out_i = ((λ_i x_i + (1 − λ_i) x_p(i)) / 255 − mean) / std, per channel; computed in float32.
@@ -183,19 +222,19 @@ def mixup_normalize(x, lam, permutation, mean, std, dtype=torch.float32, *, vali
 
 
 def mixup_cross_entropy(
-    logits,
-    target,
-    permutation=None,
-    lam=None,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    permutation: torch.Tensor | None = None,
+    lam: float | torch.Tensor | None = None,
     *,
-    partner_target=None,
-    weight=None,
-    ignore_index=-100,
-    label_smoothing=0.0,
-    reduction="mean",
-    validate=False,
-    backend=None,
-):
+    partner_target: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    validate: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Cross-entropy of mixed samples from integer targets: λ_i CE(z_i, y_i) + (1 − λ_i) CE(z_i, y_p(i)).
 
     Two passes over the logits in all (one read forward, one read and one write backward); no dense target is made. The

@@ -21,6 +21,18 @@ def test_public_names():
     assert "NTXentLoss" in ssl_kernels.nn.__all__
 
 
+def test_everything_imported_into_a_room_is_exported():
+    """`__all__` is written out, since type checkers read it."""
+    assert ssl_kernels.losses.__all__ == sorted(
+        name for name, value in vars(ssl_kernels.losses).items() if inspect.isfunction(value)
+    )
+    assert ssl_kernels.nn.__all__ == sorted(
+        name
+        for name, value in vars(ssl_kernels.nn).items()
+        if inspect.isclass(value) or inspect.isfunction(value)
+    )
+
+
 @pytest.mark.parametrize("module, name", PUBLIC, ids=[f"{module.__name__}.{name}" for module, name in PUBLIC])
 def test_public_names_exist_and_are_documented(module, name):
     assert inspect.getdoc(getattr(module, name)).strip()

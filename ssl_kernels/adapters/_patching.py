@@ -14,7 +14,7 @@ log = logging.getLogger("ssl_kernels.patch")
 _active = []  # patches that were not undone
 
 
-def patch(*libraries):
+def patch(*libraries: str) -> "Patch":
     """Put the adapters in the place of the classes and functions of `libraries`, until it is undone.
 
         patch("lightly", "open_clip")          # for good, or until .undo()

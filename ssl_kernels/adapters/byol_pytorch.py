@@ -1,5 +1,6 @@
 """The loss of byol-pytorch (0.9). It comes back as float32 (float64 for float64)."""
 
+import torch
 import torch.nn.functional as F
 
 from ssl_kernels.losses._shared import widest_under_autocast
@@ -11,7 +12,7 @@ ORIGINALS = {"cosine_loss_fn": "byol_pytorch.byol_pytorch"}
 DIFFERENCES = {}
 
 
-def cosine_loss_fn(x, y):
+def cosine_loss_fn(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """`byol_pytorch.byol_pytorch.cosine_loss_fn`: 2 − 2 · cosine of vectors along the last dimension.
 
     Args:

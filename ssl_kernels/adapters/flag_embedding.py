@@ -12,7 +12,9 @@ ORIGINALS = {}  # a method of its models
 DIFFERENCES = {"in_batch_neg_loss": "a function: the original is a method that makes the scores too"}
 
 
-def in_batch_neg_loss(q_reps, p_reps, temperature=0.02):
+def in_batch_neg_loss(
+    q_reps: torch.Tensor, p_reps: torch.Tensor, temperature: float | torch.Tensor = 0.02
+) -> torch.Tensor:
     """The loss of each query against the passages of all: cross-entropy of q · p / temperature.
 
     Rows are taken as they are; FlagEmbedding's models normalise theirs.

@@ -1,5 +1,6 @@
 """`info_nce` of info-nce-pytorch (0.1.4). Losses come back as float32 (float64 for float64)."""
 
+import torch
 from torch import nn
 
 from ssl_kernels.checks import check_embeddings, check_reduction, check_same_rows, check_scalar
@@ -15,8 +16,13 @@ DIFFERENCES = {
 
 
 def info_nce(
-    query, positive_key, negative_keys=None, temperature=0.1, reduction="mean", negative_mode="unpaired"
-):
+    query: torch.Tensor,
+    positive_key: torch.Tensor,
+    negative_keys: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 0.1,
+    reduction: str = "mean",
+    negative_mode: str = "unpaired",
+) -> torch.Tensor:
     """`info_nce.info_nce`: `info_nce_loss`, and 0 where there is not one negative.
 
     Args:
@@ -43,13 +49,20 @@ class InfoNCE(nn.Module):
         temperature, reduction, negative_mode: As in `info_nce`.
     """
 
-    def __init__(self, temperature=0.1, reduction="mean", negative_mode="unpaired"):
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.1,
+        reduction: str = "mean",
+        negative_mode: str = "unpaired",
+    ) -> None:
         super().__init__()
         self.temperature = temperature
         self.reduction = reduction
         self.negative_mode = negative_mode
 
-    def forward(self, query, positive_key, negative_keys=None):
+    def forward(
+        self, query: torch.Tensor, positive_key: torch.Tensor, negative_keys: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return info_nce(
             query, positive_key, negative_keys, self.temperature, self.reduction, self.negative_mode
         )

@@ -22,11 +22,11 @@ class InfoNCE(nn.Module):
         temperature: > 0.
     """
 
-    def __init__(self, temperature=0.5):
+    def __init__(self, temperature: float | torch.Tensor = 0.5) -> None:
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, features):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
         if len(features) % 2:
             raise ValueError(f"InfoNCE: features must have an even number of rows, got {len(features)}")
         return nt_xent_loss(*features.chunk(2), self.temperature)
@@ -43,12 +43,12 @@ class SupervisedInfoNCE(nn.Module):
         supervised: Not used, as in the original.
     """
 
-    def __init__(self, temperature=0.07, supervised=False):
+    def __init__(self, temperature: float | torch.Tensor = 0.07, supervised: bool = False) -> None:
         super().__init__()
         self.temperature = temperature
         self.supervised = supervised
 
-    def forward(self, features, target):
+    def forward(self, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """features (N, D), target (N,)."""
         check_embeddings("SupervisedInfoNCE", features=features)
         if target.shape != features.shape[:1]:

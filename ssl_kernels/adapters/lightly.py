@@ -1,6 +1,8 @@
 """lightly's contrastive losses and memory bank (lightly 1.6). Losses come back as float32 (float64 for float64)."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +61,14 @@ class MemoryBankModule(nn.Module):
 
     strict = False  # of an object that was pickled as lightly's
 
-    def __init__(self, size, gather_distributed=False, feature_dim_first=True, *, strict=False):
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        gather_distributed: bool = False,
+        feature_dim_first: bool = True,
+        *,
+        strict: bool = False,
+    ) -> None:
         super().__init__()
         shape = (size,) if isinstance(size, int) else tuple(size)
         if any(extent < 0 for extent in shape):
@@ -75,7 +84,7 @@ class MemoryBankModule(nn.Module):
         if len(shape) == 2:
             self._init_memory_bank(shape)
 
-    def forward(self, output, labels=None, update=False):
+    def forward(self, output: torch.Tensor, labels: torch.Tensor | None = None, update: bool = False) -> Any:
         """(output, the bank before this call), or (output, None) without a bank; `update` stores output's rows."""
         if self.size[0] == 0:
             return output, None
@@ -126,7 +135,14 @@ class NTXentLoss(nn.Module):
         ValueError: temperature is within 1e-8 of 0; at the call, it is < 0, which lightly computes with.
     """
 
-    def __init__(self, temperature=0.5, memory_bank_size=0, gather_distributed=False, *, strict=False):
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.5,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+        *,
+        strict: bool = False,
+    ) -> None:
         super().__init__()
         self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed, strict=strict)
         self.temperature = temperature
@@ -137,7 +153,7 @@ class NTXentLoss(nn.Module):
             raise ValueError(f"NTXentLoss: |temperature| must be at least 1e-8, got {temperature}")
         _check_gather("NTXentLoss", gather_distributed)
 
-    def forward(self, out0, out1):
+    def forward(self, out0: torch.Tensor, out1: torch.Tensor) -> torch.Tensor:
         """The mean loss of (B, D) embeddings of two views."""
         memory_bank, cross_entropy = self.memory_bank, self.cross_entropy
         if type(memory_bank) is not MemoryBankModule or not _only_reduces(cross_entropy):
@@ -217,14 +233,19 @@ class DCLLoss(Closed, nn.Module):
 
     never_called = ("_loss",)
 
-    def __init__(self, temperature=0.1, weight_fn=None, gather_distributed=False):
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.1,
+        weight_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        gather_distributed: bool = False,
+    ) -> None:
         super().__init__()
         self.temperature = temperature
         self.weight_fn = weight_fn
         self.gather_distributed = gather_distributed
         _check_gather(type(self).__name__, gather_distributed)
 
-    def forward(self, out0, out1):
+    def forward(self, out0: torch.Tensor, out1: torch.Tensor) -> torch.Tensor:
         """The mean loss of (B, D) embeddings of two views."""
         if self.gather_distributed and world_size() > 1:
             loss = _gathered_dcl(out0, out1, self.temperature)
@@ -272,7 +293,14 @@ class DCLWLoss(DCLLoss):
 
     strict = False
 
-    def __init__(self, temperature=0.1, sigma=0.5, gather_distributed=False, *, strict=False):
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.1,
+        sigma: float = 0.5,
+        gather_distributed: bool = False,
+        *,
+        strict: bool = False,
+    ) -> None:
         super().__init__(temperature, partial(negative_mises_fisher_weights, sigma=sigma), gather_distributed)
         self.strict = strict
 
@@ -296,13 +324,13 @@ class NegativeCosineSimilarity(nn.Module):
 
     strict = False
 
-    def __init__(self, dim=1, eps=1e-8, *, strict=False):
+    def __init__(self, dim: int = 1, eps: float = 1e-8, *, strict: bool = False) -> None:
         super().__init__()
         self.dim = dim
         self.eps = eps
         self.strict = strict
 
-    def forward(self, x0, x1):
+    def forward(self, x0: torch.Tensor, x1: torch.Tensor) -> torch.Tensor:
         """The mean over all pairs of vectors."""
         x0, x1 = widest_under_autocast(x0, x1)
         paired = x0.dim() == 2 and x0.shape == x1.shape and x0.dtype == x1.dtype and x0.numel()

@@ -4,6 +4,8 @@ As in open_clip, rows are not normalised (the model does that), logit_scale is t
 processes is said by `rank` and `world_size`: the default is the loss of one.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -51,13 +53,13 @@ class ClipLoss(Closed, nn.Module):
 
     def __init__(
         self,
-        local_loss=False,
-        gather_with_grad=False,
-        cache_labels=False,
-        rank=0,
-        world_size=1,
-        use_horovod=False,
-    ):
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
         super().__init__()
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
@@ -66,7 +68,14 @@ class ClipLoss(Closed, nn.Module):
         self.world_size = world_size
         self.use_horovod = use_horovod
 
-    def forward(self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False):
+    def forward(
+        self,
+        image_features: torch.Tensor,
+        text_features: torch.Tensor,
+        logit_scale: float | torch.Tensor,
+        logit_bias: float | torch.Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Any:
         """(N, D) features of pairs; logit_scale and logit_bias a number or a tensor of one element."""
         loss = _unused(self._contrastive(image_features, text_features, logit_scale), logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
@@ -118,22 +127,30 @@ class CoCaLoss(ClipLoss):
 
     def __init__(
         self,
-        caption_loss_weight,
-        clip_loss_weight,
-        pad_id=0,
-        local_loss=False,
-        gather_with_grad=False,
-        cache_labels=False,
-        rank=0,
-        world_size=1,
-        use_horovod=False,
-    ):
+        caption_loss_weight: float,
+        clip_loss_weight: float,
+        pad_id: int = 0,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod)
         self.clip_loss_weight = clip_loss_weight
         self.caption_loss_weight = caption_loss_weight
         self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
 
-    def forward(self, image_features, text_features, logits, labels, logit_scale, output_dict=False):
+    def forward(
+        self,
+        image_features: torch.Tensor,
+        text_features: torch.Tensor,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        logit_scale: float | torch.Tensor,
+        output_dict: bool = False,
+    ) -> Any:
         """(clip loss, caption loss) of (N, L, C) logits and (N, L) labels, or a dict of both."""
         if self.clip_loss_weight:
             clip = self.clip_loss_weight * self._contrastive(image_features, text_features, logit_scale)
@@ -157,7 +174,9 @@ class SigLipLoss(Closed, nn.Module):
 
     never_called = ("get_ground_truth", "get_logits", "_loss")
 
-    def __init__(self, cache_labels=False, rank=0, world_size=1, dist_impl=None):
+    def __init__(
+        self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None
+    ) -> None:
         super().__init__()
         self.cache_labels = cache_labels
         self.rank = rank
@@ -167,7 +186,14 @@ class SigLipLoss(Closed, nn.Module):
             names = '"bidir", "shift", "reduce" or "gather"'
             raise AssertionError(f"SigLipLoss: dist_impl must be {names}, got {dist_impl!r}")
 
-    def forward(self, image_features, text_features, logit_scale, logit_bias, output_dict=False):
+    def forward(
+        self,
+        image_features: torch.Tensor,
+        text_features: torch.Tensor,
+        logit_scale: float | torch.Tensor,
+        logit_bias: float | torch.Tensor,
+        output_dict: bool = False,
+    ) -> Any:
         """(N, D) features of pairs; logit_scale and logit_bias a number or a tensor of one element, or no bias."""
         bias = 0.0 if logit_bias is None else logit_bias
         if self.world_size == 1:

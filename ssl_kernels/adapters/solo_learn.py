@@ -21,7 +21,12 @@ DIFFERENCES = {
 }
 
 
-def simclr_loss_func(z1, z2, temperature=0.1, extra_pos_mask=None):
+def simclr_loss_func(
+    z1: torch.Tensor,
+    z2: torch.Tensor,
+    temperature: float | torch.Tensor = 0.1,
+    extra_pos_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`solo.losses.simclr_loss_func`: NT-Xent; with extra positives SupCon of the two views.
 
     Args:
@@ -36,7 +41,9 @@ def simclr_loss_func(z1, z2, temperature=0.1, extra_pos_mask=None):
     return sup_con_loss(torch.cat((z1, z2)), None, temperature, positives=partner | extra_pos_mask.bool())
 
 
-def moco_loss_func(query, key, queue, temperature=0.1):
+def moco_loss_func(
+    query: torch.Tensor, key: torch.Tensor, queue: torch.Tensor, temperature: float | torch.Tensor = 0.1
+) -> torch.Tensor:
     """`solo.losses.moco_loss_func`: InfoNCE against a queue, of rows as they are.
 
     Args:
@@ -47,7 +54,7 @@ def moco_loss_func(query, key, queue, temperature=0.1):
     return moco_loss(query, key, queue.T, temperature, normalize=False)
 
 
-def byol_loss_func(p, z, simplified=True):
+def byol_loss_func(p: torch.Tensor, z: torch.Tensor, simplified: bool = True) -> torch.Tensor:
     """`solo.losses.byol_loss_func`: the mean of 2 − 2 · cosine; z gets no gradient.
 
     Args:
@@ -57,7 +64,7 @@ def byol_loss_func(p, z, simplified=True):
     return byol_loss(p, z)
 
 
-def simsiam_loss_func(p, z, simplified=True):
+def simsiam_loss_func(p: torch.Tensor, z: torch.Tensor, simplified: bool = True) -> torch.Tensor:
     """`solo.losses.simsiam_loss_func`: minus the mean cosine; z gets no gradient.
 
     Args:
@@ -67,7 +74,9 @@ def simsiam_loss_func(p, z, simplified=True):
     return byol_loss(p, z) / 2 - 1
 
 
-def nnclr_loss_func(nn, p, temperature=0.1):
+def nnclr_loss_func(
+    nn: torch.Tensor, p: torch.Tensor, temperature: float | torch.Tensor = 0.1
+) -> torch.Tensor:
     """`solo.losses.nnclr_loss_func`: InfoNCE of neighbours against predictions.
 
     Args:

@@ -27,13 +27,20 @@ class SupConLoss(nn.Module):
         base_temperature: > 0.
     """
 
-    def __init__(self, temperature=0.07, contrast_mode="all", base_temperature=0.07):
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.07,
+        contrast_mode: str = "all",
+        base_temperature: float = 0.07,
+    ) -> None:
         super().__init__()
         self.temperature = temperature
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature
 
-    def forward(self, features, labels=None, mask=None):
+    def forward(
+        self, features: torch.Tensor, labels: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """features (B, V, ...); labels (B,), or mask (B, B) of 0 and 1 with mask[i, j] where j is a positive of i."""
         if features.dim() < 3:
             raise ValueError(f"SupConLoss: features must have shape (B, V, ...), got {tuple(features.shape)}")

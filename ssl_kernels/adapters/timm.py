@@ -1,6 +1,7 @@
 """`timm.data.Mixup` (timm 1.0)."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,19 +42,19 @@ class Mixup(Closed):
 
     def __init__(
         self,
-        mixup_alpha=1.0,
-        cutmix_alpha=0.0,
-        cutmix_minmax=None,
-        prob=1.0,
-        switch_prob=0.5,
-        mode="batch",
-        correct_lam=True,
-        label_smoothing=0.1,
-        num_classes=1000,
-        multi_label=False,
+        mixup_alpha: float = 1.0,
+        cutmix_alpha: float = 0.0,
+        cutmix_minmax: tuple[float, float] | None = None,
+        prob: float = 1.0,
+        switch_prob: float = 0.5,
+        mode: str = "batch",
+        correct_lam: bool = True,
+        label_smoothing: float = 0.1,
+        num_classes: int = 1000,
+        multi_label: bool = False,
         *,
-        strict=False,
-    ):
+        strict: bool = False,
+    ) -> None:
         self.mixup_alpha = mixup_alpha
         self.cutmix_alpha = cutmix_alpha
         self.cutmix_minmax = cutmix_minmax
@@ -71,7 +72,7 @@ class Mixup(Closed):
         self.mixup_enabled = True
         self.strict = strict
 
-    def __call__(self, x, target):
+    def __call__(self, x: torch.Tensor, target: torch.Tensor) -> Any:
         """x (B, C, H, W), mixed in place; returns it and the dense targets (B, num_classes)."""
         if self.strict and len(x) % 2:
             raise AssertionError(f"Mixup: x must have an even number of samples, got {len(x)}")

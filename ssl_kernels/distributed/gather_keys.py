@@ -1,13 +1,20 @@
 """The keys of all ranks, for a queue that every rank holds."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from ssl_kernels.checks import DTYPES, short
 from ssl_kernels.distributed import checks, groups
 
+if TYPE_CHECKING:
+    from ssl_kernels.nn.queue import MoCoQueue
+
 
 @torch.no_grad()
-def gather_keys(keys, queue=None, *, group=None, check=True):
+def gather_keys(
+    keys: torch.Tensor, queue: "MoCoQueue | None" = None, *, group: Any = None, check: bool = True
+) -> torch.Tensor:
     """The keys of all ranks, one rank after the other: what every rank pushes, so that all queues stay equal.
 
         queue.push_(gather_keys(keys, queue))

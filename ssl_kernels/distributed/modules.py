@@ -1,6 +1,10 @@
 """The losses over a process group as modules."""
 
 import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 from ssl_kernels import nn
 from ssl_kernels.distributed import labelled, losses
@@ -14,7 +18,15 @@ class _OverRanks:
         group, strategy, check, rows_per_rank: As in the functions of `ssl_kernels.distributed`.
     """
 
-    def __init__(self, *args, group=None, strategy=None, check=True, rows_per_rank=None, **options):
+    def __init__(
+        self,
+        *args: Any,
+        group: Any = None,
+        strategy: str | None = None,
+        check: bool = True,
+        rows_per_rank: Sequence[int] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(*args, **options)
         self.over = {
             "group": group,
@@ -32,7 +44,7 @@ class _OverRanks:
     Takes what `nn.{plain.__name__}` takes, and group, strategy, check and rows_per_rank as the function does.
     """
 
-    def forward(self, *args, **keywords):
+    def forward(self, *args: Any, **keywords: Any) -> torch.Tensor:
         if len(args) > len(self._arguments):
             raise TypeError(
                 f"{type(self).__name__}: at most {len(self._arguments)} tensors must be given without a name,"

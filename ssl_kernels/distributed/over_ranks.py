@@ -1,6 +1,10 @@
 """What makes a loss of a `Call` a public function of the package."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 
 from ssl_kernels import losses
 from ssl_kernels.distributed.call import Call
@@ -27,13 +31,20 @@ _DOC = """
     """
 
 
-def over_ranks(function):
+def over_ranks(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """`function`, which takes a `Call` first, as a public loss: the plain one where the group has one rank."""
     name = function.__name__
     plain = getattr(losses, name)
 
     @functools.wraps(plain, assigned=("__module__", "__name__", "__qualname__"))
-    def run(*args, group=None, strategy=None, check=True, rows_per_rank=None, **options):
+    def run(
+        *args: Any,
+        group: Any = None,
+        strategy: str | None = None,
+        check: bool = True,
+        rows_per_rank: Sequence[int] | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
         call = Call(name, group=group, strategy=strategy, check=check, rows_per_rank=rows_per_rank)
         if call.alone:
             return plain(*args, **options)

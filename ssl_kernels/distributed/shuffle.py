@@ -1,12 +1,16 @@
 """Batch-norm shuffling of MoCo: rows change ranks before the key encoder, and their keys go back."""
 
+from typing import Any
+
 import torch
 
 from ssl_kernels.checks import is_whole, short
 from ssl_kernels.distributed import checks, groups
 
 
-def shuffle_rows(x, seed=None, *, group=None, check=True):
+def shuffle_rows(
+    x: torch.Tensor, seed: int | None = None, *, group: Any = None, check: bool = True
+) -> "tuple[torch.Tensor, Shuffle]":
     """Rows of all ranks in a random order, as many on each rank as before.
 
         shuffled, shuffle = shuffle_rows(images)
@@ -57,7 +61,7 @@ def shuffle_rows(x, seed=None, *, group=None, check=True):
     return _Moved.apply(x, shuffle, False), shuffle
 
 
-def unshuffle_rows(x, shuffle):
+def unshuffle_rows(x: torch.Tensor, shuffle: "Shuffle") -> torch.Tensor:
     """What was made of shuffled rows, a row each, on the ranks and in the order of the rows before `shuffle_rows`.
 
     Args:
@@ -75,7 +79,7 @@ def unshuffle_rows(x, shuffle):
 class Shuffle:
     """Which row goes where: the same permutation on every rank."""
 
-    def __init__(self, sizes, seed, ranks):
+    def __init__(self, sizes: list[int], seed: int, ranks: Any) -> None:
         self.name, world = ranks.name, ranks.world
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(sum(sizes), generator=generator)  # place p gets row order[p]

@@ -1,7 +1,5 @@
 """The losses, one file each: a few lines of algebra over the operations in `ops/`. docs/losses.md lists them."""
 
-import inspect
-
 from ssl_kernels.losses.alignment import alignment_loss
 from ssl_kernels.losses.barlow_twins import barlow_twins_loss
 from ssl_kernels.losses.byol import byol_loss
@@ -28,4 +26,30 @@ from ssl_kernels.losses.triplet_margin import triplet_margin_loss
 from ssl_kernels.losses.uniformity import uniformity_loss
 from ssl_kernels.losses.vicreg import vicreg_loss
 
-__all__ = sorted(name for name, value in vars().items() if inspect.isfunction(value))
+__all__ = [
+    "alignment_loss",
+    "barlow_twins_loss",
+    "byol_loss",
+    "clip_loss",
+    "dcl_loss",
+    "debiased_nt_xent_loss",
+    "dino_loss",
+    "distillation_loss",
+    "imix_loss",
+    "info_nce_loss",
+    "koleo_loss",
+    "mae_loss",
+    "mil_nce_loss",
+    "moco_loss",
+    "multiple_negatives_ranking_loss",
+    "nt_xent_loss",
+    "sampled_softmax_loss",
+    "siglip_loss",
+    "similarity_cross_entropy",
+    "sup_con_loss",
+    "swav_loss",
+    "triplet_loss",
+    "triplet_margin_loss",
+    "uniformity_loss",
+    "vicreg_loss",
+]

@@ -9,7 +9,15 @@ from ssl_kernels.ops.row_pairs import row_pairs
 OP = "alignment_loss"
 
 
-def alignment_loss(x, y, alpha=2.0, *, normalize=True, reduction="mean", backend=None):
+def alignment_loss(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    alpha: float | torch.Tensor = 2.0,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> torch.Tensor:
     """Distance of the two rows of a pair, to a power: the partner of `uniformity_loss`.
 
         loss_i = ‖x̂_i − ŷ_i‖₂^alpha

@@ -1,5 +1,7 @@
 """Barlow Twins: features of two views that agree, each with itself alone."""
 
+from typing import Any
+
 import torch
 
 from ssl_kernels.backends import choose_backend
@@ -19,8 +21,15 @@ OP = "barlow_twins_loss"
 
 
 def barlow_twins_loss(
-    z0, z1, off_diagonal_weight=0.005, *, eps=1e-5, reduction="sum", group=None, backend=None
-):
+    z0: torch.Tensor,
+    z1: torch.Tensor,
+    off_diagonal_weight: float | torch.Tensor = 0.005,
+    *,
+    eps: float = 1e-5,
+    reduction: str = "sum",
+    group: Any = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Redundancy reduction: the cross-correlation of the features of two views is to be the identity.
 
         loss = Σ_d (1 − c_dd)² + off_diagonal_weight · Σ_d Σ_{j ≠ d} c_dj²

@@ -9,7 +9,15 @@ from ssl_kernels.ops.row_pairs import row_pairs
 OP = "byol_loss"
 
 
-def byol_loss(prediction, target, *, normalize=True, reduction="mean", row_weights=None, backend=None):
+def byol_loss(
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+    row_weights: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """BYOL's loss: the squared distance of unit rows, 2 − 2 cos(prediction_i, target_i).
 
     The target gets no gradient. BYOL adds the loss of the two views swapped; so does the caller.

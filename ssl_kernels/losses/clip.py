@@ -29,18 +29,18 @@ OP = "clip_loss"
 
 
 def clip_loss(
-    image_features,
-    text_features,
-    logit_scale,
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    logit_scale: float | torch.Tensor,
     *,
-    label_smoothing=0.0,
-    ids=None,
-    image_index=None,
-    normalize=True,
-    reduction="mean",
-    row_weights=None,
-    backend=None,
-):
+    label_smoothing: float = 0.0,
+    ids: torch.Tensor | None = None,
+    image_index: torch.Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    row_weights: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """CLIP's loss: each image against all texts and each text against all images, the mean of both.
 
         loss_i = ½ (CE_i(s) + CE_i(sᵀ)),  s_ij = logit_scale · <image_i, text_j>

@@ -1,5 +1,7 @@
 """DCL: NT-Xent whose denominator leaves the positive out."""
 
+import torch
+
 from ssl_kernels.checks import (
     check_embeddings,
     check_least_rows,
@@ -15,15 +17,15 @@ OP = "dcl_loss"
 
 
 def dcl_loss(
-    z0,
-    z1,
-    temperature=0.1,
+    z0: torch.Tensor,
+    z1: torch.Tensor,
+    temperature: float | torch.Tensor = 0.1,
     *,
-    normalize=True,
-    reduction="mean",
-    row_weights=None,
-    backend=None,
-):
+    normalize: bool = True,
+    reduction: str = "mean",
+    row_weights: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Decoupled contrastive loss: NT-Xent with the positive left out of the sum.
 
         loss_i = −s_i,p(i) + log Σ_{j ≠ i, p(i)} exp(s_ij),  s_ij = <z_i, z_j> / temperature

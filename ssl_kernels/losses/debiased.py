@@ -28,16 +28,16 @@ OP = "debiased_nt_xent_loss"
 
 
 def debiased_nt_xent_loss(
-    z0,
-    z1,
-    temperature=0.5,
+    z0: torch.Tensor,
+    z1: torch.Tensor,
+    temperature: float | torch.Tensor = 0.5,
     *,
-    positive_prior=0.1,
-    normalize=True,
-    reduction="mean",
-    row_weights=None,
-    backend=None,
-):
+    positive_prior: float = 0.1,
+    normalize: bool = True,
+    reduction: str = "mean",
+    row_weights: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Debiased contrastive loss: NT-Xent whose negatives are freed of the positives drawn among them.
 
         loss_i = −log( exp(s_i,p(i)) / (exp(s_i,p(i)) + G_i) ),  s_ij = <z_i, z_j> / temperature,

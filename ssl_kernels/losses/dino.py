@@ -1,5 +1,8 @@
 """DINO: the student's softmax over the prototypes is to be the momentum teacher's, of other crops or masked patches."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from ssl_kernels.backends import choose_backend
@@ -29,28 +32,31 @@ from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
 from ssl_kernels.reference.clustering import potentials
 from ssl_kernels.reference.products import product
 
+if TYPE_CHECKING:
+    from ssl_kernels.nn.clustering import DINOCenter
+
 OP = "dino_loss"
 
 
 def dino_loss(
-    student,
-    teacher,
-    prototypes=None,
-    teacher_prototypes=None,
-    temperature=0.1,
-    teacher_temperature=0.04,
+    student: torch.Tensor | Sequence[torch.Tensor],
+    teacher: torch.Tensor | Sequence[torch.Tensor],
+    prototypes: torch.Tensor | None = None,
+    teacher_prototypes: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 0.1,
+    teacher_temperature: float | torch.Tensor = 0.04,
     *,
-    center=None,
-    centering="center",
-    iterations=3,
-    mask=None,
-    normalize=True,
-    normalize_prototypes=True,
-    reduction="mean",
-    row_weights=None,
-    group=None,
-    backend=None,
-):
+    center: "DINOCenter | torch.Tensor | None" = None,
+    centering: str = "center",
+    iterations: int = 3,
+    mask: torch.Tensor | None = None,
+    normalize: bool = True,
+    normalize_prototypes: bool = True,
+    reduction: str = "mean",
+    row_weights: torch.Tensor | None = None,
+    group: Any = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Self-distillation: cross-entropy of the student's softmax over the prototypes against the teacher's.
 
         loss_i = 1 / P · Σ_a Σ_{v ≠ a} −Σ_k p_a,ik log softmax(s_v,i / temperature)_k

@@ -28,18 +28,18 @@ OP = "distillation_loss"
 
 
 def distillation_loss(
-    query,
-    keys,
-    teacher_query,
-    teacher_keys,
-    temperature=0.07,
-    teacher_temperature=None,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    teacher_query: torch.Tensor,
+    teacher_keys: torch.Tensor,
+    temperature: float | torch.Tensor = 0.07,
+    teacher_temperature: float | torch.Tensor | None = None,
     *,
-    normalize=True,
-    reduction="mean",
-    row_weights=None,
-    backend=None,
-):
+    normalize: bool = True,
+    reduction: str = "mean",
+    row_weights: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Kullback-Leibler divergence of the pupil's similarities to the keys from the teacher's, row by row.
 
         loss_i = Σ_j p_ij (log p_ij − log softmax(s_i)_j),  p_i = softmax(t_i)

@@ -30,18 +30,18 @@ OP = "imix_loss"
 
 
 def imix_loss(
-    query,
-    key,
-    permutation,
-    lam,
-    temperature=0.2,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    permutation: torch.Tensor,
+    lam: float | torch.Tensor,
+    temperature: float | torch.Tensor = 0.2,
     *,
-    negative_keys=None,
-    normalize=True,
-    reduction="mean",
-    row_weights=None,
-    backend=None,
-):
+    negative_keys: torch.Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    row_weights: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """i-Mix: each query of a mixed input against all keys, with two positives weighted as the inputs were mixed.
 
         loss_i = λ_i CE_i(i) + (1 − λ_i) CE_i(perm(i)),  CE_i(j) = log Σ_k exp(s_ik) − s_ij,

@@ -30,20 +30,20 @@ NEGATIVE_MODES = ("unpaired", "paired")
 
 
 def info_nce_loss(
-    query,
-    positive_key,
-    negative_keys=None,
-    temperature=0.1,
-    reduction="mean",
-    negative_mode="unpaired",
+    query: torch.Tensor,
+    positive_key: torch.Tensor,
+    negative_keys: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 0.1,
+    reduction: str = "mean",
+    negative_mode: str = "unpaired",
     *,
-    symmetric=False,
-    query_ids=None,
-    key_ids=None,
-    normalize=True,
-    row_weights=None,
-    backend=None,
-):
+    symmetric: bool = False,
+    query_ids: torch.Tensor | None = None,
+    key_ids: torch.Tensor | None = None,
+    normalize: bool = True,
+    row_weights: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """InfoNCE: each query against its own key and the negatives.
 
         loss_i = −log( exp(s_i) / (exp(s_i) + Σ_j exp(s_ij)) ),  s = <query, key> / temperature

@@ -12,7 +12,9 @@ OP = "koleo_loss"
 EPSILON = 1e-8
 
 
-def koleo_loss(embeddings, *, normalize=True, reduction="mean", backend=None):
+def koleo_loss(
+    embeddings: torch.Tensor, *, normalize: bool = True, reduction: str = "mean", backend: str | None = None
+) -> torch.Tensor:
     """KoLeo regularizer: minus the logarithm of the distance to the nearest other row, which spreads rows evenly.
 
         loss_i = −log( ‖x̂_i − x̂_n(i)‖₂ + 1e-8 ),  n(i) = argmin_{j ≠ i} ‖x̂_i − x̂_j‖₂

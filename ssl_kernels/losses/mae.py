@@ -12,8 +12,15 @@ OP = "mae_loss"
 
 
 def mae_loss(
-    prediction, target, mask=None, *, normalize_target=True, eps=1e-6, reduction="mean", backend=None
-):
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    normalize_target: bool = True,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> torch.Tensor:
     """Masked autoencoding: the mean squared error of each patch, of patches normalised one by one.
 
         loss_p = 1 / C · Σ_c (prediction_pc − t̂_pc)²,  t̂_p = (target_p − mean_p) / sqrt(variance_p + eps)

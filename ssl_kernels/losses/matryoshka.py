@@ -1,6 +1,8 @@
 """Matryoshka: a loss over several prefixes of the embeddings' width."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -9,7 +11,9 @@ from ssl_kernels.checks import is_number, is_whole
 OP = "matryoshka"
 
 
-def matryoshka(loss, dims, weights=None):
+def matryoshka(
+    loss: Callable[..., torch.Tensor], dims: Sequence[int], weights: Sequence[float] | None = None
+) -> "Callable[..., torch.Tensor] | Matryoshka":
     """A loss that is the weighted sum of `loss` over prefixes of the embeddings: the first `dims[k]` features of each.
 
         loss = matryoshka(info_nce_loss, [64, 128, 256], weights=[1, 1, 2])
@@ -52,14 +56,16 @@ def matryoshka(loss, dims, weights=None):
 class Matryoshka(torch.nn.Module):
     """What `matryoshka` makes of a module."""
 
-    def __init__(self, loss, dims, weights):
+    def __init__(
+        self, loss: Callable[..., torch.Tensor], dims: Sequence[int], weights: Sequence[float]
+    ) -> None:
         super().__init__()
         self.loss, self.dims, self.weights = loss, dims, weights
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return _sum(self.loss, self.dims, self.weights, args, kwargs)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"dims={list(self.dims)}, weights={list(self.weights)}"
 
 

@@ -21,16 +21,16 @@ OP = "mil_nce_loss"
 
 
 def mil_nce_loss(
-    query,
-    keys,
-    temperature=0.07,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    temperature: float | torch.Tensor = 0.07,
     *,
-    symmetric=True,
-    normalize=True,
-    reduction="mean",
-    row_weights=None,
-    backend=None,
-):
+    symmetric: bool = True,
+    normalize: bool = True,
+    reduction: str = "mean",
+    row_weights: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """MIL-NCE: the exponentials of a query's several keys are added up, so that one good key is enough.
 
         loss_i = −log( Σ_p exp(s_i,ip) / (Σ_p exp(s_i,ip) + Σ_{j ≠ i, p} exp(s_i,jp) + Σ_{j ≠ i, p} exp(s_j,ip)) )

@@ -1,5 +1,7 @@
 """The losses of MoCo: InfoNCE against a queue, and in the batch."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from ssl_kernels.checks import DTYPES, check_embeddings, check_reduction, check_same_rows, check_scalar
@@ -16,20 +18,23 @@ from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
 from ssl_kernels.ops.row_pairs import row_pairs
 
+if TYPE_CHECKING:
+    from ssl_kernels.nn.queue import MoCoQueue
+
 
 def moco_loss(
-    query,
-    key,
-    queue=None,
-    temperature=0.07,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    queue: "MoCoQueue | torch.Tensor | None" = None,
+    temperature: float | torch.Tensor = 0.07,
     *,
-    ids=None,
-    queue_ids=None,
-    normalize=True,
-    symmetric=False,
-    reduction="mean",
-    backend=None,
-):
+    ids: torch.Tensor | None = None,
+    queue_ids: torch.Tensor | None = None,
+    normalize: bool = True,
+    symmetric: bool = False,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> torch.Tensor:
     """InfoNCE of each query against its key and a queue of negatives.
 
         loss_i = −log( exp(s_i) / (exp(s_i) + Σ_j exp(<q_i, queue_j> / temperature)) ),  s_i = <q_i, k_i> / temperature

@@ -1,5 +1,7 @@
 """Multiple negatives ranking loss of sentence-transformers: InfoNCE in up to four directions, with hard negatives."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ssl_kernels.checks import (
@@ -30,22 +32,22 @@ MARGIN_MODES = ("absolute", "relative")
 
 
 def multiple_negatives_ranking_loss(
-    anchor,
-    positive,
-    *hard_negatives,
-    scale=20.0,
-    directions=("query_to_doc",),
-    partition_mode="joint",
-    hardness_mode=None,
-    hardness_strength=0.0,
-    margin=None,
-    margin_mode="absolute",
-    ids=None,
-    normalize=True,
-    reduction="mean",
-    row_weights=None,
-    backend=None,
-):
+    anchor: torch.Tensor,
+    positive: torch.Tensor,
+    *hard_negatives: torch.Tensor,
+    scale: float | torch.Tensor = 20.0,
+    directions: Sequence[str] = ("query_to_doc",),
+    partition_mode: str = "joint",
+    hardness_mode: str | None = None,
+    hardness_strength: float = 0.0,
+    margin: float | None = None,
+    margin_mode: str = "absolute",
+    ids: torch.Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    row_weights: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """MultipleNegativesRankingLoss of sentence-transformers: each query against its document and all others.
 
         loss_i = log Σ exp(the logits of every direction) − s(q_i, d_i),  s = scale · cosine

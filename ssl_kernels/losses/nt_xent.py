@@ -1,5 +1,7 @@
 """NT-Xent, the loss of SimCLR."""
 
+import torch
+
 from ssl_kernels.checks import (
     check_embeddings,
     check_reduction,
@@ -21,16 +23,16 @@ from ssl_kernels.losses._softmax import sums_of_views, views_loss
 
 
 def nt_xent_loss(
-    z0,
-    z1,
-    temperature=0.5,
+    z0: torch.Tensor,
+    z1: torch.Tensor,
+    temperature: float | torch.Tensor = 0.5,
     *,
-    ids=None,
-    normalize=True,
-    reduction="mean",
-    row_weights=None,
-    backend=None,
-):
+    ids: torch.Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    row_weights: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """NT-Xent, the loss of SimCLR: each of the 2B views against its partner and the 2B − 2 others.
 
         loss_i = −log( exp(s_i,p(i)) / Σ_{j ≠ i} exp(s_ij) ),  s_ij = <z_i, z_j> / temperature

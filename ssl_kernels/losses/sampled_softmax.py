@@ -33,22 +33,22 @@ OP = "sampled_softmax_loss"
 
 
 def sampled_softmax_loss(
-    query,
-    item,
-    candidates=None,
+    query: torch.Tensor,
+    item: torch.Tensor,
+    candidates: torch.Tensor | None = None,
     *,
-    temperature=1.0,
-    item_ids=None,
-    candidate_ids=None,
-    log_q=None,
-    candidate_weights=None,
-    in_batch=True,
-    num_hard_negatives=None,
-    normalize=True,
-    reduction="mean",
-    row_weights=None,
-    backend=None,
-):
+    temperature: float | torch.Tensor = 1.0,
+    item_ids: torch.Tensor | None = None,
+    candidate_ids: torch.Tensor | None = None,
+    log_q: torch.Tensor | None = None,
+    candidate_weights: torch.Tensor | None = None,
+    in_batch: bool = True,
+    num_hard_negatives: int | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    row_weights: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Softmax of each query over its item, the other items of the batch and sampled candidates, corrected by log Q.
 
         loss_i = log Σ_{j allowed} exp(z_ij) − z_ii,  z_ij = <q̂_i, ĉ_j> / temperature − log Q_j + log w_j

@@ -1,5 +1,7 @@
 """The pairwise sigmoid loss of SigLIP."""
 
+import torch
+
 from ssl_kernels.checks import check_embeddings, check_reduction, check_same_rows, check_scalar
 from ssl_kernels.losses._shared import as_scalar, reduce, widest_under_autocast
 from ssl_kernels.ops.library import accumulation_dtype
@@ -7,8 +9,15 @@ from ssl_kernels.ops.sigmoid_pairs import sigmoid_pairs
 
 
 def siglip_loss(
-    image_features, text_features, logit_scale, logit_bias, *, normalize=True, reduction="mean", backend=None
-):
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    logit_scale: float | torch.Tensor,
+    logit_bias: float | torch.Tensor,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> torch.Tensor:
     """SigLIP: every pair of an image and a text is classified by itself as belonging together or not.
 
         loss_i = Σ_j softplus(−y_ij (logit_scale · <image_i, text_j> + logit_bias)),  y_ij = +1 for i = j, −1 else

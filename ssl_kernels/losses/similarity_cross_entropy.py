@@ -29,20 +29,20 @@ OP = "similarity_cross_entropy"
 
 
 def similarity_cross_entropy(
-    query,
-    keys,
-    target,
-    scale=1.0,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    target: torch.Tensor,
+    scale: float | torch.Tensor = 1.0,
     *,
-    target_weights=None,
-    weight=None,
-    ignore_index=-100,
-    label_smoothing=0.0,
-    column_bias=None,
-    normalize=True,
-    reduction="mean",
-    backend=None,
-):
+    target_weights: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    column_bias: torch.Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> torch.Tensor:
     """`F.cross_entropy(scale · q̂ k̂ᵀ + column_bias, target)`, without the N × M matrix of similarities.
 
         loss_i = −Σ_p v_ip w_{t(i,p)} log softmax(z_i)_{t(i,p)},  z_ij = scale · <q̂_i, k̂_j> + column_bias_j

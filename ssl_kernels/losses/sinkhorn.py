@@ -1,5 +1,7 @@
 """Sinkhorn's assignment of rows to columns in equal shares."""
 
+from typing import Any
+
 import torch
 
 from ssl_kernels.checks import check_embeddings, check_scalar, is_whole
@@ -10,7 +12,9 @@ from ssl_kernels.ops.library import accumulation_dtype
 OP = "sinkhorn"
 
 
-def sinkhorn(scores, epsilon=0.05, iterations=3, *, group=None):
+def sinkhorn(
+    scores: torch.Tensor, epsilon: float | torch.Tensor = 0.05, iterations: int = 3, *, group: Any = None
+) -> torch.Tensor:
     """Soft assignments of samples to prototypes that use all prototypes alike: SwAV's codes.
 
     exp(scores / epsilon) with its columns scaled to equal sums and then its rows to sums of 1, `iterations` times. All

@@ -26,17 +26,17 @@ OP = "sup_con_loss"
 
 
 def sup_con_loss(
-    features,
-    labels,
-    temperature=0.07,
+    features: torch.Tensor,
+    labels: torch.Tensor | None,
+    temperature: float | torch.Tensor = 0.07,
     *,
-    positives=None,
-    unlabelled=None,
-    normalize=True,
-    reduction="mean",
-    row_weights=None,
-    backend=None,
-):
+    positives: torch.Tensor | None = None,
+    unlabelled: int | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    row_weights: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Supervised contrastive loss: each row against all others, those of its own label being the positives P(i).
 
         loss_i = −1/|P(i)| Σ_{p in P(i)} log( exp(s_ip) / Σ_{j ≠ i} exp(s_ij) ),  s_ij = <z_i, z_j> / temperature

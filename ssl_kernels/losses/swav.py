@@ -1,5 +1,8 @@
 """SwAV: each crop predicts the cluster codes of the others."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from ssl_kernels.backends import choose_backend
@@ -23,21 +26,21 @@ OP = "swav_loss"
 
 
 def swav_loss(
-    features,
-    prototypes,
-    temperature=0.1,
+    features: torch.Tensor | Sequence[torch.Tensor],
+    prototypes: torch.Tensor,
+    temperature: float | torch.Tensor = 0.1,
     *,
-    epsilon=0.05,
-    iterations=3,
-    assign=(0, 1),
-    queue=None,
-    normalize=True,
-    normalize_prototypes=True,
-    reduction="mean",
-    row_weights=None,
-    group=None,
-    backend=None,
-):
+    epsilon: float | torch.Tensor = 0.05,
+    iterations: int = 3,
+    assign: Sequence[int] = (0, 1),
+    queue: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    normalize: bool = True,
+    normalize_prototypes: bool = True,
+    reduction: str = "mean",
+    row_weights: torch.Tensor | None = None,
+    group: Any = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Swapped prediction: the cross-entropy of each crop's softmax over the prototypes against other crops' codes.
 
         loss_i = 1 / P · Σ_{a in assign} Σ_{v ≠ a} −Σ_k q_a,ik log softmax(<ẑ_v,i, ĉ> / temperature)_k

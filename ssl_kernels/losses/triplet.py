@@ -17,16 +17,16 @@ SOFT = "soft"
 
 
 def triplet_loss(
-    embeddings,
-    labels,
-    margin=0.2,
+    embeddings: torch.Tensor,
+    labels: torch.Tensor,
+    margin: float | torch.Tensor | str = 0.2,
     *,
-    mining="batch_hard",
-    distance="euclidean",
-    normalize=True,
-    reduction="mean",
-    backend=None,
-):
+    mining: str = "batch_hard",
+    distance: str = "euclidean",
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> torch.Tensor:
     """Triplet loss that mines the batch: a row of an anchor's label nearer than one of another label, by a margin.
 
         loss_i = max(0, margin + max_{j ≠ i, label_j = label_i} d(x_i, x_j) − min_{label_j ≠ label_i} d(x_i, x_j))

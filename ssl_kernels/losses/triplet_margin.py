@@ -11,16 +11,16 @@ DISTANCES = ("euclidean", "cosine")
 
 
 def triplet_margin_loss(
-    anchor,
-    positive,
-    negative,
-    margin=0.2,
+    anchor: torch.Tensor,
+    positive: torch.Tensor,
+    negative: torch.Tensor,
+    margin: float | torch.Tensor = 0.2,
     *,
-    distance="euclidean",
-    normalize=True,
-    reduction="mean",
-    backend=None,
-):
+    distance: str = "euclidean",
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> torch.Tensor:
     """Triplet margin loss of given triplets: the positive nearer than the negative by a margin.
 
         loss_i = max(0, d(anchor_i, positive_i) − d(anchor_i, negative_i) + margin)

@@ -1,5 +1,7 @@
 """Uniformity: how evenly embeddings lie on the sphere."""
 
+import torch
+
 from ssl_kernels.checks import check_embeddings, check_least_rows, check_scalar
 from ssl_kernels.losses._shared import as_scalar
 from ssl_kernels.ops.contrastive import contrastive
@@ -8,7 +10,13 @@ from ssl_kernels.ops.library import accumulation_dtype
 OP = "uniformity_loss"
 
 
-def uniformity_loss(embeddings, t=2.0, *, normalize=True, backend=None):
+def uniformity_loss(
+    embeddings: torch.Tensor,
+    t: float | torch.Tensor = 2.0,
+    *,
+    normalize: bool = True,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Logarithm of the mean Gaussian potential of all pairs of rows, least where they lie evenly on the sphere.
 
         loss = log( 1 / (N (N − 1)) · Σ_{i ≠ j} exp(−t ‖x̂_i − x̂_j‖²) )

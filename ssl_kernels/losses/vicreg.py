@@ -1,5 +1,7 @@
 """VICReg: two views alike, features that vary, and no two of them together."""
 
+from typing import Any
+
 import torch
 
 from ssl_kernels.backends import choose_backend
@@ -19,17 +21,17 @@ OP = "vicreg_loss"
 
 
 def vicreg_loss(
-    z0,
-    z1,
-    invariance=25.0,
-    variance=25.0,
-    covariance=1.0,
+    z0: torch.Tensor,
+    z1: torch.Tensor,
+    invariance: float | torch.Tensor = 25.0,
+    variance: float | torch.Tensor = 25.0,
+    covariance: float | torch.Tensor = 1.0,
     *,
-    eps=1e-4,
-    reduction="mean",
-    group=None,
-    backend=None,
-):
+    eps: float = 1e-4,
+    reduction: str = "mean",
+    group: Any = None,
+    backend: str | None = None,
+) -> torch.Tensor:
     """Variance, invariance and covariance of the features of two views.
 
         loss = 1 / D · Σ_d invariance · mean_i (z0_id − z1_id)²

@@ -1,5 +1,8 @@
 """Losses against prototypes, of correlations and of patches as modules, and the teacher's centre."""
 
+from collections.abc import Sequence
+from typing import Any, Self
+
 import torch
 from torch import nn
 
@@ -21,16 +24,16 @@ class SwAVLoss(Loss):
 
     def __init__(
         self,
-        temperature=0.1,
+        temperature: float | torch.Tensor = 0.1,
         *,
-        epsilon=0.05,
-        iterations=3,
-        assign=(0, 1),
-        normalize=True,
-        normalize_prototypes=True,
-        reduction="mean",
-        backend=None,
-    ):
+        epsilon: float | torch.Tensor = 0.05,
+        iterations: int = 3,
+        assign: Sequence[int] = (0, 1),
+        normalize: bool = True,
+        normalize_prototypes: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(
             temperature=temperature,
             epsilon=epsilon,
@@ -42,7 +45,15 @@ class SwAVLoss(Loss):
             backend=backend,
         )
 
-    def forward(self, features, prototypes, *, queue=None, row_weights=None, group=None):
+    def forward(
+        self,
+        features: torch.Tensor | Sequence[torch.Tensor],
+        prototypes: torch.Tensor,
+        *,
+        queue: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        row_weights: torch.Tensor | None = None,
+        group: Any = None,
+    ) -> torch.Tensor:
         return losses.swav_loss(
             features, prototypes, queue=queue, row_weights=row_weights, group=group, **self.options
         )
@@ -63,16 +74,16 @@ class DINOLoss(Loss):
 
     def __init__(
         self,
-        temperature=0.1,
-        teacher_temperature=0.04,
+        temperature: float | torch.Tensor = 0.1,
+        teacher_temperature: float | torch.Tensor = 0.04,
         *,
-        centering="center",
-        iterations=3,
-        normalize=True,
-        normalize_prototypes=True,
-        reduction="mean",
-        backend=None,
-    ):
+        centering: str = "center",
+        iterations: int = 3,
+        normalize: bool = True,
+        normalize_prototypes: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(
             temperature=temperature,
             teacher_temperature=teacher_temperature,
@@ -86,16 +97,16 @@ class DINOLoss(Loss):
 
     def forward(
         self,
-        student,
-        teacher,
-        prototypes=None,
-        teacher_prototypes=None,
+        student: torch.Tensor | Sequence[torch.Tensor],
+        teacher: torch.Tensor | Sequence[torch.Tensor],
+        prototypes: torch.Tensor | None = None,
+        teacher_prototypes: torch.Tensor | None = None,
         *,
-        center=None,
-        mask=None,
-        row_weights=None,
-        group=None,
-    ):
+        center: "DINOCenter | torch.Tensor | None" = None,
+        mask: torch.Tensor | None = None,
+        row_weights: torch.Tensor | None = None,
+        group: Any = None,
+    ) -> torch.Tensor:
         return losses.dino_loss(
             student,
             teacher,
@@ -129,7 +140,9 @@ class DINOCenter(nn.Module):
     Source: Caron et al., DINO, arXiv:2104.14294, eq. 4.
     """
 
-    def __init__(self, size, momentum=0.9, *, normalize=True, normalize_prototypes=True):
+    def __init__(
+        self, size: int, momentum: float = 0.9, *, normalize: bool = True, normalize_prototypes: bool = True
+    ) -> None:
         super().__init__()
         if not is_whole(size) or size < 1:
             raise ValueError(f"DINOCenter: size must be an integer >= 1, got {size!r}")
@@ -138,7 +151,14 @@ class DINOCenter(nn.Module):
         self.register_buffer("center", torch.zeros(int(size)))
 
     @torch.no_grad()
-    def update_(self, teacher, prototypes=None, *, mask=None, group=None):
+    def update_(
+        self,
+        teacher: torch.Tensor | Sequence[torch.Tensor],
+        prototypes: torch.Tensor | None = None,
+        *,
+        mask: torch.Tensor | None = None,
+        group: Any = None,
+    ) -> Self:
         """center ← momentum · center + (1 − momentum) · mean of the teacher's logits.
 
         Args:
@@ -199,7 +219,7 @@ class DINOCenter(nn.Module):
             )
         return tokens[mask][None]
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{len(self.center)}, momentum={self.momentum}"
 
 
@@ -211,12 +231,19 @@ class BarlowTwinsLoss(Loss):
         eps, reduction, backend: As in `barlow_twins_loss`.
     """
 
-    def __init__(self, off_diagonal_weight=0.005, *, eps=1e-5, reduction="sum", backend=None):
+    def __init__(
+        self,
+        off_diagonal_weight: float | torch.Tensor = 0.005,
+        *,
+        eps: float = 1e-5,
+        reduction: str = "sum",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(
             off_diagonal_weight=off_diagonal_weight, eps=eps, reduction=reduction, backend=backend
         )
 
-    def forward(self, z0, z1, *, group=None):
+    def forward(self, z0: torch.Tensor, z1: torch.Tensor, *, group: Any = None) -> torch.Tensor:
         return losses.barlow_twins_loss(z0, z1, group=group, **self.options)
 
 
@@ -230,14 +257,14 @@ class VICRegLoss(Loss):
 
     def __init__(
         self,
-        invariance=25.0,
-        variance=25.0,
-        covariance=1.0,
+        invariance: float | torch.Tensor = 25.0,
+        variance: float | torch.Tensor = 25.0,
+        covariance: float | torch.Tensor = 1.0,
         *,
-        eps=1e-4,
-        reduction="mean",
-        backend=None,
-    ):
+        eps: float = 1e-4,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(
             invariance=invariance,
             variance=variance,
@@ -247,7 +274,7 @@ class VICRegLoss(Loss):
             backend=backend,
         )
 
-    def forward(self, z0, z1, *, group=None):
+    def forward(self, z0: torch.Tensor, z1: torch.Tensor, *, group: Any = None) -> torch.Tensor:
         return losses.vicreg_loss(z0, z1, group=group, **self.options)
 
 
@@ -258,8 +285,17 @@ class MAELoss(Loss):
         normalize_target, eps, reduction, backend: As in `mae_loss`.
     """
 
-    def __init__(self, *, normalize_target=True, eps=1e-6, reduction="mean", backend=None):
+    def __init__(
+        self,
+        *,
+        normalize_target: bool = True,
+        eps: float = 1e-6,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(normalize_target=normalize_target, eps=eps, reduction=reduction, backend=backend)
 
-    def forward(self, prediction, target, mask=None):
+    def forward(
+        self, prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return losses.mae_loss(prediction, target, mask, **self.options)

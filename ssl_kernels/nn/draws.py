@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import numbers
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,6 +14,17 @@ _SEED = "seed"  # in a state, in place of a device: nothing has been drawn yet
 _handles = itertools.count()
 _by_handle = weakref.WeakValueDictionary()
 _by_generator = weakref.WeakValueDictionary()  # from its id: the Draws that holds it
+
+
+class MixingDraw(NamedTuple):
+    """What one call of `Mixup` has drawn, on the device of the batch."""
+
+    permutation: torch.Tensor  # (B,) int64, the partner of each sample
+    lam: torch.Tensor  # (B,) float32, the share of each sample in its target: pass it to a loss
+    pixel_lam: (
+        torch.Tensor
+    )  # (B,) float32, its share in every pixel: 1 where it is pasted into or left as it is
+    boxes: torch.Tensor | None  # (B, 4) int64, the pixels pasted from the partner; None without CutMix
 
 
 class Draws:

@@ -1,9 +1,14 @@
 """Losses as modules: each holds the arguments of the function it names."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 
 from ssl_kernels import losses
+
+if TYPE_CHECKING:
+    from ssl_kernels.nn.queue import MoCoQueue
 
 
 class Loss(nn.Module):
@@ -17,7 +22,7 @@ class Loss(nn.Module):
 
     _names = ()
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any) -> None:
         super().__init__()
         self._names = tuple(options)
         for name, value in options.items():
@@ -44,14 +49,14 @@ class Loss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
-    def options(self):
+    def options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._names}
 
-    def options_with(self, **given):
+    def options_with(self, **given: Any) -> dict[str, Any]:
         """The options, those of `given` that are not None in the place of the module's own."""
         return self.options | {name: value for name, value in given.items() if value is not None}
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if name != "backend")
 
 
@@ -65,7 +70,15 @@ class MoCoLoss(Loss):
         normalize, symmetric, reduction, backend: As in `moco_loss`.
     """
 
-    def __init__(self, temperature=0.07, *, normalize=True, symmetric=False, reduction="mean", backend=None):
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.07,
+        *,
+        normalize: bool = True,
+        symmetric: bool = False,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(
             temperature=temperature,
             normalize=normalize,
@@ -74,7 +87,15 @@ class MoCoLoss(Loss):
             backend=backend,
         )
 
-    def forward(self, query, key, queue=None, *, ids=None, queue_ids=None):
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        queue: "MoCoQueue | torch.Tensor | None" = None,
+        *,
+        ids: torch.Tensor | None = None,
+        queue_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return losses.moco_loss(query, key, queue, ids=ids, queue_ids=queue_ids, **self.options)
 
 
@@ -86,10 +107,24 @@ class NTXentLoss(Loss):
         normalize, reduction, backend: As in `nt_xent_loss`.
     """
 
-    def __init__(self, temperature=0.5, *, normalize=True, reduction="mean", backend=None):
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.5,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
 
-    def forward(self, z0, z1, *, ids=None, row_weights=None):
+    def forward(
+        self,
+        z0: torch.Tensor,
+        z1: torch.Tensor,
+        *,
+        ids: torch.Tensor | None = None,
+        row_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return losses.nt_xent_loss(z0, z1, ids=ids, row_weights=row_weights, **self.options)
 
 
@@ -103,14 +138,14 @@ class InfoNCELoss(Loss):
 
     def __init__(
         self,
-        temperature=0.1,
-        reduction="mean",
-        negative_mode="unpaired",
+        temperature: float | torch.Tensor = 0.1,
+        reduction: str = "mean",
+        negative_mode: str = "unpaired",
         *,
-        symmetric=False,
-        normalize=True,
-        backend=None,
-    ):
+        symmetric: bool = False,
+        normalize: bool = True,
+        backend: str | None = None,
+    ) -> None:
         super().__init__(
             temperature=temperature,
             reduction=reduction,
@@ -121,8 +156,15 @@ class InfoNCELoss(Loss):
         )
 
     def forward(
-        self, query, positive_key, negative_keys=None, *, query_ids=None, key_ids=None, row_weights=None
-    ):
+        self,
+        query: torch.Tensor,
+        positive_key: torch.Tensor,
+        negative_keys: torch.Tensor | None = None,
+        *,
+        query_ids: torch.Tensor | None = None,
+        key_ids: torch.Tensor | None = None,
+        row_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return losses.info_nce_loss(
             query,
             positive_key,
@@ -146,8 +188,14 @@ class CLIPLoss(Loss):
     """
 
     def __init__(
-        self, logit_scale=1 / 0.07, *, label_smoothing=0.0, normalize=True, reduction="mean", backend=None
-    ):
+        self,
+        logit_scale: float | torch.Tensor = 1 / 0.07,
+        *,
+        label_smoothing: float = 0.0,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(
             logit_scale=logit_scale,
             label_smoothing=label_smoothing,
@@ -157,8 +205,15 @@ class CLIPLoss(Loss):
         )
 
     def forward(
-        self, image_features, text_features, logit_scale=None, *, ids=None, image_index=None, row_weights=None
-    ):
+        self,
+        image_features: torch.Tensor,
+        text_features: torch.Tensor,
+        logit_scale: float | torch.Tensor | None = None,
+        *,
+        ids: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        row_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return losses.clip_loss(
             image_features,
             text_features,
@@ -177,7 +232,15 @@ class SupConLoss(Loss):
         unlabelled, normalize, reduction, backend: As in `sup_con_loss`.
     """
 
-    def __init__(self, temperature=0.07, *, unlabelled=None, normalize=True, reduction="mean", backend=None):
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.07,
+        *,
+        unlabelled: int | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(
             temperature=temperature,
             unlabelled=unlabelled,
@@ -186,7 +249,14 @@ class SupConLoss(Loss):
             backend=backend,
         )
 
-    def forward(self, features, labels, *, positives=None, row_weights=None):
+    def forward(
+        self,
+        features: torch.Tensor,
+        labels: torch.Tensor | None,
+        *,
+        positives: torch.Tensor | None = None,
+        row_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return losses.sup_con_loss(
             features, labels, positives=positives, row_weights=row_weights, **self.options
         )
@@ -200,10 +270,19 @@ class DCLLoss(Loss):
         normalize, reduction, backend: As in `dcl_loss`.
     """
 
-    def __init__(self, temperature=0.1, *, normalize=True, reduction="mean", backend=None):
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.1,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
 
-    def forward(self, z0, z1, *, row_weights=None):
+    def forward(
+        self, z0: torch.Tensor, z1: torch.Tensor, *, row_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return losses.dcl_loss(z0, z1, row_weights=row_weights, **self.options)
 
 
@@ -216,8 +295,14 @@ class DebiasedNTXentLoss(Loss):
     """
 
     def __init__(
-        self, temperature=0.5, *, positive_prior=0.1, normalize=True, reduction="mean", backend=None
-    ):
+        self,
+        temperature: float | torch.Tensor = 0.5,
+        *,
+        positive_prior: float = 0.1,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(
             temperature=temperature,
             positive_prior=positive_prior,
@@ -226,7 +311,9 @@ class DebiasedNTXentLoss(Loss):
             backend=backend,
         )
 
-    def forward(self, z0, z1, *, row_weights=None):
+    def forward(
+        self, z0: torch.Tensor, z1: torch.Tensor, *, row_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return losses.debiased_nt_xent_loss(z0, z1, row_weights=row_weights, **self.options)
 
 
@@ -238,10 +325,26 @@ class IMixLoss(Loss):
         normalize, reduction, backend: As in `imix_loss`.
     """
 
-    def __init__(self, temperature=0.2, *, normalize=True, reduction="mean", backend=None):
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.2,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(temperature=temperature, normalize=normalize, reduction=reduction, backend=backend)
 
-    def forward(self, query, key, permutation, lam, *, negative_keys=None, row_weights=None):
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        permutation: torch.Tensor,
+        lam: float | torch.Tensor,
+        *,
+        negative_keys: torch.Tensor | None = None,
+        row_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return losses.imix_loss(
             query, key, permutation, lam, negative_keys=negative_keys, row_weights=row_weights, **self.options
         )
@@ -254,12 +357,20 @@ class TripletMarginLoss(Loss):
         margin, distance, normalize, reduction, backend: As in `triplet_margin_loss`.
     """
 
-    def __init__(self, margin=0.2, *, distance="euclidean", normalize=True, reduction="mean", backend=None):
+    def __init__(
+        self,
+        margin: float | torch.Tensor = 0.2,
+        *,
+        distance: str = "euclidean",
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(
             margin=margin, distance=distance, normalize=normalize, reduction=reduction, backend=backend
         )
 
-    def forward(self, anchor, positive, negative):
+    def forward(self, anchor: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
         return losses.triplet_margin_loss(anchor, positive, negative, **self.options)
 
 
@@ -270,10 +381,14 @@ class BYOLLoss(Loss):
         normalize, reduction, backend: As in `byol_loss`.
     """
 
-    def __init__(self, *, normalize=True, reduction="mean", backend=None):
+    def __init__(
+        self, *, normalize: bool = True, reduction: str = "mean", backend: str | None = None
+    ) -> None:
         super().__init__(normalize=normalize, reduction=reduction, backend=backend)
 
-    def forward(self, prediction, target, *, row_weights=None):
+    def forward(
+        self, prediction: torch.Tensor, target: torch.Tensor, *, row_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return losses.byol_loss(prediction, target, row_weights=row_weights, **self.options)
 
 
@@ -288,7 +403,15 @@ class SigLIPLoss(Loss):
         normalize, reduction, backend: As in `siglip_loss`.
     """
 
-    def __init__(self, logit_scale=10.0, logit_bias=-10.0, *, normalize=True, reduction="mean", backend=None):
+    def __init__(
+        self,
+        logit_scale: float | torch.Tensor = 10.0,
+        logit_bias: float | torch.Tensor = -10.0,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(
             logit_scale=logit_scale,
             logit_bias=logit_bias,
@@ -297,7 +420,13 @@ class SigLIPLoss(Loss):
             backend=backend,
         )
 
-    def forward(self, image_features, text_features, logit_scale=None, logit_bias=None):
+    def forward(
+        self,
+        image_features: torch.Tensor,
+        text_features: torch.Tensor,
+        logit_scale: float | torch.Tensor | None = None,
+        logit_bias: float | torch.Tensor | None = None,
+    ) -> torch.Tensor:
         options = self.options_with(logit_scale=logit_scale, logit_bias=logit_bias)
         return losses.siglip_loss(image_features, text_features, **options)
 
@@ -312,14 +441,14 @@ class TripletLoss(Loss):
 
     def __init__(
         self,
-        margin=0.2,
+        margin: float | torch.Tensor | str = 0.2,
         *,
-        mining="batch_hard",
-        distance="euclidean",
-        normalize=True,
-        reduction="mean",
-        backend=None,
-    ):
+        mining: str = "batch_hard",
+        distance: str = "euclidean",
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(
             margin=margin,
             mining=mining,
@@ -329,5 +458,5 @@ class TripletLoss(Loss):
             backend=backend,
         )
 
-    def forward(self, embeddings, labels):
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return losses.triplet_loss(embeddings, labels, **self.options)

@@ -2,8 +2,11 @@
 
 import threading
 import weakref
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ssl_kernels import mixing
@@ -63,16 +66,16 @@ class ManifoldMixup(DrawingModule):
 
     def __init__(
         self,
-        module,
-        layers,
-        alpha=2.0,
+        module: nn.Module,
+        layers: Sequence[str],
+        alpha: float = 2.0,
         *,
-        mix_input=True,
-        batch_dim=None,
-        input_batch_dim=0,
-        generator=None,
-        **options,
-    ):
+        mix_input: bool = True,
+        batch_dim: int | None = None,
+        input_batch_dim: int = 0,
+        generator: torch.Generator | int | None = None,
+        **options: Any,
+    ) -> None:
         names = {_plain_name(name) for name, _ in module.named_modules()} - {""}
         unknown = [name for name in layers if _plain_name(name) not in names]
         if unknown:
@@ -93,7 +96,7 @@ class ManifoldMixup(DrawingModule):
         self._latest = None
         self._prepare()
 
-    def forward(self, x, target=None):
+    def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> Any:
         """Run the model with one layer mixed.
 
         Args:

@@ -1,31 +1,21 @@
 """Mixup and CutMix of batches as modules: draws, images, masks and targets in one call."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ssl_kernels import backends, mixing
 from ssl_kernels.checks import DTYPES, check_dense, is_number, is_whole
 from ssl_kernels.nn import targets
-from ssl_kernels.nn.boxes import check_boxes, mix_boxes
-from ssl_kernels.nn.draws import DrawingModule, beta, is_seed, sides_of, span_around, span_within
+from ssl_kernels.nn.boxes import MixedBoxes, check_boxes, mix_boxes
+from ssl_kernels.nn.draws import DrawingModule, MixingDraw, beta, is_seed, sides_of, span_around, span_within
 from ssl_kernels.overlap import share_memory
 
 MODES = {"batch": "batch", "pair": "pair", "sample": "sample", "elem": "sample"}  # "elem" is timm's word
 PAIRINGS = ("random", "flip", "roll")
 _NORMALIZED = (torch.float32, torch.float16, torch.bfloat16)  # what uint8 images become
 BANDS = 16  # of rows, in which a batch is mixed in place where both methods meet
-
-
-class MixingDraw(NamedTuple):
-    """What one call of `Mixup` has drawn, on the device of the batch."""
-
-    permutation: torch.Tensor  # (B,) int64, the partner of each sample
-    lam: torch.Tensor  # (B,) float32, the share of each sample in its target: pass it to a loss
-    pixel_lam: (
-        torch.Tensor
-    )  # (B,) float32, its share in every pixel: 1 where it is pasted into or left as it is
-    boxes: torch.Tensor | None  # (B, 4) int64, the pixels pasted from the partner; None without CutMix
 
 
 class Mixup(DrawingModule):
@@ -89,27 +79,27 @@ class Mixup(DrawingModule):
 
     def __init__(
         self,
-        mixup_alpha=1.0,
-        cutmix_alpha=0.0,
-        cutmix_minmax=None,
-        prob=1.0,
-        switch_prob=0.5,
-        mode="batch",
-        correct_lam=True,
-        label_smoothing=0.0,
-        num_classes=None,
+        mixup_alpha: float = 1.0,
+        cutmix_alpha: float = 0.0,
+        cutmix_minmax: tuple[float, float] | None = None,
+        prob: float = 1.0,
+        switch_prob: float = 0.5,
+        mode: str = "batch",
+        correct_lam: bool = True,
+        label_smoothing: float = 0.0,
+        num_classes: int | None = None,
         *,
-        pairing="random",
-        dense_target=None,
-        target_kind=None,
-        min_visible=0.1,
-        inplace=True,
-        mean=None,
-        std=None,
-        dtype=torch.float32,
-        generator=None,
-        backend=None,
-    ):
+        pairing: str = "random",
+        dense_target: bool | None = None,
+        target_kind: str | None = None,
+        min_visible: float = 0.1,
+        inplace: bool = True,
+        mean: Sequence[float] | torch.Tensor | None = None,
+        std: Sequence[float] | torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | int | None = None,
+        backend: str | None = None,
+    ) -> None:
         for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
             _check(is_number(alpha) and 0 <= alpha < float("inf"), name, "be a number >= 0", alpha)
         if cutmix_minmax is not None:
@@ -159,7 +149,14 @@ class Mixup(DrawingModule):
         if mean is not None:
             _check(len(self.mean) == len(self.std), "std", f"have {len(self.mean)} numbers as mean has", std)
 
-    def forward(self, x, target=None, masks=None, boxes=None, labels=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        target: torch.Tensor | None = None,
+        masks: torch.Tensor | None = None,
+        boxes: Sequence[torch.Tensor] | None = None,
+        labels: Sequence[torch.Tensor] | None = None,
+    ) -> Any:
         """Mix a batch.
 
         Args:
@@ -196,7 +193,7 @@ class Mixup(DrawingModule):
             results.append(self.mix_boxes(boxes, draw, labels))
         return results[0] if len(results) == 1 else tuple(results)
 
-    def draw(self, x):
+    def draw(self, x: torch.Tensor) -> MixingDraw:
         """A `MixingDraw` for a batch of the shape of x; `mix`, `mix_target` and the losses take it apart."""
         batch, device = x.shape[0], x.device
         if not self.training:
@@ -223,7 +220,7 @@ class Mixup(DrawingModule):
         drawn.append(None if boxes is None else self._for_each(boxes, permutation))
         return MixingDraw(*(None if part is None else part.to(device, non_blocking=True) for part in drawn))
 
-    def mix(self, x, draw):
+    def mix(self, x: torch.Tensor, draw: MixingDraw) -> torch.Tensor:
         """The images (or features) of one call, as `draw` says; in place unless the module says otherwise."""
         if self.mean is None:
             return self._mix_values(x, draw)
@@ -242,7 +239,9 @@ class Mixup(DrawingModule):
             return torch.where(_is_pasted(draw.boxes, x), pasted, mixed)
         return mixing.cutmix_(mixed, draw.boxes, draw.permutation, backend=self.backend)
 
-    def mix_target(self, target, draw):
+    def mix_target(
+        self, target: torch.Tensor, draw: MixingDraw
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The targets of one call.
 
         Returns:
@@ -253,7 +252,7 @@ class Mixup(DrawingModule):
         """
         return self._mix_prepared_target(self._prepared_target(target, draw.permutation), draw)
 
-    def mix_masks(self, masks, draw):
+    def mix_masks(self, masks: torch.Tensor, draw: MixingDraw) -> torch.Tensor | targets.MixedMasks:
         """The masks of one call, in place unless the module says otherwise.
 
         Returns:
@@ -275,7 +274,9 @@ class Mixup(DrawingModule):
             masks = masks.clone()
         return targets.MixedMasks(masks, partner, draw.pixel_lam)
 
-    def mix_boxes(self, boxes, draw, labels=None):
+    def mix_boxes(
+        self, boxes: Sequence[torch.Tensor], draw: MixingDraw, labels: Sequence[torch.Tensor] | None = None
+    ) -> MixedBoxes:
         """The bounding boxes of one call. Their number depends on what was drawn, so that this waits for the device.
 
         Where an image was blended, the boxes of both remain, with shares λ and 1 − λ; those of share 0 are left out.
@@ -298,7 +299,7 @@ class Mixup(DrawingModule):
         check_boxes("Mixup", boxes, labels, len(draw.permutation))
         return mix_boxes(boxes, labels, draw, self.min_visible)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         names = ("mixup_alpha", "cutmix_alpha", "prob", "switch_prob", "mode", "pairing", "num_classes")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 

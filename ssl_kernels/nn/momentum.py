@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ BUFFER_POLICIES = ("copy", "average")
 AVERAGED = (torch.float64, torch.float32, *HALF, torch.complex128, torch.complex64, torch.complex32)
 
 
-def cosine_momentum(step, steps, base):
+def cosine_momentum(step: int, steps: int, base: float) -> float:
     """The momentum of update `step` out of `steps`: from `base` at 0 along half a cosine to 1 at the end and after.
 
     Source: Grill et al., BYOL, arXiv:2006.07733, section 3.3.
@@ -68,7 +69,15 @@ class MomentumEncoder(nn.Module):
     Source: He et al., MoCo, arXiv:1911.05722, eq. 2.
     """
 
-    def __init__(self, module, momentum=0.999, *, steps=None, buffers="copy", backend=None):
+    def __init__(
+        self,
+        module: nn.Module,
+        momentum: float = 0.999,
+        *,
+        steps: int | None = None,
+        buffers: str = "copy",
+        backend: str | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
             raise TypeError(f"MomentumEncoder: module must be an nn.Module, got {type(module).__name__}")
@@ -94,28 +103,28 @@ class MomentumEncoder(nn.Module):
             self.register_buffer("update_count", torch.zeros((), dtype=torch.int64, device=device))
 
     @torch.no_grad()
-    def forward(self, *args, **options):
+    def forward(self, *args: Any, **options: Any) -> Any:
         """The averaged module's result, without a gradient."""
         return self.module(*args, **options)
 
     @property
-    def updates(self):
+    def updates(self) -> int:
         """How many updates there were; may be set. Reading it waits for the device."""
         return int(self.update_count)
 
     @updates.setter
-    def updates(self, count):
+    def updates(self, count: int) -> None:
         self.update_count.fill_(count)
 
     @property
-    def current_momentum(self):
+    def current_momentum(self) -> float:
         """The momentum of the next update. With `steps` it waits for the device."""
         if self.steps is None:
             return self.momentum
         return cosine_momentum(self.updates, self.steps, self.momentum)
 
     @torch.no_grad()
-    def update_(self, module, momentum=None):
+    def update_(self, module: nn.Module, momentum: float | None = None) -> Self:
         """Move the average towards `module`, in place. Returns self.
 
         Args:
@@ -348,7 +357,7 @@ class MomentumEncoder(nn.Module):
                     masters[name].copy_(placed_as(master, masters[name]))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"momentum={self.momentum}, steps={self.steps}, buffers={self.buffer_policy!r}"
 
 

@@ -1,5 +1,7 @@
 """The queue of MoCo: a ring of the last keys."""
 
+from typing import Any, Self
+
 import torch
 from torch import nn
 
@@ -47,8 +49,17 @@ class MoCoQueue(nn.Module):
         return super().__new__(cls)
 
     def __init__(
-        self, size, dim, dtype=None, *, normalize=True, ids=False, device=None, backend=None, group=None
-    ):
+        self,
+        size: int,
+        dim: int,
+        dtype: torch.dtype | None = None,
+        *,
+        normalize: bool = True,
+        ids: bool = False,
+        device: torch.device | str | int | None = None,
+        backend: str | None = None,
+        group: Any = None,
+    ) -> None:
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
             if not is_whole(value):
@@ -69,7 +80,7 @@ class MoCoQueue(nn.Module):
                 self._make_ids(int(size), device)
 
     @property
-    def has_ids(self):
+    def has_ids(self) -> bool:
         return "ids" in self._buffers
 
     def _make_storage(self, size, dim, group, **kind):
@@ -87,7 +98,7 @@ class MoCoQueue(nn.Module):
             )
             raise ValueError(f"MoCoQueue.push_: ids must {rule}, got {'None' if ids is None else 'a value'}")
 
-    def push_(self, keys, ids=None):
+    def push_(self, keys: torch.Tensor, ids: torch.Tensor | None = None) -> Self:
         """Write `keys`, (B, D) of any floating dtype, over the oldest rows; with B > size only the last stay.
 
         ids: (B,) or (B, 1) integers or bool, if and only if the queue holds ids.
@@ -113,7 +124,7 @@ class MoCoQueue(nn.Module):
         return self
 
     @property
-    def keys(self):
+    def keys(self) -> torch.Tensor:
         """The filled rows, (len(queue), D), a view in the order of storage. On CUDA it waits for the device."""
         return self.storage[: len(self)]
 
@@ -125,7 +136,7 @@ class MoCoQueue(nn.Module):
         """True, empty or not: `queue or default` is the queue."""
         return True
 
-    def negatives(self, queries):
+    def negatives(self, queries: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """What `contrastive` takes for this many queries: (columns, row_ids, column_ids).
 
         Ids are equal where a row is not filled; None where the columns are the filled rows alone.
@@ -136,7 +147,9 @@ class MoCoQueue(nn.Module):
         zeros = torch.zeros(queries, dtype=torch.int64, device=self.storage.device)
         return self.storage, zeros, (rows < self.filled).long()
 
-    def negatives_with_ids(self, ids):
+    def negatives_with_ids(
+        self, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """What `contrastive` takes for queries of these ids: (columns, row_ids, column_ids, column_bias or None)."""
         if not self.has_ids:
             raise ValueError("MoCoQueue: ids must be True for a loss with ids, got a queue that holds none")
@@ -173,7 +186,7 @@ class MoCoQueue(nn.Module):
                 state_dict, prefix, local_metadata, strict, missing, unexpected, errors
             )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         size, dim = self.storage.shape
         ids = ", ids=True" if self.has_ids else ""
         return f"size={size}, dim={dim}, dtype={self.storage.dtype}, normalize={self.normalize}{ids}"

@@ -1,5 +1,9 @@
 """The losses of retrieval, and those that spread embeddings, as modules, which hold a function's options."""
 
+from collections.abc import Sequence
+
+import torch
+
 from ssl_kernels import losses
 from ssl_kernels.nn.losses import Loss
 
@@ -15,15 +19,15 @@ class SimilarityCrossEntropyLoss(Loss):
 
     def __init__(
         self,
-        scale=1.0,
+        scale: float | torch.Tensor = 1.0,
         *,
-        weight=None,
-        ignore_index=-100,
-        label_smoothing=0.0,
-        normalize=True,
-        reduction="mean",
-        backend=None,
-    ):
+        weight: torch.Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(
             scale=scale,
             weight=weight,
@@ -34,7 +38,15 @@ class SimilarityCrossEntropyLoss(Loss):
             backend=backend,
         )
 
-    def forward(self, query, keys, target, *, target_weights=None, column_bias=None):
+    def forward(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        target: torch.Tensor,
+        *,
+        target_weights: torch.Tensor | None = None,
+        column_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return losses.similarity_cross_entropy(
             query, keys, target, target_weights=target_weights, column_bias=column_bias, **self.options
         )
@@ -51,18 +63,18 @@ class MultipleNegativesRankingLoss(Loss):
 
     def __init__(
         self,
-        scale=20.0,
+        scale: float | torch.Tensor = 20.0,
         *,
-        directions=("query_to_doc",),
-        partition_mode="joint",
-        hardness_mode=None,
-        hardness_strength=0.0,
-        margin=None,
-        margin_mode="absolute",
-        normalize=True,
-        reduction="mean",
-        backend=None,
-    ):
+        directions: Sequence[str] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        hardness_mode: str | None = None,
+        hardness_strength: float = 0.0,
+        margin: float | None = None,
+        margin_mode: str = "absolute",
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(
             scale=scale,
             directions=directions,
@@ -76,7 +88,14 @@ class MultipleNegativesRankingLoss(Loss):
             backend=backend,
         )
 
-    def forward(self, anchor, positive, *hard_negatives, ids=None, row_weights=None):
+    def forward(
+        self,
+        anchor: torch.Tensor,
+        positive: torch.Tensor,
+        *hard_negatives: torch.Tensor,
+        ids: torch.Tensor | None = None,
+        row_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return losses.multiple_negatives_ranking_loss(
             anchor, positive, *hard_negatives, ids=ids, row_weights=row_weights, **self.options
         )
@@ -92,14 +111,14 @@ class SampledSoftmaxLoss(Loss):
 
     def __init__(
         self,
-        temperature=1.0,
+        temperature: float | torch.Tensor = 1.0,
         *,
-        in_batch=True,
-        num_hard_negatives=None,
-        normalize=True,
-        reduction="mean",
-        backend=None,
-    ):
+        in_batch: bool = True,
+        num_hard_negatives: int | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(
             temperature=temperature,
             in_batch=in_batch,
@@ -111,16 +130,16 @@ class SampledSoftmaxLoss(Loss):
 
     def forward(
         self,
-        query,
-        item,
-        candidates=None,
+        query: torch.Tensor,
+        item: torch.Tensor,
+        candidates: torch.Tensor | None = None,
         *,
-        item_ids=None,
-        candidate_ids=None,
-        log_q=None,
-        candidate_weights=None,
-        row_weights=None,
-    ):
+        item_ids: torch.Tensor | None = None,
+        candidate_ids: torch.Tensor | None = None,
+        log_q: torch.Tensor | None = None,
+        candidate_weights: torch.Tensor | None = None,
+        row_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return losses.sampled_softmax_loss(
             query,
             item,
@@ -142,7 +161,15 @@ class MILNCELoss(Loss):
         symmetric, normalize, reduction, backend: As in `mil_nce_loss`.
     """
 
-    def __init__(self, temperature=0.07, *, symmetric=True, normalize=True, reduction="mean", backend=None):
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.07,
+        *,
+        symmetric: bool = True,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(
             temperature=temperature,
             symmetric=symmetric,
@@ -151,7 +178,9 @@ class MILNCELoss(Loss):
             backend=backend,
         )
 
-    def forward(self, query, keys, *, row_weights=None):
+    def forward(
+        self, query: torch.Tensor, keys: torch.Tensor, *, row_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return losses.mil_nce_loss(query, keys, row_weights=row_weights, **self.options)
 
 
@@ -164,8 +193,14 @@ class DistillationLoss(Loss):
     """
 
     def __init__(
-        self, temperature=0.07, teacher_temperature=None, *, normalize=True, reduction="mean", backend=None
-    ):
+        self,
+        temperature: float | torch.Tensor = 0.07,
+        teacher_temperature: float | torch.Tensor | None = None,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(
             temperature=temperature,
             teacher_temperature=teacher_temperature,
@@ -174,7 +209,15 @@ class DistillationLoss(Loss):
             backend=backend,
         )
 
-    def forward(self, query, keys, teacher_query, teacher_keys, *, row_weights=None):
+    def forward(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        teacher_query: torch.Tensor,
+        teacher_keys: torch.Tensor,
+        *,
+        row_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return losses.distillation_loss(
             query, keys, teacher_query, teacher_keys, row_weights=row_weights, **self.options
         )
@@ -188,10 +231,12 @@ class UniformityLoss(Loss):
         normalize, backend: As in `uniformity_loss`.
     """
 
-    def __init__(self, t=2.0, *, normalize=True, backend=None):
+    def __init__(
+        self, t: float | torch.Tensor = 2.0, *, normalize: bool = True, backend: str | None = None
+    ) -> None:
         super().__init__(t=t, normalize=normalize, backend=backend)
 
-    def forward(self, embeddings):
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         return losses.uniformity_loss(embeddings, **self.options)
 
 
@@ -203,10 +248,17 @@ class AlignmentLoss(Loss):
         normalize, reduction, backend: As in `alignment_loss`.
     """
 
-    def __init__(self, alpha=2.0, *, normalize=True, reduction="mean", backend=None):
+    def __init__(
+        self,
+        alpha: float | torch.Tensor = 2.0,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(alpha=alpha, normalize=normalize, reduction=reduction, backend=backend)
 
-    def forward(self, x, y):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return losses.alignment_loss(x, y, **self.options)
 
 
@@ -217,8 +269,10 @@ class KoLeoLoss(Loss):
         normalize, reduction, backend: As in `koleo_loss`.
     """
 
-    def __init__(self, *, normalize=True, reduction="mean", backend=None):
+    def __init__(
+        self, *, normalize: bool = True, reduction: str = "mean", backend: str | None = None
+    ) -> None:
         super().__init__(normalize=normalize, reduction=reduction, backend=backend)
 
-    def forward(self, embeddings):
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         return losses.koleo_loss(embeddings, **self.options)
