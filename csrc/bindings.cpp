@@ -1,10 +1,13 @@
 // The Python module ssl_kernels._C: importing it registers the kernels; it tells what was built.
 #include <pybind11/pybind11.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "cpu/pool.h"
 #include "cpu/rows.h"
 #include "cpu/tile_math.h"
 #include "ops/allow_tf32.h"
+#include "ops/contrastive_loss.h"
 
 #ifndef SSL_KERNELS_CUDA_ARCHITECTURES
 #define SSL_KERNELS_CUDA_ARCHITECTURES ""
@@ -40,6 +43,9 @@ PYBIND11_MODULE(_C, module) {
         return pybind11::dict(pybind11::arg("kept") = held.kept, pybind11::arg("idle") = held.idle);
       },
       "Bytes that the CPU kernels keep from forward to backward, and that they hold to use them again.");
+  // Beside the operator of that name: what torch.ops does around it takes a good part of a small call.
+  module.def("contrastive_loss", torch::wrap_pybind_function_no_gil(&ssl_kernels::contrastive_loss),
+             "contrastive_loss.native of plain tensors on the CPU, past torch.ops.");
   module.def("allow_tf32", &ssl_kernels::allow_tf32,
              "Whether the float32 products of the CUDA kernels round their operands to TF32 now.");
 }

@@ -7,16 +7,17 @@
 // Memory: the rows in acc_t, twice where small products run (product.h), 7 numbers a row, the scratch.
 // Numerics: products, h and keys in acc_t. Equal keys go by index, so the order of the tiles does not matter. Where a
 //   key could leave the range of acc_t or is NaN, a plain loop takes the place of the vectorised one.
-#include "batch_hard.h"
-
-#include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <string_view>
+#include <tuple>
 #include <vector>
 
+#include "../ops/batch_hard.h"
 #include "tiles.h"
 
 namespace ssl_kernels::cpu {
@@ -74,8 +75,8 @@ class Best {
 };
 
 template <class scalar_t, class acc_t>
-std::pair<at::Tensor, at::Tensor> mine(const at::Tensor& embeddings, const at::Tensor& labels, bool normalize,
-                                       bool cosine) {
+std::tuple<at::Tensor, at::Tensor> mine(const at::Tensor& embeddings, const at::Tensor& labels, bool normalize,
+                                        bool cosine) {
   Tiles<acc_t> tiles(load_rows<scalar_t, acc_t>(embeddings, normalize), std::nullopt);
   tiles.prepare(/*to_multiply=*/true, /*to_add_to_rows=*/false, /*to_add_to_columns=*/false);
   const auto& math = tile_math<acc_t>();
@@ -133,13 +134,16 @@ std::pair<at::Tensor, at::Tensor> mine(const at::Tensor& embeddings, const at::T
   return {farthest.result(labels.options()), nearest.result(labels.options())};
 }
 
-}  // namespace
-
-std::pair<at::Tensor, at::Tensor> batch_hard(const at::Tensor& embeddings, const at::Tensor& labels, bool normalize,
-                                             bool cosine) {
+// positive_index, negative_index
+std::tuple<at::Tensor, at::Tensor> batch_hard(const at::Tensor& embeddings, const at::Tensor& labels, bool normalize,
+                                              std::string_view distance) {
+  check_batch_hard(embeddings, labels, distance);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return SSL_KERNELS_DISPATCH(embeddings.scalar_type(), "batch_hard",
-                              [&] { return mine<scalar_t, acc_t>(embeddings, labels, normalize, cosine); });
+                              [&] { return mine<scalar_t, acc_t>(embeddings, labels, normalize, distance == "cosine"); });
 }
 
+TORCH_LIBRARY_IMPL(ssl_kernels, CPU, library) { library.impl("batch_hard.native", &batch_hard); }
+
+}  // namespace
 }  // namespace ssl_kernels::cpu

@@ -5,15 +5,15 @@
 // Traffic: in place the pixels inside the boxes are read once and written once, nothing else is touched.
 //   Scratch: one band a thread.
 // Numerics: pixels are moved. The backward adds two gradients in acc_t and rounds once.
-#include "cutmix.h"
-
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
+#include "../ops/mixing.h"
 #include "huge_pages.h"
 #include "mixing_math.h"
 #include "permutation.h"
@@ -137,9 +137,8 @@ void copy(char* to, const char* from, int64_t bytes) {
   }
 }
 
-}  // namespace
-
 void cutmix_(const at::Tensor& x, const at::Tensor& boxes_tensor, const at::Tensor& permutation) {
+  check_cutmix("cutmix_", x, boxes_tensor, permutation);
   const auto partner = checked_permutation("cutmix_", permutation);
   const auto boxes = checked_boxes("cutmix_", boxes_tensor, x.size(-2), x.size(-1));
   const Cycles cycles(partner, [&](int64_t i) { return partner[i] != i && !boxes[i].empty(); });
@@ -181,6 +180,7 @@ void cutmix_(const at::Tensor& x, const at::Tensor& boxes_tensor, const at::Tens
 }
 
 at::Tensor cutmix_fwd(const at::Tensor& x, const at::Tensor& boxes_tensor, const at::Tensor& permutation) {
+  check_cutmix("cutmix", x, boxes_tensor, permutation);
   const auto partner = checked_permutation("cutmix", permutation);
   const auto boxes = checked_boxes("cutmix", boxes_tensor, x.size(-2), x.size(-1));
   const at::Tensor out = in_huge_pages(at::empty_like(x)).copy_(x);
@@ -200,6 +200,7 @@ at::Tensor cutmix_fwd(const at::Tensor& x, const at::Tensor& boxes_tensor, const
 }
 
 at::Tensor cutmix_bwd(const at::Tensor& grad, const at::Tensor& boxes_tensor, const at::Tensor& permutation) {
+  check_cutmix("cutmix", grad, boxes_tensor, permutation);
   const auto partner = checked_permutation("cutmix", permutation);
   const auto boxes = checked_boxes("cutmix", boxes_tensor, grad.size(-2), grad.size(-1));
   const at::Tensor grad_x = in_huge_pages(at::empty_like(grad)).copy_(grad);
@@ -230,4 +231,11 @@ at::Tensor cutmix_bwd(const at::Tensor& grad, const at::Tensor& boxes_tensor, co
   });
 }
 
+TORCH_LIBRARY_IMPL(ssl_kernels, CPU, library) {
+  library.impl("cutmix_.native", &cutmix_);
+  library.impl("cutmix_fwd.native", &cutmix_fwd);
+  library.impl("cutmix_bwd.native", &cutmix_bwd);
+}
+
+}  // namespace
 }  // namespace ssl_kernels::cpu

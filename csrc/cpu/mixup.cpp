@@ -10,14 +10,14 @@
 // Traffic: in place each element is read once and written once; out of place likewise. Scratch: a few chunks a thread.
 // Numerics: in acc_t, one rounding to the storage type. Terms of weight 0 are left out, not multiplied.
 //   grad_lam: sums of a chunk in acc_t over the lanes of a vector, chunks in double in a fixed order.
-#include "mixup.h"
-
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <torch/library.h>
 
 #include <cstring>
 
+#include "../ops/mixing.h"
 #include "huge_pages.h"
 #include "mixing_math.h"
 #include "permutation.h"
@@ -182,9 +182,8 @@ at::Tensor lam_gradient(const at::Tensor& grad, const at::Tensor& x, const std::
   return result;
 }
 
-}  // namespace
-
 void mixup_(const at::Tensor& x, const at::Tensor& lam, const at::Tensor& permutation) {
+  check_mixup("mixup_", x, lam, permutation);
   SSL_KERNELS_DISPATCH(x.scalar_type(), "mixup_", [&] {
     auto partner = checked_permutation("mixup_", permutation);
     mix_batch<scalar_t>(x, x, Weights<acc_t>(std::move(partner), checked_lam<acc_t>("mixup_", lam), false));
@@ -192,6 +191,7 @@ void mixup_(const at::Tensor& x, const at::Tensor& lam, const at::Tensor& permut
 }
 
 at::Tensor mixup_fwd(const at::Tensor& x, const at::Tensor& lam, const at::Tensor& permutation) {
+  check_mixup("mixup", x, lam, permutation);
   return SSL_KERNELS_DISPATCH(x.scalar_type(), "mixup", [&] {
     auto partner = checked_permutation("mixup", permutation);
     const Weights<acc_t> weights(std::move(partner), checked_lam<acc_t>("mixup", lam), false);
@@ -203,6 +203,8 @@ at::Tensor mixup_fwd(const at::Tensor& x, const at::Tensor& lam, const at::Tenso
 
 std::tuple<at::Tensor, at::Tensor> mixup_bwd(const at::Tensor& grad, const std::optional<at::Tensor>& x,
                                              const at::Tensor& lam, const at::Tensor& permutation, bool x_needs_grad) {
+  check_mixup("mixup", grad, lam, permutation);
+  if (x) check_like("mixup", "x", *x, grad);
   return SSL_KERNELS_DISPATCH(grad.scalar_type(), "mixup", [&] {
     const auto partner = checked_permutation("mixup", permutation);
     const auto shares = checked_lam<acc_t>("mixup", lam);
@@ -213,4 +215,11 @@ std::tuple<at::Tensor, at::Tensor> mixup_bwd(const at::Tensor& grad, const std::
   });
 }
 
+TORCH_LIBRARY_IMPL(ssl_kernels, CPU, library) {
+  library.impl("mixup_.native", &mixup_);
+  library.impl("mixup_fwd.native", &mixup_fwd);
+  library.impl("mixup_bwd.native", &mixup_bwd);
+}
+
+}  // namespace
 }  // namespace ssl_kernels::cpu

@@ -4,17 +4,17 @@
 //   chunk, read for sample i, is in the first-level cache when it is the next to be mixed.
 // Traffic: one byte read and one number written an element; results larger than the caches are written past them.
 // Numerics: float32 throughout, scale and shift taken in float64, one rounding to the result's dtype.
-#include "mixup_normalize.h"
-
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <numeric>
 #include <vector>
 
+#include "../ops/mixing.h"
 #include "huge_pages.h"
 #include "mixing_math.h"
 #include "permutation.h"
@@ -94,10 +94,9 @@ void normalize_batch(const at::Tensor& out, const at::Tensor& x, const std::vect
   });
 }
 
-}  // namespace
-
 at::Tensor mixup_normalize(const at::Tensor& x, const at::Tensor& lam, const at::Tensor& permutation,
                            const at::Tensor& mean, const at::Tensor& std, at::ScalarType dtype) {
+  check_mixup_normalize(x, lam, permutation, mean, std, dtype);
   const auto partner = checked_permutation("mixup_normalize", permutation);
   std::vector<Shares> shares;
   for (float share : checked_lam<float>("mixup_normalize", lam)) shares.push_back({share, 1 - share});
@@ -122,4 +121,7 @@ at::Tensor mixup_normalize(const at::Tensor& x, const at::Tensor& lam, const at:
   return dense ? out : out.copy_(target);
 }
 
+TORCH_LIBRARY_IMPL(ssl_kernels, CPU, library) { library.impl("mixup_normalize.native", &mixup_normalize); }
+
+}  // namespace
 }  // namespace ssl_kernels::cpu

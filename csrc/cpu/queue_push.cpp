@@ -3,13 +3,13 @@
 //   and stored once. No two keys that are written share a row.
 // Traffic: reads min(B, K) * D elements, writes as many; one pass.
 // Numerics: norms as in contrastive (rows.h): squares that leave the range of acc_t are summed again in double.
-#include "queue_push.h"
-
 #include <ATen/Parallel.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <vector>
 
+#include "../ops/queue_push.h"
 #include "rows.h"
 
 namespace ssl_kernels::cpu {
@@ -32,10 +32,9 @@ void push(storage_t* storage, const at::Tensor& keys, int64_t size, int64_t posi
   });
 }
 
-}  // namespace
-
 void queue_push_(const at::Tensor& storage, const at::Tensor& keys, const at::Tensor& position,
                  const at::Tensor& filled, bool normalize) {
+  check_queue_push(storage, keys, position, filled);
   const int64_t size = storage.size(0), batch = keys.size(0);
   int64_t* where = position.mutable_data_ptr<int64_t>();
   int64_t* count = filled.mutable_data_ptr<int64_t>();
@@ -64,4 +63,7 @@ void queue_push_(const at::Tensor& storage, const at::Tensor& keys, const at::Te
   *count = std::min(size, *count + batch);
 }
 
+TORCH_LIBRARY_IMPL(ssl_kernels, CPU, library) { library.impl("queue_push_.native", &queue_push_); }
+
+}  // namespace
 }  // namespace ssl_kernels::cpu

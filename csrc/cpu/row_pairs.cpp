@@ -12,21 +12,21 @@
 // Numerics: in acc_t, sums of squares that leave its range again in double. A product of normalised rows is <x, y_k> r_x r_k,
 //   one pass for all three sums; for a distance x^ and y^_k are rounded before they are subtracted, so equal rows have the
 //   distance 0. Gradients are rounded once.
-#include "row_pairs.h"
-
 #include <ATen/Parallel.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/library.h>
 
+#include <array>
 #include <cmath>
 #include <vector>
 
+#include "../ops/row_pairs.h"
 #include "rows.h"
 
 namespace ssl_kernels::cpu {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // What the forward keeps of each pair of rows.
 template <class acc_t>
@@ -157,22 +157,33 @@ std::tuple<Tensor, Tensor, Tensor> differentiate(const Tensor& grad_values, cons
   return {grads[0], grads[1], grads[2]};
 }
 
-}  // namespace
-
+// values, saved
 std::tuple<Tensor, Tensor> row_pairs_fwd(const Tensor& x, const Tensor& y, const OptionalTensor& z, bool normalize,
-                                         bool distance) {
+                                         std::string_view measure) {
+  check_row_pairs(x, y, z, measure);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return SSL_KERNELS_DISPATCH(x.scalar_type(), "row_pairs",
-                              [&] { return measure_pairs<scalar_t, acc_t>(x, y, z, normalize, distance); });
+                              [&] { return measure_pairs<scalar_t, acc_t>(x, y, z, normalize, measure == "distance"); });
 }
 
+// grad_x, grad_y, grad_z; (0,) where none is needed
 std::tuple<Tensor, Tensor, Tensor> row_pairs_bwd(const Tensor& grad_values, const Tensor& x, const Tensor& y,
                                                  const OptionalTensor& z, const Tensor& saved, bool normalize,
-                                                 bool distance, std::array<bool, 3> needs_grad) {
+                                                 std::string_view measure, bool x_needs_grad, bool y_needs_grad,
+                                                 bool z_needs_grad) {
+  check_row_pairs(x, y, z, measure);
+  check_row_pairs_grad(grad_values, saved, x, z);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return SSL_KERNELS_DISPATCH(x.scalar_type(), "row_pairs", [&] {
-    return differentiate<scalar_t, acc_t>(grad_values, x, y, z, saved, normalize, distance, needs_grad);
+    return differentiate<scalar_t, acc_t>(grad_values, x, y, z, saved.contiguous(), normalize, measure == "distance",
+                                          {x_needs_grad, y_needs_grad, z_needs_grad});
   });
 }
 
+TORCH_LIBRARY_IMPL(ssl_kernels, CPU, library) {
+  library.impl("row_pairs_fwd.native", &row_pairs_fwd);
+  library.impl("row_pairs_bwd.native", &row_pairs_bwd);
+}
+
+}  // namespace
 }  // namespace ssl_kernels::cpu

@@ -10,19 +10,34 @@
 // Numerics: tiles hold <x^, y^> * scale * log2 e; log1p(e) is 2 atanh(e / (2 + e)), a series in its square, to
 //   the last digits of acc_t also where e is tiny. Sums over a tile in acc_t, over tiles in double. Positive pairs are taken
 //   out of the tile and computed in double, from the product that the tile held.
-#include "sigmoid_pairs.h"
-
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/library.h>
 
 #include <cmath>
 #include <limits>
 #include <optional>
 #include <vector>
 
+#include "../ops/sigmoid_pairs.h"
 #include "tiles.h"
 
 namespace ssl_kernels::cpu {
 namespace {
+
+struct SigmoidPairsArgs {
+  const at::Tensor& rows;
+  const at::Tensor& columns;
+  const at::Tensor& scale;
+  const at::Tensor& bias;
+  int64_t diagonal;
+  bool normalize_rows, normalize_columns;
+  bool rows_need_grad, columns_need_grad;
+};
+
+// losses, grad_rows, grad_columns, grad_scale, grad_bias
+using SigmoidPairsFwd = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// grad_rows, grad_columns, grad_scale, grad_bias
+using SigmoidPairsBwd = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 double softplus(double z) { return (z < 0 ? 0 : z) + std::log1p(std::exp(-std::abs(z))); }
 
@@ -177,18 +192,33 @@ SigmoidPairsBwd backward(const SigmoidPairsArgs& args, const at::Tensor& grad_lo
   return gradients<scalar_t, acc_t>(problem, args, weight.data(), nullptr);
 }
 
-}  // namespace
-
-SigmoidPairsFwd sigmoid_pairs_fwd(const SigmoidPairsArgs& args, bool total, bool keep) {
+SigmoidPairsFwd sigmoid_pairs_fwd(const at::Tensor& rows, const at::Tensor& columns, const at::Tensor& scale,
+                                  const at::Tensor& bias, int64_t diagonal, bool normalize_rows, bool normalize_columns,
+                                  bool total, bool keep, bool rows_need_grad, bool columns_need_grad) {
+  check_sigmoid_pairs(rows, columns, scale, bias);
+  const SigmoidPairsArgs args{rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, rows_need_grad,
+                              columns_need_grad};
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return SSL_KERNELS_DISPATCH(args.rows.scalar_type(), "sigmoid_pairs_fwd",
                               [&] { return forward<scalar_t, acc_t>(args, total, keep); });
 }
 
-SigmoidPairsBwd sigmoid_pairs_bwd(const SigmoidPairsArgs& args, const at::Tensor& grad_losses) {
+SigmoidPairsBwd sigmoid_pairs_bwd(const at::Tensor& grad_losses, const at::Tensor& rows, const at::Tensor& columns,
+                                  const at::Tensor& scale, const at::Tensor& bias, int64_t diagonal, bool normalize_rows,
+                                  bool normalize_columns, bool rows_need_grad, bool columns_need_grad) {
+  check_sigmoid_pairs(rows, columns, scale, bias);
+  check_sigmoid_pairs_grad(grad_losses, rows);
+  const SigmoidPairsArgs args{rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, rows_need_grad,
+                              columns_need_grad};
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return SSL_KERNELS_DISPATCH(args.rows.scalar_type(), "sigmoid_pairs_bwd",
                               [&] { return backward<scalar_t, acc_t>(args, grad_losses); });
 }
 
+TORCH_LIBRARY_IMPL(ssl_kernels, CPU, library) {
+  library.impl("sigmoid_pairs_fwd.native", &sigmoid_pairs_fwd);
+  library.impl("sigmoid_pairs_bwd.native", &sigmoid_pairs_bwd);
+}
+
+}  // namespace
 }  // namespace ssl_kernels::cpu

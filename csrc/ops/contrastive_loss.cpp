@@ -9,6 +9,7 @@
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/scalar_tensor.h>
+#include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/library.h>
@@ -22,6 +23,7 @@
 #include "../cpu/pool.h"
 #include "autograd.h"
 #include "contrastive_autograd.h"
+#include "contrastive_loss.h"
 #include "readable.h"
 
 namespace ssl_kernels {
@@ -251,10 +253,13 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
   }
 };
 
+}  // namespace
+
 std::tuple<Tensor, int64_t> contrastive_loss(const Tensor& rows, const OptionalTensor& others, const OptionalTensor& scale,
                                              double constant, const OptionalTensor& classes, const OptionalTensor& row_ids,
                                              const OptionalTensor& column_ids, bool are_views, bool leaves_partner_out,
                                              bool both_directions, bool normalize, bool mean) {
+  RECORD_FUNCTION("ssl_kernels::contrastive_loss", std::vector<c10::IValue>());
   TORCH_CHECK(others.has_value() != classes.has_value(), "contrastive_loss: others or classes must be given");
   TORCH_CHECK(rows.dim() == 2 && (!others || (others->sizes() == rows.sizes() && others->device() == rows.device() &&
                                               others->scalar_type() == rows.scalar_type())),
@@ -273,6 +278,8 @@ std::tuple<Tensor, int64_t> contrastive_loss(const Tensor& rows, const OptionalT
   const Tensor loss = ContrastiveLoss::apply(rows, others, scale, constant, classes, row_ids, column_ids, options, &counted);
   return {loss, counted};
 }
+
+namespace {
 
 TORCH_LIBRARY_FRAGMENT(ssl_kernels, library) {
   // The scale is a tensor that may be learned, or else the constant. Also returns how many rows the mean is over.
