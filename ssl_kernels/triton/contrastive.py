@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ssl_kernels.triton import panels
 from ssl_kernels.triton.common import merge_lse_kernel
 from ssl_kernels.triton.contrastive_bwd import (
     contrastive_bwd_kernel,
     contrastive_coefficient_kernel,
-    contrastive_product_kernel,
     softmax_weight_kernel,
 )
 from ssl_kernels.triton.contrastive_fwd import contrastive_fwd_kernel, expectation_merge_kernel
@@ -25,10 +25,6 @@ from ssl_kernels.triton.launch import (
     unsupported_operands,
 )
 from ssl_kernels.triton.tiles import WIDEST_EXPECTATION, keeps_expectation
-
-# Scratch that does not grow with the problem: column sums of the forward and coefficients of the backward are
-# worked off in panels of rows that stay below this.
-SCRATCH_BYTES = 128 << 20
 
 
 class Side(NamedTuple):
@@ -104,7 +100,7 @@ def contrastive_fwd(
     # The column sums of each row block are merged panel by panel, in scratch that does not grow with N.
     panel = blocks
     if both_directions:
-        panel = min(blocks, max(1, SCRATCH_BYTES // (2 * m * scale.element_size())))
+        panel = min(blocks, max(1, panels.SCRATCH_BYTES // (2 * m * scale.element_size())))
     column_partial = scale.new_empty(2, 1 + panel, m) if both_directions else None
     column_lse = _empty_float64(scale, m if both_directions else 0)
     for first in range(0, blocks, panel):
@@ -348,26 +344,19 @@ def _bias_gradient(partial, bound):
 
 
 def _bwd_panels(side, needed, other, other_needed, scale, bound, masks):
-    """Gradients (vectors, bias) of one side and of the other, None where not needed, and the row dots of the one.
-
-    By panels of stored coefficients.
-    """
+    """Gradients (vectors, bias) of one side and of the other, None where not needed, and the row dots of the one."""
     n, d = side.vectors.shape
     m = other.vectors.shape[0]
     tile = tile_for("coefficient", side.vectors)
-    norms_in_panel = side.vectors.dtype != torch.float16
-    # Rows of 16 elements at least, so that vector accesses stay aligned.
-    stride_c = triton.cdiv(m, 16) * 16
-    scratch_blocks = SCRATCH_BYTES // (stride_c * side.vectors.element_size() * tile.block_n)
-    panel = min(n, max(1, scratch_blocks) * tile.block_n)
-    coefficients = side.vectors.new_empty(panel, stride_c)
-    grad = torch.empty_like(side.vectors, memory_format=torch.contiguous_format) if needed[0] else None
+    grad, other_grad = (
+        torch.empty_like(each.vectors, memory_format=torch.contiguous_format) if wanted[0] else None
+        for each, wanted in ((side, needed), (other, other_needed))
+    )
     grad_bias = scale.new_zeros(n) if needed[1] else None
     other_grad_bias = scale.new_zeros(m) if other_needed[1] else None
-    row_dots = scale.new_empty(n)
-    partial = other_partial = None
-    for first in range(0, n, panel):
-        panel_rows = min(panel, n - first)
+
+    def fill(coefficients, first):
+        panel_rows = len(coefficients)
         row_blocks, column_blocks = triton.cdiv(panel_rows, tile.block_n), triton.cdiv(m, tile.block_m)
         bias_partial = other_bias_partial = None
         if needed[1] and other.log2_lse is not None:
@@ -387,7 +376,7 @@ def _bwd_panels(side, needed, other, other_needed, scale, bound, masks):
             _positives_per_row(side, other),
             *side.vectors.stride(),
             *other.vectors.stride(),
-            stride_c,
+            coefficients.stride(0),
             first,
             panel_rows,
             **masks,
@@ -396,68 +385,15 @@ def _bwd_panels(side, needed, other, other_needed, scale, bound, masks):
             ONE_BLOCK_D=d <= tile.block_d,
             **launch_options(tile),
         )
-        panel_coefficients = coefficients[:panel_rows, :m]
-        rows = slice(first, first + panel_rows)
         if bias_partial is not None:
-            grad_bias[rows] = _bias_gradient(bias_partial, bound)
+            grad_bias[first : first + panel_rows] = _bias_gradient(bias_partial, bound)
         if other_bias_partial is not None:
-            other_grad_bias += _bias_gradient(other_bias_partial, bound)
-        rnorm = None if norms_in_panel else other.rnorm
-        partial = _product(panel_coefficients, other.vectors, rnorm, scale, partial, accumulate=False)
-        vectors, vectors_rnorm = side.vectors[rows], None if side.rnorm is None else side.rnorm[rows]
-        part = None if grad is None else grad[rows]
-        finish_rows(
-            partial, vectors, vectors_rnorm, scale, bound, part, row_dots[rows], has_rnorm=norms_in_panel
-        )
-        if other_needed[0]:
-            rnorm = None if norms_in_panel else vectors_rnorm
-            other_partial = _product(
-                panel_coefficients.T, vectors, rnorm, scale, other_partial, accumulate=first > 0
-            )
-    other_grad = None
-    if other_needed[0]:
-        other_grad = torch.empty_like(other.vectors, memory_format=torch.contiguous_format)
-        finish_rows(
-            other_partial,
-            other.vectors,
-            other.rnorm,
-            scale,
-            bound,
-            other_grad,
-            scale.new_empty(m),
-            has_rnorm=norms_in_panel,
-        )
-    return (grad, grad_bias), (other_grad, other_grad_bias), row_dots
+            other_grad_bias.add_(_bias_gradient(other_bias_partial, bound))
 
-
-def _product(a, b, b_rnorm, scale, partial, accumulate):
-    """Partial sums (splits, N, D) of a (N, K) @ b (K, D), added to `partial` or in a new tensor."""
-    (n, k), d = a.shape, b.shape[1]
-    tile = tile_for("product", b)
-    owners = triton.cdiv(n, tile.block_n) * triton.cdiv(d, tile.block_d)
-    if accumulate:
-        splits = partial.shape[0]
-        tiles_per_split = triton.cdiv(triton.cdiv(k, tile.block_m), splits)
-    else:
-        splits, tiles_per_split = split_walk(owners, triton.cdiv(k, tile.block_m))
-        partial = scale.new_empty(splits, n, d)
-    contrastive_product_kernel[owners, splits](
-        a,
-        b,
-        b_rnorm,
-        partial,
-        n,
-        k,
-        d,
-        *a.stride(),
-        *b.stride(),
-        tiles_per_split,
-        ACCUMULATE=accumulate,
-        PRECISION=precision(b),
-        EVEN_D=d % tile.block_d == 0,
-        **launch_options(tile),
+    row_dots = panels.panel_gradients(
+        (side.vectors, side.rnorm), (other.vectors, other.rnorm), tile, fill, scale, bound, grad, other_grad
     )
-    return partial
+    return (grad, grad_bias), (other_grad, other_grad_bias), row_dots
 
 
 def _merge_lse(partial, lse, first_part, parts):

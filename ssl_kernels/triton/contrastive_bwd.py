@@ -293,11 +293,9 @@ def contrastive_coefficient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # C_ij of contrastive_bwd_kernel for the rows first_row + [0, panel_rows), stored, where D is too wide for
-    #   an
-    # accumulator: contrastive_product_kernel multiplies it. With norms, and unless the type is float16, what
-    # is stored is x_rnorm_i C_ij y_rnorm_j, so that either product takes its other operand as it lies in
-    # memory.
+    # C_ij of contrastive_bwd_kernel for the rows first_row + [0, panel_rows), stored, where D is too wide for an
+    # accumulator: panels.py multiplies it. With norms, and unless the type is float16, what is stored is
+    # x_rnorm_i C_ij y_rnorm_j, so that either product takes its other operand as it lies in memory.
     # Tiling: one BLOCK_N × BLOCK_M tile a program, row blocks of the panel first, so that they share y in L2.
     # Traffic: reads ceil(M / BLOCK_M) times the panel of x and ceil(panel_rows / BLOCK_N) times y; writes
     #   panel_rows · M elements.
@@ -366,54 +364,3 @@ def contrastive_coefficient_kernel(
     offsets = panel.to(tl.int64)[:, None] * stride_c + columns[None, :]
     inside = (panel[:, None] < panel_rows) & (columns[None, :] < M)
     tl.store(coefficient_ptr + offsets, coefficients.to(coefficient_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["N", "K", "tiles_per_split"])
-def contrastive_product_kernel(
-    a_ptr,
-    b_ptr,
-    b_rnorm_ptr,
-    partial_ptr,
-    N,
-    K,
-    D,
-    stride_an,
-    stride_ak,
-    stride_bn,
-    stride_bd,
-    tiles_per_split,
-    ACCUMULATE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    # partial_split,i = (partial_split,i +) Σ_{k in split} a_ik b_k: a (N, K) a panel of coefficients or its
-    # transpose, b (K, D) rows or columns, partial (splits, N, D). b is normalised here where the panel could
-    # not hold the norms.
-    # Tiling: one BLOCK_N × BLOCK_D tile of the result a program, K walked BLOCK_M at a time.
-    # Traffic: reads a ceil(D / BLOCK_D) times and b ceil(N / BLOCK_N) times; writes N·D sums for each split.
-    # Work: 1 unit over all panels.
-    ACC: tl.constexpr = partial_ptr.dtype.element_ty
-    d_blocks = tl.cdiv(D, BLOCK_D)
-    rows = (tl.program_id(0) // d_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    features = (tl.program_id(0) % d_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split = tl.program_id(1)
-
-    product = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-    start = split * tiles_per_split * BLOCK_M
-    stop = min(K, start + tiles_per_split * BLOCK_M)
-    for k0 in range(start, stop, BLOCK_M):
-        inner = k0 + tl.arange(0, BLOCK_M)
-        a = load_tile(a_ptr, rows, inner, N, K, stride_an, stride_ak, False)
-        b = load_tile(b_ptr, inner, features, K, D, stride_bn, stride_bd, EVEN_D)
-        if b_rnorm_ptr is not None:
-            b = normalize_tile(b, b_rnorm_ptr, inner, K, ACC)
-        product = tl.dot(a, b, product, out_dtype=ACC, input_precision=PRECISION)
-
-    pointers = partial_ptr + (split.to(tl.int64) * N + rows.to(tl.int64))[:, None] * D + features[None, :]
-    inside = (rows[:, None] < N) & (features[None, :] < D)
-    if ACCUMULATE:
-        product += tl.load(pointers, mask=inside, other=0.0)
-    tl.store(pointers, product, mask=inside)

@@ -1,10 +1,22 @@
-"""Triton kernel of `sigmoid_pairs`; docs/sigmoid_pairs.md is the contract. Tiles: contrastive's expectation."""
+"""Triton kernels of `sigmoid_pairs`; docs/sigmoid_pairs.md is the contract.
+
+Where contrastive's backward keeps its gradient on chip, so does one kernel here, with the tiles of the expectation;
+else coefficients go through memory (panels.py).
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from ssl_kernels.triton.common import LOG2E, exp2, load_tile, load_vector, log1p_below_1, normalize_tile
+from ssl_kernels.triton.common import (
+    LOG2E,
+    exp2,
+    inner_products,
+    load_tile,
+    load_vector,
+    log1p_below_1,
+    normalize_tile,
+)
 from ssl_kernels.triton.launch import (
     finish_rows,
     launch_options,
@@ -14,7 +26,37 @@ from ssl_kernels.triton.launch import (
     tile_for,
     unsupported_operands,
 )
-from ssl_kernels.triton.tiles import WIDEST_EXPECTATION, keeps_expectation
+from ssl_kernels.triton.panels import panel_gradients, panel_rows
+
+
+@triton.jit
+def signed_logits(products, row_scale, y_rnorm, bias, rows, columns, diagonal):
+    """(u, exp(-|u|), positive) of a tile: z = products · row_scale (· y_rnorm) + bias, u = -z where positive."""
+    z = products * row_scale[:, None]
+    if y_rnorm is not None:
+        z *= y_rnorm[None, :]
+    z += bias
+    positive = columns.to(tl.int64)[None, :] == rows.to(tl.int64)[:, None] + diagonal
+    u = tl.where(positive, -z, z)
+    return u, exp2(-tl.abs(u) * LOG2E), positive
+
+
+@triton.jit
+def pair_losses(u, decay, inside):
+    """softplus(u), 0 outside the matrix."""
+    return tl.where(inside, tl.where(u > 0.0, u, 0.0) + log1p_below_1(decay), 0.0)
+
+
+@triton.jit
+def pair_coefficients(u, decay, positive, inside, x_weight, y_weight):
+    """x_weight_i y_weight_j (±) σ(u_ij), minus where positive, 0 outside the matrix; weights may be None."""
+    coefficients = tl.where(u >= 0.0, 1.0, decay) / (1.0 + decay)
+    coefficients = tl.where(positive, -coefficients, coefficients)
+    if x_weight is not None:
+        coefficients *= x_weight[:, None]
+    if y_weight is not None:
+        coefficients *= y_weight[None, :]
+    return tl.where(inside, coefficients, 0.0)
 
 
 @triton.jit(do_not_specialize=["N", "M", "diagonal", "tiles_per_split"])
@@ -78,25 +120,13 @@ def sigmoid_pairs_kernel(
         y = load_tile(y_ptr, columns, features, M, D, stride_yn, stride_yd, EVEN_D)
         products = tl.dot(x, tl.trans(y), out_dtype=ACC, input_precision=PRECISION)
         y_rnorm = load_vector(y_rnorm_ptr, columns, M, 0.0)
-        z = products * row_scale[:, None]
-        if y_rnorm is not None:
-            z *= y_rnorm[None, :]
-        z += bias
-        positive = columns.to(tl.int64)[None, :] == rows.to(tl.int64)[:, None] + diagonal
+        u, decay, positive = signed_logits(products, row_scale, y_rnorm, bias, rows, columns, diagonal)
         inside = (rows[:, None] < N) & (columns[None, :] < M)
-        u = tl.where(positive, -z, z)
-        decay = exp2(-tl.abs(u) * LOG2E)
         if losses_ptr is not None:
-            loss = tl.where(u > 0.0, u, 0.0) + log1p_below_1(decay)
-            losses += tl.sum(tl.where(inside, loss, 0.0), axis=1).to(tl.float64)
+            losses += tl.sum(pair_losses(u, decay, inside), axis=1).to(tl.float64)
         if partial_ptr is not None:
-            coefficients = tl.where(u >= 0.0, 1.0, decay) / (1.0 + decay)
-            coefficients = tl.where(positive, -coefficients, coefficients)
-            if x_weight_ptr is not None:
-                coefficients *= x_weight[:, None]
-            if y_weight_ptr is not None:
-                coefficients *= load_vector(y_weight_ptr, columns, M, 0.0)[None, :]
-            coefficients = tl.where(inside, coefficients, 0.0)
+            y_weight = load_vector(y_weight_ptr, columns, M, 0.0)
+            coefficients = pair_coefficients(u, decay, positive, inside, x_weight, y_weight)
             if biases_ptr is not None:
                 biases += tl.sum(coefficients, axis=1).to(tl.float64)
             if y_rnorm is not None:
@@ -116,13 +146,88 @@ def sigmoid_pairs_kernel(
         tl.store(partial_ptr + pointers[:, None] * D + features[None, :], gradient, mask=inside)
 
 
+@triton.jit(do_not_specialize=["N", "M", "diagonal", "first_row", "panel_rows"])
+def sigmoid_coefficient_kernel(
+    x_ptr,
+    x_rnorm_ptr,
+    x_weight_ptr,
+    y_ptr,
+    y_rnorm_ptr,
+    y_weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    losses_ptr,
+    biases_ptr,
+    coefficient_ptr,
+    N,
+    M,
+    D,
+    diagonal,
+    stride_xn,
+    stride_xd,
+    stride_yn,
+    stride_yd,
+    stride_c,
+    first_row,
+    panel_rows,
+    PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    ONE_BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # A_ij of sigmoid_pairs_kernel for the rows first_row + [0, panel_rows), stored for panels.py to multiply, with
+    # the norms of both sides unless the type is float16; the sums of losses and of A over the columns of a tile go to
+    # losses and biases (column blocks, panel_rows). Each only where its pointer is given.
+    # Tiling: one BLOCK_N × BLOCK_M tile a program, row blocks of the panel first, so that they share y in L2.
+    # Traffic: reads ceil(M / BLOCK_M) times the panel of x and ceil(panel_rows / BLOCK_N) times y; writes
+    #   panel_rows · M elements, and 8·panel_rows·ceil(M / BLOCK_M) bytes for each of losses and biases.
+    # Work: 1 unit over all panels.
+    ACC: tl.constexpr = scale_ptr.dtype.element_ty
+    row_blocks = tl.cdiv(panel_rows, BLOCK_N)
+    column_block = tl.program_id(0) // row_blocks
+    panel = (tl.program_id(0) % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = first_row + panel
+    columns = column_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    if ONE_BLOCK_D:
+        x = load_tile(x_ptr, rows, tl.arange(0, BLOCK_D), N, D, stride_xn, stride_xd, EVEN_D)
+    else:
+        x = None
+    products = inner_products(
+        x, x_ptr, y_ptr, rows, columns, N, M, D, stride_xn, stride_xd, stride_yn, stride_yd,
+        EVEN_D, BLOCK_D, ACC, PRECISION,
+    )  # fmt: skip
+    x_rnorm = load_vector(x_rnorm_ptr, rows, N, 0.0)
+    y_rnorm = load_vector(y_rnorm_ptr, columns, M, 0.0)
+    row_scale = tl.full([BLOCK_N], 1.0, ACC) * tl.load(scale_ptr)
+    if x_rnorm is not None:
+        row_scale *= x_rnorm
+    bias = tl.load(bias_ptr)
+    u, decay, positive = signed_logits(products, row_scale, y_rnorm, bias, rows, columns, diagonal)
+    inside = (panel[:, None] < panel_rows) & (columns[None, :] < M)
+    sums = column_block.to(tl.int64) * panel_rows + panel
+    if losses_ptr is not None:
+        losses = tl.sum(pair_losses(u, decay, inside).to(tl.float64), axis=1)
+        tl.store(losses_ptr + sums, losses, mask=panel < panel_rows)
+    if coefficient_ptr is not None:
+        x_weight = load_vector(x_weight_ptr, rows, N, 0.0)
+        y_weight = load_vector(y_weight_ptr, columns, M, 0.0)
+        coefficients = pair_coefficients(u, decay, positive, inside, x_weight, y_weight)
+        if biases_ptr is not None:
+            tl.store(biases_ptr + sums, tl.sum(coefficients.to(tl.float64), axis=1), mask=panel < panel_rows)
+        if coefficient_ptr.dtype.element_ty != tl.float16:
+            if x_rnorm is not None:
+                coefficients *= x_rnorm[:, None]
+            if y_rnorm is not None:
+                coefficients *= y_rnorm[None, :]
+        offsets = panel.to(tl.int64)[:, None] * stride_c + columns[None, :]
+        tl.store(coefficient_ptr + offsets, coefficients.to(coefficient_ptr.dtype.element_ty), mask=inside)
+
+
 def unsupported(rows, *_, **__):
     """Why this backend cannot run a call, or None if it can."""
-    reason = unsupported_operands(rows)
-    if reason is None and not keeps_expectation(rows):
-        widest = WIDEST_EXPECTATION[rows.element_size()]
-        return f"it takes {rows.dtype} rows up to {widest} wide, not {rows.shape[1]}"
-    return reason
+    return unsupported_operands(rows)
 
 
 def _walk(x, y, scale, bias, diagonal, *, losses=False, biases=False, gradient=False):
@@ -158,30 +263,101 @@ def _walk(x, y, scale, bias, diagonal, *, losses=False, biases=False, gradient=F
     return loss_sums, bias_sums, partial
 
 
+def _panel(x, y, scale, bias, diagonal, first, count, *, losses=False, biases=False, coefficients=None):
+    """Sums of losses and biases (column blocks, count), float64, of `count` rows; their coefficients where given."""
+    (n, d), m = x[0].shape, y[0].shape[0]
+    tile = tile_for("coefficient", x[0])
+    row_blocks, column_blocks = triton.cdiv(count, tile.block_n), triton.cdiv(m, tile.block_m)
+    loss_sums, bias_sums = (
+        torch.empty(column_blocks, count, dtype=torch.float64, device=scale.device) if wanted else None
+        for wanted in (losses, biases)
+    )
+    sigmoid_coefficient_kernel[row_blocks * column_blocks,](
+        *x,
+        *y,
+        scale,
+        bias,
+        loss_sums,
+        bias_sums,
+        coefficients,
+        n,
+        m,
+        d,
+        diagonal,
+        *x[0].stride(),
+        *y[0].stride(),
+        0 if coefficients is None else coefficients.stride(0),
+        first,
+        count,
+        PRECISION=precision(x[0]),
+        EVEN_D=d % tile.block_d == 0,
+        ONE_BLOCK_D=d <= tile.block_d,
+        **launch_options(tile),
+    )
+    return loss_sums, bias_sums
+
+
+def _losses(x, y, scale, bias, diagonal):
+    """The losses (N,), float64."""
+    if tile_for("backward", x[0]) is not None:
+        return _walk(x, y, scale, bias, diagonal, losses=True)[0].sum(0)
+    n, m = len(x[0]), len(y[0])
+    panel = panel_rows(x[0], m, tile_for("coefficient", x[0]))
+    parts = (
+        _panel(x, y, scale, bias, diagonal, first, min(panel, n - first), losses=True)[0].sum(0)
+        for first in range(0, n, panel)
+    )
+    return torch.cat(list(parts))
+
+
 def _gradients(rows, columns, scale, bias, diagonal, bound, dtype, losses, rows_need_grad, columns_need_grad):
     """Sum of the losses or None, and the four gradients; rows and columns are (vectors, rnorm, weight)."""
-    grads = [rows[0].new_empty(0, dtype=dtype) for _ in range(2)]
     first = 0 if rows_need_grad or not columns_need_grad else 1
+    sides = (rows, columns) if first == 0 else (columns, rows)
     needed = (rows_need_grad, columns_need_grad)
-    total = grad_scale = grad_bias = None
-    for side in (first, 1 - first):
-        own, other = (rows, columns) if side == 0 else (columns, rows)
-        if side != first and not needed[side]:
-            continue
-        loss_sums, bias_sums, partial = _walk(
-            own, other, scale, bias, diagonal if side == 0 else -diagonal,
-            losses=losses and side == first, biases=side == first, gradient=True,
+    grads = [
+        side[0].new_empty(side[0].shape, dtype=dtype) if needs else None
+        for side, needs in zip((rows, columns), needed, strict=True)
+    ]
+    made = _by_walks if tile_for("backward", rows[0]) is not None else _by_panels
+    offsets = (diagonal, -diagonal) if first == 0 else (-diagonal, diagonal)
+    own_grads = grads if first == 0 else grads[::-1]
+    total, row_dots, grad_bias = made(*sides, scale, bias, offsets, bound, losses, *own_grads)
+    grad_bias = grad_bias if bound is None else grad_bias * bound
+    grads = (rows[0].new_empty(0, dtype=dtype) if grad is None else grad for grad in grads)
+    return total if losses else None, *grads, row_dots.sum(), grad_bias.to(scale.dtype)
+
+
+def _by_walks(own, other, scale, bias, diagonals, bound, losses, grad, other_grad):
+    """(sum of the losses or None, row dots, sum of A over `bound`) of one side; writes the gradients that are given."""
+    loss_sums, bias_sums, partial = _walk(
+        own, other, scale, bias, diagonals[0], losses=losses, biases=True, gradient=True
+    )
+    row_dots = scale.new_empty(len(own[0]))
+    finish_rows(partial, *own[:2], scale, bound, grad, row_dots)
+    if other_grad is not None:
+        *_, partial = _walk(other, own, scale, bias, diagonals[1], gradient=True)
+        finish_rows(partial, *other[:2], scale, bound, other_grad, scale.new_empty(len(other[0])))
+    return loss_sums.sum() if losses else None, row_dots, bias_sums.sum()
+
+
+def _by_panels(own, other, scale, bias, diagonals, bound, losses, grad, other_grad):
+    """As _by_walks, from stored coefficients."""
+    total = torch.zeros(2, dtype=torch.float64, device=scale.device)
+
+    def fill(coefficients, first):
+        count = len(coefficients)
+        sums = _panel(
+            own, other, scale, bias, diagonals[0], first, count,
+            losses=losses, biases=True, coefficients=coefficients,
         )  # fmt: skip
-        row_dots = scale.new_empty(own[0].shape[0])
-        grad = own[0].new_empty(own[0].shape, dtype=dtype) if needed[side] else None
-        finish_rows(partial, own[0], own[1], scale, bound, grad, row_dots)
-        if grad is not None:
-            grads[side] = grad
-        if side == first:
-            total = loss_sums.sum() if losses else None
-            grad_scale = row_dots.sum()
-            grad_bias = bias_sums.sum() if bound is None else bias_sums.sum() * bound
-    return total, *grads, grad_scale, grad_bias.to(scale.dtype)
+        for k, part in enumerate(sums):
+            if part is not None:
+                total[k] += part.sum()
+
+    tile = tile_for("coefficient", own[0])
+    row_dots = panel_gradients(own[:2], other[:2], tile, fill, scale, bound, grad, other_grad)
+    return total[0], row_dots, total[1]
 
 
 def sigmoid_pairs_fwd(
@@ -194,9 +370,8 @@ def sigmoid_pairs_fwd(
     if total and keep:
         needs = (rows_need_grad, columns_need_grad)
         return _gradients(x, y, scale, bias, diagonal, None, scale.dtype, True, *needs)
-    losses = _walk(x, y, scale, bias, diagonal, losses=True)[0]
-    losses = losses.sum() if total else losses.sum(0)
-    return losses, *(scale.new_empty(0) for _ in range(4))
+    losses = _losses(x, y, scale, bias, diagonal)
+    return losses.sum() if total else losses, *(scale.new_empty(0) for _ in range(4))
 
 
 def sigmoid_pairs_bwd(

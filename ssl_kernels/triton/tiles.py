@@ -2,17 +2,16 @@
 
 Plain data, so that nothing is tuned at import; `python -m ssl_kernels.triton.tune` times candidates on a card
 and writes ENTRIES anew, which says each tile once for all architectures that take it. The first entry of a table
-whose largest D covers D counts, None covers every D. A D that no entry of "backward" covers takes "coefficient" and
-"product" instead.
+whose largest D covers D counts, None covers every D. A D that no entry of "backward" covers takes "coefficient"
+instead, and torch's own matrix products (panels.py).
 
 Architectures: 80 (A100), 86 (also 8.7, 8.8, 8.9 and 12.x: a hundred KB of shared memory), 90 (H100), 100 (B200).
 Dtype classes: half (float16, bfloat16), float32, tf32 (float32 where torch allows TF32), float64.
 
     expectation             the forward that also sums columns: a block_n × block_d accumulator, block_d covers D;
-                            sigmoid_pairs takes these tiles too
+                            sigmoid_pairs takes these tiles too, and those of "coefficient" for wider rows
     forward, coefficient    block_n rows × block_m columns of logits, block_d features at a time
     backward                the same, and a block_n × block_d accumulator: block_d covers D
-    product                 block_n × block_d of the result, block_m of the inner dimension at a time
 
 blocks is how many blocks fit a multiprocessor at once at least, by registers, shared memory and threads; no
 entry spills a register. tests/triton/test_tiles.py holds every entry to both.
@@ -63,9 +62,7 @@ ENTRIES = [
     ("half", "backward", 64, (128, 32, 64, 8, 2), {80: 1, 86: 1, 90: 1, 100: 1}),
     ("half", "backward", 128, (128, 16, 128, 8, 2), {80: 1, 86: 1}),
     ("half", "backward", 128, (128, 32, 128, 8, 2), {90: 1, 100: 1}),
-    ("half", "backward", 256, (64, 16, 256, 8, 2), {90: 1, 100: 1}),
     ("half", "coefficient", None, (128, 64, 64, 8, 3), {80: 2, 86: 2, 90: 2, 100: 1}),
-    ("half", "product", None, (128, 64, 64, 8, 3), {80: 1, 86: 1, 90: 1, 100: 1}),
     ("float32", "forward", None, (64, 32, 16, 4, 2), {80: 3, 86: 1}),
     ("float32", "forward", None, (32, 32, 16, 4, 2), {90: 3, 100: 3}),
     ("float32", "expectation", 32, (32, 16, 32, 4, 1), {80: 1}),
@@ -78,7 +75,6 @@ ENTRIES = [
     ("float32", "expectation", 256, (16, 16, 256, 4, 1), {86: 1}),
     ("float32", "expectation", 256, (16, 16, 256, 8, 1), {100: 1}),
     ("float32", "coefficient", None, (64, 64, 16, 4, 2), {80: 4, 86: 1, 90: 4, 100: 4}),
-    ("float32", "product", None, (64, 16, 64, 4, 2), {80: 2, 86: 1, 90: 3, 100: 3}),
     ("tf32", "forward", None, (64, 64, 32, 4, 3), {80: 2, 86: 2, 90: 3, 100: 2}),
     ("tf32", "expectation", 64, (64, 32, 64, 4, 1), {80: 1, 86: 1, 90: 1}),
     ("tf32", "expectation", 64, (64, 32, 64, 8, 1), {100: 2}),
@@ -86,7 +82,6 @@ ENTRIES = [
     ("tf32", "expectation", 128, (64, 32, 128, 4, 1), {86: 1}),
     ("tf32", "expectation", 256, (32, 16, 256, 8, 1), {80: 1, 86: 1, 90: 1, 100: 1}),
     ("tf32", "coefficient", None, (64, 64, 32, 4, 3), {80: 4, 86: 1, 90: 3, 100: 2}),
-    ("tf32", "product", None, (64, 32, 64, 4, 3), {80: 2, 86: 1, 90: 2, 100: 3}),
     ("float64", "forward", None, (32, 16, 32, 4, 2), {80: 3, 90: 3}),
     ("float64", "forward", None, (32, 16, 16, 4, 2), {86: 1, 100: 3}),
     ("float64", "expectation", 64, (16, 16, 64, 4, 1), {80: 1, 86: 1, 100: 1}),
@@ -95,7 +90,6 @@ ENTRIES = [
     ("float64", "expectation", 128, (16, 16, 128, 8, 1), {86: 1, 90: 1, 100: 1}),
     ("float64", "coefficient", None, (32, 16, 16, 4, 2), {80: 7, 86: 1, 100: 8}),
     ("float64", "coefficient", None, (16, 32, 16, 4, 2), {90: 7}),
-    ("float64", "product", None, (32, 16, 32, 4, 2), {80: 7, 86: 1, 90: 6, 100: 8}),
 ]
 
 

@@ -28,7 +28,7 @@ DTYPES = {
     "tf32": torch.float32,
     "float64": torch.float64,
 }
-KERNELS = ("forward", "expectation", "backward", "coefficient", "product")
+KERNELS = ("forward", "expectation", "backward", "coefficient")
 BLOCKS_N, BLOCKS_M, WARPS, STAGES = (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
 BLOCKS_D = (16, 32, 64, 128)
 WIDTH_OF_ANY = 512  # of vectors that an entry for every width is timed with
@@ -117,7 +117,7 @@ def time_tile(arch, place, tile):
     table = tiles.TILES[arch][dtype_class]
     kept = dict(table)
     table[kernel] = [(None, tile)]
-    if kernel in ("coefficient", "product"):
+    if kernel == "coefficient":
         table["backward"] = []
     torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype_class == "tf32" else "ieee"
     try:
@@ -132,7 +132,7 @@ def time_tile(arch, place, tile):
             call = lambda: contrastive.contrastive_fwd(*queue, True, False, False, False, True, False)  # noqa: E731
         else:
             call = lambda: contrastive.contrastive_fwd(*operands, *flags, True, True)  # noqa: E731
-        if kernel in ("backward", "coefficient", "product"):
+        if kernel in ("backward", "coefficient"):
             lse, column_lse, positive_logits, *saved = call()
             gradients = (torch.ones_like(lse), None, -torch.ones_like(positive_logits))
             arguments = (*gradients, *operands, lse, column_lse, *saved, *flags, True, False)

@@ -18,11 +18,11 @@ KERNELS = {
     "expectation": contrastive.contrastive_fwd_kernel,
     "backward": contrastive.contrastive_bwd_kernel,
     "coefficient": contrastive.contrastive_coefficient_kernel,
-    "product": contrastive.contrastive_product_kernel,
     "sigmoid_pairs": sigmoid_pairs.sigmoid_pairs_kernel,
+    "sigmoid_coefficient": sigmoid_pairs.sigmoid_coefficient_kernel,
 }
 TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-VECTORS = {"x_ptr", "y_ptr", "a_ptr", "b_ptr", "grad_ptr", "coefficient_ptr"}
+VECTORS = {"x_ptr", "y_ptr", "grad_ptr", "coefficient_ptr"}
 INT64 = {"x_ids_ptr", "y_ids_ptr", "positives_ptr"}
 INT32 = {"x_positives_ptr", "y_positives_ptr"}
 FLOAT64 = {"lse_ptr", "positive_logits_ptr", "losses_ptr", "biases_ptr"}
@@ -35,7 +35,7 @@ ADDITIONS = {
     "x_bias_ptr", "y_bias_ptr", "x_limit_ptr", "y_limit_ptr", "x_exempt_ptr", "y_exempt_ptr", "bias_partial_ptr",
     "x_bias_partial_ptr", "y_bias_partial_ptr",
 }  # fmt: skip
-UNIT_STRIDES = {"stride_xd", "stride_yd", "stride_bd", "stride_ak"}
+UNIT_STRIDES = {"stride_xd", "stride_yd"}
 FIELDS = ("REG", "STACK", "LOCAL")  # of cuobjdump's resource report
 
 
@@ -60,7 +60,7 @@ class Resources:
 def compile_kernel(kernel, arch, dtype, d, tile, precision="ieee", everything=False, columns=None):
     """The entry `tile` of `kernel`, for width d: as NT-Xent calls it, or with `everything` a call can have.
 
-    "sigmoid_pairs" takes its losses with their gradients, or with everything the gradients of weighted losses.
+    Those of sigmoid_pairs take losses with their gradients, or with everything the gradients of weighted losses.
     With everything: ids, both directions, a split walk and its merge; else the square case with positives, or for the
     expectation, which has none, a full queue. `columns` is their dtype where it is another.
     """
@@ -72,15 +72,14 @@ def compile_kernel(kernel, arch, dtype, d, tile, precision="ieee", everything=Fa
     absent |= {"row_partial_ptr"} if kernel not in ("forward", "expectation") else set()
     absent -= {"row_partial_ptr"} if kernel == "expectation" else set()
     absent |= {"partial_ptr"} if kernel == "backward" else set()
-    if kernel == "sigmoid_pairs":
+    if kernel.startswith("sigmoid"):
         absent |= {"losses_ptr"} if everything else {"x_weight_ptr", "y_weight_ptr"}
     half = dtype == torch.float16
-    absent |= set() if half else {"bound_ptr", "b_rnorm_ptr"}
+    absent |= set() if half else {"bound_ptr"}
     constants = {
         "SQUARE": not everything and kernel != "expectation",
         "KEEP_DIAGONAL": everything,
         "ONLY_EQUAL_IDS": False,
-        "ACCUMULATE": everything,
         "PRECISION": precision,
         "EVEN_D": d % tile.block_d == 0,
         "ONE_BLOCK_D": d <= tile.block_d,
@@ -112,8 +111,6 @@ def compile_kernel(kernel, arch, dtype, d, tile, precision="ieee", everything=Fa
             signature[name] = "i32"
             if name.startswith("stride") or (name == "D" and d % 16 == 0):
                 attributes[(position,)] = [["tt.divisibility", 16]]
-    if kernel == "product":
-        attributes.pop((function.arg_names.index("D"),), None)
     source = ASTSource(function, signature, constexprs, attributes)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

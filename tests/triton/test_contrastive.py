@@ -256,7 +256,7 @@ def test_few_rows_split_the_walk_over_columns(gpu, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_little_scratch_gives_the_same_result(gpu, dtype, monkeypatch):
     call = Call(Case(300, 70, 300, dtype, both_directions=True), gpu.device)
-    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 600)
+    monkeypatch.setattr(kernels.panels, "SCRATCH_BYTES", 600)
     with gpu.triton() as launches:
         check(call)
     if gpu.emulated:

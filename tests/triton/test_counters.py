@@ -4,7 +4,11 @@ import pytest
 import torch
 import triton
 
+from ssl_kernels.triton import panels
 from ssl_kernels.triton.launch import find_tile
+from ssl_kernels.triton.panels import wide_product
+from ssl_kernels.triton.sigmoid_pairs import sigmoid_pairs_fwd
+from tests.cuda.sigmoid_pairs_calls import random_call
 from tests.triton.cases import Call, Case
 
 
@@ -74,18 +78,30 @@ def test_both_directions_multiply_one_unit_forward(gpu):
     assert counters.global_store_sectors * 32 == 8 * n * splits + 8 * m * -(-n // tile.block_n)
 
 
-def test_wide_rows_multiply_two_units_backward(gpu):
-    n, d = 192, 320
-    counters = _launches(gpu, Case(n, None, d, torch.bfloat16))
-    for kernel in ("coefficient", "product"):
-        tile = find_tile(kernel, gpu.arch, "half", d)
-        rows = _padded(n, tile.block_n)
-        if kernel == "coefficient":
-            columns, flops = tile.block_m, rows * _padded(n, tile.block_m) * _padded(d, tile.block_d)
-        else:
-            columns, flops = tile.block_d, rows * _padded(n, tile.block_m) * _padded(d, tile.block_d)
-        per_instruction = 16 * 8 * 16 if gpu.arch == 80 else 64 * columns * 16 // 4
-        assert counters[f"contrastive_{kernel}_kernel"].mma == flops // per_instruction
+@pytest.mark.parametrize("operation", ["contrastive", "sigmoid"])
+def test_wide_rows_multiply_one_unit_and_leave_the_rest_to_torch(gpu, operation, monkeypatch):
+    """Both gradients come from one set of coefficients: a unit of ours, and two of torch's matrix product."""
+    n, m, d = 192, 256, 320
+    multiplied = []
+
+    def counting(a, b, *rest):
+        multiplied.append((*a.shape, b.shape[1]))
+        return wide_product(a, b, *rest)
+
+    monkeypatch.setattr(panels, "wide_product", counting)
+    if operation == "contrastive":
+        counters = _launches(gpu, Case(n, m, d, torch.bfloat16, both_directions=True))
+    else:
+        call = random_call(n, m, d, torch.bfloat16, device=gpu.device)
+        with gpu.triton() as launches:
+            sigmoid_pairs_fwd(*call, True, True, True, True)
+        _needs_counters(gpu)
+        counters = {launch.kernel: launch.counters for launch in launches}
+    tile = find_tile("coefficient", gpu.arch, "half", d)
+    flops = _padded(n, tile.block_n) * _padded(m, tile.block_m) * _padded(d, tile.block_d)
+    per_instruction = 16 * 8 * 16 if gpu.arch == 80 else 64 * tile.block_m * 16 // 4
+    assert counters[f"{operation}_coefficient_kernel"].mma == flops // per_instruction
+    assert multiplied == [(n, m, d), (m, n, d)]
 
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalized"])

@@ -83,13 +83,16 @@ def test_expectation_of_a_narrow_queue_fits_its_tiles(arch, dtype_class, columns
 @pytest.mark.slow
 @pytest.mark.parametrize("everything", [False, True], ids=["total", "weighted"])
 @pytest.mark.parametrize("dtype_class", DTYPES)
+@pytest.mark.parametrize(
+    "kernel, table", [("sigmoid_pairs", "expectation"), ("sigmoid_coefficient", "coefficient")]
+)
 @pytest.mark.parametrize("arch", TILES)
-def test_sigmoid_pairs_fits_the_tiles_of_the_expectation(arch, dtype_class, everything):
+def test_sigmoid_pairs_fits_its_tiles(arch, kernel, table, dtype_class, everything):
     precision = "tf32" if dtype_class == "tf32" else "ieee"
     for dtype in DTYPES[dtype_class]:
-        for largest_d, tile in TILES[arch][dtype_class]["expectation"]:
+        for largest_d, tile in TILES[arch][dtype_class][table]:
             compiled = compile_kernel(
-                "sigmoid_pairs", arch, dtype, largest_d, Tile(*tile), precision, everything
+                kernel, arch, dtype, largest_d or 512, Tile(*tile), precision, everything
             )
             needs = resources(compiled)
             assert needs.spilled == 0 and needs.shared <= PROCESSORS[arch][3], (dtype, largest_d)

@@ -160,10 +160,10 @@ def test_a_run_goes_on_where_it_was_cut_off(table, card, clock, monkeypatch, tmp
         return 1000.0 / (tile.block_n * tile.block_m), None
 
     monkeypatch.setattr(tune, "time_tile", timer)
-    chosen = ("--dtype", "half", "--kernel", "forward", "--kernel", "product", "--width", "128")
+    chosen = ("--dtype", "half", "--kernel", "forward", "--kernel", "coefficient", "--width", "128")
     first, lines = tune_here(tmp_path, *chosen, "--minutes", "10")
     assert len(lines) == len(asked) == 10
-    assert [place.kernel for place, _ in asked] == ["forward"] * 5 + ["product"] * 5
+    assert [place.kernel for place, _ in asked] == ["forward"] * 5 + ["coefficient"] * 5
     assert all((line["ms"] is None) == (line["error"] == "out of memory") for line in lines)
     assert any(line["error"] for line in lines)
     assert first[86]["half"]["backward"] == table[86]["half"]["backward"]
@@ -204,7 +204,7 @@ def test_an_entry_that_cannot_run_stays(clock):
 
 def test_candidates_cover_the_widths_of_their_place_and_begin_near_the_entry():
     assert {tile.block_d for tile in tune.candidates("backward", 64, SLOW)} == {64}
-    found = tune.candidates("product", None, SLOW)
+    found = tune.candidates("coefficient", None, SLOW)
     assert {tile.block_d for tile in found} == set(tune.BLOCKS_D)
     assert all(tile.blocks == 1 for tile in found) and SLOW not in found
     assert Tile(64, 16, 16, 4, 2, 1) in found[:8] and found[-1].num_stages == 4
