@@ -10,12 +10,14 @@ import argparse
 import functools
 import json
 import pathlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from ssl_kernels.triton import sigmoid_pairs as triton_sigmoid_pairs
 from tests.cuda import parity, sigmoid_pairs_calls
 from tests.gpu_emulation.runners import EmulatedGpu
+from tests.triton import cases as triton_cases
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "gpu.md"
@@ -57,7 +59,10 @@ CARDS = (
     Card("L4", 58, 2.04, 1024, 1.0, 16, 0.3),
     Card("RTX 4090", 128, 2.52, 512, 1.0, 16, 1.01),
 )
-BOUNDS = ("tensor", "shared", "L2", "special")
+BOUNDS = ("tensor", "shared", "L2", "special", "memory")
+LIBRARY = 0.8  # of the tensor cores' peak, by cuBLAS
+BANDWIDTH = 0.9  # of the data sheet's, by passes over memory
+WGMMA = 1.0  # what of a card's peak wgmma and tcgen05 reach, and mma.sync on cards that have neither
 L2_BYTES = 64  # per clock and multiprocessor, the width of its port
 SHARED_WAVEFRONTS = 1  # per clock and multiprocessor
 
@@ -70,22 +75,27 @@ class Work:
         operations: Of the tensor cores.
         wavefronts, sectors: Of shared memory; read and written through L2.
         exponentials: By the kernel's header.
+        memory: Bytes read and written that no cache holds.
+        rate: The part of the tensor cores' peak that the products reach; None for mma.sync's.
     """
 
     operations: float
-    wavefronts: float
-    sectors: float
-    exponentials: float
+    wavefronts: float = 0.0
+    sectors: float = 0.0
+    exponentials: float = 0.0
+    memory: float = 0.0
+    rate: float | None = None
 
     def seconds(self, card, entries):
         """{bound: seconds} on a card."""
         counts = {
-            "tensor": (self.operations, card.tensor * card.by_mma),
+            "tensor": (self.operations, card.tensor * (card.by_mma if self.rate is None else self.rate)),
             "shared": (self.wavefronts, SHARED_WAVEFRONTS),
             "L2": (self.sectors * SECTOR, L2_BYTES),
             "special": (self.exponentials, card.special),
         }
-        return {name: entries * count / card.per_second(rate) for name, (count, rate) in counts.items()}
+        found = {name: entries * count / card.per_second(rate) for name, (count, rate) in counts.items()}
+        return found | {"memory": entries * self.memory / (BANDWIDTH * 1e12 * card.memory)}
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ class Case:
 
     Args:
         name, rows, columns, width: bfloat16 rows; the matrix has rows x columns entries.
-        forward, backward: Work per entry; None without a backward that visits tiles.
+        works: {what: Work per entry}, one after the other.
         products: Units of 2 · rows · columns · width that plain PyTorch spends.
         passes: Times that plain PyTorch reads or writes the matrix of logits, in bfloat16.
     """
@@ -103,8 +113,7 @@ class Case:
     rows: int
     columns: int
     width: int
-    forward: Work
-    backward: Work | None
+    works: dict
     products: int
     passes: int
 
@@ -113,10 +122,9 @@ class Case:
         return self.rows * self.columns
 
     def plain_seconds(self, card):
-        """cuBLAS at 80 % of the tensor cores' peak, and the passes at 90 % of the memory's bandwidth."""
-        unit = 2 * self.entries * self.width
-        products = self.products * unit / card.per_second(0.8 * card.tensor)
-        return products + self.passes * 2 * self.entries / (0.9e12 * card.memory)
+        """The products by cuBLAS, and the passes over memory."""
+        works = Work(self.products * 2 * self.width, rate=LIBRARY), Work(0, memory=2 * self.passes)
+        return sum(max(work.seconds(card, self.entries).values()) for work in works)
 
 
 @functools.cache
@@ -147,7 +155,7 @@ def _work(launches, entries, exponentials):
 
 
 def contrastive_work(n, m, d, *, both_directions=False, expectation=False, exponentials=(1, 2)):
-    """(forward, backward) of `contrastive` on bfloat16 rows; m None: the square case."""
+    """Works of `contrastive` in CUDA on bfloat16 rows; m None: the square case."""
     call = parity.random_call(n, d, torch.bfloat16, m=m, positives=1, both_directions=both_directions)
     upstream = parity.random_upstream(call)
     library = _library("contrastive.cu")
@@ -157,29 +165,67 @@ def contrastive_work(n, m, d, *, both_directions=False, expectation=False, expon
         (i for i, one in enumerate(launches) if "bwd" in one.kernel or "coefficients" in one.kernel),
         len(launches),
     )
-    forward = _work(launches[:first], entries, exponentials[0])
-    return forward, None if expectation else _work(launches[first:], entries, exponentials[1])
+    works = {"forward": _work(launches[:first], entries, exponentials[0])}
+    if not expectation:
+        works["backward"] = _work(launches[first:], entries, exponentials[1])
+    return works
 
 
 def sigmoid_work(n, d):
     """SigLIP's one pass, which leaves the gradients too: an exponential and a reciprocal per entry and visit."""
     call = sigmoid_pairs_calls.random_call(n, n, d, torch.bfloat16)
     _, _, launches = sigmoid_pairs_calls.total_with_gradients(_library("sigmoid_pairs.cu"), call, splits=1)
-    return _work(launches, n * n, 4)
+    return {"forward": _work(launches, n * n, 4)}
+
+
+def _by_library(d):
+    """Both gradients by cuBLAS, from coefficients that were written once and are read twice."""
+    return Work(2 * 2 * d, memory=6, rate=LIBRARY)
+
+
+def wide_contrastive_work(n, m, d):
+    """`contrastive` in Triton on wide bfloat16 rows, in both directions."""
+    call = triton_cases.Call(triton_cases.Case(n, m, d, torch.bfloat16, both_directions=True), gpu().device)
+    with gpu().triton() as launches:
+        call.triton()
+    kernels = {
+        "forward": ("contrastive_fwd_kernel", "merge_lse_kernel", "row_rnorm_kernel"),
+        "coefficients": ("contrastive_coefficient_kernel",),
+    }
+    works = {
+        part: replace(
+            _work([one for one in launches if one.kernel in names], n * m, exponentials), rate=WGMMA
+        )
+        for (part, names), exponentials in zip(kernels.items(), (2, 2), strict=True)
+    }
+    return works | {"gradients by cuBLAS": _by_library(d)}
+
+
+def wide_sigmoid_work(n, d):
+    """`sigmoid_pairs` in Triton on wide bfloat16 rows."""
+    call = sigmoid_pairs_calls.random_call(n, n, d, torch.bfloat16)
+    with gpu().triton() as launches:
+        triton_sigmoid_pairs.sigmoid_pairs_fwd(*call, True, True, True, True)
+    ours = [one for one in launches if one.kernel == "sigmoid_coefficient_kernel"]
+    coefficients = replace(_work(ours, n * n, 2), rate=WGMMA)
+    return {"coefficients": coefficients, "gradients by cuBLAS": _by_library(d)}
 
 
 def cases():
     nt_xent = contrastive_work(512, None, 128)
     clip = contrastive_work(256, 256, 512, both_directions=True, exponentials=(2, 4))
-    moco, _ = contrastive_work(128, 512, 128, expectation=True)
+    moco = contrastive_work(128, 512, 128, expectation=True)
     siglip = sigmoid_work(256, 768)
+    wide_clip, wide_siglip = wide_contrastive_work(256, 256, 512), wide_sigmoid_work(256, 768)
     return [
         # Plain: logits; log_softmax read and write; its backward; the diagonal; scaled twice, forward and backward.
-        Case("NT-Xent, 4096 pairs, D = 128", 8192, 8192, 128, *nt_xent, 3, 12),
-        Case("NT-Xent, 32768 pairs, D = 128", 65536, 65536, 128, *nt_xent, 3, 12),
-        Case("CLIP, 65536 pairs, D = 512", 65536, 65536, 512, *clip, 6, 20),
-        Case("SigLIP, 65536 pairs, D = 768", 65536, 65536, 768, siglip, None, 3, 12),
-        Case("MoCo, 256 against 65536, D = 128", 256, 65536, 128, moco, None, 2, 10),
+        Case("NT-Xent, 4096 pairs, D = 128", 8192, 8192, 128, nt_xent, 3, 12),
+        Case("NT-Xent, 32768 pairs, D = 128", 65536, 65536, 128, nt_xent, 3, 12),
+        Case("CLIP, 65536 pairs, D = 512", 65536, 65536, 512, clip, 6, 20),
+        Case("CLIP in Triton, 65536 pairs, D = 512", 65536, 65536, 512, wide_clip, 6, 20),
+        Case("SigLIP, 65536 pairs, D = 768", 65536, 65536, 768, siglip, 3, 12),
+        Case("SigLIP in Triton, 65536 pairs, D = 768", 65536, 65536, 768, wide_siglip, 3, 12),
+        Case("MoCo, 256 against 65536, D = 128", 256, 65536, 128, moco, 2, 10),
     ]
 
 
@@ -194,16 +240,17 @@ def counts_table(all_cases):
     for case in all_cases:
         if case.name.startswith("NT-Xent, 32768"):
             continue  # the same kernels
-        for direction, work in (("forward", case.forward), ("backward", case.backward)):
-            if work is None:
-                continue
+        for part, work in case.works.items():
             mma = work.operations / 4096
+            counted = (
+                work.rate is None
+            )  # wgmma reads shared memory by itself, which the emulator does not count
             lines.append(
                 [
-                    f"{case.name.split(',')[0]}, D = {case.width}, {direction}",
+                    f"{case.name.split(',')[0]}, D = {case.width}, {part}",
                     f"{work.operations / (2 * case.width):.2f}",
-                    f"{work.wavefronts / mma:.2f}",
-                    f"{1000 * work.sectors:.0f}",
+                    f"{work.wavefronts / mma:.2f}" if counted else "",
+                    f"{1000 * work.sectors:.0f}" if work.sectors else "",
                 ]
             )
     return markdown(header, lines)
@@ -215,8 +262,7 @@ def times_table(all_cases, measured):
     for case in all_cases:
         ours, binding, plain = [], [], []
         for card in CARDS:
-            works = [work for work in (case.forward, case.backward) if work is not None]
-            bounds = [work.seconds(card, case.entries) for work in works]
+            bounds = [work.seconds(card, case.entries) for work in case.works.values()]
             ours.append(sum(max(bound.values()) for bound in bounds))
             total = {name: sum(bound[name] for bound in bounds) for name in BOUNDS}
             binding.append(max(total, key=total.get))
@@ -224,7 +270,8 @@ def times_table(all_cases, measured):
         lines.append(
             [f"{case.name}, ms", *[f"{1e3 * t:.3g} ({b})" for t, b in zip(ours, binding, strict=True)]]
         )
-        lines.append(["plain PyTorch, ms", *[f"{1e3 * t:.3g}" for t in plain]])
+        if " in Triton" not in case.name:  # the same as of the case before
+            lines.append(["plain PyTorch, ms", *[f"{1e3 * t:.3g}" for t in plain]])
         if found := measured.get(case.name):
             lines.append(["measured, ms", *[found.get(card.name, "") for card in CARDS]])
     return markdown(header, lines)

@@ -19,14 +19,20 @@ def test_bounds_by_hand():
     assert seconds["L2"] == pytest.approx(2 * 32 / 64) and seconds["special"] == pytest.approx(3 / 10)
 
 
+def test_a_library_and_its_memory_by_hand():
+    seconds = Work(operations=100, memory=6, rate=0.8).seconds(CARD, 10**10)
+    assert seconds["tensor"] == pytest.approx(100 / 800)
+    assert seconds["memory"] == pytest.approx(6 * 10**10 / 0.9e12)
+
+
 def test_plain_pytorch_by_hand():
-    case = Case("a loss", 1000, 2000, 50, None, None, products=3, passes=10)
+    case = Case("a loss", 1000, 2000, 50, {}, products=3, passes=10)
     products = 3 * 2 * 2e6 * 50 / (0.8 * 1000 * 10 * 1e9)
     assert case.plain_seconds(CARD) == pytest.approx(products + 10 * 2 * 2e6 / 0.9e12)
 
 
 def test_the_times_name_what_binds():
-    case = Case("a loss", 1000, 1000, 64, Work(128, 9, 0, 0), Work(0, 0, 0, 0), 3, 1)
+    case = Case("a loss", 1000, 1000, 64, {"forward": Work(128, 9, 0, 0), "rest": Work(0)}, 3, 1)
     table = gpu_model.times_table([case], {"a loss": {"H200": "7"}}).splitlines()
     assert "(shared)" in table[2] and "plain PyTorch" in table[3] and "| 7 |" in table[4]
 
