@@ -65,15 +65,15 @@ class _Correlation(torch.autograd.Function):
                 by_correlation = (2 * grad_off)[:, None] * correlation
                 by_correlation.diagonal().copy_(2 * grad_on * (on_diagonal - 1))
                 along = by_correlation * correlation
-                by_correlation = by_correlation * (scale[0][:, None] * scale[1])
-                first, second = x.to(mean.dtype) - mean, y.to(mean.dtype) - other_mean
                 factor = ctx.world / count
+                by_correlation = by_correlation * (factor * scale[0][:, None] * scale[1])
+                first, second = x.to(mean.dtype) - mean, y.to(mean.dtype) - other_mean
                 grads = []
                 for need, own, other, matrix, shrink in (
-                    (needs[0], first, second, by_correlation.T, scale[0].square() * along.sum(1)),
-                    (needs[1], second, first, by_correlation, scale[1].square() * along.sum(0)),
+                    (needs[0], first, second, by_correlation.T, factor * scale[0].square() * along.sum(1)),
+                    (needs[1], second, first, by_correlation, factor * scale[1].square() * along.sum(0)),
                 ):
-                    made = factor * (other @ matrix - own * shrink) if need else own.new_empty(0)
+                    made = (other @ matrix).addcmul_(own, shrink, value=-1) if need else own.new_empty(0)
                     grads.append(made.to(x.dtype))
             return tuple(grads)
 
