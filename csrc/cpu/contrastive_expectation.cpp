@@ -174,6 +174,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   double* positive = positive_logits.mutable_data_ptr<double>();
 
   const bool small = has_small_products<acc_t>();
+  const Precision precision = std::min(rows.precision, allowed_precision(args.columns->scalar_type()));
   const bool in_bfloat16 = rows.units.defined() && columns.is_bfloat16() && !changes_logits(args.additions);
   const bool packs = std::is_same_v<acc_t, float> && (in_bfloat16 || packed::is_chosen_for_float32());
   const int64_t ld = column_blocks.size + kPad, rounded_ld = (column_blocks.size + 1) / 2 + kPad;
@@ -257,7 +258,7 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
         multiply_packed(j, y, raw, factors);
       } else if (small) {
         math.transpose(y.values, y.ld, transposed, ld, j.size, d);
-        multiply_small<acc_t>(i.size, j.size, d, rows_here, d, transposed, ld, s, ld, false);
+        multiply_small<acc_t>(i.size, j.size, d, rows_here, d, transposed, ld, s, ld, false, precision);
       } else {
         blas(i.size, j.size, d, rows_here, d, y.values, y.ld, true, s, ld, false, options);
       }
@@ -282,7 +283,8 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
       if (packs)
         add_packed(j, y, raw, factors, block_j != first);
       else if (small)
-        multiply_small<acc_t>(i.size, d, j.size, s, ld, y.values, y.ld, part.sums, d, block_j != first);
+        multiply_small<acc_t>(i.size, d, j.size, s, ld, y.values, y.ld, part.sums, d, block_j != first,
+                              precision);
       else
         blas(i.size, d, j.size, s, ld, y.values, y.ld, false, part.sums, d, block_j != first, options);
     }

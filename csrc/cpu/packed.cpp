@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 
+#include "packed_amx.h"
 #include "tile_math.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -169,7 +170,13 @@ SSL_KERNELS_TARGET void round_rows(const float* c, int64_t ld, int64_t rows, int
 }  // namespace
 
 void multiply(bool in_bfloat16, const Product& product) {
-  (in_bfloat16 ? bfloat16::multiply : float32::multiply)(product);
+  static const bool has_amx = isa() >= Isa::kAmx;
+  if (!in_bfloat16)
+    float32::multiply(product);
+  else if (has_amx && amx::is_worthwhile(product))
+    amx::multiply(product);
+  else
+    bfloat16::multiply(product);
 }
 
 void pack_bfloat16(const uint16_t* rows, int64_t ld, int64_t count, int64_t columns, uint32_t* to) {

@@ -7,7 +7,8 @@
 //   panel is 24 vectors of sums in registers: a step of depth reads 4 vectors of the panel and 6 units of the left operand,
 //   which is read where it lies, for 24 multiply-adds. The depth is cut at 128 units, 32 KB of a panel.
 // Speed: 116 GFLOP/s in float32 and 230 in bfloat16 for 256 x 256 x 128 to 1024 on one core of an AMD EPYC (Zen 4), which
-//   has 118 and 237; oneDNN's float32 kernels run at 95 to 105 there.
+//   has 118 and 237; oneDNN's float32 kernels run at 95 to 105 there. 160 and 105 on an Intel Xeon (Sapphire Rapids), where
+//   AMX takes the bfloat16 products (packed_amx.h).
 #pragma once
 
 #include <cstdint>
@@ -25,7 +26,7 @@ inline int64_t size_of(int64_t depth, int64_t columns) { return depth * rounded_
 struct Product {
   int64_t rows, columns, depth;
   const uint32_t* a;         // unit (i, k) lies at a[i * row_stride + k * step_stride]
-  int64_t row_stride, step_stride;
+  int64_t row_stride, step_stride;  // one of them is 1
   const uint32_t* b;         // packed
   float* c;
   int64_t ld_c;
@@ -33,7 +34,8 @@ struct Product {
   const float *row_factor = nullptr, *column_factor = nullptr;  // both or none
 };
 
-// Of bfloat16 or of float32 units. On the instruction sets from kAvx512Bf16 or kAvx512 on (tile_math.h), as what follows.
+// Of bfloat16 units, by AMX where it has them, or of float32 units. On the instruction sets from kAvx512Bf16 or kAvx512 on
+// (tile_math.h), as what follows.
 void multiply(bool in_bfloat16, const Product& product);
 
 // Whether float32 rows are packed here: not where AMX multiplies them (product_amx.h).

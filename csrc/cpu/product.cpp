@@ -140,15 +140,15 @@ bool has_small_products<double>() {
 
 template <>
 void multiply_small(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* b, int64_t ld_b,
-                    float* c, int64_t ld_c, bool add) {
+                    float* c, int64_t ld_c, bool add, Precision precision) {
   static const bool has_amx = isa() >= Isa::kAmx;
-  if (has_amx && amx::is_worthwhile(m, n, k)) return amx::multiply(m, n, k, a, ld_a, b, ld_b, c, ld_c, add);
+  if (has_amx && amx::is_worthwhile(m, n, k)) return amx::multiply(m, n, k, a, ld_a, b, ld_b, c, ld_c, add, precision);
   chosen()(m, n, k, a, ld_a, b, ld_b, c, ld_c, add);
 }
 
 template <>
 void multiply_small(int64_t, int64_t, int64_t, const double*, int64_t, const double*, int64_t, double*, int64_t,
-                    bool) {
+                    bool, Precision) {
   TORCH_INTERNAL_ASSERT(false, "there are no small products of float64");
 }
 

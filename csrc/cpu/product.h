@@ -8,11 +8,25 @@
 // Everything else goes to that BLAS.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
 
 namespace ssl_kernels::cpu {
+
+// How exactly float32 numbers are to be multiplied at least: as they are, each as the sum of two bfloat16 numbers (16 bits, three
+// products, where these are faster), or rounded to one.
+enum class Precision { kFloat32, kBf16x3, kBf16 };
+
+// What torch's settings allow for products of rows in `dtype`: docs/numerics.md has the switches.
+inline Precision allowed_precision(at::ScalarType dtype) {
+  if (dtype != at::kFloat) return Precision::kFloat32;
+  const auto setting = at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
+  return setting == at::Float32Precision::BF16   ? Precision::kBf16
+         : setting == at::Float32Precision::TF32 ? Precision::kBf16x3
+                                                 : Precision::kFloat32;
+}
 
 // Whether multiply_small<T> runs here. Always so or never in one process.
 template <class T>
@@ -21,6 +35,6 @@ bool has_small_products();
 // c (m, n) = a (m, k) * b (k, n), or += with `add`; ld: elements from row to row.
 template <class T>
 void multiply_small(int64_t m, int64_t n, int64_t k, const T* a, int64_t ld_a, const T* b, int64_t ld_b, T* c,
-                    int64_t ld_c, bool add);
+                    int64_t ld_c, bool add, Precision precision);
 
 }  // namespace ssl_kernels::cpu

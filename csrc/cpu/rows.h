@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "pool.h"
+#include "product.h"
 #include "tile_math.h"
 
 // Dispatches over the four storage types: `scalar_t` is the storage type, `acc_t` what is computed in.
@@ -49,9 +50,10 @@ struct Rows {
   at::Tensor values;  // (N, D) acc_t, contiguous
   at::Tensor rnorm;   // (N,) acc_t, 1 / max(norm, eps); (0,) where nothing is normalised
   double longest;     // largest row norm of `values`; NaN or inf if a row holds one
-  // (N, stride) int32: bfloat16 rows as they came, two numbers each, 0 behind the last; undefined where products of them
-  // are not made in bfloat16.
+  // (N, stride) int32: bfloat16 rows as they came, or float32 ones rounded where torch's settings allow it, two numbers each,
+  // 0 behind the last; undefined where products of them are not made in bfloat16.
   at::Tensor units;
+  Precision precision = Precision::kFloat32;  // of products of `values`
 };
 
 // exp2_of hands on a NaN only where the low bits of its payload are 0, as they are in this one.
@@ -102,10 +104,11 @@ Rows load_rows(const at::Tensor& x, bool normalize, const at::Tensor* more = nul
   const at::Tensor upper = readable(x), lower = more ? readable(*more) : upper;
   const int64_t first = x.size(0), n = first + (more ? more->size(0) : 0), d = x.size(1);
   const auto acc = x.options().dtype(c10::CppTypeToScalarType<acc_t>::value);
-  Rows rows{pooled({n, d}, acc), pooled({normalize ? n : 0}, acc), normalize ? 1. : 0., {}};
+  Rows rows{pooled({n, d}, acc), pooled({normalize ? n : 0}, acc), normalize ? 1. : 0., {}, allowed_precision(x.scalar_type())};
   const int64_t stride = padded_units(d);
   constexpr bool is_bfloat16 = std::is_same_v<scalar_t, c10::BFloat16>;
-  if (is_bfloat16 && isa() >= Isa::kAvx512Bf16) rows.units = pooled({n, stride}, acc.dtype(at::kInt));
+  if ((is_bfloat16 || rows.precision == Precision::kBf16) && isa() >= Isa::kAvx512Bf16)
+    rows.units = pooled({n, stride}, acc.dtype(at::kInt));
   char* const units = rows.units.defined() ? static_cast<char*>(rows.units.mutable_data_ptr()) : nullptr;
   std::atomic<bool> in_range{true};
   const auto row_of = [&](int64_t i) {
@@ -121,8 +124,11 @@ Rows load_rows(const at::Tensor& x, bool normalize, const at::Tensor* more = nul
       norms[i] = row.norm;
       if (units) {
         char* to = units + i * stride * sizeof(int32_t);
-        std::memcpy(to, row_of(i), d * sizeof(scalar_t));
-        std::memset(to + d * sizeof(scalar_t), 0, stride * sizeof(int32_t) - d * sizeof(scalar_t));
+        if constexpr (std::is_same_v<scalar_t, float>)
+          row_conversion<c10::BFloat16, float>().store(reinterpret_cast<c10::BFloat16*>(to), row_of(i), d);
+        else
+          std::memcpy(to, row_of(i), d * sizeof(c10::BFloat16));
+        std::memset(to + d * sizeof(c10::BFloat16), 0, stride * sizeof(int32_t) - d * sizeof(c10::BFloat16));
         if (!is_in_range(row.length)) in_range = false;
       }
       if (normalize) rnorm[i] = static_cast<acc_t>(row.rnorm);

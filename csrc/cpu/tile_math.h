@@ -160,7 +160,7 @@ struct RowConversion {
 // Each has all of the ones before. AVX512_BF16 and AMX are for products of matrices (packed.h, product.h).
 enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
-// The widest that this processor and this build have, or the one that the environment variable SSL_KERNELS_CPU names
+// The fastest that this processor and this build have, or the one that the environment variable SSL_KERNELS_CPU names
 // ("amx", "avx512_bf16", "avx512", "avx2", "portable"); read once.
 Isa isa();
 

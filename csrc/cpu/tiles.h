@@ -1,7 +1,7 @@
 // The loop that every loss over pairs of rows runs: x^ . y^T cut into tiles, one product each, in a scratch a
 // thread. What is made of a tile is the loss's own: its visit(block_i, block_j, thread) calls scratch and multiply,
 // and adds up what belongs to the tile's rows and columns. N x M never exists.
-// Products are packed products (packed.h) on AVX-512. Where the processor multiplies bfloat16 numbers, those of bfloat16 rows are
+// Products are packed products (packed.h) on AVX-512, and on AMX of bfloat16 rows. Where the processor multiplies bfloat16 numbers, those of bfloat16 rows are
 // made of the rows as they came: exact in float32, they take the reciprocal norms as factors afterwards. Coefficients take
 // these factors as well and are rounded to bfloat16 once, with a relative error of 2^-8 each.
 // On others they are small products (product.h) where these run: they want their right operand as it is read, so the
@@ -151,6 +151,7 @@ class Tiles {
         m(this->columns.values.size(0)),
         d(rows.values.size(1)),
         in_bfloat16(rows.units.defined() && this->columns.units.defined()),
+        precision_(std::min(rows.precision, this->columns.precision)),
         packs_(in_bfloat16 || (std::is_same_v<acc_t, float> && packed::is_chosen_for_float32())),
         threads(std::max(n, m) > (square && in_parts && has_small_products<acc_t>() ? kOneThread / 2 : kOneThread)
                     ? at::get_num_threads()
@@ -204,7 +205,7 @@ class Tiles {
       multiply_packed(tile);
     else if (has_small_products<acc_t>())
       multiply_small<acc_t>(tile.i.size, tile.j.size, d, row(rows, tile.i), d, block(columns_transposed_, tile.j),
-                            column_blocks.size, tile.s, tile.ld, false);
+                            column_blocks.size, tile.s, tile.ld, false, precision_);
     else
       blas(matrix(tile), slice(rows.values, tile.i), slice(columns.values, tile.j).t(), 0);
   }
@@ -264,7 +265,8 @@ class Tiles {
   const bool in_bfloat16;  // products are; and sums have the reciprocal norms of their rows in them
 
  private:
-  const bool packs_;  // right operands are packed (packed.h)
+  const Precision precision_;  // of small products
+  const bool packs_;           // right operands are packed (packed.h)
 
  public:
   const int64_t threads;  // 1: outside a parallel region, where the BLAS has the others
@@ -285,7 +287,8 @@ class Tiles {
   void add_to_rows(RowSums<acc_t>& sums, const Tile<acc_t>& c, int part) const {
     const bool add = sums.begin_rows(c.i, part);
     if (has_small_products<acc_t>())
-      multiply_small<acc_t>(c.i.size, d, c.j.size, c.s, c.ld, row(columns, c.j), d, sums.of_rows(c.i, part), d, add);
+      multiply_small<acc_t>(c.i.size, d, c.j.size, c.s, c.ld, row(columns, c.j), d, sums.of_rows(c.i, part), d, add,
+                            precision_);
     else
       blas(slice(sums.values[part], c.i), matrix(c), slice(columns.values, c.j), add);
   }
@@ -296,10 +299,10 @@ class Tiles {
       acc_t* flipped = flipped_.template mutable_data_ptr<acc_t>() + part * flipped_.stride(0);
       const int64_t ld = flipped_.stride(1);
       tile_math<acc_t>().transpose(c.s, c.ld, flipped, ld, c.i.size, c.j.size);
-      multiply_small<acc_t>(c.j.size, d, c.i.size, flipped, ld, row(rows, c.i), d, sums.of_rows(c.j, part), d, add);
+      multiply_small<acc_t>(c.j.size, d, c.i.size, flipped, ld, row(rows, c.i), d, sums.of_rows(c.j, part), d, add, precision_);
     } else if (has_small_products<acc_t>()) {
       multiply_small<acc_t>(d, c.j.size, c.i.size, block(rows_transposed_, c.i), row_blocks.size, c.s, c.ld,
-                            sums.of_columns(c.j), column_blocks.size, add);
+                            sums.of_columns(c.j), column_blocks.size, add, precision_);
     } else {
       blas(slice(sums.values[part], c.j), matrix(c).t(), slice(rows.values, c.i), add);
     }
