@@ -2,7 +2,8 @@
 
     python benchmarks/crowded.py [--busy 1] [--threads 2] [--batch-size 256] [--steps 60]
 
-Means over the steps, first as OpenMP waits by default and then with OMP_WAIT_POLICY=passive, each in a process of its own.
+Means over the steps, first as OpenMP waits by default and then with OMP_WAIT_POLICY=passive, each in a process of
+its own.
 """
 
 import argparse
