@@ -19,8 +19,7 @@ from benchmarks.peers import RESTATED, Originals
 from ssl_kernels import adapters
 
 BATCH_SIZES = (64, 256, 1024)
-MIXED_BATCH_SIZES = (64, 256)
-QUICK_BATCH_SIZES = (64, 256)
+LARGEST_MIXED = 256
 ROWS_PER_LABEL = 8
 BANK = 4096
 TOKENS, WORDS = 76, 1000  # of a caption, of its vocabulary
@@ -41,6 +40,8 @@ class Adapted:
         dim: Width of the rows.
         way: What is special about it, or "".
         extra_bytes: Of B, what a step of the original takes.
+        products: Of B, how many logits there are, times the products of as many logits by rows of width D that a step
+            needs at least: three of a rectangle (two where the columns get no gradient), one and a half of a square.
     """
 
     library: str
@@ -50,6 +51,7 @@ class Adapted:
     dim: int = 128
     way: str = ""
     extra_bytes: Callable = lambda n: 0
+    products: Callable = lambda n: 0
 
     def __str__(self):
         return f"{self.library}.{self.name}" + (f" {self.way}" if self.way else "")
@@ -80,6 +82,7 @@ class Adapted:
             implementations=implementations(self.library, built, self.extra_bytes(batch_size)),
             expected=expected,
             tolerance=TOLERANCES[dtype],
+            operations=int(2 * self.products(batch_size) * dim) or None,
         )
 
 
@@ -97,6 +100,20 @@ def implementations(library, built, extra_bytes=0):
 
 # Their adapters' classes are derived from the originals.
 NEEDED = ("kornia", "pytorch_metric_learning", "sentence_transformers", "torchvision")
+
+
+def rectangle(n):
+    """Products of B rows and B columns that all get a gradient."""
+    return 3 * n * n
+
+
+def square(n):
+    """Of B rows with themselves: the matrix of logits is symmetric."""
+    return 1.5 * n * n
+
+
+def square_of_views(n):
+    return square(2 * n)
 
 
 def rows(*counts):
@@ -204,30 +221,48 @@ def _pairs_of_pairs(rows_of):
 
 LOSSES = (
     Adapted("byol_pytorch", "cosine_loss_fn", rows(1, 1), _function("cosine_loss_fn", torch.mean), 256),
-    Adapted("flag_embedding", "in_batch_neg_loss", unit_rows(1, 1), _function("in_batch_neg_loss"), 384),
-    Adapted("info_nce", "InfoNCE", rows(1, 1), constructed("InfoNCE")),
-    Adapted("info_nce", "InfoNCE", _info_nce_of_negatives, constructed("InfoNCE"), way="with 4096 negatives"),
-    Adapted("infonce", "InfoNCE", rows(2), constructed("InfoNCE")),
-    Adapted("infonce", "SupervisedInfoNCE", labelled, constructed("SupervisedInfoNCE")),
-    Adapted("lightly", "NTXentLoss", rows(1, 1), constructed("NTXentLoss")),
+    Adapted(
+        "flag_embedding",
+        "in_batch_neg_loss",
+        unit_rows(1, 1),
+        _function("in_batch_neg_loss"),
+        384,
+        products=rectangle,
+    ),
+    Adapted("info_nce", "InfoNCE", rows(1, 1), constructed("InfoNCE"), products=rectangle),
+    Adapted(
+        "info_nce",
+        "InfoNCE",
+        _info_nce_of_negatives,
+        constructed("InfoNCE"),
+        way="with 4096 negatives",
+        products=lambda n: 3 * n * BANK,
+    ),
+    Adapted("infonce", "InfoNCE", rows(2), constructed("InfoNCE"), products=square_of_views),
+    Adapted("infonce", "SupervisedInfoNCE", labelled, constructed("SupervisedInfoNCE"), products=square),
+    Adapted("lightly", "NTXentLoss", rows(1, 1), constructed("NTXentLoss"), products=square_of_views),
     Adapted(
         "lightly",
         "NTXentLoss",
         rows(1, 1),
         lambda space, n, d: space.NTXentLoss(0.1, (BANK, d)),
+        products=lambda n: 2 * n * BANK,
         way="with a bank of 4096",
     ),
-    Adapted("lightly", "DCLLoss", rows(1, 1), constructed("DCLLoss")),
-    Adapted("lightly", "DCLWLoss", rows(1, 1), constructed("DCLWLoss")),
+    Adapted("lightly", "DCLLoss", rows(1, 1), constructed("DCLLoss"), products=square_of_views),
+    Adapted("lightly", "DCLWLoss", rows(1, 1), constructed("DCLWLoss"), products=square_of_views),
     Adapted("lightly", "NegativeCosineSimilarity", rows(1, 1), constructed("NegativeCosineSimilarity")),
-    Adapted("open_clip", "ClipLoss", scaled(14.3), constructed("ClipLoss"), 512),
+    Adapted("open_clip", "ClipLoss", scaled(14.3), constructed("ClipLoss"), 512, products=rectangle),
     Adapted("open_clip", "CoCaLoss", _captioned, _coca, 512, extra_bytes=lambda n: 24 * n * TOKENS * WORDS),
-    Adapted("open_clip", "SigLipLoss", scaled(10.0, -10.0), constructed("SigLipLoss"), 512),
+    Adapted(
+        "open_clip", "SigLipLoss", scaled(10.0, -10.0), constructed("SigLipLoss"), 512, products=rectangle
+    ),
     Adapted(
         "pytorch_metric_learning",
         "NTXentLoss",
         rows(1, 1),
         _two_views("NTXentLoss"),
+        products=square_of_views,
         way="of two views",
         extra_bytes=_pairs_of_pairs(lambda n: 2 * n),
     ),
@@ -236,21 +271,23 @@ LOSSES = (
         "NTXentLoss",
         labelled,
         constructed("NTXentLoss"),
+        products=square,
         way="by labels",
         extra_bytes=lambda n: PAIR_BYTES * n * (ROWS_PER_LABEL - 1) * n * n,
     ),
-    Adapted("pytorch_metric_learning", "SupConLoss", labelled, constructed("SupConLoss")),
+    Adapted("pytorch_metric_learning", "SupConLoss", labelled, constructed("SupConLoss"), products=square),
     Adapted("pytorch_metric_learning", "TripletMarginLoss", labelled, _triplets, way="of given triplets"),
     Adapted(
         "pytorch_metric_learning",
         "CrossBatchMemory",
         rows(1),
         _memory,
+        products=lambda n: 2 * n * 1024,
         way="of 1024 rows",
         extra_bytes=lambda n: PAIR_BYTES * (n * 16) * (n * 1008),
     ),
     *(
-        Adapted("sentence_transformers", name, rows(1, 1), make(name), 384)
+        Adapted("sentence_transformers", name, rows(1, 1), make(name), 384, products=rectangle)
         for name, make in (
             ("MultipleNegativesRankingLoss", _ranking),
             ("CachedMultipleNegativesRankingLoss", _cached_ranking),
@@ -258,12 +295,21 @@ LOSSES = (
             ("CachedMultipleNegativesSymmetricRankingLoss", _cached_ranking),
         )
     ),
-    Adapted("solo_learn", "simclr_loss_func", rows(1, 1), _function("simclr_loss_func")),
-    Adapted("solo_learn", "moco_loss_func", unit_rows(1), _moco, way="with a queue of 4096"),
+    Adapted(
+        "solo_learn", "simclr_loss_func", rows(1, 1), _function("simclr_loss_func"), products=square_of_views
+    ),
+    Adapted(
+        "solo_learn",
+        "moco_loss_func",
+        unit_rows(1),
+        _moco,
+        way="with a queue of 4096",
+        products=lambda n: 2 * n * BANK,
+    ),
     Adapted("solo_learn", "byol_loss_func", rows(1), _prediction("byol_loss_func")),
     Adapted("solo_learn", "simsiam_loss_func", rows(1), _prediction("simsiam_loss_func")),
-    Adapted("solo_learn", "nnclr_loss_func", rows(1, 1), _function("nnclr_loss_func")),
-    Adapted("sup_contrast", "SupConLoss", labelled, _of_views),
+    Adapted("solo_learn", "nnclr_loss_func", rows(1, 1), _function("nnclr_loss_func"), products=rectangle),
+    Adapted("sup_contrast", "SupConLoss", labelled, _of_views, products=square),
 )
 
 
@@ -314,8 +360,8 @@ def workloads(options):
     """Functions that make the workloads `options` ask for, by class and rising size; `dim` is that of the losses."""
     on = (options.dtype, options.device)
 
-    def sizes(usual):
-        return sorted(options.batch_sizes or (QUICK_BATCH_SIZES if options.quick else usual))
-
-    losses = [partial(loss, size, options.dim, *on) for loss in LOSSES for size in sizes(BATCH_SIZES)]
-    return losses + [partial(mixer, size, SIDE, *on) for mixer in MIXERS for size in sizes(MIXED_BATCH_SIZES)]
+    sizes = sorted(options.batch_sizes or BATCH_SIZES)
+    losses = [partial(loss, size, options.dim, *on) for loss in LOSSES for size in sizes]
+    return losses + [
+        partial(mixer, size, SIDE, *on) for mixer in MIXERS for size in sizes if size <= LARGEST_MIXED
+    ]

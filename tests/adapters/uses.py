@@ -6,7 +6,7 @@ All three are namespaces of the same names. What a use returns, and the gradient
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ class Use:
 
     def fitted(self, case):
         """A copy of the case that has not drawn anything, in the dtype of this use."""
-        return Case(case.n, case.d, case.temperature, self.dtype or case.dtype, case.seed)
+        return replace(case, dtype=self.dtype or case.dtype, leaves=[])
 
     def __str__(self):
         return f"{self.library}.{self.name}" + (f" {self.way}" if self.way else "")
@@ -120,7 +120,8 @@ def results(use, space, case):
         generator = torch.Generator().manual_seed(1)
         weights = [torch.rand(t.shape, generator=generator, dtype=torch.float64) for t in smooth]
         total = sum((t.double() * w).sum() for t, w in zip(smooth, weights, strict=True))
-        gradients = torch.autograd.grad(total, case.leaves, allow_unused=True)
+        leaves = [leaf for leaf in case.leaves if leaf.requires_grad]
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
     return [tensor.detach() for tensor in out], list(gradients)
 
 

@@ -3,7 +3,7 @@ import argparse
 import pytest
 import torch
 
-from benchmarks import bench_adapters, harness
+from benchmarks import adapters_page, bench_adapters, harness
 
 
 @pytest.mark.parametrize("loss", bench_adapters.LOSSES, ids=str)
@@ -40,3 +40,29 @@ def test_every_library_is_measured():
         mixer.args[0] for mixer in bench_adapters.MIXERS
     }
     assert named == set(bench_adapters.adapters.LIBRARIES)
+
+
+def test_the_page_shows_a_result():
+    spread = {"median": 2e-3, "q1": 1e-3, "q3": 3e-3}
+    entry = {"step_seconds": spread, "ratio_to": {"original": {"median": 4.0}}}
+    case = {
+        "loss": "lightly.NTXentLoss with a bank",
+        "sizes": {"B": 8, "D": 4},
+        "operations": 10**6,
+        "product": {"operations_per_second": 1e9},
+        "left_out": {},
+        "implementations": {"original": {"step_seconds": {"median": 8e-3}}, "ssl_kernels": entry},
+    }
+    cells = ["`lightly.NTXentLoss` with a bank", "B = 8, D = 4", "8", "2", "4", "1"]
+    assert adapters_page.row(case) == cells
+    del case["implementations"]["original"], entry["ratio_to"]["original"]
+    assert adapters_page.row(case)[2:5] == ["–", "2", "–"]
+
+
+def test_the_page_has_its_place():
+    page = adapters_page.PAGE.read_text()
+    table = page.split(adapters_page.BEGIN)[1].split(adapters_page.END)[0]
+    assert adapters_page.with_section(page, table) == page
+    measured = {str(loss) for loss in bench_adapters.LOSSES}
+    shown = {line.split(" | ")[0].strip("| ").replace("`", "") for line in table.splitlines()}
+    assert measured <= shown
