@@ -18,7 +18,7 @@ from tests.helpers import (
 )
 
 LEVEL = _C.build_info()["cpu_instruction_set"]
-KEYS = (("generic", "all"), ("mkldnn", "all"), ("mkldnn", "matmul"))
+KEYS = (("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("mkldnn", "all"), ("mkldnn", "matmul"))
 SWITCHES = {
     "backends.mkldnn.matmul": lambda value: setattr(backends.mkldnn.matmul, "fp32_precision", value),
     "backends.mkldnn": lambda value: setattr(backends.mkldnn, "fp32_precision", value),
@@ -44,8 +44,10 @@ def allow():
         reset()
         SWITCHES[switch](value)
 
+    before = [torch._C._get_fp32_precision_getter(*key) for key in KEYS]
     yield set_switch
     reset()
+    assert [torch._C._get_fp32_precision_getter(*key) for key in KEYS] == before
 
 
 def calls(dtype=torch.float32):
