@@ -9,6 +9,8 @@ CARD_ARGS ?=
 TEST_ARGS ?=
 # Processes of the tests: one a core, up to eight.
 PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
+# They share the cores, which OpenMP's threads would take from each other if they spun while they wait.
+test test-all test-oldest sanitize: export OMP_WAIT_POLICY = passive
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
