@@ -22,6 +22,11 @@ COMMANDS = {
         "ssl_kernels.recipes.pretrain",
         "pretrain an encoder with SimCLR, MoCo, BYOL or another method, and judge it",
     ),
+    "evaluate": (
+        "ssl_kernels.recipes.evaluate",
+        "judge a checkpoint: probes, fine-tuning, transfer to other images",
+    ),
+    "plot": ("ssl_kernels.recipes.plot", "draw what a checkpoint has learned, and whether it has collapsed"),
     "bench": ("ssl_kernels.bench", "measure against what people use today (in a clone of the repository)"),
 }
 

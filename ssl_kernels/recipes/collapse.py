@@ -5,9 +5,6 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-LEAST_SPREAD = 0.02
-LEAST_RANK = 1.5  # of embeddings that are not told apart by classes, of which two need one direction alone
-
 
 @dataclasses.dataclass(frozen=True)
 class Health:
@@ -18,13 +15,18 @@ class Health:
     spread: float
     rank: float
 
-    def complaint(self, least_rank=LEAST_RANK):
-        """What is wrong with them, or "" where they are well."""
-        if self.spread < LEAST_SPREAD:
+    def complaint(self, least):
+        """What is wrong with them, or "" where they have at least the `Health` given."""
+        if self.spread < least.spread:
             return f"all embeddings point the same way: their mean cosine is {1 - self.spread:.4f}"
-        if self.rank < least_rank:
+        if self.rank < least.rank:
             return f"the embeddings vary in one direction alone: their effective rank is {self.rank:.2f}"
         return ""
+
+
+EMBEDDINGS = Health(spread=0.02, rank=1.5)  # the least of healthy embeddings
+BY_CLASS = Health(spread=0.02, rank=0.0)  # of which two need one direction alone
+ANYTHING = Health(spread=0.0, rank=0.0)
 
 
 def measure_health(embeddings):

@@ -23,6 +23,7 @@ from ssl_kernels.recipes.ranks import ALONE
 from ssl_kernels.recipes.timing import TimedLoss
 from ssl_kernels.recipes.views import mix_seed
 
+SHAPE = ("channels", "image_size", "classes")  # of an `ImageData`
 log = logging.getLogger("ssl_kernels.recipes")
 
 
@@ -70,10 +71,21 @@ class Training:
             ending .csv.
         board: A `logs.TensorBoard`, or None.
         ranks: The `Ranks` that train together. Each passes the same batches.
+        images: The `ImageData`, whose shape a checkpoint notes, or None.
     """
 
     def __init__(
-        self, method, settings, steps, *, loss=None, device="cpu", checkpoint=None, board=None, ranks=ALONE
+        self,
+        method,
+        settings,
+        steps,
+        *,
+        loss=None,
+        device="cpu",
+        checkpoint=None,
+        board=None,
+        ranks=ALONE,
+        images=None,
     ):
         self.method = method.to(device, memory_format=torch.channels_last).train()
         self.method.criterion = TimedLoss(loss or method.criterion)
@@ -83,6 +95,7 @@ class Training:
         self.checkpoint = pathlib.Path(checkpoint) if checkpoint is not None else None
         self.board = board
         self.ranks = ranks
+        self._shape = {name: getattr(images, name) for name in SHAPE} if images is not None else {}
         learned = [parameter for parameter in method.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(learned, settings)
         self.schedule = make_schedule(self.optimizer, settings.warmup, steps)
@@ -153,7 +166,7 @@ class Training:
     def _look_at_embeddings(self):
         health = measure_health(self._watch.embeddings)
         before = zip(self.history.spreads[-1:], self.history.ranks[-1:], strict=True)
-        least = self.method.least_rank
+        least = self.method.least_health
         was_collapsed = any(Health(*values).complaint(least) for values in before)
         self.history.spreads.append(health.spread)
         self.history.ranks.append(health.rank)
@@ -206,6 +219,7 @@ class Training:
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "random": self._random,
+                "images": self._shape,
                 "settings": self.settings.as_dict(),
                 "history": dataclasses.asdict(self.history),
             }

@@ -97,6 +97,7 @@ def prepare_trainings(data, losses, settings, *, device="cpu", out=None, resume=
             device=device,
             checkpoint=checkpoint_path(out, name) if out else None,
             ranks=ranks,
+            images=data,
         )
         if resume and out and training.checkpoint.exists():
             training.load(len(data.views))

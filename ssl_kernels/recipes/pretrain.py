@@ -215,7 +215,7 @@ def choose_settings(args):
     from ssl_kernels.recipes import engine
     from ssl_kernels.recipes.methods import find_method, options_of
 
-    arguments.check_data(args)
+    arguments.check_data(args, args.data)
     values = presets.choose(args.method, args.data, args.short)
     values |= {
         name: getattr(args, name)

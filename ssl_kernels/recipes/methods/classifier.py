@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from ssl_kernels.recipes.collapse import ANYTHING
 from ssl_kernels.recipes.encoders import Embedder
 from ssl_kernels.recipes.methods.method import Method
 
@@ -11,7 +12,7 @@ class Classifier(Method):
 
     criterion = staticmethod(nn.functional.cross_entropy)
     views = 1
-    least_rank = 0.0
+    least_health = ANYTHING
 
     def __init__(self, encoder, classes):
         super().__init__()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ssl_kernels import clip_loss
+from ssl_kernels.recipes.collapse import BY_CLASS
 from ssl_kernels.recipes.encoders import Embedder, mlp
 from ssl_kernels.recipes.methods.method import Method
 
@@ -21,7 +22,7 @@ class CLIP(Method):
     criterion = staticmethod(clip_loss)
     views = 1
     uses_labels = True
-    least_rank = 0.0
+    least_health = BY_CLASS
 
     def __init__(self, encoder, data, *, logit_scale=10.0, width=64):
         super().__init__()

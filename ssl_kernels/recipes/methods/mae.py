@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ssl_kernels import mae_loss
+from ssl_kernels.recipes.collapse import ANYTHING
 from ssl_kernels.recipes.encoders import transformer_layers
 from ssl_kernels.recipes.methods.method import Method
 
@@ -15,7 +16,7 @@ class MAE(Method):
     criterion = staticmethod(mae_loss)
     views = 1
     transformer = True
-    least_rank = 0.0  # what it draws may be alike
+    least_health = ANYTHING
 
     def __init__(self, encoder, data, *, hidden_part=0.6, decoder_width=32):
         super().__init__()

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ssl_kernels.recipes.collapse import LEAST_RANK
+from ssl_kernels.recipes.collapse import EMBEDDINGS
 
 
 class Method(nn.Module):
@@ -15,8 +15,7 @@ class Method(nn.Module):
         criterion: The loss that `forward` calls with embeddings; the training loop puts one in its place that is timed.
         views, crops: How many of each image it asks for.
         uses_labels: Whether it is told the labels of the training images.
-        least_rank: Of healthy outputs of `watched`; 0 where one direction may be
-            enough, as for two classes.
+        least_health: Of the outputs of `watched`, below which they are said to have collapsed.
         transformer: Whether its encoder is a `PatchTransformer` instead of a convolutional network.
     """
 
@@ -24,7 +23,12 @@ class Method(nn.Module):
     views, crops = 2, 0
     uses_labels = False
     transformer = False
-    least_rank = LEAST_RANK
+    least_health = EMBEDDINGS
+
+    @property
+    def places_embeddings(self):
+        """Whether the outputs of `online` are what the method places; else the features are looked at."""
+        return self.watched is getattr(self, "online", None)
 
     @property
     def encoder(self):

@@ -6,6 +6,7 @@ Source: Khosla et al., arXiv:2004.11362.
 import torch
 
 from ssl_kernels import sup_con_loss
+from ssl_kernels.recipes.collapse import BY_CLASS
 from ssl_kernels.recipes.encoders import Embedder, mlp
 from ssl_kernels.recipes.methods.method import Method
 
@@ -13,7 +14,7 @@ from ssl_kernels.recipes.methods.method import Method
 class SupCon(Method):
     criterion = staticmethod(sup_con_loss)
     uses_labels = True
-    least_rank = 0.0
+    least_health = BY_CLASS
 
     def __init__(self, encoder, data, *, temperature=0.1, width=128):
         super().__init__()

@@ -6,6 +6,7 @@ Source: Hermans et al., arXiv:1703.07737; Schroff et al., FaceNet, arXiv:1503.03
 import torch
 
 from ssl_kernels import triplet_loss
+from ssl_kernels.recipes.collapse import BY_CLASS
 from ssl_kernels.recipes.encoders import Embedder, mlp
 from ssl_kernels.recipes.methods.method import Method
 
@@ -13,7 +14,7 @@ from ssl_kernels.recipes.methods.method import Method
 class Triplet(Method):
     criterion = staticmethod(triplet_loss)
     uses_labels = True
-    least_rank = 0.0
+    least_health = BY_CLASS
 
     def __init__(self, encoder, data, *, margin=0.2, mining="batch_hard", width=128):
         super().__init__()

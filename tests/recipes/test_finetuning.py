@@ -1,0 +1,36 @@
+import torch
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from ssl_kernels.recipes import data, experiment
+from ssl_kernels.recipes.finetuning import finetune
+from ssl_kernels.recipes.views import Augmentation, DatasetViews
+from tests.recipes.image_sets import write_folder
+
+
+def test_more_labels_are_worth_more_and_the_encoder_stays():
+    images = data.load_data("digits", 64, 0)
+    encoder = experiment.build_encoder(images, 0, "supervised")
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    few, many = (finetune(encoder, images, part, seed=0, steps=60) for part in (0.005, 0.3))
+    assert 0.1 < few < many
+    assert many > 0.5
+    assert finetune(encoder, images, 0.005, seed=0, steps=60) == few
+    assert finetune(encoder, images, 0.005, seed=1, steps=60) != few
+    torch.testing.assert_close(dict(encoder.state_dict()), before, rtol=0, atol=0)
+
+
+def test_subsets_of_both_kinds_of_views_hold_the_chosen_images(tmp_path):
+    digits = data.load_data("digits", 64, 0, crops=2)
+    rows = torch.tensor([5, 2, 9, 700])
+    (batch,) = digits.views.subset(rows, 4, seed=0).epoch(0)
+    assert len(batch.views) == 1 and batch.crops == []
+    assert sorted(batch.labels.tolist()) == sorted(digits.views.labels[rows].tolist())
+
+    write_folder(tmp_path)
+    dataset = ImageFolder(tmp_path)
+    augmentation = Augmentation(v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]))
+    views = DatasetViews(torch.utils.data.Subset(dataset, range(1, 24)), augmentation, 4, 0)
+    assert torch.equal(views.labels, torch.tensor(dataset.targets)[1:24])
+    (batch,) = views.subset(torch.tensor([0, 8, 16, 22]), 4, seed=0).epoch(0)
+    assert sorted(batch.labels.tolist()) == [0, 1, 2, 2]
