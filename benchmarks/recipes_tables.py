@@ -21,7 +21,7 @@ def write(page, store):
         begin = BEGIN.format(name)
         before, rest = text.split(begin)
         _, after = rest.split(END, 1)
-        text = f"{before}{begin}\n{table}\n{END}{after}"
+        text = f"{before}{begin}\n{table}\n\n{END}{after}"
     write_whole(page, text.encode())
 
 
