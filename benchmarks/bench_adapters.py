@@ -339,7 +339,7 @@ def mixed(library, name, options, batch_size, side, dtype, device):
         sizes={"B": batch_size, "S": side},
         inputs=(images,),
         implementations=implementations(library, built),
-        expected=lambda: (built(Originals(library))(images), ()),
+        expected=lambda: (built(getattr(adapters, library))(images), ()),
         tolerance=TOLERANCES[dtype],
         bytes_moved=2 * images.nbytes,
     )
