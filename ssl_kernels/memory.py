@@ -1,6 +1,22 @@
 """The memory that the CPU kernels hold between calls."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from ssl_kernels import backends
+
+
+@contextmanager
+def kept_at_most(limit: int) -> Iterator[None]:
+    """Losses of the CPU that keep at most so many bytes of logits for backward each, with the same bits."""
+    if backends.extension is None:
+        yield
+        return
+    before = backends.extension.keep_at_most(limit)
+    try:
+        yield
+    finally:
+        backends.extension.keep_at_most(before)
 
 
 def empty_cache() -> None:

@@ -30,6 +30,7 @@
 #include "additions.h"
 #include "classes.h"
 #include "contrastive_expectation.h"
+#include "kept_limit.h"
 #include "pairs.h"
 #include "pool.h"
 #include "rows.h"
@@ -37,6 +38,12 @@
 #include "tiles.h"
 
 namespace ssl_kernels::cpu {
+
+int64_t& kept_at_most() {
+  static thread_local int64_t bytes = std::numeric_limits<int64_t>::max();
+  return bytes;
+}
+
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -112,6 +119,7 @@ class Problem : public Tiles<acc_t> {
       const int64_t rest = static_cast<int64_t>(kKeptBudget) / size - (wide ? 3 : 4) * (square ? n : n + m) * d;
       int64_t most = kKeptBytes / size;
       if (threads <= kFewThreads) most = std::max(most, std::min(half, rest));
+      most = std::min(most, kept_at_most() / size);
       const Block last_i = row_blocks[row_blocks.count() - 1], last_j = column_blocks[column_blocks.count() - 1];
       const int64_t all = kept_offset(last_i, last_j) + last_i.size * last_j.size;
       room = all <= most ? all : most / tile * tile;

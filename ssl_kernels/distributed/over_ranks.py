@@ -8,6 +8,7 @@ import torch
 
 from ssl_kernels import losses
 from ssl_kernels.distributed.call import Call
+from ssl_kernels.memory import kept_at_most
 
 _DOC = """
 
@@ -31,6 +32,12 @@ _DOC = """
     """
 
 
+def _bytes_of_blocks(*arguments: Any) -> int:
+    """What a ring over several ranks holds more than the plain function: eight blocks, of rows, gradients and sums."""
+    rows = [each for each in arguments if isinstance(each, torch.Tensor) and each.dim() == 2]
+    return sum(8 * each.numel() * each.element_size() for each in rows)
+
+
 def over_ranks(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """`function`, which takes a `Call` first, as a public loss: the plain one where the group has one rank."""
     name = function.__name__
@@ -47,6 +54,9 @@ def over_ranks(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     ) -> torch.Tensor:
         call = Call(name, group=group, strategy=strategy, check=check, rows_per_rank=rows_per_rank)
         if call.alone:
+            if strategy == "ring" and not torch.compiler.is_compiling():
+                with kept_at_most(_bytes_of_blocks(*args, *options.values())):
+                    return plain(*args, **options)
             return plain(*args, **options)
         return function(call, *args, **options)
 

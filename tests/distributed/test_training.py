@@ -194,11 +194,19 @@ def test_half_precision_autocast_accumulation_modules_and_compile():
 def alone(rank, world):
     for case in CASES:
         plain, gradients = cases.plain(case, 7)
-        loss, model = cases.on_rank(case, rank, (7,))
-        loss.backward()
-        assert same_bits(loss.detach(), plain), str(case)
-        for name, gradient in cases.gradients(model).items():
-            assert same_bits(gradient, gradients[name]), f"{case} {name}"
+        for strategy in (None, "ring"):
+            loss, model = cases.on_rank(case, rank, (7,), strategy=strategy)
+            loss.backward()
+            assert same_bits(loss.detach(), plain), str(case)
+            for name, gradient in cases.gradients(model).items():
+                assert same_bits(gradient, gradients[name]), f"{case} {name}"
+    # Large enough that a ring keeps less than the plain function.
+    x, y = (random_rows(1500, 64, seed=seed).requires_grad_() for seed in (0, 1))
+    results = [
+        torch.autograd.grad(loss(x, y), (x, y))
+        for loss in (ssl_kernels.nt_xent_loss, distributed.NTXentLoss(strategy="ring"))
+    ]
+    assert all(map(same_bits, *results))
 
 
 def test_one_process_is_the_plain_function_bit_for_bit():
