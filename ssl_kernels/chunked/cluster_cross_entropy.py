@@ -18,6 +18,7 @@ def cluster_cross_entropy(*args):
     return in_blocks(cluster_rows_, *args)
 
 
+@torch.no_grad()  # an exported program calls the operator itself, with rows that need a gradient
 def in_blocks(
     run_rows,
     rows,

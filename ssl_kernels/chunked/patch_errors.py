@@ -14,6 +14,7 @@ def _blocks(prediction, *tensors):
         yield [tensor[start : start + rows] for tensor in (prediction, *tensors)]
 
 
+@torch.no_grad()
 @without_autocast
 def patch_errors_fwd(prediction, target, eps, normalize):
     n, c = prediction.shape
@@ -35,6 +36,7 @@ def patch_errors_fwd(prediction, target, eps, normalize):
     return losses, mean, rstd
 
 
+@torch.no_grad()
 @without_autocast
 def patch_errors_bwd(grad, prediction, target, mean, rstd):
     made = torch.empty_like(prediction, memory_format=torch.contiguous_format)

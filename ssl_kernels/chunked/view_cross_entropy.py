@@ -21,6 +21,7 @@ def _targets(pairs, teacher, steepness, bias):
         yield view, len(of), sums[of]
 
 
+@torch.no_grad()
 @without_autocast
 def view_cross_entropy_fwd(student, teacher, scale, steepness, bias, pairs):
     losses = 0
@@ -30,6 +31,7 @@ def view_cross_entropy_fwd(student, teacher, scale, steepness, bias, pairs):
     return losses
 
 
+@torch.no_grad()
 @without_autocast
 def view_cross_entropy_bwd(weights, student, teacher, scale, steepness, bias, pairs, needs):
     by_scale = torch.zeros((), dtype=torch.float64, device=scale.device)

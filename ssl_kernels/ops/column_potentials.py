@@ -27,6 +27,7 @@ def _fake(rows, columns, counts, iterations, group):
     return rows.new_empty(rows.shape[1] if columns is None else columns.shape[0])
 
 
+@torch.no_grad()
 @without_autocast
 def _column_potentials(rows, columns, counts, iterations, group):
     if counts is not None:
