@@ -38,8 +38,9 @@ def shown(error):
 
 
 def kept_figures(text):
-    """{(library, name): (float32, float64)} as a page has them."""
-    rows = (line.strip("| \n").split(" | ") for line in text.splitlines() if line.startswith("| `"))
+    """{(library, name): (float32, float64)} as the page has them between its marks."""
+    lines = text.split(BEGIN)[1].split(END)[0].splitlines()
+    rows = (line.strip("| \n").split(" | ") for line in lines if line.startswith("| `"))
     return {tuple(row[0].strip("`").split(".", 1)): tuple(cell.strip() for cell in row[1:3]) for row in rows}
 
 
