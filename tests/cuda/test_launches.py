@@ -1,6 +1,7 @@
 """What the launchers ask of the runtime: grids that a card takes at every size, shared memory that no thread lowers."""
 
 import ctypes
+import itertools
 
 import pytest
 import torch
@@ -103,16 +104,20 @@ def test_cross_entropy_of_many_rows_and_classes(launched, rows, classes):
 )
 def test_pairwise_losses_of_many_and_wide_rows(launched, rows, width, dtype):
     strides = {"row_strides": (width, 1), "column_strides": (width, 1)}
-    for both, square, kept in ((True, False, False), (False, True, False), (False, False, True)):
+    without = contrastive_calls.Additions(), {"grad_column_bias": None, "grad_row_bias": None}
+    each = contrastive_calls.Additions(ADDRESS, ADDRESS, ADDRESS, ADDRESS, 0), {}
+    for (both, square, kept), (additions, bias_grads) in itertools.product(
+        ((True, False, False), (False, True, False), (False, False, True)), (without, each)
+    ):
         common = at_address(
             contrastive_calls.Common, dtype=dtype, column_dtype=dtype, normalize_rows=1, normalize_columns=1,
-            both_directions=both, N=rows, M=rows, D=width, P=1, **strides,
+            both_directions=both, N=rows, M=rows, D=width, P=1, additions=additions, **strides,
             columns=None if square else ADDRESS, row_ids=None, column_ids=None,
         )  # fmt: skip
         more = {} if kept else {"expectation": None}
         args = at_address(contrastive_calls.FwdArgs, common=common, **more)
         assert launched("contrastive", "contrastive_fwd", args)
-        args = at_address(contrastive_calls.BwdArgs, common=common, **more)
+        args = at_address(contrastive_calls.BwdArgs, common=common, **bias_grads, **more)
         assert launched("contrastive", "contrastive_bwd", args)
     common = at_address(
         sigmoid_pairs_calls.Common, dtype=dtype, normalize_rows=1, normalize_columns=1, N=rows, M=rows, D=width,
