@@ -23,6 +23,11 @@ MAIN = {
     "batch_hard": {"embeddings"},
     "row_pairs_fwd": {"x", "y", "z"},
     "row_pairs_bwd": {"x", "y", "z"},
+    "cluster_cross_entropy": {"rows", "prototypes", "teacher_rows", "teacher_columns"},
+    "view_cross_entropy_fwd": {"student", "teacher"},
+    "view_cross_entropy_bwd": {"student", "teacher"},
+    "patch_errors_fwd": {"prediction", "target"},
+    "patch_errors_bwd": {"prediction", "target"},
     "queue_push_": {"keys"},
     "mixup_": {"x"},
     "mixup_fwd": {"x"},
@@ -39,6 +44,7 @@ DENSE = {
     "queue_push_": {"storage"},
     "momentum_update_": {"masters", "shadows", "sources"},
     "mixup_cross_entropy_bwd": {"lse"},  # on the CPU
+    "patch_errors_bwd": {"mean", "rstd"},
 }
 
 
@@ -152,7 +158,8 @@ def results(run, operator, call):
 
 
 def _is_tensor(value):
-    return isinstance(value, torch.Tensor) or (isinstance(value, list) and value)
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, torch.Tensor)
 
 
 def _listed(value):
@@ -352,6 +359,38 @@ def _row_pairs(data, operator, run, backward):
         yield {"grad_values": data.floats(6, dtype=torch.float64), **common, "saved": saved, **needs}
 
 
+def _cluster_cross_entropy(data, operator, run, backward):
+    views, n, k = 3, 4, 9
+    yield {
+        "rows": data.floats(views * n, 16), "prototypes": data.floats(k, 16), "scale": data.number(8.0),
+        "teacher_rows": data.floats(2 * n, 8, dtype=data.acc), "teacher_columns": data.floats(k, 8, dtype=data.acc),
+        "biases": data.floats(2, k, dtype=data.acc), "weights": data.shares(n, dtype=torch.float64), "views": views,
+        "pairs": [0, 1, 0, 2, 1, 0, 1, 2], "normalize_rows": True, "normalize_columns": True, "rows_need_grad": True,
+        "prototypes_need_grad": True,
+    }  # fmt: skip
+
+
+def _view_cross_entropy(data, operator, run, backward):
+    common = {
+        "student": [data.floats(5, 9) for _ in range(3)], "teacher": [data.floats(5, 9) for _ in range(2)],
+        "scale": data.number(8.0), "steepness": data.number(20.0), "bias": data.floats(9, dtype=data.acc),
+        "pairs": [0, 1, 0, 2, 1, 0, 1, 2],
+    }  # fmt: skip
+    more = {"weights": data.shares(5, dtype=torch.float64), "needs": [1, 1, 1, 1]} if backward else {}
+    yield common | more
+
+
+def _patch_errors(data, operator, run, backward):
+    common = {"prediction": data.floats(5, 16), "target": data.floats(5, 16)}
+    for normalize in (True, False):
+        forward = {**common, "eps": data.number(1e-6), "normalize": normalize}
+        if not backward:
+            yield forward
+            continue
+        _, mean, rstd = run("patch_errors_fwd", *forward.values())
+        yield {"grad": data.shares(5), **common, "mean": mean, "rstd": rstd}
+
+
 def _queue_push_(data, operator, run, backward):
     position, filled = (torch.tensor(value, device=data.device) for value in (5, 3))
     yield {
@@ -417,6 +456,9 @@ _CALLS = {
     "sigmoid_pairs": _sigmoid_pairs,
     "batch_hard": _batch_hard,
     "row_pairs": _row_pairs,
+    "cluster_cross_entropy": _cluster_cross_entropy,
+    "view_cross_entropy": _view_cross_entropy,
+    "patch_errors": _patch_errors,
     "queue_push_": _queue_push_,
     "momentum_update_": _momentum_update_,
     "mixup": _mixup,

@@ -1,13 +1,11 @@
 """Biases, limits and ids with a sense of `contrastive`, against dense algebra in float64 and its autograd."""
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ssl_kernels import backends
 from ssl_kernels.ops.contrastive import contrastive
 from tests.helpers import BACKENDS, OPERATORS, random_rows
 
@@ -310,11 +308,3 @@ def test_operators_are_registered_as_torch_asks(backend, shape):
     )
     call += (*additions, True, shape == "both")
     torch.library.opcheck(getattr(torch.ops.ssl_kernels.contrastive_bwd, backend), call, test_utils=tests[:2])
-
-
-def test_cuda_kernels_refuse_them():
-    x = torch.zeros(2, 8, device="meta")
-    rows = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
-    reason = backends._operations["contrastive"]("native", rows, None, False, True)
-    assert reason == "its kernels take no column_bias, row_bias, row_limit or only_equal_ids"
-    assert "on cuda" in backends.backends_for("contrastive", x)["triton"]

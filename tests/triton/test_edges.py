@@ -209,9 +209,10 @@ def check_cutmix(kernels):
 
 
 def check_sigmoid_pairs(kernels):
-    # Tiles that are all alike: their sum is a multiple of one's, to a double's rounding. No positive pair.
-    tiles, columns = 7, keys_of(32 * 7, 16, torch.float32)
-    rows = keys_of(33, 16, torch.float32, seed=1)
+    # Rows that keep the gradient on chip, in tiles that are all alike: their sum is a multiple of one's, to a double's
+    # rounding. No positive pair.
+    tiles, columns = 7, keys_of(32 * 7, 16, torch.bfloat16)
+    rows = keys_of(33, 16, torch.bfloat16, seed=1)
     numbers = (torch.tensor(0.0), torch.tensor(-2.5), 2**40)
     flags = (True, True, False, False, False, False)
     one, many = (
@@ -248,8 +249,8 @@ MUTATIONS = [
     ("cutmix", "cutmix", "begin + SAMPLES, B)", "begin + SAMPLES, B - 1)"),
     ("cutmix", "cutmix", "tl.minimum(tl.maximum(tl.load(box_ptr), 0), H)",
      "tl.minimum(tl.maximum(tl.load(box_ptr).to(tl.int32), 0), H)"),
-    ("sigmoid_pairs", "sigmoid_pairs", "losses += tl.sum(tl.where(inside, loss, 0.0), axis=1).to(tl.float64)",
-     "losses = (losses.to(tl.float32) + tl.sum(tl.where(inside, loss, 0.0), axis=1)).to(tl.float64)"),
+    ("sigmoid_pairs", "sigmoid_pairs", "losses += tl.sum(pair_losses(u, decay, inside), axis=1).to(tl.float64)",
+     "losses = (losses.to(tl.float32) + tl.sum(pair_losses(u, decay, inside), axis=1)).to(tl.float64)"),
 ]  # fmt: skip
 
 
