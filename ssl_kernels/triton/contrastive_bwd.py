@@ -332,8 +332,10 @@ def contrastive_coefficient_kernel(
         load_base2(y_bias_ptr, columns, M), load_base2(y_limit_ptr, columns, M), y_exempt_ptr, y_positives_ptr,
         rows, columns, N, M, P, SQUARE,
     )  # fmt: skip
-    x_lse, x_weight = load_vector(x_lse_ptr, rows, N, 0.0), load_vector(x_weight_ptr, rows, N, 0.0)
-    y_lse, y_weight = load_vector(y_lse_ptr, columns, M, 0.0), load_vector(y_weight_ptr, columns, M, 0.0)
+    x_lse = load_vector(x_lse_ptr, rows, N, 0.0)  # Triton 3.6 makes no tuple of two that may be None
+    x_weight = load_vector(x_weight_ptr, rows, N, 0.0)
+    y_lse = load_vector(y_lse_ptr, columns, M, 0.0)
+    y_weight = load_vector(y_weight_ptr, columns, M, 0.0)
     coefficients = softmax_coefficients(row_logits, column_logits, x_lse, x_weight, y_lse, y_weight)
     if x_bias_partial_ptr is not None:
         of_columns = softmax_coefficients(row_logits, column_logits, None, None, y_lse, y_weight)
