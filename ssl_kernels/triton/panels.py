@@ -72,7 +72,8 @@ def wide_product(a, b, dtype, added_to=None):
         a, b, kwargs = a.to(dtype), b.to(dtype), {}
     else:
         kwargs = {"out_dtype": dtype}
-    return torch.mm(a, b, **kwargs) if added_to is None else torch.addmm(added_to, a, b, **kwargs)
+    product = torch.mm(a, b, **kwargs)
+    return product if added_to is None else product.add_(added_to)
 
 
 def _row_elements(m):
