@@ -44,7 +44,9 @@ test-peers: .venv/built .venv/peers
 	$(BIN)/python -m tests.adapters.table
 
 # A copy of the repository with an extension of its own, for another torch. What the emulator builds is shared.
+# OLDEST_BUILD=build_py leaves the extension out.
 OLDEST := build/oldest/package
+OLDEST_BUILD ?= build --build-base build/oldest
 test-oldest: $(OLDEST)/built
 	@mkdir -p $(OLDEST)/build build/gpu_emulation && ln -sfn ../../../gpu_emulation $(OLDEST)/build/gpu_emulation
 	cd $(OLDEST) && rm -rf tests benchmarks csrc docs examples
@@ -53,7 +55,7 @@ test-oldest: $(OLDEST)/built
 
 $(OLDEST)/built: .venv-oldest/installed setup.py $(SOURCES) $(wildcard ssl_kernels/*.py ssl_kernels/*/*.py)
 	@mkdir -p $(OLDEST)
-	.venv-oldest/bin/python setup.py -q build --build-base build/oldest --build-lib $(OLDEST) \
+	.venv-oldest/bin/python setup.py -q $(OLDEST_BUILD) --build-lib $(OLDEST) \
 		> build/oldest/build.log 2>&1 || { cat build/oldest/build.log; exit 1; }
 	@grep '^ssl_kernels:' build/oldest/build.log
 	@touch $@
