@@ -206,7 +206,7 @@ def cost(training):
 def summary(original, patched):
     """What the page says of two sets of curves."""
     difference = (original - patched).abs()
-    spread = original.std(0)  # over seeds, a number a step
+    spread = original.std(0)  # over seeds, one number per step
     return {
         "first": original[:, 0].mean().item(),
         "last": original[:, -1].mean().item(),

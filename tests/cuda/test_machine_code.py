@@ -188,7 +188,7 @@ def test_tensor_cores_and_vector_accesses_are_used(cuobjdump, binaries, arch):
         if "WideningEngine" in name:  # 8 bytes of the narrow columns, widened into 16
             assert total("LDG.E.64") > 0 and total("STS.128") > 0, name
         if re.search("Shape|coefficients|slab_product", name) and "FmaEngineId" not in name:
-            # One number a row more: the gradient of a bias.
+            # One store of a single number more per row of a fragment: the gradient of a bias.
             singles = 4 if re.search(r"(?:bwd|coefficients)_kernel.*AddingEngine", name) else 0
             assert total("STG.E") - singles == total("STG.E.64") > 0, name
     for name, opcodes in code.items():
