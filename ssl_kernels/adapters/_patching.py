@@ -1,5 +1,6 @@
 """`patch`: adapters in the place of other libraries' classes, in code that cannot be edited."""
 
+import functools
 import gc
 import importlib
 import importlib.util
@@ -22,8 +23,10 @@ def patch(*libraries: str) -> "Patch":
 
     Every module that holds a class under some name, as after `from lightly.loss import NTXentLoss`, holds the adapter
     afterwards; a library that is imported later is patched when it is. The logger "ssl_kernels.patch" says as a
-    warning what was changed and what was left: objects and subclasses that exist already, references in
-    containers, closures and default arguments, and losses of the library for which there is no adapter.
+    warning what was changed and what was left: objects and subclasses that exist already, modules whose classes
+    look the original up while they work, references in containers, attributes, closures, default arguments and
+    partials, and losses of the library for which there is no adapter. Of patches that overlap the last one to be
+    undone puts the originals back.
 
     The environment variable SSL_KERNELS_PATCH="lightly,open_clip" does the same where ssl_kernels is imported, and
     where it is installed from a wheel in every Python process.
@@ -68,6 +71,7 @@ class Patch:
             self._pending |= {(module, name): adapter for name, module in adapter.ORIGINALS.items()}
         self._roots = {module.partition(".")[0] for module, _ in self._pending}
         self._held = set()  # places that held an adapter before
+        self._shared = set()  # adapters that another patch had put there already
         self._depth = 0
         _active.append(self)
         self.swap()
@@ -75,6 +79,8 @@ class Patch:
             sys.meta_path.insert(0, self)
 
     def __enter__(self):
+        if self not in _active:
+            raise RuntimeError("patch: a patch that was undone must be made anew: call patch again")
         return self
 
     def __exit__(self, *_):
@@ -117,7 +123,9 @@ class Patch:
                 del self._pending[module, name]
                 if original is None:
                     self._say(self.left, f"{module} has no {name} in this version")
-                elif original not in _shared.originals:
+                elif getattr(adapter, name) in _shared.originals:
+                    self._shared.add(getattr(adapter, name))
+                else:
                     pairs.append((original, getattr(adapter, name)))
         finally:
             self._depth -= 1
@@ -127,8 +135,11 @@ class Patch:
             return
         replacements = {id(original): adapter for original, adapter in pairs}
         self._held |= {(id(space), key) for space, key, _ in _names({id(a) for _, a in pairs})}
-        where = {}
+        where, own = {}, {(id(space), key) for pair in pairs for space, key in _own_uses(pair[0])}
         for space, key, value in _names(set(replacements)):
+            if (id(space), key) in own:
+                self._say(self.left, f"{space['__name__']} keeps {key}, which its classes look up there")
+                continue
             space[key] = adapter = replacements[id(value)]
             self._places.append((space, key, value, adapter))
             where.setdefault(id(value), []).append(space.get("__name__", "?"))
@@ -162,7 +173,9 @@ class Patch:
                     kinds = holders.setdefault(original, set())
                     kinds.add("closure" if isinstance(holder, types.CellType) else type(holder).__name__)
         for original, count in instances.items():
-            self._say(self.left, f"{count} object(s) of the original {original.__qualname__} exist already")
+            name = original.__qualname__
+            text = f"{count} object(s) of the original {name} exist already: no isinstance of the new {name},"
+            self._say(self.left, f"{text} and not to be pickled until undo()")
         for original, kinds in holders.items():
             text = f"the original {original.__qualname__} is still held by: {', '.join(sorted(kinds))}"
             self._say(self.left, text)
@@ -179,17 +192,27 @@ class Patch:
         if self in sys.meta_path:
             sys.meta_path.remove(self)
         self._pending = {}
-        originals = {id(adapter): original for _, _, original, adapter in self._places}
-        for space, key, original, adapter in self._places:
-            if space.get(key) is adapter:
+        heirs = {adapter: other for other in _active for adapter in other._shared}
+        originals = {
+            id(adapter): original for _, _, original, adapter in self._places if adapter not in heirs
+        }
+        for place in self._places:
+            space, key, original, adapter = place
+            if adapter in heirs:
+                heirs[adapter]._places.append(place)
+            elif space.get(key) is adapter:
                 space[key] = original
+        for adapter, heir in heirs.items():
+            heir._shared.discard(adapter)
+            heir._held |= self._held
         for space, key, value in _names(set(originals)):
             if (id(space), key) not in self._held and not space.get("__name__", "").startswith(
                 "ssl_kernels."
             ):
                 space[key] = originals[id(value)]
         for _, _, _, adapter in self._places:
-            _shared.originals.pop(adapter, None)
+            if adapter not in heirs:
+                _shared.originals.pop(adapter, None)
         self._places = []
 
 
@@ -212,21 +235,34 @@ class _Loader:
 
 def _names(wanted):
     """(namespace, key, value) of all modules' names for objects of these ids, but for the adapters' own."""
+    seen = set()  # a module may have several names
     for name, module in list(sys.modules.items()):
-        if name.startswith("ssl_kernels.") or not isinstance(module, types.ModuleType):
+        own = name.startswith("ssl_kernels.") or not isinstance(module, types.ModuleType)
+        if own or id(module) in seen:
             continue
+        seen.add(id(module))
         space = vars(module)
         for key, value in list(space.items()):
             if id(value) in wanted:
                 yield space, key, value
 
 
+def _own_uses(original):
+    """(namespace, key) under which methods of a class or its subclasses look itself up, as `super(Name, self)` does."""
+    family = [original] if isinstance(original, type) else []
+    for member in family:
+        family += member.__subclasses__()
+        for method in vars(member).values():
+            if isinstance(method, types.FunctionType):
+                space = method.__globals__
+                yield from ((space, key) for key in method.__code__.co_names if space.get(key) is original)
+
+
 def _holds(holder, original):
     """Whether a reference is one that a program made and that still leads to the original."""
     if isinstance(holder, dict):
-        if "__name__" in holder and "__spec__" in holder:  # of a module
-            return False
-        return any(value is original for value in holder.values()) and "__module__" not in holder
+        module = "__name__" in holder and "__spec__" in holder
+        return not module and any(value is original for value in holder.values())
     if isinstance(holder, types.CellType):
         if holder.cell_contents is not original:
             return False
@@ -236,9 +272,12 @@ def _holds(holder, original):
     if isinstance(holder, (list, set)):
         return original in holder
     if isinstance(holder, tuple):
-        bases = isinstance(original, type) and all(isinstance(item, type) for item in holder)
-        return not bases and original in holder
-    return False
+        kinds = (*original.__subclasses__(), original) if isinstance(original, type) else ()
+        own = any(holder is kind.__bases__ or holder is kind.__mro__ for kind in kinds)
+        return original in holder and not own
+    if isinstance(holder, functools.partial):
+        return holder.func is original
+    return any(value is original for value in getattr(holder, "__dict__", {}).values())
 
 
 def _others(adapter):

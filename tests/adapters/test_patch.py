@@ -1,5 +1,6 @@
 """`patch` on a library made for it, in every order of imports, and on the real ones where they are installed."""
 
+import functools
 import importlib
 import sys
 import textwrap
@@ -115,6 +116,76 @@ def test_what_is_changed_and_left_is_said(library, caplog):
     assert "left: pretended.loss: no adapter of OtherLoss" in said
     assert len(patch.changed) == 2
     assert thing and Derived
+
+
+class Trainer:
+    """Holds a class as an attribute of its own or of an object."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+
+def with_default(kind):
+    def build(kind=kind):
+        return kind
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda kind: functools.partial(kind), "partial"),
+        (lambda kind: types.SimpleNamespace(kind=kind), "dict"),
+        (lambda kind: type("Task", (), {"kind": kind}), "dict"),
+        (with_default, "tuple"),
+        (lambda kind: [kind], "list"),
+    ],
+)
+def test_every_kind_of_reference_that_is_left_is_said(library, make, name):
+    holder = make(importlib.import_module("pretended.loss").Thing)
+    with ssl_kernels.patch("pretended") as patch:
+        said = [line for line in patch.left if line.startswith("the original Thing is still held by: ")]
+    assert holder and len(said) == 1 and name in said[0]
+
+
+def test_an_attribute_of_an_object_is_said(library):
+    holder = Trainer(importlib.import_module("pretended.loss").Thing)
+    with ssl_kernels.patch("pretended") as patch:
+        assert "the original Thing is still held by: Trainer" in patch.left
+    assert holder.kind is sys.modules["pretended.loss"].Thing
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_patches_that_overlap_stand_until_the_last_is_undone(library, first):
+    user = importlib.import_module("user")
+    original, function = user.Mine, user.function
+    patches = [ssl_kernels.patch("pretended") for _ in range(2)]
+    patches[first].undo()
+    assert user.Mine is Adapter and user.function is adapter_function
+    patches[1 - first].undo()
+    assert user.Mine is original and user.function is function and not _shared.originals
+
+
+def test_an_undone_patch_is_not_entered_again(library):
+    patch = ssl_kernels.patch("pretended")
+    patch.undo()
+    with pytest.raises(RuntimeError, match="call patch again"), patch:
+        pass
+
+
+def test_classes_that_look_themselves_up_go_on_working(library, tmp_path):
+    (tmp_path / "user.py").write_text(
+        "from pretended.loss import Thing\n"
+        "class Mine(Thing):\n    def who(self): return Thing.__repr__(self)\n"
+        "    def below(self): return super(Thing, self).__repr__()\n"
+    )
+    user = importlib.import_module("user")
+    mine = user.Mine()
+    with ssl_kernels.patch("pretended") as patch:
+        assert "user keeps Thing, which its classes look up there" in patch.left
+        assert mine.who() == mine.below()
+        assert sys.modules["pretended.loss"].Thing is Adapter
 
 
 def test_a_second_patch_of_the_same_changes_nothing(library):
