@@ -159,10 +159,18 @@ def check_least_rows(op, name, tensor, least, why):
 
 def can_be_read(*tensors):
     """Whether looking at values waits for no device: tensors on the CPU that are no stand-ins in a trace."""
+    for tensor in tensors:
+        if not tensor.is_cpu:
+            return False
+    return hold_values(*tensors)
+
+
+def hold_values(*tensors):
+    """Whether tensors are no stand-ins in a trace."""
     if torch.compiler.is_compiling():
         return False
     for tensor in tensors:
-        if not tensor.is_cpu or type(tensor) not in _HOLDING_VALUES:
+        if type(tensor) not in _HOLDING_VALUES:
             return False
     return (
         not torch._C._len_torch_dispatch_stack()  # of fake tensors, or make_fx

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from ssl_kernels import backends
-from ssl_kernels.checks import DTYPES, is_whole
+from ssl_kernels.checks import DTYPES, hold_values, is_whole
 from ssl_kernels.losses._labels import as_ids
-from ssl_kernels.nn.counters import after_apply
+from ssl_kernels.nn.counters import Fullness, after_apply
 from ssl_kernels.ops.queue_push import queue_push_
 
 
@@ -21,7 +21,8 @@ class MoCoQueue(nn.Module):
 
     Any size and any batch. Rows that no key was pushed to are never negatives. The keys, the position and the fill
     count are buffers: they are saved, loaded bit for bit and moved with the module; given memory by `to_empty` after
-    the meta device, the queue is empty. On CUDA nothing waits for the device, and a push can be captured in a graph.
+    the meta device, the queue is empty. On CUDA nothing waits for the device, and a push can be captured in a graph;
+    once the host has learnt that the queue is full, the loss is given no ids of rows to leave out.
 
     Args:
         size: K, how many keys it holds, >= 1.
@@ -72,6 +73,7 @@ class MoCoQueue(nn.Module):
         backends.check_name("MoCoQueue", backend)
         self.normalize = normalize
         self.backend = backend
+        self._fullness = Fullness()
         with torch.inference_mode(False):  # else it could be written under inference_mode alone
             self._make_storage(int(size), int(dim), group, dtype=dtype, device=device)
             self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device))
@@ -107,9 +109,7 @@ class MoCoQueue(nn.Module):
         """
         self._check_whether_ids(ids)
         if not self.has_ids:
-            queue_push_(
-                self.storage, keys, self.position, self.filled, normalize=self.normalize, backend=self.backend
-            )
+            self._push_keys_(keys)
             return self
         count = keys.shape[:1] if isinstance(keys, torch.Tensor) else ()
         ids = as_ids("MoCoQueue.push_", "ids", ids, count, self.storage)
@@ -117,11 +117,25 @@ class MoCoQueue(nn.Module):
         begin = max(ids.shape[0] - size, 0)
         places = torch.arange(begin, ids.shape[0], device=self.ids.device)
         places = (places + self.position).remainder(size)
+        self._push_keys_(keys)
+        self.ids.index_copy_(0, places, ids[begin:])
+        return self
+
+    def _push_keys_(self, keys):
+        watched = self._is_watched()
+        followed = watched and self._fullness.follows(self.filled)
         queue_push_(
             self.storage, keys, self.position, self.filled, normalize=self.normalize, backend=self.backend
         )
-        self.ids.index_copy_(0, places, ids[begin:])
-        return self
+        if watched:
+            self._fullness.pushed(self.filled, followed)
+
+    def _is_watched(self):
+        """Whether the fill count lies on a CUDA device, so that reading it would wait."""
+        return self.filled.is_cuda and hold_values(self.filled)
+
+    def _is_known_full(self):
+        return self._is_watched() and self._fullness.known(self.filled, self.storage.shape[0])
 
     @property
     def keys(self) -> torch.Tensor:
@@ -139,8 +153,11 @@ class MoCoQueue(nn.Module):
     def negatives(self, queries: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """What `contrastive` takes for this many queries: (columns, row_ids, column_ids).
 
-        Ids are equal where a row is not filled; None where the columns are the filled rows alone.
+        Ids are equal where a row is not filled; None where the columns are the filled rows alone, as on a device once
+        the queue is known to be full.
         """
+        if self._is_known_full():
+            return self.storage, None, None
         if self.storage.device.type == "cpu" and not torch.compiler.is_compiling() and len(self):
             return self.keys, None, None
         rows = torch.arange(len(self.storage), device=self.storage.device)
@@ -153,6 +170,8 @@ class MoCoQueue(nn.Module):
         """What `contrastive` takes for queries of these ids: (columns, row_ids, column_ids, column_bias or None)."""
         if not self.has_ids:
             raise ValueError("MoCoQueue: ids must be True for a loss with ids, got a queue that holds none")
+        if self._is_known_full():
+            return self.storage, ids, self.ids, None
         if self.storage.device.type == "cpu" and not torch.compiler.is_compiling() and len(self):
             return self.keys, ids, self.ids[: len(self)], None
         rows = torch.arange(self.storage.shape[0], device=self.storage.device)

@@ -199,3 +199,94 @@ def test_refuses_keys_of_another_width():
 def test_an_empty_queue_is_true():
     queue = MoCoQueue(4, 3)
     assert len(queue) == 0 and (queue or None) is queue
+
+
+class Card:
+    """What the host sees of a CUDA device: copies, which arrive where `arrives` says so, and captures."""
+
+    def __init__(self, monkeypatch):
+        self.arrives, self.capturing, self.copies = True, False, 0
+        monkeypatch.setattr(torch.cuda, "Event", lambda: Arrival(self))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(MoCoQueue, "_is_watched", lambda queue: not torch.compiler.is_compiling())
+
+
+class Arrival:
+    def __init__(self, card):
+        self.card, self.done = card, False
+
+    def record(self, stream):
+        self.card.copies += 1
+        self.done = self.card.arrives
+
+    def query(self):
+        self.done |= self.card.arrives
+        return self.done
+
+
+def gives_all_rows(queue):
+    """Whether the loss gets the whole storage and nothing to leave out."""
+    columns, row_ids, column_ids = queue.negatives(2)
+    every = columns is queue.storage and row_ids is column_ids is None
+    if queue.has_ids:
+        own = torch.zeros(2, dtype=torch.int64)
+        columns, row_ids, column_ids, bias = queue.negatives_with_ids(own)
+        assert row_ids is own
+        assert (columns is queue.storage and column_ids is queue.ids and bias is None) == every
+    return every
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_on_a_card_a_queue_known_to_be_full_has_nothing_to_leave_out(ids, monkeypatch):
+    card, queue = Card(monkeypatch), MoCoQueue(7, 4, ids=ids)
+
+    def push(count):
+        queue.push_(random_rows(count, 4), torch.arange(count) if ids else None)
+
+    push(6)
+    assert not gives_all_rows(queue)
+    card.arrives = False
+    push(3)
+    assert not gives_all_rows(queue)  # the host does not know yet, and does not wait
+    push(1)
+    assert card.copies == 2  # one is still on its way
+    card.arrives = True
+    assert gives_all_rows(queue)
+    push(3)
+    assert gives_all_rows(queue) and card.copies == 2  # full for good
+    card.capturing = True
+    assert not gives_all_rows(queue)  # replayed when nobody knows
+    push(1)
+    card.capturing = False
+    assert not gives_all_rows(queue)
+    push(1)
+    assert gives_all_rows(queue)
+
+
+@pytest.mark.parametrize("write", [
+    lambda queue: queue.filled.zero_(),
+    lambda queue: queue.load_state_dict(MoCoQueue(7, 4).state_dict()),
+    lambda queue: queue.to("meta").to_empty(device="cpu"),
+    lambda queue: torch.compile(lambda: queue.filled.zero_() and None, backend="aot_eager")(),
+], ids=[*"zeroed loaded emptied compiled".split()])  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_on_a_card_a_queue_that_others_write_to_is_not_taken_as_full(write, monkeypatch):
+    Card(monkeypatch)
+    queue = MoCoQueue(7, 4).push_(random_rows(7, 4))
+    assert gives_all_rows(queue)
+    write(queue)
+    assert len(queue) == 0 and not gives_all_rows(queue)
+    queue.push_(random_rows(6, 4))
+    assert not gives_all_rows(queue)
+    queue.push_(random_rows(1, 4))
+    assert gives_all_rows(queue)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda queue: pickle.loads(pickle.dumps(queue))])
+def test_a_copy_of_a_full_queue_finds_out_by_itself(copied, monkeypatch):
+    Card(monkeypatch)
+    queue = MoCoQueue(7, 4).push_(random_rows(7, 4))
+    other = copied(queue)
+    assert gives_all_rows(queue) and not gives_all_rows(other)
+    assert gives_all_rows(other.push_(random_rows(1, 4)))
