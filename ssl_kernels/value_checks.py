@@ -65,6 +65,10 @@ def check_boxes(op, boxes, height, width):
 
 def check_target(op, target, classes, ignore_index=None, name="target"):
     """Each must be one of 0 … classes − 1, or ignore_index."""
+    if target.numel():
+        least, most = (value.item() for value in target.aminmax())
+        if 0 <= least and most < classes:
+            return
     outside = (target < 0) | (target >= classes)
     if ignore_index is not None:
         outside &= target != ignore_index

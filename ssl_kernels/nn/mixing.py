@@ -204,17 +204,16 @@ class Mixup(DrawingModule):
         permutation = self._permutation(batch, source)
         groups = 1 if self.mode == "batch" else batch
         done = self.draws.uniform((groups,), source) < self.prob
-        pasted = torch.full_like(done, self.mixup_alpha == 0)
+        pasted = done
         if self.mixup_alpha > 0 and self.cutmix_alpha > 0:
-            pasted = self.draws.uniform((groups,), source) < self.switch_prob
-        lam, boxes = torch.ones(groups, device=source), None
+            pasted = done & (self.draws.uniform((groups,), source) < self.switch_prob)
+        pixel_lam, boxes = torch.ones(groups, device=source), None
         if self.mixup_alpha > 0:
-            lam = torch.where(pasted, lam, beta(self.mixup_alpha, groups, source, self.draws))
-        pixel_lam = torch.where(done, lam, 1.0)
+            blended = done if self.cutmix_alpha == 0 else done & ~pasted
+            pixel_lam = torch.where(blended, beta(self.mixup_alpha, groups, source, self.draws), 1.0)
         lam = pixel_lam
         if self.cutmix_alpha > 0:
             boxes, left = self._boxes(groups, *x.shape[-2:], source)
-            pasted = pasted & done
             lam, boxes = torch.where(pasted, left, lam), boxes * pasted[:, None]
         drawn = [permutation, *(self._for_each(part, permutation) for part in (lam, pixel_lam))]
         drawn.append(None if boxes is None else self._for_each(boxes, permutation))

@@ -144,16 +144,21 @@ def _define(name, signature, fake):
         torch.library.register_fake(f"ssl_kernels::{qualified}", own, lib=library)
         op = overloads[overload] = getattr(getattr(torch.ops.ssl_kernels, name), overload)
         if op._schema.is_mutable:
-            library.impl(qualified, partial(_advance_versions, op), "ADInplaceOrView", with_keyset=True)
+            aliases = [argument.alias_info for argument in op._schema.arguments]
+            written = [place for place, alias in enumerate(aliases) if alias is not None and alias.is_write]
+            kernel = partial(_advance_versions, op, written)
+            library.impl(qualified, kernel, "ADInplaceOrView", with_keyset=True)
     return overloads
 
 
-def _advance_versions(op, keyset, *args):
-    """Kernel of an in-place operator between autograd and the backends; `Library.define` alone has none."""
+def _advance_versions(op, written, keyset, *args):
+    """Kernel of an in-place operator between autograd and the backends; `Library.define` alone has none.
+
+    `written` are the places of the arguments that it overwrites.
+    """
     op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
-    for argument, value in zip(op._schema.arguments, args, strict=True):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            torch.autograd.graph.increment_version(value)
+    for place in written:
+        torch.autograd.graph.increment_version(args[place])
 
 
 def _where_it_runs(name, triton_module):
