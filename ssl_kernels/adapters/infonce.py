@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ssl_kernels.adapters._classes import as_classes, class_mates
+from ssl_kernels.adapters._classes import as_classes
 from ssl_kernels.adapters._shared import mean, scale_of
 from ssl_kernels.checks import check_embeddings
 from ssl_kernels.losses import nt_xent_loss
@@ -56,16 +56,8 @@ class SupervisedInfoNCE(nn.Module):
                 f"SupervisedInfoNCE: target must have shape {(len(features),)}, got {tuple(target.shape)}"
             )
         (classes,) = as_classes(target)
-        mates, is_mate = class_mates(classes)
-        lse, _, logits = contrastive(
-            features,
-            features,
-            scale_of("SupervisedInfoNCE", self.temperature, features),
-            positives=mates,
-            row_ids=classes,
-            column_ids=classes,
-            caller="SupervisedInfoNCE",
-        )
-        own = logits.new_zeros(len(logits), 1)  # exp(0), the row itself
-        positive = torch.cat((own, logits.masked_fill(~is_mate, -torch.inf)), 1).logsumexp(1)
-        return mean(minus_log_sigmoid(-lse) - positive, features)
+        scale = scale_of("SupervisedInfoNCE", self.temperature, features)
+        options = {"row_ids": classes, "caller": "SupervisedInfoNCE"}
+        negatives = contrastive(features, None, scale, **options).lse
+        positives = contrastive(features, None, scale, only_equal_ids=True, **options).lse
+        return mean(minus_log_sigmoid(-negatives) - minus_log_sigmoid(-positives), features)

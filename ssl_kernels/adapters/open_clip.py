@@ -13,6 +13,7 @@ from ssl_kernels.adapters._gather import gather_constant, gather_rows
 from ssl_kernels.adapters._shared import Closed, mean, original
 from ssl_kernels.losses import clip_loss, siglip_loss
 from ssl_kernels.losses._shared import as_scalar, widest_under_autocast
+from ssl_kernels.mixing import mixup_cross_entropy
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
 from ssl_kernels.ops.sigmoid_pairs import sigmoid_pairs
@@ -116,6 +117,22 @@ class ClipLoss(Closed, nn.Module):
         return torch.cat(parts)
 
 
+def _cross_entropy(module, logits, labels):
+    """What a module says, without a copy of the logits where it is `nn.CrossEntropyLoss`: λ = 1 of a mixed batch."""
+    if type(module) is not nn.CrossEntropyLoss or not logits.numel():
+        return module(logits, labels)
+    return mixup_cross_entropy(
+        logits,
+        labels,
+        lam=1.0,
+        partner_target=labels,
+        weight=module.weight,
+        ignore_index=module.ignore_index,
+        label_smoothing=module.label_smoothing,
+        reduction=module.reduction,
+    )
+
+
 class CoCaLoss(ClipLoss):
     """`open_clip.loss.CoCaLoss`: ClipLoss and the caption's cross-entropy, each with its weight.
 
@@ -156,7 +173,8 @@ class CoCaLoss(ClipLoss):
             clip = self.clip_loss_weight * self._contrastive(image_features, text_features, logit_scale)
         else:
             clip = torch.tensor(0, device=logits.device)
-        caption = self.caption_loss(logits.flatten(0, 1), labels.flatten()) * self.caption_loss_weight
+        caption = _cross_entropy(self.caption_loss, logits.flatten(0, 1), labels.flatten())
+        caption = caption * self.caption_loss_weight
         return {"contrastive_loss": clip, "caption_loss": caption} if output_dict else (clip, caption)
 
 

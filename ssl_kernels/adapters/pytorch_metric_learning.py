@@ -93,13 +93,18 @@ def sup_con_of_rows(rows, labels, columns, column_labels, temperature, own=None,
     return (lse - means).where(count > 0, 0).to(accumulation_dtype(rows))
 
 
+def _rows_at(rows, index):
+    """rows[index]; the gradient of index_select adds up whole rows."""
+    return rows.index_select(0, index.where(index >= 0, index + len(rows)))
+
+
 def triplet_margins(rows, columns, triplets, margin, normalize=True, smooth=False):
     """relu(|a − p| − |a − n| + margin) of triplets of indices, a of rows and p, n of columns; smooth: softplus."""
     anchor, positive, negative = triplets
     gaps = row_pairs(
-        rows[anchor],
-        columns[positive],
-        columns[negative],
+        _rows_at(rows, anchor),
+        _rows_at(columns, positive),
+        _rows_at(columns, negative),
         normalize=normalize,
         measure="distance",
         caller="TripletMarginLoss",

@@ -61,8 +61,8 @@ class SupConLoss(nn.Module):
         if self.contrast_mode == "all":
             positives = {} if mask is None else {"positives": mask.bool().repeat(views, views)}
             labels = None if labels is None else labels.repeat(views)
-            options = {"normalize": False, "reduction": "none", **positives}
-            loss = sup_con_loss(rows, labels, self.temperature, **options).mean()
+            options = {"normalize": False, "reduction": "sum", **positives}
+            loss = sup_con_loss(rows, labels, self.temperature, **options) / len(rows)
         else:
             same = (labels[:, None] == labels) if mask is None else mask.bool()
             loss = self._of_first_views(rows, same.repeat(1, views).to(rows.dtype), batch)

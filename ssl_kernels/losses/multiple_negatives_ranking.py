@@ -14,6 +14,7 @@ from ssl_kernels.checks import (
 )
 from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._shared import (
+    as_operand,
     as_scalar,
     infinite_as_nan,
     reduce,
@@ -21,6 +22,7 @@ from ssl_kernels.losses._shared import (
     stacked,
     widest_under_autocast,
 )
+from ssl_kernels.losses._softmax import pairs_loss
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.row_pairs import row_pairs
 
@@ -118,9 +120,13 @@ def multiple_negatives_ranking_loss(
     groups = own if ids is None else as_ids(OP, "ids", ids, (n,), anchor)
     if "doc_to_doc" in directions or hardness or ids is not None:
         check_same_rows(OP, anchor=anchor, **names)
+    apart = bool(hardness) or ids is not None  # own pairs are added to the sums by themselves
+    both = len(directions) == 2 and partition_mode == "per_direction"
+    if not (apart or hard_negatives) and margin is None and (both or len(directions) == 1):
+        options = {"both_directions": both, "normalize": normalize, "backend": backend, "caller": OP}
+        return pairs_loss(anchor, positive, as_operand(scale, anchor), reduction, row_weights, **options)
     scale = as_scalar(scale, anchor)
     square = partition_mode == "joint" and len(directions) == 4 and not hardness
-    apart = bool(hardness) or ids is not None  # own pairs are added to the sums by themselves
     if apart or margin is not None or (len(directions) > 1 and not square):
         anchor, positive, *hard_negatives = (
             rows_for_several(rows, backend, OP) for rows in (anchor, positive, *hard_negatives)
