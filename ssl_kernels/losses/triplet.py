@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 
 from ssl_kernels.backends import choose_backend
-from ssl_kernels.checks import check_embeddings, check_margin, check_reduction
+from ssl_kernels.checks import can_be_read, check_embeddings, check_margin, check_reduction
 from ssl_kernels.chunked.rows import input_gradient, unit_rows
 from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._semi_hard import semi_hard_losses
-from ssl_kernels.losses._shared import as_operand, minus_log_sigmoid, reduce
+from ssl_kernels.losses._shared import as_operand, as_scalar, minus_log_sigmoid, reduce
 from ssl_kernels.ops.batch_hard import DISTANCES, batch_hard
 from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
 
@@ -78,6 +78,11 @@ def triplet_loss(
         if reduction == "mean":
             return (losses.sum() / triplets.clamp_min(1)).to(accumulation_dtype(embeddings))
         return reduce(losses, reduction, embeddings)
+    if chosen == "native" and can_be_read(embeddings, labels, *_tensors(margin)):
+        soft = isinstance(margin, str)
+        by = as_scalar(margin, embeddings) if _tensors(margin) else _number(0.0 if soft else margin)
+        options = soft, normalize, distance, reduction
+        return torch.ops.ssl_kernels.triplet_loss.native(embeddings, labels, by, *options)
     indices = batch_hard(
         embeddings,
         labels,
@@ -101,6 +106,14 @@ def triplet_loss(
 
 
 triplet_loss.operation = "batch_hard"
+
+
+def _tensors(margin):
+    return [margin] if isinstance(margin, torch.Tensor) else []
+
+
+def _number(margin):
+    return torch.scalar_tensor(float(margin), dtype=torch.float64, device="cpu")
 
 
 def _hinge(gaps, margin, embeddings):
