@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ssl_kernels.checks import check_choice
 from ssl_kernels.preference import architecture_of, prefer
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -147,8 +148,7 @@ class use_backend:
 
     def __init__(self, name: str | None) -> None:
         global _traced_call
-        if name is not None and name not in BACKENDS:
-            raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)} or None, got {name!r}")
+        check_choice("use_backend", "name", name, *BACKENDS, None)
         self.name = name
         self._call = None
         self._traced_before = ()
@@ -336,8 +336,7 @@ def backends_for(op: str | Callable[..., Any], *args: Any) -> dict[str, str | No
 
 
 def check_name(caller, backend):
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"{caller}: backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    check_choice(caller, "backend", backend, *BACKENDS, None)
 
 
 def choose_backend(op, backend, caller, *tensors, views=1):

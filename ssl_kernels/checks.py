@@ -15,21 +15,15 @@ def check_embeddings(op, **tensors):
     """Each must be a (N, D) floating tensor, N and D at least 1; all of one dtype, device and width."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{op}: {name} must be float64, float32, float16 or bfloat16, got {short(tensor.dtype)}"
-            )
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES:  # a call costs time
+            check_dtype(op, name, tensor)
         shape = tensor.shape
         if len(shape) != 2 or 0 in shape:
             raise ValueError(f"{op}: {name} must have shape (N, D) with N, D >= 1, got {tuple(shape)}")
         if tensor is first:
             continue
         if tensor.device != first.device:
-            raise ValueError(
-                f"{op}: {name} must be on {first.device} as {first_name} is, got {tensor.device}"
-            )
+            check_device(op, name, tensor, first, first_name)
         if tensor.dtype != first.dtype:
             raise TypeError(
                 f"{op}: {name} must be {short(first.dtype)} as {first_name} is, got {short(tensor.dtype)}"
@@ -51,14 +45,15 @@ def check_same_rows(op, **tensors):
 
 def check_reduction(op, reduction):
     if reduction not in REDUCTIONS:
-        raise ValueError(f'{op}: reduction must be "mean", "sum" or "none", got {reduction!r}')
+        check_choice(op, "reduction", reduction, *REDUCTIONS)
 
 
 def check_scalar(op, name, value, like, *, positive=False):
     """`value` must be a number, or a floating tensor of one element on the device of `like`.
 
     A number must be finite and, with `positive`, > 0, and so must be what it becomes in the accumulation dtype of
-    `like`: with `positive` its inverse. A tensor with `positive` is looked at where that is free (`can_be_read`).
+    `like`: with `positive` its inverse. A tensor with `positive` is looked at where that is free
+    (`values_are_readable`).
     """
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or not value.is_floating_point():
@@ -66,9 +61,8 @@ def check_scalar(op, name, value, like, *, positive=False):
                 f"{op}: {name} must be a number or a floating tensor of one element,"
                 f" got shape {tuple(value.shape)}, {short(value.dtype)}"
             )
-        if value.device != like.device:
-            raise ValueError(f"{op}: {name} must be on {like.device}, got {value.device}")
-        if not positive or not can_be_read(value):
+        check_device(op, name, value, like)
+        if not positive or not values_are_readable(value):
             return
         value = value.item()
         if value != value or value == math.inf:  # reaches the loss, as NaN and inf in the rows do
@@ -102,7 +96,7 @@ def check_margin(op, margin, like):
     """`margin` must be a scalar as `check_scalar` says, and >= 0; a tensor is looked at where that is free."""
     check_scalar(op, "margin", margin, like)
     if isinstance(margin, torch.Tensor):
-        if not can_be_read(margin):
+        if not values_are_readable(margin):
             return
         margin = margin.item()
     if margin < 0:
@@ -121,24 +115,56 @@ def check_row_weights(op, name, value, rows, like):
     if value is None:
         return
     check_shape(op, name, value, (rows,), like)
+    check_floating(op, name, value)
+
+
+def check_shape(op, name, value, shape, like, like_name=None):
+    """`value` must be a tensor of `shape` on the device of `like`."""
+    check_tensor(op, name, value)
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+    check_device(op, name, value, like, like_name)
+
+
+def check_tensor(op, name, value):
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def check_dtype(op, name, value):
+    """`value` must be a tensor of a dtype that the kernels compute with."""
+    check_tensor(op, name, value)
+    if value.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float64, float32, float16 or bfloat16, got {short(value.dtype)}"
+        )
+
+
+def check_floating(op, name, value):
+    """`value` must be a tensor of any floating dtype."""
+    check_tensor(op, name, value)
     if not value.is_floating_point():
         raise TypeError(f"{op}: {name} must be a floating tensor, got {short(value.dtype)}")
 
 
-def check_shape(op, name, value, shape, like):
-    """`value` must be a tensor of `shape` on the device of `like`."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
-    if tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+def check_device(op, name, value, like, like_name=None):
+    """`value` must be on the device of `like`, which the message calls `like_name`."""
     if value.device != like.device:
-        raise ValueError(f"{op}: {name} must be on {like.device}, got {value.device}")
+        source = f" as {like_name} is" if like_name else ""
+        raise ValueError(f"{op}: {name} must be on {like.device}{source}, got {value.device}")
+
+
+def check_choice(op, name, value, *choices):
+    """`value` must be one of the strings, or None where None is among them."""
+    if value not in choices:
+        *others, last = (f'"{choice}"' if isinstance(choice, str) else str(choice) for choice in choices)
+        rule = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"{op}: {name} must be {rule}, got {value!r}")
 
 
 def check_dense(op, name, value):
     """`value` must be a tensor whose elements lie in memory as they are: strided, not quantized."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    check_tensor(op, name, value)
     if value.layout != torch.strided or value.is_quantized:
         kind = "quantized" if value.is_quantized else short(value.layout)
         raise TypeError(f"{op}: {name} must be a dense tensor, got a {kind} one")
@@ -152,12 +178,93 @@ def check_fraction(op, name, value, *, below_one=False):
         raise ValueError(f"{op}: {name} must be in [0, 1{')' if below_one else ']'}, got {value}")
 
 
+def check_whole(op, name, value, least, *, optional=False):
+    """`value` must be an integer, at least `least`; None too where it is optional."""
+    if optional and value is None:
+        return
+    if not is_whole(value) or value < least:
+        rule = f"an integer >= {least}{' or None' if optional else ''}"
+        raise ValueError(f"{op}: {name} must be {rule}, got {value!r}")
+
+
 def check_least_rows(op, name, tensor, least, why):
     if tensor.shape[0] < least:
         raise ValueError(f"{op}: {name} must have at least {least} rows, {why}, got {tensor.shape[0]}")
 
 
-def can_be_read(*tensors):
+def check_values(op, permutation, lam=None, *, boxes=None, image=None):
+    """The values of all tensors given, which are read: a GPU is waited for. `image` is (height, width)."""
+    check_permutation(op, permutation)
+    if lam is not None:
+        check_lam(op, lam)
+    if boxes is not None:
+        check_boxes(op, boxes, *image)
+
+
+def check_mixed_target(op, target, partner, lam, classes, ignore_index, partner_is_class):
+    """Of classes to mix: `partner` holds the partners' classes or is a permutation."""
+    if partner_is_class:
+        check_target(op, partner, classes, ignore_index, "partner_target")
+    else:
+        check_permutation(op, partner)
+    check_lam(op, lam)
+    check_target(op, target, classes, ignore_index)
+
+
+def check_mixed_target_on_cpu(op, target, *args):
+    """`check_mixed_target` where reading values waits for nothing, and in calls that are not being traced."""
+    if values_are_readable(target):
+        check_mixed_target(op, target, *args)
+
+
+def check_on_cpu(op, permutation, *args, **options):
+    """`check_values` where reading values waits for nothing, and in calls that are not being traced."""
+    if values_are_readable(permutation):
+        check_values(op, permutation, *args, **options)
+
+
+def check_permutation(op, permutation):
+    """Each of 0 … B − 1 must be there once."""
+    batch = len(permutation)
+    if not torch.equal(permutation.sort().values, torch.arange(batch, device=permutation.device)):
+        raise ValueError(
+            f"{op}: permutation must hold each of 0 to {batch - 1} once, got {_some(permutation)}"
+        )
+
+
+def check_lam(op, lam):
+    """Each must be in [0, 1]."""
+    bad = lam[~((lam >= 0) & (lam <= 1))]
+    if len(bad):
+        raise ValueError(f"{op}: lam must be in [0, 1], got {bad[0].item():g}")
+
+
+def check_boxes(op, boxes, height, width):
+    """0 <= y0 <= y1 <= height, 0 <= x0 <= x1 <= width."""
+    y0, y1, x0, x1 = boxes.unbind(1)
+    good = (y0 >= 0) & (y0 <= y1) & (y1 <= height) & (x0 >= 0) & (x0 <= x1) & (x1 <= width)
+    if not good.all():
+        raise ValueError(
+            f"{op}: boxes must be (y0, y1, x0, x1) with 0 <= y0 <= y1 <= {height} and 0 <= x0 <= x1 <= {width},"
+            f" got {tuple(boxes[~good][0].tolist())}"
+        )
+
+
+def check_target(op, target, classes, ignore_index=None, name="target"):
+    """Each must be in [0, classes), or ignore_index."""
+    if target.numel():
+        least, most = (value.item() for value in target.aminmax())
+        if 0 <= least and most < classes:
+            return
+    outside = (target < 0) | (target >= classes)
+    if ignore_index is not None:
+        outside &= target != ignore_index
+    bad = target[outside]
+    if len(bad):
+        raise ValueError(f"{op}: {name} must be in [0, {classes}), got {bad[0].item()}")
+
+
+def values_are_readable(*tensors):
     """Whether looking at values waits for no device: tensors on the CPU that are no stand-ins in a trace."""
     for tensor in tensors:
         if not tensor.is_cpu:
@@ -190,3 +297,8 @@ def is_whole(value):
 
 def short(dtype):
     return str(dtype).removeprefix("torch.")
+
+
+def _some(tensor, most=8):
+    values = tensor[:most].tolist()
+    return f"[{', '.join(map(str, values))}{', …' if len(tensor) > most else ''}]"

@@ -6,14 +6,21 @@ from collections.abc import Sequence
 import torch
 
 from ssl_kernels.checks import (
-    DTYPES,
-    can_be_read,
     check_dense,
+    check_device,
+    check_dtype,
+    check_floating,
     check_fraction,
+    check_lam,
+    check_mixed_target,
+    check_on_cpu,
+    check_permutation,
     check_reduction,
+    check_values,
     is_number,
     is_whole,
     short,
+    values_are_readable,
 )
 from ssl_kernels.ops import cutmix as cutmix_ops
 from ssl_kernels.ops import mixup as mixup_ops
@@ -21,13 +28,6 @@ from ssl_kernels.ops import mixup_cross_entropy as cross_entropy_ops
 from ssl_kernels.ops import mixup_normalize as normalize_ops
 from ssl_kernels.ops.library import accumulation_dtype
 from ssl_kernels.overlap import share_memory
-from ssl_kernels.value_checks import (
-    check_lam,
-    check_mixed_target,
-    check_on_cpu,
-    check_permutation,
-    check_values,
-)
 
 
 def mixup_(
@@ -324,8 +324,7 @@ mixup_cross_entropy.operation = "mixup_cross_entropy"
 
 def _check_batch(op, x, name="x"):
     check_dense(op, name, x)
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{op}: {name} must be float64, float32, float16 or bfloat16, got {short(x.dtype)}")
+    check_dtype(op, name, x)
     if x.dim() == 0 or 0 in x.shape:
         raise ValueError(f"{op}: {name} must have shape (B, ...), nothing of it 0, got {tuple(x.shape)}")
 
@@ -382,8 +381,7 @@ def _check_indices(op, name, value, shape, x, like="x"):
         raise TypeError(f"{op}: {name} must be int64, got {short(value.dtype)}")
     if value.shape != shape:
         raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
-    if value.device != x.device:
-        raise ValueError(f"{op}: {name} must be on {x.device} as {like} is, got {value.device}")
+    check_device(op, name, value, x, like)
 
 
 def _check_permutation(op, permutation, x, like="x"):
@@ -405,13 +403,11 @@ def _shares(op, lam, x, like="x"):
             return torch.ones(batch, dtype=acc, device=x.device) * lam
         return torch.full((batch,), float(lam), dtype=acc, device=x.device)
     check_dense(op, "lam", lam)
-    if not lam.is_floating_point():
-        raise TypeError(f"{op}: lam must be floating, got {short(lam.dtype)}")
+    check_floating(op, "lam", lam)
     if lam.dim() != 0 and lam.shape != (batch,):
         raise ValueError(f"{op}: lam must be a number or have shape ({batch},), got {tuple(lam.shape)}")
-    if lam.device != x.device:
-        raise ValueError(f"{op}: lam must be on {x.device} as {like} is, got {lam.device}")
-    if lam.dtype == torch.float64 != acc and can_be_read(lam):
+    check_device(op, "lam", lam, x, like)
+    if lam.dtype == torch.float64 != acc and values_are_readable(lam):
         check_lam(op, lam)  # rounding would hide what is just outside of [0, 1]
     lam = lam.to(acc)
     return lam if lam.dim() else lam.expand(batch)
@@ -424,8 +420,7 @@ def _classes(op, name, value, shape, logits):
         raise TypeError(f"{op}: {name} must hold classes of an integer dtype, got {short(value.dtype)}")
     if value.shape != shape:
         raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
-    if value.device != logits.device:
-        raise ValueError(f"{op}: {name} must be on {logits.device} as logits is, got {value.device}")
+    check_device(op, name, value, logits, "logits")
     return value if value.dtype == torch.int64 else value.to(torch.int64)
 
 
@@ -433,12 +428,10 @@ def _class_weights(op, weight, logits):
     """weight as (C,) in the accumulation dtype of logits."""
     check_dense(op, "weight", weight)
     _check_no_grad(op, "weight", weight, "it is a constant")
-    if not weight.is_floating_point():
-        raise TypeError(f"{op}: weight must be floating, got {short(weight.dtype)}")
+    check_floating(op, "weight", weight)
     if weight.shape != logits.shape[1:2]:
         raise ValueError(f"{op}: weight must have shape ({logits.shape[1]},), got {tuple(weight.shape)}")
-    if weight.device != logits.device:
-        raise ValueError(f"{op}: weight must be on {logits.device} as logits is, got {weight.device}")
+    check_device(op, "weight", weight, logits, "logits")
     return weight.detach().to(accumulation_dtype(logits))
 
 
@@ -446,14 +439,12 @@ def _per_channel(op, name, value, x, validate):
     channels = x.shape[1]
     if isinstance(value, torch.Tensor):
         check_dense(op, name, value)
-        if not value.is_floating_point():
-            raise TypeError(f"{op}: {name} must be floating, got {short(value.dtype)}")
-        if value.device != x.device:
-            raise ValueError(f"{op}: {name} must be on {x.device} as x is, got {value.device}")
+        check_floating(op, name, value)
+        check_device(op, name, value, x, "x")
         if value.shape != (channels,):
             raise ValueError(f"{op}: {name} must have {channels} numbers, got shape {tuple(value.shape)}")
         value = value.detach().to(torch.float32)
-        if can_be_read(value) or (validate and value.device.type != "cpu"):
+        if values_are_readable(value) or (validate and value.device.type != "cpu"):
             channel_numbers(op, name, value.tolist())
         return value
     numbers = channel_numbers(op, name, value)

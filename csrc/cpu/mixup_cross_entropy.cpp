@@ -94,8 +94,8 @@ class MixedTarget {
     std::vector<int64_t> result(target.size(0));
     for (int64_t i = 0; i < target.size(0); ++i) {
       const int64_t t = values[i * target.stride(0)];
-      TORCH_CHECK_VALUE(t == ignore_index || (t >= 0 && t < classes), kOp, ": ", name, " must be in 0 to ", classes - 1,
-                        ", got ", t, " at ", i);
+      TORCH_CHECK_VALUE(t == ignore_index || (t >= 0 && t < classes), kOp, ": ", name, " must be in [0, ", classes,
+                        "), got ", t, " at ", i);
       result[i] = t;
     }
     return result;

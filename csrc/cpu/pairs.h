@@ -30,7 +30,7 @@ class Pairs {
     positives_ = args.positives->contiguous();
     const int64_t* index = positives_.const_data_ptr<int64_t>();
     for (int64_t k = 0; k < positives_.numel(); ++k)
-      TORCH_CHECK_INDEX(-m_ <= index[k] && index[k] < m_, "contrastive: positives must lie in [", -m_, ", ", m_,
+      TORCH_CHECK_INDEX(-m_ <= index[k] && index[k] < m_, "contrastive: positives must be in [", -m_, ", ", m_,
                         "), got ", index[k]);
   }
 

@@ -38,8 +38,8 @@ void queue_push_(const at::Tensor& storage, const at::Tensor& keys, const at::Te
   const int64_t size = storage.size(0), batch = keys.size(0);
   int64_t* where = position.mutable_data_ptr<int64_t>();
   int64_t* count = filled.mutable_data_ptr<int64_t>();
-  TORCH_CHECK_VALUE(0 <= *where && *where < size, "queue_push_: position must lie in [0, ", size, "), got ", *where);
-  TORCH_CHECK_VALUE(0 <= *count && *count <= size, "queue_push_: filled must lie in [0, ", size, "], got ", *count);
+  TORCH_CHECK_VALUE(0 <= *where && *where < size, "queue_push_: position must be in [0, ", size, "), got ", *where);
+  TORCH_CHECK_VALUE(0 <= *count && *count <= size, "queue_push_: filled must be in [0, ", size, "], got ", *count);
   if (batch == 0) return;
   const at::Tensor source = keys.size(1) == 1 || keys.stride(1) == 1 ? keys : keys.contiguous();
   const auto into = [&](auto storage_type) {

@@ -6,10 +6,10 @@ docs/mixing.md is the contract. Nothing of the batch's size is made beside the r
 
 import torch
 
+from ssl_kernels.checks import check_on_cpu
 from ssl_kernels.reference import cutmix as cutmix_by_definition
 from ssl_kernels.reference import mixup as mixup_by_definition
 from ssl_kernels.reference.mixup_normalize import mixup_normalize as mixup_normalize_by_definition
-from ssl_kernels.value_checks import check_on_cpu
 
 ELEMENTS_PER_BLOCK = 1 << 13
 

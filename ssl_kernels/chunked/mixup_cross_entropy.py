@@ -2,8 +2,8 @@
 
 import torch
 
+from ssl_kernels.checks import check_mixed_target_on_cpu
 from ssl_kernels.reference.mixup_cross_entropy import target_terms, weighted
-from ssl_kernels.value_checks import check_mixed_target_on_cpu
 
 LOGITS_PER_BLOCK = 1 << 20  # 4 MB in float32
 

@@ -3,7 +3,7 @@
 import torch
 
 from ssl_kernels.backends import choose_backend
-from ssl_kernels.checks import check_reduction, check_row_weights, short
+from ssl_kernels.checks import check_choice, check_reduction, check_row_weights, short
 from ssl_kernels.distributed import checks, groups
 from ssl_kernels.distributed.pairs import Setting
 from ssl_kernels.distributed.transport import TRANSPORTS
@@ -19,8 +19,7 @@ class Call:
     def __init__(self, op, *, group, strategy, check, rows_per_rank):
         self.op, self.strategy, self.check, self.rows_per_rank = op, strategy, check, rows_per_rank
         self.group, self.ranks = groups.ranks_of(op, group)
-        if strategy is not None and strategy not in TRANSPORTS:
-            raise ValueError(f'{op}: strategy must be "gather", "ring" or None, got {strategy!r}')
+        check_choice(op, "strategy", strategy, *TRANSPORTS, None)
         self.sizes = None
 
     @property

@@ -2,7 +2,7 @@
 
 import torch
 
-from ssl_kernels.checks import check_scalar
+from ssl_kernels.checks import check_choice, check_scalar
 from ssl_kernels.distributed import pairs
 from ssl_kernels.distributed.checks import check_rows
 from ssl_kernels.distributed.class_sums import classes_of, other_rows_mean
@@ -84,10 +84,8 @@ def triplet_loss(
         check_rows(op, embeddings=embeddings)
         labels = as_ids(op, "labels", labels, (embeddings.shape[0],), embeddings)
         _triplet.check_margin(op, margin, embeddings)
-        if mining not in _triplet.MININGS:
-            raise ValueError(f'{op}: mining must be "batch_hard", got {mining!r}')
-        if distance not in DISTANCES:
-            raise ValueError(f'{op}: distance must be "euclidean" or "cosine", got {distance!r}')
+        check_choice(op, "mining", mining, "batch_hard")
+        check_choice(op, "distance", distance, *DISTANCES)
         call.check_common(reduction, None, 0, embeddings)
     call.meet(
         embeddings,

@@ -2,7 +2,7 @@
 
 import torch
 
-from ssl_kernels.checks import can_be_read, check_ids, check_shape, is_number, short
+from ssl_kernels.checks import check_ids, check_shape, is_number, short, values_are_readable
 
 BITS = 64  # of an int64
 
@@ -31,7 +31,7 @@ def as_index(op, name, value, count, like):
         TypeError, ValueError: It is no such tensor on the device of `like`, or an index lies outside.
     """
     check_ids(op, name, value, (count,), like)
-    if can_be_read(value):
+    if values_are_readable(value):
         bad = value[(value < 0) | (value >= like.shape[0])]
         if len(bad):
             raise ValueError(f"{op}: {name} must be in [0, {like.shape[0]}), got {bad[0].item()}")
@@ -58,7 +58,7 @@ def bit_sets(op, name, members):
     """(N, C) of 0 and 1 as (N, W) int64, one bit a column."""
     if members.is_floating_point() or members.is_complex():
         raise TypeError(f"{op}: {name} must be integers or bool, got {short(members.dtype)}")
-    if can_be_read(members) and members.dtype != torch.bool:
+    if values_are_readable(members) and members.dtype != torch.bool:
         bad = members[(members != 0) & (members != 1)]
         if len(bad):
             raise ValueError(f"{op}: {name} of several columns must be 0 or 1, got {bad[0].item()}")

@@ -3,7 +3,7 @@
 import torch
 
 from ssl_kernels import backends
-from ssl_kernels.checks import can_be_read
+from ssl_kernels.checks import values_are_readable
 from ssl_kernels.losses._shared import as_scalar, reduce, runs_natively, stacked
 from ssl_kernels.ops.contrastive import contrastive
 
@@ -118,7 +118,9 @@ def one_node(
     Where `runs_natively`, `reduction` is "mean" or "sum"; with classes also where the rows can be read.
     """
     learned, constant = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
-    is_plain = can_be_read(rows, rows if others is None else others, rows if learned is None else learned)
+    is_plain = values_are_readable(
+        rows, rows if others is None else others, rows if learned is None else learned
+    )
     run = backends.extension.contrastive_loss if is_plain else torch.ops.ssl_kernels.contrastive_loss.native
     return run(
         rows,

@@ -7,14 +7,18 @@ import torch
 
 from ssl_kernels.backends import choose_backend
 from ssl_kernels.checks import (
-    can_be_read,
+    check_choice,
+    check_device,
     check_embeddings,
+    check_floating,
     check_reduction,
     check_row_weights,
     check_same_rows,
     check_scalar,
     check_shape,
+    check_tensor,
     short,
+    values_are_readable,
 )
 from ssl_kernels.losses._clusters import (
     Prototypes,
@@ -187,16 +191,12 @@ def _checked_views(student, teacher, mask):
             f"{OP}: teacher must hold at most the {len(students)} crops of student, got {len(teachers)}"
         )
     check_same_rows(OP, student=students[0], teacher=teachers[0])
-    if teachers[0].device != students[0].device:
-        raise ValueError(
-            f"{OP}: teacher must be on {students[0].device} as student is, got {teachers[0].device}"
-        )
+    check_device(OP, "teacher", teachers[0], students[0], "student")
     return students, teachers
 
 
 def _checked_mask(mask):
-    if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"{OP}: mask must be a tensor, got {type(mask).__name__}")
+    check_tensor(OP, "mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{OP}: mask must be bool, got {short(mask.dtype)}")
     if mask.dim() != 3 or 0 in mask.shape:
@@ -208,8 +208,7 @@ def _flat_tokens(name, tokens, shape, mask):
     """(V, N · L, D) of (V, N, L, D), which may be a sequence of the V."""
     if isinstance(tokens, (list, tuple)) and tokens:
         tokens = torch.stack(tuple(tokens))
-    check_tensor = isinstance(tokens, torch.Tensor)
-    if not check_tensor:
+    if not isinstance(tokens, torch.Tensor):
         raise TypeError(
             f"{OP}: {name} must be a tensor or a sequence of tensors, got {type(tokens).__name__}"
         )
@@ -218,8 +217,7 @@ def _flat_tokens(name, tokens, shape, mask):
         raise ValueError(
             f"{OP}: {name} must have shape ({expected}, D) as mask has, got {tuple(tokens.shape)}"
         )
-    if tokens.device != mask.device:
-        raise ValueError(f"{OP}: {name} must be on {mask.device} as mask is, got {tokens.device}")
+    check_device(OP, name, tokens, mask, "mask")
     return tokens.flatten(1, 2)
 
 
@@ -243,24 +241,19 @@ def _checked_prototypes(students, teachers, prototypes, teacher_prototypes):
             f"{OP}: teacher_prototypes must have width {teachers[0].shape[1]} as teacher has,"
             f" got {teacher_prototypes.shape[1]}"
         )
-    if teacher_prototypes.device != prototypes.device:
-        raise ValueError(
-            f"{OP}: teacher_prototypes must be on {prototypes.device}, got {teacher_prototypes.device}"
-        )
+    check_device(OP, "teacher_prototypes", teacher_prototypes, prototypes)
     return teacher_prototypes
 
 
 def _checked_center(center, centering, clusters, like):
-    if centering not in ("center", "sinkhorn"):
-        raise ValueError(f'{OP}: centering must be "center" or "sinkhorn", got {centering!r}')
+    check_choice(OP, "centering", centering, "center", "sinkhorn")
     if center is None:
         return None
     if centering == "sinkhorn":
         raise ValueError(f'{OP}: center must be None with centering "sinkhorn", got {type(center).__name__}')
     center = getattr(center, "center", center)  # an nn.DINOCenter's buffer
     check_shape(OP, "center", center, (clusters,), like)
-    if not center.is_floating_point():
-        raise TypeError(f"{OP}: center must be a floating tensor, got {short(center.dtype)}")
+    check_floating(OP, "center", center)
     return center.detach()
 
 
@@ -269,7 +262,7 @@ def _masked_tokens(students, teachers, mask):
     rows that depend on values, all tokens and None."""
     flat = mask[: len(teachers)].reshape(-1)
     students, teachers = torch.cat(students[: len(teachers)]), torch.cat(teachers)
-    if can_be_read(flat) or (flat.is_cuda and not torch.compiler.is_compiling()):
+    if values_are_readable(flat) or (flat.is_cuda and not torch.compiler.is_compiling()):
         places = flat.nonzero()[:, 0]
         if len(places):
             return [students[places]], [teachers[places]], places

@@ -4,6 +4,7 @@ import torch
 
 from ssl_kernels.backends import choose_backend
 from ssl_kernels.checks import (
+    check_device,
     check_embeddings,
     check_reduction,
     check_row_weights,
@@ -83,8 +84,7 @@ def distillation_loss(
             f" got {teacher_keys.shape[1]}"
         )
     for name, tensor in (("teacher_query", teacher_query), ("teacher_keys", teacher_keys)):
-        if tensor.device != query.device:
-            raise ValueError(f"{OP}: {name} must be on {query.device} as query is, got {tensor.device}")
+        check_device(OP, name, tensor, query, "query")
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
     check_scalar(OP, "temperature", temperature, query, positive=True)
     check_scalar(OP, "teacher_temperature", teacher_temperature, query, positive=True)

@@ -3,16 +3,18 @@
 import torch
 
 from ssl_kernels.checks import (
-    can_be_read,
     check_embeddings,
+    check_floating,
     check_fraction,
     check_ids,
+    check_lam,
+    check_permutation,
     check_reduction,
     check_row_weights,
     check_same_rows,
     check_scalar,
     check_shape,
-    short,
+    values_are_readable,
 )
 from ssl_kernels.losses._shared import (
     inverse,
@@ -24,7 +26,6 @@ from ssl_kernels.losses._shared import (
 )
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import savable
-from ssl_kernels.value_checks import check_permutation
 
 OP = "imix_loss"
 
@@ -120,15 +121,12 @@ imix_loss.operation = "contrastive"
 def _check_mixing(query, permutation, lam):
     n = query.shape[0]
     check_ids(OP, "permutation", permutation, (n,), query)
-    if can_be_read(permutation):
+    if values_are_readable(permutation):
         check_permutation(OP, permutation.long())
     if not isinstance(lam, torch.Tensor):
         check_fraction(OP, "lam", lam)
         return
     check_shape(OP, "lam", lam, lam.shape if lam.numel() == 1 else (n,), query)
-    if not lam.is_floating_point():
-        raise TypeError(f"{OP}: lam must be a floating tensor, got {short(lam.dtype)}")
-    if can_be_read(lam) and not ((lam >= 0) & (lam <= 1)).all():
-        raise ValueError(
-            f"{OP}: lam must be in [0, 1], got values from {lam.min().item()} to {lam.max().item()}"
-        )
+    check_floating(OP, "lam", lam)
+    if values_are_readable(lam):
+        check_lam(OP, lam.reshape(-1))

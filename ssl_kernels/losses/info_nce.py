@@ -4,11 +4,13 @@ import torch
 
 from ssl_kernels.backends import check_name
 from ssl_kernels.checks import (
+    check_choice,
     check_embeddings,
     check_reduction,
     check_row_weights,
     check_same_rows,
     check_scalar,
+    check_tensor,
 )
 from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._rows import paired_logits
@@ -139,15 +141,13 @@ info_nce_loss.operation = "contrastive"
 def _check_negatives(query, negative_keys, negative_mode, symmetric):
     if negative_keys is None:
         return
-    if negative_mode not in NEGATIVE_MODES:
-        raise ValueError(f'{OP}: negative_mode must be "unpaired" or "paired", got {negative_mode!r}')
+    check_choice(OP, "negative_mode", negative_mode, *NEGATIVE_MODES)
     if symmetric:
         raise ValueError(f"{OP}: symmetric must be False with negative_keys, got {symmetric!r}")
     if negative_mode == "unpaired":
         check_embeddings(OP, query=query, negative_keys=negative_keys)
         return
-    if not isinstance(negative_keys, torch.Tensor):
-        raise TypeError(f"{OP}: negative_keys must be a tensor, got {type(negative_keys).__name__}")
+    check_tensor(OP, "negative_keys", negative_keys)
     if negative_keys.dim() != 3 or negative_keys.shape[0] != query.shape[0] or 0 in negative_keys.shape:
         raise ValueError(
             f"{OP}: negative_keys must have shape ({query.shape[0]}, M, {query.shape[1]}) with M >= 1,"

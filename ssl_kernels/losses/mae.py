@@ -3,7 +3,14 @@
 import torch
 
 from ssl_kernels.backends import choose_backend
-from ssl_kernels.checks import DTYPES, check_reduction, check_scalar, short
+from ssl_kernels.checks import (
+    check_device,
+    check_dtype,
+    check_reduction,
+    check_scalar,
+    check_tensor,
+    short,
+)
 from ssl_kernels.losses._shared import as_scalar, reduce
 from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
 from ssl_kernels.ops.patch_errors import patch_errors
@@ -83,12 +90,7 @@ def _normalized(target, eps):
 
 def _check(prediction, target, mask, normalize_target):
     for name, tensor in (("prediction", prediction), ("target", target)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{OP}: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{OP}: {name} must be float64, float32, float16 or bfloat16, got {short(tensor.dtype)}"
-            )
+        check_dtype(OP, name, tensor)
     if prediction.dim() < 2 or 0 in prediction.shape:
         raise ValueError(
             f"{OP}: prediction must have shape (..., C), none of it 0, got {tuple(prediction.shape)}"
@@ -99,12 +101,10 @@ def _check(prediction, target, mask, normalize_target):
         )
     if normalize_target and prediction.shape[-1] < 2:
         raise ValueError(f"{OP}: prediction must have patches of C >= 2 with normalize_target, got 1")
-    if target.device != prediction.device:
-        raise ValueError(f"{OP}: target must be on {prediction.device} as prediction is, got {target.device}")
+    check_device(OP, "target", target, prediction, "prediction")
     if mask is None:
         return
-    if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"{OP}: mask must be a tensor, got {type(mask).__name__}")
+    check_tensor(OP, "mask", mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"{OP}: mask must be bool or floating, got {short(mask.dtype)}")
     if mask.shape != prediction.shape[:-1]:
@@ -112,5 +112,4 @@ def _check(prediction, target, mask, normalize_target):
             f"{OP}: mask must have shape {tuple(prediction.shape[:-1])} as prediction has patches,"
             f" got {tuple(mask.shape)}"
         )
-    if mask.device != prediction.device:
-        raise ValueError(f"{OP}: mask must be on {prediction.device}, got {mask.device}")
+    check_device(OP, "mask", mask, prediction)

@@ -7,6 +7,7 @@ from ssl_kernels.checks import (
     check_reduction,
     check_row_weights,
     check_scalar,
+    check_tensor,
 )
 from ssl_kernels.losses._shared import (
     infinite_as_nan,
@@ -64,8 +65,7 @@ def mil_nce_loss(
     """
     query, keys = widest_under_autocast(query, keys)
     check_embeddings(OP, query=query)
-    if not isinstance(keys, torch.Tensor):
-        raise TypeError(f"{OP}: keys must be a tensor, got {type(keys).__name__}")
+    check_tensor(OP, "keys", keys)
     n, width = query.shape
     if keys.dim() != 3 or keys.shape[0] != n or keys.shape[2] != width or keys.shape[1] == 0:
         raise ValueError(f"{OP}: keys must have shape ({n}, P, {width}) with P >= 1, got {tuple(keys.shape)}")

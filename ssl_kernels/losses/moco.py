@@ -4,7 +4,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ssl_kernels.checks import DTYPES, check_embeddings, check_reduction, check_same_rows, check_scalar
+from ssl_kernels.checks import (
+    DTYPES,
+    check_device,
+    check_embeddings,
+    check_reduction,
+    check_same_rows,
+    check_scalar,
+)
 from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._shared import (
     inverse,
@@ -179,5 +186,4 @@ def _check_queue(query, queue):
         raise ValueError(
             f"{op}: queue must have shape (K, {query.shape[1]}) with K >= 1, got {tuple(queue.shape)}"
         )
-    if queue.device != query.device:
-        raise ValueError(f"{op}: queue must be on {query.device} as query is, got {queue.device}")
+    check_device(op, "queue", queue, query, "query")

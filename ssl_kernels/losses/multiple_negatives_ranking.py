@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ssl_kernels.checks import (
+    check_choice,
     check_embeddings,
     check_reduction,
     check_row_weights,
@@ -293,8 +294,7 @@ def _checked_directions(directions, partition_mode):
             raise ValueError(f"{OP}: directions must be of {', '.join(DIRECTIONS)}, got {direction!r}")
     if "query_to_doc" not in directions:
         raise ValueError(f'{OP}: directions must have "query_to_doc" among them, got {directions!r}')
-    if partition_mode not in PARTITION_MODES:
-        raise ValueError(f'{OP}: partition_mode must be "joint" or "per_direction", got {partition_mode!r}')
+    check_choice(OP, "partition_mode", partition_mode, *PARTITION_MODES)
     if partition_mode == "per_direction" and not {"query_to_doc", "doc_to_query"} >= set(directions):
         raise ValueError(
             f'{OP}: directions must be "query_to_doc" and "doc_to_query" alone with "per_direction",'
@@ -305,10 +305,7 @@ def _checked_directions(directions, partition_mode):
 
 def _checked_hardness(mode, strength):
     """(mode, strength), or None where nothing is raised."""
-    if mode is not None and mode not in HARDNESS_MODES:
-        raise ValueError(
-            f"{OP}: hardness_mode must be one of {', '.join(HARDNESS_MODES)} or None, got {mode!r}"
-        )
+    check_choice(OP, "hardness_mode", mode, *HARDNESS_MODES, None)
     if not is_number(strength):
         raise TypeError(f"{OP}: hardness_strength must be a number, got {type(strength).__name__}")
     if not 0 <= strength < torch.inf:
@@ -317,8 +314,7 @@ def _checked_hardness(mode, strength):
 
 
 def _check_margin(margin, mode):
-    if mode not in MARGIN_MODES:
-        raise ValueError(f'{OP}: margin_mode must be "absolute" or "relative", got {mode!r}')
+    check_choice(OP, "margin_mode", mode, *MARGIN_MODES)
     if margin is None:
         return
     if not is_number(margin):

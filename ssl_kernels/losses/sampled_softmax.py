@@ -3,15 +3,15 @@
 import torch
 
 from ssl_kernels.checks import (
-    can_be_read,
     check_embeddings,
+    check_floating,
     check_reduction,
     check_row_weights,
     check_same_rows,
     check_scalar,
     check_shape,
-    is_whole,
-    short,
+    check_whole,
+    values_are_readable,
 )
 from ssl_kernels.chunked.rows import LOGITS_PER_BLOCK
 from ssl_kernels.losses._labels import as_ids
@@ -102,10 +102,7 @@ def sampled_softmax_loss(
     check_row_weights(OP, "row_weights", row_weights, n, query)
     if not in_batch and candidates is None:
         raise ValueError(f"{OP}: candidates must be given with in_batch=False, got None")
-    if num_hard_negatives is not None and not (is_whole(num_hard_negatives) and num_hard_negatives > 0):
-        raise ValueError(
-            f"{OP}: num_hard_negatives must be an integer >= 1 or None, got {num_hard_negatives!r}"
-        )
+    check_whole(OP, "num_hard_negatives", num_hard_negatives, 1, optional=True)
     item_ids, candidate_ids = _checked_ids(query, candidates, item_ids, candidate_ids)
     bias = _checked_bias(
         query, n + (0 if candidates is None else candidates.shape[0]), log_q, candidate_weights
@@ -200,9 +197,8 @@ def _checked_bias(query, columns, log_q, candidate_weights):
         if value is None:
             continue
         check_shape(OP, name, value, (columns,), query)
-        if not value.is_floating_point():
-            raise TypeError(f"{OP}: {name} must be a floating tensor, got {short(value.dtype)}")
-    if candidate_weights is not None and can_be_read(candidate_weights):
+        check_floating(OP, name, value)
+    if candidate_weights is not None and values_are_readable(candidate_weights):
         bad = candidate_weights[candidate_weights < 0]
         if len(bad):
             raise ValueError(f"{OP}: candidate_weights must be >= 0, got {bad[0].item()}")

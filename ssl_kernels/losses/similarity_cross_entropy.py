@@ -3,15 +3,16 @@
 import torch
 
 from ssl_kernels.checks import (
-    can_be_read,
     check_embeddings,
+    check_floating,
     check_fraction,
     check_ids,
     check_reduction,
     check_scalar,
     check_shape,
+    check_tensor,
     is_whole,
-    short,
+    values_are_readable,
 )
 from ssl_kernels.losses._rows import row_dots
 from ssl_kernels.losses._shared import (
@@ -147,8 +148,7 @@ def _mean_loss_of_columns(lse, query, keys, scale, weight, column_bias, normaliz
 
 def _checked_target(query, columns, target, ignore_index):
     """Column of each target, 0 where there is none, and which there are; (N,) or (N, P)."""
-    if not isinstance(target, torch.Tensor):
-        raise TypeError(f"{OP}: target must be a tensor, got {type(target).__name__}")
+    check_tensor(OP, "target", target)
     n = query.shape[0]
     several = target.dim() == 2 and target.shape[1] > 0
     if (not several and target.dim() != 1) or target.shape[0] != n:
@@ -158,7 +158,7 @@ def _checked_target(query, columns, target, ignore_index):
         raise TypeError(f"{OP}: ignore_index must be an integer, got {type(ignore_index).__name__}")
     target = target.long()
     counts = target != ignore_index
-    if can_be_read(target):
+    if values_are_readable(target):
         bad = target[counts & ((target < 0) | (target >= columns))]
         if len(bad):
             raise ValueError(
@@ -175,8 +175,7 @@ def _checked_shares(query, index, counts, target_weights):
     if index.dim() == 1:
         raise ValueError(f"{OP}: target_weights must be None with a target of shape {tuple(index.shape)}")
     check_shape(OP, "target_weights", target_weights, index.shape, query)
-    if not target_weights.is_floating_point():
-        raise TypeError(f"{OP}: target_weights must be a floating tensor, got {short(target_weights.dtype)}")
+    check_floating(OP, "target_weights", target_weights)
     return savable(target_weights.double()).masked_fill(~counts, 0)
 
 
@@ -185,6 +184,5 @@ def _checked_columns(name, value, columns, query):
     if value is None:
         return None
     check_shape(OP, name, value, (columns,), query)
-    if not value.is_floating_point():
-        raise TypeError(f"{OP}: {name} must be a floating tensor, got {short(value.dtype)}")
+    check_floating(OP, name, value)
     return savable(value.to(torch.float64 if name == "weight" else accumulation_dtype(query)))

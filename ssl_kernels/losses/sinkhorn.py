@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ssl_kernels.checks import check_embeddings, check_scalar, is_whole
+from ssl_kernels.checks import check_embeddings, check_scalar, check_whole
 from ssl_kernels.losses._shared import inverse
 from ssl_kernels.ops.column_potentials import column_potentials
 from ssl_kernels.ops.library import accumulation_dtype
@@ -47,8 +47,7 @@ def sinkhorn(
 
 
 def check_iterations(op, iterations):
-    if not is_whole(iterations) or iterations < 1:
-        raise ValueError(f"{op}: iterations must be an integer >= 1, got {iterations!r}")
+    check_whole(op, "iterations", iterations, 1)
 
 
 def group_name(op, group):

@@ -6,13 +6,13 @@ import torch
 
 from ssl_kernels import backends
 from ssl_kernels.checks import (
-    can_be_read,
     check_embeddings,
     check_reduction,
     check_row_weights,
     check_scalar,
     check_shape,
     short,
+    values_are_readable,
 )
 from ssl_kernels.losses._labels import as_ids, bit_sets, ranks, without_unlabelled
 from ssl_kernels.losses._rows import Groups, less_class_means
@@ -83,8 +83,14 @@ def sup_con_loss(
     check_reduction(OP, reduction)
     check_row_weights(OP, "row_weights", row_weights, features.shape[0], features)
     chosen = backends.choose_backend("contrastive", backend, OP, features)
-    look = can_be_read(features)
-    if look and chosen == "native" and reduction != "none" and row_weights is None and can_be_read(positives):
+    look = values_are_readable(features)
+    if (
+        look
+        and chosen == "native"
+        and reduction != "none"
+        and row_weights is None
+        and values_are_readable(positives)
+    ):
         scale = inverse_operand(temperature, features)
         loss, counted = one_node(
             features, None, scale, classes=positives, normalize=normalize, reduction=reduction

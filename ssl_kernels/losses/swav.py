@@ -6,7 +6,14 @@ from typing import Any
 import torch
 
 from ssl_kernels.backends import choose_backend
-from ssl_kernels.checks import check_embeddings, check_reduction, check_row_weights, check_scalar, is_whole
+from ssl_kernels.checks import (
+    check_device,
+    check_embeddings,
+    check_reduction,
+    check_row_weights,
+    check_scalar,
+    is_whole,
+)
 from ssl_kernels.losses._clusters import (
     Prototypes,
     Teacher,
@@ -149,6 +156,5 @@ def _checked_queues(queue, count, prototypes):
         check_embeddings(OP, queue=each)
         if each.shape[1] != width:
             raise ValueError(f"{OP}: queue must have width {width} as features has, got {each.shape[1]}")
-        if each.device != prototypes.device:
-            raise ValueError(f"{OP}: queue must be on {prototypes.device}, got {each.device}")
+        check_device(OP, "queue", each, prototypes)
     return queues

@@ -4,7 +4,13 @@ import torch
 import torch.nn.functional as F
 
 from ssl_kernels.backends import choose_backend
-from ssl_kernels.checks import can_be_read, check_embeddings, check_margin, check_reduction
+from ssl_kernels.checks import (
+    check_choice,
+    check_embeddings,
+    check_margin,
+    check_reduction,
+    values_are_readable,
+)
 from ssl_kernels.chunked.rows import input_gradient, unit_rows
 from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._semi_hard import semi_hard_losses
@@ -67,10 +73,8 @@ def triplet_loss(
     labels = as_ids(op, "labels", labels, (embeddings.shape[0],), embeddings)
     if not (isinstance(margin, str) and margin == SOFT):
         check_margin(op, margin, embeddings)
-    if mining not in MININGS:
-        raise ValueError(f'{op}: mining must be "batch_hard" or "semi_hard", got {mining!r}')
-    if distance not in DISTANCES:
-        raise ValueError(f'{op}: distance must be "euclidean" or "cosine", got {distance!r}')
+    check_choice(op, "mining", mining, *MININGS)
+    check_choice(op, "distance", distance, *DISTANCES)
     check_reduction(op, reduction)
     chosen = choose_backend("batch_hard", backend, op, embeddings, labels)
     if mining == "semi_hard":
@@ -78,7 +82,7 @@ def triplet_loss(
         if reduction == "mean":
             return (losses.sum() / triplets.clamp_min(1)).to(accumulation_dtype(embeddings))
         return reduce(losses, reduction, embeddings)
-    if chosen == "native" and can_be_read(embeddings, labels, *_tensors(margin)):
+    if chosen == "native" and values_are_readable(embeddings, labels, *_tensors(margin)):
         soft = isinstance(margin, str)
         by = as_scalar(margin, embeddings) if _tensors(margin) else _number(0.0 if soft else margin)
         options = soft, normalize, distance, reduction

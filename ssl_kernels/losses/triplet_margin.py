@@ -2,7 +2,7 @@
 
 import torch
 
-from ssl_kernels.checks import check_embeddings, check_margin, check_reduction, check_same_rows
+from ssl_kernels.checks import check_choice, check_embeddings, check_margin, check_reduction, check_same_rows
 from ssl_kernels.losses._shared import as_operand, reduce, widest_under_autocast
 from ssl_kernels.ops.row_pairs import row_pairs
 
@@ -53,8 +53,7 @@ def triplet_margin_loss(
     check_embeddings(OP, anchor=anchor, positive=positive, negative=negative)
     check_same_rows(OP, anchor=anchor, positive=positive, negative=negative)
     check_margin(OP, margin, anchor)
-    if distance not in DISTANCES:
-        raise ValueError(f'{OP}: distance must be "euclidean" or "cosine", got {distance!r}')
+    check_choice(OP, "distance", distance, *DISTANCES)
     check_reduction(OP, reduction)
     options = {"normalize": normalize, "backend": backend, "caller": OP}
     if distance == "cosine":

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ssl_kernels.checks import check_dense, short
+from ssl_kernels.checks import check_dense, check_device, short
 
 
 class MixedBoxes(NamedTuple):
@@ -29,10 +29,7 @@ def check_boxes(op, boxes, labels, batch):
         if box.dtype == torch.bool or box.is_complex() or box.dtype != boxes[0].dtype:
             rule = "real numbers" if i == 0 else f"{short(boxes[0].dtype)} as boxes[0] is"
             raise TypeError(f"{op}: boxes[{i}] must be {rule}, got {short(box.dtype)}")
-        if box.device != boxes[0].device:
-            raise ValueError(
-                f"{op}: boxes[{i}] must be on {boxes[0].device} as boxes[0] is, got {box.device}"
-            )
+        check_device(op, f"boxes[{i}]", box, boxes[0], "boxes[0]")
         named = getattr(getattr(box, "format", None), "name", "XYXY")  # torchvision's BoundingBoxes
         if named != "XYXY":
             raise ValueError(f"{op}: boxes[{i}] must have the format XYXY, got {named}")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ssl_kernels import losses
-from ssl_kernels.checks import check_embeddings, check_fraction, is_whole, short
+from ssl_kernels.checks import check_device, check_embeddings, check_fraction, check_whole, short
 from ssl_kernels.losses._clusters import views_of
 from ssl_kernels.losses._features import count_of, group_and_world, summed
 from ssl_kernels.losses._shared import unit_rows
@@ -144,8 +144,7 @@ class DINOCenter(nn.Module):
         self, size: int, momentum: float = 0.9, *, normalize: bool = True, normalize_prototypes: bool = True
     ) -> None:
         super().__init__()
-        if not is_whole(size) or size < 1:
-            raise ValueError(f"DINOCenter: size must be an integer >= 1, got {size!r}")
+        check_whole("DINOCenter", "size", size, 1)
         check_fraction("DINOCenter", "momentum", momentum)
         self.momentum, self.normalize, self.normalize_prototypes = momentum, normalize, normalize_prototypes
         self.register_buffer("center", torch.zeros(int(size)))
@@ -192,10 +191,8 @@ class DINOCenter(nn.Module):
                     f"{op}: prototypes must have shape {(width, views[0].shape[1])}, got {tuple(prototypes.shape)}"
                 )
         for given, tensor in (("teacher", views[0]), ("prototypes", prototypes)):
-            if tensor is not None and tensor.device != self.center.device:
-                raise ValueError(
-                    f"{op}: {given} must be on {self.center.device} as center is, got {tensor.device}"
-                )
+            if tensor is not None:
+                check_device(op, given, tensor, self.center, "center")
         with torch.autocast(self.center.device.type, enabled=False):
             normalize = self.normalize and prototypes is not None
             total = sum(unit_rows(view, normalize).sum(0) for view in views)

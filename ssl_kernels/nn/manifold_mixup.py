@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ssl_kernels import mixing
-from ssl_kernels.checks import is_whole
+from ssl_kernels.checks import check_whole
 from ssl_kernels.nn.draws import DrawingModule
 from ssl_kernels.nn.mixing import Mixup
 
@@ -86,8 +86,7 @@ class ManifoldMixup(DrawingModule):
         if not layers and not mix_input:
             raise ValueError("ManifoldMixup: layers must not be empty without mix_input, got []")
         for name, dim in (("batch_dim", batch_dim), ("input_batch_dim", input_batch_dim)):
-            if dim is not None and (not is_whole(dim) or dim < 0):
-                raise ValueError(f"ManifoldMixup: {name} must be an integer >= 0, got {dim!r}")
+            check_whole("ManifoldMixup", name, dim, 0, optional=True)
         mixup = Mixup(alpha, generator=generator, inplace=False, **options)
         super().__init__(generator.initial_seed() if isinstance(generator, torch.Generator) else generator)
         self.module, self.layers, self.mix_input = module, tuple(layers), mix_input

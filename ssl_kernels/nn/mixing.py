@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ssl_kernels import backends, mixing
-from ssl_kernels.checks import DTYPES, check_dense, is_number, is_whole
+from ssl_kernels.checks import DTYPES, check_choice, check_dense, check_device, is_number, is_whole
 from ssl_kernels.nn import targets
 from ssl_kernels.nn.boxes import MixedBoxes, check_boxes, mix_boxes
 from ssl_kernels.nn.draws import DrawingModule, MixingDraw, beta, is_seed, sides_of, span_around, span_within
@@ -113,11 +113,10 @@ class Mixup(DrawingModule):
             ("min_visible", min_visible),
         ):
             _check(is_number(value) and 0 <= value <= 1, name, "be in [0, 1]", value)
-        _check(isinstance(mode, str) and mode in MODES, "mode", f"be one of {', '.join(MODES)}", mode)
-        _check(pairing in PAIRINGS, "pairing", f"be one of {', '.join(PAIRINGS)}", pairing)
+        check_choice("Mixup", "mode", mode, *MODES)
+        check_choice("Mixup", "pairing", pairing, *PAIRINGS)
         _check(not (MODES[mode] == "pair" and pairing == "roll"), "pairing", 'be "random" or "flip"', pairing)
-        known = target_kind is None or target_kind in targets.KINDS
-        _check(known, "target_kind", f"be one of {', '.join(targets.KINDS)} or None", target_kind)
+        check_choice("Mixup", "target_kind", target_kind, *targets.KINDS, None)
         _check(
             num_classes is None or (is_whole(num_classes) and num_classes > 0),
             "num_classes",
@@ -395,8 +394,7 @@ class Mixup(DrawingModule):
             raise ValueError(
                 f"Mixup: masks must have shape ({len(x)}, ...), nothing of it 0, got {tuple(masks.shape)}"
             )
-        if masks.device != x.device:
-            raise ValueError(f"Mixup: masks must be on {x.device} as x is, got {masks.device}")
+        check_device("Mixup", "masks", masks, x, "x")
         if self.cutmix_alpha > 0 and (masks.dim() < 3 or masks.shape[-2:] != x.shape[-2:]):
             raise ValueError(
                 f"Mixup: masks must have the height and width of x, {tuple(x.shape[-2:])},"

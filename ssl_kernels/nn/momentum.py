@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ssl_kernels import backends
-from ssl_kernels.checks import can_be_read, check_fraction, is_whole, short
+from ssl_kernels.checks import check_choice, check_fraction, check_whole, short, values_are_readable
 from ssl_kernels.nn.counters import after_apply
 from ssl_kernels.nn.shards import (
     PLAIN,
@@ -82,10 +82,8 @@ class MomentumEncoder(nn.Module):
         if not isinstance(module, nn.Module):
             raise TypeError(f"MomentumEncoder: module must be an nn.Module, got {type(module).__name__}")
         check_fraction("MomentumEncoder", "momentum", momentum)
-        if steps is not None and (not is_whole(steps) or steps < 1):
-            raise ValueError(f"MomentumEncoder: steps must be a whole number from 1 or None, got {steps!r}")
-        if buffers not in BUFFER_POLICIES:
-            raise ValueError(f'MomentumEncoder: buffers must be "copy" or "average", got {buffers!r}')
+        check_whole("MomentumEncoder", "steps", steps, 1, optional=True)
+        check_choice("MomentumEncoder", "buffers", buffers, *BUFFER_POLICIES)
         backends.check_name("MomentumEncoder", backend)
         module = unwrapped(module)
         _check_can_be_copied(module)
@@ -185,7 +183,7 @@ class MomentumEncoder(nn.Module):
         dtype = torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
         if momentum is None and self.steps is not None:
             count = self.update_count
-            if can_be_read(count):
+            if values_are_readable(count):
                 return cosine_momentum(count.item(), self.steps, self.momentum)
             angle = count.clamp(max=self.steps).to(dtype) * (math.pi / self.steps)
             return 1 - (angle.cos() + 1) * ((1 - self.momentum) / 2)

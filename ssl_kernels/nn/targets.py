@@ -4,8 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ssl_kernels.checks import DTYPES, can_be_read, check_dense, short
-from ssl_kernels.value_checks import check_target
+from ssl_kernels.checks import DTYPES, check_dense, check_device, check_target, short, values_are_readable
 
 KINDS = ("classes", "values")
 
@@ -26,8 +25,7 @@ def prepared_target(op, target, like, *, kind, num_classes, dense):
         raise ValueError(
             f"{op}: target must have shape ({batch},) or ({batch}, ...), nothing of it 0, got {tuple(target.shape)}"
         )
-    if target.device != like.device:
-        raise ValueError(f"{op}: target must be on {like.device} as x is, got {target.device}")
+    check_device(op, "target", target, like, "x")
     is_whole = is_integer(target)
     if not is_whole and target.dtype not in (*DTYPES, torch.bool):
         raise TypeError(f"{op}: target must be integer, bool or floating, got {short(target.dtype)}")
@@ -46,7 +44,7 @@ def prepared_target(op, target, like, *, kind, num_classes, dense):
         return target.to(torch.int64)
     if target.is_floating_point():
         return target
-    if kind is None and is_whole and can_be_read(target):
+    if kind is None and is_whole and values_are_readable(target):
         bad = target[(target != 0) & (target != 1)]
         if len(bad):
             raise ValueError(
@@ -75,5 +73,5 @@ def _check_dense_classes(op, target, num_classes):
         )
     if num_classes is None:
         raise ValueError(f"{op}: num_classes must be given for dense targets from integer ones, got None")
-    if can_be_read(target):
+    if values_are_readable(target):
         check_target(op, target, num_classes)

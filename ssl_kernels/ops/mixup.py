@@ -3,11 +3,11 @@
 import torch
 
 from ssl_kernels import backends
+from ssl_kernels.checks import check_on_cpu
 from ssl_kernels.chunked import mixing as chunked
 from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func, savable
 from ssl_kernels.ops.operation import Operation
 from ssl_kernels.reference import mixup as reference
-from ssl_kernels.value_checks import check_on_cpu
 
 
 def _bwd_fake(grad, x, lam, permutation, x_needs_grad):

@@ -3,12 +3,12 @@
 import torch
 
 from ssl_kernels import backends
+from ssl_kernels.checks import check_mixed_target_on_cpu
 from ssl_kernels.chunked import mixup_cross_entropy as chunked
 from ssl_kernels.ops.library import all_savable, distinct, refuse_torch_func, savable
 from ssl_kernels.ops.operation import Operation
 from ssl_kernels.reference import mixup_cross_entropy as reference
 from ssl_kernels.reference.mixup_cross_entropy import target_terms
-from ssl_kernels.value_checks import check_mixed_target_on_cpu
 
 _OPERANDS = "Tensor logits, Tensor target, Tensor partner, Tensor lam, Tensor? weight"
 _OPTIONS = "float label_smoothing, int ignore_index, bool partner_is_class"

@@ -3,10 +3,10 @@
 import torch
 
 from ssl_kernels import backends
+from ssl_kernels.checks import check_on_cpu
 from ssl_kernels.chunked import mixing as chunked
 from ssl_kernels.ops.operation import Operation
 from ssl_kernels.reference import mixup_normalize as reference
-from ssl_kernels.value_checks import check_on_cpu
 
 _operation = Operation(
     "mixup_normalize",

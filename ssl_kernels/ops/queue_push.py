@@ -3,7 +3,7 @@
 import torch
 
 from ssl_kernels import backends
-from ssl_kernels.checks import DTYPES, can_be_read
+from ssl_kernels.checks import check_device, check_dtype, check_tensor, values_are_readable
 from ssl_kernels.chunked import queue_push as chunked
 from ssl_kernels.ops.operation import Operation
 from ssl_kernels.reference import queue_push as reference
@@ -51,17 +51,10 @@ def queue_push_(storage, keys, position, filled, *, normalize=True, backend=None
 
 def _check(storage, keys, position, filled):
     for name, tensor in (("storage", storage), ("keys", keys), ("position", position), ("filled", filled)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"queue_push_: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.device != storage.device:
-            raise ValueError(
-                f"queue_push_: {name} must be on {storage.device} as storage is, got {tensor.device}"
-            )
+        check_tensor("queue_push_", name, tensor)
+        check_device("queue_push_", name, tensor, storage, "storage")
     for name, tensor in (("storage", storage), ("keys", keys)):
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"queue_push_: {name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}"
-            )
+        check_dtype("queue_push_", name, tensor)
     if storage.dim() != 2 or 0 in storage.shape or not storage.is_contiguous():
         raise ValueError(
             f"queue_push_: storage must be contiguous with shape (K, D), K, D >= 1, got {tuple(storage.shape)}"
@@ -89,7 +82,7 @@ def _check(storage, keys, position, filled):
                 )
     if torch._C._is_alias_of(keys, storage):
         raise ValueError("queue_push_: keys must not share memory with storage; pass a clone")
-    if can_be_read(position, filled):
+    if values_are_readable(position, filled):
         size, begin, rows = storage.shape[0], position.item(), filled.item()
         if not 0 <= begin < size:
             raise ValueError(f"queue_push_: position must be in [0, {size}), got {begin}")

@@ -143,6 +143,7 @@ def refusing(rank, world):
         message_of(loss, x, x.to("meta")),
         message_of(distributed.dcl_loss, x[: 1 - rank], x[: 1 - rank]),
         message_of(distributed.sup_con_loss, x, torch.zeros(2, 3, dtype=torch.int64)),
+        message_of(distributed.triplet_loss, x, torch.arange(2), mining="semi_hard"),
     ]
 
 
@@ -159,3 +160,4 @@ def test_bad_arguments_in_words():
         assert found[3] == ("ValueError", "nt_xent_loss: z1 must be on cpu as z0 is, got meta")
         assert found[4][1] == "dcl_loss: the ranks must have at least 2 rows of z0 together, got 1"
         assert found[5][1] == "sup_con_loss: labels must have shape (N,) over several ranks, got (2, 3)"
+        assert found[6] == ("ValueError", "triplet_loss: mining must be \"batch_hard\", got 'semi_hard'")

@@ -674,7 +674,7 @@ BAD_CALLS = [
         (X, X, X[:, None]),
         {"negative_mode": "paired", "backend": "bogus"},
         ValueError,
-        "backend must be one of native, triton, chunked, reference or None, got 'bogus'",
+        'backend must be "native", "triton", "chunked", "reference" or None, got \'bogus\'',
     ),
     ("sup_con_loss", (X, LABELS[:3]), {}, ValueError, r"labels must have shape \(4,\), got \(3,\)"),
     ("sup_con_loss", (X, X[:, 0]), {}, TypeError, "labels must be an integer tensor, got float32"),
@@ -749,7 +749,7 @@ BAD_CALLS = [
         (X, X, ORDER, 2 * X[:, 0]),
         {},
         ValueError,
-        r"lam must be in \[0, 1\], got values from 2.0",
+        r"lam must be in \[0, 1\], got 2",
     ),
     ("imix_loss", (X, X, ORDER, X[:3, 0]), {}, ValueError, r"lam must have shape \(4,\), got \(3,\)"),
     ("imix_loss", (X, X, ORDER, ORDER), {}, TypeError, "lam must be a floating tensor, got int64"),
@@ -814,7 +814,7 @@ def test_bad_options_of_every_loss_are_named(case):
     with pytest.raises(ValueError, match=f"^{case.loss}: reduction must be .* got 'avg'"):
         case.ours(reduction="avg")(**arguments)
     if "negative_mode" not in arguments:
-        with pytest.raises(ValueError, match=f"^{case.loss}: backend must be one of .* got 'cuda'"):
+        with pytest.raises(ValueError, match=f"^{case.loss}: backend must be .* or None, got 'cuda'"):
             case.ours("cuda")(**arguments)
     name = next(iter(case.leaves(arguments)))
     with pytest.raises(TypeError, match=f"^{case.loss}: {name} must be float64, float32, .* got int64"):

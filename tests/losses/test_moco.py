@@ -311,7 +311,7 @@ def test_nan_propagates(backend):
     ({"reduction": "max"}, ValueError, "reduction must be"),
     ({"query": torch.zeros(5, 8), "key": torch.zeros(5, 8), "symmetric": True}, ValueError,
      "query must have an even number of rows with symmetric, got 5"),
-    ({"backend": "cuda"}, ValueError, "backend must be one of"),
+    ({"backend": "cuda"}, ValueError, 'backend must be "native", '),
 ])  # fmt: skip
 def test_refuses_what_does_not_fit(change, error, message):
     call = {"query": random_rows(6, 8), "key": random_rows(6, 8, seed=1), "queue": MoCoQueue(9, 8)} | change

@@ -494,7 +494,7 @@ BAD_CALLS = {
 BAD_OPTIONS = {
     "reduction": (ValueError, 'reduction must be "mean", "sum" or "none", got \'avg\'', {"reduction": "avg"}),
     "no reduction": (ValueError, "reduction must be .*, got None", {"reduction": None}),
-    "backend": (ValueError, "backend must be one of native, .* or None, got 'cuda'", {"backend": "cuda"}),
+    "backend": (ValueError, "backend must be \"native\", .* or None, got 'cuda'", {"backend": "cuda"}),
     "triton": (
         ValueError,
         'backend "triton" cannot run this call: it runs on cuda, not on cpu',

@@ -390,7 +390,7 @@ BAD = {
             "directions must be .* alone",
         ),
         ((X, X), {"partition_mode": "both"}, ValueError, 'partition_mode must be "joint"'),
-        ((X, X), {"hardness_mode": "hard"}, ValueError, "hardness_mode must be one of"),
+        ((X, X), {"hardness_mode": "hard"}, ValueError, 'hardness_mode must be "in_batch_negatives", '),
         (
             (X, X),
             {"hardness_strength": -1.0},

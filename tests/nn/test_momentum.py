@@ -243,7 +243,7 @@ def test_momentum_of_numpy():
     ({"momentum": 1.5}, ValueError, r"momentum must be in \[0, 1\], got 1.5"),
     ({"momentum": float("nan")}, ValueError, r"momentum must be in \[0, 1\], got nan"),
     ({"momentum": "0.9"}, TypeError, "momentum must be a number, got str"),
-    ({"steps": 0}, ValueError, "steps must be a whole number from 1 or None, got 0"),
+    ({"steps": 0}, ValueError, "steps must be an integer >= 1 or None, got 0"),
     ({"buffers": "keep"}, ValueError, "buffers must be"),
 ])  # fmt: skip
 def test_refuses_what_does_not_fit(change, error, message):

@@ -228,7 +228,7 @@ def test_nothing_is_kept_without_a_gradient(backend, m):
 def test_positives_out_of_range_are_refused(backend, m, index):
     call = random_call(66, m, 8, positives_per_row=2)
     call.positives[64, 1] = index
-    with pytest.raises((IndexError, RuntimeError), match=r"positives must lie in|out of (bounds|range)"):
+    with pytest.raises((IndexError, RuntimeError), match=r"positives must be in|out of (bounds|range)"):
         contrastive(call.rows, call.columns, call.scale_tensor, positives=call.positives, backend=backend)
 
 
@@ -274,6 +274,6 @@ def test_a_backend_that_cannot_run_is_named_with_the_reason():
     message = r'^contrastive: backend "triton" cannot run this call: it runs on cuda, not on cpu$'
     with pytest.raises(ValueError, match=message):
         contrastive(call.rows, None, call.scale_tensor, backend="triton")
-    with pytest.raises(ValueError, match=r"^contrastive: backend must be one of .* got 'cuda'$"):
+    with pytest.raises(ValueError, match=r"^contrastive: backend must be .* or None, got 'cuda'$"):
         contrastive(call.rows, None, call.scale_tensor, backend="cuda")
     assert ssl_kernels.backends_for("contrastive", call.rows)["triton"] == "it runs on cuda, not on cpu"

@@ -367,8 +367,8 @@ BAD = [
         r"logits must have shape \(N, C\) or \(N, C, d1, ...\), got \(4,\)",
     ),
     ({"logits": torch.zeros(4, 3, dtype=torch.int64)}, TypeError, "logits must be float64, float32"),
-    ({"target": torch.tensor([0, 1, 2, 3])}, ValueError, "target must be in 0 to 2, got 3"),
-    ({"target": torch.tensor([0, 1, 2, -1])}, ValueError, "target must be in 0 to 2, got -1"),
+    ({"target": torch.tensor([0, 1, 2, 3])}, ValueError, r"target must be in \[0, 3\), got 3"),
+    ({"target": torch.tensor([0, 1, 2, -1])}, ValueError, r"target must be in \[0, 3\), got -1"),
     ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, r"target must have shape \(4,\), got \(3,\)"),
     ({"target": torch.zeros(4)}, TypeError, "target must hold classes of an integer dtype, got float32"),
     ({"permutation": torch.tensor([0, 0, 1, 2])}, ValueError, "permutation must hold each of 0 to 3 once"),
@@ -376,7 +376,7 @@ BAD = [
     (
         {"target": torch.tensor([0, 1, 2, 2**62])},
         ValueError,
-        "target must be in 0 to 2, got 4611686018427387904",
+        r"target must be in \[0, 3\), got 4611686018427387904",
     ),
     ({"target": None}, TypeError, "target must be a tensor, got NoneType"),
     ({"target": torch.zeros(4, 1, dtype=torch.int64)}, ValueError, r"target must have shape \(4,\)"),
@@ -400,7 +400,7 @@ BAD = [
     (
         {"permutation": None, "partner_target": torch.tensor([0, 0, 3, 0])},
         ValueError,
-        "partner_target must be in 0 to 2, got 3",
+        r"partner_target must be in \[0, 3\), got 3",
     ),
     (
         {"permutation": None, "partner_target": torch.zeros(3, dtype=torch.int64)},
@@ -411,7 +411,7 @@ BAD = [
     (
         {"ignore_index": -1, "target": torch.tensor([-100, 0, -1, 0])},
         ValueError,
-        "target must be in 0 to 2, got -100",
+        r"target must be in \[0, 3\), got -100",
     ),
     ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got NoneType"),
     ({"ignore_index": True}, TypeError, "ignore_index must be an integer, got bool"),

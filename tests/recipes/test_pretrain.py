@@ -132,7 +132,7 @@ def test_cifar10(tmp_path, monkeypatch):
         (["--device", "toaster"], "--device must be one that torch can use, got toaster"),
         (
             ["--backend", "fast"],
-            "backend must be one of native, triton, chunked, reference or None, got 'fast'",
+            'backend must be "native", "triton", "chunked", "reference" or None, got \'fast\'',
         ),
         (["--device", "meta"], "--device must be one that torch can use, got meta"),
         (["--root", "."], "--root must come with --data cifar10 or folder, got digits"),
