@@ -416,7 +416,7 @@ BAD = [
     ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got NoneType"),
     ({"ignore_index": True}, TypeError, "ignore_index must be an integer, got bool"),
     ({"weight": [1.0] * 3}, TypeError, "weight must be a tensor, got list"),
-    ({"weight": torch.ones(3, dtype=torch.int64)}, TypeError, "weight must be floating, got int64"),
+    ({"weight": torch.ones(3, dtype=torch.int64)}, TypeError, "weight must be a floating tensor, got int64"),
     ({"weight": torch.ones(4)}, ValueError, r"weight must have shape \(3,\), got \(4,\)"),
     ({"weight": torch.ones(3, requires_grad=True)}, ValueError, "weight must not require grad"),
     ({"weight": torch.ones(3, device="meta")}, ValueError, "weight must be on cpu as logits is, got meta"),

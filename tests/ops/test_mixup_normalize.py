@@ -95,7 +95,11 @@ BAD = [
     ({"mean": None}, TypeError, "mean must be a tensor or a sequence of numbers, got None"),
     ({"mean": 0.5}, TypeError, "mean must be a tensor or a sequence of numbers, got 0.5"),
     ({"mean": "abc"}, TypeError, "mean must be a tensor or a sequence of numbers, got 'abc'"),
-    ({"mean": torch.ones(3, dtype=torch.complex64)}, TypeError, "mean must be floating, got complex64"),
+    (
+        {"mean": torch.ones(3, dtype=torch.complex64)},
+        TypeError,
+        "mean must be a floating tensor, got complex64",
+    ),
     ({"mean": torch.ones(3).to_sparse()}, TypeError, "mean must be a dense tensor"),
     ({"mean": torch.ones(3, device="meta")}, ValueError, "mean must be on cpu as x is, got meta"),
     ({"std": [1e-60] * 3}, ValueError, "std must be finite and > 0, got"),
