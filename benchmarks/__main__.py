@@ -1,6 +1,6 @@
 """Measure operations against what people use today: print tables, store them with the machine, draw curves.
 
-Each operation is a module bench_<op>.py of this folder. Results go to <out>/<machine>/<op>.json, with the
+Each operation is a module bench_<op>.py of this folder. Results go to <out>/<machine>/<op>.csv, with the
 tables as .md and the curves as .png beside it; options other than the defaults become part of the name.
 """
 
@@ -33,7 +33,7 @@ def add_arguments(parser):
     parser.add_argument("--quick", action="store_true", help="few sizes, few rounds: well under a minute")
     parser.add_argument("--out", type=pathlib.Path, default=FOLDER / "results", help="folder (%(default)s)")
     parser.add_argument(
-        "--show", type=pathlib.Path, metavar="JSON", help="show a stored result, measure nothing"
+        "--show", type=pathlib.Path, metavar="CSV", help="show a stored result, measure nothing"
     )
     parser.add_argument("--batch-sizes", type=size, nargs="+", metavar="B", help="instead of the usual ones")
     parser.add_argument("--dim", type=size, help="width of the embeddings, instead of the usual one")
@@ -104,7 +104,7 @@ def show(record, path):
     except ImportError as error:
         print(f"no figure: {error}")
         return
-    for figure in draw_record(record, path.with_suffix("")):
+    if figure := draw_record(record, path.with_suffix("")):
         print(f"wrote {figure}")
 
 

@@ -1,4 +1,4 @@
-"""Writes the table of speed in docs/migration.md from a stored result: `python -m benchmarks.adapters_page JSON`."""
+"""Writes the table of speed in docs/migration.md from a stored result: `python -m benchmarks.adapters_page CSV`."""
 
 import pathlib
 import sys

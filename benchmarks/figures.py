@@ -15,21 +15,34 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 BASELINE_STYLES = (("#6c757d", "o"), ("#c9a227", "s"), ("#4c78a8", "D"), ("#59a14f", "v"))
 OUR_STYLES = (("#d1495b", "o"), ("#e8a0a8", "s"), ("#8d3b72", "D"))
 LONGEST_LINE = 140
+MOST_LOSSES = 16  # of a figure that can still be looked at
 
 
 def draw_record(record, stem):
-    """Write a PNG for each loss of `record` as `stem`-<loss>.png; their paths."""
-    paths = []
-    for loss, cases in losses_of(record).items():
-        path = stem.with_name(f"{stem.name}-{loss}.png")
-        draw_cases(loss, cases, record["machine"], path)
-        paths.append(path)
-    return paths
+    """Write `stem`.png with a line of panels for each loss of `record` that was timed at several sizes.
+
+    Returns:
+        Its path, or None where there is no such loss or more of them than one figure can show.
+    """
+    losses = {loss: cases for loss, cases in losses_of(record).items() if len(cases) > 1}
+    if not 1 <= len(losses) <= MOST_LOSSES:
+        return None
+    figure = pyplot.figure(figsize=(11, 4.4 * len(losses) + 0.4), layout="constrained")
+    lines = figure.subfigures(len(losses), squeeze=False)[:, 0]
+    for line, (loss, cases) in zip(lines, losses.items(), strict=True):
+        draw_cases(line, loss, cases)
+    figure.supxlabel(
+        textwrap.fill(machine_line(record["machine"]), LONGEST_LINE), fontsize=8, color="#6c757d"
+    )
+    path = stem.with_name(f"{stem.name}.png")
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+    return path
 
 
-def draw_cases(loss, cases, machine, path):
+def draw_cases(figure, loss, cases):
     """Times to the left, ratios to the right; bands are the quartiles."""
-    figure, (times, ratios) = pyplot.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    times, ratios = figure.subplots(1, 2)
     axis = next(iter(cases[0]["sizes"]))
     styles = choose_styles(cases)
     ours = ours_in(cases)
@@ -38,7 +51,7 @@ def draw_cases(loss, cases, machine, path):
         sizes = [case["sizes"][axis] for case in timed]
         steps = [case["implementations"][name]["step_seconds"] for case in timed]
         draw_band(times, sizes, steps, 1e3, name, styles[name], emphasised=name == ours)
-    times.set(ylabel="ms a step", title="Time")
+    times.set(ylabel="milliseconds per step", title="Time")
 
     gains, sizes_of = {}, {}
     for name in names_of(cases):
@@ -59,9 +72,6 @@ def draw_cases(loss, cases, machine, path):
         finish_panel(panel, axis, [case["sizes"][axis] for case in cases], base)
     times.legend(frameon=False, fontsize=9)
     figure.suptitle(title(loss, cases).replace("*", ""), fontsize=12)
-    figure.supxlabel(textwrap.fill(machine_line(machine), LONGEST_LINE), fontsize=8, color="#6c757d")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def choose_styles(cases):

@@ -1,10 +1,24 @@
-"""What is stored of a benchmark, and the tables made of it."""
+"""What is stored of a benchmark, and the tables made of it.
 
+A stored result is a CSV file. Its first line, after "# ", is JSON: the schema, the operation, the machine and the
+settings. Each row below is one measurement, or an implementation that was left out and why. Cells are texts or JSON,
+and empty where there is no value. A value within another is named by its path, such as `step_seconds/q1`.
+"""
+
+import csv
 import json
 
 from benchmarks.machine import machine_line, machine_slug
 
-SCHEMA = 1  # of the stored JSON
+SCHEMA = 2  # of the stored file
+SEPARATOR = "/"
+TEXTS = ("loss", "dtype", "product/dtype", "implementation", "left_out")  # the others are JSON
+PARTS = (
+    "sizes",
+    "left_out",
+    "ratio_to",
+    "errors",
+)  # whose names differ between rows: an empty cell is no value
 
 
 def make_record(op, settings, machine, cases):
@@ -20,19 +34,75 @@ def make_record(op, settings, machine, cases):
 
 
 def write_record(record, folder, stem):
-    """Write `folder`/<machine>/<stem>.json and its tables beside it as .md; the path of the JSON."""
-    path = folder / machine_slug(record["machine"]) / f"{stem}.json"
+    """Write `folder`/<machine>/<stem>.csv and its tables beside it as .md; the path of the CSV."""
+    path = folder / machine_slug(record["machine"]) / f"{stem}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    head = {name: value for name, value in record.items() if name != "cases"}
+    rows = [row for case in record["cases"] for row in _rows(case)]
+    columns = dict.fromkeys(name for part in (0, 1) for row in rows for name in row[part])
+    with path.open("w", newline="") as file:
+        file.write(f"# {json.dumps(head, ensure_ascii=False)}\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(shared | own for shared, own in rows)
     path.with_suffix(".md").write_text(format_record(record) + "\n")
     return path
 
 
 def read_record(path):
-    record = json.loads(path.read_text())
-    if record["schema"] != SCHEMA:
-        raise ValueError(f"{path}: schema must be {SCHEMA}, got {record['schema']}")
-    return record
+    with path.open(newline="") as file:
+        record = json.loads(file.readline().removeprefix("# "))
+        if record["schema"] != SCHEMA:
+            raise ValueError(f"{path}: schema must be {SCHEMA}, got {record['schema']}")
+        return record | {"cases": _cases(csv.DictReader(file))}
+
+
+def _rows(case):
+    """For each implementation the cells of its case, and its own: what was measured or why it was left out."""
+    own = [{"implementation": name} | entry for name, entry in case["implementations"].items()]
+    own += [{"implementation": name, "left_out": reason} for name, reason in case["left_out"].items()]
+    shared = {name: value for name, value in case.items() if name not in ("implementations", "left_out")}
+    return [(_flat(shared), _flat(entry)) for entry in own]
+
+
+def _flat(row, path=()):
+    """{column: cell} of a row of dictionaries."""
+    cells = {}
+    for name, value in row.items():
+        column = SEPARATOR.join((*path, name))
+        if isinstance(value, dict):
+            cells |= _flat(value, (*path, name))
+        else:
+            cells[column] = value if column in TEXTS else "" if value is None else json.dumps(value)
+    return cells
+
+
+def _cases(lines):
+    """The cases that `_rows` made the lines of."""
+    cases = []
+    for line in lines:
+        shared, own = {}, {}
+        half = shared
+        for column, cell in line.items():
+            if column == "implementation":
+                half = own
+                continue
+            *path, name = column.split(SEPARATOR)
+            if cell or not (path or column in PARTS):
+                _put(half, path, name, (cell if column in TEXTS else json.loads(cell)) if cell else None)
+        if not cases or any(cases[-1][name] != value for name, value in shared.items()):
+            cases.append(shared | {"left_out": {}, "implementations": {}})
+        if "left_out" in own:
+            cases[-1]["left_out"][line["implementation"]] = own["left_out"]
+        else:
+            cases[-1]["implementations"][line["implementation"]] = own | {"ratio_to": own.get("ratio_to", {})}
+    return cases
+
+
+def _put(tree, path, name, value):
+    for part in path:
+        tree = tree.setdefault(part, {})
+    tree[name] = value
 
 
 def losses_of(record):

@@ -1,12 +1,11 @@
 import argparse
-import json
 import sys
 import types
 
 import pytest
 
 from benchmarks import __main__ as main
-from benchmarks import harness
+from benchmarks import harness, results
 from tests.benchmarks.fakes import FakeClock, square_sum, square_sum_workload
 
 
@@ -16,7 +15,9 @@ def operation(monkeypatch):
 
     def install(*implementations):
         module = types.ModuleType("benchmarks.bench_sums")
-        module.workloads = lambda options: [lambda: square_sum_workload(implementations)]
+        module.workloads = lambda options: [
+            lambda rows=rows: square_sum_workload(implementations, rows) for rows in (4, 8)
+        ]
         monkeypatch.setitem(sys.modules, "benchmarks.bench_sums", module)
         monkeypatch.setattr(main, "operations", lambda: ["sums"])
         monkeypatch.setattr(main, "QUICK", harness.Budget(0.0, 2, 0.0))
@@ -31,12 +32,12 @@ def test_run_stores_prints_and_draws(operation, tmp_path, capsys):
     assert main.main(["--quick", "--out", str(tmp_path)]) == 0
     (folder,) = tmp_path.iterdir()
     assert sorted(path.name for path in folder.iterdir()) == [
-        "sums-quick-square_sum.png",
-        "sums-quick.json",
+        "sums-quick.csv",
         "sums-quick.md",
+        "sums-quick.png",
     ]
-    record = json.loads((folder / "sums-quick.json").read_text())
-    assert record["op"] == "sums" and record["schema"] == 1
+    record = results.read_record(folder / "sums-quick.csv")
+    assert record["op"] == "sums" and record["schema"] == results.SCHEMA
     assert record["machine"]["cpu"] and record["machine"]["torch"]
     assert record["settings"] == {
         "quick": True,
@@ -50,10 +51,10 @@ def test_run_stores_prints_and_draws(operation, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert table.strip() in printed
 
-    (folder / "sums-quick-square_sum.png").unlink()
-    assert main.main(["--show", str(folder / "sums-quick.json")]) == 0
+    (folder / "sums-quick.png").unlink()
+    assert main.main(["--show", str(folder / "sums-quick.csv")]) == 0
     assert table.strip() in capsys.readouterr().out
-    assert (folder / "sums-quick-square_sum.png").exists()
+    assert (folder / "sums-quick.png").exists()
 
 
 def test_refused_implementation_is_told_by_the_exit_code(operation, tmp_path, capsys):

@@ -59,15 +59,29 @@ def test_tables(record):
 
 def test_stored_and_read_again(record, tmp_path):
     path = results.write_record(record, tmp_path, "sums")
-    assert path == tmp_path / "amd-epyc-9r14-r-2-cores-avx512" / "sums.json"
+    assert path == tmp_path / "amd-epyc-9r14-r-2-cores-avx512" / "sums.csv"
     assert results.read_record(path) == record
+    assert len(path.read_text().splitlines()) == 2 + 3 * len(record["cases"])  # measured or left out
     assert path.with_suffix(".md").read_text() == results.format_record(record) + "\n"
 
 
+def test_what_cells_hold_comes_back(record, tmp_path):
+    """None and empty dictionaries, texts with commas and quotes, and sizes that only a later case has."""
+    varied = copy.deepcopy(record)
+    first, second = varied["cases"]
+    first["operations"] = None
+    first["loss"] = 'sums, "odd" ones'
+    second["sizes"] = second["sizes"] | {"K": 5}
+    second["implementations"]["ours"]["ratio_to"] = {}
+    second["left_out"]["other"] = "1.5"
+    found = results.read_record(results.write_record(varied, tmp_path, "sums"))
+    assert found == varied
+
+
 def test_record_of_another_schema_is_not_read(record, tmp_path):
-    path = tmp_path / "old.json"
-    path.write_text(json.dumps(record | {"schema": 0}))
-    with pytest.raises(ValueError, match="schema must be 1, got 0"):
+    path = tmp_path / "old.csv"
+    path.write_text(f"# {json.dumps({'schema': 0})}\n")
+    with pytest.raises(ValueError, match="schema must be 2, got 0"):
         results.read_record(path)
 
 
@@ -79,8 +93,8 @@ def test_digits():
 
 
 def test_figure_has_curves(record, tmp_path):
-    (path,) = figures.draw_record(record, tmp_path / "sums")
-    assert path == tmp_path / "sums-square_sum.png"
+    path = figures.draw_record(record, tmp_path / "sums")
+    assert path == tmp_path / "sums.png"
     pixels = np.asarray(Image.open(path).convert("RGB"))
     assert pixels.shape[1] > 1000
     for color, _ in (figures.OUR_STYLES[0], figures.BASELINE_STYLES[0], figures.BASELINE_STYLES[1]):
@@ -93,4 +107,17 @@ def test_figure_without_ours(record, tmp_path):
     for case in baselines_only["cases"]:
         del case["implementations"]["ours"]
     assert "× plain" not in results.format_record(baselines_only)
-    assert figures.draw_record(baselines_only, tmp_path / "sums")[0].exists()
+    assert figures.draw_record(baselines_only, tmp_path / "sums").exists()
+
+
+def test_one_figure_for_all_losses_of_several_sizes(record, tmp_path):
+    more = copy.deepcopy(record)
+    other = copy.deepcopy(record["cases"])
+    alone = copy.deepcopy(record["cases"][0])
+    for case in other:
+        case["loss"] = "other"
+    alone["loss"] = "alone"
+    more["cases"] += [*other, alone]
+    heights = [Image.open(figures.draw_record(each, tmp_path / "sums")).size[1] for each in (record, more)]
+    assert 1.7 * heights[0] < heights[1] < 2.2 * heights[0]
+    assert figures.draw_record(record | {"cases": [alone]}, tmp_path / "alone") is None
