@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "cpu/kept_limit.h"
+#include "cpu/permutation.h"
 #include "cpu/pool.h"
 #include "cpu/rows.h"
 #include "cpu/tile_math.h"
@@ -49,6 +50,7 @@ PYBIND11_MODULE(_C, module) {
   // Beside the operator of that name: what torch.ops does around it takes a good part of a small call.
   module.def("contrastive_loss", torch::wrap_pybind_function_no_gil(&ssl_kernels::contrastive_loss),
              "contrastive_loss.native of plain tensors on the CPU, past torch.ops.");
+  module.def("is_permutation", &ssl_kernels::cpu::is_permutation, "Whether (B,) int64 hold each of 0 ... B - 1 once.");
   module.def("keep_at_most", [](int64_t bytes) { return std::exchange(ssl_kernels::cpu::kept_at_most(), bytes); },
              "Set the most bytes of logits that a call in this thread keeps for backward; what it was before.");
   module.def("allow_tf32", &ssl_kernels::allow_tf32,

@@ -5,6 +5,8 @@ import numbers
 
 import torch
 
+from ssl_kernels import backends
+
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 REDUCTIONS = ("mean", "sum", "none")
 _HOLDING_VALUES = (torch.Tensor, torch.nn.Parameter)
@@ -226,7 +228,11 @@ def check_on_cpu(op, permutation, *args, **options):
 def check_permutation(op, permutation):
     """Each of 0 … B − 1 must be there once."""
     batch = len(permutation)
-    if not torch.equal(permutation.sort().values, torch.arange(batch, device=permutation.device)):
+    if backends.extension is not None and values_are_readable(permutation):
+        good = backends.extension.is_permutation(permutation)
+    else:
+        good = torch.equal(permutation.sort().values, torch.arange(batch, device=permutation.device))
+    if not good:
         raise ValueError(
             f"{op}: permutation must hold each of 0 to {batch - 1} once, got {_some(permutation)}"
         )
@@ -234,8 +240,11 @@ def check_permutation(op, permutation):
 
 def check_lam(op, lam):
     """Each must be in [0, 1]."""
-    bad = lam[~((lam >= 0) & (lam <= 1))]
-    if len(bad):
+    if not lam.numel():
+        return
+    least, most = (value.item() for value in lam.detach().aminmax())
+    if not (0 <= least and most <= 1):
+        bad = lam[~((lam >= 0) & (lam <= 1))]
         raise ValueError(f"{op}: lam must be in [0, 1], got {bad[0].item():g}")
 
 

@@ -24,6 +24,20 @@ inline std::vector<int64_t> checked_permutation(const char* op, const at::Tensor
   return partner;
 }
 
+// Of (B,) int64 on the CPU.
+inline bool is_permutation(const at::Tensor& values) {
+  TORCH_CHECK(values.is_cpu() && values.dim() == 1 && values.scalar_type() == at::kLong, "is_permutation: int64 of shape (B,)");
+  const int64_t batch = values.size(0), stride = values.stride(0);
+  const int64_t* value = values.const_data_ptr<int64_t>();
+  std::vector<char> seen(batch);
+  for (int64_t i = 0; i < batch; ++i) {
+    const int64_t p = value[i * stride];
+    if (p < 0 || p >= batch || seen[p]) return false;
+    seen[p] = 1;
+  }
+  return true;
+}
+
 inline std::vector<int64_t> inverse(const std::vector<int64_t>& partner) {
   std::vector<int64_t> result(partner.size());
   for (size_t i = 0; i < partner.size(); ++i) result[partner[i]] = i;

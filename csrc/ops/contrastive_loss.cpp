@@ -4,11 +4,15 @@
 //
 //   views    rows are `rows` above `others`, row i's positive p(i) is its other view:   lse_i - s_i,p(i)
 //   pairs    `others` are the columns, p(i) = i:   lse_i - s_ii,   or with both_directions (lse_i + column_lse_i) / 2 - s_ii
+//   mixed    the same with two positives, i and m = partner_i, of shares l_i and 1 - l_i:
+//            l_i (lse_i - s_ii) + (1 - l_i) (lse_i - s_im)
 //   classes  `classes` are the positives of class_contrastive:   its loss, where the mean is over the rows that have a positive
 #include <ATen/ops/arange.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros_like.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -20,6 +24,7 @@
 #include <utility>
 
 #include "../cpu/contrastive.h"
+#include "../cpu/permutation.h"
 #include "../cpu/pool.h"
 #include "autograd.h"
 #include "contrastive_autograd.h"
@@ -52,7 +57,7 @@ struct Call {
   const Tensor& rows;
   const OptionalTensor& others;
   const Tensor& scale;
-  const OptionalTensor &classes, &row_ids, &column_ids;
+  const OptionalTensor &classes, &row_ids, &column_ids, &partner, &share;
   Options options;
 
   int64_t row_count() const { return rows.size(0) * (options.are_views ? 2 : 1); }
@@ -63,10 +68,15 @@ struct Call {
            !c10::impl::dispatch_mode_enabled();
   }
 
-  // The kernel that streams columns looks positives up in a tensor.
-  OptionalTensor own_columns_if_streamed(bool keep, bool columns_need_grad) const {
+  // (N, 2) of the mixed loss. The kernel that streams columns looks its own up in a tensor too.
+  OptionalTensor listed_positives(bool keep, bool columns_need_grad) const {
+    if (partner) return with_partner();
     if (options.are_views || options.both_directions || (keep && columns_need_grad)) return std::nullopt;
     return at::arange(rows.size(0), rows.options().dtype(at::kLong));
+  }
+
+  Tensor with_partner() const {
+    return at::stack({at::arange(rows.size(0), rows.options().dtype(at::kLong)), *partner}, 1);
   }
 
   // The arguments of the CPU kernel. `positives` stand in place of the partner where they are given.
@@ -85,6 +95,7 @@ struct Call {
   std::array<OptionalTensor, 5> operands() const {
     const int64_t n = rows.size(0);
     const auto whole = rows.options().dtype(at::kLong);
+    if (partner) return {rows, others, with_partner(), row_ids, column_ids};
     if (!options.are_views) return {rows, others, at::arange(n, whole), row_ids, column_ids};
     OptionalTensor ids;
     if (options.leaves_partner_out) ids = at::arange(n, whole).repeat(2);
@@ -115,7 +126,18 @@ Tensor some_rows(const Tensor& grad, int64_t begin, int64_t count) {
 
 // What forward leaves for backward.
 struct Saved {
-  Tensor lse, column_lse, row_rnorm, column_rnorm, kept, counts;
+  Tensor lse, column_lse, row_rnorm, column_rnorm, kept, counts, positive_logits;  // the last where they are shared
+};
+
+// The share of each row's own positive.
+class Shares {
+ public:
+  explicit Shares(const Tensor& share) : data_(share.const_data_ptr<double>()), step_(share.dim() > 0 ? share.stride(0) : 0) {}
+  double operator[](int64_t i) const { return data_[i * step_]; }
+
+ private:
+  const double* data_;
+  int64_t step_;
 };
 
 // The loss, and how many rows were averaged.
@@ -141,10 +163,10 @@ std::pair<Tensor, int64_t> forward(const Call& call, bool columns_need_grad, Sav
                                          /*keep_diagonal=*/!are_views, both_directions, keep, columns_need_grad, std::nullopt,
                                          std::nullopt, std::nullopt, std::nullopt, /*only_equal_ids=*/false);
   };
-  const OptionalTensor positives = call.own_columns_if_streamed(keep, columns_need_grad);
+  const OptionalTensor positives = call.listed_positives(keep, columns_need_grad);
   const auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept] =
       direct ? cpu::contrastive_fwd(call.arguments(positives, keep, columns_need_grad)) : through_operator();
-  if (saved) *saved = {lse, column_lse, row_rnorm, column_rnorm, kept, {}};
+  if (saved) *saved = {lse, column_lse, row_rnorm, column_rnorm, kept, {}, call.share ? positive_logits : Tensor()};
   if (!can_be_read(lse)) {
     const Tensor losses = (both_directions ? lse.add(column_lse).div(2) : lse).sub(positive_logits);
     return {mean ? losses.mean(call.scale.scalar_type()) : losses.sum(call.scale.scalar_type()), n};
@@ -152,7 +174,12 @@ std::pair<Tensor, int64_t> forward(const Call& call, bool columns_need_grad, Sav
   const double *l = lse.const_data_ptr<double>(), *p = positive_logits.const_data_ptr<double>();
   const double* c = both_directions ? column_lse.const_data_ptr<double>() : l;
   double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += (l[i] + c[i]) / 2 - p[i];
+  if (call.share) {
+    const Shares share(*call.share);
+    for (int64_t i = 0; i < n; ++i) sum += share[i] * (l[i] - p[2 * i]) + (1 - share[i]) * (l[i] - p[2 * i + 1]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) sum += (l[i] + c[i]) / 2 - p[i];
+  }
   return {number(mean ? sum / n : sum, call.scale.scalar_type()), n};
 }
 
@@ -164,24 +191,26 @@ Tensor scale_of(const OptionalTensor& scale, double constant, const Tensor& rows
 }
 
 struct ContrastiveLoss : Function<ContrastiveLoss> {
-  static constexpr size_t kInputs = 9;
+  static constexpr size_t kInputs = 11;
 
   static Tensor forward(AutogradContext* ctx, const Tensor& rows, const OptionalTensor& others,
                         const OptionalTensor& learned_scale, double constant, const OptionalTensor& classes,
-                        const OptionalTensor& row_ids, const OptionalTensor& column_ids, Options options,
-                        int64_t* counted) {
+                        const OptionalTensor& row_ids, const OptionalTensor& column_ids, const OptionalTensor& partner,
+                        const OptionalTensor& share, Options options, int64_t* counted) {
     const Tensor scale = scale_of(learned_scale, constant, rows);
     Saved saved;
-    const Call call{rows, others, scale, classes, row_ids, column_ids, options};
+    const Call call{rows, others, scale, classes, row_ids, column_ids, partner, share, options};
     const auto [loss, count] = ssl_kernels::forward(call, others && others->requires_grad(), &saved);
     // The views rather than their concatenation: they are likely kept alive by others as well.
     ctx->save_for_backward(savable({rows, or_undefined(others), scale, or_undefined(classes), or_undefined(row_ids),
                                     or_undefined(column_ids), saved.lse, saved.column_lse, saved.row_rnorm,
-                                    saved.column_rnorm, saved.kept, saved.counts}));
+                                    saved.column_rnorm, saved.kept, saved.counts, or_undefined(partner), or_undefined(share),
+                                    saved.positive_logits}));
     ctx->saved_data["options"] = options.packed();
     ctx->saved_data["divisor"] = options.mean ? std::max<int64_t>(count, 1) : 1;
     // Among the inputs that were there.
     ctx->saved_data["scale"] = learned_scale ? 1 + int64_t{others.has_value()} : -1;
+    ctx->saved_data["share"] = share ? 3 + int64_t{learned_scale.has_value()} : -1;  // the mixed loss has others and a partner
     *counted = count;
     return loss;
   }
@@ -191,15 +220,16 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
     const Tensor &rows = saved[0], &scale = saved[2], &lse = saved[6], &column_lse = saved[7], &row_rnorm = saved[8],
                  &column_rnorm = saved[9], &kept = saved[10], &counts = saved[11];
     const OptionalTensor others = if_defined(saved[1]), classes = if_defined(saved[3]), row_ids = if_defined(saved[4]),
-                         column_ids = if_defined(saved[5]);
+                         column_ids = if_defined(saved[5]), partner = if_defined(saved[12]), share = if_defined(saved[13]);
+    const Tensor& positive_logits = saved[14];
     const Options options = Options::unpacked(ctx->saved_data["options"].toInt());
     const double divisor = static_cast<double>(ctx->saved_data["divisor"].toInt());
-    const int64_t scale_input = ctx->saved_data["scale"].toInt();
+    const int64_t scale_input = ctx->saved_data["scale"].toInt(), share_input = ctx->saved_data["share"].toInt();
     const bool others_need_grad = others && ctx->needs_input_grad(1);
     const bool rows_need_grad = ctx->needs_input_grad(0) || (options.are_views && others_need_grad);
     const bool columns_need_grad = !options.are_views && others_need_grad;
-    const Call call{rows, others, scale, classes, row_ids, column_ids, options};
-    Tensor by_rows, by_columns, by_scale;
+    const Call call{rows, others, scale, classes, row_ids, column_ids, partner, share, options};
+    Tensor by_rows, by_columns, by_scale, by_share;
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       const int64_t n = call.row_count();
@@ -209,7 +239,10 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
       if (can_be_read(grads[0])) {
         const double total = number_in(grads[0]);
         by_lse = filled(n, total / part, lse.options());
-        if (!classes) by_positives = filled(n, -total / divisor, lse.options());
+        if (share)
+          std::tie(by_positives, by_share) = of_shares(total / divisor, positive_logits, *share);
+        else if (!classes)
+          by_positives = filled(n, -total / divisor, lse.options());
       } else {
         const Tensor total = grads[0].to(at::kDouble);
         by_lse = total.div(part).expand({n});
@@ -220,7 +253,7 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
         std::tie(by_rows, by_scale) = cpu::class_contrastive_bwd(*by_lse, rows, scale, *classes, counts, lse, row_rnorm, kept,
                                                                  options.normalize, rows_need_grad);
       } else if (call.runs_directly()) {
-        const OptionalTensor positives = call.own_columns_if_streamed(/*keep=*/true, columns_need_grad);
+        const OptionalTensor positives = call.listed_positives(/*keep=*/true, columns_need_grad);
         std::tie(by_rows, by_columns, by_scale, std::ignore, std::ignore) =
             cpu::contrastive_bwd(call.arguments(positives, /*keep=*/false, columns_need_grad),
                                  {by_lse, by_column_lse, by_positives, lse, column_lse, row_rnorm, column_rnorm, kept,
@@ -237,8 +270,10 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
     variable_list by_input(kInputs);
     if (at::GradMode::is_enabled()) {
       const variable_list refusing = without_second_derivative(
-          kName, {by_rows, by_columns.defined() ? by_columns : by_scale, by_scale}, {rows, saved[1], scale, grads[0]});
-      by_rows = refusing[0], by_columns = refusing[1], by_scale = refusing[2];
+          kName,
+          {by_rows, by_columns.defined() ? by_columns : by_scale, by_scale, by_share.defined() ? by_share : by_scale},
+          {rows, saved[1], scale, saved[13], grads[0]});
+      by_rows = refusing[0], by_columns = refusing[1], by_scale = refusing[2], by_share = refusing[3];
     }
     if (!options.are_views) {
       if (rows_need_grad) by_input[0] = by_rows;
@@ -249,7 +284,24 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
       if (others_need_grad) by_input[1] = some_rows(by_rows, b, b);
     }
     if (scale_input >= 0 && ctx->needs_input_grad(scale_input)) by_input[2] = by_scale;
+    if (share_input >= 0 && ctx->needs_input_grad(share_input)) by_input[8] = by_share;
     return by_input;
+  }
+
+  // The gradients by the logits of both positives and by the shares, of each row's loss `total`.
+  static std::pair<Tensor, Tensor> of_shares(double total, const Tensor& positive_logits, const Tensor& share) {
+    const int64_t n = positive_logits.size(0);
+    const Tensor by_positives = cpu::pooled({n, 2}, positive_logits.options());
+    const Tensor by_share = at::zeros_like(share, {}, at::MemoryFormat::Contiguous);
+    const double* p = positive_logits.const_data_ptr<double>();
+    double *of_logits = by_positives.mutable_data_ptr<double>(), *of_share = by_share.mutable_data_ptr<double>();
+    const Shares shares(share);
+    for (int64_t i = 0; i < n; ++i) {
+      of_logits[2 * i] = -total * shares[i];
+      of_logits[2 * i + 1] = -total * (1 - shares[i]);
+      of_share[share.dim() > 0 ? i : 0] += total * (p[2 * i + 1] - p[2 * i]);
+    }
+    return {by_positives, by_share};
   }
 };
 
@@ -257,25 +309,39 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
 
 std::tuple<Tensor, int64_t> contrastive_loss(const Tensor& rows, const OptionalTensor& others, const OptionalTensor& scale,
                                              double constant, const OptionalTensor& classes, const OptionalTensor& row_ids,
-                                             const OptionalTensor& column_ids, bool are_views, bool leaves_partner_out,
+                                             const OptionalTensor& column_ids, const OptionalTensor& partner,
+                                             const OptionalTensor& share, bool are_views, bool leaves_partner_out,
                                              bool both_directions, bool normalize, bool mean) {
   RECORD_FUNCTION("ssl_kernels::contrastive_loss", std::vector<c10::IValue>());
   TORCH_CHECK(others.has_value() != classes.has_value(), "contrastive_loss: others or classes must be given");
   TORCH_CHECK(rows.dim() == 2 && (!others || (others->sizes() == rows.sizes() && others->device() == rows.device() &&
                                               others->scalar_type() == rows.scalar_type())),
               "contrastive_loss: rows and others must be 2-d and alike");
+  TORCH_CHECK(partner.has_value() == share.has_value() &&
+                  (!share || (others && !are_views && !both_directions && can_be_read(rows) && can_be_read(*partner) &&
+                              can_be_read(*share) && share->scalar_type() == at::kDouble && share->dim() <= 1 &&
+                              partner->sizes() == rows.sizes().slice(0, 1) && partner->scalar_type() == at::kLong &&
+                              (share->dim() == 0 || share->sizes() == partner->sizes()))),
+              "contrastive_loss: partner and share must be given together, int64 (N,) and float64 (N,) or (), on cpu");
+  if (share) {
+    cpu::checked_permutation("imix_loss", *partner);
+    cpu::checked_lam<double>("imix_loss", share->dim() > 0 ? *share : share->unsqueeze(0));
+  }
   const Tensor used = scale_of(scale, constant, rows);
   const OptionalTensor none;
   check_contrastive(rows, are_views ? none : others, used, none, row_ids, column_ids);
-  refuse_forward_mode(kName, {&rows, others ? &*others : nullptr, &used});
+  refuse_forward_mode(kName, {&rows, others ? &*others : nullptr, &used, share ? &*share : nullptr});
   const Options options{are_views, leaves_partner_out, both_directions, normalize, mean};
   const bool differentiate = at::GradMode::is_enabled() && (rows.requires_grad() || used.requires_grad() ||
-                                                            (others && others->requires_grad()));
+                                                            (others && others->requires_grad()) ||
+                                                            (share && share->requires_grad()));
   if (!differentiate)
-    return forward({rows, others, used, classes, row_ids, column_ids, options}, /*columns_need_grad=*/false, nullptr);
+    return forward({rows, others, used, classes, row_ids, column_ids, partner, share, options}, /*columns_need_grad=*/false,
+                   nullptr);
   refuse_torch_func(kName);
   int64_t counted = 0;
-  const Tensor loss = ContrastiveLoss::apply(rows, others, scale, constant, classes, row_ids, column_ids, options, &counted);
+  const Tensor loss = ContrastiveLoss::apply(rows, others, scale, constant, classes, row_ids, column_ids, partner, share, options,
+                                             &counted);
   return {loss, counted};
 }
 
@@ -284,7 +350,7 @@ namespace {
 TORCH_LIBRARY_FRAGMENT(ssl_kernels, library) {
   // The scale is a tensor that may be learned, or else the constant. Also returns how many rows the mean is over.
   library.def("contrastive_loss.native(Tensor rows, Tensor? others, Tensor? scale, float constant, Tensor? classes, "
-              "Tensor? row_ids, Tensor? column_ids, bool are_views, bool leaves_partner_out, bool both_directions, "
+              "Tensor? row_ids, Tensor? column_ids, Tensor? partner, Tensor? share, bool are_views, bool leaves_partner_out, bool both_directions, "
               "bool normalize, bool mean) -> (Tensor, int)",
               &contrastive_loss);
 }

@@ -12,7 +12,9 @@ std::tuple<at::Tensor, int64_t> contrastive_loss(const at::Tensor& rows, const s
                                                  const std::optional<at::Tensor>& scale, double constant,
                                                  const std::optional<at::Tensor>& classes,
                                                  const std::optional<at::Tensor>& row_ids,
-                                                 const std::optional<at::Tensor>& column_ids, bool are_views,
+                                                 const std::optional<at::Tensor>& column_ids,
+                                                 const std::optional<at::Tensor>& partner,
+                                                 const std::optional<at::Tensor>& share, bool are_views,
                                                  bool leaves_partner_out, bool both_directions, bool normalize, bool mean);
 
 }  // namespace ssl_kernels

@@ -107,6 +107,8 @@ def one_node(
     classes=None,
     row_ids=None,
     column_ids=None,
+    partner=None,
+    share=None,
     are_views=False,
     leaves_partner_out=False,
     both_directions=False,
@@ -115,7 +117,7 @@ def one_node(
 ):
     """(reduced loss, how many rows the mean is over) in C++: csrc/ops/contrastive_loss.cpp has what, and says why.
 
-    Where `runs_natively`, `reduction` is "mean" or "sum"; with classes also where the rows can be read.
+    Where `runs_natively`, `reduction` is "mean" or "sum"; with classes or a partner also where the rows can be read.
     """
     learned, constant = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
     is_plain = values_are_readable(
@@ -130,6 +132,8 @@ def one_node(
         classes,
         row_ids,
         column_ids,
+        partner,
+        share,
         are_views,
         leaves_partner_out,
         both_directions,

@@ -18,12 +18,15 @@ from ssl_kernels.checks import (
 )
 from ssl_kernels.losses._shared import (
     inverse,
+    inverse_operand,
     native_row_losses,
     reduce,
     rows_for_several,
+    runs_natively,
     takes_row_losses,
     widest_under_autocast,
 )
+from ssl_kernels.losses._softmax import one_node
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import savable
 
@@ -89,6 +92,23 @@ def imix_loss(
     check_reduction(OP, reduction)
     check_row_weights(OP, "row_weights", row_weights, query.shape[0], query)
     _check_mixing(query, permutation, lam)
+    if isinstance(lam, torch.Tensor):
+        lam = savable(lam.reshape(()) if lam.numel() == 1 else lam).double()
+    by_tensor = (lam,) if isinstance(lam, torch.Tensor) else ()
+    is_total = negative_keys is None and row_weights is None and reduction != "none"
+    if (
+        is_total
+        and values_are_readable(query, key, permutation, *by_tensor)
+        and runs_natively(backend, OP, query)
+    ):
+        share = lam if by_tensor else torch.scalar_tensor(float(lam), dtype=torch.float64, device="cpu")
+        options = {
+            "partner": permutation.long(),
+            "share": share,
+            "normalize": normalize,
+            "reduction": reduction,
+        }
+        return one_node(query, key, inverse_operand(temperature, query), **options)[0]
 
     index = torch.arange(query.shape[0], device=query.device)
     options = {
@@ -104,9 +124,6 @@ def imix_loss(
     lse, _, logits = contrastive(query, key, scale, positives=positives, **options)
     if negative_keys is not None:
         lse = torch.logaddexp(lse, contrastive(query, negative_keys, scale, **options).lse)
-    if isinstance(lam, torch.Tensor):
-        lam = savable(lam.reshape(()) if lam.numel() == 1 else lam).double()
-    by_tensor = (lam,) if isinstance(lam, torch.Tensor) else ()
     if takes_row_losses(backend, OP, query, lse, *by_tensor):
         share = by_tensor or (torch.scalar_tensor(float(lam), dtype=torch.float64, device=lse.device),)
         return native_row_losses("mixed", (lse, logits, *share), reduction, query, row_weights)
