@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ssl_kernels.checks import is_whole
+from ssl_kernels.memory import empty_cache, kept_at_most
 
 OP = "grad_cache"
 
@@ -30,7 +31,8 @@ def grad_cache(
 
     Embeds all mini-batches without a graph, takes the loss of all embeddings once with its gradients, then embeds each
     mini-batch again with a graph, whose backward gets its rows of these gradients. Memory is that of one mini-batch and
-    of the embeddings, time that of one more forward. Random numbers (dropout) and buffers (running averages)
+    of the embeddings with their gradients, or while the loss runs that of the loss; those of this library keep no
+    logits for backward here. Time is that of one more forward. Random numbers (dropout) and buffers (running averages)
     are those of the first time when a mini-batch is embedded the second time, and move on once per step. Layers that
     look across their batch, as batch normalisation, see mini-batches.
 
@@ -78,7 +80,8 @@ def grad_cache(
     wholes = [_Whole([part for part in parts if part.index == index]) for index in range(len(encoders))]
     for whole in wholes:
         whole.join({id(part) for part in again})
-    value = loss(*(whole.embeddings for whole in wholes))
+    with kept_at_most(0):  # logits that it kept for backward would be more than all else here
+        value = loss(*(whole.embeddings for whole in wholes))
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"{OP}: loss must return one number, got {got}")
@@ -88,6 +91,7 @@ def grad_cache(
         raise ValueError(f"{OP}: loss must need a gradient: no encoder, input or parameter of the loss does")
     with _outside_autocast():
         parameters = _differentiate(value if scaler is None else scaler.scale(value), wholes)
+    empty_cache()  # what the loss worked in makes room for the graphs
 
     buffers.restore()
     after = _random_state(inputs)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ssl_kernels
-from ssl_kernels import grad_cache
+from ssl_kernels import backends, grad_cache
 from tests.helpers import random_rows
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-14}
@@ -198,6 +198,19 @@ def test_graphs_are_of_one_mini_batch():
         return most
 
     assert most_alive(64) == most_alive(16) > 0
+
+
+def test_the_loss_keeps_no_logits():
+    limits = []
+
+    def loss(z):
+        limits.append(backends.extension.keep_at_most(0))
+        return ssl_kernels.nt_xent_loss(*z.chunk(2))
+
+    usual = backends.extension.keep_at_most(1 << 20)
+    grad_cache(loss, encoder(), random_rows(4, 5).double(), 2)
+    assert limits == [0]
+    assert backends.extension.keep_at_most(usual) == 1 << 20
 
 
 def test_bad_arguments_in_words():

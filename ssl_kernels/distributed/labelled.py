@@ -7,11 +7,13 @@ from ssl_kernels.distributed import pairs
 from ssl_kernels.distributed.checks import check_rows
 from ssl_kernels.distributed.class_sums import classes_of, other_rows_mean
 from ssl_kernels.distributed.hardest import hardest_rows
+from ssl_kernels.distributed.marked_mean import marked_mean
 from ssl_kernels.distributed.over_ranks import over_ranks
+from ssl_kernels.losses import sup_con as _sup_con
 from ssl_kernels.losses import triplet as _triplet
 from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._rows import row_dots
-from ssl_kernels.losses._shared import as_operand, inverse, not_below_zero, unit_rows
+from ssl_kernels.losses._shared import inverse, not_below_zero, unit_rows
 from ssl_kernels.ops.batch_hard import DISTANCES
 
 
@@ -32,19 +34,18 @@ def sup_con_loss(
     op = call.op
     with call.checking():
         check_rows(op, features=features)
-        if positives is not None:
-            raise ValueError(
-                f"{op}: positives must be None over several ranks, got {type(positives).__name__}"
-            )
-        if isinstance(labels, torch.Tensor) and labels.dim() == 2 and labels.shape[1] > 1:
-            raise ValueError(
-                f"{op}: labels must have shape (N,) over several ranks, got {tuple(labels.shape)}"
-            )
-        labels = as_ids(op, "labels", labels, (features.shape[0],), features)
-        if unlabelled is not None and (isinstance(unlabelled, bool) or int(unlabelled) != unlabelled):
-            raise TypeError(f"{op}: unlabelled must be an integer or None, got {unlabelled!r}")
+        columns = None
+        if isinstance(positives, torch.Tensor):
+            if positives.dim() != 2:
+                raise ValueError(
+                    f"{op}: positives must have a row for each of this rank's and a column for each of all ranks',"
+                    f" got shape {tuple(positives.shape)}"
+                )
+            columns = positives.shape[1]
+        marks = _sup_con.checked_marks(features, labels, positives, unlabelled, columns)
         check_scalar(op, "temperature", temperature, features, positive=True)
         call.check_common(reduction, row_weights, features.shape[0], features)
+    several = labels.shape[1] if columns is None and marks.dim() > 1 else None
     call.meet(
         features,
         {"features": features, "temperature": temperature, "row_weights": row_weights},
@@ -52,16 +53,24 @@ def sup_con_loss(
         reduction=reduction,
         normalize=normalize,
         unlabelled=unlabelled,
+        **{"labels a row": several, "columns of positives": columns},
     )
+    if columns not in (None, call.total):
+        raise ValueError(
+            f"{op}: positives must have {call.total} columns, the rows of all ranks, got {columns}"
+        )
     scale = inverse(temperature, features)
     features = pairs.widened(features)
     setting = call.setting(normalize)
     lse = pairs.log_sums(features, None, scale, setting, call.sizes)[0]
-    classes = classes_of(labels, unlabelled, call.sizes, call.ranks)
     rows = unit_rows(features, normalize)
-    mean = other_rows_mean(rows, classes, call.sizes, call.ranks.name)
+    if marks.dim() > 1:
+        mean, counts = marked_mean(rows, marks, setting, call.sizes)
+    else:
+        classes = classes_of(marks, unlabelled, call.sizes, call.ranks)
+        mean, counts = other_rows_mean(rows, classes, call.sizes, call.ranks.name), classes.others
     loss = lse - scale * row_dots(rows, mean)
-    has_positive = classes.others > 0
+    has_positive = counts > 0
     loss = not_below_zero(loss).where(has_positive, 0)
     return call.reduce(loss, reduction, row_weights=row_weights, counted=has_positive)
 
@@ -83,8 +92,14 @@ def triplet_loss(
     with call.checking():
         check_rows(op, embeddings=embeddings)
         labels = as_ids(op, "labels", labels, (embeddings.shape[0],), embeddings)
-        _triplet.check_margin(op, margin, embeddings)
-        check_choice(op, "mining", mining, "batch_hard")
+        soft = isinstance(margin, str) and margin == _triplet.SOFT
+        if not soft:
+            _triplet.check_margin(op, margin, embeddings)
+        if mining != "batch_hard":
+            raise ValueError(
+                f'{op}: mining must be "batch_hard" over several ranks (for others gather the rows, and pass them to'
+                f" ssl_kernels.{op}), got {mining!r}"
+            )
         check_choice(op, "distance", distance, *DISTANCES)
         call.check_common(reduction, None, 0, embeddings)
     call.meet(
@@ -103,7 +118,7 @@ def triplet_loss(
         gaps = (x * (negative - positive)).sum(1)
     else:
         gaps = _length(x - positive) - _length(x - negative)
-    loss = torch.relu(gaps.double() + as_operand(margin, embeddings)).where(complete, 0)
+    loss = _triplet.hinge(gaps.double(), margin, embeddings).where(complete, 0)
     return call.reduce(loss, reduction, counted=complete)
 
 

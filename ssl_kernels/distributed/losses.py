@@ -8,7 +8,7 @@ from ssl_kernels.distributed.checks import check_rows
 from ssl_kernels.distributed.over_ranks import over_ranks
 from ssl_kernels.distributed.positive_logits import positive_logits
 from ssl_kernels.losses import info_nce as _info_nce
-from ssl_kernels.losses._labels import as_ids
+from ssl_kernels.losses._labels import as_ids, as_index
 from ssl_kernels.losses._rows import paired_logits, row_dots
 from ssl_kernels.losses._shared import (
     as_scalar,
@@ -235,6 +235,7 @@ def clip_loss(
     *,
     label_smoothing=0.0,
     ids=None,
+    image_index=None,
     normalize=True,
     reduction="mean",
     row_weights=None,
@@ -244,17 +245,22 @@ def clip_loss(
     with call.checking():
         image_features, text_features = widest_under_autocast(image_features, text_features)
         check_rows(op, image_features=image_features, text_features=text_features)
-        check_same_rows(op, image_features=image_features, text_features=text_features)
+        if image_index is None:
+            check_same_rows(op, image_features=image_features, text_features=text_features)
         check_scalar(op, "logit_scale", logit_scale, image_features, positive=False)
         check_fraction(op, "label_smoothing", label_smoothing)
-        n = image_features.shape[0]
+        n = text_features.shape[0]
         call.check_common(reduction, row_weights, n, image_features)
+        if image_index is not None:
+            if ids is not None:
+                raise ValueError(f"{op}: ids must be None with image_index")
+            image_index = as_index(op, "image_index", image_index, n, image_features)
         if ids is not None:
             ids = as_ids(op, "ids", ids, (n,), image_features)
             if label_smoothing:
                 raise ValueError(f"{op}: label_smoothing must be 0 with ids, got {label_smoothing}")
-    call.meet(
-        image_features,
+    counts = call.meet(
+        text_features,
         {
             "image_features": image_features,
             "text_features": text_features,
@@ -262,31 +268,35 @@ def clip_loss(
             "row_weights": row_weights,
         },
         backend,
+        extra=[] if image_index is None else [image_features.shape[0]],
         reduction=reduction,
         normalize=normalize,
         label_smoothing=label_smoothing,
         ids=ids is not None,
+        image_index=image_index is not None,
     )
     scale = as_scalar(logit_scale, image_features)
     if label_smoothing:
         image_features, text_features = pairs.widened(image_features), pairs.widened(text_features)
-    lse, text_lse, positive = pairs.log_sums(
-        image_features,
-        text_features,
+    rows, columns, sizes, of_row = image_features, text_features, call.sizes, slice(None)
+    if image_index is not None:
+        rows, columns, sizes, of_row = text_features, image_features, counts[0], image_index
+    lse, column_lse, positive = pairs.log_sums(
+        rows,
+        columns,
         scale,
         call.setting(normalize),
-        call.sizes,
-        positives=torch.arange(n, device=image_features.device),
+        sizes,
+        positives=torch.arange(n, device=rows.device) if image_index is None else image_index,
         row_ids=ids,
         column_ids=ids,
         both=True,
     )
-    loss = (lse + text_lse) / 2 - (1 - label_smoothing) * positive
+    loss = (lse + column_lse[of_row]) / 2 - (1 - label_smoothing) * positive
     if label_smoothing:
-        images, texts = unit_rows(image_features, normalize), unit_rows(text_features, normalize)
-        sums = groups.all_reduce(torch.stack((images.sum(0), texts.sum(0))), call.ranks.name)
-        means = sums / call.total
-        means = row_dots(images, means[1]) + row_dots(texts, means[0])
+        rows, columns = unit_rows(rows, normalize), unit_rows(columns, normalize)
+        sums = groups.all_reduce(torch.stack((rows.sum(0), columns.sum(0))), call.ranks.name)
+        means = row_dots(rows, sums[1] / sum(sizes)) + row_dots(columns, sums[0] / call.total)[of_row]
         loss = not_below_zero(loss - label_smoothing / 2 * scale * means)
     return call.reduce(loss, reduction, row_weights=row_weights)
 

@@ -38,10 +38,13 @@ def as_index(op, name, value, count, like):
     return value.long()
 
 
-def without_unlabelled(op, labels, unlabelled):
-    """int64 labels in which every row that was labelled `unlabelled` is the only one of its label."""
-    if not is_number(unlabelled) or not float(unlabelled).is_integer():
+def check_unlabelled(op, unlabelled):
+    if unlabelled is not None and not (is_number(unlabelled) and float(unlabelled).is_integer()):
         raise TypeError(f"{op}: unlabelled must be an integer or None, got {unlabelled!r}")
+
+
+def without_unlabelled(labels, unlabelled):
+    """int64 labels in which every row that was labelled `unlabelled` is the only one of its label."""
     ordered, order = labels.sort(stable=True)
     rank = ranks(ordered)
     own = torch.arange(-1, -1 - labels.shape[0], -1, device=labels.device)

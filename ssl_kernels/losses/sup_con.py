@@ -14,7 +14,7 @@ from ssl_kernels.checks import (
     short,
     values_are_readable,
 )
-from ssl_kernels.losses._labels import as_ids, bit_sets, ranks, without_unlabelled
+from ssl_kernels.losses._labels import as_ids, bit_sets, check_unlabelled, ranks, without_unlabelled
 from ssl_kernels.losses._rows import Groups, less_class_means
 from ssl_kernels.losses._shared import inverse, inverse_operand, not_below_zero, reduce, weighted_mean
 from ssl_kernels.losses._softmax import one_node
@@ -132,12 +132,18 @@ def _warn_of_no_positive():
 
 def _positives(features, labels, positives, unlabelled):
     """Which rows are whose positives, as `class_contrastive` takes it."""
+    marks = checked_marks(features, labels, positives, unlabelled, features.shape[0])
+    return marks if unlabelled is None else without_unlabelled(marks, unlabelled)
+
+
+def checked_marks(features, labels, positives, unlabelled, columns):
+    """(n,) int64 labels, (n, W) int64 bit sets of several labels a row, or (n, columns) bool."""
     n = features.shape[0]
     if positives is not None:
         if labels is not None or unlabelled is not None:
             given = "labels" if labels is not None else "unlabelled"
             raise ValueError(f"{OP}: {given} must be None with positives")
-        check_shape(OP, "positives", positives, (n, n), features)
+        check_shape(OP, "positives", positives, (n, columns), features)
         if positives.is_floating_point() or positives.is_complex():
             raise TypeError(f"{OP}: positives must be bool or integers, got {short(positives.dtype)}")
         return positives != 0
@@ -148,8 +154,8 @@ def _positives(features, labels, positives, unlabelled):
         if unlabelled is not None:
             raise ValueError(f"{OP}: unlabelled must be None with several labels a row, got {unlabelled!r}")
         return bit_sets(OP, "labels", labels)
-    labels = as_ids(OP, "labels", labels, (n,), features)
-    return labels if unlabelled is None else without_unlabelled(OP, labels, unlabelled)
+    check_unlabelled(OP, unlabelled)
+    return as_ids(OP, "labels", labels, (n,), features)
 
 
 def _by_class_sums(features, scale, labels, normalize, backend):

@@ -103,7 +103,7 @@ def triplet_loss(
     else:
         refuse_torch_func(op, chosen)
         gaps = _Gap.apply(embeddings, hardest, complete, normalize, distance)
-    losses = _hinge(gaps, margin, embeddings)
+    losses = hinge(gaps, margin, embeddings)
     if reduction == "mean":
         return (losses.sum() / complete.sum().clamp_min(1)).to(accumulation_dtype(embeddings))
     return reduce(losses, reduction, embeddings)
@@ -120,7 +120,7 @@ def _number(margin):
     return torch.scalar_tensor(float(margin), dtype=torch.float64, device="cpu")
 
 
-def _hinge(gaps, margin, embeddings):
+def hinge(gaps, margin, embeddings):
     if isinstance(margin, str):
         return minus_log_sigmoid(-gaps)
     return torch.relu(gaps + as_operand(margin, embeddings))

@@ -60,12 +60,15 @@ CASES = [
     Case("siglip_loss", 2, (5.0, -2.0), frozen=(1,)),
     Case("sup_con_loss", 1, (0.2,), ("labels",)),
     Case("sup_con_loss", 1, (0.2,), ("labels", "row_weights"), options={"unlabelled": 0}),
+    Case("sup_con_loss", 1, (0.2,), ("several",)),
+    Case("sup_con_loss", 1, (0.2,), ("positives", "row_weights")),
     Case("moco_loss", 2, (0.2,), frozen=(1,)),
     Case("moco_loss", 2, (0.2,), ("queue",), frozen=(1,)),
     Case("moco_loss", 2, (0.2,), ("ids",), frozen=(1,)),
     Case("moco_loss", 2, (0.2,), ("ids", "queue"), frozen=(1,)),
     Case("byol_loss", 2, frozen=(1,)),
     Case("triplet_loss", 1, (0.4,), ("labels",)),
+    Case("triplet_loss", 1, (), ("labels",), options={"margin": "soft"}),
     Case("triplet_loss", 1, (0.4,), ("labels",), options={"distance": "cosine"}),
 ]
 
@@ -102,6 +105,10 @@ def inputs_of(case, rows, dtype):
     for name in case.by_row:
         if name == "labels":
             values[name] = torch.randperm(rows, generator=generator) // 2  # more labels than a rank has rows
+        elif name == "several":  # of so many labels that they need two words
+            values[name] = torch.rand(rows, 70, generator=generator) < 0.01
+        elif name == "positives":
+            values[name] = torch.rand(rows, rows, generator=generator) < 0.4
         elif name.endswith("ids"):
             values[name] = torch.randint(0, max(2, rows // 2), (rows,), generator=generator)
         elif name == "row_weights":
@@ -119,8 +126,8 @@ def call(function, case, model, inputs, values, **options):
     keywords = {}
     if "paired" in values:
         arguments.append(values.pop("paired"))
-    if "labels" in values:
-        arguments.append(values.pop("labels"))
+    if case.loss in ("sup_con_loss", "triplet_loss"):
+        arguments.append(values.pop("labels", values.pop("several", None)))
     if "queue" in case.by_row:
         arguments.append(queue_of(features[0].dtype))
         if "ids" in values:

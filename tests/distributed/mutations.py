@@ -10,7 +10,14 @@ import torch
 from ssl_kernels.distributed import groups
 
 GROUPS, TRANSPORT, PAIRS, CALL = "groups", "transport", "pairs", "call"
-SUMS, HARDEST, QUEUE, SHUFFLE, LOSSES = "class_sums", "hardest", "queue", "shuffle", "losses"
+SUMS, HARDEST, MARKED, QUEUE, SHUFFLE, LOSSES = (
+    "class_sums",
+    "hardest",
+    "marked_mean",
+    "queue",
+    "shuffle",
+    "losses",
+)
 # In the order in which they import each other.
 MODULES = (
     GROUPS,
@@ -20,6 +27,7 @@ MODULES = (
     PAIRS,
     SUMS,
     HARDEST,
+    MARKED,
     "checks",
     CALL,
     QUEUE,
@@ -138,6 +146,11 @@ MUTATIONS = [
     Mutation(
         "hardest: where rows lie", HARDEST, "at = (index - theirs[0]) % everyones", "at = index % everyones"
     ),
+    Mutation("marked: numbers of a rank's rows", MARKED, "start = sum(sizes[: setting.rank])", "start = 0"),
+    Mutation(
+        "marked: columns of the global batch", MARKED, ".index_select(1, theirs)", "[:, : theirs.shape[0]]"
+    ),
+    Mutation("marked: bits of this rank", MARKED, "[own] if marks", "[own] if True or marks"),
     Mutation("queue: where rows lie", QUEUE, "[0]) - self.first", "[0]) - 0"),
     Mutation(
         "queue: who keeps them",

@@ -142,8 +142,12 @@ def refusing(rank, world):
         message_of(loss, x, x, backend="reference"),
         message_of(loss, x, x.to("meta")),
         message_of(distributed.dcl_loss, x[: 1 - rank], x[: 1 - rank]),
-        message_of(distributed.sup_con_loss, x, torch.zeros(2, 3, dtype=torch.int64)),
+        message_of(distributed.sup_con_loss, x, torch.zeros(2, 3 + rank, dtype=torch.int64)),
+        message_of(distributed.sup_con_loss, x, None, positives=torch.ones(2, 3, dtype=torch.bool)),
+        message_of(distributed.sup_con_loss, x, None, positives=torch.ones(2, dtype=torch.bool)),
+        message_of(distributed.sup_con_loss, x, torch.zeros(2, dtype=torch.int64), unlabelled=0.5),
         message_of(distributed.triplet_loss, x, torch.arange(2), mining="semi_hard"),
+        message_of(distributed.clip_loss, x, x[:1], 5.0, image_index=torch.tensor([2])),
     ]
 
 
@@ -159,5 +163,11 @@ def test_bad_arguments_in_words():
         )
         assert found[3] == ("ValueError", "nt_xent_loss: z1 must be on cpu as z0 is, got meta")
         assert found[4][1] == "dcl_loss: the ranks must have at least 2 rows of z0 together, got 1"
-        assert found[5][1] == "sup_con_loss: labels must have shape (N,) over several ranks, got (2, 3)"
-        assert found[6] == ("ValueError", "triplet_loss: mining must be \"batch_hard\", got 'semi_hard'")
+        assert found[5][1] == (
+            "sup_con_loss: labels a row must be the same on every rank, got 3 on rank 0, 4 on rank 1"
+        )
+        assert found[6][1] == "sup_con_loss: positives must have 4 columns, the rows of all ranks, got 3"
+        assert found[7][1].endswith("a column for each of all ranks', got shape (2,)")
+        assert found[8] == ("TypeError", "sup_con_loss: unlabelled must be an integer or None, got 0.5")
+        assert found[9][1].startswith('triplet_loss: mining must be "batch_hard" over several ranks')
+        assert found[10][1] == "clip_loss: image_index must be in [0, 2), got 2"

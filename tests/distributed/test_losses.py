@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import distributed as dist
 
+import ssl_kernels
+from ssl_kernels import distributed
 from ssl_kernels.distributed import operators
 from tests.distributed import cases, processes
 from tests.distributed.cases import CASES
@@ -40,8 +42,39 @@ def check(case, rank, sizes, reduction, expected, **options):
         torch.testing.assert_close(gradient, wanted[name], **TIGHT, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def several_texts(rank, images, texts, strategy, options):
+    """`clip_loss` with `image_index`, where each rank has some images and all of their texts."""
+    sums = [torch.tensor([0, *counts]).cumsum(0) for counts in (images, texts)]
+    x, y = (random_rows(sum(counts), 4, seed=k).double() for k, counts in enumerate((images, texts)))
+    everyones = torch.cat(
+        [start + torch.arange(t) % max(1, i) for start, i, t in zip(sums[0], images, texts, strict=False)]
+    )
+    weights = torch.linspace(0.5, 1.5, len(y), dtype=torch.float64)
+    leaves = [leaf.requires_grad_() for leaf in (x, y, torch.tensor(4.0, dtype=torch.float64))]
+    expected = ssl_kernels.clip_loss(*leaves, image_index=everyones, row_weights=weights, **options)
+    wanted = torch.autograd.grad(expected, leaves)
+    own = [slice(int(s[rank]), int(s[rank + 1])) for s in sums]
+    loss = distributed.clip_loss(
+        x[own[0]],
+        y[own[1]],
+        leaves[2],
+        image_index=everyones[own[1]] - sums[0][rank],
+        row_weights=weights[own[1]],
+        strategy=strategy,
+        **options,
+    )
+    for result, expectation in zip(
+        (loss.detach(), *torch.autograd.grad(loss, leaves)), (expected.detach(), *wanted), strict=True
+    ):
+        dist.all_reduce(result)
+        torch.testing.assert_close(result / len(images), expectation, **TIGHT)
+
+
 def every_case(rank, world):
     failures = []
+    for strategy in ("gather", "ring"):
+        for options in ({}, {"label_smoothing": 0.1}):
+            several_texts(rank, (3, 2, 1, 0)[:world], (5, 2, 0, 0)[:world], strategy, options)
     for case in CASES:
         for sizes in SPLITS[world]:
             for reduction in ("mean", "sum", "none") if sizes == SPLITS[world][1] else ("mean",):
