@@ -3,6 +3,7 @@
 import torch
 
 from ssl_kernels.checks import check_embeddings, check_reduction, check_same_rows, check_scalar
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import as_scalar, reduce, widest_under_autocast
 from ssl_kernels.ops.row_pairs import row_pairs
 
@@ -58,3 +59,25 @@ alignment_loss.operation = "row_pairs"
 def _exponent(alpha, x):
     """torch.compile would make a graph of each number that is a power."""
     return as_scalar(alpha, x) if isinstance(alpha, torch.Tensor) or torch.compiler.is_compiling() else alpha
+
+
+class AlignmentLoss(Loss):
+    """`ssl_kernels.alignment_loss` as a module: `AlignmentLoss(alpha=2.0)(x, y)`.
+
+    Args:
+        alpha: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
+        normalize, reduction, backend: As in `alignment_loss`.
+    """
+
+    def __init__(
+        self,
+        alpha: float | torch.Tensor = 2.0,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return alignment_loss(x, y, **self.options)

@@ -13,6 +13,7 @@ from ssl_kernels.checks import (
     check_scalar,
 )
 from ssl_kernels.losses._features import correlations, group_and_world
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import as_scalar, reduce, widest_under_autocast
 from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
 from ssl_kernels.reference.clustering import cross_correlation
@@ -89,3 +90,25 @@ def barlow_twins_loss(
 
 
 barlow_twins_loss.operation = "row_pairs"
+
+
+class BarlowTwinsLoss(Loss):
+    """`ssl_kernels.barlow_twins_loss` as a module: `BarlowTwinsLoss(off_diagonal_weight=0.005)(z0, z1)`.
+
+    Args:
+        off_diagonal_weight: A float, a tensor of one element, or an `nn.Parameter` to learn it.
+        eps, reduction, backend: As in `barlow_twins_loss`.
+    """
+
+    def __init__(
+        self,
+        off_diagonal_weight: float | torch.Tensor = 0.005,
+        *,
+        eps: float = 1e-5,
+        reduction: str = "sum",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(self, z0: torch.Tensor, z1: torch.Tensor, *, group: Any = None) -> torch.Tensor:
+        return barlow_twins_loss(z0, z1, group=group, **self.options)

@@ -3,6 +3,7 @@
 import torch
 
 from ssl_kernels.checks import check_embeddings, check_reduction, check_row_weights, check_same_rows
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import reduce, widest_under_autocast
 from ssl_kernels.ops.row_pairs import row_pairs
 
@@ -54,3 +55,21 @@ def byol_loss(
 
 
 byol_loss.operation = "row_pairs"
+
+
+class BYOLLoss(Loss):
+    """`ssl_kernels.byol_loss` as a module: `BYOLLoss()(prediction, target)`.
+
+    Args:
+        normalize, reduction, backend: As in `byol_loss`.
+    """
+
+    def __init__(
+        self, *, normalize: bool = True, reduction: str = "mean", backend: str | None = None
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self, prediction: torch.Tensor, target: torch.Tensor, *, row_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return byol_loss(prediction, target, row_weights=row_weights, **self.options)

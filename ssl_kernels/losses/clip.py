@@ -11,6 +11,7 @@ from ssl_kernels.checks import (
     check_scalar,
 )
 from ssl_kernels.losses._labels import as_ids, as_index
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._rows import row_dots
 from ssl_kernels.losses._shared import (
     as_operand,
@@ -165,3 +166,45 @@ def _with_several_texts(
     images, texts = unit_rows(image_features, normalize), unit_rows(text_features, normalize)
     means = row_dots(texts, images.mean(0)) + row_dots(images, texts.mean(0))[image_index]
     return not_below_zero(loss - label_smoothing / 2 * scale * means)
+
+
+class CLIPLoss(Loss):
+    """`ssl_kernels.clip_loss` as a module: `CLIPLoss(scale)(image_features, text_features)`.
+
+    A scale given at the call, `CLIPLoss()(image_features, text_features, logit_scale)`, goes before the module's own.
+
+    Args:
+        logit_scale: A float, a tensor of one element, or an `nn.Parameter` to learn it. The paper learns the logarithm
+            of the scale: give its exponential at the call for that.
+        label_smoothing, normalize, reduction, backend: As in `clip_loss`.
+    """
+
+    def __init__(
+        self,
+        logit_scale: float | torch.Tensor = 1 / 0.07,
+        *,
+        label_smoothing: float = 0.0,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self,
+        image_features: torch.Tensor,
+        text_features: torch.Tensor,
+        logit_scale: float | torch.Tensor | None = None,
+        *,
+        ids: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        row_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return clip_loss(
+            image_features,
+            text_features,
+            ids=ids,
+            image_index=image_index,
+            row_weights=row_weights,
+            **self.options_with(logit_scale=logit_scale),
+        )

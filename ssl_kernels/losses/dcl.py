@@ -10,6 +10,7 @@ from ssl_kernels.checks import (
     check_same_rows,
     check_scalar,
 )
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import inverse_operand, widest_under_autocast
 from ssl_kernels.losses._softmax import views_loss
 
@@ -75,3 +76,27 @@ def dcl_loss(
 
 dcl_loss.operation = "contrastive"
 dcl_loss.views = 2
+
+
+class DCLLoss(Loss):
+    """`ssl_kernels.dcl_loss` as a module: `DCLLoss(temperature=0.1)(z0, z1)`.
+
+    Args:
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
+        normalize, reduction, backend: As in `dcl_loss`.
+    """
+
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.1,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self, z0: torch.Tensor, z1: torch.Tensor, *, row_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return dcl_loss(z0, z1, row_weights=row_weights, **self.options)

@@ -11,6 +11,7 @@ from ssl_kernels.checks import (
     check_same_rows,
     check_scalar,
 )
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import (
     infinite_as_nan,
     inverse,
@@ -100,3 +101,28 @@ def debiased_nt_xent_loss(
 
 debiased_nt_xent_loss.operation = "contrastive"
 debiased_nt_xent_loss.views = 2
+
+
+class DebiasedNTXentLoss(Loss):
+    """`ssl_kernels.debiased_nt_xent_loss` as a module: `DebiasedNTXentLoss(positive_prior=0.1)(z0, z1)`.
+
+    Args:
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
+        positive_prior, normalize, reduction, backend: As in `debiased_nt_xent_loss`.
+    """
+
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.5,
+        *,
+        positive_prior: float = 0.1,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self, z0: torch.Tensor, z1: torch.Tensor, *, row_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return debiased_nt_xent_loss(z0, z1, row_weights=row_weights, **self.options)

@@ -29,6 +29,7 @@ from ssl_kernels.losses._clusters import (
     views_of,
 )
 from ssl_kernels.losses._logits import swapped_logits
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import inverse, unit_rows, widest_under_autocast
 from ssl_kernels.losses.sinkhorn import check_iterations, group_name
 from ssl_kernels.ops.column_potentials import column_potentials
@@ -37,7 +38,7 @@ from ssl_kernels.reference.clustering import potentials
 from ssl_kernels.reference.products import product
 
 if TYPE_CHECKING:
-    from ssl_kernels.nn.clustering import DINOCenter
+    from ssl_kernels.nn.center import DINOCenter
 
 OP = "dino_loss"
 
@@ -291,3 +292,55 @@ def _potentials(rows, columns, counts, iterations, name, chosen):
     if chosen == "reference" and not name and counts is None:
         return potentials(rows if columns is None else product(rows, columns.T), iterations)
     return column_potentials(rows, columns, iterations=iterations, counts=counts, group=name)
+
+
+class DINOLoss(Loss):
+    """`ssl_kernels.dino_loss` as a module: `DINOLoss()(student, teacher, prototypes, teacher_prototypes,
+    center=center)`.
+
+    The centre is an argument and no part of the module: an `nn.DINOCenter`, which the training step updates, or a
+    tensor.
+
+    Args:
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
+        teacher_temperature, centering, iterations, normalize, normalize_prototypes, reduction, backend: As in
+        `dino_loss`.
+    """
+
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.1,
+        teacher_temperature: float | torch.Tensor = 0.04,
+        *,
+        centering: str = "center",
+        iterations: int = 3,
+        normalize: bool = True,
+        normalize_prototypes: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self,
+        student: torch.Tensor | Sequence[torch.Tensor],
+        teacher: torch.Tensor | Sequence[torch.Tensor],
+        prototypes: torch.Tensor | None = None,
+        teacher_prototypes: torch.Tensor | None = None,
+        *,
+        center: "DINOCenter | torch.Tensor | None" = None,
+        mask: torch.Tensor | None = None,
+        row_weights: torch.Tensor | None = None,
+        group: Any = None,
+    ) -> torch.Tensor:
+        return dino_loss(
+            student,
+            teacher,
+            prototypes,
+            teacher_prototypes,
+            center=center,
+            mask=mask,
+            row_weights=row_weights,
+            group=group,
+            **self.options,
+        )

@@ -11,6 +11,7 @@ from ssl_kernels.checks import (
     check_same_rows,
     check_scalar,
 )
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._rows import row_dots
 from ssl_kernels.losses._shared import (
     inverse,
@@ -124,3 +125,36 @@ def distillation_loss(
 
 
 distillation_loss.operation = "contrastive"
+
+
+class DistillationLoss(Loss):
+    """`ssl_kernels.distillation_loss` as a module: `...(0.07)(query, keys, teacher_query, teacher_keys)`.
+
+    Args:
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
+        teacher_temperature, normalize, reduction, backend: As in `distillation_loss`.
+    """
+
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.07,
+        teacher_temperature: float | torch.Tensor | None = None,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        teacher_query: torch.Tensor,
+        teacher_keys: torch.Tensor,
+        *,
+        row_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return distillation_loss(
+            query, keys, teacher_query, teacher_keys, row_weights=row_weights, **self.options
+        )

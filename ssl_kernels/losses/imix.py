@@ -16,6 +16,7 @@ from ssl_kernels.checks import (
     check_shape,
     values_are_readable,
 )
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import (
     inverse,
     inverse_operand,
@@ -147,3 +148,36 @@ def _check_mixing(query, permutation, lam):
     check_floating(OP, "lam", lam)
     if values_are_readable(lam):
         check_lam(OP, lam.reshape(-1))
+
+
+class IMixLoss(Loss):
+    """`ssl_kernels.imix_loss` as a module: `IMixLoss(temperature=0.2)(query, key, permutation, lam)`.
+
+    Args:
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
+        normalize, reduction, backend: As in `imix_loss`.
+    """
+
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.2,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        permutation: torch.Tensor,
+        lam: float | torch.Tensor,
+        *,
+        negative_keys: torch.Tensor | None = None,
+        row_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return imix_loss(
+            query, key, permutation, lam, negative_keys=negative_keys, row_weights=row_weights, **self.options
+        )

@@ -13,6 +13,7 @@ from ssl_kernels.checks import (
     check_tensor,
 )
 from ssl_kernels.losses._labels import as_ids
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._rows import paired_logits
 from ssl_kernels.losses._shared import (
     infinite_as_nan,
@@ -171,3 +172,44 @@ def _checked_ids(query, query_ids, key_ids, negative_keys):
         as_ids(OP, "query_ids", query_ids, (query.shape[0],), query),
         as_ids(OP, "key_ids", key_ids, keys.shape[:-1], query),
     )
+
+
+class InfoNCELoss(Loss):
+    """`ssl_kernels.info_nce_loss` as a module: `InfoNCELoss(temperature=0.1)(query, positive_key, negative_keys)`.
+
+    Args:
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
+        reduction, negative_mode, symmetric, normalize, backend: As in `info_nce_loss`.
+    """
+
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.1,
+        reduction: str = "mean",
+        negative_mode: str = "unpaired",
+        *,
+        symmetric: bool = False,
+        normalize: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        positive_key: torch.Tensor,
+        negative_keys: torch.Tensor | None = None,
+        *,
+        query_ids: torch.Tensor | None = None,
+        key_ids: torch.Tensor | None = None,
+        row_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return info_nce_loss(
+            query,
+            positive_key,
+            negative_keys,
+            query_ids=query_ids,
+            key_ids=key_ids,
+            row_weights=row_weights,
+            **self.options,
+        )

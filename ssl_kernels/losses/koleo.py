@@ -4,6 +4,7 @@ import torch
 
 from ssl_kernels.backends import choose_backend
 from ssl_kernels.checks import check_embeddings, check_least_rows, check_reduction
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import reduce
 from ssl_kernels.ops.batch_hard import batch_hard
 from ssl_kernels.ops.row_pairs import row_pairs
@@ -55,3 +56,19 @@ def koleo_loss(
 
 
 koleo_loss.operation = "batch_hard"
+
+
+class KoLeoLoss(Loss):
+    """`ssl_kernels.koleo_loss` as a module: `KoLeoLoss()(embeddings)`.
+
+    Args:
+        normalize, reduction, backend: As in `koleo_loss`.
+    """
+
+    def __init__(
+        self, *, normalize: bool = True, reduction: str = "mean", backend: str | None = None
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return koleo_loss(embeddings, **self.options)

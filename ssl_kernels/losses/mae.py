@@ -11,6 +11,7 @@ from ssl_kernels.checks import (
     check_tensor,
     short,
 )
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import as_scalar, reduce
 from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
 from ssl_kernels.ops.patch_errors import patch_errors
@@ -113,3 +114,26 @@ def _check(prediction, target, mask, normalize_target):
             f" got {tuple(mask.shape)}"
         )
     check_device(OP, "mask", mask, prediction)
+
+
+class MAELoss(Loss):
+    """`ssl_kernels.mae_loss` as a module: `MAELoss()(prediction, target, mask)`.
+
+    Args:
+        normalize_target, eps, reduction, backend: As in `mae_loss`.
+    """
+
+    def __init__(
+        self,
+        *,
+        normalize_target: bool = True,
+        eps: float = 1e-6,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self, prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return mae_loss(prediction, target, mask, **self.options)

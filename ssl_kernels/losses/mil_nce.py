@@ -9,6 +9,7 @@ from ssl_kernels.checks import (
     check_scalar,
     check_tensor,
 )
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import (
     infinite_as_nan,
     inverse,
@@ -99,3 +100,28 @@ def mil_nce_loss(
 
 
 mil_nce_loss.operation = "contrastive"
+
+
+class MILNCELoss(Loss):
+    """`ssl_kernels.mil_nce_loss` as a module: `MILNCELoss(temperature=0.07)(query, keys)`.
+
+    Args:
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
+        symmetric, normalize, reduction, backend: As in `mil_nce_loss`.
+    """
+
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.07,
+        *,
+        symmetric: bool = True,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self, query: torch.Tensor, keys: torch.Tensor, *, row_weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return mil_nce_loss(query, keys, row_weights=row_weights, **self.options)

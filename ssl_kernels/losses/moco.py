@@ -13,6 +13,7 @@ from ssl_kernels.checks import (
     check_scalar,
 )
 from ssl_kernels.losses._labels import as_ids
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import (
     inverse,
     loss_beside,
@@ -187,3 +188,36 @@ def _check_queue(query, queue):
             f"{op}: queue must have shape (K, {query.shape[1]}) with K >= 1, got {tuple(queue.shape)}"
         )
     check_device(op, "queue", queue, query, "query")
+
+
+class MoCoLoss(Loss):
+    """`ssl_kernels.moco_loss` as a module: `MoCoLoss(temperature=0.07)(query, key, queue)`.
+
+    The queue is an argument and no part of the module: an `nn.MoCoQueue`, a tensor, or None for MoCo v3's loss.
+
+    Args:
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
+        normalize, symmetric, reduction, backend: As in `moco_loss`.
+    """
+
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.07,
+        *,
+        normalize: bool = True,
+        symmetric: bool = False,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        queue: "MoCoQueue | torch.Tensor | None" = None,
+        *,
+        ids: torch.Tensor | None = None,
+        queue_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return moco_loss(query, key, queue, ids=ids, queue_ids=queue_ids, **self.options)

@@ -14,6 +14,7 @@ from ssl_kernels.checks import (
     is_number,
 )
 from ssl_kernels.losses._labels import as_ids
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import (
     as_operand,
     as_scalar,
@@ -321,3 +322,41 @@ def _check_margin(margin, mode):
         raise TypeError(f"{OP}: margin must be a number or None, got {type(margin).__name__}")
     if not -torch.inf < margin < torch.inf:
         raise ValueError(f"{OP}: margin must be finite, got {margin}")
+
+
+class MultipleNegativesRankingLoss(Loss):
+    """`ssl_kernels.multiple_negatives_ranking_loss` as a module: `...(scale=20.0)(anchor, positive, *hard_negatives)`.
+
+    Args:
+        scale: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
+        directions, partition_mode, hardness_mode, hardness_strength: As in `multiple_negatives_ranking_loss`.
+        margin, margin_mode, normalize, reduction, backend: Likewise.
+    """
+
+    def __init__(
+        self,
+        scale: float | torch.Tensor = 20.0,
+        *,
+        directions: Sequence[str] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        hardness_mode: str | None = None,
+        hardness_strength: float = 0.0,
+        margin: float | None = None,
+        margin_mode: str = "absolute",
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self,
+        anchor: torch.Tensor,
+        positive: torch.Tensor,
+        *hard_negatives: torch.Tensor,
+        ids: torch.Tensor | None = None,
+        row_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return multiple_negatives_ranking_loss(
+            anchor, positive, *hard_negatives, ids=ids, row_weights=row_weights, **self.options
+        )

@@ -10,6 +10,7 @@ from ssl_kernels.checks import (
     check_scalar,
 )
 from ssl_kernels.losses._labels import as_ids
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import (
     as_scalar,
     infinite_as_nan,
@@ -84,3 +85,32 @@ def nt_xent_loss(
 
 nt_xent_loss.operation = "contrastive"
 nt_xent_loss.views = 2
+
+
+class NTXentLoss(Loss):
+    """`ssl_kernels.nt_xent_loss` as a module: `NTXentLoss(temperature=0.5)(z0, z1)`.
+
+    Args:
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
+        normalize, reduction, backend: As in `nt_xent_loss`.
+    """
+
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.5,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self,
+        z0: torch.Tensor,
+        z1: torch.Tensor,
+        *,
+        ids: torch.Tensor | None = None,
+        row_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return nt_xent_loss(z0, z1, ids=ids, row_weights=row_weights, **self.options)

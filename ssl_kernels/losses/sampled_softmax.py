@@ -15,6 +15,7 @@ from ssl_kernels.checks import (
 )
 from ssl_kernels.chunked.rows import LOGITS_PER_BLOCK
 from ssl_kernels.losses._labels import as_ids
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import (
     inverse,
     minus_log_sigmoid,
@@ -208,3 +209,48 @@ def _checked_bias(query, columns, log_q, candidate_weights):
         return bias
     log_q = savable(log_q.to(acc))
     return -log_q if bias is None else bias - log_q
+
+
+class SampledSoftmaxLoss(Loss):
+    """`ssl_kernels.sampled_softmax_loss` as a module: `SampledSoftmaxLoss(temperature=0.1)(query, item, candidates)`.
+
+    Args:
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
+        in_batch, num_hard_negatives, normalize, reduction, backend: As in `sampled_softmax_loss`.
+    """
+
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 1.0,
+        *,
+        in_batch: bool = True,
+        num_hard_negatives: int | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        item: torch.Tensor,
+        candidates: torch.Tensor | None = None,
+        *,
+        item_ids: torch.Tensor | None = None,
+        candidate_ids: torch.Tensor | None = None,
+        log_q: torch.Tensor | None = None,
+        candidate_weights: torch.Tensor | None = None,
+        row_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return sampled_softmax_loss(
+            query,
+            item,
+            candidates,
+            item_ids=item_ids,
+            candidate_ids=candidate_ids,
+            log_q=log_q,
+            candidate_weights=candidate_weights,
+            row_weights=row_weights,
+            **self.options,
+        )

@@ -3,6 +3,7 @@
 import torch
 
 from ssl_kernels.checks import check_embeddings, check_reduction, check_same_rows, check_scalar
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import as_scalar, reduce, widest_under_autocast
 from ssl_kernels.ops.library import accumulation_dtype
 from ssl_kernels.ops.sigmoid_pairs import sigmoid_pairs
@@ -69,3 +70,36 @@ def siglip_loss(
 
 
 siglip_loss.operation = "sigmoid_pairs"
+
+
+class SigLIPLoss(Loss):
+    """`ssl_kernels.siglip_loss` as a module: `SigLIPLoss(scale, bias)(image_features, text_features)`.
+
+    What is given at the call, `SigLIPLoss()(image_features, text_features, scale, bias)`, goes before the module's own.
+
+    Args:
+        logit_scale, logit_bias: A float, a tensor of one element, or an `nn.Parameter` to learn it. The paper learns
+            the logarithm of the scale: give its exponential at the call for that.
+        normalize, reduction, backend: As in `siglip_loss`.
+    """
+
+    def __init__(
+        self,
+        logit_scale: float | torch.Tensor = 10.0,
+        logit_bias: float | torch.Tensor = -10.0,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self,
+        image_features: torch.Tensor,
+        text_features: torch.Tensor,
+        logit_scale: float | torch.Tensor | None = None,
+        logit_bias: float | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        options = self.options_with(logit_scale=logit_scale, logit_bias=logit_bias)
+        return siglip_loss(image_features, text_features, **options)

@@ -14,6 +14,7 @@ from ssl_kernels.checks import (
     is_whole,
     values_are_readable,
 )
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._rows import row_dots
 from ssl_kernels.losses._shared import (
     as_scalar,
@@ -186,3 +187,39 @@ def _checked_columns(name, value, columns, query):
     check_shape(OP, name, value, (columns,), query)
     check_floating(OP, name, value)
     return savable(value.to(torch.float64 if name == "weight" else accumulation_dtype(query)))
+
+
+class SimilarityCrossEntropyLoss(Loss):
+    """`ssl_kernels.similarity_cross_entropy` as a module: `SimilarityCrossEntropyLoss(20.0)(query, keys, target)`.
+
+    Args:
+        scale: A float, a tensor of one element, or an `nn.Parameter` to learn it.
+        weight: None or (M,), a weight per column as target; a buffer.
+        ignore_index, label_smoothing, normalize, reduction, backend: As in `similarity_cross_entropy`.
+    """
+
+    def __init__(
+        self,
+        scale: float | torch.Tensor = 1.0,
+        *,
+        weight: torch.Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        target: torch.Tensor,
+        *,
+        target_weights: torch.Tensor | None = None,
+        column_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return similarity_cross_entropy(
+            query, keys, target, target_weights=target_weights, column_bias=column_bias, **self.options
+        )

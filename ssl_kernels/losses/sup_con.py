@@ -15,6 +15,7 @@ from ssl_kernels.checks import (
     values_are_readable,
 )
 from ssl_kernels.losses._labels import as_ids, bit_sets, check_unlabelled, ranks, without_unlabelled
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._rows import Groups, less_class_means
 from ssl_kernels.losses._shared import inverse, inverse_operand, not_below_zero, reduce, weighted_mean
 from ssl_kernels.losses._softmax import one_node
@@ -180,3 +181,33 @@ def _groups(labels):
     count = torch.zeros_like(order).scatter_add_(0, rank, torch.ones_like(order))
     group = torch.empty_like(order).scatter_(0, order, rank)
     return Groups(group, order, count.cumsum(0) - count), count
+
+
+class SupConLoss(Loss):
+    """`ssl_kernels.sup_con_loss` as a module: `SupConLoss(temperature=0.07)(features, labels)`.
+
+    Args:
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
+        unlabelled, normalize, reduction, backend: As in `sup_con_loss`.
+    """
+
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.07,
+        *,
+        unlabelled: int | None = None,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        labels: torch.Tensor | None,
+        *,
+        positives: torch.Tensor | None = None,
+        row_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return sup_con_loss(features, labels, positives=positives, row_weights=row_weights, **self.options)

@@ -22,6 +22,7 @@ from ssl_kernels.losses._clusters import (
     swapped_cross_entropy,
     views_of,
 )
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import inverse, unit_rows, widest_under_autocast
 from ssl_kernels.losses.sinkhorn import check_iterations, group_name
 from ssl_kernels.ops.column_potentials import column_potentials
@@ -158,3 +159,39 @@ def _checked_queues(queue, count, prototypes):
             raise ValueError(f"{OP}: queue must have width {width} as features has, got {each.shape[1]}")
         check_device(OP, "queue", each, prototypes)
     return queues
+
+
+class SwAVLoss(Loss):
+    """`ssl_kernels.swav_loss` as a module: `SwAVLoss(temperature=0.1)(features, prototypes)`.
+
+    Args:
+        temperature: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
+        epsilon, iterations, assign, normalize, normalize_prototypes, reduction, backend: As in `swav_loss`.
+    """
+
+    def __init__(
+        self,
+        temperature: float | torch.Tensor = 0.1,
+        *,
+        epsilon: float | torch.Tensor = 0.05,
+        iterations: int = 3,
+        assign: Sequence[int] = (0, 1),
+        normalize: bool = True,
+        normalize_prototypes: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(
+        self,
+        features: torch.Tensor | Sequence[torch.Tensor],
+        prototypes: torch.Tensor,
+        *,
+        queue: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        row_weights: torch.Tensor | None = None,
+        group: Any = None,
+    ) -> torch.Tensor:
+        return swav_loss(
+            features, prototypes, queue=queue, row_weights=row_weights, group=group, **self.options
+        )

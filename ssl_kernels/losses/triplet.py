@@ -13,6 +13,7 @@ from ssl_kernels.checks import (
 )
 from ssl_kernels.chunked.rows import input_gradient, unit_rows
 from ssl_kernels.losses._labels import as_ids
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._semi_hard import semi_hard_losses
 from ssl_kernels.losses._shared import as_operand, as_scalar, minus_log_sigmoid, reduce
 from ssl_kernels.ops.batch_hard import DISTANCES, batch_hard
@@ -186,3 +187,27 @@ def _gap(embeddings, index, normalize, distance):
     zero = squares == 0  # derivatives of 0 there; the second one of vector_norm is NaN
     to_positive, to_negative = squares.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
     return to_positive - to_negative
+
+
+class TripletLoss(Loss):
+    """`ssl_kernels.triplet_loss` as a module: `TripletLoss(margin=0.2)(embeddings, labels)`.
+
+    Args:
+        margin: >= 0, a float, a tensor of one element, an `nn.Parameter` to learn it, or "soft".
+        mining, distance, normalize, reduction, backend: As in `triplet_loss`.
+    """
+
+    def __init__(
+        self,
+        margin: float | torch.Tensor | str = 0.2,
+        *,
+        mining: str = "batch_hard",
+        distance: str = "euclidean",
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return triplet_loss(embeddings, labels, **self.options)

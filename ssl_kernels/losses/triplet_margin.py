@@ -3,6 +3,7 @@
 import torch
 
 from ssl_kernels.checks import check_choice, check_embeddings, check_margin, check_reduction, check_same_rows
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import as_operand, reduce, widest_under_autocast
 from ssl_kernels.ops.row_pairs import row_pairs
 
@@ -64,3 +65,25 @@ def triplet_margin_loss(
 
 
 triplet_margin_loss.operation = "row_pairs"
+
+
+class TripletMarginLoss(Loss):
+    """`ssl_kernels.triplet_margin_loss` as a module: `TripletMarginLoss(margin=0.2)(anchor, positive, negative)`.
+
+    Args:
+        margin, distance, normalize, reduction, backend: As in `triplet_margin_loss`.
+    """
+
+    def __init__(
+        self,
+        margin: float | torch.Tensor = 0.2,
+        *,
+        distance: str = "euclidean",
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(self, anchor: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+        return triplet_margin_loss(anchor, positive, negative, **self.options)

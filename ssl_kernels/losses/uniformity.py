@@ -3,6 +3,7 @@
 import torch
 
 from ssl_kernels.checks import check_embeddings, check_least_rows, check_scalar
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import as_scalar
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
@@ -57,3 +58,20 @@ def uniformity_loss(
 
 
 uniformity_loss.operation = "contrastive"
+
+
+class UniformityLoss(Loss):
+    """`ssl_kernels.uniformity_loss` as a module: `UniformityLoss(t=2.0)(embeddings)`.
+
+    Args:
+        t: > 0, a float, a tensor of one element, or an `nn.Parameter` to learn it.
+        normalize, backend: As in `uniformity_loss`.
+    """
+
+    def __init__(
+        self, t: float | torch.Tensor = 2.0, *, normalize: bool = True, backend: str | None = None
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return uniformity_loss(embeddings, **self.options)

@@ -13,6 +13,7 @@ from ssl_kernels.checks import (
     check_scalar,
 )
 from ssl_kernels.losses._features import covariances, group_and_world, mean_squares
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import as_scalar, reduce, widest_under_autocast
 from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
 from ssl_kernels.reference.clustering import moments
@@ -104,3 +105,27 @@ def vicreg_loss(
 
 
 vicreg_loss.operation = "row_pairs"
+
+
+class VICRegLoss(Loss):
+    """`ssl_kernels.vicreg_loss` as a module: `VICRegLoss()(z0, z1)`.
+
+    Args:
+        invariance, variance, covariance: A float, a tensor of one element, or an `nn.Parameter` to learn it.
+        eps, reduction, backend: As in `vicreg_loss`.
+    """
+
+    def __init__(
+        self,
+        invariance: float | torch.Tensor = 25.0,
+        variance: float | torch.Tensor = 25.0,
+        covariance: float | torch.Tensor = 1.0,
+        *,
+        eps: float = 1e-4,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+    def forward(self, z0: torch.Tensor, z1: torch.Tensor, *, group: Any = None) -> torch.Tensor:
+        return vicreg_loss(z0, z1, group=group, **self.options)

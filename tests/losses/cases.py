@@ -7,8 +7,8 @@ import torch
 
 from ssl_kernels import losses
 from ssl_kernels.reference import clustering
-from ssl_kernels.reference import losses as definitions
 from tests.helpers import random_rows
+from tests.losses import definitions
 
 VIEWS = ("features", "student", "teacher")
 

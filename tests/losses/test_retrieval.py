@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import ssl_kernels
 from ssl_kernels import losses, matryoshka, nn
 from ssl_kernels.recipes.memory import peak_memory
-from ssl_kernels.reference import losses as definitions
 from tests.helpers import BACKENDS, OPERATORS, random_rows, same_bits
+from tests.losses import definitions
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_operator = pytest.mark.parametrize("backend", OPERATORS)

@@ -9,8 +9,8 @@ from torch import nn
 import ssl_kernels
 from ssl_kernels import triplet_loss
 from ssl_kernels.recipes.memory import peak_memory
-from ssl_kernels.reference import losses as definitions
 from tests.helpers import BACKENDS, DTYPES, OPERATORS, random_rows, same_bits, saved_bytes
+from tests.losses import definitions
 
 MB = 1 << 20
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -1,4 +1,4 @@
-"""The losses by their definitions: dense N × N algebra straight from the papers, a value a row, PyTorch's own autograd.
+"""The losses by their definitions: dense N × N algebra straight from the papers, with a value per row.
 
 Each computes in the dtype of its input (the tests pass float64) and reduces nothing; arguments are those of the
 public function of the same name.
