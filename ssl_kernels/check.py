@@ -15,6 +15,7 @@ import ssl_kernels
 from ssl_kernels import backends
 from ssl_kernels.checks import DTYPES
 from ssl_kernels.cli import usable_device
+from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.momentum_update import momentum_update_
 from ssl_kernels.ops.queue_push import queue_push_
 
@@ -142,6 +143,38 @@ def contrastive_calls(n, d, dtype, generator):
             ),
             (z0, z1, F.normalize(others, dim=1).bfloat16()),
         )
+    yield from calls_with_additions(z0, z1, generator)
+
+
+def calls_with_additions(rows, columns, generator):
+    """Biases, limits and ids, of a rectangle in both directions and of the rows among themselves."""
+    n = len(rows)
+    acc = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    biases = torch.randn(2, n, generator=generator).to(acc)
+    biases[:, ::5] = -torch.inf  # padding
+    exempt = torch.rand(n, generator=generator) < 0.3
+    ids = torch.randint(3 * n, (n,), generator=generator)
+    unit, unit_columns = (F.normalize(x.double(), dim=1) for x in (rows, columns))
+
+    def both_directions(backend, rows, columns, biases, limit, exempt, ids):
+        positives = torch.arange(n, device=rows.device)
+        lse, column_lse, logits = contrastive(
+            rows, columns, biases.new_tensor(10.0), positives=positives, row_ids=ids, column_ids=ids,
+            keep_diagonal=True, both_directions=True, column_bias=biases[0], row_bias=biases[1],
+            row_limit=limit.detach(), exempt=exempt, backend=backend,
+        )  # fmt: skip
+        return lse.logaddexp(column_lse) - logits
+
+    def square(backend, rows, biases, limit, ids):
+        lse, *_ = contrastive(
+            rows, None, biases.new_tensor(10.0), row_ids=ids % 2, only_equal_ids=True, column_bias=biases[0],
+            row_limit=limit.detach(), backend=backend,
+        )  # fmt: skip
+        return lse
+
+    limit = limits_between(10 * unit @ unit_columns.T).to(acc)
+    yield both_directions, (rows, columns, biases, limit, exempt, ids)
+    yield square, (rows, biases, limits_between(10 * unit @ unit.T).to(acc), ids)
 
 
 def sigmoid_pairs_calls(n, d, dtype, generator):
@@ -152,6 +185,14 @@ def sigmoid_pairs_calls(n, d, dtype, generator):
                 rows, columns, s, -s, backend=backend
             ),
             (rows, columns),
+        )
+    ids = torch.randint(n // 2, (n,), generator=generator)
+    for marks in ("ids", "image_index"):
+        yield (
+            lambda backend, rows, columns, ids, name=marks: ssl_kernels.siglip_loss(
+                rows, columns, 5.0, -2.0, **{name: ids}, backend=backend
+            ),
+            (rows, columns, ids),
         )
 
 
@@ -272,6 +313,14 @@ CALLS = {
 
 def rows_of(count, n, d, dtype, generator):
     return [torch.randn(n, d, generator=generator).to(dtype) for _ in range(count)]
+
+
+def limits_between(logits):
+    """A limit for each row in the widest gap among the middle of its logits, so that no rounding crosses it."""
+    logits = logits.sort(dim=1).values
+    middle = logits[:, logits.shape[1] // 4 : logits.shape[1] - logits.shape[1] // 4 + 1]
+    at = middle.diff(dim=1).argmax(dim=1, keepdim=True)
+    return (middle.gather(1, at) + middle.gather(1, at + 1)).flatten() / 2
 
 
 def draw(n, generator):

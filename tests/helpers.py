@@ -349,11 +349,3 @@ def product_eps(d, acc):
     have one sign. For float64 the truth is rounded like that too.
     """
     return torch.finfo(acc).eps * (math.sqrt(d) if acc == torch.float64 else max(1.0, math.sqrt(d) / 8))
-
-
-def limits_between(logits):
-    """A limit for each row in the widest gap among the middle of its logits, so that no rounding crosses it."""
-    logits = logits.sort(dim=1).values
-    middle = logits[:, logits.shape[1] // 4 : logits.shape[1] - logits.shape[1] // 4 + 1]
-    at = middle.diff(dim=1).argmax(dim=1, keepdim=True)
-    return (middle.gather(1, at) + middle.gather(1, at + 1)).flatten() / 2

@@ -316,10 +316,13 @@ def _sigmoid_pairs(data, operator, run, backward):
     common |= {"normalize_rows": True, "normalize_columns": True}
     needs = {"rows_need_grad": True, "columns_need_grad": True}
     if backward:
-        yield {"grad_losses": data.floats(6, dtype=torch.float64), **common, **needs}
-        return
+        common |= {"grad_losses": data.floats(6, dtype=torch.float64)}
     for total in (False, True):
-        yield {**common, **needs, "total": total, "keep": total}
+        more = {} if backward else {"total": total, "keep": total}
+        for ids in ((None, None), (data.integers(3, 6), data.integers(3, 9))):
+            marks = dict(zip(("row_ids", "column_ids"), ids, strict=True))
+            marks["equal_ids_are_positive"] = total and ids[0] is not None
+            yield {**common, **needs, **more, **marks}
 
 
 def _batch_hard(data, operator, run, backward):

@@ -1,5 +1,5 @@
-// sigmoid_pairs on the CPU. z_ij = scale * <x^_i, y^_j> + bias, the pairs j = i + diagonal positive:
-//   loss_i = sum_j softplus(z_ij), of -z_ij for the positive pair;  dz_ij = g_i sigmoid(z_ij), -g_i sigmoid(-z_ij).
+// sigmoid_pairs on the CPU. z_ij = scale * <x^_i, y^_j> + bias, the pairs j = i + diagonal, or those of equal ids, positive:
+//   loss_i = sum_j softplus(z_ij), of -z_ij for a positive pair;  dz_ij = g_i sigmoid(z_ij), -g_i sigmoid(-z_ij).
 // Tiling: tiles.h; a tile of z becomes its losses and, in place, its coefficients dz, which are multiplied by the
 //   columns into the gradient of its rows and, transposed, by the rows into that of its columns. Where columns have a
 //   gradient, tiles of a parallel round share neither rows nor columns: every sum has one owner, no atomics.
@@ -8,8 +8,9 @@
 // Memory: rows and columns in acc_t and their gradients, each twice where small products run (product.h), a few
 //   numbers a row, the scratch; nothing of size N*M.
 // Numerics: tiles hold <x^, y^> * scale * log2 e; log1p(e) is 2 atanh(e / (2 + e)), a series in its square, to
-//   the last digits of acc_t also where e is tiny. Sums over a tile in acc_t, over tiles in double. Positive pairs are taken
-//   out of the tile and computed in double, from the product that the tile held.
+//   the last digits of acc_t also where e is tiny. Sums over a tile in acc_t, over tiles in double. Positive pairs of the
+//   diagonal are taken out of the tile and computed in double, from the product that the tile held; those of equal ids are
+//   negated in the tile before and after it becomes coefficients.
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
@@ -32,6 +33,7 @@ struct SigmoidPairsArgs {
   int64_t diagonal;
   bool normalize_rows, normalize_columns;
   bool rows_need_grad, columns_need_grad;
+  const PairIds& ids;
 };
 
 // losses, grad_rows, grad_columns, grad_scale, grad_bias
@@ -62,7 +64,12 @@ class Problem : public Tiles<acc_t> {
       : Base(rows, columns),
         scale(without_payload(*args.scale.const_data_ptr<acc_t>())),
         bias(without_payload(*args.bias.const_data_ptr<acc_t>())),
-        diagonal_(args.diagonal) {}
+        diagonal_(args.ids.equal_are_positive ? m : args.diagonal),
+        equal_are_positive_(args.ids.equal_are_positive) {
+    if (!args.ids.rows) return;
+    row_ids_ = args.ids.rows->contiguous();
+    column_ids_ = args.ids.columns->contiguous();
+  }
 
   // Losses where asked for; gradients, weighted by row where there are weights, where a side is wanted.
   Pass run(bool losses_wanted, const acc_t* weight, bool rows_wanted, bool columns_wanted) {
@@ -94,12 +101,21 @@ class Problem : public Tiles<acc_t> {
         entry = -std::numeric_limits<acc_t>::infinity();
       }
 
+      if (row_ids_.defined()) {
+        if (equal_are_positive_)
+          math.negate_equal_ids(tile.s, tile.ld, tile.i.size, tile.j.size, row_ids(i0), column_ids(j0), -2 * bias2, nullptr);
+        else
+          math.mask_equal_ids(tile.s, tile.ld, tile.i.size, tile.j.size, row_ids(i0), column_ids(j0));
+      }
+
       acc_t loss[kLargestTile], sum[kLargestTile];
       if (!gradient)
         math.softplus_sums(tile.s, tile.ld, tile.i.size, tile.j.size, bias2, loss);
       else
         math.sigmoids(tile.s, tile.ld, tile.i.size, tile.j.size, bias2, weight ? weight + i0 : nullptr,
                       losses_wanted ? loss : nullptr, sum);
+      if (gradient && equal_are_positive_)
+        math.negate_equal_ids(tile.s, tile.ld, tile.i.size, tile.j.size, row_ids(i0), column_ids(j0), acc_t(0), sum);
       for (int64_t k = 0; k < tile.i.size; ++k) {
         if (losses_wanted) pass.losses[i0 + k] += loss[k];
         if (gradient) pass.grad_bias[i0 + k] += sum[k];
@@ -123,7 +139,12 @@ class Problem : public Tiles<acc_t> {
   const double scale, bias;
 
  private:
-  const int64_t diagonal_;
+  const int64_t* row_ids(int64_t begin) const { return row_ids_.const_data_ptr<int64_t>() + begin; }
+  const int64_t* column_ids(int64_t begin) const { return column_ids_.const_data_ptr<int64_t>() + begin; }
+
+  const int64_t diagonal_;  // with equal_are_positive_ the number of columns, where no pair lies
+  const bool equal_are_positive_;
+  at::Tensor row_ids_, column_ids_;
 };
 
 template <class scalar_t, class acc_t>
@@ -194,10 +215,13 @@ SigmoidPairsBwd backward(const SigmoidPairsArgs& args, const at::Tensor& grad_lo
 
 SigmoidPairsFwd sigmoid_pairs_fwd(const at::Tensor& rows, const at::Tensor& columns, const at::Tensor& scale,
                                   const at::Tensor& bias, int64_t diagonal, bool normalize_rows, bool normalize_columns,
-                                  bool total, bool keep, bool rows_need_grad, bool columns_need_grad) {
-  check_sigmoid_pairs(rows, columns, scale, bias);
+                                  bool total, bool keep, bool rows_need_grad, bool columns_need_grad,
+                                  const std::optional<at::Tensor>& row_ids, const std::optional<at::Tensor>& column_ids,
+                                  bool equal_ids_are_positive) {
+  const PairIds ids{row_ids, column_ids, equal_ids_are_positive};
+  check_sigmoid_pairs(rows, columns, scale, bias, ids);
   const SigmoidPairsArgs args{rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, rows_need_grad,
-                              columns_need_grad};
+                              columns_need_grad, ids};
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return SSL_KERNELS_DISPATCH(args.rows.scalar_type(), "sigmoid_pairs_fwd",
                               [&] { return forward<scalar_t, acc_t>(args, total, keep); });
@@ -205,11 +229,14 @@ SigmoidPairsFwd sigmoid_pairs_fwd(const at::Tensor& rows, const at::Tensor& colu
 
 SigmoidPairsBwd sigmoid_pairs_bwd(const at::Tensor& grad_losses, const at::Tensor& rows, const at::Tensor& columns,
                                   const at::Tensor& scale, const at::Tensor& bias, int64_t diagonal, bool normalize_rows,
-                                  bool normalize_columns, bool rows_need_grad, bool columns_need_grad) {
-  check_sigmoid_pairs(rows, columns, scale, bias);
+                                  bool normalize_columns, bool rows_need_grad, bool columns_need_grad,
+                                  const std::optional<at::Tensor>& row_ids, const std::optional<at::Tensor>& column_ids,
+                                  bool equal_ids_are_positive) {
+  const PairIds ids{row_ids, column_ids, equal_ids_are_positive};
+  check_sigmoid_pairs(rows, columns, scale, bias, ids);
   check_sigmoid_pairs_grad(grad_losses, rows);
   const SigmoidPairsArgs args{rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, rows_need_grad,
-                              columns_need_grad};
+                              columns_need_grad, ids};
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return SSL_KERNELS_DISPATCH(args.rows.scalar_type(), "sigmoid_pairs_bwd",
                               [&] { return backward<scalar_t, acc_t>(args, grad_losses); });

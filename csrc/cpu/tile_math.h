@@ -81,6 +81,10 @@ struct TileMath {
   // v_ij <- -inf where row_ids[i] != col_ids[j].
   void (*mask_unequal_ids)(T* v, int64_t ld, int64_t m, int64_t n, const int64_t* row_ids, const int64_t* col_ids);
 
+  // v_ij <- shift - v_ij where row_ids[i] == col_ids[j]; row_sum[i] = the sum of the row after that, unless it is null.
+  void (*negate_equal_ids)(T* v, int64_t ld, int64_t m, int64_t n, const int64_t* row_ids, const int64_t* col_ids, T shift,
+                           T* row_sum);
+
   // v_ij <- -inf where v_ij > row_limit[i] and v_ij > col_limit[j].
   void (*mask_above)(T* v, int64_t ld, int64_t m, int64_t n, const T* row_limit, const T* col_limit);
 

@@ -65,13 +65,6 @@ __device__ __forceinline__ Pair<acc_t> column_additions(const acc_t* values, int
   return *reinterpret_cast<const Pair<acc_t>*>(values + column0 + fragment_column(threadIdx.x % kWarpSize, n, 0));
 }
 
-// A bit for each element c[i / 2][n][i % 2 * 2 + e] of a lane.
-template <int kNTiles>
-__device__ __forceinline__ constexpr int element_bit(int i, int n, int e) {
-  static_assert(4 * kNTiles * 2 <= 64);
-  return (i * kNTiles + n) * 2 + e;
-}
-
 // Elements that no limit leaves out of the sums of the own rows, and of those of the other side's.
 struct StayingElements {
   uint64_t own, other;

@@ -13,7 +13,7 @@ struct Call {
   using scalar_t = typename Engine::scalar_t;
   using acc_t = typename Engine::acc_t;
   Matrix<scalar_t> rows, columns;
-  Problem<scalar_t, acc_t> problem;  // seen from the rows
+  ProblemOf<Engine> problem;  // seen from the rows
 
   Call(Launcher& launcher, const SigmoidPairsArgs& args, const acc_t* weight)
       : rows{static_cast<const scalar_t*>(args.rows), {args.row_strides[0], args.row_strides[1]}, args.N, args.D},
@@ -23,7 +23,8 @@ struct Call {
                 args.D} {
     acc_t* row_rnorm = args.normalize_rows ? launcher.scratch<acc_t>(args.N) : nullptr;
     acc_t* column_rnorm = args.normalize_columns ? launcher.scratch<acc_t>(args.M) : nullptr;
-    problem = {prepare(launcher, rows, row_rnorm), prepare(launcher, columns, column_rnorm)};
+    problem.own = prepare(launcher, rows, row_rnorm);
+    problem.other = prepare(launcher, columns, column_rnorm);
     if (!args.normalize_rows) problem.own.rnorm = nullptr;
     if (!args.normalize_columns) problem.other.rnorm = nullptr;
     problem.width = rows.width();
@@ -31,12 +32,19 @@ struct Call {
     problem.bias = static_cast<const acc_t*>(args.bias);
     problem.diagonal = args.diagonal;
     problem.own_weight = weight;
+    problem.other_weight = nullptr;
+    if constexpr (kHasIds<Engine>) {
+      problem.own_ids = args.row_ids;
+      problem.other_ids = args.column_ids;
+      problem.equal_are_positive = args.equal_ids_are_positive != 0;
+    }
   }
 
-  Problem<scalar_t, acc_t> from_columns() const {
+  ProblemOf<Engine> from_columns() const {
     auto exchanged = problem;
     std::swap(exchanged.own, exchanged.other);
     std::swap(exchanged.own_weight, exchanged.other_weight);
+    if constexpr (kHasIds<Engine>) std::swap(exchanged.own_ids, exchanged.other_ids);
     exchanged.diagonal = -problem.diagonal;
     return exchanged;
   }
@@ -76,8 +84,7 @@ struct Sums {
 
 // One side's gradient, in grad_t, unless null; and the sums.
 template <typename Engine, typename grad_t, int kWarpsM, int kSliceChunks>
-void gradient_pass(Launcher& launcher, const SigmoidPairsArgs& args,
-                   const Problem<typename Engine::scalar_t, typename Engine::acc_t>& problem,
+void gradient_pass(Launcher& launcher, const SigmoidPairsArgs& args, const ProblemOf<Engine>& problem,
                    const Matrix<typename Engine::scalar_t>& matrix, grad_t* grad, const Sums& sums) {
   using Shape = BwdShape<Engine, kWarpsM, kSliceChunks>;
   using scalar_t = typename Engine::scalar_t;
@@ -153,8 +160,12 @@ void run(Launcher& launcher, const SigmoidPairsBwdArgs& args) {
 template <typename Args>
 Launcher dispatch(const Args& args, cudaStream_t stream, bool dry) {
   Launcher launcher(args.common.workspace, stream, dry);
-  with_engine(args.common.dtype, args.common.allow_tf32,
-              [&](auto engine) { run<decltype(engine)>(launcher, args); });
+  with_engine(args.common.dtype, args.common.allow_tf32, [&](auto engine) {
+    if (args.common.row_ids)
+      run<WithIds<decltype(engine)>>(launcher, args);
+    else
+      run<decltype(engine)>(launcher, args);
+  });
   return launcher;
 }
 

@@ -5,7 +5,8 @@
 //   loss_ij = softplus(u_ij) = max(u_ij, 0) + log1p(e),  e = exp(-|u_ij|)
 //   A_ij = g (+-) 1 / (1 + exp(-u_ij)), minus for the positive pairs, g that of the row of the loss
 //
-// One exponential and one reciprocal serve both; softplus and sigma of the positive pairs are taken at -z.
+// One exponential and one reciprocal serve both; softplus and sigma of the positive pairs are taken at -z. Pairs of equal
+// ids are the positive ones in place of the diagonal, or those off the diagonal are left out of both.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +17,26 @@
 namespace ssl_kernels {
 namespace sigmoid_pairs {
 
-template <typename scalar_t, typename acc_t>
-struct Problem {
+// What the kernels of a WithIds engine know besides.
+struct Ids {
+  const int64_t* own_ids;
+  const int64_t* other_ids;
+  bool equal_are_positive;
+};
+
+struct NoIds {};
+
+// The same products, in kernels that look at ids.
+template <typename Engine>
+struct WithIds : Engine {};
+
+template <typename Engine>
+constexpr bool kHasIds = false;
+template <typename Engine>
+constexpr bool kHasIds<WithIds<Engine>> = true;
+
+template <typename scalar_t, typename acc_t, typename ids_t>
+struct Problem : ids_t {
   Operand<scalar_t, acc_t> own;
   Operand<scalar_t, acc_t> other;
   int64_t width;  // D padded to 16 bytes
@@ -28,12 +47,41 @@ struct Problem {
   const acc_t* other_weight;  // g of the other rows, or null; 1 where both are
 };
 
-// Calls f(z, row, column, positive) for the elements inside the matrix of a warp's part of a tile of dot products,
-// at (row0, column0); row and column count from there. The elements outside become 0.
-template <int kNTiles, typename scalar_t, typename acc_t, typename F>
+template <typename Engine>
+using ProblemOf = Problem<typename Engine::scalar_t, typename Engine::acc_t,
+                          std::conditional_t<kHasIds<Engine>, Ids, NoIds>>;
+
+// The elements of this lane, in a warp's part of a tile at (row0, column0), whose row and column have equal ids: their
+// element_bit. Those outside the matrix may be among them. One row at a time, for the backward has few registers left.
+template <int kNTiles, typename Problem>
+__device__ __forceinline__ auto equal_ids(const Problem& problem, int64_t row0, int64_t column0) {
+  using Bits = std::conditional_t<kNTiles * 8 <= 32, uint32_t, uint64_t>;
+  const int lane = threadIdx.x % kWarpSize;
+  const auto id = [](const int64_t* ids, int64_t index, int64_t count) { return index < count ? ids[index] : 0; };
+  Bits equal = 0;
+#pragma unroll 1
+  for (int i = 0; i < 4; ++i) {
+    const int64_t row_id = id(problem.own_ids, row0 + fragment_row(lane, i / 2, i % 2 * 2), problem.own.count);
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int64_t column = column0 + fragment_column(lane, n, e);
+        const bool same = row_id == id(problem.other_ids, column, problem.other.count);
+        equal |= Bits{same} << element_bit<kNTiles>(i, n, e);
+      }
+    }
+  }
+  return equal;
+}
+
+// Calls f(z, row, column, positive) for the elements inside the matrix that are not left out, of a warp's part of a tile
+// of dot products at (row0, column0); row and column count from there. The others become 0.
+template <int kNTiles, typename scalar_t, typename acc_t, typename ids_t, typename F>
 __device__ __forceinline__ void for_each_pair(Fragment<acc_t, kNTiles>& c,
-                                              const Problem<scalar_t, acc_t>& problem, int64_t row0,
+                                              const Problem<scalar_t, acc_t, ids_t>& problem, int64_t row0,
                                               int64_t column0, acc_t scale, acc_t bias, F f) {
+  constexpr bool kIds = std::is_same_v<ids_t, Ids>;
   const int lane = threadIdx.x % kWarpSize;
   constexpr int kColumns = kNTiles * 8;
   const int rows = static_cast<int>(min(problem.own.count - row0, int64_t{kWarpRows}));
@@ -42,6 +90,12 @@ __device__ __forceinline__ void for_each_pair(Fragment<acc_t, kNTiles>& c,
   // Of the positive column of row 0; kColumns stands for any that meets no element.
   const int64_t to_positive = row0 + problem.diagonal - column0;
   const int offset = to_positive > -kWarpRows && to_positive < kColumns ? static_cast<int>(to_positive) : kColumns;
+  const auto equal = [&] {
+    if constexpr (kIds)
+      return equal_ids<kNTiles>(problem, row0, column0);
+    else
+      return 0;
+  }();
 #pragma unroll
   for (int n = 0; n < kNTiles; ++n) {
 #pragma unroll
@@ -49,8 +103,13 @@ __device__ __forceinline__ void for_each_pair(Fragment<acc_t, kNTiles>& c,
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int row = fragment_row(lane, m, e), column = fragment_column(lane, n, e);
-        const bool positive = column - row == offset;
-        if (whole || (row < rows && column < columns)) {
+        bool positive = column - row == offset, inside = whole || (row < rows && column < columns);
+        if constexpr (kIds) {
+          const bool same = equal >> element_bit<kNTiles>(m * 2 + e / 2, n, e % 2) & 1;
+          inside = inside && (problem.equal_are_positive || positive || !same);
+          if (problem.equal_are_positive) positive = same;
+        }
+        if (inside) {
           c[m][n][e] = f(Math<acc_t>::fma(c[m][n][e], scale, bias), m * 2 + e / 2, n, e % 2, positive);
         } else {
           c[m][n][e] = acc_t(0);
@@ -92,8 +151,7 @@ using FwdShape = ReduceShape<Engine, 1>;
 
 template <typename Engine>
 __global__ void __launch_bounds__(FwdShape<Engine>::kThreads, FwdShape<Engine>::kBlocksPerSm)
-    sigmoid_pairs_fwd_kernel(const Problem<typename Engine::scalar_t, typename Engine::acc_t> problem,
-                             double* partial) {
+    sigmoid_pairs_fwd_kernel(const ProblemOf<Engine> problem, double* partial) {
   using Shape = FwdShape<Engine>;
   using acc_t = typename Engine::acc_t;
   constexpr int kNTiles = Shape::kNTiles;
@@ -160,9 +218,8 @@ struct BwdShape : ProductShape<Engine, kWarpsM, kSliceChunks, 2, 2> {
 // `losses` and `biases`: (blocks, parts, warps) sums of a warp each, or null: not needed.
 template <typename Shape, typename Engine>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
-    sigmoid_pairs_bwd_kernel(const Problem<typename Engine::scalar_t, typename Engine::acc_t> problem,
-                             const typename Engine::acc_t* coefficient_scale, double* losses, double* biases,
-                             typename Engine::acc_t* partial) {
+    sigmoid_pairs_bwd_kernel(const ProblemOf<Engine> problem, const typename Engine::acc_t* coefficient_scale,
+                             double* losses, double* biases, typename Engine::acc_t* partial) {
   using acc_t = typename Engine::acc_t;
   constexpr int kBlockM = Shape::kBlockM, kNTiles = Shape::kNTiles;
   enum ColumnTerm { kRnorm, kWeight };

@@ -20,7 +20,7 @@ typedef struct {
   int32_t normalize_columns;
   int32_t allow_tf32;  // float32 products may round their operands to TF32
   int32_t splits;      // parts the other side is walked in at once; 0 picks from the card and the sizes
-  int32_t reserved;
+  int32_t equal_ids_are_positive;  // else pairs of equal ids are left out, but for those on the diagonal
   int64_t N, M, D, diagonal;
   int64_t row_strides[2];  // in elements
   int64_t column_strides[2];
@@ -28,6 +28,8 @@ typedef struct {
   const void* columns;  // (M, D)
   const void* scale;    // one acc_t
   const void* bias;     // one acc_t
+  const int64_t* row_ids;     // (N,) contiguous, or null
+  const int64_t* column_ids;  // (M,) contiguous, null with row_ids
   void* workspace;      // sigmoid_pairs_*_workspace bytes, 16-byte aligned
 } SigmoidPairsArgs;
 

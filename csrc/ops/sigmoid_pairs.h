@@ -5,10 +5,19 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
+
 namespace ssl_kernels {
 
+// Ids of rows and columns, or none of them.
+struct PairIds {
+  const std::optional<at::Tensor>& rows;
+  const std::optional<at::Tensor>& columns;
+  bool equal_are_positive;
+};
+
 inline void check_sigmoid_pairs(const at::Tensor& rows, const at::Tensor& columns, const at::Tensor& scale,
-                                const at::Tensor& bias) {
+                                const at::Tensor& bias, const PairIds& ids) {
   const auto acc = rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto on_device = [&](const at::Tensor& tensor) { return tensor.device() == rows.device(); };
   const auto is_number = [&](const at::Tensor& tensor) {
@@ -22,6 +31,16 @@ inline void check_sigmoid_pairs(const at::Tensor& rows, const at::Tensor& column
               "sigmoid_pairs: rows and columns must not be empty");
   TORCH_CHECK(is_number(scale), "sigmoid_pairs: scale must be one number of dtype ", acc, " on the device of rows");
   TORCH_CHECK(is_number(bias), "sigmoid_pairs: bias must be one number of dtype ", acc, " on the device of rows");
+  const auto are_ids = [&](const std::optional<at::Tensor>& tensor, const at::Tensor& of) {
+    return !tensor || (tensor->scalar_type() == at::kLong && tensor->dim() == 1 && tensor->size(0) == of.size(0) &&
+                       on_device(*tensor));
+  };
+  TORCH_CHECK(are_ids(ids.rows, rows), "sigmoid_pairs: row_ids must be int64 of shape (N,) on the device of rows");
+  TORCH_CHECK(are_ids(ids.columns, columns),
+              "sigmoid_pairs: column_ids must be int64 of shape (M,) on the device of rows");
+  TORCH_CHECK(ids.rows.has_value() == ids.columns.has_value(), "sigmoid_pairs: row_ids and column_ids go together");
+  TORCH_CHECK(!ids.equal_are_positive || ids.rows,
+              "sigmoid_pairs: row_ids must be given with equal_ids_are_positive");
 }
 
 inline void check_sigmoid_pairs_grad(const at::Tensor& grad_losses, const at::Tensor& rows) {

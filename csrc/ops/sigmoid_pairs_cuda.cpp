@@ -16,7 +16,7 @@ namespace {
 using at::Tensor;
 
 SigmoidPairsArgs common_args(const Tensor& rows, const Tensor& columns, const Tensor& scale, const Tensor& bias,
-                             int64_t diagonal, bool normalize_rows, bool normalize_columns) {
+                             int64_t diagonal, bool normalize_rows, bool normalize_columns, const PairIds& ids) {
   SigmoidPairsArgs args = {};
   args.dtype = kernel_dtype("sigmoid_pairs: rows", rows.scalar_type());
   args.normalize_rows = normalize_rows;
@@ -34,6 +34,9 @@ SigmoidPairsArgs common_args(const Tensor& rows, const Tensor& columns, const Te
   args.columns = columns.data_ptr();
   args.scale = scale.data_ptr();
   args.bias = bias.data_ptr();
+  args.row_ids = pointer<int64_t>(ids.rows);
+  args.column_ids = pointer<int64_t>(ids.columns);
+  args.equal_ids_are_positive = ids.equal_are_positive;
   return args;
 }
 
@@ -43,14 +46,16 @@ Tensor empty_if(bool needed, const Tensor& like, at::ScalarType dtype) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_pairs_fwd(
     const Tensor& rows, const Tensor& columns, const Tensor& scale, const Tensor& bias, int64_t diagonal,
-    bool normalize_rows, bool normalize_columns, bool total, bool keep, bool rows_need_grad,
-    bool columns_need_grad) {
-  check_sigmoid_pairs(rows, columns, scale, bias);
+    bool normalize_rows, bool normalize_columns, bool total, bool keep, bool rows_need_grad, bool columns_need_grad,
+    const std::optional<Tensor>& row_ids, const std::optional<Tensor>& column_ids, bool equal_ids_are_positive) {
+  const auto own_ids = contiguous(row_ids), other_ids = contiguous(column_ids);
+  const PairIds ids{own_ids, other_ids, equal_ids_are_positive};
+  check_sigmoid_pairs(rows, columns, scale, bias, ids);
   const c10::cuda::CUDAGuard guard(rows.device());
   const bool with_gradients = total && keep;
   const auto acc = accumulation_dtype(rows);
   SigmoidPairsFwdArgs args = {};
-  args.common = common_args(rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns);
+  args.common = common_args(rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, ids);
   args.total = total;
   args.keep = keep;
   const auto wide = rows.options().dtype(at::kDouble);
@@ -72,13 +77,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid_pairs_bwd(const Tensor& grad_
                                                              const Tensor& columns, const Tensor& scale,
                                                              const Tensor& bias, int64_t diagonal,
                                                              bool normalize_rows, bool normalize_columns,
-                                                             bool rows_need_grad, bool columns_need_grad) {
-  check_sigmoid_pairs(rows, columns, scale, bias);
+                                                             bool rows_need_grad, bool columns_need_grad,
+                                                             const std::optional<Tensor>& row_ids,
+                                                             const std::optional<Tensor>& column_ids,
+                                                             bool equal_ids_are_positive) {
+  const auto own_ids = contiguous(row_ids), other_ids = contiguous(column_ids);
+  const PairIds ids{own_ids, other_ids, equal_ids_are_positive};
+  check_sigmoid_pairs(rows, columns, scale, bias, ids);
   check_sigmoid_pairs_grad(grad_losses, rows);
   const c10::cuda::CUDAGuard guard(rows.device());
   const Tensor g = grad_losses.contiguous();
   SigmoidPairsBwdArgs args = {};
-  args.common = common_args(rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns);
+  args.common = common_args(rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, ids);
   const Tensor grad_rows = empty_if(rows_need_grad, rows, rows.scalar_type());
   const Tensor grad_columns = empty_if(columns_need_grad, columns, rows.scalar_type());
   const Tensor grad_scale = at::empty({}, scale.options()), grad_bias = at::empty({}, scale.options());

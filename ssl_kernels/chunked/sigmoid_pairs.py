@@ -8,8 +8,11 @@ import torch
 from ssl_kernels.chunked.rows import LOGITS_PER_BLOCK, input_gradient, unit_rows, without_autocast
 
 
-def _blocks(x, y, scale, bias, diagonal):
-    """Yields (slice of rows, their logits, those of positive pairs as a view of these)."""
+def _blocks(x, y, scale, bias, diagonal, ids):
+    """Yields (slice of rows, their logits, `_negate`'s positive pairs); logits that count nothing are -inf.
+
+    ids: (row_ids, column_ids, equal_ids_are_positive), or None.
+    """
     n, m = len(x), len(y)
     size = max(1, LOGITS_PER_BLOCK // m)
     for start in range(0, n, size):
@@ -17,7 +20,25 @@ def _blocks(x, y, scale, bias, diagonal):
         logits = (scale * (x[block] @ y.T)).add_(bias)  # (block, M)
         offset = start + diagonal
         inside = -len(logits) < offset < m
-        yield block, logits, logits.diagonal(offset=offset) if inside else logits.new_empty(0)
+        positive = logits.diagonal(offset=offset) if inside else logits.new_empty(0)
+        if ids is not None:
+            row_ids, column_ids, equal_ids_are_positive = ids
+            equal = row_ids[block, None] == column_ids
+            if equal_ids_are_positive:
+                positive = equal
+            else:
+                stay = positive.clone()
+                logits.masked_fill_(equal, -torch.inf)
+                positive.copy_(stay)
+        yield block, logits, positive
+
+
+def _negate(values, positive):
+    """Negates those of positive pairs in place: `positive` is a mask, or a view of them."""
+    if positive.dtype == torch.bool:
+        torch.where(positive, -values, values, out=values)
+    else:
+        positive.neg_()
 
 
 def _softplus(z):
@@ -25,17 +46,17 @@ def _softplus(z):
     return z.clamp_min(0) + torch.exp(-z.abs()).log1p()
 
 
-def _gradients(x, y, scale, bias, diagonal, weight, columns_need_grad):
+def _gradients(x, y, scale, bias, diagonal, ids, weight, columns_need_grad):
     """Gradients of the weighted losses by the rows and columns used, before `scale`, and by bias; and the losses."""
     grad_x = torch.empty_like(x)
     grad_y = torch.zeros_like(y) if columns_need_grad else None
     losses = torch.empty(len(x), dtype=torch.float64, device=x.device)
     grad_bias = torch.zeros((), dtype=torch.float64, device=x.device)
-    for block, logits, positive in _blocks(x, y, scale, bias, diagonal):
-        positive.neg_()
+    for block, logits, positive in _blocks(x, y, scale, bias, diagonal, ids):
+        _negate(logits, positive)
         losses[block] = _softplus(logits).sum(1, dtype=torch.float64)
         coefficients = logits.sigmoid_()
-        positive.neg_()  # a view: −σ(−z)
+        _negate(coefficients, positive)  # −σ(−z)
         if weight is not None:
             coefficients *= weight[block, None]
         grad_bias += coefficients.sum(dtype=torch.float64)
@@ -69,16 +90,20 @@ def sigmoid_pairs_fwd(
     keep,
     rows_need_grad,
     columns_need_grad,
+    row_ids=None,
+    column_ids=None,
+    equal_ids_are_positive=False,
 ):
     x, x_rnorm = unit_rows(rows, normalize_rows)
     y, y_rnorm = unit_rows(columns, normalize_columns)
+    ids = None if row_ids is None else (row_ids, column_ids, equal_ids_are_positive)
     if total and keep:
-        losses, *grads = _gradients(x, y, scale, bias, diagonal, None, columns_need_grad)
+        losses, *grads = _gradients(x, y, scale, bias, diagonal, ids, None, columns_need_grad)
         needs = (rows_need_grad, columns_need_grad)
         return losses.sum(), *_finish(*grads, x, y, scale, (x_rnorm, y_rnorm), *needs, x.dtype)
     losses = torch.empty(len(x), dtype=torch.float64, device=x.device)
-    for block, logits, positive in _blocks(x, y, scale, bias, diagonal):
-        positive.neg_()
+    for block, logits, positive in _blocks(x, y, scale, bias, diagonal, ids):
+        _negate(logits, positive)
         losses[block] = _softplus(logits).sum(1, dtype=torch.float64)
     return losses.sum() if total else losses, *(x.new_empty(0) for _ in range(4))
 
@@ -95,9 +120,14 @@ def sigmoid_pairs_bwd(
     normalize_columns,
     rows_need_grad,
     columns_need_grad,
+    row_ids=None,
+    column_ids=None,
+    equal_ids_are_positive=False,
 ):
     x, x_rnorm = unit_rows(rows, normalize_rows)
     y, y_rnorm = unit_rows(columns, normalize_columns)
-    _, *grads = _gradients(x, y, scale, bias, diagonal, grad_losses.to(x.dtype), columns_need_grad)
+    ids = None if row_ids is None else (row_ids, column_ids, equal_ids_are_positive)
+    weight = grad_losses.to(x.dtype)
+    _, *grads = _gradients(x, y, scale, bias, diagonal, ids, weight, columns_need_grad)
     needs = (rows_need_grad, columns_need_grad)
     return _finish(*grads, x, y, scale, (x_rnorm, y_rnorm), *needs, rows.dtype)

@@ -309,6 +309,8 @@ def siglip_loss(
     logit_scale,
     logit_bias,
     *,
+    ids=None,
+    image_index=None,
     normalize=True,
     reduction="mean",
     backend=None,
@@ -317,12 +319,19 @@ def siglip_loss(
     with call.checking():
         image_features, text_features = widest_under_autocast(image_features, text_features)
         check_rows(op, image_features=image_features, text_features=text_features)
-        check_same_rows(op, image_features=image_features, text_features=text_features)
+        if image_index is None:
+            check_same_rows(op, image_features=image_features, text_features=text_features)
         check_scalar(op, "logit_scale", logit_scale, image_features, positive=False)
         check_scalar(op, "logit_bias", logit_bias, image_features, positive=False)
+        if image_index is not None:
+            if ids is not None:
+                raise ValueError(f"{op}: ids must be None with image_index")
+            image_index = as_index(op, "image_index", image_index, text_features.shape[0], image_features)
+        if ids is not None:
+            ids = as_ids(op, "ids", ids, image_features.shape[:1], image_features)
         call.check_common(reduction, None, 0, image_features)
-    call.meet(
-        image_features,
+    counts = call.meet(
+        text_features,
         {
             "image_features": image_features,
             "text_features": text_features,
@@ -331,11 +340,18 @@ def siglip_loss(
         },
         backend,
         "sigmoid_pairs",
+        extra=[] if image_index is None else [image_features.shape[0]],
         reduction=reduction,
         normalize=normalize,
+        ids=ids is not None,
+        image_index=image_index is not None,
     )
     scalars = as_scalar(logit_scale, image_features), as_scalar(logit_bias, image_features)
-    loss = pairs.sigmoid_sums(image_features, text_features, *scalars, call.setting(normalize), call.sizes)
+    rows, columns, sizes = image_features, text_features, call.sizes
+    if image_index is not None:
+        rows, columns, sizes = text_features, image_features, counts[0]
+    marks = {"ids": ids, "column_of_row": image_index}
+    loss = pairs.sigmoid_sums(rows, columns, *scalars, call.setting(normalize), sizes, **marks)
     return call.reduce(loss, reduction)
 
 

@@ -60,16 +60,16 @@ def frozen_fwd(backend, rows, columns, scale, normalize, ids=None, *, own=False)
     return [lse, made.to(unit.dtype)]
 
 
-def sigmoid_pairs_fwd(backend, rows, columns, scale, bias, diagonal, normalize):
-    """Losses of the rows, float64."""
+def sigmoid_pairs_fwd(backend, rows, columns, scale, bias, diagonal, ids, normalize):
+    """Losses of the rows, float64. ids: (of rows, of columns), or nothing."""
     options = (diagonal, normalize, normalize, False, False, False, False)
-    return _sigmoid_pairs._fwd[backend](rows, columns, scale, bias, *options)[0]
+    return _sigmoid_pairs._fwd[backend](rows, columns, scale, bias, *options, *ids)[0]
 
 
-def sigmoid_pairs_bwd(backend, grad_losses, rows, columns, scale, bias, diagonal, normalize, needs):
+def sigmoid_pairs_bwd(backend, grad_losses, rows, columns, scale, bias, diagonal, ids, normalize, needs):
     """(grad_rows, grad_columns, grad_scale, grad_bias)."""
     operands = (rows, columns, scale, bias)
-    return _sigmoid_pairs._bwd[backend](grad_losses, *operands, diagonal, normalize, normalize, *needs)
+    return _sigmoid_pairs._bwd[backend](grad_losses, *operands, diagonal, normalize, normalize, *needs, *ids)
 
 
 def reciprocal_norms(rows, normalize):

@@ -292,9 +292,9 @@ def _frozen(rows, columns, scale, setting, normalize_columns, ids=None, own=Fals
 
 class _SigmoidSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, columns, scale, bias, sizes, setting):
+    def forward(ctx, rows, columns, scale, bias, ids, column_of_row, sizes, setting):
         transport = setting.transport(sizes)
-        held = transport.collect(columns)
+        held = transport.collect(columns, *([] if ids is None else [ids]))
         x = widened(rows)
         losses = x.new_zeros(x.shape[0], dtype=torch.float64)
 
@@ -302,19 +302,20 @@ class _SigmoidSums(torch.autograd.Function):
             nonlocal losses
             y = widened(block[0])
             if x.shape[0] and y.shape[0]:
+                marks = _sigmoid_marks(block, first, ids, column_of_row)
                 losses = losses + operators.sigmoid_pairs_fwd(
-                    setting.backend, x, y, scale, bias, _diagonal(y, first), setting.normalize
+                    setting.backend, x, y, scale, bias, *marks, setting.normalize
                 )
 
         transport.walk(held, visit)
-        ctx.save_for_backward(rows, scale, bias, *held)
+        ctx.save_for_backward(rows, scale, bias, ids, column_of_row, *held)
         ctx.options = sizes, setting
         return losses
 
     @staticmethod
     @once
     def backward(ctx, grad_losses):
-        rows, scale, bias, *held = ctx.saved_tensors
+        rows, scale, bias, ids, column_of_row, *held = ctx.saved_tensors
         sizes, setting = ctx.options
         transport = setting.transport(sizes)
         x = widened(rows)
@@ -327,8 +328,9 @@ class _SigmoidSums(torch.autograd.Function):
             y = widened(block[0])
             if not x.shape[0] or not y.shape[0]:
                 return [_gradient(y)] if needs[1] else None
+            marks = _sigmoid_marks(block, first, ids, column_of_row)
             part_rows, part_columns, part_scale, part_bias = operators.sigmoid_pairs_bwd(
-                setting.backend, grad_losses, x, y, scale, bias, _diagonal(y, first), setting.normalize, needs
+                setting.backend, grad_losses, x, y, scale, bias, *marks, setting.normalize, needs
             )
             grad_scale, grad_bias = grad_scale + part_scale, grad_bias + part_bias
             if needs[0]:
@@ -341,17 +343,26 @@ class _SigmoidSums(torch.autograd.Function):
             found[0].to(rows.dtype) if needs[1] else None,
             grad_scale if ctx.needs_input_grad[2] else None,
             grad_bias if ctx.needs_input_grad[3] else None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 
-def _diagonal(columns, first):
-    """Where the positive pairs of a block lie: outside of it, unless it is the own one."""
-    return 0 if first else columns.shape[0]
+def _sigmoid_marks(block, first, ids, column_of_row):
+    """(diagonal, ids) of a block as the operators take them. Positive pairs lie in the own one alone."""
+    columns = block[0]
+    if first and column_of_row is not None:
+        return 0, (column_of_row, torch.arange(columns.shape[0], device=columns.device), True)
+    return 0 if first else columns.shape[0], () if ids is None else (ids, block[1])
 
 
 @breaking_the_graph
-def sigmoid_sums(rows, columns, scale, bias, setting, sizes):
-    """`sigmoid_pairs` of this rank's rows and the columns of all, (n,) float64; pair i is row i and own column i."""
-    return _SigmoidSums.apply(*distinct(rows, columns, scale, bias), sizes, setting)
+def sigmoid_sums(rows, columns, scale, bias, setting, sizes, *, ids=None, column_of_row=None):
+    """`sigmoid_pairs` of this rank's rows and the columns of all, (n,) float64; pair i is row i and own column i.
+
+    Args:
+        sizes: How many columns each rank has.
+        ids: (n,) of this rank's pairs, or None: other pairs of equal ids are left out.
+        column_of_row: (n,) the own column that each row is a pair with, in place of i. Not with ids.
+    """
+    operands = distinct(rows, columns, scale, bias, ids, column_of_row)
+    return _SigmoidSums.apply(*operands, sizes, setting)

@@ -3,6 +3,7 @@
 import torch
 
 from ssl_kernels.checks import check_embeddings, check_reduction, check_same_rows, check_scalar
+from ssl_kernels.losses._labels import as_ids, as_index
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import as_scalar, reduce, widest_under_autocast
 from ssl_kernels.ops.library import accumulation_dtype
@@ -15,6 +16,8 @@ def siglip_loss(
     logit_scale: float | torch.Tensor,
     logit_bias: float | torch.Tensor,
     *,
+    ids: torch.Tensor | None = None,
+    image_index: torch.Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
     backend: str | None = None,
@@ -25,22 +28,33 @@ def siglip_loss(
 
     With "mean" and "sum" the gradient is made in the forward pass, with "none" in the backward.
 
+    With `image_index` an image may have any number of texts: y_ij = +1 for i = image_index_j, −1 else, and the number
+    of texts, each of which has one positive pair, takes the place of N.
+
     Args:
-        image_features, text_features: (N, D) each, row i of both of one pair. float64, float32, float16 or bfloat16,
-            any strides. Under autocast they may differ in dtype; the wider one is used.
+        image_features, text_features: (N, D) each, row i of both of one pair; (N, D) and (M, D) with image_index.
+            float64, float32, float16 or bfloat16, any strides. Under autocast they may differ in dtype; the wider one
+            is used.
         logit_scale, logit_bias: A finite float or a tensor of one element, which gets its gradient. The factor itself,
             not its logarithm: the paper begins at 10 and −10 and learns log(logit_scale) and logit_bias.
+        ids: (N,) or (N, 1) integers or bool, or None. An image and a text of equal ids that are not of one pair, known
+            duplicates, are left out: no negatives of each other, and no positives.
+        image_index: (M,) integers in [0, N), the image of each text, or None: text i is that of image i. All texts
+            of an image are its positives. Not with ids.
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
-        reduction: "mean": the sum over all pairs divided by N, as in the paper; "sum", or "none".
+        reduction: "mean": the sum over all pairs divided by N, as in the paper, or by M with image_index; "sum", or
+            "none".
         backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
 
     Returns:
-        float32 (float64 for float64 input): a scalar, or (N,) for "none", the sum over the texts for each image.
+        float32 (float64 for float64 input): a scalar, or (N,) for "none", the sum over the texts for each image; with
+        image_index (M,), the sum over the images for each text.
 
     Raises:
         TypeError: A feature tensor is no floating tensor, or their dtypes differ outside autocast.
-        ValueError: Shapes that do not fit, an empty batch, mixed devices, a scale or bias that is not finite, an
-            unknown reduction or backend, or a backend that cannot run this call.
+        ValueError: Shapes that do not fit, an empty batch, mixed devices, a scale or bias that is not finite, ids with
+            image_index, an index outside [0, N), an unknown reduction or backend, or a backend that cannot run this
+            call.
         RuntimeError: A second derivative is asked of a backend other than "reference".
 
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training, arXiv:2303.15343, eq. 1 and algorithm 1.
@@ -48,15 +62,31 @@ def siglip_loss(
     op = "siglip_loss"
     image_features, text_features = widest_under_autocast(image_features, text_features)
     check_embeddings(op, image_features=image_features, text_features=text_features)
-    check_same_rows(op, image_features=image_features, text_features=text_features)
+    if image_index is None:
+        check_same_rows(op, image_features=image_features, text_features=text_features)
     check_scalar(op, "logit_scale", logit_scale, image_features, positive=False)
     check_scalar(op, "logit_bias", logit_bias, image_features, positive=False)
     check_reduction(op, reduction)
+    rows, columns, marks = image_features, text_features, {}
+    if image_index is not None:
+        if ids is not None:
+            raise ValueError(f"{op}: ids must be None with image_index")
+        rows, columns = text_features, image_features
+        images = torch.arange(columns.shape[0], device=columns.device)
+        marks = {
+            "row_ids": as_index(op, "image_index", image_index, rows.shape[0], columns),
+            "column_ids": images,
+            "equal_ids_are_positive": True,
+        }
+    elif ids is not None:
+        ids = as_ids(op, "ids", ids, rows.shape[:1], rows)
+        marks = {"row_ids": ids, "column_ids": ids}
     losses = sigmoid_pairs(
-        image_features,
-        text_features,
+        rows,
+        columns,
         as_scalar(logit_scale, image_features),
         as_scalar(logit_bias, image_features),
+        **marks,
         normalize_rows=normalize,
         normalize_columns=normalize,
         total=reduction != "none",
@@ -64,8 +94,8 @@ def siglip_loss(
         caller=op,
     )
     if reduction == "none":
-        return reduce(losses, reduction, image_features)
-    pairs = image_features.shape[0] if reduction == "mean" else 1
+        return reduce(losses, reduction, rows)
+    pairs = rows.shape[0] if reduction == "mean" else 1
     return (losses / pairs).to(accumulation_dtype(image_features))
 
 
@@ -100,6 +130,9 @@ class SigLIPLoss(Loss):
         text_features: torch.Tensor,
         logit_scale: float | torch.Tensor | None = None,
         logit_bias: float | torch.Tensor | None = None,
+        *,
+        ids: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         options = self.options_with(logit_scale=logit_scale, logit_bias=logit_bias)
-        return siglip_loss(image_features, text_features, **options)
+        return siglip_loss(image_features, text_features, ids=ids, image_index=image_index, **options)

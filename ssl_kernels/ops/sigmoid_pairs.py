@@ -11,6 +11,8 @@ from ssl_kernels.reference import sigmoid_pairs as reference
 _OPERANDS = "Tensor rows, Tensor columns, Tensor scale, Tensor bias, int diagonal"
 _NORMALIZE = "bool normalize_rows, bool normalize_columns"
 _NEEDS = "bool rows_need_grad, bool columns_need_grad"
+# Last, with defaults: most calls have none of them.
+_IDS = "Tensor? row_ids=None, Tensor? column_ids=None, bool equal_ids_are_positive=False"
 _GRADIENTS = "Tensor grad_rows, Tensor grad_columns, Tensor grad_scale, Tensor grad_bias"
 
 
@@ -36,6 +38,7 @@ def _fwd_fake(
     keep,
     rows_need_grad,
     columns_need_grad,
+    *_,
 ):
     acc = accumulation_dtype(rows)
     losses = rows.new_empty(() if total else rows.shape[0], dtype=torch.float64)
@@ -55,22 +58,32 @@ def _bwd_fake(
     normalize_columns,
     rows_need_grad,
     columns_need_grad,
+    *_,
 ):
     return _gradient_fakes(rows, columns, rows.dtype, rows_need_grad, columns_need_grad)
 
 
+OPERANDS, OPTIONS = 4, 4  # how many tensors and options every call has
+
+
 def _forward(backend, needs, *args):
-    *operands, _, _, _, total = args
-    losses, *grads = _fwd[backend](*args, any(needs), *needs[:2])
-    return losses, (*operands, *(grads if total else ()))
+    """`args` are operands, ids if there are any, options, and with ids equal_ids_are_positive."""
+    operands, ids, options, sense = args[:OPERANDS], (), args[OPERANDS:], ()
+    if len(options) > OPTIONS:
+        ids, options, sense = options[:2], options[2:-1], options[-1:]
+    losses, *grads = _fwd[backend](*operands, *options, any(needs), *needs[:2], *ids, *sense)
+    total = options[-1]
+    return losses, (*operands, *(grads if total else ids))
 
 
 def _backward(backend, needs, grads, saved, *options):
-    (grad_losses,), operands, made = grads, saved[:4], saved[4:]
-    if made:
-        pairs = zip(made, operands, strict=True)
+    (grad_losses,), operands, more = grads, saved[:OPERANDS], saved[OPERANDS:]
+    options, sense = options[:OPTIONS], options[OPTIONS:]
+    *flags, total = options
+    if total:
+        pairs = zip(more, operands, strict=True)
         return tuple((grad * grad_losses).to(operand.dtype) for grad, operand in pairs)
-    return _bwd[backend](grad_losses, *operands, *options[:-1], *needs[:2])
+    return _bwd[backend](grad_losses, *operands, *flags, *needs[:2], *more, *sense)
 
 
 _operation = Operation(
@@ -78,10 +91,14 @@ _operation = Operation(
     chunked,
     {
         "_fwd": (
-            f"({_OPERANDS}, {_NORMALIZE}, bool total, bool keep, {_NEEDS}) -> (Tensor losses, {_GRADIENTS})",
+            f"({_OPERANDS}, {_NORMALIZE}, bool total, bool keep, {_NEEDS}, {_IDS})"
+            f" -> (Tensor losses, {_GRADIENTS})",
             _fwd_fake,
         ),
-        "_bwd": (f"(Tensor grad_losses, {_OPERANDS}, {_NORMALIZE}, {_NEEDS}) -> ({_GRADIENTS})", _bwd_fake),
+        "_bwd": (
+            f"(Tensor grad_losses, {_OPERANDS}, {_NORMALIZE}, {_NEEDS}, {_IDS}) -> ({_GRADIENTS})",
+            _bwd_fake,
+        ),
     },
     forward=_forward,
     backward=_backward,
@@ -97,6 +114,9 @@ def sigmoid_pairs(
     bias,
     *,
     diagonal=0,
+    row_ids=None,
+    column_ids=None,
+    equal_ids_are_positive=False,
     normalize_rows=True,
     normalize_columns=True,
     total=False,
@@ -112,6 +132,8 @@ def sigmoid_pairs(
         columns: (M, D) like rows.
         scale, bias: 0-d tensors, float32 (float64 for float64 rows), on the device of rows. Get their gradients.
         diagonal: Pairs (i, i + diagonal) are the positive ones, as `torch.diagonal` counts.
+        row_ids, column_ids: (N,) and (M,) int64, or None. Pairs of equal ids that are not positive stay out of the sum.
+        equal_ids_are_positive: Pairs of equal ids are the positive ones, and the diagonal is not looked at.
         normalize_rows, normalize_columns: L2-normalise first, as F.normalize does.
         total: The sum over rows, whose gradient is made in the forward pass.
         backend: One of `backends.BACKENDS`, or None.
@@ -122,12 +144,20 @@ def sigmoid_pairs(
     """
     chosen = backends.choose_backend("sigmoid_pairs", backend, caller, rows, columns)
     options = (diagonal, normalize_rows, normalize_columns, total)
+    ids = () if row_ids is None else (row_ids, column_ids)
+    sense = (equal_ids_are_positive,) if ids else ()
     if chosen == "reference":
         with torch.autocast(rows.device.type, enabled=False):
             acc = accumulation_dtype(rows)
             return reference.sigmoid_pairs(
-                savable(rows.to(acc)), savable(columns.to(acc)), scale, bias, *options
+                savable(rows.to(acc)),
+                savable(columns.to(acc)),
+                scale,
+                bias,
+                *options,
+                *map(savable, ids),
+                *sense,
             ).double()
     if chosen == "native":  # differentiates itself: csrc/ops/sigmoid_pairs_autograd.cpp
-        return _fwd[chosen](rows, columns, scale, bias, *options, False, False, False)[0]
-    return _operation.differentiate(chosen, (rows, columns, scale, bias), options)
+        return _fwd[chosen](rows, columns, scale, bias, *options, False, False, False, *ids, *sense)[0]
+    return _operation.differentiate(chosen, (rows, columns, scale, bias, *ids), (*options, *sense))

@@ -7,7 +7,17 @@ from ssl_kernels.reference.products import product
 
 
 def sigmoid_pairs(
-    rows, columns, scale, bias, diagonal=0, normalize_rows=True, normalize_columns=True, total=False
+    rows,
+    columns,
+    scale,
+    bias,
+    diagonal=0,
+    normalize_rows=True,
+    normalize_columns=True,
+    total=False,
+    row_ids=None,
+    column_ids=None,
+    equal_ids_are_positive=False,
 ):
     """Sum over each row's pairs of softplus(−y z); docs/sigmoid_pairs.md is the contract.
 
@@ -18,6 +28,8 @@ def sigmoid_pairs(
         diagonal: Pairs (i, i + diagonal) have y = +1, all others −1.
         normalize_rows, normalize_columns: L2-normalise first.
         total: The sum over rows.
+        row_ids, column_ids: (N,) and (M,), or None. Pairs of equal ids that are not positive count nothing.
+        equal_ids_are_positive: Pairs of equal ids are the positive ones in place of the diagonal.
 
     Returns:
         Losses, (N,), or 0-d with `total`. Differentiates twice.
@@ -27,5 +39,11 @@ def sigmoid_pairs(
     logits = scale * product(x, y.T) + bias  # (N, M)
     column_of = torch.arange(logits.shape[1], device=logits.device) - diagonal
     positive = torch.arange(logits.shape[0], device=logits.device)[:, None] == column_of
+    if row_ids is not None:
+        equal = row_ids[:, None] == column_ids
+        if equal_ids_are_positive:
+            positive = equal
+        else:
+            logits = logits.masked_fill(equal & ~positive, -torch.inf)
     losses = -F.logsigmoid(torch.where(positive, logits, -logits)).sum(1)  # F.softplus overflows or cuts off
     return losses.sum() if total else losses

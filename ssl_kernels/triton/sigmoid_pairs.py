@@ -18,6 +18,7 @@ from ssl_kernels.triton.common import (
     normalize_tile,
 )
 from ssl_kernels.triton.launch import (
+    contiguous,
     finish_rows,
     launch_options,
     precision,
@@ -30,33 +31,50 @@ from ssl_kernels.triton.panels import panel_gradients, panel_rows
 
 
 @triton.jit
-def signed_logits(products, row_scale, y_rnorm, bias, rows, columns, diagonal):
-    """(u, exp(-|u|), positive) of a tile: z = products · row_scale (· y_rnorm) + bias, u = -z where positive."""
+def positive_pairs(rows, columns, diagonal, x_ids, y_ids, EQUAL_ARE_POSITIVE: tl.constexpr):
+    """Whether the pairs of a tile are positive: those of the diagonal, or of equal ids."""
+    if EQUAL_ARE_POSITIVE:
+        positive = x_ids[:, None] == y_ids[None, :]
+    else:
+        positive = columns.to(tl.int64)[None, :] == rows.to(tl.int64)[:, None] + diagonal
+    return positive
+
+
+@triton.jit
+def pairs_that_count(inside, positive, x_ids, y_ids, EQUAL_ARE_POSITIVE: tl.constexpr):
+    """Pairs inside the matrix but for those of equal ids, unless they are positive."""
+    if x_ids is not None:
+        if not EQUAL_ARE_POSITIVE:
+            inside &= positive | (x_ids[:, None] != y_ids[None, :])
+    return inside
+
+
+@triton.jit
+def signed_logits(products, row_scale, y_rnorm, bias, positive):
+    """z = products · row_scale (· y_rnorm) + bias of a tile, -z where positive."""
     z = products * row_scale[:, None]
     if y_rnorm is not None:
         z *= y_rnorm[None, :]
     z += bias
-    positive = columns.to(tl.int64)[None, :] == rows.to(tl.int64)[:, None] + diagonal
-    u = tl.where(positive, -z, z)
-    return u, exp2(-tl.abs(u) * LOG2E), positive
+    return tl.where(positive, -z, z)
 
 
 @triton.jit
-def pair_losses(u, decay, inside):
-    """softplus(u), 0 outside the matrix."""
-    return tl.where(inside, tl.where(u > 0.0, u, 0.0) + log1p_below_1(decay), 0.0)
+def pair_losses(u, decay, counts):
+    """softplus(u), with decay = exp(-|u|); 0 for pairs that do not count."""
+    return tl.where(counts, tl.where(u > 0.0, u, 0.0) + log1p_below_1(decay), 0.0)
 
 
 @triton.jit
-def pair_coefficients(u, decay, positive, inside, x_weight, y_weight):
-    """x_weight_i y_weight_j (±) σ(u_ij), minus where positive, 0 outside the matrix; weights may be None."""
+def pair_coefficients(u, decay, positive, counts, x_weight, y_weight):
+    """x_weight_i y_weight_j (±) σ(u_ij), minus where positive, 0 for pairs that do not count; weights may be None."""
     coefficients = tl.where(u >= 0.0, 1.0, decay) / (1.0 + decay)
     coefficients = tl.where(positive, -coefficients, coefficients)
     if x_weight is not None:
         coefficients *= x_weight[:, None]
     if y_weight is not None:
         coefficients *= y_weight[None, :]
-    return tl.where(inside, coefficients, 0.0)
+    return tl.where(counts, coefficients, 0.0)
 
 
 @triton.jit(do_not_specialize=["N", "M", "diagonal", "tiles_per_split"])
@@ -64,9 +82,11 @@ def sigmoid_pairs_kernel(
     x_ptr,
     x_rnorm_ptr,
     x_weight_ptr,
+    x_ids_ptr,
     y_ptr,
     y_rnorm_ptr,
     y_weight_ptr,
+    y_ids_ptr,
     scale_ptr,
     bias_ptr,
     losses_ptr,
@@ -81,13 +101,15 @@ def sigmoid_pairs_kernel(
     stride_yn,
     stride_yd,
     tiles_per_split,
+    EQUAL_ARE_POSITIVE: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # z_ij = scale ⟨x̂_i, ŷ_j⟩ + bias, u_ij = -z_ij where j = i + diagonal, else z_ij.
+    # z_ij = scale ⟨x̂_i, ŷ_j⟩ + bias, u_ij = -z_ij where j = i + diagonal, else z_ij. With ids, those of i and j equal
+    # in place of j = i + diagonal where EQUAL_ARE_POSITIVE; else such pairs count only where j = i + diagonal.
     #   losses_split,i = Σ_j softplus(u_ij)
     #   A_ij = x_weight_i y_weight_j (±) σ(u_ij), minus where j = i + diagonal;  biases_split,i = Σ_j A_ij
     #   partial_split,i = Σ_j A_ij ŷ_j
@@ -108,6 +130,7 @@ def sigmoid_pairs_kernel(
     if x_rnorm_ptr is not None:
         row_scale *= load_vector(x_rnorm_ptr, rows, N, 0.0)
     x_weight = load_vector(x_weight_ptr, rows, N, 0.0)
+    x_ids = load_vector(x_ids_ptr, rows, N, 0)
     bias = tl.load(bias_ptr)
     losses = tl.zeros([BLOCK_N], tl.float64)
     biases = tl.zeros([BLOCK_N], tl.float64)
@@ -120,13 +143,17 @@ def sigmoid_pairs_kernel(
         y = load_tile(y_ptr, columns, features, M, D, stride_yn, stride_yd, EVEN_D)
         products = tl.dot(x, tl.trans(y), out_dtype=ACC, input_precision=PRECISION)
         y_rnorm = load_vector(y_rnorm_ptr, columns, M, 0.0)
-        u, decay, positive = signed_logits(products, row_scale, y_rnorm, bias, rows, columns, diagonal)
+        y_ids = load_vector(y_ids_ptr, columns, M, 0)
+        positive = positive_pairs(rows, columns, diagonal, x_ids, y_ids, EQUAL_ARE_POSITIVE)
+        u = signed_logits(products, row_scale, y_rnorm, bias, positive)
+        decay = exp2(-tl.abs(u) * LOG2E)
         inside = (rows[:, None] < N) & (columns[None, :] < M)
+        counts = pairs_that_count(inside, positive, x_ids, y_ids, EQUAL_ARE_POSITIVE)
         if losses_ptr is not None:
-            losses += tl.sum(pair_losses(u, decay, inside), axis=1).to(tl.float64)
+            losses += tl.sum(pair_losses(u, decay, counts), axis=1).to(tl.float64)
         if partial_ptr is not None:
             y_weight = load_vector(y_weight_ptr, columns, M, 0.0)
-            coefficients = pair_coefficients(u, decay, positive, inside, x_weight, y_weight)
+            coefficients = pair_coefficients(u, decay, positive, counts, x_weight, y_weight)
             if biases_ptr is not None:
                 biases += tl.sum(coefficients, axis=1).to(tl.float64)
             if y_rnorm is not None:
@@ -151,9 +178,11 @@ def sigmoid_coefficient_kernel(
     x_ptr,
     x_rnorm_ptr,
     x_weight_ptr,
+    x_ids_ptr,
     y_ptr,
     y_rnorm_ptr,
     y_weight_ptr,
+    y_ids_ptr,
     scale_ptr,
     bias_ptr,
     losses_ptr,
@@ -170,6 +199,7 @@ def sigmoid_coefficient_kernel(
     stride_c,
     first_row,
     panel_rows,
+    EQUAL_ARE_POSITIVE: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
     ONE_BLOCK_D: tl.constexpr,
@@ -204,16 +234,21 @@ def sigmoid_coefficient_kernel(
     if x_rnorm is not None:
         row_scale *= x_rnorm
     bias = tl.load(bias_ptr)
-    u, decay, positive = signed_logits(products, row_scale, y_rnorm, bias, rows, columns, diagonal)
+    x_ids = load_vector(x_ids_ptr, rows, N, 0)
+    y_ids = load_vector(y_ids_ptr, columns, M, 0)
+    positive = positive_pairs(rows, columns, diagonal, x_ids, y_ids, EQUAL_ARE_POSITIVE)
+    u = signed_logits(products, row_scale, y_rnorm, bias, positive)
+    decay = exp2(-tl.abs(u) * LOG2E)
     inside = (panel[:, None] < panel_rows) & (columns[None, :] < M)
+    counts = pairs_that_count(inside, positive, x_ids, y_ids, EQUAL_ARE_POSITIVE)
     sums = column_block.to(tl.int64) * panel_rows + panel
     if losses_ptr is not None:
-        losses = tl.sum(pair_losses(u, decay, inside).to(tl.float64), axis=1)
+        losses = tl.sum(pair_losses(u, decay, counts).to(tl.float64), axis=1)
         tl.store(losses_ptr + sums, losses, mask=panel < panel_rows)
     if coefficient_ptr is not None:
         x_weight = load_vector(x_weight_ptr, rows, N, 0.0)
         y_weight = load_vector(y_weight_ptr, columns, M, 0.0)
-        coefficients = pair_coefficients(u, decay, positive, inside, x_weight, y_weight)
+        coefficients = pair_coefficients(u, decay, positive, counts, x_weight, y_weight)
         if biases_ptr is not None:
             tl.store(biases_ptr + sums, tl.sum(coefficients.to(tl.float64), axis=1), mask=panel < panel_rows)
         if coefficient_ptr.dtype.element_ty != tl.float16:
@@ -230,8 +265,8 @@ def unsupported(rows, *_, **__):
     return unsupported_operands(rows)
 
 
-def _walk(x, y, scale, bias, diagonal, *, losses=False, biases=False, gradient=False):
-    """Partial sums (splits, N) of losses and biases and (splits, N, D); x, y: (vectors, rnorm, weight)."""
+def _walk(x, y, scale, bias, diagonal, sense, *, losses=False, biases=False, gradient=False):
+    """Partial sums (splits, N) of losses and biases and (splits, N, D); x, y: (vectors, rnorm, weight, ids)."""
     (n, d), m = x[0].shape, y[0].shape[0]
     tile = tile_for("expectation", x[0])
     blocks = triton.cdiv(n, tile.block_n)
@@ -256,6 +291,7 @@ def _walk(x, y, scale, bias, diagonal, *, losses=False, biases=False, gradient=F
         *x[0].stride(),
         *y[0].stride(),
         tiles_per_split,
+        EQUAL_ARE_POSITIVE=sense,
         PRECISION=precision(x[0]),
         EVEN_D=d == tile.block_d,
         **launch_options(tile),
@@ -263,7 +299,9 @@ def _walk(x, y, scale, bias, diagonal, *, losses=False, biases=False, gradient=F
     return loss_sums, bias_sums, partial
 
 
-def _panel(x, y, scale, bias, diagonal, first, count, *, losses=False, biases=False, coefficients=None):
+def _panel(
+    x, y, scale, bias, diagonal, sense, first, count, *, losses=False, biases=False, coefficients=None
+):
     """Sums of losses and biases (column blocks, count), float64, of `count` rows; their coefficients where given."""
     (n, d), m = x[0].shape, y[0].shape[0]
     tile = tile_for("coefficient", x[0])
@@ -289,6 +327,7 @@ def _panel(x, y, scale, bias, diagonal, first, count, *, losses=False, biases=Fa
         0 if coefficients is None else coefficients.stride(0),
         first,
         count,
+        EQUAL_ARE_POSITIVE=sense,
         PRECISION=precision(x[0]),
         EVEN_D=d % tile.block_d == 0,
         ONE_BLOCK_D=d <= tile.block_d,
@@ -297,21 +336,23 @@ def _panel(x, y, scale, bias, diagonal, first, count, *, losses=False, biases=Fa
     return loss_sums, bias_sums
 
 
-def _losses(x, y, scale, bias, diagonal):
+def _losses(x, y, scale, bias, diagonal, sense):
     """The losses (N,), float64."""
     if tile_for("backward", x[0]) is not None:
-        return _walk(x, y, scale, bias, diagonal, losses=True)[0].sum(0)
+        return _walk(x, y, scale, bias, diagonal, sense, losses=True)[0].sum(0)
     n, m = len(x[0]), len(y[0])
     panel = panel_rows(x[0], m, tile_for("coefficient", x[0]))
     parts = (
-        _panel(x, y, scale, bias, diagonal, first, min(panel, n - first), losses=True)[0].sum(0)
+        _panel(x, y, scale, bias, diagonal, sense, first, min(panel, n - first), losses=True)[0].sum(0)
         for first in range(0, n, panel)
     )
     return torch.cat(list(parts))
 
 
-def _gradients(rows, columns, scale, bias, diagonal, bound, dtype, losses, rows_need_grad, columns_need_grad):
-    """Sum of the losses or None, and the four gradients; rows and columns are (vectors, rnorm, weight)."""
+def _gradients(
+    rows, columns, scale, bias, diagonal, sense, bound, dtype, losses, rows_need_grad, columns_need_grad
+):
+    """Sum of the losses or None, and the four gradients; rows and columns are (vectors, rnorm, weight, ids)."""
     first = 0 if rows_need_grad or not columns_need_grad else 1
     sides = (rows, columns) if first == 0 else (columns, rows)
     needed = (rows_need_grad, columns_need_grad)
@@ -322,33 +363,33 @@ def _gradients(rows, columns, scale, bias, diagonal, bound, dtype, losses, rows_
     made = _by_walks if tile_for("backward", rows[0]) is not None else _by_panels
     offsets = (diagonal, -diagonal) if first == 0 else (-diagonal, diagonal)
     own_grads = grads if first == 0 else grads[::-1]
-    total, row_dots, grad_bias = made(*sides, scale, bias, offsets, bound, losses, *own_grads)
+    total, row_dots, grad_bias = made(*sides, scale, bias, offsets, sense, bound, losses, *own_grads)
     grad_bias = grad_bias if bound is None else grad_bias * bound
     grads = (rows[0].new_empty(0, dtype=dtype) if grad is None else grad for grad in grads)
     return total if losses else None, *grads, row_dots.sum(), grad_bias.to(scale.dtype)
 
 
-def _by_walks(own, other, scale, bias, diagonals, bound, losses, grad, other_grad):
+def _by_walks(own, other, scale, bias, diagonals, sense, bound, losses, grad, other_grad):
     """(sum of the losses or None, row dots, sum of A over `bound`) of one side; writes the gradients that are given."""
     loss_sums, bias_sums, partial = _walk(
-        own, other, scale, bias, diagonals[0], losses=losses, biases=True, gradient=True
+        own, other, scale, bias, diagonals[0], sense, losses=losses, biases=True, gradient=True
     )
     row_dots = scale.new_empty(len(own[0]))
     finish_rows(partial, *own[:2], scale, bound, grad, row_dots)
     if other_grad is not None:
-        *_, partial = _walk(other, own, scale, bias, diagonals[1], gradient=True)
+        *_, partial = _walk(other, own, scale, bias, diagonals[1], sense, gradient=True)
         finish_rows(partial, *other[:2], scale, bound, other_grad, scale.new_empty(len(other[0])))
     return loss_sums.sum() if losses else None, row_dots, bias_sums.sum()
 
 
-def _by_panels(own, other, scale, bias, diagonals, bound, losses, grad, other_grad):
+def _by_panels(own, other, scale, bias, diagonals, sense, bound, losses, grad, other_grad):
     """As _by_walks, from stored coefficients."""
     total = torch.zeros(2, dtype=torch.float64, device=scale.device)
 
     def fill(coefficients, first):
         count = len(coefficients)
         sums = _panel(
-            own, other, scale, bias, diagonals[0], first, count,
+            own, other, scale, bias, diagonals[0], sense, first, count,
             losses=losses, biases=True, coefficients=coefficients,
         )  # fmt: skip
         for k, part in enumerate(sums):
@@ -362,28 +403,30 @@ def _by_panels(own, other, scale, bias, diagonals, bound, losses, grad, other_gr
 
 def sigmoid_pairs_fwd(
     rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, total, keep,
-    rows_need_grad, columns_need_grad,
+    rows_need_grad, columns_need_grad, row_ids=None, column_ids=None, equal_ids_are_positive=False,
 ):  # fmt: skip
     """`sigmoid_pairs_fwd` of docs/sigmoid_pairs.md."""
-    x = (rows, row_rnorm_of(rows, scale) if normalize_rows else None, None)
-    y = (columns, row_rnorm_of(columns, scale) if normalize_columns else None, None)
+    x = (rows, row_rnorm_of(rows, scale) if normalize_rows else None, None, contiguous(row_ids))
+    y = (columns, row_rnorm_of(columns, scale) if normalize_columns else None, None, contiguous(column_ids))
+    call = (x, y, scale, bias, diagonal, equal_ids_are_positive)
     if total and keep:
         needs = (rows_need_grad, columns_need_grad)
-        return _gradients(x, y, scale, bias, diagonal, None, scale.dtype, True, *needs)
-    losses = _losses(x, y, scale, bias, diagonal)
+        return _gradients(*call, None, scale.dtype, True, *needs)
+    losses = _losses(*call)
     return losses.sum() if total else losses, *(scale.new_empty(0) for _ in range(4))
 
 
 def sigmoid_pairs_bwd(
     grad_losses, rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns,
-    rows_need_grad, columns_need_grad,
+    rows_need_grad, columns_need_grad, row_ids=None, column_ids=None, equal_ids_are_positive=False,
 ):  # fmt: skip
     """`sigmoid_pairs_bwd` of docs/sigmoid_pairs.md."""
     bound = None
     if rows.dtype == torch.float16:
         bound = grad_losses.abs().amax().clamp_min(1e-30).to(scale.dtype)
     weight = (grad_losses if bound is None else grad_losses / bound).to(scale.dtype).contiguous()
-    x = (rows, row_rnorm_of(rows, scale) if normalize_rows else None, weight)
-    y = (columns, row_rnorm_of(columns, scale) if normalize_columns else None, None)
+    x = (rows, row_rnorm_of(rows, scale) if normalize_rows else None, weight, contiguous(row_ids))
+    y = (columns, row_rnorm_of(columns, scale) if normalize_columns else None, None, contiguous(column_ids))
     needs = (rows_need_grad, columns_need_grad)
-    return _gradients(x, y, scale, bias, diagonal, bound, rows.dtype, False, *needs)[1:]
+    call = (x, y, scale, bias, diagonal, equal_ids_are_positive)
+    return _gradients(*call, bound, rows.dtype, False, *needs)[1:]

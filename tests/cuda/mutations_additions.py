@@ -7,7 +7,7 @@ from tests.cuda.contrastive_calls import contrastive_fwd
 from tests.cuda.mutation import Mutation, check, require
 
 TILES, FORWARD, BACKWARD = "contrastive_additions.cuh", "contrastive_fwd.cuh", "contrastive_bwd.cuh"
-CONTRASTIVE = "contrastive.cuh"
+CONTRASTIVE, TILE = "contrastive.cuh", "device/tile.cuh"
 
 MUTATIONS = {
     "contrastive_additions": [
@@ -35,7 +35,7 @@ MUTATIONS = {
                  harmless="the lanes of a row hold the same sum"),
         Mutation("backward: bias of the other term only", BACKWARD, "bias_sums.of_rows[i] += of_column;"),
         Mutation("sign: bias", TILES, "s : s + bias", "s : s - bias"),
-        Mutation("index: element of a mask", TILES, "(i * kNTiles + n) * 2 + e;", "(i * kNTiles + n) * 2;"),
+        Mutation("index: element of a mask", TILE, "(i * kNTiles + n) * 2 + e;", "(i * kNTiles + n) * 2;"),
         Mutation("index: columns of a warp", TILES, "values + column0 + fragment_column", "values + fragment_column"),
         Mutation("index: limits of the own sums",
                  BACKWARD, "(s, additions[i].own_limit", "(s, additions[i].other_limit"),

@@ -136,6 +136,16 @@ MUTATIONS = {
         Mutation("pairs: diagonal out of reach", SIGMOID,
                  "to_positive > -kWarpRows && to_positive < kColumns ? static_cast<int>(to_positive) : kColumns",
                  "static_cast<int>(to_positive)"),
+        Mutation("ids: mask", SIGMOID, "index < count ? ids[index] : 0", "ids[index]"),
+        Mutation("ids: left out", SIGMOID, "problem.equal_are_positive || positive || !same", "true"),
+        Mutation("ids: positive ones stay", SIGMOID, "problem.equal_are_positive || positive || !same",
+                 "positive || !same"),
+        Mutation("ids: the diagonal stays", SIGMOID, "problem.equal_are_positive || positive || !same",
+                 "problem.equal_are_positive || !same"),
+        Mutation("ids: positive ones", SIGMOID, "if (problem.equal_are_positive) positive = same;"),
+        Mutation("index: element of the equal ids", TILE, "(i * kNTiles + n) * 2 + e;", "(i * kNTiles + n) * 2;"),
+        Mutation("index: ids past 2^31", SIGMOID, "index < count ? ids[index]",
+                 "index < count ? static_cast<int>(ids[index])"),
         Mutation("forward: row mask of the norms", SIGMOID, "own.rnorm && row < own.count", "own.rnorm"),
         Mutation("forward: row mask of the results",
                  SIGMOID, "lane % 4 == 0 && row < own.count", "lane % 4 == 0"),
@@ -279,6 +289,8 @@ def check_sigmoid_pairs(library):
         ("zero rows", zero_row, {}),
         ("unnormalised", random_call(20, 24, 8, single, normalize_rows=False, normalize_columns=False), {}),
         ("norms of the rows alone", random_call(20, 24, 8, single, normalize_columns=False), {}),
+        ("equal ids left out", random_call(70, 67, 24, half, bias=-3.0, ids="left out"), {"splits": 2}),
+        ("equal ids positive", random_call(70, 67, 24, single, bias=-3.0, ids="positive"), {}),
     ):
         with check(name):
             sigmoid_pairs_calls.check_parity(library, call, **options)

@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import torch
 
+from ssl_kernels.check import limits_between
 from ssl_kernels.reference.contrastive import contrastive as reference
 from tests.cuda.contrastive_calls import Call, accumulation_dtype, contrastive_bwd, contrastive_fwd
-from tests.helpers import limits_between, product_eps
+from tests.helpers import product_eps
 
 
 class Upstream(NamedTuple):

@@ -12,12 +12,14 @@ from tests.cuda.launching import DTYPE_CODES, accumulation_dtype, address, launc
 class Common(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_int32) for name in (
-            "dtype", "normalize_rows", "normalize_columns", "allow_tf32", "splits", "reserved",
+            "dtype", "normalize_rows", "normalize_columns", "allow_tf32", "splits", "equal_ids_are_positive",
         )],
         *[(name, ctypes.c_int64) for name in ("N", "M", "D", "diagonal")],
         ("row_strides", ctypes.c_int64 * 2),
         ("column_strides", ctypes.c_int64 * 2),
-        *[(name, ctypes.c_void_p) for name in ("rows", "columns", "scale", "bias", "workspace")],
+        *[(name, ctypes.c_void_p) for name in (
+            "rows", "columns", "scale", "bias", "row_ids", "column_ids", "workspace",
+        )],
     ]  # fmt: skip
 
 
@@ -46,6 +48,9 @@ class Call(NamedTuple):
     diagonal: int = 0
     normalize_rows: bool = True
     normalize_columns: bool = True
+    row_ids: torch.Tensor | None = None
+    column_ids: torch.Tensor | None = None
+    equal_ids_are_positive: bool = False
 
 
 class Gradients(NamedTuple):
@@ -55,7 +60,11 @@ class Gradients(NamedTuple):
     bias: torch.Tensor
 
 
-def random_call(n, m, d, dtype, *, scale=10.0, bias=-10.0, seed=0, device="cpu", **flags):
+def random_call(n, m, d, dtype, *, scale=10.0, bias=-10.0, seed=0, device="cpu", ids=None, **flags):
+    """`ids`: whether equal ones are "positive" or "left out", or None.
+
+    A third of the rows and columns have one of three ids, the others one of their own.
+    """
     generator = torch.Generator().manual_seed(seed)
     acc = accumulation_dtype(dtype)
     rows, columns = (
@@ -63,6 +72,12 @@ def random_call(n, m, d, dtype, *, scale=10.0, bias=-10.0, seed=0, device="cpu",
         for count in (n, m)
     )
     scale, bias = (torch.tensor(value, dtype=acc, device=device) for value in (scale, bias))
+    if ids is not None:
+        for count, name in ((n, "row_ids"), (m, "column_ids")):
+            own = torch.arange(count) + (10 if name == "row_ids" else 2**32)
+            shared = torch.randint(3, (count,), generator=generator)
+            flags[name] = torch.where(torch.arange(count) % 3 == 0, shared, own).to(device)
+        flags["equal_ids_are_positive"] = ids == "positive"
     return Call(rows, columns, scale, bias, **flags)
 
 
@@ -105,6 +120,12 @@ def plain(call, grad_losses, dtype):
     z = scale * (x @ y.T).to(acc) + bias
     sign = torch.full_like(z, -1)
     torch.diagonal(sign, call.diagonal).fill_(1)
+    if call.row_ids is not None:
+        equal = (call.row_ids[:, None] == call.column_ids).cpu()
+        if call.equal_ids_are_positive:
+            sign = torch.where(equal, 1.0, -1.0).to(z.dtype)
+        else:
+            z = z.masked_fill(equal & (sign < 0), -torch.inf)
     by_row = -F.logsigmoid(sign * z).sum(1)
     (by_row.double() * grad_losses.cpu()).sum().backward()
     return by_row.detach().double(), Gradients(*(leaf.grad.double() for leaf in (rows, columns, scale, bias)))
@@ -173,6 +194,7 @@ def _common(call, splits, tf32):
         M=len(call.columns),
         D=call.rows.shape[1],
         diagonal=call.diagonal,
+        equal_ids_are_positive=call.equal_ids_are_positive,
         row_strides=strides(call.rows),
         column_strides=strides(call.columns),
         **{name: address(tensor) for name, tensor in _reads(call).items()},
@@ -180,7 +202,8 @@ def _common(call, splits, tf32):
 
 
 def _reads(call):
-    return {"rows": call.rows, "columns": call.columns, "scale": call.scale, "bias": call.bias}
+    names = ("rows", "columns", "scale", "bias", "row_ids", "column_ids")
+    return {name: getattr(call, name) for name in names}
 
 
 def _poisoned_gradients(call, dtype, needed):

@@ -34,6 +34,22 @@ def test_matches_float64(library, gpu, n, m, d, scale, bias, diagonal, splits, d
     check_parity(library, call, tf32=tf32, splits=splits)
 
 
+@flavours
+@pytest.mark.parametrize("ids", ["left out", "positive"])
+def test_ids_match_float64(library, gpu, ids, dtype, tf32):
+    call = random_call(70, 65, 17, dtype, bias=-3.0, diagonal=-3, ids=ids, device=gpu.device)
+    check_parity(library, call, tf32=tf32, splits=2)
+
+
+def test_the_diagonal_counts_although_its_ids_are_equal(library, gpu):
+    call = random_call(20, 24, 8, torch.float32, device=gpu.device)
+    plain = losses(library, call)[0]
+    own = torch.arange(24, device=gpu.device)
+    for sense in (False, True):
+        marks = {"row_ids": own[:20], "column_ids": own, "equal_ids_are_positive": sense}
+        assert torch.equal(losses(library, call._replace(**marks))[0], plain)
+
+
 @pytest.mark.slow
 @flavours
 @pytest.mark.parametrize("d", WIDTHS)

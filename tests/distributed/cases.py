@@ -57,6 +57,7 @@ CASES = [
     Case("clip_loss", 2, (5.0,), ("row_weights",), options={"label_smoothing": 0.1}),
     Case("clip_loss", 2, (5.0,), frozen=(0,)),
     Case("siglip_loss", 2, (5.0, -2.0)),
+    Case("siglip_loss", 2, (5.0, -2.0), ("ids",)),
     Case("siglip_loss", 2, (5.0, -2.0), frozen=(1,)),
     Case("sup_con_loss", 1, (0.2,), ("labels",)),
     Case("sup_con_loss", 1, (0.2,), ("labels", "row_weights"), options={"unlabelled": 0}),

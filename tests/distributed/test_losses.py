@@ -42,26 +42,25 @@ def check(case, rank, sizes, reduction, expected, **options):
         torch.testing.assert_close(gradient, wanted[name], **TIGHT, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def several_texts(rank, images, texts, strategy, options):
-    """`clip_loss` with `image_index`, where each rank has some images and all of their texts."""
+def several_texts(loss, scalars, rank, images, texts, strategy, options):
+    """A loss with `image_index`, where each rank has some images and all of their texts."""
     sums = [torch.tensor([0, *counts]).cumsum(0) for counts in (images, texts)]
     x, y = (random_rows(sum(counts), 4, seed=k).double() for k, counts in enumerate((images, texts)))
     everyones = torch.cat(
         [start + torch.arange(t) % max(1, i) for start, i, t in zip(sums[0], images, texts, strict=False)]
     )
-    weights = torch.linspace(0.5, 1.5, len(y), dtype=torch.float64)
-    leaves = [leaf.requires_grad_() for leaf in (x, y, torch.tensor(4.0, dtype=torch.float64))]
-    expected = ssl_kernels.clip_loss(*leaves, image_index=everyones, row_weights=weights, **options)
+    marks = {"image_index": everyones}
+    if loss == "clip_loss":
+        marks["row_weights"] = torch.linspace(0.5, 1.5, len(y), dtype=torch.float64)
+    scalars = [torch.tensor(value, dtype=torch.float64) for value in scalars]
+    leaves = [leaf.requires_grad_() for leaf in (x, y, *scalars)]
+    expected = getattr(ssl_kernels, loss)(*leaves, **marks, **options)
     wanted = torch.autograd.grad(expected, leaves)
     own = [slice(int(s[rank]), int(s[rank + 1])) for s in sums]
-    loss = distributed.clip_loss(
-        x[own[0]],
-        y[own[1]],
-        leaves[2],
-        image_index=everyones[own[1]] - sums[0][rank],
-        row_weights=weights[own[1]],
-        strategy=strategy,
-        **options,
+    marks = {name: values[own[1]] for name, values in marks.items()}
+    marks["image_index"] = marks["image_index"] - sums[0][rank]
+    loss = getattr(distributed, loss)(
+        x[own[0]], y[own[1]], *leaves[2:], **marks, strategy=strategy, **options
     )
     for result, expectation in zip(
         (loss.detach(), *torch.autograd.grad(loss, leaves)), (expected.detach(), *wanted), strict=True
@@ -73,8 +72,12 @@ def several_texts(rank, images, texts, strategy, options):
 def every_case(rank, world):
     failures = []
     for strategy in ("gather", "ring"):
-        for options in ({}, {"label_smoothing": 0.1}):
-            several_texts(rank, (3, 2, 1, 0)[:world], (5, 2, 0, 0)[:world], strategy, options)
+        for loss, scalars, options in (
+            ("clip_loss", (4.0,), {}),
+            ("clip_loss", (4.0,), {"label_smoothing": 0.1}),
+            ("siglip_loss", (4.0, -2.0), {}),
+        ):
+            several_texts(loss, scalars, rank, (3, 2, 1, 0)[:world], (5, 2, 0, 0)[:world], strategy, options)
     for case in CASES:
         for sizes in SPLITS[world]:
             for reduction in ("mean", "sum", "none") if sizes == SPLITS[world][1] else ("mean",):

@@ -150,6 +150,10 @@ def image_and_text_with_bias(n, d, seed):
     return image_and_text(n, d, seed) | {"logit_bias": torch.tensor(-1.5, dtype=torch.float64)}
 
 
+def image_and_text_with_bias_and_ids(n, d, seed):
+    return image_and_text_with_ids(n, d, seed) | image_and_text_with_bias(n, d, seed)
+
+
 def labelled(n, d, seed):
     """Labels of any value and number of members; the first row is alone with its."""
     labels = 10 * _ids((n,), seed, max(2, n // 4)) - 7
@@ -254,6 +258,10 @@ def image_and_texts(n, d, seed):
         "text_features": texts,
         "image_index": _ids((n + 3,), seed, n),
     }
+
+
+def image_and_texts_with_bias(n, d, seed):
+    return image_and_texts(n, d, seed) | {"logit_bias": torch.tensor(-1.5, dtype=torch.float64)}
 
 
 def crops(n, d, seed):
@@ -422,6 +430,8 @@ OTHER_CASES = [
     ),
     Case("moco", "moco_loss", with_queue, without_gradient=("key", "queue")),
     Case("siglip", "siglip_loss", image_and_text_with_bias, scalar="logit_scale"),
+    Case("siglip-ids", "siglip_loss", image_and_text_with_bias_and_ids, scalar="logit_scale"),
+    Case("siglip-texts", "siglip_loss", image_and_texts_with_bias, scalar="logit_scale"),
     Case("triplet", "triplet_loss", labelled_embeddings, scalar="margin", least_rows=3),
     Case(
         "triplet-soft", "triplet_loss", labelled_embeddings, (("margin", "soft"),), scalar=None, least_rows=3

@@ -119,11 +119,20 @@ def clip_loss(
     return (_cross_entropy(logits, target, allowed) + _cross_entropy(logits.T, target, allowed)) / 2
 
 
-def siglip_loss(image_features, text_features, logit_scale, logit_bias, *, normalize=True):
-    """Zhai et al., SigLIP, arXiv:2303.15343, eq. 1: the sum over the texts for each image."""
+def siglip_loss(
+    image_features, text_features, logit_scale, logit_bias, *, ids=None, image_index=None, normalize=True
+):
+    """Zhai et al., SigLIP, arXiv:2303.15343, eq. 1: the sum over the texts for each image, or with image_index over the
+    images for each text."""
     logits = logit_scale * (_unit(image_features, normalize) @ _unit(text_features, normalize).T) + logit_bias
+    if image_index is not None:
+        sign = 2 * _one_hot(image_index, len(logits), logits) - 1
+        return -F.logsigmoid(sign * logits.T).sum(1)
     sign = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
-    return -F.logsigmoid(sign * logits).sum(1)
+    losses = -F.logsigmoid(sign * logits)
+    if ids is not None:
+        losses = losses.where((sign > 0) | _not_equal(ids, ids[None, :]), 0)
+    return losses.sum(1)
 
 
 def sup_con_loss(features, labels, temperature=0.07, *, normalize=True):

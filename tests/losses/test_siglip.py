@@ -164,8 +164,23 @@ def test_memory_is_far_from_the_matrix_of_logits(backend, reduction):
         assert peak_memory(lambda: loss().backward()) < 8 * MB
 
 
+@every_backend
+def test_one_text_an_image_is_the_loss_without_an_index(backend):
+    x, y = features(33, 8, torch.float64)
+    order = torch.randperm(33, generator=torch.Generator().manual_seed(0))
+    plain = siglip_loss(x, y, 10.0, -9.0, backend=backend)
+    assert siglip_loss(x, y[order], 10.0, -9.0, image_index=order, backend=backend) == pytest.approx(plain)
+    twice = {"image_index": torch.arange(33).repeat(2), "backend": backend}
+    repeated = siglip_loss(x, torch.cat((y, y)), 10.0, -9.0, **twice)
+    assert repeated == pytest.approx(plain)
+
+
 def test_module_is_the_function():
     x, y = features(9, 8)
+    index = torch.arange(9) // 3
+    for marks in ({"ids": index}, {"image_index": index}):
+        module = ssl_kernels.nn.SigLIPLoss(5.0, -3.0)
+        assert same_bits(module(x, y, **marks), siglip_loss(x, y, 5.0, -3.0, **marks))
     for options in ({}, {"normalize": False}, {"reduction": "none"}, {"backend": "chunked"}):
         module = ssl_kernels.nn.SigLIPLoss(5.0, -3.0, **options)
         assert same_bits(module(x, y), siglip_loss(x, y, 5.0, -3.0, **options))
@@ -200,6 +215,19 @@ def test_bad_input_is_named(name):
     error, message, arguments = BAD_CALLS[name]
     with pytest.raises(error, match=f"^siglip_loss: {message}"):
         siglip_loss(*arguments)
+
+
+def test_bad_marks_are_named():
+    index, texts = torch.zeros(6, dtype=torch.long), torch.ones(6, 8)
+    for arguments, options, message in (
+        ((Z, Z), {"ids": torch.zeros(3).long()}, r"ids must have shape \(4,\), got \(3,\)"),
+        ((Z, texts), {"ids": torch.zeros(4).long()}, "text_features must have 4 rows as .*, got 6"),
+        ((Z, texts), {"image_index": index[:4]}, r"image_index must have shape \(6,\), got \(4,\)"),
+        ((Z, texts), {"image_index": index + 4}, r"image_index must be in \[0, 4\), got 4"),
+        ((Z, texts), {"image_index": index, "ids": index}, "ids must be None with image_index"),
+    ):
+        with pytest.raises(ValueError, match=f"^siglip_loss: {message}"):
+            siglip_loss(*arguments, 10.0, -10.0, **options)
 
 
 def test_bad_option_is_named():

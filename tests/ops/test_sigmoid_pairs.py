@@ -42,6 +42,9 @@ class Call:
     normalize_rows: bool = True
     normalize_columns: bool = True
     total: bool = False
+    row_ids: torch.Tensor | None = None
+    column_ids: torch.Tensor | None = None
+    equal_ids_are_positive: bool = False
 
     @property
     def acc(self):
@@ -56,13 +59,20 @@ class Call:
     @property
     def options(self):
         names = ("diagonal", "normalize_rows", "normalize_columns", "total")
+        names += ("row_ids", "column_ids", "equal_ids_are_positive")
         return {name: getattr(self, name) for name in names}
 
     def in_dtype(self, dtype):
         return dataclasses.replace(self, rows=self.rows.to(dtype), columns=self.columns.to(dtype))
 
 
-def random_call(n, m, d, dtype=torch.float32, *, spread=0.0, **options):
+def random_call(n, m, d, dtype=torch.float32, *, spread=0.0, ids=None, **options):
+    """`ids`: whether equal ones are "positive" or "left out", or None."""
+    if ids is not None:
+        generator = torch.Generator().manual_seed(n + m)
+        sides = (("row_ids", n), ("column_ids", m))
+        options |= {name: torch.randint(7, (count,), generator=generator) for name, count in sides}
+        options["equal_ids_are_positive"] = ids == "positive"
     rows, columns = random_rows(n, d, dtype, spread=spread), random_rows(m, d, dtype, seed=5, spread=spread)
     return Call(rows, columns, **options)
 
@@ -95,6 +105,12 @@ def term_sums(call):
     lengths = x.norm(dim=1)[:, None] * y.norm(dim=1)
     logits = call.scale * (x @ y.T) + call.bias
     positive = torch.arange(len(y)) == torch.arange(len(x))[:, None] + call.diagonal
+    if call.row_ids is not None:
+        equal = call.row_ids[:, None] == call.column_ids
+        positive, left_out = (
+            (equal, ~equal & equal) if call.equal_ids_are_positive else (positive, equal & ~positive)
+        )
+        logits = logits.masked_fill(left_out, -torch.inf)
     logits = torch.where(positive, -logits, logits)
     sizes = 1 + abs(call.scale) * lengths + abs(call.bias)  # a logit is off by the rounding of these
     coefficients = g * torch.sigmoid(logits) * sizes
@@ -199,6 +215,49 @@ def test_losses_of_far_negatives_keep_their_digits(backend):
         assert grad.item() == pytest.approx(400 / (1 + math.exp(30)), rel=3e-6)
 
 
+@pytest.mark.parametrize("ids", ["left out", "positive"])
+def test_reference_with_ids_is_the_definition(ids):
+    call = random_call(9, 14, 3, torch.float64, scale=2.5, bias=-0.5, diagonal=2, ids=ids)
+    losses = reference(*leaves_of(call), **call.options)
+    for i in range(9):
+        expected = 0
+        for j in range(14):
+            x, y = call.rows[i].tolist(), call.columns[j].tolist()
+            cosine = sum(a * b for a, b in zip(x, y, strict=True)) / (math.hypot(*x) * math.hypot(*y))
+            equal = call.row_ids[i] == call.column_ids[j]
+            positive = equal if ids == "positive" else j == i + 2
+            if positive or not equal:
+                expected += math.log(1 + math.exp((-1 if positive else 1) * (2.5 * cosine - 0.5)))
+        assert losses[i].item() == pytest.approx(expected, rel=1e-13)
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("total", [False, True])
+@pytest.mark.parametrize("ids", ["left out", "positive"])
+def test_ids_match_float64(backend, dtype, ids, total):
+    shapes = [(1, 1, 5, 0), (61, 139, 40, 64), *[(300, 520, 31, -290)] * (backend == "native")]
+    for n, m, d, diagonal in shapes:
+        call = random_call(n, m, d, dtype, diagonal=diagonal, total=total, ids=ids, bias=-3.0)
+        check_against_float64(backend, call)
+
+
+@every_backend
+@pytest.mark.parametrize("total", [False, True])
+def test_of_equal_ids_the_diagonal_alone_stays(backend, total):
+    """All ids alike: the positive pair and nothing else; and NaN of what is left out reaches no loss."""
+    call = random_call(70, 66, 8, torch.float64, total=total)
+    same = {"row_ids": torch.zeros(70, dtype=torch.long), "column_ids": torch.zeros(66, dtype=torch.long)}
+    found = results(on_backend(backend), dataclasses.replace(call, **same))["losses"]
+    x, y = (torch.nn.functional.normalize(rows, dim=1) for rows in (call.rows[:66], call.columns))
+    expected = torch.zeros(70, dtype=torch.float64)
+    expected[:66] = torch.nn.functional.softplus(8 - 10 * (x * y).sum(1))
+    torch.testing.assert_close(found, expected.sum() if total else expected)
+    call.columns[3] = torch.nan
+    found = sigmoid_pairs(*leaves_of(call), **call.options | same | {"total": False}, backend=backend)
+    assert found.isnan().nonzero().flatten().tolist() == [3]
+
+
 @every_backend
 @pytest.mark.parametrize("total", [False, True])
 @pytest.mark.parametrize("diagonal", [0, 2])
@@ -265,7 +324,8 @@ def test_repeated_calls_are_equal_bit_for_bit(backend, total):
 def test_any_number_of_threads(threads, set_threads):
     set_threads(threads)
     for n, m in ((200, 190), (600, 530), (40, 900)):
-        check_against_float64("native", random_call(n, m, 40, total=True))
+        for ids in (None, "left out", "positive"):
+            check_against_float64("native", random_call(n, m, 40, total=True, ids=ids))
 
 
 SAVE_RESULTS = """
@@ -279,7 +339,10 @@ torch.save([results(on_backend("native"), call) for call in instruction_set_call
 
 def instruction_set_calls():
     for dtype, total, bias in itertools.product(DTYPES, [False, True], [-20.0, 3.0]):
-        yield random_call(70, 83, 37, dtype, total=total, bias=bias, spread=0.5, normalize_rows=False)
+        ids = {-20.0: "left out", 3.0: "positive"}[bias] if total else None
+        yield random_call(
+            70, 83, 37, dtype, total=total, bias=bias, spread=0.5, normalize_rows=False, ids=ids
+        )
 
 
 @pytest.mark.parametrize("instruction_set", [pytest.param("portable", marks=pytest.mark.slow), "avx2"])
@@ -305,6 +368,19 @@ def backward_operator(backend):
 def operands(call):
     rows, columns, scale, bias = (leaf.detach() for leaf in leaves_of(call))
     return rows, columns, scale, bias, call.diagonal, call.normalize_rows, call.normalize_columns
+
+
+@every_operator
+@pytest.mark.parametrize("ids", ["left out", "positive"])
+def test_opcheck_with_ids(backend, ids):
+    call = random_call(7, 9, 5, torch.bfloat16, ids=ids)
+    marks = (call.row_ids, call.column_ids, call.equal_ids_are_positive)
+    tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
+    for total in (False, True):
+        arguments = (*operands(call), total, True, True, True, *marks)
+        torch.library.opcheck(forward_operator(backend), arguments, test_utils=tests)
+    arguments = (call.cotangent, *operands(call), True, True, *marks)
+    torch.library.opcheck(backward_operator(backend), arguments, test_utils=tests)
 
 
 @every_operator
@@ -405,6 +481,10 @@ def test_overwritten_input_is_noticed_before_backward(backend, total):
     ({"scale": torch.zeros(2)}, "scale must be one number"),
     ({"scale": torch.zeros((), dtype=torch.float64)}, "scale must be one number of dtype Float"),
     ({"bias": torch.zeros(0)}, "bias must be one number"),
+    ({"row_ids": torch.zeros(3).long(), "column_ids": torch.zeros(5).long()}, "row_ids must be int64 of shape"),
+    ({"row_ids": torch.zeros(4).long(), "column_ids": torch.zeros(5)}, "column_ids must be int64 of shape"),
+    ({"row_ids": torch.zeros(4).long()}, "row_ids and column_ids go together"),
+    ({"equal_ids_are_positive": True}, "row_ids must be given with equal_ids_are_positive"),
     ({"grad_losses": torch.zeros(3, dtype=torch.float64)}, "grad_losses must be float64 of shape"),
     ({"grad_losses": torch.zeros(4)}, "grad_losses must be float64 of shape"),
 ])  # fmt: skip
@@ -416,8 +496,10 @@ def test_native_operator_refuses_what_it_would_read_out_of_bounds(change, messag
         "scale": torch.tensor(1.0),
         "bias": torch.tensor(1.0),
     } | change
+    names = ("row_ids", "column_ids", "equal_ids_are_positive")
+    ids = {name: named.pop(name) for name in names if name in named}
     with pytest.raises(RuntimeError, match=message):
-        backward_operator("native")(*named.values(), 0, True, True, True, True)
+        backward_operator("native")(*named.values(), 0, True, True, True, True, **ids)
     if "grad_losses" not in change:
         with pytest.raises(RuntimeError, match=message):
-            forward_operator("native")(*[*named.values()][1:], 0, True, True, True, True, True, True)
+            forward_operator("native")(*[*named.values()][1:], 0, True, True, True, True, True, True, **ids)

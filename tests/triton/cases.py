@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ssl_kernels.check import limits_between
 from ssl_kernels.reference.contrastive import contrastive as reference
 from ssl_kernels.triton import contrastive as kernels
-from tests.helpers import limits_between, product_eps
+from tests.helpers import product_eps
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

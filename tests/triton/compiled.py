@@ -80,6 +80,7 @@ def compile_kernel(kernel, arch, dtype, d, tile, precision="ieee", everything=Fa
         "SQUARE": not everything and kernel != "expectation",
         "KEEP_DIAGONAL": everything,
         "ONLY_EQUAL_IDS": False,
+        "EQUAL_ARE_POSITIVE": everything,
         "PRECISION": precision,
         "EVEN_D": d % tile.block_d == 0,
         "ONE_BLOCK_D": d <= tile.block_d,

@@ -249,8 +249,8 @@ MUTATIONS = [
     ("cutmix", "cutmix", "begin + SAMPLES, B)", "begin + SAMPLES, B - 1)"),
     ("cutmix", "cutmix", "tl.minimum(tl.maximum(tl.load(box_ptr), 0), H)",
      "tl.minimum(tl.maximum(tl.load(box_ptr).to(tl.int32), 0), H)"),
-    ("sigmoid_pairs", "sigmoid_pairs", "losses += tl.sum(pair_losses(u, decay, inside), axis=1).to(tl.float64)",
-     "losses = (losses.to(tl.float32) + tl.sum(pair_losses(u, decay, inside), axis=1)).to(tl.float64)"),
+    ("sigmoid_pairs", "sigmoid_pairs", "losses += tl.sum(pair_losses(u, decay, counts), axis=1).to(tl.float64)",
+     "losses = (losses.to(tl.float32) + tl.sum(pair_losses(u, decay, counts), axis=1)).to(tl.float64)"),
 ]  # fmt: skip
 
 

@@ -15,15 +15,15 @@ def check(call, *, rtol):
     """Losses, total, its gradients and weighted ones, each within rtol of the largest."""
     ones = torch.ones(len(call.rows), dtype=torch.float64, device=call.rows.device)
     weights = torch.linspace(0.1, 1, len(ones), dtype=torch.float64, device=ones.device) * 1e-3
-    operands, normalize = call[:5], call[5:]
+    operands, normalize, ids = call[:5], call[5:7], call[7:]
     truth, exact = plain(call, ones, torch.float64)
-    losses, *nothing = sigmoid_pairs_fwd(*operands, *normalize, False, True, True, True)
+    losses, *nothing = sigmoid_pairs_fwd(*operands, *normalize, False, True, True, True, *ids)
     assert all(tensor.shape == (0,) for tensor in nothing)
-    total, *grads = sigmoid_pairs_fwd(*operands, *normalize, True, True, True, True)
+    total, *grads = sigmoid_pairs_fwd(*operands, *normalize, True, True, True, True, *ids)
     close = 1e-12 if call.rows.dtype == torch.float64 else 2e-5
     torch.testing.assert_close(losses.cpu(), truth, rtol=close, atol=1e-9)
     torch.testing.assert_close(total.cpu(), truth.sum(), rtol=close, atol=1e-9)
-    weighted = sigmoid_pairs_bwd(weights, *operands, *normalize, True, True)
+    weighted = sigmoid_pairs_bwd(weights, *operands, *normalize, True, True, *ids)
     _, exact_weighted = plain(call, weights, torch.float64)
     for ours, right in ((grads, exact), (weighted, exact_weighted)):
         for name, got, expected in zip(NAMES, ours, right, strict=True):
@@ -58,12 +58,29 @@ def test_matches_float64(gpu, n, m, d, dtype, scale, bias, diagonal, normalize):
         check(call, rtol=max(8 * torch.finfo(dtype).eps, 1e-13))
 
 
+@pytest.mark.parametrize("ids", ["left out", "positive"])
+@pytest.mark.parametrize(
+    "n, m, d, dtype, diagonal",
+    [
+        (65, 130, 40, torch.bfloat16, 3),
+        (33, 65, 144, torch.float16, -3),  # wide rows: coefficients through memory
+        pytest.param(17, 33, 20, torch.float64, 2, marks=pytest.mark.slow),
+        pytest.param(65, 40, 33, torch.float32, 0, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_ids_match_float64(gpu, n, m, d, dtype, diagonal, ids):
+    call = random_call(n, m, d, dtype, bias=-3.0, diagonal=diagonal, ids=ids, device=gpu.device)
+    with gpu.triton():
+        check(call, rtol=max(8 * torch.finfo(dtype).eps, 1e-13))
+
+
 def test_gradients_that_are_not_needed(gpu):
     call = random_call(20, 33, 24, torch.bfloat16, device=gpu.device)
     with gpu.triton():
-        total, rows, columns, scale, bias = sigmoid_pairs_fwd(*call, True, True, True, True)
+        total, rows, columns, scale, bias = sigmoid_pairs_fwd(*call[:7], True, True, True, True)
         for needs in ((True, False), (False, True), (False, False)):
-            again = sigmoid_pairs_fwd(*call, True, True, *needs)
+            again = sigmoid_pairs_fwd(*call[:7], True, True, *needs)
             assert torch.equal(again[1], rows if needs[0] else rows.new_empty(0))
             assert torch.equal(again[2], columns if needs[1] else rows.new_empty(0))
             for ours, right in zip((again[0], *again[3:]), (total, scale, bias), strict=True):
@@ -75,11 +92,11 @@ def test_panels_add_up(gpu, dtype, monkeypatch):
     """Scratch for one block of rows at a time gives the same gradients as scratch for all, in three panels."""
     call = random_call(300, 90, 136, dtype, scale=5.0, bias=-3.0, device=gpu.device)
     with gpu.triton():
-        whole = sigmoid_pairs_fwd(*call, True, True, True, True)
-        losses = sigmoid_pairs_fwd(*call, False, True, True, True)[0]
+        whole = sigmoid_pairs_fwd(*call[:7], True, True, True, True)
+        losses = sigmoid_pairs_fwd(*call[:7], False, True, True, True)[0]
         monkeypatch.setattr(panels, "SCRATCH_BYTES", 1)
-        parts = sigmoid_pairs_fwd(*call, True, True, True, True)
-        assert torch.equal(sigmoid_pairs_fwd(*call, False, True, True, True)[0], losses)
+        parts = sigmoid_pairs_fwd(*call[:7], True, True, True, True)
+        assert torch.equal(sigmoid_pairs_fwd(*call[:7], False, True, True, True)[0], losses)
     for ours, right in zip(parts, whole, strict=True):
         torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-6)
 

@@ -280,6 +280,13 @@ __device__ __forceinline__ void clear(Fragment<acc_t, kNTiles>& c) {
   }
 }
 
+// A bit for each element c[i / 2][n][i % 2 * 2 + e] of a lane.
+template <int kNTiles>
+__device__ __forceinline__ constexpr int element_bit(int i, int n, int e) {
+  static_assert(4 * kNTiles * 2 <= 64);
+  return (i * kNTiles + n) * 2 + e;
+}
+
 // Whether this lane holds element (row, column) of the warp's part.
 __device__ __forceinline__ bool holds_element(int row, int column) {
   return threadIdx.x % kWarpSize == row % 8 * 4 + column % 8 / 2;
