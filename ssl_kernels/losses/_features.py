@@ -11,8 +11,42 @@ may.
 
 import torch
 
-from ssl_kernels.ops.library import accumulation_dtype, all_savable
+from ssl_kernels.backends import choose_backend
+from ssl_kernels.checks import (
+    check_embeddings,
+    check_least_rows,
+    check_reduction,
+    check_same_rows,
+    check_scalar,
+)
+from ssl_kernels.losses._shared import as_scalar, widest_under_autocast
+from ssl_kernels.ops.library import accumulation_dtype, all_savable, refuse_torch_func
 from ssl_kernels.ops.operation import once
+
+
+def checked_views(op, z0, z1, weights, eps, reduction, group, backend):
+    """What the losses of features have in common: their checks, and how the call runs.
+
+    Returns:
+        z0, z1, the weights as tensors, eps, the backend, the group's name and the number of its ranks.
+    """
+    z0, z1 = widest_under_autocast(z0, z1)
+    check_embeddings(op, z0=z0, z1=z1)
+    check_same_rows(op, z0=z0, z1=z1)
+    for name, weight in weights.items():
+        check_scalar(op, name, weight, z0)
+    check_scalar(op, "eps", eps, z0, positive=True)
+    check_reduction(op, reduction)
+    name, world = group_and_world(op, group)
+    if not name:
+        check_least_rows(op, "z0", z0, 2, "so that features vary")
+    chosen = choose_backend("row_pairs", backend, op, z0, z1)
+    if chosen != "reference":
+        refuse_torch_func(op, chosen)
+    elif name:
+        raise ValueError(f'{op}: group must be None with backend "reference", got a process group')
+    weights = [as_scalar(weight, z0) for weight in weights.values()]
+    return z0, z1, weights, as_scalar(eps, z0).detach(), chosen, name, world
 
 
 def summed(tensor, group):

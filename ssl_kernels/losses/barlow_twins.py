@@ -4,18 +4,10 @@ from typing import Any
 
 import torch
 
-from ssl_kernels.backends import choose_backend
-from ssl_kernels.checks import (
-    check_embeddings,
-    check_least_rows,
-    check_reduction,
-    check_same_rows,
-    check_scalar,
-)
-from ssl_kernels.losses._features import correlations, group_and_world
+from ssl_kernels.losses._features import checked_views, correlations
 from ssl_kernels.losses._module import Loss
-from ssl_kernels.losses._shared import as_scalar, reduce, widest_under_autocast
-from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
+from ssl_kernels.losses._shared import reduce
+from ssl_kernels.ops.library import accumulation_dtype
 from ssl_kernels.reference.clustering import cross_correlation
 
 OP = "barlow_twins_loss"
@@ -63,25 +55,15 @@ def barlow_twins_loss(
 
     Source: Zbontar et al., Barlow Twins, arXiv:2103.03230, eq. 1 and 2.
     """
-    z0, z1 = widest_under_autocast(z0, z1)
-    check_embeddings(OP, z0=z0, z1=z1)
-    check_same_rows(OP, z0=z0, z1=z1)
-    check_scalar(OP, "off_diagonal_weight", off_diagonal_weight, z0)
-    check_scalar(OP, "eps", eps, z0, positive=True)
-    check_reduction(OP, reduction)
-    name, world = group_and_world(OP, group)
-    if not name:
-        check_least_rows(OP, "z0", z0, 2, "so that features vary")
-    chosen = choose_backend("row_pairs", backend, OP, z0, z1)
-    weight, eps = as_scalar(off_diagonal_weight, z0), as_scalar(eps, z0).detach()
+    weights = {"off_diagonal_weight": off_diagonal_weight}
+    z0, z1, (weight,), eps, chosen, name, world = checked_views(
+        OP, z0, z1, weights, eps, reduction, group, backend
+    )
     if chosen == "reference":
-        if name:
-            raise ValueError(f'{OP}: group must be None with backend "reference", got a process group')
         with torch.autocast(z0.device.type, enabled=False):
             acc = accumulation_dtype(z0)
             on_diagonal, off_diagonal = cross_correlation(z0.to(acc), z1.to(acc), eps)
     else:
-        refuse_torch_func(OP, chosen)
         on_diagonal, off_diagonal = correlations(OP, chosen, name, world, z0, z1, eps, reduction != "none")
     loss = on_diagonal + weight * off_diagonal
     if loss.dim():

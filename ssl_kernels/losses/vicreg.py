@@ -4,18 +4,10 @@ from typing import Any
 
 import torch
 
-from ssl_kernels.backends import choose_backend
-from ssl_kernels.checks import (
-    check_embeddings,
-    check_least_rows,
-    check_reduction,
-    check_same_rows,
-    check_scalar,
-)
-from ssl_kernels.losses._features import covariances, group_and_world, mean_squares
+from ssl_kernels.losses._features import checked_views, covariances, mean_squares
 from ssl_kernels.losses._module import Loss
-from ssl_kernels.losses._shared import as_scalar, reduce, widest_under_autocast
-from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
+from ssl_kernels.losses._shared import reduce
+from ssl_kernels.ops.library import accumulation_dtype
 from ssl_kernels.reference.clustering import moments
 
 OP = "vicreg_loss"
@@ -67,31 +59,18 @@ def vicreg_loss(
 
     Source: Bardes et al., VICReg, arXiv:2105.04906, eq. 1 to 6.
     """
-    z0, z1 = widest_under_autocast(z0, z1)
-    check_embeddings(OP, z0=z0, z1=z1)
-    check_same_rows(OP, z0=z0, z1=z1)
     weights = {"invariance": invariance, "variance": variance, "covariance": covariance}
-    for name, weight in weights.items():
-        check_scalar(OP, name, weight, z0)
-    check_scalar(OP, "eps", eps, z0, positive=True)
-    check_reduction(OP, reduction)
-    name, world = group_and_world(OP, group)
-    if not name:
-        check_least_rows(OP, "z0", z0, 2, "so that features vary")
-    chosen = choose_backend("row_pairs", backend, OP, z0, z1)
-    invariance, variance, covariance = (as_scalar(weight, z0) for weight in weights.values())
-    eps = as_scalar(eps, z0).detach()
+    z0, z1, (invariance, variance, covariance), eps, chosen, name, world = checked_views(
+        OP, z0, z1, weights, eps, reduction, group, backend
+    )
     summed_up = reduction != "none" and chosen != "reference"
     if chosen == "reference":
-        if name:
-            raise ValueError(f'{OP}: group must be None with backend "reference", got a process group')
         with torch.autocast(z0.device.type, enabled=False):
             acc = accumulation_dtype(z0)
             rows = z0.to(acc), z1.to(acc)
             apart = (rows[0] - rows[1]).square().mean(0)
             of_views = [moments(each) for each in rows]
     else:
-        refuse_torch_func(OP, chosen)
         apart = mean_squares(OP, chosen, name, world, z0, z1)
         of_views = [covariances(OP, chosen, name, world, each, summed_up) for each in (z0, z1)]
     loss, together = invariance * apart, 0
