@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import ssl_kernels
 from ssl_kernels import losses, nn
-from ssl_kernels.nn.losses import Loss
+from ssl_kernels.losses._module import Loss
 from tests.helpers import OPERATORS, random_rows
 from tests.losses.cases import CASES, OTHER_CASES, grouped
 

@@ -10,7 +10,7 @@ import torch
 
 import ssl_kernels
 from ssl_kernels import nn, nt_xent_loss, siglip_loss
-from ssl_kernels.nn.losses import Loss
+from ssl_kernels.losses._module import Loss
 from tests.helpers import random_rows, same_bits
 
 VIEWS = random_rows(6, 4), random_rows(6, 4, seed=1)
