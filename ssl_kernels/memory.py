@@ -8,11 +8,15 @@ from ssl_kernels import backends
 
 @contextmanager
 def kept_at_most(limit: int) -> Iterator[None]:
-    """Losses of the CPU that keep at most so many bytes of logits for backward each, with the same bits."""
+    """Losses of the CPU that keep at most so many bytes of logits for backward each, with the same bits.
+
+    Inside a lower limit that one stays.
+    """
     if backends.extension is None:
         yield
         return
     before = backends.extension.keep_at_most(limit)
+    backends.extension.keep_at_most(min(before, limit))
     try:
         yield
     finally:

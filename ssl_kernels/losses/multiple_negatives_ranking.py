@@ -1,6 +1,7 @@
 """Multiple negatives ranking loss of sentence-transformers: InfoNCE in up to four directions, with hard negatives."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -25,6 +26,7 @@ from ssl_kernels.losses._shared import (
     widest_under_autocast,
 )
 from ssl_kernels.losses._softmax import pairs_loss
+from ssl_kernels.memory import kept_at_most
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.row_pairs import row_pairs
 
@@ -33,6 +35,8 @@ DIRECTIONS = ("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")
 PARTITION_MODES = ("joint", "per_direction")
 HARDNESS_MODES = ("in_batch_negatives", "hard_negatives", "all_negatives")
 MARGIN_MODES = ("absolute", "relative")
+# Of the logits with hard negatives, beside what the square pass of all directions keeps for backward.
+KEPT_BYTES = 12 << 20
 
 
 def multiple_negatives_ranking_loss(
@@ -129,7 +133,7 @@ def multiple_negatives_ranking_loss(
         return pairs_loss(anchor, positive, as_operand(scale, anchor), reduction, row_weights, **options)
     scale = as_scalar(scale, anchor)
     square = partition_mode == "joint" and len(directions) == 4 and not hardness
-    if apart or margin is not None or (len(directions) > 1 and not square):
+    if apart or margin is not None or (len(directions) > 1 and not (square and not hard_negatives)):
         anchor, positive, *hard_negatives = (
             rows_for_several(rows, backend, OP) for rows in (anchor, positive, *hard_negatives)
         )
@@ -159,17 +163,17 @@ class _Call:
 
     def __init__(self, queries, positives, hard_negatives, scale, groups, has_ids, normalize, backend):
         self.queries, self.positives, self.hard_negatives = queries, positives, hard_negatives
-        self.documents = stacked(positives, *hard_negatives) if hard_negatives else positives
         self.scale, self.groups, self.has_ids = scale, groups, has_ids
         self.own = torch.arange(queries.shape[0], device=queries.device)
         self.normalize, self.backend = normalize, backend
+        self.documents = None  # all positives and hard negatives, where they are the columns of one sum
         self.limit = self.curated = None  # of cosines, per row; which documents are left out by none
 
     def limit_by(self, margin, mode):
         with torch.no_grad():
             cosine = self.cosine(self.queries.detach(), self.positives.detach())
             self.limit = cosine - margin if mode == "absolute" else cosine * (1 - margin)
-        count = self.documents.shape[0]
+        count = sum(rows.shape[0] for rows in (self.positives, *self.hard_negatives))
         self.curated = torch.arange(count, device=self.queries.device) >= self.own.shape[0]
 
     def cosine(self, x, y):
@@ -195,22 +199,24 @@ class _Call:
         )
 
     def all_directions(self):
-        """Over the rows [queries; positives; hard negatives], none with itself: the first two make up the loss."""
-        n, kinds = self.own.shape[0], 2 + len(self.hard_negatives)
-        rows = stacked(self.queries, self.documents)
-        options = {}
-        if self.has_ids:  # all own pairs are left out
-            options["row_ids"] = self.groups.repeat(kinds)
-        elif self.hard_negatives:  # own documents are left out of one another's sums
-            options["row_ids"] = torch.cat((self.own, (self.own + n).repeat(kinds - 1)))
+        """Over the rows [queries; positives], none with itself, and over the hard negatives as their columns."""
+        n, kinds = self.own.shape[0], len(self.hard_negatives)
+        rows = stacked(self.queries, self.positives)
+        ids = {"row_ids": self.groups.repeat(2)} if self.has_ids else {}  # all own pairs are left out
         limits = self.limits(self.scale)
-        if limits:  # hard negatives, whose own sums are not read, have none
-            limit = limits["row_limit"]
-            limits["row_limit"] = torch.cat((limit, limit, limit.new_full(((kinds - 2) * n,), torch.inf)))
-            limits["exempt"] = torch.cat((torch.zeros_like(self.curated[:n]), self.curated))
-        partner = torch.cat((self.own + n, self.own.repeat(kinds - 1)))
-        lse, _, logit = self.contrastive(rows, None, self.scale, positives=partner, **limits, **options)
-        terms, logit = [lse[:n], lse[n : 2 * n]], logit[:n]
+        if limits:
+            limits["row_limit"] = limits["row_limit"].repeat(2)
+        partner = torch.cat((self.own + n, self.own))
+        lse, _, logit = self.contrastive(rows, None, self.scale, positives=partner, **limits, **ids)
+        terms, logit = [lse[:n], lse[n:]], logit[:n]
+        if self.hard_negatives:
+            # A query meets its own hard negatives, its positive does not.
+            ids = {"row_ids": torch.cat((self.own - n, self.own)), "column_ids": self.own.repeat(kinds)}
+            if self.has_ids:
+                ids = {"row_ids": self.groups.repeat(2), "column_ids": self.groups.repeat(kinds)}
+            with nullcontext() if torch.compiler.is_compiling() else kept_at_most(KEPT_BYTES):
+                lse = self.contrastive(rows, _joined(self.hard_negatives), self.scale, **ids).lse
+            terms += [lse[:n], lse[n:]]
         if self.has_ids:
             own = [self.scale * self.cosine(self.queries, rows) for rows in self.hard_negatives]
             terms += [logit, logit, *own]
@@ -219,6 +225,7 @@ class _Call:
     def each_direction(self, directions, hardness_mode, strength):
         """[log-sum-exp of each direction], the positive's logit; (N,) each."""
         scale, own, groups = self.scale, self.own, self.groups
+        self.documents = _joined([self.positives, *self.hard_negatives])
         ids = {"row_ids": groups, "column_ids": groups} if self.has_ids else {}
         both = "doc_to_query" in directions and not self.hard_negatives and self.limit is None
         terms = {}
@@ -277,6 +284,10 @@ class _Call:
             raised = mode in ("hard_negatives", "all_negatives")
             own.append(scale * cosine + (strength * cosine.detach() if raised else 0))
         return torch.stack([others, *own]).logsumexp(0), logit
+
+
+def _joined(rows):
+    return stacked(*rows) if len(rows) > 1 else rows[0]
 
 
 def _with_gradient(value, factor):
