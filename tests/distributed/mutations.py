@@ -10,6 +10,7 @@ import torch
 from ssl_kernels.distributed import groups
 
 GROUPS, TRANSPORT, PAIRS, CALL = "groups", "transport", "pairs", "call"
+CHECKS, KEYS, OVER = "checks", "gather_keys", "over_ranks"
 SUMS, HARDEST, MARKED, QUEUE, SHUFFLE, LOSSES = (
     "class_sums",
     "hardest",
@@ -28,11 +29,12 @@ MODULES = (
     SUMS,
     HARDEST,
     MARKED,
-    "checks",
+    CHECKS,
+    KEYS,
     CALL,
     QUEUE,
     SHUFFLE,
-    "over_ranks",
+    OVER,
     "positive_logits",
     LOSSES,
     "moco",
@@ -182,6 +184,45 @@ MUTATIONS = [
         "self.departure = place[own].argsort(descending=True)",
     ),
     Mutation("shuffle: way back", SHUFFLE, "if back:", "if False:"),
+    Mutation(
+        "shuffle: order of arrival",
+        SHUFFLE,
+        "self.arrival = source.argsort(stable=True)",
+        "self.arrival = torch.arange(len(source))",
+    ),
+    Mutation("ids: order on the way", QUEUE, "ids.index_select(0, order)", "ids[: len(order)]"),
+    Mutation(
+        "ids: where rows lie",
+        QUEUE,
+        "torch.arange(begin, begin + ids.shape[0]",
+        "torch.arange(0, ids.shape[0]",
+    ),
+    Mutation("ids: of travelling rows", PAIRS, "(block[1], column_ids)", "(block[1], column_ids * 0)"),
+    Mutation("ids: of another's block", PAIRS, "row_ids[part], block[1]", "row_ids[part], block[1] * 0"),
+    Mutation(
+        "ids: pairs of another's block", PAIRS, '"own": first and ids is not None', '"own": ids is not None'
+    ),
+    Mutation(
+        "sizes: all-to-all", GROUPS, "list(received), list(sent), name", "list(sent), list(received), name"
+    ),
+    Mutation(
+        "sizes: keys of this rank",
+        KEYS,
+        "groups.all_gather_rows(keys, sizes,",
+        "groups.all_gather_rows(keys, [keys.shape[0]] * ranks.world,",
+    ),
+    Mutation(
+        "sizes: of a compiled function",
+        CHECKS,
+        "(everyones == wanted).all()",
+        "(everyones == everyones).all()",
+    ),
+    Mutation(
+        "ring of one: keeps as much as the plain loss",
+        OVER,
+        "with kept_at_most(_bytes_of_blocks(*args, *options.values())):",
+        "with kept_at_most(1 << 40):",
+    ),
 ]
 
 
@@ -195,7 +236,7 @@ def apply(mutation):
             source = source.replace(mutation.old, mutation.new)
         exec(compile(source, module.__file__, "exec"), module.__dict__)
     package = importlib.import_module("ssl_kernels.distributed")
-    for module in (LOSSES, "moco", "labelled", SHUFFLE):
+    for module in (LOSSES, "moco", "labelled", SHUFFLE, KEYS):
         for name, value in vars(importlib.import_module(f"ssl_kernels.distributed.{module}")).items():
             if name in package.__all__:
                 setattr(package, name, value)

@@ -4,35 +4,89 @@ import datetime
 import queue
 
 import pytest
+import torch
+from torch import distributed as dist
 
-from tests.distributed import cases, mutations, processes, test_queue
+from ssl_kernels import distributed
+from ssl_kernels.distributed import groups
+from tests.distributed import cases, mutations, processes, test_queue, test_traffic
 from tests.distributed.cases import Case
 from tests.distributed.test_losses import check
+from tests.helpers import random_rows, same_bits
 
 CASES = [
     Case("nt_xent_loss", 2, (0.3,), views=2),
     Case("clip_loss", 2, (5.0,), ("row_weights",), options={"label_smoothing": 0.1}),
     Case("siglip_loss", 2, (5.0, -2.0)),
     Case("sup_con_loss", 1, (0.2,), ("labels",)),
+    Case("sup_con_loss", 1, (0.2,), ("several",)),
+    Case("sup_con_loss", 1, (0.2,), ("positives",)),
     Case("moco_loss", 2, (0.2,), frozen=(1,)),
+    Case("moco_loss", 2, (0.2,), ("ids",), frozen=(1,)),
+    Case("nt_xent_loss", 2, (0.3,), ("ids",), views=2),
     Case("triplet_loss", 1, (0.4,), ("labels",)),
 ]
 SPLITS = {4: ((2, 2, 2, 2), (3, 1, 2, 4)), 3: ((2, 3, 1), (3, 3, 3))}
 
 
+def compared(rank, world):
+    for case in CASES:
+        for sizes in SPLITS[world]:
+            expected = cases.plain(case, sum(sizes))
+            for strategy in ("gather", "ring"):
+                check(case, rank, sizes, "mean", expected, strategy=strategy)
+
+
+def divided(rank, world):
+    test_queue.divided(rank, world, None)
+
+
+def reduced(rank, world):
+    """What gathers use on GPUs: the sum of the ranks' rows, each rank its own."""
+    sizes = SPLITS[world][0]
+    x = [random_rows(sum(sizes), 3, seed=seed) for seed in range(world)]
+    found = groups.reduce_scatter_rows(x[rank], sizes, dist.group.WORLD.group_name)[: sizes[rank]]
+    torch.testing.assert_close(found, sum(x).split(sizes)[rank])
+
+
+def keys_gathered(rank, world):
+    keys = [random_rows(1 + r, 3, seed=r) for r in range(world)]
+    assert same_bits(distributed.gather_keys(keys[rank]), torch.cat(keys))
+
+
+def compiled(rank, world):
+    """A compiled function raises where ranks have other numbers of rows than it was compiled for."""
+    loss = torch.compile(distributed.nt_xent_loss, fullgraph=True, backend="aot_eager")
+    rows = random_rows(2 + (rank == 1), 3)
+    with pytest.raises(RuntimeError, match="rows_per_rank must be what the ranks have"):
+        loss(rows, rows, strategy="gather")
+
+
+def ring_of_one(rank, world):
+    """Within the blocks that a ring of several holds."""
+    assert test_traffic.peak(rank, world, 2048, 128, "ring") < 30e6
+
+
+# What notices the mistakes in a module, and with how many processes; in all others the losses do, with 4 and 3.
+NOTICED_BY = {
+    mutations.QUEUE: {3: [divided]},
+    mutations.SHUFFLE: {3: [test_queue.shuffled]},
+    mutations.KEYS: {3: [keys_gathered]},
+    mutations.CHECKS: {3: [compiled]},
+    mutations.OVER: {1: [ring_of_one]},
+    mutations.GROUPS: {3: [reduced, compared], 4: [compared]},
+    mutations.PAIRS: {3: [compared, divided], 4: [compared]},
+}
+OTHERS = {4: [compared], 3: [compared]}
+
+
 def checks(rank, world, mutation):
     mutations.apply(mutation)
     mutations.slow_down(rank)
-    if mutation is None or mutation.module not in (mutations.QUEUE, mutations.SHUFFLE):
-        for case in CASES:
-            for sizes in SPLITS[world]:
-                expected = cases.plain(case, sum(sizes))
-                for strategy in ("gather", "ring"):
-                    check(case, rank, sizes, "mean", expected, strategy=strategy)
-    if world == 3 and (mutation is None or mutation.module == mutations.QUEUE):
-        test_queue.divided(rank, world, None)
-    if world == 3 and (mutation is None or mutation.module == mutations.SHUFFLE):
-        test_queue.shuffled(rank, world)
+    every = [NOTICED_BY.get(mutation.module, OTHERS)] if mutation else [*NOTICED_BY.values()]
+    noticed = dict.fromkeys(each for of_module in every for each in of_module.get(world, []))
+    for each in noticed:
+        each(rank, world)
 
 
 def run(mutation, world):
@@ -44,11 +98,11 @@ def run(mutation, world):
 def test_a_mistake_is_noticed(mutation):
     # The first rank that fails ends the others. One that ends its process or waits for good is noticed as well.
     with pytest.raises((AssertionError, queue.Empty)):
-        for world in (3,) if mutation.module in (mutations.QUEUE, mutations.SHUFFLE) else (4, 3):
+        for world in NOTICED_BY.get(mutation.module, OTHERS):
             run(mutation, world)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [3, 4])
+@pytest.mark.parametrize("world", [1, 3, 4])
 def test_without_one_nothing_is(world):
     run(None, world)
