@@ -39,20 +39,30 @@ def open_clip_clip(rank, world):
     return lambda x, y: loss(normalize(x, dim=1), normalize(y, dim=1), torch.tensor(10.0))
 
 
+def over_processes(call, strategy):
+    """`call(x, y, **options)` of a world whose ranks know that they have equal numbers of rows."""
+
+    def make(rank, world):
+        options = {"strategy": strategy, "check": False}
+        return lambda x, y: call(x, y, **options, rows_per_rank=[len(x)] * world)
+
+    return make
+
+
+def sup_con(x, y, rows_per_rank, **options):
+    labels = torch.arange(len(x)).repeat(2) % 100
+    rows = [2 * count for count in rows_per_rank]
+    return distributed.sup_con_loss(torch.cat((x, y)), labels, rows_per_rank=rows, **options)
+
+
 OVER_PROCESSES = {
-    f"{name}, {strategy}": lambda rank, world, make=make, strategy=strategy: make(strategy)
+    f"{name}, {strategy}": over_processes(call, strategy)
     for strategy in ("gather", "ring")
-    for name, make in {
-        "nt_xent_loss": lambda s: lambda x, y: distributed.nt_xent_loss(x, y, strategy=s, check=False),
-        "clip_loss": lambda s: lambda x, y: distributed.clip_loss(x, y, 10.0, strategy=s, check=False),
-        "sup_con_loss": lambda s: (
-            lambda x, y: distributed.sup_con_loss(
-                torch.cat((x, y)), torch.arange(len(x)).repeat(2) % 100, strategy=s, check=False
-            )
-        ),
-        "siglip_loss": lambda s: (
-            lambda x, y: distributed.siglip_loss(x, y, 10.0, -10.0, strategy=s, check=False)
-        ),
+    for name, call in {
+        "nt_xent_loss": distributed.nt_xent_loss,
+        "clip_loss": lambda x, y, **options: distributed.clip_loss(x, y, 10.0, **options),
+        "sup_con_loss": sup_con,
+        "siglip_loss": lambda x, y, **options: distributed.siglip_loss(x, y, 10.0, -10.0, **options),
     }.items()
 } | {"lightly NTXentLoss": lightly_nt_xent, "open_clip ClipLoss": open_clip_clip}
 IN_ONE = {

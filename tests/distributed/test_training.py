@@ -18,7 +18,7 @@ from tests.distributed.cases import CASES
 from tests.distributed.test_losses import TIGHT
 from tests.helpers import random_rows, same_bits
 
-SIZES = {2: (5, 2), 3: (4, 0, 3)}
+SIZES = {2: (5, 2), 3: (4, 0, 3), 4: (2, 1, 0, 4)}
 TOLERANCES = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (0.06, 0.02)}
 
 
@@ -64,7 +64,7 @@ def in_training(rank, world):
     return failures
 
 
-@pytest.mark.parametrize("world", SIZES)
+@pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_parameter_gets_its_gradient_of_the_global_loss(world):
     for failures in processes.run(world, in_training):
         assert not failures, "\n".join(failures[:5])
