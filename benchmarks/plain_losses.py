@@ -50,8 +50,11 @@ def plain_dcl_loss(z0, z1, temperature=0.1):
     return (one_way(z0, z1) + one_way(z1, z0)) / 2
 
 
-def plain_imix_loss(query, key, permutation, lam, temperature=0.2):
-    logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / temperature
+def plain_imix_loss(query, key, permutation, lam, temperature=0.2, negative_keys=None):
+    query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
+    if negative_keys is not None:
+        key = torch.cat([key, negative_keys])
+    logits = query @ key.T / temperature
     own = torch.arange(len(query), device=query.device)
     by_own, by_partner = (F.cross_entropy(logits, target, reduction="none") for target in (own, permutation))
     return (lam * by_own + (1 - lam) * by_partner).mean()
@@ -116,14 +119,14 @@ def plain_barlow_twins_loss(z0, z1, off_diagonal_weight=0.005):
     return on_diagonal + off_diagonal_weight * _off_diagonal(correlation).square().sum()
 
 
-def plain_vicreg_loss(z0, z1):
+def plain_vicreg_loss(z0, z1, invariance=25, variance=25, covariance=1):
     """As its authors' code forms it."""
-    loss = 25 * F.mse_loss(z0, z1)
+    loss = invariance * F.mse_loss(z0, z1)
     n, d = z0.shape
     for z in (z0, z1):
         z = z - z.mean(0)
-        loss = loss + 25 * F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() / 2
-        loss = loss + _off_diagonal(z.T @ z / (n - 1)).square().sum() / d
+        loss = loss + variance * F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() / 2
+        loss = loss + covariance * _off_diagonal(z.T @ z / (n - 1)).square().sum() / d
     return loss
 
 

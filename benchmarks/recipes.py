@@ -1,84 +1,122 @@
-"""Every recipe on the digits, over several seeds: `python -m benchmarks.recipes [--limit N] [--write]`.
+"""Every recipe over several seeds: `python -m benchmarks.recipes [--limit N] [--methods NAMES] [--write]`.
 
-Each run is stored as it ends, and what is stored is not run again; --write puts the tables of what is there into
-docs/recipes.md.
+Each training is stored as it ends, a line a run, and what is stored is not run again; --write puts the tables of what
+is there into docs/recipes.md.
 """
 
 import argparse
-import json
+import csv
+import io
+import math
 import os
 import pathlib
-import statistics
-import time
 
 import torch
 
-from benchmarks import plain_losses
-from ssl_kernels.recipes import data, engine, evaluation, experiment, presets, report
-from ssl_kernels.recipes.baseline import plain_moco_loss, plain_nt_xent_loss
+from benchmarks.recipes_plain import PLAIN
+from ssl_kernels.recipes import data, engine, evaluation, experiment, presets
 from ssl_kernels.recipes.files import write_whole
 from ssl_kernels.recipes.finetuning import finetune
 from ssl_kernels.recipes.methods import METHODS, find_method, options_of
 
 SEEDS = (0, 1, 2)
-EPOCHS = 15
+EPOCHS = {"digits": 30, "mnist5k": 4}
 BATCH_SIZE = 256
-PARTS = (0.01, 0.1)  # of the labels
+PARTS = {"finetuned_1": 0.01, "finetuned_10": 0.1}  # of the labels
 NOISE = 0.3
-FINETUNED = ("simclr", "byol", "vicreg")
-FINETUNING_STEPS = 100
+FINETUNED = ("simclr", "moco", "byol", "vicreg")
 MIXED = ("supervised", "mixup", "cutmix", "manifold-mixup")
-PLAIN = {
-    "simclr": plain_nt_xent_loss,
-    "moco": plain_moco_loss,
-    "byol": plain_losses.plain_byol_loss,
-    "simsiam": plain_losses.plain_byol_loss,
-    "supcon": plain_losses.plain_sup_con_loss,
-    "imix": plain_losses.plain_imix_loss,
-}
-STORE = pathlib.Path(__file__).parent / "results" / "recipes.json"
+FEATURES = ("knn", "linear", "few")
+CLASSIFIER = ("accuracy", "calibration", "noisy")
+COLUMNS = ("run", "name", "seed", *FEATURES, "rank", *PARTS, *CLASSIFIER)
+STORE = pathlib.Path(__file__).parent / "results" / "recipes.csv"
 DOCS = pathlib.Path(__file__).parent.parent / "docs" / "recipes.md"
 
 
-def runs():
-    """(key, function) of every run, the most telling first."""
+def pieces(methods=None):
+    """(run, name, seed, function) of the first line of everything that is run together; the function gives its lines,
+    dictionaries without the seed. Ours come first, of all seeds."""
     for seed in SEEDS:
-        yield f"untouched {seed}", lambda seed=seed: untouched(seed)
-        for method in METHODS:
-            yield f"ours {method} {seed}", lambda method=method, seed=seed: train(method, seed)
-        for method, loss in PLAIN.items():
-            yield (
-                f"plain {method} {seed}",
-                lambda method=method, seed=seed, loss=loss: train(method, seed, loss),
-            )
+        if methods is None:
+            yield "untrained", "raw pixels", seed, untrained
+            yield "on mnist5k", "untrained", seed, transfer
+        for method in methods or METHODS:
+            yield "ours", method, seed, lambda seed, method=method: train(method, seed)
+    for seed in SEEDS:
+        for method in methods or METHODS:
+            if method in PLAIN:
+                yield "plain", method, seed, lambda seed, method=method: train_plain(method, seed)
 
 
-def settings_of(method, seed):
-    options = options_of(find_method(method))
-    chosen = presets.choose(method, "digits")
-    options |= {name: chosen[name] for name in options if name in chosen}
-    return engine.Settings(method, "digits", EPOCHS, BATCH_SIZE, 3e-3, seed=seed, options=options)
+def settings_of(method, seed, images="digits"):
+    """As `pretrain` has them, but with batches and epochs alike for all."""
+    chosen = presets.choose(method, images)
+    known = options_of(find_method(method))
+    # Of another batch: AdamW's rate goes with the root of its size.
+    rate = chosen["learning_rate"] * math.sqrt(BATCH_SIZE / chosen["batch_size"])
+    options = known | {name: chosen[name] for name in known if name in chosen}
+    return engine.Settings(method, images, EPOCHS[images], BATCH_SIZE, rate, seed=seed, options=options)
 
 
-def load(method, seed):
+def load(method, seed, images="digits"):
     kind = find_method(method)
-    return data.load_data("digits", BATCH_SIZE, seed, views=kind.views, crops=kind.crops)
+    return data.load_data(images, BATCH_SIZE, seed, views=kind.views, crops=kind.crops)
 
 
-def untouched(seed):
-    """Raw pixels, both untrained encoders, and fine-tuning from scratch."""
+def untrained(seed):
+    """Raw pixels, both untrained encoders, and the convolutional one fine-tuned."""
     images = load("simclr", seed)
-    found = {"raw pixels": judge(torch.nn.Flatten(), images)}
-    for name, method in (("convolutional network", "simclr"), ("transformer", "mae")):
-        found[name] = judge(experiment.build_encoder(images, seed, method), images)
-    found["convolutional network"]["finetuned"] = finetuned(
-        experiment.build_encoder(images, seed, "simclr"), images, seed
-    )
-    return found
+    network, transformer = (experiment.build_encoder(images, seed, method) for method in ("simclr", "mae"))
+    name = {"run": "untrained"}
+    return [
+        name | {"name": "raw pixels"} | judge(torch.nn.Flatten(), images),
+        name
+        | {"name": "convolutional network"}
+        | judge(network, images)
+        | finetuned(network, images, seed, from_scratch=True),
+        name | {"name": "transformer"} | judge(transformer, images),
+    ]
 
 
-def finetuned(encoder, images, seed):
-    return [finetune(encoder, images, part, seed, steps=FINETUNING_STEPS) for part in PARTS]
+def train(method, seed):
+    training, images = trained(method, seed, "digits", None)
+    line = {"run": "ours", "name": method, **judge(training.method.encoder, images)}
+    line["rank"] = training.history.ranks[-1]
+    if method in FINETUNED:
+        line |= finetuned(training.method.encoder, images, seed)
+    if method in MIXED:
+        line |= judge_classifier(training.method.online, images)
+    return [line]
+
+
+def train_plain(method, seed):
+    """With plain PyTorch's loss, from the same weights and on the same views as `train`."""
+    training, images = trained(method, seed, "digits", PLAIN[method])
+    return [{"run": "plain", "name": method, **judge(training.method.encoder, images)}]
+
+
+def trained(method, seed, name, loss):
+    """(a `Training` at its end, the `ImageData` called name); loss None is the method's own."""
+    images = load(method, seed, name)
+    training = experiment.prepare_trainings(images, {"run": loss}, settings_of(method, seed, name))["run"]
+    engine.train([training], images.views, f"{method} of {name}, seed {seed}")
+    return training, images
+
+
+def transfer(seed):
+    """SimCLR's encoders of either image set on the other, and on MNIST's digits beside an untrained one."""
+    encoders, sets = {}, {}
+    for name in EPOCHS:
+        training, sets[name] = trained("simclr", seed, name, None)
+        encoders[f"from {name}"] = training.method.encoder
+    encoders["untrained"] = experiment.build_encoder(sets["digits"], seed, "simclr")
+    pairs = [("mnist5k", "untrained"), ("mnist5k", "from digits"), ("mnist5k", "from mnist5k")]
+    return [
+        {"run": f"on {judged}", "name": name}
+        | judge(encoders[name], sets[judged])
+        | finetuned(encoders[name], sets[judged], seed, from_scratch=name == "untrained")
+        for judged, name in [*pairs, ("digits", "from mnist5k")]
+    ]
 
 
 def judge(encoder, images):
@@ -86,39 +124,49 @@ def judge(encoder, images):
     return vars(evaluation.evaluate_features(*features))
 
 
-def train(method, seed, loss=None):
-    images = load(method, seed)
-    training = experiment.prepare_trainings(images, {"run": loss}, settings_of(method, seed))["run"]
-    start = time.process_time()
-    engine.train([training], images.views, f"{method}, seed {seed}")
-    found = judge(training.method.encoder, images) | {
-        "seconds": time.process_time() - start,
-        "loss": statistics.fmean(training.history.losses[-5:]),
-        "spread": training.history.spreads[-1],
-        "rank": training.history.ranks[-1],
+def finetuned(encoder, images, seed, from_scratch=False):
+    return {
+        column: finetune(encoder, images, part, seed, from_scratch=from_scratch)
+        for column, part in PARTS.items()
     }
-    if loss is None and method in FINETUNED:
-        found["finetuned"] = finetuned(training.method.encoder, images, seed)
-    if method in MIXED:
-        logits, labels = evaluation.extract_features(training.method.online, images.test)
-        noisy, _ = evaluation.extract_features(
-            training.method.online, evaluation.with_noise(images.test, NOISE)
-        )
-        found |= {
-            "accuracy": evaluation.accuracy_of(logits, labels),
-            "calibration": evaluation.calibration_error(logits, labels),
-            "noisy": evaluation.accuracy_of(noisy, labels),
-        }
-    return found
 
 
-def run_all(store, limit):
-    missing = [(key, function) for key, function in runs() if key not in store["runs"]]
-    for key, function in missing[:limit]:
-        store["runs"][key] = function()
-        store["machine"] = report.describe_machine("cpu")
-        write_whole(STORE, (json.dumps(store, indent=1) + "\n").encode())
-        print(key, store["runs"][key], flush=True)
+def judge_classifier(network, images):
+    logits, labels = evaluation.extract_features(network, images.test)
+    noisy, _ = evaluation.extract_features(network, evaluation.with_noise(images.test, NOISE))
+    return {
+        "accuracy": evaluation.accuracy_of(logits, labels),
+        "calibration": evaluation.calibration_error(logits, labels),
+        "noisy": evaluation.accuracy_of(noisy, labels),
+    }
+
+
+def read_lines():
+    """What is stored: dictionaries from each column that has something to its text."""
+    if not STORE.exists():
+        return []
+    with open(STORE, newline="") as file:
+        return [{name: text for name, text in line.items() if text} for line in csv.DictReader(file)]
+
+
+def write_lines(lines):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_whole(STORE, text.getvalue().encode())
+
+
+def run_missing(limit, methods):
+    stored = {(line["run"], line["name"], line["seed"]) for line in read_lines()}
+    missing = [piece for piece in pieces(methods) if (*piece[:2], str(piece[2])) not in stored]
+    for _, _, seed, function in missing[:limit]:
+        lines = []
+        for line in function(seed):
+            numbers = {name: f"{value:.4f}" for name, value in line.items() if isinstance(value, float)}
+            lines.append(line | {"seed": str(seed)} | numbers)
+            print(*lines[-1].values(), flush=True)
+        write_lines(read_lines() + lines)  # read again: another process may have stored some of its own
 
 
 def main():
@@ -127,18 +175,18 @@ def main():
         "--write", action="store_true", help="write the tables of docs/recipes.md, run nothing"
     )
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="runs to make at most; default all that are missing"
+        "--limit", type=int, metavar="N", help="trainings to make at most; default all that are missing"
     )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help="default all")
     args = parser.parse_args()
-    store = json.loads(STORE.read_text()) if STORE.exists() else {"epochs": EPOCHS, "runs": {}}
     if args.write:
         from benchmarks import recipes_tables
 
-        recipes_tables.write(DOCS, store)
+        recipes_tables.write(DOCS, read_lines())
         return
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    run_all(store, args.limit)
+    run_missing(args.limit, args.methods)
 
 
 if __name__ == "__main__":

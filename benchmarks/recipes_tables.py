@@ -2,91 +2,98 @@
 
 import statistics
 
+from benchmarks import recipes
 from ssl_kernels.recipes.files import write_whole
 from ssl_kernels.recipes.methods import METHODS
 
 BEGIN = "<!-- {} of python -m benchmarks.recipes -->\n"
 END = "<!-- end -->\n"
+FEATURES = ["kNN", "linear probe", "5 labels per class"]
+PARTS = [f"fine-tuned, {100 * part:g} % of labels" for part in recipes.PARTS.values()]
 
 
-def write(page, store):
+def write(page, lines):
     """Put the tables between their marks in the file `page`."""
     text = page.read_text()
-    tables = {
-        "accuracies": accuracies(store),
-        "fine-tuning": fine_tuning(store),
-        "mixing": mixing(store),
-    }
-    for name, table in tables.items():
+    for name, make in TABLES.items():
         begin = BEGIN.format(name)
         before, rest = text.split(begin)
         _, after = rest.split(END, 1)
-        text = f"{before}{begin}\n{table}\n\n{END}{after}"
+        text = f"{before}{begin}\n{make(lines)}\n\n{END}{after}"
     write_whole(page, text.encode())
 
 
-def found(store, kind, method=None):
-    """The results of all seeds of a run, such as ("ours", "simclr")."""
-    name = kind if method is None else f"{kind} {method}"
-    return [run for key, run in store["runs"].items() if key.rsplit(" ", 1)[0] == name]
+def accuracies(lines):
+    """Frozen features: pixels, untrained encoders, every method and the same in plain PyTorch."""
+    rows = []
+    for name in ("raw pixels", "convolutional network", "transformer"):
+        title = name if name == "raw pixels" else f"untrained {name}"
+        rows.append([title, *cells(lines, "untrained", name, recipes.FEATURES), "", "", ""])
+    for method in METHODS:
+        ranks = [float(line["rank"]) for line in runs(lines, "ours", method)]
+        rank = f"{statistics.fmean(ranks):.1f}" if ranks else "–"
+        ours = cells(lines, "ours", method, recipes.FEATURES)
+        plain = (
+            cells(lines, "plain", method, ("knn", "linear")) if method in recipes.PLAIN else ["the same"] * 2
+        )
+        rows.append([f"`{method}`", *ours, rank, *plain])
+    return table([*FEATURES, "effective rank", "plain PyTorch: kNN", "linear probe"], rows)
+
+
+def fine_tuning(lines):
+    """Trained further on a part of the labels, beside training from scratch."""
+    rows = [["from scratch", *cells(lines, "untrained", "convolutional network", recipes.PARTS)]]
+    rows += [
+        [f"from `{method}`", *cells(lines, "ours", method, recipes.PARTS)] for method in recipes.FINETUNED
+    ]
+    return table(PARTS, rows)
+
+
+def transfer(lines):
+    """SimCLR's encoder of either image set, judged on either."""
+    kinds = ("knn", "linear", "few", *recipes.PARTS)
+    rows = [
+        ["digits, untrained", *cells(lines, "untrained", "convolutional network", kinds)],
+        ["digits, trained on digits", *cells(lines, "ours", "simclr", kinds)],
+        ["digits, trained on mnist5k", *cells(lines, "on digits", "from mnist5k", kinds)],
+        ["mnist5k, untrained", *cells(lines, "on mnist5k", "untrained", kinds)],
+        ["mnist5k, trained on mnist5k", *cells(lines, "on mnist5k", "from mnist5k", kinds)],
+        ["mnist5k, trained on digits", *cells(lines, "on mnist5k", "from digits", kinds)],
+    ]
+    return table([*FEATURES, *PARTS], rows)
+
+
+def mixing(lines):
+    """Supervised training with mixed images beside training without."""
+    rows = [[f"`{method}`", *cells(lines, "ours", method, recipes.CLASSIFIER)] for method in recipes.MIXED]
+    return table(["accuracy", "calibration error", "accuracy under noise"], rows)
+
+
+def runs(lines, run, name):
+    """The lines of all seeds."""
+    return [line for line in lines if (line["run"], line["name"]) == (run, name)]
+
+
+def cells(lines, run, name, columns):
+    """Of each column the mean over the seeds and, of several, the standard deviation, in percent."""
+    of_run = runs(lines, run, name)
+    return [describe([float(line[column]) for line in of_run if column in line]) for column in columns]
 
 
 def describe(values):
-    """Mean, standard deviation where there are several, and their number, in percent."""
+    """With the number of seeds in brackets where some are missing."""
     if not values:
         return "–"
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):.1f}{spread} ({len(values)})"
+    text = f"{100 * statistics.fmean(values):.1f}"
+    if len(values) > 1:
+        text += f" ± {100 * statistics.stdev(values):.1f}"
+    return text if len(values) == len(recipes.SEEDS) else f"{text} ({len(values)})"
 
 
-def accuracies(store):
-    """Frozen features: pixels, untrained encoders, every method and the same in plain PyTorch."""
-    lines = [
-        "| | kNN | linear probe | 5 labels per class | effective rank | plain PyTorch, kNN |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for name in ("raw pixels", "convolutional network", "transformer"):
-        runs = [run[name] for run in found(store, "untouched")]
-        if name != "raw pixels":
-            name = f"untrained {name}"
-        lines.append(row(name, runs, "", ""))
-    for method in METHODS:
-        runs = found(store, "ours", method)
-        if runs:
-            rank = f"{statistics.fmean(run['rank'] for run in runs):.1f}"
-            plain = [run["knn"] for run in found(store, "plain", method)]
-            lines.append(row(f"`{method}`", runs, rank, describe(plain) if plain else ""))
-    return "\n".join(lines)
+def table(head, rows):
+    """Markdown, the first column without a title."""
+    lines = [["", *head], ["---", *["---:"] * len(head)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def row(name, runs, *more):
-    cells = [describe([run[kind] for run in runs]) for kind in ("knn", "linear", "few")]
-    return f"| {' | '.join([name, *cells, *more])} |"
-
-
-def fine_tuning(store):
-    """Trained further on a part of the labels, beside training from scratch."""
-    from benchmarks.recipes import FINETUNED, PARTS
-
-    lines = [
-        f"| | {' | '.join(f'{100 * part:g} % of labels' for part in PARTS)} |",
-        "|---" + "|---:" * len(PARTS) + "|",
-    ]
-    networks = {"from scratch": [run["convolutional network"] for run in found(store, "untouched")]}
-    networks |= {f"from `{method}`": found(store, "ours", method) for method in FINETUNED}
-    for name, runs in networks.items():
-        cells = [describe([run["finetuned"][at] for run in runs]) for at in range(len(PARTS))]
-        lines.append(f"| {' | '.join([name, *cells])} |")
-    return "\n".join(lines)
-
-
-def mixing(store):
-    """Supervised training with mixed images beside training without."""
-    from benchmarks.recipes import MIXED
-
-    lines = ["| | accuracy | calibration error | accuracy under noise |", "|---|---:|---:|---:|"]
-    for method in MIXED:
-        runs = found(store, "ours", method)
-        cells = [describe([run[kind] for run in runs]) for kind in ("accuracy", "calibration", "noisy")]
-        lines.append(f"| {' | '.join([f'`{method}`', *cells])} |")
-    return "\n".join(lines)
+TABLES = {"accuracies": accuracies, "fine-tuning": fine_tuning, "transfer": transfer, "mixing": mixing}

@@ -117,50 +117,59 @@ class _Correlation(torch.autograd.Function):
 
 
 class _CorrelationSums(torch.autograd.Function):
-    """The sums over the features of what `_Correlation` gives, by products of rows with rows."""
+    """The sums over the features of what `_Correlation` gives, of few rows by products of rows with rows."""
 
     @staticmethod
     def forward(ctx, op, chosen, x, y, eps):
         with torch.autocast(x.device.type, enabled=False):
             n = x.shape[0]
-            units, moments, grams = [], [], []
+            units, moments = [], []
             for rows in (x, y):
                 centred, mean = _centred(rows, n, "")
                 scale = (centred.square().sum(0) / n + eps).rsqrt()
-                unit = centred.mul_(scale)
-                units.append(unit)
+                units.append(centred.mul_(scale))
                 moments += [mean, scale]
-                grams.append(unit @ unit.T)
-            on_diagonal = (units[0] * units[1]).sum(0) / n
-            squares = (grams[0] * grams[1]).sum(dtype=torch.float64) / n**2
-        ctx.save_for_backward(*all_savable(x, y, on_diagonal, *moments, *grams))
+            if few_rows(x):
+                on_diagonal = (units[0] * units[1]).sum(0) / n
+                products = [unit @ unit.T for unit in units]
+                squares = (products[0] * products[1]).sum(dtype=torch.float64) / n**2
+                off = squares - on_diagonal.square().sum(dtype=torch.float64)
+            else:
+                products = [units[0].T @ units[1]]
+                on_diagonal = products[0].diagonal() / n
+                off = products[0].fill_diagonal_(0).square().sum(dtype=torch.float64) / n**2
+        ctx.save_for_backward(*all_savable(x, y, on_diagonal, *moments, *products))
         ctx.op, ctx.chosen = op, chosen
-        off = squares - on_diagonal.square().sum(dtype=torch.float64)
         return (1 - on_diagonal).square().sum(dtype=torch.float64), off
 
     @staticmethod
     def backward(ctx, grad_on, grad_off):
-        x, y, on_diagonal, mean, scale, other_mean, other_scale, gram, other_gram = ctx.saved_tensors
-        needs, n = ctx.needs_input_grad[2:4], x.shape[0]
+        x, y, on_diagonal, mean, scale, other_mean, other_scale, *products = ctx.saved_tensors
+        needs, n, of_rows = ctx.needs_input_grad[2:4], x.shape[0], few_rows(x)
 
         def make():
             with torch.autocast(x.device.type, enabled=False):
                 acc = mean.dtype
                 twice = (2 * grad_off).to(acc)
-                diagonal = (2 * grad_on).to(acc) * (on_diagonal - 1) - twice * on_diagonal
+                diagonal = (2 * grad_on).to(acc) * (on_diagonal - 1)
+                if of_rows:  # whose products hold the diagonal too
+                    diagonal = diagonal - twice * on_diagonal
                 first, second = (x.to(acc) - mean).mul_(scale), (y.to(acc) - other_mean).mul_(other_scale)
                 grads = []
-                for need, own, other, matrix, shrink in (
-                    (needs[0], first, second, other_gram, scale),
-                    (needs[1], second, first, gram, other_scale),
+                for need, own, other, product, shrink in (
+                    (needs[0], first, second, products[1] if of_rows else products[0].T, scale),
+                    (needs[1], second, first, products[0], other_scale),
                 ):
                     if not need:
                         grads.append(x.new_empty(0))
                         continue
-                    mixed = (matrix @ own).mul_(twice / n)  # N times what the squares give
-                    along = ((own * mixed).sum(0) / n + diagonal * on_diagonal) / n
-                    made = mixed.addcmul_(other, diagonal).div_(n).addcmul_(own, along, value=-1)
-                    grads.append(made.mul_(shrink).to(x.dtype))
+                    shrink = shrink / n
+                    factor = twice / n * shrink
+                    mixed = (product @ own).mul_(factor) if of_rows else other @ (product * factor)
+                    straight = diagonal * shrink
+                    along = (own * mixed).sum(0) / n + straight * on_diagonal
+                    made = mixed.addcmul_(other, straight).addcmul_(own, along, value=-1)
+                    grads.append(made.to(x.dtype))
             return tuple(grads)
 
         made = once(ctx.op, ctx.chosen, make, grad_on, grad_off, x, y)
@@ -196,19 +205,26 @@ class _Covariance(torch.autograd.Function):
 
 
 class _CovarianceSums(torch.autograd.Function):
-    """(D,) variances, and the sum over the features of the other result of `_Covariance`, by products of rows with
-    rows."""
+    """(D,) variances, and the sum over the features of the other result of `_Covariance`, of few rows by products of
+    rows with rows."""
 
     @staticmethod
     def forward(ctx, op, chosen, x):
+        last = x.shape[0] - 1
         with torch.autocast(x.device.type, enabled=False):
             centred, mean = _centred(x, x.shape[0], "")
-            gram = centred @ centred.T
-            variance = centred.square_().sum(0) / (x.shape[0] - 1)
-        ctx.save_for_backward(*all_savable(x, mean, variance, gram))
+            if few_rows(x):
+                product = centred @ centred.T
+                variance = centred.square_().sum(0) / last
+                squares = product.square().sum(dtype=torch.float64) / last**2
+                off = squares - variance.square().sum(dtype=torch.float64)
+            else:
+                product = centred.T @ centred
+                variance = product.diagonal() / last
+                off = product.fill_diagonal_(0).square().sum(dtype=torch.float64) / last**2
+        ctx.save_for_backward(*all_savable(x, mean, variance, product))
         ctx.op, ctx.chosen = op, chosen
-        squares = gram.square().sum(dtype=torch.float64) / (x.shape[0] - 1) ** 2
-        return variance.clone(), squares - variance.square().sum(dtype=torch.float64)
+        return variance.clone(), off
 
     @staticmethod
     def backward(ctx, grad_variance, grad_off):
@@ -216,11 +232,16 @@ class _CovarianceSums(torch.autograd.Function):
 
         def make():
             with torch.autocast(x.device.type, enabled=False):
-                factor = (4 * grad_off).to(mean.dtype)
+                last = x.shape[0] - 1
+                factor = (4 * grad_off).to(mean.dtype) / last
                 centred = x.to(mean.dtype) - mean
-                own = 2 * grad_variance - factor * variance
-                made = (gram @ centred).mul_(factor / (x.shape[0] - 1)).addcmul_(centred, own)
-                return made.div_(x.shape[0] - 1).to(x.dtype)
+                own = 2 / last * grad_variance
+                product = gram * (factor / last)
+                if few_rows(x):  # whose product holds the variances too
+                    own, made = own - factor * variance, product @ centred
+                else:
+                    made = centred @ product
+                return made.addcmul_(centred, own).to(x.dtype)
 
         return None, None, once(ctx.op, ctx.chosen, make, grad_variance, grad_off, x)
 
@@ -255,14 +276,19 @@ class _MeanSquares(torch.autograd.Function):
         )
 
 
-def few_rows(x, group):
-    """Whether products of rows with rows are the smaller ones. Sizes that change would compile anew."""
-    return not group and not torch.compiler.is_compiling() and 2 * x.shape[0] <= x.shape[1]
+def few_rows(x):
+    """Whether products of rows with rows are the smaller ones."""
+    return 2 * x.shape[0] <= x.shape[1]
+
+
+def _sums_suffice(group):
+    """Not where ranks add up their products; and sizes that change between the two ways would compile anew."""
+    return not group and not torch.compiler.is_compiling()
 
 
 def correlations(op, chosen, group, world, x, y, eps, summed_up):
     """`_Correlation` of a backend other than the reference, or with summed_up its results' sums over the features."""
-    if summed_up and few_rows(x, group):
+    if summed_up and _sums_suffice(group):
         return _CorrelationSums.apply(op, chosen, x, y, eps)
     results = _Correlation.apply(op, chosen, group, world, x, y, eps)
     return tuple(each.sum() for each in results) if summed_up else results
@@ -270,7 +296,7 @@ def correlations(op, chosen, group, world, x, y, eps, summed_up):
 
 def covariances(op, chosen, group, world, x, summed_up):
     """`_Covariance` of a backend other than the reference; with summed_up the second result's sum over the features."""
-    if summed_up and few_rows(x, group):
+    if summed_up and _sums_suffice(group):
         return _CovarianceSums.apply(op, chosen, x)
     variance, others = _Covariance.apply(op, chosen, group, world, x)
     return variance, others.sum() if summed_up else others

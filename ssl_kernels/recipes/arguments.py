@@ -18,7 +18,7 @@ def add_data(parser, default="digits"):
     )
     parser.add_argument("--root", metavar="DIR", help="where the images of cifar10 or folder are")
     parser.add_argument(
-        "--image-size", type=positive_int, metavar="N", help="side of the crops of folder images; default 224"
+        "--image-size", type=image_size, metavar="N", help="side of the crops of folder images; default 224"
     )
     parser.add_argument(
         "--workers",
@@ -67,6 +67,10 @@ def named_value(text):
 
 def positive_int(text):
     return _number(text, int, lambda value: value >= 1, "a whole number from 1")
+
+
+def image_size(text):
+    return _number(text, int, lambda value: value >= 8, "a whole number from 8")
 
 
 def batch_size(text):

@@ -44,11 +44,13 @@ def read_checkpoint(path, option):
         option: Of the command line that named it, for messages.
 
     Raises:
-        ValueError: It is no checkpoint.
-        OSError: It cannot be read.
+        ValueError: It is no checkpoint, or cannot be read.
     """
-    with open(path, "rb") as file:
-        content = io.BytesIO(file.read())
+    try:
+        with open(path, "rb") as file:
+            content = io.BytesIO(file.read())
+    except OSError as error:
+        raise ValueError(f"{option}: {path} must be a file that can be read ({error.strerror})") from error
     foreign = f"{option}: {path} must be a checkpoint of this command, got another file"
     try:
         with warnings.catch_warnings(action="ignore"):  # about files that are refused below

@@ -9,6 +9,7 @@ import pathlib
 import signal
 import threading
 import time
+import warnings
 
 import torch
 from torch import nn
@@ -110,7 +111,9 @@ class Training:
         if settings.compile:
             method.encoder.compile()
         if ranks.size > 1:
-            self._forward = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):
+                # torch 2.14 names the successor of this argument, which older versions do not have.
+                self._forward = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
         kinds = {"cpu": "cpu", **({"cuda": self.device} if self.device.type == "cuda" else {})}
         self._random = {
             kind: torch.Generator(device).manual_seed(mix_seed(settings.seed, 1)).get_state()
@@ -229,8 +232,7 @@ class Training:
         """Go on from the checkpoint, of a run with `batches` an epoch; nothing changes where it cannot be used.
 
         Raises:
-            ValueError: It is none, or comes from a run with other settings or another model.
-            OSError: It cannot be read.
+            ValueError: It is none, cannot be read, or comes from a run with other settings or another model.
         """
         path = self.checkpoint
         state = read_checkpoint(path, "--resume")

@@ -15,6 +15,7 @@ from ssl_kernels.recipes import arguments
 from ssl_kernels.recipes.pretrain import check_packages, choose_device
 
 FILE = "evaluation.json"
+UNTRAINED = "untrained encoder"
 
 
 def add_arguments(parser):
@@ -83,11 +84,12 @@ def judge(encoder, settings, shape, images, args, device):
     rows = {}
     for name, network in (
         (settings.method, encoder),
-        ("untrained encoder", build_encoder(shape, settings.seed, settings.method).to(device)),
+        (UNTRAINED, build_encoder(shape, settings.seed, settings.method).to(device)),
     ):
         features = [extract_features(network, batches) for batches in (images.train, images.test)]
+        options = {"steps": steps, "from_scratch": name == UNTRAINED, "device": device}
         finetuned = {
-            part: [finetune(network, images, part, seed, steps=steps, device=device) for seed in range(seeds)]
+            part: [finetune(network, images, part, seed, **options) for seed in range(seeds)]
             for part in args.parts
         }
         rows[name] = vars(evaluate_features(*features)) | {"finetuned": finetuned}

@@ -22,7 +22,8 @@ LARGEST_SMALL_IMAGE = 64  # pixels a side, up to which ResNet-18 gets the CIFAR 
 class Run:
     """What was judged: raw pixels or an encoder, and its training if it had one.
 
-    features: Of the held-out images, (N, F). peak_bytes: Of the loss, forward and backward.
+    features: Of the held-out images, (N, F). peak_bytes: Of the loss, forward and backward; None where several
+    processes trained, whose losses wait for each other.
     """
 
     name: str
@@ -127,7 +128,8 @@ def run_experiment(data, trainings, settings, *, device="cpu"):
     contention = watch.read()
     for name, training in trainings.items():
         run = _judge(name, training.method.encoder, data)
-        peak_bytes = measure_loss_memory(training, next(data.views.epoch(0)))
+        alone = training.ranks.size == 1
+        peak_bytes = measure_loss_memory(training, next(data.views.epoch(0))) if alone else None
         runs.append(dataclasses.replace(run, history=training.history, peak_bytes=peak_bytes))
     return runs, contention
 

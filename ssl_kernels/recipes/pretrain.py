@@ -171,6 +171,9 @@ def run(args, parser):
     except KeyboardInterrupt:
         parser.exit(INTERRUPTED, f"{parser.prog}: interrupted; --resume goes on from what is in {args.out}\n")
     finally:
+        for training in trainings.values():
+            if training.board is not None:
+                training.board.close()
         ranks.leave()
     print(text)
     print(f"{time.perf_counter() - start:.0f} s in all")

@@ -56,7 +56,7 @@ def _cpu_name():
 
 
 def format_table(runs):
-    """One line a run; a dash where a run has no training. Times are the median step's, with quartiles in brackets."""
+    """One line a run; a dash where there is no number. Times are the median step's, with quartiles in brackets."""
     accuracies = ("kNN", "linear probe", f"{FEW_LABELS} labels/class")
     header = ("", "loss", *accuracies, "loss, ms per step", "training, ms per step", "loss memory")
     return align_columns([header, *(_table_line(run) for run in runs)])
@@ -85,7 +85,7 @@ def _table_line(run):
         *accuracies,
         _milliseconds(run.history.loss_seconds),
         _milliseconds(run.history.step_seconds),
-        f"{run.peak_bytes / 1e6:.1f} MB",
+        "-" if run.peak_bytes is None else f"{run.peak_bytes / 1e6:.1f} MB",
     )
 
 
@@ -129,8 +129,11 @@ def draw_losses(trained, path):
     names = [run.name for run in trained]
     milliseconds = [1e3 * float(np.median(run.history.loss_seconds)) for run in trained]
     _draw_bars(panels["time"], names, milliseconds, colors, "Time of the loss (ms per step)")
-    megabytes = [run.peak_bytes / 1e6 for run in trained]
-    _draw_bars(panels["memory"], names, megabytes, colors, "Peak memory of the loss (MB)")
+    if any(run.peak_bytes is None for run in trained):
+        panels.pop("memory").remove()
+    else:
+        megabytes = [run.peak_bytes / 1e6 for run in trained]
+        _draw_bars(panels["memory"], names, megabytes, colors, "Peak memory of the loss (MB)")
     for panel in panels.values():
         panel.spines[["top", "right"]].set_visible(False)
     save(figure, path)

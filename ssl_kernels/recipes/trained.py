@@ -17,8 +17,7 @@ def load_trained(path, device="cpu"):
     and what it knows of its images.
 
     Raises:
-        ValueError: It is no checkpoint of `pretrain`.
-        OSError: It cannot be read.
+        ValueError: It is no checkpoint of `pretrain`, or cannot be read.
     """
     state = read_checkpoint(path, "CHECKPOINT")
     try:

@@ -110,7 +110,9 @@ def test_what_cannot_be_judged(command, checkpoint, tmp_path, capsys):
     state = torch.load(checkpoint, weights_only=True)
     state["settings"]["method"] = "alchemy"
     torch.save(state, foreign)
-    assert "No such file or directory" in refused(capsys, command, missing, *out)
+    assert f"CHECKPOINT: {missing} must be a file that can be read (No such file" in refused(
+        capsys, command, missing, *out
+    )
     assert f"CHECKPOINT: {text} must be a checkpoint" in refused(capsys, command, text, *out)
     assert f"CHECKPOINT: {foreign} must hold a method" in refused(capsys, command, foreign, *out)
     assert "invalid choice: 'mnist'" in refused(capsys, command, checkpoint, "--data", "mnist", *out)

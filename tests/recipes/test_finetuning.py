@@ -1,9 +1,12 @@
+import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from ssl_kernels.recipes import data, experiment
-from ssl_kernels.recipes.finetuning import finetune
+from ssl_kernels.recipes.finetuning import finetune, linear_probe
 from ssl_kernels.recipes.views import Augmentation, DatasetViews
 from tests.recipes.image_sets import write_folder
 
@@ -18,6 +21,32 @@ def test_more_labels_are_worth_more_and_the_encoder_stays():
     assert finetune(encoder, images, 0.005, seed=0, steps=60) == few
     assert finetune(encoder, images, 0.005, seed=1, steps=60) != few
     torch.testing.assert_close(dict(encoder.state_dict()), before, rtol=0, atol=0)
+
+
+def test_from_scratch_the_classifier_begins_at_random():
+    images = data.load_data("digits", 64, 0)
+    encoder = experiment.build_encoder(images, 0, "supervised")
+    probed, random = (
+        finetune(encoder, images, 0.05, 0, steps=1, from_scratch=each) for each in (False, True)
+    )
+    assert probed > 0.6 > random
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_linear_probe_is_the_logistic_regression(classes):
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % classes
+    features = 5 + torch.tensor([1.0, 20.0, 0.1, 0.0]) * torch.randn(60, 4, generator=random)
+    features[:, 0] += labels
+    rows = torch.arange(0, 60, 2) if classes == 3 else torch.arange(30)
+    weight, bias = linear_probe(features, labels, rows)
+    standard = StandardScaler().fit(features.numpy())
+    expected = LogisticRegression(max_iter=1000).fit(
+        standard.transform(features[rows].numpy()), labels[rows].numpy()
+    )
+    probabilities = expected.predict_proba(standard.transform(features.numpy()))
+    ours = (features @ weight.T + bias).softmax(1)
+    torch.testing.assert_close(ours.double(), torch.from_numpy(probabilities).double(), rtol=0, atol=0.02)
 
 
 def test_subsets_of_both_kinds_of_views_hold_the_chosen_images(tmp_path):

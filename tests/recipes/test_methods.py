@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,6 +125,14 @@ def test_methods_use_the_backend_that_is_asked_for():
         criterion = find_method(name).criterion
         if criterion is not torch.nn.functional.cross_entropy:
             assert criterion is getattr(ssl_kernels, criterion.__name__)
+
+
+@pytest.mark.parametrize("name, size", [("jigsaw", 33), ("mae", 37)])
+def test_images_that_cannot_be_cut_into_tiles(name, size):
+    images = SimpleNamespace(channels=3, image_size=size, classes=2)
+    options = options_of(find_method(name))
+    with pytest.raises(ValueError, match=f"--image-size must .* for --method {name}, got {size}"):
+        experiment.build_method(images, engine.Settings(name, "folder", 1, 2, 1e-3, options=options))
 
 
 def test_tiles_are_laid_in_the_given_order():

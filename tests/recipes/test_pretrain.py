@@ -136,6 +136,7 @@ def test_cifar10(tmp_path, monkeypatch):
         ),
         (["--device", "meta"], "--device must be one that torch can use, got meta"),
         (["--root", "."], "--root must come with --data cifar10 or folder, got digits"),
+        (["--image-size", "4"], "argument --image-size: must be a whole number from 8, got 4"),
         (["--image-size", "8"], "--image-size must come with --data folder, got digits"),
         (
             ["--method", "moco", "--queue-size", str(10**15)],
@@ -280,7 +281,8 @@ def test_a_checkpoint_that_is_none_is_refused(kind, short_run, tmp_path, capsys,
 
 def test_a_checkpoint_that_is_a_folder(short_run, tmp_path, capsys, no_work):
     (tmp_path / "ssl_kernels.pt").mkdir()
-    assert "ssl_kernels.pt" in refused(capsys, *short_run[0], "--out", tmp_path, "--resume")
+    message = refused(capsys, *short_run[0], "--out", tmp_path, "--resume")
+    assert f"--resume: {tmp_path / 'ssl_kernels.pt'} must be a file that can be read (Is a dir" in message
 
 
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
@@ -339,6 +341,23 @@ def test_interrupted_run_goes_on_bit_for_bit(short_run, tmp_path, capsys, monkey
         torch.testing.assert_close(resumed[part], unbroken[part], rtol=0, atol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["swav", "mixco"])
+def test_torchrun_trains_judges_and_resumes(method, tmp_path):
+    """A loss over a group, and one whose method gathers keys; rank 0 alone judges what was trained."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ssl_kernels"]
+    command = [*torchrun, "pretrain", "--method", method, "--batch-size", "512", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for options in (["--epochs", "1"], ["--epochs", "1", "--resume"]):
+        ran = subprocess.run(
+            [*command, *options], capture_output=True, text=True, env=environment, timeout=300
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert "FutureWarning" not in ran.stderr
+        (ours,) = trained_runs(tmp_path)
+        assert len(ours["losses"]) == 2 and ours["loss_peak_bytes"] is None
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, no_judging):
     message = refused(capsys, "--learning-rate", 1e30, "--epochs", 3, "--no-compare", "--out", tmp_path)
     assert re.search(r"the loss is (nan|inf) at step \d: a lower --learning-rate may help", message)
@@ -392,3 +411,48 @@ main(["pretrain", "--help"])
     assert ran.returncode == 0, ran.stderr
     for option in ("--data", "--root", "--epochs", "--batch-size", "--temperature", "--seed", "--backend"):
         assert option in ran.stdout
+
+
+class Writer:
+    """In the place of torch.utils.tensorboard's."""
+
+    def __init__(self, folder, purge_step):
+        self.folder, self.purge_step, self.scalars, self.is_closed = folder, purge_step, [], False
+
+    def add_scalar(self, name, value, step):
+        self.scalars.append((name, value, step))
+
+    def close(self):
+        self.is_closed = True
+
+
+def test_tensorboard_is_told_every_step(short_run, tmp_path, monkeypatch, no_judging):
+    options, out, _ = short_run
+    made = []
+
+    def summary_writer(*args, **arguments):
+        made.append(Writer(*args, **arguments))
+        return made[-1]
+
+    stand_in = SimpleNamespace(SummaryWriter=summary_writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    assert pretrain(*options, "--out", tmp_path, "--tensorboard") == 0
+    (writer,) = made
+    assert (writer.folder, writer.purge_step) == (tmp_path / "tensorboard" / "ssl_kernels", 1)
+    losses = trained_runs(out)[0]["losses"]
+    assert [each for each in writer.scalars if each[0] == "loss"] == [
+        ("loss", loss, step) for step, loss in enumerate(losses, 1)
+    ]
+    assert {name for name, *_ in writer.scalars} == {
+        "loss",
+        "learning rate",
+        "spread of the embeddings",
+        "rank of the embeddings",
+    }
+    assert writer.is_closed
+
+
+def test_tensorboard_that_is_not_installed(tmp_path, capsys, monkeypatch, no_work):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    message = refused(capsys, "--tensorboard", "--out", tmp_path)
+    assert "--tensorboard must have tensorboard installed: pip install tensorboard" in message

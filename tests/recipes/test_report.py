@@ -55,17 +55,24 @@ def test_gain_compares_steps_that_ran_one_after_the_other():
 
 
 @pytest.mark.parametrize(
-    "classes, trained",
-    [(10, ("plain PyTorch", "ssl_kernels (native)")), (12, ("ssl_kernels (chunked)",))],
-    ids=["compared", "alone, many classes"],
+    "classes, trained, memory",
+    [
+        (10, ("plain PyTorch", "ssl_kernels (native)"), "8.0 MB"),
+        (12, ("ssl_kernels (chunked)",), "8.0 MB"),
+        (10, ("ssl_kernels (native)",), "  -"),
+    ],
+    ids=["compared", "alone, many classes", "over several processes"],
 )
-def test_report_writes_figures_and_numbers(classes, trained, tmp_path):
+def test_report_writes_figures_and_numbers(classes, trained, memory, tmp_path):
     runs, labels = make_runs(classes, trained)
+    if "-" in memory:
+        runs[-1].peak_bytes = None
     settings = Settings("simclr", "digits", epochs=1, batch_size=8, learning_rate=0.1)
     contention = Contention(waiting=0.4, load=7.25, own_load=1.5, cores=2)
     text = report.write_report(runs, labels, settings, "some machine", contention, tmp_path)
     assert "the machine was busy (threads of this process waited for a core 40 % of their time, load" in text
     assert ("against" in text) == (len(trained) == 2)
+    assert f"{memory}\n" in text
     for name in ("loss.png", "embedding.png"):
         pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"))
         assert pixels.shape[1] > 600

@@ -16,6 +16,8 @@ ORDERS = tuple(itertools.permutations(range(4)))
 
 class Jigsaw(Classifier):
     def __init__(self, encoder, data):
+        if data.image_size % 2:
+            raise ValueError(f"--image-size must be even for --method jigsaw, got {data.image_size}")
         super().__init__(encoder, classes=len(ORDERS))
         self.register_buffer("orders", torch.tensor(ORDERS), persistent=False)
 

@@ -22,7 +22,11 @@ class MAE(Method):
         super().__init__()
         self.seer = encoder
         patches, pixels = encoder.places.shape[0], encoder.embedding.in_features
-        self.visible = max(1, round((1 - hidden_part) * patches))
+        if patches < 2:
+            raise ValueError(
+                f"--image-size must have a divisor from 2 to 8 for --method mae, got {data.image_size}"
+            )
+        self.visible = min(max(1, round((1 - hidden_part) * patches)), patches - 1)
         self.decoder_embedding = nn.Linear(encoder.out_features, decoder_width)
         self.hidden_token = nn.Parameter(torch.zeros(decoder_width))
         self.decoder_places = nn.Parameter(0.02 * torch.randn(patches, decoder_width))
