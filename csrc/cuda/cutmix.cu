@@ -3,6 +3,7 @@
 
 #include "cutmix.cuh"
 #include "launcher.cuh"
+#include "walk_parts.cuh"
 
 namespace ssl_kernels {
 namespace mixing {
@@ -24,9 +25,9 @@ class Cutmix {
   void forward() {
     auto* out = static_cast<bits_t*>(args_.out);
     if (args_.out == args_.x) {
-      int* memory = launcher_.scratch<int>(OrderScratch::kArrays * args_.B);
+      const OrderMemory memory = order_memory(launcher_, args_.B);
       auto* steps = launcher_.scratch<CutStep>(args_.B);
-      launcher_.launch(cutmix_order_kernel, 1, kOrderThreads, 0, permutation_, boxes_, memory, steps);
+      launcher_.launch(cutmix_order_kernel, 1, kOrderThreads, memory.shared, permutation_, boxes_, memory.global, steps);
       for_features<bits_t>(kCutThreads, [&](auto vec, int64_t first, int64_t features, unsigned blocks) {
         launcher_.launch(cutmix_walk_kernel<bits_t, decltype(vec)::value>, blocks, kCutThreads, 0, out,
                          args_.out_stride, first, features, image_, permutation_.count,

@@ -121,7 +121,7 @@ struct alignas(16) CutStep {
 
 __global__ __launch_bounds__(kOrderThreads) void cutmix_order_kernel(Permutation permutation, Boxes boxes, int* scratch,
                                                                     CutStep* steps) {
-  order_walk(permutation, false, OrderScratch(scratch, permutation.count),
+  order_walk(permutation, false, order_scratch(scratch, permutation.count),
              [&](int j, int successor, const Place& place, int) {
                const Box nothing = {0, 0, 0, 0};
                steps[place.position] = {j, successor, j == place.head ? place.length : 0, place.last,

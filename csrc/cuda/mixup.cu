@@ -16,12 +16,12 @@ bool aligned(const void* data, int64_t stride, int64_t count) {
 
 template <typename acc_t>
 Step<acc_t>* order(Launcher& launcher, const MixupArgs& args, bool inverse, bool in_place, bool everything) {
-  int* memory = launcher.scratch<int>(OrderScratch::kArrays * args.B);
+  const OrderMemory memory = order_memory(launcher, args.B);
   auto* steps = launcher.scratch<Step<acc_t>>(args.B);
   const Permutation permutation = {args.permutation, args.permutation_stride, static_cast<int>(args.B)};
   const Shares<acc_t> lam = {static_cast<const acc_t*>(args.lam), args.lam_stride};
-  launcher.launch(walk_order_kernel<acc_t>, 1, kOrderThreads, 0, permutation, lam, inverse, in_place, everything,
-                  memory, steps);
+  launcher.launch(walk_order_kernel<acc_t>, 1, kOrderThreads, memory.shared, permutation, lam, inverse, in_place,
+                  everything, memory.global, steps);
   return steps;
 }
 

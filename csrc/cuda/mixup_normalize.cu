@@ -24,11 +24,11 @@ void normalize_features(Launcher& launcher, const MixupNormalizeArgs& args, int6
 
 template <typename scalar_t>
 void run(Launcher& launcher, const MixupNormalizeArgs& args) {
-  int* memory = launcher.scratch<int>(OrderScratch::kArrays * args.B);
+  const OrderMemory memory = order_memory(launcher, args.B);
   auto* steps = launcher.scratch<Step<float>>(args.B);
   const Permutation permutation = {args.permutation, args.permutation_stride, static_cast<int>(args.B)};
-  launcher.launch(walk_order_kernel<float>, 1, kOrderThreads, 0, permutation,
-                  Shares<float>{args.lam, args.lam_stride}, false, false, false, memory, steps);
+  launcher.launch(walk_order_kernel<float>, 1, kOrderThreads, memory.shared, permutation,
+                  Shares<float>{args.lam, args.lam_stride}, false, false, false, memory.global, steps);
   constexpr int kVec = 16 / sizeof(scalar_t);
   const bool aligned = reinterpret_cast<uintptr_t>(args.x) % kVec == 0 &&
                        reinterpret_cast<uintptr_t>(args.out) % 16 == 0 &&

@@ -15,6 +15,9 @@ namespace mixing {
 
 constexpr int kOrderThreads = 1024;
 constexpr int64_t kMostSamples = int64_t{1} << 30;
+// Up to here the order is made in shared memory, where a block of the card may have that much: every round reads what
+// the one before wrote, so that the time is that of the memory's answers.
+constexpr int64_t kMostSharedSamples = 4096;
 
 // The permutation as the caller passed it.
 struct Permutation {
@@ -25,7 +28,7 @@ struct Permutation {
   __device__ __forceinline__ int64_t operator[](int j) const { return data[j * stride]; }
 };
 
-// Scratch memory of order_walk, count numbers each; of two one is for this round, one for the next.
+// Memory of order_walk, count numbers each; of two one is for this round, one for the next.
 struct OrderScratch {
   int* successor;
   int* jump[2];
@@ -41,6 +44,12 @@ struct OrderScratch {
         distance{memory + 5 * count, memory + 6 * count},
         begin(memory + 7 * count) {}
 };
+
+// The arrays in `memory`, or where that is null in the dynamic shared memory of the launch.
+__device__ __forceinline__ OrderScratch order_scratch(int* memory, int count) {
+  extern __shared__ int shared_arrays[];
+  return OrderScratch(memory ? memory : shared_arrays, count);
+}
 
 // Exclusive sum over the threads of a block of kOrderThreads. `scratch` holds 32 values.
 __device__ __forceinline__ int block_exclusive_sum(int x, int* scratch) {
@@ -206,7 +215,7 @@ __global__ __launch_bounds__(kOrderThreads) void walk_order_kernel(Permutation p
   const auto next_of = [&](int j, int successor) {
     return successor == j ? acc_t(0) : acc_t(1) - lam[inverse ? successor : j];
   };
-  const OrderScratch arrays(scratch, permutation.count);
+  const OrderScratch arrays = order_scratch(scratch, permutation.count);
   order_walk(permutation, inverse, arrays, [&](int j, int successor, const Place& place, int next_position) {
     const auto written = [&](acc_t own, acc_t next) { return !in_place || own != acc_t(1) || next != acc_t(0); };
     const acc_t own = own_of(j, successor), next = next_of(j, successor);

@@ -80,6 +80,22 @@ def check_contrastive(library, sizes=SIZES, widths=WIDTHS):
                         torch.testing.assert_close(ours, right, rtol=1e-3, atol=1e-3)
 
 
+def check_contrastive_additions(library, sizes=SIZES, widths=WIDTHS):
+    everything = "bias padding limit exempt"
+    for n, m in zip(sizes, reversed(sizes), strict=True):
+        with check(f"{n} rows, {m} columns"):
+            both = parity.random_call(
+                n, 8, torch.float32, m=m, temperature=10.0, both_directions=True, positives=2, additions=everything
+            )  # fmt: skip
+            parity.check_parity(library, both, splits=2)
+            square = parity.random_call(n, 8, torch.float16, temperature=10.0, additions=everything)
+            parity.check_parity(library, square)
+    for d in widths:
+        with check(f"width {d}"):
+            call = parity.random_call(5, d, torch.float16, m=7, both_directions=True, additions=everything)
+            parity.check_parity(library, call)
+
+
 def check_low_temperature(library):
     """A softmax whose logits are about 8192 and exact, so that nothing but the rounding of lse is left to be wrong."""
     n, m = 3, 40
@@ -259,7 +275,9 @@ def check_momentum_update(library):
 
 
 def check_mixup(library):
-    for count, features in ((3, 511), (4, 512), (5, 513), (63, 3), (64, 4), (65, 5), (1023, 1), (1025, 1)):
+    # From 4097 samples on their order is made in global memory.
+    samples = ((63, 3), (64, 4), (65, 5), (1023, 1), (1025, 1), (4096, 1), (4097, 1))
+    for count, features in ((3, 511), (4, 512), (5, 513), *samples):
         with check(f"{count} samples of {features} numbers"):
             x, lam = keys_of(count, features, torch.float32), torch.linspace(0, 1, count)
             permutation = torch.arange(count).roll(1)
@@ -295,7 +313,7 @@ def check_cutmix(library):
     x = keys_of(5, 35, torch.float32).view(5, 1, 5, 7)
     boxes = torch.tensor([[0, 4, 1, 6], [1, 3, 0, 7], [2, 5, 2, 3], [0, 5, 0, 7], [3, 3, 1, 2]])
     permutation = torch.tensor([3, 4, 1, 2, 0])
-    for count in (15, 16, 17, 127, 128, 129):
+    for count in (15, 16, 17, 127, 128, 129, 4096, 4097):
         with check(f"{count} samples"):
             pixels = torch.arange(count * 15.0).view(count, 1, 3, 5)
             inside, order = torch.tensor([[1, 3, 0, 4]]).expand(count, 4), torch.arange(count).roll(1)
@@ -324,6 +342,23 @@ def check_cutmix(library):
         require(torch.equal(grad, many.roll(-1, 0)), "the gradient of other samples")
 
 
+def check_mixup_normalize(library):
+    mean, std = torch.tensor([0.4]), torch.tensor([0.3])
+    for count, features in ((3, 2047), (4, 2048), (5, 2049), (1, 15), (8, 16), (9, 17), (1023, 1), (1025, 1)):
+        with check(f"{count} images of {features} numbers"):
+            generator = torch.Generator().manual_seed(count)
+            x = torch.randint(0, 256, (count, 1, 1, features), generator=generator).to(torch.uint8)
+            lam, permutation = torch.linspace(0, 1, count), torch.arange(count).roll(1)
+            share = lam.double().view(-1, 1, 1, 1)
+            exact = (share * x + (1 - share) * x[permutation]) / 255
+            for parts in (1, 2):
+                out, _ = mixing.mixup_normalize(
+                    library, x, lam, permutation, mean, std, torch.float32, parts=parts
+                )
+                expected = (exact - mean.double()) / std.double()
+                torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def check_mixup_cross_entropy(library):
     for classes in (31, 32, 33, 127, 128, 129, 511, 512, 513, 2047, 2048, 2049):
         with check(f"{classes} classes"):
@@ -350,6 +385,7 @@ def check_mixup_cross_entropy(library):
 CHECKS = {
     "mixup_cross_entropy": check_mixup_cross_entropy,
     "contrastive": check_contrastive,
+    "contrastive_additions": check_contrastive_additions,
     "sigmoid_pairs": check_sigmoid_pairs,
     "batch_hard": check_batch_hard,
     "queue_push": check_queue_push,
@@ -357,4 +393,5 @@ CHECKS = {
     "momentum_update": check_momentum_update,
     "mixup": check_mixup,
     "cutmix": check_cutmix,
+    "mixup_normalize": check_mixup_normalize,
 }

@@ -104,7 +104,8 @@ def with_edges(operation, check):
     """The check of an operation, then that of its edges."""
     if operation not in edges.CHECKS:
         return check
-    sizes = SOME if operation in ("contrastive", "sigmoid_pairs", "batch_hard") else ()
+    paired = ("contrastive", "contrastive_additions", "sigmoid_pairs", "batch_hard")
+    sizes = SOME if operation in paired else ()
 
     def both(library):
         check(library)

@@ -14,7 +14,9 @@ def on_the_host(gpu):
         pytest.skip("its tensors lie in memory of the host")
 
 
-@pytest.mark.parametrize("operation", ["momentum_update", "mixup", "cutmix", "mixup_cross_entropy"])
+@pytest.mark.parametrize(
+    "operation", ["momentum_update", "mixup", "cutmix", "mixup_normalize", "mixup_cross_entropy"]
+)
 def test_edges(on_the_host, library_of, operation):
     edges.CHECKS[operation](library_of(f"{operation}.cu"))
 
