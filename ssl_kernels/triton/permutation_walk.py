@@ -19,6 +19,8 @@ WRITE_BIT: tl.constexpr = tl.constexpr(61)  # the result is written
 LAST_BIT: tl.constexpr = tl.constexpr(62)  # last of its cycle
 
 BLOCK = 1024
+# Up to here the order is made by one block of samples.
+MOST_IN_A_BLOCK = 4096
 
 
 @triton.jit(do_not_specialize=["B", "stride"])
@@ -60,6 +62,73 @@ def step_weights(lam_ptr, lam_stride, j, successor, inside, INVERSE: tl.constexp
     return tl.where(fixed, 1.0, own), tl.where(fixed, 0.0, next)
 
 
+@triton.jit
+def store_steps(
+    word_ptr, own_ptr, next_ptr, needed_ptr, lam_ptr, lam_stride, j, successor, head, length, distance, begin, inside,
+    INVERSE: tl.constexpr, IN_PLACE: tl.constexpr, EVERYTHING: tl.constexpr,
+):  # fmt: skip
+    """The words and weights of samples whose cycle has this head and length and begins at `begin` of the order."""
+    rank = tl.where(j == head, 0, length - distance)
+    position = begin + rank
+    written = (successor != j).to(tl.int64)
+    read = written
+    if lam_ptr is not None:
+        own, next = step_weights(lam_ptr, lam_stride, j, successor, inside, INVERSE)
+        tl.store(own_ptr + position, own, mask=inside)
+        tl.store(next_ptr + position, next, mask=inside)
+        written = ((own != 1.0) | (next != 0.0)).to(tl.int64) if IN_PLACE else tl.full(j.shape, 1, tl.int64)
+        needed = tl.load(needed_ptr + j, mask=inside, other=0)
+        reads_own = (own != 0.0) & (written != 0)
+        read = ((needed != 0) | reads_own | (EVERYTHING & (successor != j))).to(tl.int64)
+    last = (rank == length - 1).to(tl.int64)
+    word = j.to(tl.int64) | (head.to(tl.int64) << INDEX_BITS)
+    word |= (read << READ_BIT) | (written << WRITE_BIT) | (last << LAST_BIT)
+    tl.store(word_ptr + position, word, mask=inside)
+
+
+@triton.jit(do_not_specialize=["B", "lam_stride"])
+def order_block_kernel(
+    successor_ptr,
+    lam_ptr,
+    lam_stride,
+    needed_ptr,
+    word_ptr,
+    own_ptr,
+    next_ptr,
+    B,
+    INVERSE: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    EVERYTHING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # What order_kernel makes, where all samples are one block: jump, smallest and distance stay in registers, and a
+    # round gathers them through shared memory. needed (B,) int32 is scratch.
+    j = tl.arange(0, BLOCK)
+    inside = j < B
+    successor = tl.where(inside, tl.load(successor_ptr + j, mask=inside, other=0), j)
+    if lam_ptr is not None:
+        _, next = step_weights(lam_ptr, lam_stride, j, successor, inside, INVERSE)
+        tl.store(needed_ptr + successor, (next != 0.0).to(tl.int32), mask=inside)
+        tl.debug_barrier()
+    jump = successor
+    smallest = j
+    distance = tl.zeros([BLOCK], tl.int32)
+    reach = tl.full([], 1, tl.int32)
+    while reach < B:
+        there = tl.gather(smallest, jump, 0)
+        distance = tl.where(there < smallest, reach + tl.gather(distance, jump, 0), distance)
+        smallest = tl.minimum(smallest, there)
+        jump = tl.gather(jump, jump, 0)
+        reach *= 2
+    length = tl.gather(distance, tl.gather(successor, smallest, 0), 0) + 1
+    of_heads = tl.where((smallest == j) & inside, length, 0)
+    begin = tl.gather(tl.cumsum(of_heads) - of_heads, smallest, 0)
+    store_steps(
+        word_ptr, own_ptr, next_ptr, needed_ptr, lam_ptr, lam_stride, j, successor, smallest, length, distance, begin,
+        inside, INVERSE, IN_PLACE, EVERYTHING,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["B", "lam_stride"])
 def order_kernel(
     successor_ptr,
@@ -90,7 +159,7 @@ def order_kernel(
         tl.store(scratch_ptr + size + j, j, mask=j < B)
         tl.store(scratch_ptr + 2 * size + j, 0, mask=j < B)
         if lam_ptr is not None:
-            own, next = step_weights(lam_ptr, lam_stride, j, successor, j < B, INVERSE)
+            _, next = step_weights(lam_ptr, lam_stride, j, successor, j < B, INVERSE)
             tl.store(needed_ptr + successor, (next != 0.0).to(tl.int32), mask=j < B)
     tl.debug_barrier()
     now = tl.zeros([], tl.int64)
@@ -131,24 +200,11 @@ def order_kernel(
         after_head = tl.load(successor_ptr + head, mask=j < B, other=0)
         length = tl.load(distance_ptr + after_head, mask=j < B, other=0) + 1
         distance = tl.load(distance_ptr + j, mask=j < B, other=0)
-        rank = tl.where(j == head, 0, length - distance)
-        position = tl.load(begin_ptr + head, mask=j < B, other=0) + rank
-        written = (successor != j).to(tl.int64)
-        read = written
-        if lam_ptr is not None:
-            own, next = step_weights(lam_ptr, lam_stride, j, successor, j < B, INVERSE)
-            tl.store(own_ptr + position, own, mask=j < B)
-            tl.store(next_ptr + position, next, mask=j < B)
-            written = (
-                ((own != 1.0) | (next != 0.0)).to(tl.int64) if IN_PLACE else tl.full([BLOCK], 1, tl.int64)
-            )
-            needed = tl.load(needed_ptr + j, mask=j < B, other=0)
-            reads_own = (own != 0.0) & (written != 0)
-            read = ((needed != 0) | reads_own | (EVERYTHING & (successor != j))).to(tl.int64)
-        last = (rank == length - 1).to(tl.int64)
-        word = j.to(tl.int64) | (head.to(tl.int64) << INDEX_BITS)
-        word |= (read << READ_BIT) | (written << WRITE_BIT) | (last << LAST_BIT)
-        tl.store(word_ptr + position, word, mask=j < B)
+        begin = tl.load(begin_ptr + head, mask=j < B, other=0)
+        store_steps(
+            word_ptr, own_ptr, next_ptr, needed_ptr, lam_ptr, lam_stride, j, successor, head, length, distance, begin,
+            j < B, INVERSE, IN_PLACE, EVERYTHING,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -201,16 +257,18 @@ def order(permutation, lam=None, *, inverse=False, in_place=False, everything=Fa
     """The steps of a walk; nothing is read on the host."""
     count = len(permutation)
     successor = successors(permutation, inverse=inverse)
-    scratch = successor.new_empty(8, count)
     words = permutation.new_empty(count)
     own = next = None
     if lam is not None:
         own, next = lam.new_empty(2, count)
-    order_kernel[1,](
+    small = count <= MOST_IN_A_BLOCK
+    block = max(32, triton.next_power_of_2(count)) if small else BLOCK
+    kernel = order_block_kernel if small else order_kernel
+    kernel[1,](
         successor,
         lam,
         0 if lam is None else lam.stride(0),
-        scratch,
+        successor.new_empty(1 if small else 8, count),
         words,
         own,
         next,
@@ -218,6 +276,7 @@ def order(permutation, lam=None, *, inverse=False, in_place=False, everything=Fa
         INVERSE=inverse,
         IN_PLACE=in_place,
         EVERYTHING=everything,
-        BLOCK=BLOCK,
+        BLOCK=block,
+        num_warps=min(16, block // 32) if small else 4,
     )
     return Steps(words, own, next)

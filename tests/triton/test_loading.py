@@ -40,5 +40,7 @@ def test_a_first_call_inside_a_capture_says_what_to_do(gpu, monkeypatch):
 def _forget_loaded_kernels():
     from ssl_kernels.triton import mixup, permutation_walk
 
-    for kernel in (permutation_walk.successor_kernel, permutation_walk.order_kernel, mixup.mixup_walk_kernel):
+    walk = permutation_walk
+    orders = (walk.successor_kernel, walk.order_kernel, walk.order_block_kernel)
+    for kernel in (*orders, mixup.mixup_walk_kernel):
         kernel.device_caches.clear()

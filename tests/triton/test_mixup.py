@@ -86,9 +86,12 @@ def test_layouts(gpu):
     assert torch.equal(memory, exact)
 
 
-def test_every_schedule_gives_the_same_bits(gpu, monkeypatch):
-    """More samples than a block of those that order them; races within a warp are looked for as well."""
-    monkeypatch.setattr(permutation_walk, "BLOCK", 64)
+@pytest.mark.parametrize("blocks", ["one block", "several blocks"])
+def test_every_schedule_gives_the_same_bits(gpu, blocks, monkeypatch):
+    """Whatever orders the samples; races within a warp are looked for as well."""
+    if blocks == "several blocks":
+        monkeypatch.setattr(permutation_walk, "BLOCK", 64)
+        monkeypatch.setattr(permutation_walk, "MOST_IN_A_BLOCK", 64)
     x, lam, permutation = (
         randn(150, 5, dtype=torch.float32),
         shares_of(150, torch.float32),
