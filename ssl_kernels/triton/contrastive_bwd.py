@@ -364,5 +364,6 @@ def contrastive_coefficient_kernel(
 
     panel = panel_row + tl.arange(0, BLOCK_N)
     offsets = panel.to(tl.int64)[:, None] * stride_c + columns[None, :]
-    inside = (panel[:, None] < panel_rows) & (columns[None, :] < M)
+    # To the end of the padded row, a multiple of 16: past M too, so that 16 bytes are stored at a time.
+    inside = (panel[:, None] < panel_rows) & (columns[None, :] < stride_c)
     tl.store(coefficient_ptr + offsets, coefficients.to(coefficient_ptr.dtype.element_ty), mask=inside)

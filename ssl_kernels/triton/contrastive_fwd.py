@@ -158,10 +158,17 @@ def contrastive_fwd_kernel(
                     y = normalize_tile(y, y_rnorm_ptr, columns, M, ACC)
                 else:
                     weights *= load_vector(y_rnorm_ptr, columns, M, 0.0)[None, :]
-            expectation *= shrink[:, None]
-            expectation = tl.dot(
-                weights.to(x.dtype), y, expectation, out_dtype=ACC, input_precision=PRECISION
-            )
+            if BLOCK_D <= 128 and x.dtype.primitive_bitwidth == 16:
+                # A sum that a product adds to is scaled while the product before is still at it, and ptxas then
+                # serialises every wgmma (C7515); the compiler makes such a sum of an addition, but not of an fma.
+                part = tl.dot(weights.to(x.dtype), y, out_dtype=ACC, input_precision=PRECISION)
+                shrink = tl.broadcast_to(shrink[:, None], [BLOCK_N, BLOCK_D])
+                expectation = tl.fma(expectation, shrink, part)
+            else:
+                expectation *= shrink[:, None]
+                expectation = tl.dot(
+                    weights.to(x.dtype), y, expectation, out_dtype=ACC, input_precision=PRECISION
+                )
         else:
             maximum, total = online_softmax(maximum, total, logits)
         if column_partial_ptr is not None:

@@ -59,6 +59,11 @@ def launch_options(tile):
     }
 
 
+def register_limit(tile):
+    """Registers of a thread with which tile.blocks blocks fit a multiprocessor at once."""
+    return min(255, 65536 // (32 * tile.num_warps * tile.blocks) // 8 * 8)
+
+
 def split_walk(owners, tiles):
     """Splits of a walk over `tiles` so that `owners` programs fill every processor, and the tiles in each."""
     device = triton.runtime.driver.active.get_current_device()

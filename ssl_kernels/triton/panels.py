@@ -20,8 +20,9 @@ def panel_gradients(side, other, tile, fill, scale, bound, grad, other_grad):
     Args:
         side, other: (vectors (N, D), rnorm (N,) or None) of each.
         tile: of the kernel that `fill` launches: a panel has whole blocks of its rows.
-        fill: fill(coefficients, first) stores C for the rows first + [0, len(coefficients)) in coefficients
-            (panel rows, M), whose rows lie a multiple of 16 elements apart; rnorm_i C_ij rnorm_j `norms_in_panel`.
+        fill: fill(coefficients, first) stores C for the rows first + [0, len(coefficients)) in the first M columns of
+            coefficients (panel rows, M rounded up to a multiple of 16), and anything in the others; rnorm_i C_ij
+            rnorm_j `norms_in_panel`.
         scale, bound: as in finish_rows_kernel.
         grad, other_grad: (N, D) and (M, D), contiguous, or None.
     """
@@ -35,8 +36,9 @@ def panel_gradients(side, other, tile, fill, scale, bound, grad, other_grad):
     other_sum = None
     for first in range(0, n, panel):
         rows = slice(first, min(n, first + panel))
-        part = coefficients[: rows.stop - first, :m]
+        part = coefficients[: rows.stop - first]
         fill(part, first)
+        part = part[:, :m]
         own, own_rnorm = vectors[rows], None if rnorm is None else rnorm[rows]
         grad_rows = None if grad is None else grad[rows]
         product = wide_product(part, unit, scale.dtype)[None]

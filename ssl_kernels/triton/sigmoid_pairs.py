@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ssl_kernels.triton import panels
 from ssl_kernels.triton.common import (
     LOG2E,
     exp2,
@@ -27,7 +28,6 @@ from ssl_kernels.triton.launch import (
     tile_for,
     unsupported_operands,
 )
-from ssl_kernels.triton.panels import panel_gradients, panel_rows
 
 
 @triton.jit
@@ -257,6 +257,8 @@ def sigmoid_coefficient_kernel(
             if y_rnorm is not None:
                 coefficients *= y_rnorm[None, :]
         offsets = panel.to(tl.int64)[:, None] * stride_c + columns[None, :]
+        # To the end of the padded row, a multiple of 16: past M too, so that 16 bytes are stored at a time.
+        inside = (panel[:, None] < panel_rows) & (columns[None, :] < stride_c)
         tl.store(coefficient_ptr + offsets, coefficients.to(coefficient_ptr.dtype.element_ty), mask=inside)
 
 
@@ -341,7 +343,7 @@ def _losses(x, y, scale, bias, diagonal, sense):
     if tile_for("backward", x[0]) is not None:
         return _walk(x, y, scale, bias, diagonal, sense, losses=True)[0].sum(0)
     n, m = len(x[0]), len(y[0])
-    panel = panel_rows(x[0], m, tile_for("coefficient", x[0]))
+    panel = panels.panel_rows(x[0], m, tile_for("coefficient", x[0]))
     parts = (
         _panel(x, y, scale, bias, diagonal, sense, first, min(panel, n - first), losses=True)[0].sum(0)
         for first in range(0, n, panel)
@@ -397,7 +399,7 @@ def _by_panels(own, other, scale, bias, diagonals, sense, bound, losses, grad, o
                 total[k] += part.sum()
 
     tile = tile_for("coefficient", own[0])
-    row_dots = panel_gradients(own[:2], other[:2], tile, fill, scale, bound, grad, other_grad)
+    row_dots = panels.panel_gradients(own[:2], other[:2], tile, fill, scale, bound, grad, other_grad)
     return total[0], row_dots, total[1]
 
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from tests.cuda import edges
 from tests.cuda.contrastive_calls import contrastive_bwd, contrastive_fwd
 from tests.cuda.mutations_additions import check_limits
 from tests.cuda.parity import check_parity, random_call, random_upstream, run
@@ -21,8 +22,8 @@ EVERYTHING = "bias padding limit exempt"
     [
         (3, 3, False, "bias"),
         (65, 17, True, "bias limit only"),
-        (130, 64, False, EVERYTHING),
-        (65, 128, False, "limit"),
+        (128, 64, False, EVERYTHING),
+        (63, 128, False, "limit"),
     ],
 )
 def test_square_matches_float64(library, gpu, n, d, ids, additions, dtype, tf32):
@@ -34,9 +35,9 @@ def test_square_matches_float64(library, gpu, n, d, ids, additions, dtype, tf32)
 @pytest.mark.parametrize(
     "n, m, d, additions",
     [
-        (65, 70, 40, EVERYTHING),
+        (63, 64, 40, EVERYTHING),
         (3, 300, 17, "bias limit only"),
-        (130, 65, 128, "limit exempt"),
+        (127, 65, 128, "limit exempt"),
         (66, 33, 8, "bias"),
     ],
 )
@@ -286,3 +287,10 @@ def test_wide_backward_and_expectation_multiply_as_without(library, emulated):
     (kept,) = [launch for launch in launches if "expectation_kernel" in launch.kernel]
     paper = Expectation(*case, False)
     assert kept.counters.mma == paper.mma() and kept.shared == paper.shared_bytes()
+
+
+@pytest.mark.slow
+def test_sizes_beside_those_of_tiles(gpu, library):
+    if not gpu.emulated:
+        pytest.skip("its tensors lie in memory of the host")
+    edges.check_contrastive_additions(library)

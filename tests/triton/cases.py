@@ -48,8 +48,8 @@ class Case:
 class Call:
     """The tensors of a case, its results on the Triton backend, in float64 and in plain PyTorch."""
 
-    def __init__(self, case, device):
-        self.case = case
+    def __init__(self, case, device, kernels=kernels):
+        self.case, self.kernels = case, kernels
         generator = torch.Generator().manual_seed(case.seed)
         columns = case.n if case.m is None else case.m
         acc = torch.float64 if case.dtype == torch.float64 else torch.float32
@@ -115,7 +115,9 @@ class Call:
 
     def forward(self):
         columns_need_grad = not self.case.expectation
-        return kernels.contrastive_fwd(*self.operands, *self.flags, True, columns_need_grad, *self.additions)
+        return self.kernels.contrastive_fwd(
+            *self.operands, *self.flags, True, columns_need_grad, *self.additions
+        )
 
     def backward(self, results, rows_need_grad=True, columns_need_grad=True, bias_needs_grad=(True, True)):
         """Gradients of rows, columns and scale, and with additions of both biases."""
@@ -125,7 +127,7 @@ class Call:
             wanted and bias is not None and not expectation
             for wanted, bias in zip(bias_needs_grad, (self.column_bias, self.row_bias), strict=True)
         ]
-        return kernels.contrastive_bwd(
+        return self.kernels.contrastive_bwd(
             self.grad_lse,
             self.grad_column_lse,
             self.grad_positive_logits,

@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ssl_kernels.triton import contrastive, sigmoid_pairs
+from ssl_kernels.triton.launch import register_limit
 
 KERNELS = {
     "forward": contrastive.contrastive_fwd_kernel,
@@ -114,7 +115,26 @@ def compile_kernel(kernel, arch, dtype, d, tile, precision="ieee", everything=Fa
                 attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constexprs, attributes)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if kernel == "coefficient":
+        options["maxnreg"] = register_limit(tile)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def serialised(compiled, arch):
+    """Whether ptxas says that wgmma instructions wait for each other: C7510 and its neighbours, by cause."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(compiled.asm["ptx"])
+        command = [
+            triton.knobs.nvidia.ptxas.path,
+            f"-arch=sm_{arch}a",
+            "-v",
+            path,
+            "-o",
+            path.with_suffix(".cubin"),
+        ]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return "wgmma.mma_async instructions are serialized" in said
 
 
 def resources(compiled):

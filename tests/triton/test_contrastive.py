@@ -11,23 +11,23 @@ from ssl_kernels.triton import contrastive as kernels
 from tests.triton.cases import DTYPES, Call, Case, check
 
 SAMPLE = [
-    Case(65, None, 64, torch.bfloat16),
+    Case(127, None, 64, torch.bfloat16),
     Case(130, None, 17, torch.float16, temperature=0.005, ids=True),
-    Case(65, 130, 123, torch.bfloat16, both_directions=True, ids=True, keep_diagonal=True),
-    Case(3, 65, 257, torch.bfloat16, both_directions=True, temperature=10.0),
+    Case(128, 63, 123, torch.bfloat16, both_directions=True, ids=True, keep_diagonal=True),
+    Case(3, 64, 257, torch.bfloat16, both_directions=True, temperature=10.0),
     Case(65, 3, 128, torch.float16, positives=2, normalize=False, temperature=10.0),
     Case(65, None, 257, torch.float16, positives=2),
-    Case(65, None, 3, torch.float32, temperature=0.005),
-    Case(65, 130, 64, torch.float32, both_directions=True, ids=True),
+    Case(63, None, 3, torch.float32, temperature=0.005),
+    Case(64, 127, 64, torch.float32, both_directions=True, ids=True),
     Case(2, None, 1, torch.float64, positives=0),
-    Case(65, 33, 17, torch.float64, both_directions=True, temperature=0.005, ids=True),
-    Case(65, 130, 128, torch.bfloat16, expectation=True, ids=True, keep_diagonal=True),
-    Case(130, 65, 17, torch.float16, expectation=True, positives=2, temperature=0.005),
-    Case(3, 65, 64, torch.bfloat16, expectation=True, normalize=False, temperature=10.0),
-    Case(65, 33, 64, torch.float32, expectation=True),
-    Case(33, 65, 130, torch.float32, expectation=True, ids=True, temperature=0.005),
-    Case(17, 33, 100, torch.float64, expectation=True, positives=2),
-    Case(65, 33, 200, torch.bfloat16, expectation=True, normalize=False, temperature=10.0),
+    Case(65, 31, 17, torch.float64, both_directions=True, temperature=0.005, ids=True),
+    Case(65, 128, 128, torch.bfloat16, expectation=True, ids=True, keep_diagonal=True),
+    Case(127, 65, 17, torch.float16, expectation=True, positives=2, temperature=0.005),
+    Case(3, 63, 64, torch.bfloat16, expectation=True, normalize=False, temperature=10.0),
+    Case(64, 32, 64, torch.float32, expectation=True),
+    Case(31, 65, 130, torch.float32, expectation=True, ids=True, temperature=0.005),
+    Case(17, 31, 100, torch.float64, expectation=True, positives=2),
+    Case(63, 33, 200, torch.bfloat16, expectation=True, normalize=False, temperature=10.0),
     Case(17, 33, 257, torch.float32, expectation=True),  # too wide to keep it
 ]
 
@@ -40,14 +40,14 @@ def test_matches_float64(gpu, case):
 
 
 ADDITIONS = [
-    Case(65, None, 64, torch.bfloat16, positives=2, additions="bias padding limit exempt"),
+    Case(63, None, 64, torch.bfloat16, positives=2, additions="bias padding limit exempt"),
     Case(33, None, 17, torch.float32, ids=True, additions="bias limit"),
-    Case(65, 130, 40, torch.bfloat16, both_directions=True, ids=True, keep_diagonal=True, additions="bias limit only"),
+    Case(64, 127, 40, torch.bfloat16, both_directions=True, ids=True, keep_diagonal=True, additions="bias limit only"),
     Case(65, 33, 257, torch.float16, both_directions=True, additions="bias padding limit exempt"),
-    Case(33, 65, 17, torch.float32, both_directions=True, positives=2, additions="bias limit exempt"),
-    Case(17, 33, 17, torch.float64, both_directions=True, positives=0, additions="bias padding limit"),
+    Case(32, 63, 17, torch.float32, both_directions=True, positives=2, additions="bias limit exempt"),
+    Case(16, 31, 17, torch.float64, both_directions=True, positives=0, additions="bias padding limit"),
     Case(3, 1100, 16, torch.bfloat16, both_directions=True, additions="bias"),
-    Case(65, 130, 64, torch.bfloat16, expectation=True, additions="bias padding limit exempt"),
+    Case(65, 128, 64, torch.bfloat16, expectation=True, additions="bias padding limit exempt"),
     Case(65, 130, 64, torch.bfloat16, expectation=True, ids=True, additions="only"),
 ]  # fmt: skip
 

@@ -1,7 +1,6 @@
 """Triton kernels at the edges of what they promise, and copies of them, broken at one place, that must be noticed."""
 
 import importlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from tests.cuda.edges import short_rows
 from tests.cuda.queue_push_calls import keys_of
 from tests.gpu_emulation import PtxError, emulated_triton
 from tests.ops.row_pairs_calls import Call, check_results
+from tests.triton.mutation import load
 
-SOURCES = Path(__file__).resolve().parents[2] / "ssl_kernels" / "triton"
 FLAGS = (True, True, False)
 
 
@@ -252,22 +251,6 @@ MUTATIONS = [
     ("sigmoid_pairs", "sigmoid_pairs", "losses += tl.sum(pair_losses(u, decay, counts), axis=1).to(tl.float64)",
      "losses = (losses.to(tl.float32) + tl.sum(pair_losses(u, decay, counts), axis=1)).to(tl.float64)"),
 ]  # fmt: skip
-
-
-def load(folder, operation, file, old, new):
-    """The kernels of an operation from copies of its file and those shared by all, with a mutation of one of them."""
-    suffix = folder.name.replace("-", "_")
-    kernels = [path.stem for path in SOURCES.glob(f"{operation}_[fb]wd.py")]
-    shared_names = ("common", "launch", *kernels)
-    for name in (*shared_names, operation):
-        text = (SOURCES / f"{name}.py").read_text()
-        if name == file:
-            assert old in text, f"{old!r} is not in {name}.py"
-            text = text.replace(old, new, 1)
-        for shared in shared_names:
-            text = text.replace(f"ssl_kernels.triton.{shared} ", f"{shared}_{suffix} ")
-        (folder / f"{name}_{suffix}.py").write_text(text)
-    return importlib.import_module(f"{operation}_{suffix}")
 
 
 @pytest.mark.parametrize("operation", CHECKS)

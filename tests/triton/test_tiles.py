@@ -1,10 +1,12 @@
 """Every entry of the tile table compiles, spills nothing and fits as many blocks as it says."""
 
+import re
+
 import pytest
 import torch
 
 from ssl_kernels.triton.tiles import TILES, WIDEST_EXPECTATION, Tile
-from tests.triton.compiled import compile_kernel, resources
+from tests.triton.compiled import compile_kernel, resources, serialised
 
 # Registers, shared memory and threads of a multiprocessor, and shared memory a block may take.
 PROCESSORS = {
@@ -33,6 +35,7 @@ SAMPLE = [
     in [
         (80, "half", "backward", 128),
         (90, "half", "forward", 128),
+        (90, "half", "expectation", 128),
         (100, "half", "coefficient", None),
         (90, "float64", "coefficient", None),
     ]
@@ -54,6 +57,13 @@ def _check(entry, dtype, everything):
     assert needs.blocks_per_processor(*processor) >= tile.blocks
     if dtype_class in ("half", "tf32"):
         assert any(name in needs.instructions for name in ("HMMA", "HGMMA", "UTCHMMA")), "no tensor cores"
+    if dtype_class == "half" and arch == 90:
+        assert "HGMMA" in needs.instructions and not serialised(compiled, arch)
+    if kernel == "coefficient":
+        stores = re.findall(r"\bSTG\.E((?:\.\w+)*)", needs.instructions)
+        assert not any(re.search(r"U?16|U8", width) for width in stores) and any(
+            ".128" in width for width in stores
+        )
     if dtype_class == "float64" and arch in (80, 90):  # as ssl_kernels/preference.py says
         assert "DMMA" in needs.instructions, "no tensor cores"
     if dtype_class in ("half", "tf32") and tile.num_stages > 1:
