@@ -67,15 +67,16 @@ def _large_biases(kernels):
 def check_sigmoid_pairs(kernels):
     double, half = torch.float64, torch.float16
     for call, scratch in (
-        (random_call(70, 37, 20, double, scale=2.0, bias=-1.0, diagonal=3), 1),
+        (random_call(70, 37, 20, double, scale=2.0, bias=-1.0, diagonal=3, ids="left out"), 1),
+        (random_call(35, 20, 20, double, scale=2.0, bias=-1.0, ids="positive"), 1),
         (random_call(40, 48, 20, double, scale=0.5, bias=0.5, diagonal=-7, normalize_columns=False), 1 << 20),
         (random_call(130, 80, 136, half, scale=10.0, bias=-5.0, diagonal=2), 1),
     ):
         kernels.panels.SCRATCH_BYTES = scratch
-        n, flags = len(call.rows), call[5:]
+        n = len(call.rows)
         # Each row and column has a norm of its own.
         lengths = torch.logspace(-1, 1, n + len(call.columns), dtype=double)[:, None]
-        if all(flags):
+        if call.normalize_rows and call.normalize_columns:
             rows = (call.rows.double() * lengths[:n]).to(call.rows.dtype)
             columns = (call.columns.double() * lengths[n:]).to(call.rows.dtype)
             call = call._replace(rows=rows, columns=columns)
@@ -83,15 +84,16 @@ def check_sigmoid_pairs(kernels):
         weights = torch.linspace(0.1, 1, n, dtype=double) * 2.0**-30
         rtol = 1e-11 if call.rows.dtype == double else 2e-2
         truth, exact = plain(call, ones, double)
-        losses = kernels.sigmoid_pairs_fwd(*call, False, True, True, True)[0]
+        operands, ids = call[:7], call[7:]
+        losses = kernels.sigmoid_pairs_fwd(*operands, False, True, True, True, *ids)[0]
         torch.testing.assert_close(losses, truth, rtol=1e-5 if rtol > 1e-3 else 1e-12, atol=0)
         for given, right in ((None, exact), (weights, plain(call, weights, double)[1])):
             for needs in ((True, True), (False, True)):
                 if given is None:
-                    total, *grads = kernels.sigmoid_pairs_fwd(*call, True, True, *needs)
+                    total, *grads = kernels.sigmoid_pairs_fwd(*operands, True, True, *needs, *ids)
                     torch.testing.assert_close(total, truth.sum(), rtol=max(1e-12, rtol / 1e3), atol=0)
                 else:
-                    grads = kernels.sigmoid_pairs_bwd(given, *call, *needs)
+                    grads = kernels.sigmoid_pairs_bwd(given, *operands, *needs, *ids)
                 expected = [g if need else g[:0, 0] for g, need in zip(right[:2], needs, strict=True)]
                 for ours, exactly in zip(grads, [*expected, *right[2:]], strict=True):
                     # A row is as right as its own gradient is large.
@@ -146,7 +148,7 @@ SIGMOID = [
     ("rows = first_row + panel", "rows = panel"),
     ("column_block = tl.program_id(0) // row_blocks", "column_block = tl.program_id(0) % row_blocks"),
     ("rows.to(tl.int64)[:, None] + diagonal", "rows.to(tl.int64)[:, None] - diagonal"),
-    ("u = tl.where(positive, -z, z)", "u = tl.where(positive, z, z)"),
+    ("tl.where(positive, -z, z)", "tl.where(positive, z, z)"),
     ("tl.where(positive, -coefficients, coefficients)", "tl.where(positive, coefficients, coefficients)"),
     ("tl.where(u >= 0.0, 1.0, decay)", "tl.where(u >= 0.0, decay, 1.0)"),
     ("row_scale *= x_rnorm", "row_scale *= 1.0"),
@@ -161,6 +163,12 @@ SIGMOID = [
     ("y_weight = load_vector(y_weight_ptr, columns,", "y_weight = load_vector(y_weight_ptr, columns + 1,", 1),
     ("coefficients *= x_rnorm[:, None]", "coefficients *= 1.0"),
     ("coefficients *= y_rnorm[None, :]", "coefficients *= 1.0", 1),
+    ("x_ids = load_vector(x_ids_ptr, rows,", "x_ids = load_vector(x_ids_ptr, panel,", 1),
+    ("y_ids = load_vector(y_ids_ptr, columns,", "y_ids = load_vector(y_ids_ptr, columns + 1,", 1),
+    ("x_ids[:, None] == y_ids[None, :]", "x_ids[:, None] != y_ids[None, :]"),
+    ("x_ids[:, None] != y_ids[None, :]", "x_ids[:, None] == y_ids[None, :]"),
+    ("pair_losses(u, decay, counts)", "pair_losses(u, decay, inside)", 2),
+    ("decay, positive, counts, x_weight, y_weight)", "decay, positive, inside, x_weight, y_weight)", 2),
     ("element_ty != tl.float16", "element_ty != tl.float64"),
     ("coefficient_ptr.dtype.element_ty != tl.float16", "True"),
     ("min(panel, n - first)", "panel"),

@@ -18,7 +18,7 @@ BESIDE = (-1, 0, 1)
 # beside the blocks of the kernels over rows.
 WIDTHS = (8, 136)
 # By dtype, the largest error of sigmoid_pairs.
-DTYPES = {torch.float16: 8e-3, torch.float32: 1e-5, torch.float64: 1e-13}
+DTYPES = {torch.float16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-13}
 pytestmark = pytest.mark.slow
 
 
