@@ -114,7 +114,7 @@ class Call:
     def check_common(self, reduction, row_weights, rows, like):
         check_reduction(self.op, reduction)
         check_row_weights(self.op, "row_weights", row_weights, rows, like)
-        checks.check_device(self.op, "the input", like, self.group)
+        checks.check_device_of_group(self.op, "the input", like, self.group)
 
     def reduce(self, loss, reduction, views=1, row_weights=None, counted=None):
         """Rows' losses, float64, to this rank's result: the mean over the ranks is the global batch's loss.

@@ -24,7 +24,7 @@ def check_rows(op, **tensors):
     check_embeddings(op, **stand_ins)
 
 
-def check_device(op, name, tensor, group):
+def check_device_of_group(op, name, tensor, group):
     """`tensor` must lie where the group's backend can take it."""
     backend = str(groups.dist.get_backend(group))
     wanted = {"nccl": "cuda", "gloo": None}.get(backend)

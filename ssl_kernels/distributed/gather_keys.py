@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssl_kernels.checks import DTYPES, short
+from ssl_kernels.checks import check_dtype, short
 from ssl_kernels.distributed import checks, groups
 
 if TYPE_CHECKING:
@@ -38,12 +38,10 @@ def gather_keys(
     op = "gather_keys"
     group, ranks = groups.ranks_of(op, group)
     with checks.refusing(op, group, ranks, check):
-        if not isinstance(keys, torch.Tensor) or keys.dtype not in DTYPES:
-            got = keys.dtype if isinstance(keys, torch.Tensor) else type(keys).__name__
-            raise TypeError(f"{op}: keys must be a floating tensor, got {got}")
+        check_dtype(op, "keys", keys)
         if keys.dim() != 2:
             raise ValueError(f"{op}: keys must have shape (B, D), got {tuple(keys.shape)}")
-        checks.check_device(op, "keys", keys, group)
+        checks.check_device_of_group(op, "keys", keys, group)
     if check:
         facts = {
             "_rows": keys.shape[0],

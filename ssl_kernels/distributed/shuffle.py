@@ -44,7 +44,7 @@ def shuffle_rows(
             )
         if seed is not None and not is_whole(seed):
             raise TypeError(f"{op}: seed must be a whole number or None, got {type(seed).__name__}")
-        checks.check_device(op, "x", x, group)
+        checks.check_device_of_group(op, "x", x, group)
     drawn = int(torch.randint(2**31, ())) if seed is None and ranks.rank == 0 else 0
     told = [x.shape[0], drawn if seed is None else int(seed)]
     if check:
