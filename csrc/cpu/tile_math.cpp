@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "amx.h"
+#include "exp2.h"
 
 namespace ssl_kernels::cpu {
 namespace {
@@ -23,24 +24,6 @@ inline To bit_cast(From from) {
   std::memcpy(&to, &from, sizeof to);
   return to;
 }
-
-// (ln 2)^k / k!, the Taylor series of 2^f: the first term left out is 2e-16 at |f| = 1/2.
-constexpr int kExp2Terms = 13;
-constexpr double kExp2Series[kExp2Terms] = {
-    1.,
-    6.931471805599453e-1,
-    2.402265069591007e-1,
-    5.5504108664821576e-2,
-    9.618129107628477e-3,
-    1.3333558146428441e-3,
-    1.5403530393381606e-4,
-    1.5252733804059838e-5,
-    1.3215486790144305e-6,
-    1.0178086009239696e-7,
-    7.054911620801121e-9,
-    4.44553827187081e-10,
-    2.5678435993488196e-11,
-};
 
 // 1 / (2k + 1), the Taylor series of atanh(t) / t in t^2: the first term left out is 2e-18 at t = 1/3.
 constexpr int kAtanhTerms = 17;
