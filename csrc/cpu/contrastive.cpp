@@ -19,6 +19,8 @@
 //   and column: tiles hold dot products v, scale enters with the exponent, 2^(factor * v - shift), and of kept tiles
 //   these exponentials are kept. Above it tiles hold s * log2 e, and rows and columns get running maxima, whose
 //   entries then count exactly 1.
+// One file, although a long one: forward and backward are walks over the tiles of one `Problem`, and what one keeps the
+//   other reads.
 #include "contrastive.h"
 
 #include <c10/core/impl/LocalDispatchKeySet.h>
