@@ -4,7 +4,7 @@
 //   h_i - s_ij. Tiles of a parallel round share no block, so the best of a row has one owner: no atomics.
 // Work: half of 2*N*N*D for the products. Of an entry, two keys, two comparisons of classes and four of keys; a row's
 //   index is looked for only in tiles whose best key beats or equals that of the tiles before.
-// Memory: the rows in acc_t, twice where small products run (product.h), 7 numbers a row, the scratch.
+// Memory: the rows in acc_t, twice where small products run (product.h), 7 numbers per row, the scratch.
 // Numerics: products, h and keys in acc_t. Equal keys go by index, so the order of the tiles does not matter. Where a
 //   key could leave the range of acc_t or is NaN, a plain loop takes the place of the vectorised one.
 #include <c10/core/impl/LocalDispatchKeySet.h>

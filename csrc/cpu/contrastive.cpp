@@ -1,14 +1,14 @@
 // contrastive on the CPU. x^, y^ the rows and columns (normalised if asked), s_ij = scale * <x^_i, y^_j>,
 //   lse_i = log sum_{j allowed} exp(s_ij), column_lse_j likewise over i, and the logits at `positives`.
 // Tiling: tiles of at most 256 x 256 dot products (tiles.h), one matrix product each, in a scratch of
-//   256 KB a thread that stays in its L2 cache; N x M never exists. In the square case (columns are the rows)
+//   256 KB per thread that stays in its L2 cache; N x M never exists. In the square case (columns are the rows)
 //   only tiles on and above the diagonal are made, each serving its rows and, transposed, its columns. Tiles of a
 //   parallel round share no block (schedule.h), so every sum has one owner: no atomics, no buffer a thread. Up to
 //   kPartRows rows the rounds would cost more than the buffers: there each thread has sums of its own.
 // Work, in units of 2*N*M*D: forward 1 (square: 1/2); backward 1 + 1 for each side that needs a
 //   gradient (square: 1/2 + 1, less what was kept). One exponential an entry, two where rows and columns need
 //   shifts of their own, none in backward for what was kept under a fixed shift.
-// Memory: the rows in acc_t and transposed (2*N*D), the gradient and a transposed part of it (2*N*D), 5 numbers a row,
+// Memory: the rows in acc_t and transposed (2*N*D), the gradient and a transposed part of it (2*N*D), 5 numbers per row,
 //   the scratch, and from forward to backward as many tiles as fit (kKeptBytes, and kKeptBudget for all losses of the
 //   process): they need not be recomputed. The results have the same bits either way.
 //   Where all are kept, backward is 1 unit: of 128 features up to about 7000 rows of the square case.

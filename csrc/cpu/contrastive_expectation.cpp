@@ -8,7 +8,7 @@
 // Work: 2 * 2*N*M*D operations (half where no backward follows: without E), one exponential an entry, each tile's columns
 //   packed twice (packed.h) or transposed (small products read their right operand by rows, product.h).
 // Memory: rows in acc_t and E (2*N*D), one more E a part but the first, and a thread 256 KB of logits and 3 tiles of columns.
-//   Columns in acc_t that need no normalisation are read where they lie: once a block of rows.
+//   Columns in acc_t that need no normalisation are read where they lie: once per block of rows.
 // Numerics: products, softmax and sums over a tile in acc_t (float32, float64 for float64), sums over tiles in
 //   double. Each row has a running maximum: a tile that raises it rescales what the row has added up so far. Where the
 //   processor multiplies bfloat16 numbers, bfloat16 rows and columns are multiplied as they came, with the reciprocal norms

@@ -12,7 +12,7 @@
 // Work: for such a block a step of 32 of depth is 24 tile products of 16 cycles, and 18 loads of 8 cycles beside them: 2.7
 //   times the rate of two AVX-512 units, less the copying (about 9 cycles for 32 numbers). Measured for 256 x 256 x 128:
 //   44 us of products (38 by this count) and 9 us of copying; 93 us by AVX-512.
-// Memory: 6 bytes a number of two panels of at most 256 rows or columns by 128 of depth, 393 KB a thread.
+// Memory: 6 bytes per number of two panels of at most 256 rows or columns by 128 of depth, 393 KB per thread.
 #include "product_amx.h"
 
 #include <algorithm>

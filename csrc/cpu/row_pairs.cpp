@@ -6,7 +6,7 @@
 //   without the term along the row where that is not normalised, or shorter than 1e-12 and only scaled.
 // Tiling: threads share the rows. Operands and gradients of one row are scratch in acc_t, in the first-level cache for
 //   all usual widths; what is summed of a row in the forward is kept in `saved`, so that the backward has no reduction.
-// Traffic: the forward reads each operand once and writes 1 + 4 k numbers a row, the backward reads the operands once and
+// Traffic: the forward reads each operand once and writes 1 + 4 k numbers per row, the backward reads the operands once and
 //   writes the gradients that are needed once.
 // Memory: at most 3 rows of acc_t a thread.
 // Numerics: in acc_t, sums of squares that leave its range again in double. A product of normalised rows is <x, y_k> r_x r_k,

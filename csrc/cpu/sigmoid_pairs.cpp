@@ -6,7 +6,7 @@
 // Work, in units of 2*N*M*D: 1 for the logits, 1 more for each side that has a gradient. The forward of a total
 //   makes the gradient (3); otherwise forward 1 and backward 3. An entry costs one exponential and one division.
 // Memory: rows and columns in acc_t and their gradients, each twice where small products run (product.h), a few
-//   numbers a row, the scratch; nothing of size N*M.
+//   numbers per row, the scratch; nothing of size N*M.
 // Numerics: tiles hold <x^, y^> * scale * log2 e; log1p(e) is 2 atanh(e / (2 + e)), a series in its square, to
 //   the last digits of acc_t also where e is tiny. Sums over a tile in acc_t, over tiles in double. Positive pairs of the
 //   diagonal are taken out of the tile and computed in double, from the product that the tile held; those of equal ids are
@@ -50,7 +50,7 @@ double sigmoid(double z) {
 
 // What one pass over the tiles makes. Sums in double, gradients by the normalised rows before `scale`, in acc_t.
 struct Pass {
-  std::vector<double> losses, grad_bias;  // a number a row
+  std::vector<double> losses, grad_bias;  // a number per row
   at::Tensor grad_rows, grad_columns;     // undefined where not wanted
 };
 

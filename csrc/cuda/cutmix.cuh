@@ -7,7 +7,7 @@
 //   thread takes kGatherSamples samples one after the other. Where samples are not aligned to 16 bytes, and for the
 //   features left over, a thread owns one feature.
 // Traffic: in place the sectors under the boxes, read once and written once, plus those of the first samples held
-//   aside; 32 bytes a sample for each block. Out of place and backward 2 B F elements, and the boxes once for each
+//   aside; 32 bytes per sample for each block. Out of place and backward 2 B F elements, and the boxes once for each
 //   block.
 // Numerics: values are moved as they are; the gradient adds two at most, in acc_t, rounded once.
 #pragma once
@@ -184,7 +184,7 @@ struct Sources {
   Box kept, taken;
 };
 
-// out_i for kGatherSamples samples; sources_of(i) is called once a block for each. The blocks of one group of samples
+// out_i for kGatherSamples samples; sources_of(i) is called once per block for each. The blocks of one group of samples
 // follow one another in blockIdx.x: groups can be more than the 65535 that another dimension of a grid has.
 template <typename scalar_t, int kVec, typename SourcesOf, typename Add>
 __device__ __forceinline__ void gather(const scalar_t* x, int64_t x_stride, scalar_t* out, int64_t out_stride,

@@ -50,7 +50,7 @@ def mixup_walk_kernel(
     # Tiling: a program owns BLOCK features and walks all samples along the cycles (permutation_walk.py), three samples
     #   ahead of what it writes, the first of a cycle held aside. Nothing is shared between programs.
     # Traffic: each element is read once and written once; in place, samples that stay as they are are not written.
-    #   Three numbers a sample for each warp from the first-level cache: 5 % of its data.
+    #   Three numbers per sample for each warp from the first-level cache: 5 % of its data.
     # Numerics: shares, products and sum in the type of own, rounded once.
     # Strides and F come in vectors.
     stride_x = stride_x.to(tl.int64) * VECTOR
@@ -97,7 +97,7 @@ def mixup_grad_kernel(
     #   grad_x_j = own_j g_j + next_j g_s(j)       partial_s(j) = sum_f g_s(j)f (x_s(j)f - x_jf), as p(s(j)) = j
     # Tiling: as above, one sample ahead; a program of one warp adds up its features of each sample into row
     #   program_id of partial (programs, B), which torch adds up.
-    # Traffic: reads 2 B F elements, writes B F and one number a sample for each program. grad_x may be absent.
+    # Traffic: reads 2 B F elements, writes B F and one number per sample for each program. grad_x may be absent.
     # Strides and F come in vectors.
     stride_grad = stride_grad.to(tl.int64) * VECTOR
     stride_x = stride_x.to(tl.int64) * VECTOR

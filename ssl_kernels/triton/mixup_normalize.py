@@ -51,7 +51,7 @@ def mixup_normalize_kernel(
     # Tiling: a program owns BLOCK features and walks all samples along the cycles (permutation_walk.py), three samples
     #   ahead of what it writes, the first of a cycle held aside. A thread reads 16 bytes of the images; the results go
     #   through shared memory, so that a warp writes consecutive ones.
-    # Traffic: reads B F bytes, writes B F elements; three numbers a sample for each warp from the first-level cache.
+    # Traffic: reads B F bytes, writes B F elements; three numbers per sample for each warp from the first-level cache.
     # Numerics: scale and shift from float64; shares, products and sums in float32, rounded once.
     # stride_x and F_x come in vectors of the images, stride_out and F_out in those of the result: F is either.
     stride_x = stride_x.to(tl.int64) * VECTOR_X

@@ -32,7 +32,7 @@ class Tile(NamedTuple):
     blocks: int
 
 
-# The width, by bytes an element, up to which every card has an "expectation" tile.
+# The width, by bytes per element, up to which every card has an "expectation" tile.
 WIDEST_EXPECTATION = {2: 256, 4: 256, 8: 128}
 
 
