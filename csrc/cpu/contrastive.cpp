@@ -71,9 +71,10 @@ class Problem : public Tiles<acc_t> {
   using Tile = ssl_kernels::cpu::Tile<acc_t>;
 
   explicit Problem(const ContrastiveArgs& args)
-      : Base(in_float32_if(load_rows<scalar_t, acc_t>(args.rows, args.normalize_rows, args.more_rows),
+      : Base(in_float32_if(load_rows<scalar_t, acc_t>(args.rows, args.normalize_rows, args.more_rows,
+                                                      /*may_borrow=*/true),
                            *args.scale.const_data_ptr<acc_t>() == 0 || changes_logits(args.additions)),
-             args.columns ? std::optional(load_rows_of<acc_t>(*args.columns, args.normalize_columns))
+             args.columns ? std::optional(load_rows_of<acc_t>(*args.columns, args.normalize_columns, /*may_borrow=*/true))
                           : std::nullopt,
              /*in_parts=*/true),
         scale(without_payload(*args.scale.const_data_ptr<acc_t>())),
@@ -571,11 +572,12 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   InputGradient by_rows, by_columns;
   const auto storage = args.rows.options();
   if (rows_wanted)
-    by_rows = finish_gradient<scalar_t, acc_t>(grad_rows.result(), problem.rows, problem.scale, storage, problem.in_bfloat16);
+    by_rows = finish_gradient<scalar_t, acc_t>(grad_rows.result(), problem.rows, problem.scale, storage, problem.in_bfloat16,
+                                               saved.scale_needs_grad);
   if (columns_wanted)
     by_columns = dispatch_storage<acc_t>(args.columns->scalar_type(), [&](auto type) {
       return finish_gradient<decltype(type), acc_t>(grad_columns.result(), problem.columns, problem.scale, args.columns->options(),
-                                                        problem.in_bfloat16);
+                                                        problem.in_bfloat16, saved.scale_needs_grad && !rows_wanted);
     });
   const double dots = (rows_wanted ? by_rows.dots : by_columns.dots) + problem.lost_dots();
   const double grad_scale = problem.square ? dots / 2 : dots;

@@ -60,6 +60,7 @@ struct ContrastiveSaved {
   bool rows_need_grad, columns_need_grad;
   const double* class_weight = nullptr;  // (N,): A_ij less class_weight_i for each positive j of row i
   bool column_bias_needs_grad = false, row_bias_needs_grad = false;
+  bool scale_needs_grad = true;  // or else what backward gives for it may be anything
 };
 
 // lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept

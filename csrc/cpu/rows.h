@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "pool.h"
@@ -97,9 +98,34 @@ inline int64_t padded_units(int64_t d) {
   return units % 256 == 0 ? units + 16 : units;
 }
 
-// Rows of `x` and, below them, of `more`.
+// Rows that are to stay as they are, and lie one behind the other, without a copy. Those that are 0, not finite or of a length
+// whose square might leave the range of acc_t are left to `load_rows`.
+template <class acc_t>
+std::optional<Rows> borrowed_rows(const at::Tensor& x) {
+  const int64_t n = x.size(0), d = x.size(1);
+  const Precision precision = allowed_precision(x.scalar_type());
+  if (x.stride(1) != 1 || x.stride(0) != d || precision == Precision::kBf16) return std::nullopt;
+  const acc_t* in = x.const_data_ptr<acc_t>();
+  const auto& math = tile_math<acc_t>();
+  std::vector<double> squares(n);
+  at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) squares[i] = math.dot(in + i * d, in + i * d, d);
+  });
+  double largest = 0;
+  for (double square : squares) {
+    if (!(square > 1e-30 && square < 1e30)) return std::nullopt;
+    largest = std::max(largest, square);
+  }
+  return Rows{x, pooled({0}, x.options()), std::sqrt(largest), {}, precision};
+}
+
+// Rows of `x` and, below them, of `more`. may_borrow: nobody writes to `values`.
 template <class scalar_t, class acc_t>
-Rows load_rows(const at::Tensor& x, bool normalize, const at::Tensor* more = nullptr) {
+Rows load_rows(const at::Tensor& x, bool normalize, const at::Tensor* more = nullptr, bool may_borrow = false) {
+  if constexpr (std::is_same_v<scalar_t, acc_t>) {
+    if (may_borrow && !normalize && !more)
+      if (auto rows = borrowed_rows<acc_t>(x)) return *std::move(rows);
+  }
   const auto readable = [](const at::Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : t.contiguous(); };
   const at::Tensor upper = readable(x), lower = more ? readable(*more) : upper;
   const int64_t first = x.size(0), n = first + (more ? more->size(0) : 0), d = x.size(1);
@@ -142,12 +168,13 @@ Rows load_rows(const at::Tensor& x, bool normalize, const at::Tensor* more = nul
 
 // Rows of any storage type that accumulates in acc_t.
 template <class acc_t>
-Rows load_rows_of(const at::Tensor& x, bool normalize) {
-  return dispatch_storage<acc_t>(x.scalar_type(),
-                                 [&](auto storage) { return load_rows<decltype(storage), acc_t>(x, normalize); });
+Rows load_rows_of(const at::Tensor& x, bool normalize, bool may_borrow = false) {
+  return dispatch_storage<acc_t>(x.scalar_type(), [&](auto storage) {
+    return load_rows<decltype(storage), acc_t>(x, normalize, /*more=*/nullptr, may_borrow);
+  });
 }
 
-// What finish_gradient makes: the gradient by the input, and sum_i <x^_i, grad_i>.
+// What finish_gradient makes: the gradient by the input, and sum_i <x^_i, grad_i>, where it is wanted or normalisation needs it.
 struct InputGradient {
   at::Tensor values;
   double dots = 0;
@@ -157,7 +184,7 @@ struct InputGradient {
 // scale * rnorm * (grad - <grad, x^> x^), rounded once to the storage type. has_rnorm: each row of grad is rnorm * A y.
 template <class scalar_t, class acc_t>
 InputGradient finish_gradient(const at::Tensor& grad, const Rows& rows, double scale, const at::TensorOptions& options,
-                              bool has_rnorm = false) {
+                              bool has_rnorm = false, bool wants_dots = true) {
   constexpr bool in_place = std::is_same_v<scalar_t, acc_t>;
   const int64_t n = grad.size(0), d = grad.size(1);
   const bool normalize = rows.rnorm.numel() > 0;
@@ -172,7 +199,7 @@ InputGradient finish_gradient(const at::Tensor& grad, const Rows& rows, double s
   const auto& convert = row_conversion<scalar_t, acc_t>();
   at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const double dot = math.dot(g + i * d, unit + i * d, d);
+      const double dot = normalize || wants_dots ? math.dot(g + i * d, unit + i * d, d) : 0;
       dots[i] = normalize && has_rnorm ? dot / rnorm[i] : dot;
       const acc_t factor = static_cast<acc_t>(normalize && !has_rnorm ? scale * rnorm[i] : scale);
       const bool on_sphere = normalize && rnorm[i] != clamped;

@@ -257,7 +257,9 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
         std::tie(by_rows, by_columns, by_scale, std::ignore, std::ignore) =
             cpu::contrastive_bwd(call.arguments(positives, /*keep=*/false, columns_need_grad),
                                  {by_lse, by_column_lse, by_positives, lse, column_lse, row_rnorm, column_rnorm, kept,
-                                  rows_need_grad, columns_need_grad});
+                                  rows_need_grad, columns_need_grad, /*class_weight=*/nullptr,
+                                  /*column_bias_needs_grad=*/false, /*row_bias_needs_grad=*/false,
+                                  /*scale_needs_grad=*/scale_input >= 0});
       } else {
         const auto [all_rows, columns, positives, of_rows, of_columns] = call.operands();
         std::tie(by_rows, by_columns, by_scale, std::ignore, std::ignore) = contrastive_backward_op().call(

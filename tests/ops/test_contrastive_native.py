@@ -30,6 +30,22 @@ backward = torch.ops.ssl_kernels.contrastive_bwd.native
 SHAPES = [(5, None), (64, None), (259, None), (1031, None), (67, 5), (300, 1027), (1027, 300)]
 
 
+@pytest.mark.parametrize("n, m", [(5, None), (259, None), (67, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rows_that_are_not_copied_give_the_same_bits_and_stay_as_they_are(n, m, dtype):
+    """Rows without a gap are read where they lie, others from a copy."""
+    call = random_call(n, m, 40, dtype, temperature=0.5, normalize_rows=False, normalize_columns=False)
+    rows, columns = call.operands[:2]
+    inputs = [x for x in (rows, columns) if x is not None]
+    before = [x.detach().clone() for x in inputs]
+    apart = [None if x is None else torch.stack((x, x), 2).detach()[:, :, 0] for x in (rows, columns)]
+    lying, copied = (
+        forward(*pair, *call.operands[2:], *call.flags, True, True) for pair in ((rows, columns), apart)
+    )
+    assert all(map(same_bits, lying[:5], copied[:5]))
+    assert all(map(torch.equal, inputs, before))
+
+
 @pytest.mark.parametrize("n, m", SHAPES)
 @pytest.mark.parametrize("temperature", [0.02, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
