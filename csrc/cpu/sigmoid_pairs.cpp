@@ -149,8 +149,11 @@ class Problem : public Tiles<acc_t> {
 
 template <class scalar_t, class acc_t>
 Problem<acc_t> make_problem(const SigmoidPairsArgs& args) {
-  return {in_float32_if(load_rows<scalar_t, acc_t>(args.rows, args.normalize_rows), *args.scale.const_data_ptr<acc_t>() == 0),
-          load_rows<scalar_t, acc_t>(args.columns, args.normalize_columns), args};
+  const auto load = [](const at::Tensor& x, bool normalize) {
+    return load_rows<scalar_t, acc_t>(x, normalize, /*more=*/nullptr, /*may_borrow=*/true);
+  };
+  return {in_float32_if(load(args.rows, args.normalize_rows), *args.scale.const_data_ptr<acc_t>() == 0),
+          load(args.columns, args.normalize_columns), args};
 }
 
 double sum_of(const std::vector<double>& values) {
@@ -169,12 +172,12 @@ SigmoidPairsBwd gradients(Problem<acc_t>& problem, const SigmoidPairsArgs& args,
   if (losses) *losses = std::move(pass.losses);
   const auto acc = problem.rows.values.options();
   const auto storage = acc.dtype(c10::CppTypeToScalarType<storage_t>::value);
-  const auto finish = [&](bool wanted, const at::Tensor& grad, const Rows& rows) {
-    return wanted ? finish_gradient<storage_t, acc_t>(grad, rows, problem.scale, storage, problem.in_bfloat16)
+  const auto finish = [&](bool wanted, const at::Tensor& grad, const Rows& rows, bool wants_dots) {
+    return wanted ? finish_gradient<storage_t, acc_t>(grad, rows, problem.scale, storage, problem.in_bfloat16, wants_dots)
                   : InputGradient{pooled({0}, storage), 0};
   };
-  const InputGradient by_rows = finish(rows_wanted, pass.grad_rows, problem.rows);
-  const InputGradient by_columns = finish(columns_wanted, pass.grad_columns, problem.columns);
+  const InputGradient by_rows = finish(rows_wanted, pass.grad_rows, problem.rows, /*wants_dots=*/true);
+  const InputGradient by_columns = finish(columns_wanted, pass.grad_columns, problem.columns, /*wants_dots=*/!rows_wanted);
   return {args.rows_need_grad ? by_rows.values : pooled({0}, storage), by_columns.values,
           number<acc_t>((rows_wanted ? by_rows.dots : by_columns.dots) + problem.lost_dots()),
           number<acc_t>(sum_of(pass.grad_bias))};
