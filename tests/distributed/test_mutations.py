@@ -108,4 +108,4 @@ def test_a_mistake_is_noticed(mutation):
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 3, 4])
 def test_without_one_nothing_is(world):
-    run(None, world)
+    processes.run(world, checks, None)
