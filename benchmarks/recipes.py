@@ -158,15 +158,21 @@ def write_lines(lines):
 
 
 def run_missing(limit, methods):
-    stored = {(line["run"], line["name"], line["seed"]) for line in read_lines()}
-    missing = [piece for piece in pieces(methods) if (*piece[:2], str(piece[2])) not in stored]
-    for _, _, seed, function in missing[:limit]:
+    """Another process may do the same: what it has stored meanwhile is left to it."""
+    missing = [piece for piece in pieces(methods) if not is_stored(*piece[:3])]
+    for run, name, seed, function in missing[:limit]:
+        if is_stored(run, name, seed):
+            continue
         lines = []
         for line in function(seed):
             numbers = {name: f"{value:.4f}" for name, value in line.items() if isinstance(value, float)}
             lines.append(line | {"seed": str(seed)} | numbers)
             print(*lines[-1].values(), flush=True)
-        write_lines(read_lines() + lines)  # read again: another process may have stored some of its own
+        write_lines(read_lines() + lines)
+
+
+def is_stored(run, name, seed):
+    return any((line["run"], line["name"], line["seed"]) == (run, name, str(seed)) for line in read_lines())
 
 
 def main():

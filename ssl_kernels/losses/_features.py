@@ -117,59 +117,50 @@ class _Correlation(torch.autograd.Function):
 
 
 class _CorrelationSums(torch.autograd.Function):
-    """The sums over the features of what `_Correlation` gives, of few rows by products of rows with rows."""
+    """The sums over the features of what `_Correlation` gives, by products of rows with rows."""
 
     @staticmethod
     def forward(ctx, op, chosen, x, y, eps):
         with torch.autocast(x.device.type, enabled=False):
             n = x.shape[0]
-            units, moments = [], []
+            units, moments, grams = [], [], []
             for rows in (x, y):
                 centred, mean = _centred(rows, n, "")
                 scale = (centred.square().sum(0) / n + eps).rsqrt()
-                units.append(centred.mul_(scale))
+                unit = centred.mul_(scale)
+                units.append(unit)
                 moments += [mean, scale]
-            if few_rows(x):
-                on_diagonal = (units[0] * units[1]).sum(0) / n
-                products = [unit @ unit.T for unit in units]
-                squares = (products[0] * products[1]).sum(dtype=torch.float64) / n**2
-                off = squares - on_diagonal.square().sum(dtype=torch.float64)
-            else:
-                products = [units[0].T @ units[1]]
-                on_diagonal = products[0].diagonal() / n
-                off = products[0].fill_diagonal_(0).square().sum(dtype=torch.float64) / n**2
-        ctx.save_for_backward(*all_savable(x, y, on_diagonal, *moments, *products))
+                grams.append(unit @ unit.T)
+            on_diagonal = (units[0] * units[1]).sum(0) / n
+            squares = (grams[0] * grams[1]).sum(dtype=torch.float64) / n**2
+        ctx.save_for_backward(*all_savable(x, y, on_diagonal, *moments, *grams))
         ctx.op, ctx.chosen = op, chosen
+        off = squares - on_diagonal.square().sum(dtype=torch.float64)
         return (1 - on_diagonal).square().sum(dtype=torch.float64), off
 
     @staticmethod
     def backward(ctx, grad_on, grad_off):
-        x, y, on_diagonal, mean, scale, other_mean, other_scale, *products = ctx.saved_tensors
-        needs, n, of_rows = ctx.needs_input_grad[2:4], x.shape[0], few_rows(x)
+        x, y, on_diagonal, mean, scale, other_mean, other_scale, gram, other_gram = ctx.saved_tensors
+        needs, n = ctx.needs_input_grad[2:4], x.shape[0]
 
         def make():
             with torch.autocast(x.device.type, enabled=False):
                 acc = mean.dtype
                 twice = (2 * grad_off).to(acc)
-                diagonal = (2 * grad_on).to(acc) * (on_diagonal - 1)
-                if of_rows:  # whose products hold the diagonal too
-                    diagonal = diagonal - twice * on_diagonal
+                diagonal = (2 * grad_on).to(acc) * (on_diagonal - 1) - twice * on_diagonal
                 first, second = (x.to(acc) - mean).mul_(scale), (y.to(acc) - other_mean).mul_(other_scale)
                 grads = []
-                for need, own, other, product, shrink in (
-                    (needs[0], first, second, products[1] if of_rows else products[0].T, scale),
-                    (needs[1], second, first, products[0], other_scale),
+                for need, own, other, matrix, shrink in (
+                    (needs[0], first, second, other_gram, scale),
+                    (needs[1], second, first, gram, other_scale),
                 ):
                     if not need:
                         grads.append(x.new_empty(0))
                         continue
-                    shrink = shrink / n
-                    factor = twice / n * shrink
-                    mixed = (product @ own).mul_(factor) if of_rows else other @ (product * factor)
-                    straight = diagonal * shrink
-                    along = (own * mixed).sum(0) / n + straight * on_diagonal
-                    made = mixed.addcmul_(other, straight).addcmul_(own, along, value=-1)
-                    grads.append(made.to(x.dtype))
+                    mixed = (matrix @ own).mul_(twice / n)  # N times what the squares give
+                    along = ((own * mixed).sum(0) / n + diagonal * on_diagonal) / n
+                    made = mixed.addcmul_(other, diagonal).div_(n).addcmul_(own, along, value=-1)
+                    grads.append(made.mul_(shrink).to(x.dtype))
             return tuple(grads)
 
         made = once(ctx.op, ctx.chosen, make, grad_on, grad_off, x, y)
@@ -288,7 +279,7 @@ def _sums_suffice(group):
 
 def correlations(op, chosen, group, world, x, y, eps, summed_up):
     """`_Correlation` of a backend other than the reference, or with summed_up its results' sums over the features."""
-    if summed_up and _sums_suffice(group):
+    if summed_up and _sums_suffice(group) and few_rows(x):
         return _CorrelationSums.apply(op, chosen, x, y, eps)
     results = _Correlation.apply(op, chosen, group, world, x, y, eps)
     return tuple(each.sum() for each in results) if summed_up else results
