@@ -132,8 +132,7 @@ class Gather:
         """How many rows of its owner's block, from the first on, a rank meets in a symmetric walk."""
         steps, rows = (owner - rank) % self.ranks.world, self.sizes[owner]
         if 2 * steps == self.ranks.world:
-            _, of_theirs = _halves(rank, owner, self.sizes[rank], rows)
-            return rows if of_theirs.stop is None else of_theirs.stop
+            return len(range(rows)[_halves(rank, owner, self.sizes[rank], rows)[1]])
         return rows if 0 < 2 * steps < self.ranks.world else 0
 
     def _bring_home(self, found, combine, like):
