@@ -32,16 +32,12 @@ class Load:
         return self.forward + self.backward
 
 
-def gather(world, rows, dim, itemsize, acc, met=None):
-    """Columns and, backward, sums by an all-gather; what was found for them by an all-to-all or a reduce-scatter.
-
-    met: Of how many rows of other ranks something is found, as of losses that divide the pairs; None: of all.
-    """
+def gather(world, rows, dim, itemsize, acc):
+    """Columns by an all-gather, sums by an all-to-all and, backward, a gather; gradients by a reduce-scatter."""
     others = (world - 1) * rows
-    met = others if met is None else met
     return Load(
-        forward=others * dim * itemsize + met * LSE,
-        backward=others * 2 * LSE + met * dim * acc,
+        forward=others * (dim * itemsize + LSE),
+        backward=others * (2 * LSE + dim * acc),
         transfers=4,
     )
 
@@ -88,7 +84,7 @@ def nt_xent_seconds(strategy, world, batch, dim, machine, itemsize=2, acc=4):
     rows = 2 * batch // world
     compute = 2 * 2 * (2 * batch) ** 2 * dim / world / machine.operations
     if strategy == "gather":
-        load = gather(world, rows, dim, itemsize, acc, met=world // 2 * rows)  # at most
+        load = gather(world, rows, dim, itemsize, acc)
         seconds = (
             load.transfers * machine.latency * math.log2(world) + load.total / machine.bandwidth + compute
         )

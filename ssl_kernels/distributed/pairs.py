@@ -69,7 +69,7 @@ class _LogSums(torch.autograd.Function):
         square = columns is None
         transport = setting.transport(sizes)
         own = rows if square else columns
-        held = transport.collect(own, *([] if column_ids is None else [column_ids]), symmetric=square)
+        held = transport.collect(own, *([] if column_ids is None else [column_ids]))
         x = widened(rows)
         lse = x.new_full((x.shape[0],), -torch.inf, dtype=torch.float64)
         logits = lse.new_empty((0,) if positives is None else positives.shape)
@@ -137,15 +137,14 @@ class _LogSums(torch.autograd.Function):
         else:
             travelling = (column_lse, _or_zeros(grad_column_lse, column_lse)) if both else ()
         if travelling:
-            held = held + transport.collect(torch.stack(travelling, 1), symmetric=square)
+            held = held + transport.collect(torch.stack(travelling, 1))
         rows_need_grad, columns_need_grad = ctx.needs_input_grad[:2]
         columns_need_grad = rows_need_grad if square else columns_need_grad
-        like = _gradient(rows[:0])
-        grad_rows, grad_scale = None, torch.zeros_like(scale)
+        grad_rows, grad_scale = _gradient(rows), torch.zeros_like(scale)
         normalize = (setting.normalize,) * 2
 
         def visit(block, part, first):
-            nonlocal grad_rows, grad_scale
+            nonlocal grad_scale
             among_themselves = square and first
             y, mine = widened(block[0]), x[part]
             if not mine.shape[0] or not y.shape[0]:
@@ -168,19 +167,15 @@ class _LogSums(torch.autograd.Function):
                 own=first and positives is not None,
             )
             grad_scale = grad_scale + part_scale
-            if rows_need_grad and grad_rows is None and part == EVERY:
-                grad_rows = part_rows.to(like.dtype)
-            elif rows_need_grad:
-                grad_rows = _gradient(rows) if grad_rows is None else grad_rows
+            if rows_need_grad:
                 grad_rows[part] += part_rows
             if not columns_need_grad:
                 return None
-            return None if among_themselves else [part_columns.to(like.dtype)]
+            return None if among_themselves else [part_columns.to(grad_rows.dtype)]
 
-        found = transport.walk(held, visit, Sum if columns_need_grad else None, [like], symmetric=square)
-        if rows_need_grad and grad_rows is None:
-            grad_rows = _gradient(rows)
-        grads = [grad_rows, None]
+        combine = Sum if columns_need_grad else None
+        found = transport.walk(held, visit, combine, [grad_rows[:0]], symmetric=square)
+        grads = [grad_rows if rows_need_grad else None, None]
         if square and rows_need_grad:
             grads[0] = grad_rows.add_(found[0])
         elif columns_need_grad:

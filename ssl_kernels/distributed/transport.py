@@ -29,10 +29,7 @@ class Sum:
 
     @staticmethod
     def delivered(parts, sizes, rank, name):
-        if parts[0].is_cuda:
-            return [groups.reduce_scatter_rows(part, sizes, name)[: sizes[rank]] for part in parts]
-        # Gloo makes a reduce-scatter of an all-reduce, which moves twice as much.
-        return [groups.exchange_rows(part, sizes, rank, name).sum(0) for part in parts]
+        return [groups.reduce_scatter_rows(part, sizes, name)[: sizes[rank]] for part in parts]
 
 
 class LogSum:
@@ -77,10 +74,9 @@ class Gather:
     def __init__(self, group, ranks, sizes):
         self.ranks, self.sizes = ranks, sizes
 
-    def collect(self, *tensors, symmetric=False):
-        """The rows of all ranks, for `walk`: from the own on, which come first; symmetric: in rank order."""
-        first = 0 if symmetric else self.ranks.rank
-        return [groups.all_gather_rows(t, self.sizes, self.ranks.name, first) for t in tensors]
+    def collect(self, *tensors):
+        """The rows of all ranks, from the own on, which come first."""
+        return [groups.all_gather_rows(t, self.sizes, self.ranks.name, self.ranks.rank) for t in tensors]
 
     def walk(self, held, visit, combine=None, like=(), symmetric=False):
         """Visit the blocks of what `collect` returned.
@@ -101,56 +97,26 @@ class Gather:
         if not symmetric:
             parts = visit(held, EVERY, True)
             return self._deliver(parts, combine) if combine else None
-        visit([self._rows(tensor, rank, 1) for tensor in held], EVERY, True)
-        # The blocks that every own row meets at once, and by itself the one that only half of them do.
-        last, middle = (world - 1) // 2, world // 2
-        rows, divided = EVERY, self._met(rank, (rank + middle) % world) if world % 2 == 0 else 0
-        if divided:
-            rows, _ = _halves(rank, (rank + middle) % world, self.sizes[rank], divided)
-        spans = [(EVERY, 1, last, 0), (rows, middle, 0, divided)]
-        if rows == EVERY:
-            spans = [(EVERY, 1, last, divided)]
-        found = []
-        for own, first, blocks, more in spans:
-            block = [self._rows(tensor, rank + first, blocks, more) for tensor in held]
-            if block[0].shape[0]:
-                found.append(visit(block, own, False))
-        return self._bring_home(found, combine, like) if combine else None
-
-    def _rows(self, tensor, first, blocks, more=0):
-        """Of rows in rank order the blocks of so many ranks from `first` on, and `more` rows of the next one."""
         ends = [0]
-        for rank in range(2 * self.ranks.world):
-            ends.append(ends[-1] + self.sizes[rank % self.ranks.world])
-        total = ends[self.ranks.world]
-        start, stop = ends[first], ends[first + blocks] + more
-        if start >= total:
-            start, stop = start - total, stop - total
-        return tensor[start:stop] if stop <= total else torch.cat((tensor[start:], tensor[: stop - total]))
-
-    def _met(self, rank, owner):
-        """How many rows of its owner's block, from the first on, a rank meets in a symmetric walk."""
-        steps, rows = (owner - rank) % self.ranks.world, self.sizes[owner]
-        if 2 * steps == self.ranks.world:
-            return len(range(rows)[_halves(rank, owner, self.sizes[rank], rows)[1]])
-        return rows if 0 < 2 * steps < self.ranks.world else 0
-
-    def _bring_home(self, found, combine, like):
-        """What symmetric visits found, each part to the rank whose rows it is about, and merged there."""
-        rank, everyone = self.ranks.rank, range(self.ranks.world)
-        sent = [self._met(rank, owner) for owner in everyone]
-        received = [self._met(peer, rank) for peer in everyone]
-        parts = found[0] if found else combine.nothing(like, 0)
-        if len(found) > 1:
-            parts = [torch.cat(of_visits) for of_visits in zip(*found, strict=True)]
-        # They begin with the rank after this one.
-        wrapped, count = sum(sent[:rank]), sum(sent)
-        in_rank_order = parts if wrapped in (0, count) else [torch.roll(part, wrapped, 0) for part in parts]
-        arrived = [groups.all_to_all_rows(part, received, sent, self.ranks.name) for part in in_rank_order]
-        mine = combine.nothing(like, self.sizes[rank])
-        for of_peer in zip(*(part.split(received) for part in arrived), strict=True):
-            combine.merge([part[: of_peer[0].shape[0]] for part in mine], of_peer)
-        return mine
+        for k in range(world):
+            ends.append(ends[-1] + self.sizes[(rank + k) % world])
+        own = ends[1]
+        spans = [(EVERY, ends[1], ends[(world + 1) // 2])]
+        if world % 2 == 0:
+            middle = world // 2
+            rows, of_theirs = _halves(rank, (rank + middle) % world, own, ends[middle + 1] - ends[middle])
+            if rows == EVERY:
+                spans = [(EVERY, ends[1], ends[middle] + of_theirs.stop)]
+            else:
+                spans.append((rows, ends[middle], ends[middle + 1]))
+        visit([tensor[:own] for tensor in held], EVERY, True)
+        everyones = combine.nothing(like, ends[-1]) if combine else None
+        for rows, start, stop in spans:
+            if start < stop:
+                parts = visit([tensor[start:stop] for tensor in held], rows, False)
+                if parts is not None:
+                    combine.merge([part[start:stop] for part in everyones], parts)
+        return self._deliver(everyones, combine) if combine else None
 
     def _deliver(self, parts, combine):
         before = sum(self.sizes[: self.ranks.rank])
@@ -168,7 +134,7 @@ class Ring:
     def __init__(self, group, ranks, sizes):
         self.group, self.ranks, self.sizes = group, ranks, sizes
 
-    def collect(self, *tensors, symmetric=False):
+    def collect(self, *tensors):
         """The tensors themselves: rows are fetched during the walk."""
         return [tensor.contiguous() for tensor in tensors]
 

@@ -117,21 +117,7 @@ MUTATIONS = [
         "return slice(own // 2, own), EVERY",
         "return slice(0, own // 2), EVERY",
     ),
-    Mutation(
-        "half: blocks of a gather",
-        TRANSPORT,
-        "last, middle = (world - 1) // 2,",
-        "last, middle = world // 2,",
-    ),
-    Mutation("half: rows that wrap", TRANSPORT, "start, stop = start - total, stop - total", "pass"),
-    Mutation(
-        "half: which rows a peer met",
-        TRANSPORT,
-        "received = [self._met(peer, rank)",
-        "received = [self._met(rank, peer)",
-    ),
-    Mutation("half: order of what is sent", TRANSPORT, "torch.roll(part, wrapped, 0)", "part"),
-    Mutation("sum: what a gather brings", TRANSPORT, "name).sum(0)", "name).amax(0)"),
+    Mutation("half: blocks of a gather", TRANSPORT, "ends[(world + 1) // 2])]", "ends[world // 2 + 1])]"),
     Mutation("found: of own rows, forward", PAIRS, "lse = torch.logaddexp(lse, found[0])", "lse = lse + 0"),
     Mutation("found: of own rows, backward", PAIRS, "grad_rows.add_(found[0])", "grad_rows"),
     Mutation(
