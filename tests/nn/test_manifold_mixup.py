@@ -535,11 +535,11 @@ def test_sequence_first_inputs():
         ({"layers": [""]}, ValueError, "layers must be submodules of module"),
         ({"layers": [], "mix_input": False}, ValueError, "layers must not be empty without mix_input"),
         ({"layers": ["0"], "cutmix_alpha": 1.0}, TypeError, "options must be of"),
-        ({"layers": ["0"], "batch_dim": -1}, ValueError, "batch_dim must be an integer >= 0, got -1"),
+        ({"layers": ["0"], "batch_dim": -1}, ValueError, "batch_dim must be an integer >= 0 or None, got -1"),
         (
             {"layers": ["0"], "input_batch_dim": True},
             ValueError,
-            "input_batch_dim must be an integer >= 0, got True",
+            "input_batch_dim must be an integer >= 0 or None, got True",
         ),
     ],
 )
