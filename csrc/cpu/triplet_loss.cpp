@@ -10,8 +10,15 @@
 // Traffic: the forward reads three rows for each anchor and keeps the normalised rows, the backward reads and adds to three.
 // Numerics: rows and differences in acc_t, distances and losses in double. The gradient is added up by one thread, in the order
 //   of the anchors, so that it is the same bit for bit.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/embedding.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/log_sigmoid.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/stack.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/library.h>
@@ -164,23 +171,23 @@ Tensor composed(const Tensor& embeddings, const Tensor& positive, const Tensor& 
                 const Options& options) {
   const auto acc = embeddings.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Tensor x = embeddings.to(acc);
-  if (options.normalize) x = x * at::linalg_vector_norm(x, 2, {{1}}, /*keepdim=*/true).clamp_min(kNormEpsilon).reciprocal();
+  if (options.normalize) x = x.mul(at::linalg_vector_norm(x, 2, {{1}}, /*keepdim=*/true).clamp_min(kNormEpsilon).reciprocal());
   const Tensor complete = positive.ge(0).logical_and(negative.ge(0));
   const Tensor itself = at::arange(x.size(0), positive.options());  // at distance 0, whatever other rows hold
   const Tensor others = at::embedding(x, at::stack({positive, negative}).where(complete, itself));
   Tensor gap;
   if (options.cosine) {
-    gap = (x * (others.select(0, 1) - others.select(0, 0))).sum(1);
+    gap = x.mul(others.select(0, 1).sub(others.select(0, 0))).sum(1);
   } else {
-    const Tensor squares = (x - others).square().sum(2), zero = squares.eq(0);
+    const Tensor squares = x.sub(others).square().sum(2), zero = squares.eq(0);
     const Tensor distances = squares.masked_fill(zero, 1).sqrt().masked_fill(zero, 0);
-    gap = distances.select(0, 0) - distances.select(0, 1);
+    gap = distances.select(0, 0).sub(distances.select(0, 1));
   }
   gap = gap.to(at::kDouble).masked_fill(complete.logical_not(), -std::numeric_limits<double>::infinity());
-  const Tensor losses = options.soft ? -at::log_sigmoid(-gap) : at::relu(gap + margin);
+  const Tensor losses = options.soft ? at::log_sigmoid(gap.neg()).neg() : at::relu(gap.add(margin));
   if (options.reduction == "none") return losses.to(acc);
   const Tensor sum = losses.sum();
-  return (options.reduction == "mean" ? sum / complete.sum().clamp_min(1) : sum).to(acc);
+  return (options.reduction == "mean" ? sum.div(complete.sum().clamp_min(1)) : sum).to(acc);
 }
 
 struct TripletLoss : Function<TripletLoss> {
