@@ -9,33 +9,36 @@
 
 namespace ssl_kernels::cpu {
 
-inline std::vector<int64_t> checked_permutation(const char* op, const at::Tensor& permutation) {
+// The first place of (B,) int64 whose value is none of 0 ... B - 1 or was there before; B where there is none.
+inline int64_t first_that_is_no_permutation(const at::Tensor& permutation) {
   const int64_t batch = permutation.size(0), stride = permutation.stride(0);
   const int64_t* values = permutation.const_data_ptr<int64_t>();
-  std::vector<int64_t> partner(batch);
   std::vector<char> seen(batch);
   for (int64_t i = 0; i < batch; ++i) {
     const int64_t p = values[i * stride];
-    TORCH_CHECK_VALUE(p >= 0 && p < batch && !seen[p], op, ": permutation must hold each of 0 to ", batch - 1,
-                      " once, got ", p, " at ", i, p >= 0 && p < batch ? " again" : "");
+    if (p < 0 || p >= batch || seen[p]) return i;
     seen[p] = 1;
-    partner[i] = p;
   }
+  return batch;
+}
+
+inline std::vector<int64_t> checked_permutation(const char* op, const at::Tensor& permutation) {
+  const int64_t batch = permutation.size(0), stride = permutation.stride(0), wrong = first_that_is_no_permutation(permutation);
+  const int64_t* values = permutation.const_data_ptr<int64_t>();
+  if (wrong < batch) {
+    const int64_t p = values[wrong * stride];
+    TORCH_CHECK_VALUE(false, op, ": permutation must hold each of 0 to ", batch - 1, " once, got ", p, " at ", wrong,
+                      p >= 0 && p < batch ? " again" : "");
+  }
+  std::vector<int64_t> partner(batch);
+  for (int64_t i = 0; i < batch; ++i) partner[i] = values[i * stride];
   return partner;
 }
 
-// Of (B,) int64 on the CPU.
 inline bool is_permutation(const at::Tensor& values) {
-  TORCH_CHECK(values.is_cpu() && values.dim() == 1 && values.scalar_type() == at::kLong, "is_permutation: int64 of shape (B,)");
-  const int64_t batch = values.size(0), stride = values.stride(0);
-  const int64_t* value = values.const_data_ptr<int64_t>();
-  std::vector<char> seen(batch);
-  for (int64_t i = 0; i < batch; ++i) {
-    const int64_t p = value[i * stride];
-    if (p < 0 || p >= batch || seen[p]) return false;
-    seen[p] = 1;
-  }
-  return true;
+  TORCH_CHECK(values.is_cpu() && values.dim() == 1 && values.scalar_type() == at::kLong,
+              "is_permutation: values must be int64 of shape (B,) on cpu");
+  return first_that_is_no_permutation(values) == values.size(0);
 }
 
 inline std::vector<int64_t> inverse(const std::vector<int64_t>& partner) {
