@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from tests import sites
 from tests.gpu_emulation import EmulatedCudaLibrary, PtxError
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
@@ -20,7 +21,7 @@ MULTIPROCESSORS = {"contrastive": 1, "contrastive_additions": 1}
 
 
 class Mutation(NamedTuple):
-    """The nth occurrence (from 0) of `old` in `file` becomes `new`.
+    """`old` in `file` becomes `new`, where `tests.sites` finds it.
 
     With `harmless`, the reason why, no check can notice, and none may.
     """
@@ -29,7 +30,7 @@ class Mutation(NamedTuple):
     file: str
     old: str
     new: str = ""
-    nth: int = 0
+    at: str = ""
     harmless: str = ""
 
     @property
@@ -41,22 +42,10 @@ class Mutation(NamedTuple):
         marks = {"barrier": "__syncthreads", "fence": "__syncwarp", "wait": "wait", "commit": "commit"}
         return next((kind for kind, mark in marks.items() if mark in self.old), "mask")
 
-    def span(self):
-        """(start, end) of what is removed from the text of the file."""
-        found = [
-            match.start() for match in re.finditer(re.escape(self.old), (SOURCES / self.file).read_text())
-        ]
-        if len(found) <= self.nth:
-            raise ValueError(f"{self.name}: {self.old!r} is {len(found)} times in {self.file}")
-        return found[self.nth], found[self.nth] + len(self.old)
-
     def changed_span(self):
-        """The span without what `old` and `new` begin and end with alike."""
-        start, end = self.span()
-        shorter = min(len(self.old), len(self.new))
-        same = next((i for i in range(shorter) if self.old[i] != self.new[i]), shorter)
-        rest = range(shorter - same)
-        return start + same, end - next((i for i in rest if self.old[~i] != self.new[~i]), shorter - same)
+        """(start, end) in the file of what becomes something else."""
+        text = (SOURCES / self.file).read_text()
+        return sites.changed(text, sites.find(text, self.old, self.at), self.new)
 
 
 class Noticed(Exception):
@@ -86,10 +75,8 @@ def build(operation, mutation=None):
         copy = Path(folder) / "cuda"
         shutil.copytree(SOURCES, copy)
         if mutation is not None:
-            start, end = mutation.span()
             path = copy / mutation.file
-            text = path.read_text()
-            path.write_text(text[:start] + mutation.new + text[end:])
+            path.write_text(sites.replaced(path.read_text(), mutation.old, mutation.new, mutation.at))
         for name in (f"{operation}.cu", "launcher.cuh"):
             path = copy / name
             path.write_text(re.sub(UNUSED, "", path.read_text()))

@@ -8,7 +8,11 @@ NORMALIZE, CROSS_ENTROPY, ORDER = "mixup_normalize.cuh", "mixup_cross_entropy.cu
 ROWS, TILE, WARP, SOFTMAX = "rows.cuh", "device/tile.cuh", "device/warp.cuh", "device/online_softmax.cuh"
 
 HALF_SUM = Mutation(
-    "lane: sum of half a warp", WARP, "kWarpSize / 2; offset > 0", "kWarpSize / 4; offset > 0"
+    "lane: sum of half a warp",
+    WARP,
+    "kWarpSize / 2; offset > 0",
+    "kWarpSize / 4; offset > 0",
+    at="T warp_sum(",
 )
 
 MUTATIONS = {
@@ -20,7 +24,7 @@ MUTATIONS = {
                  CONTRASTIVE, "__ballot_sync(kAllLanes, target", "__ballot_sync(0xffffu, target"),
     ],
     "sigmoid_pairs": [
-        Mutation("sign: of a positive pair", SIGMOID, "positive ? -z : z", "positive ? z : z"),
+        Mutation("sign: of a positive pair", SIGMOID, "positive ? -z : z", "positive ? z : z", at="tile_sum[i] +="),
         Mutation("sign: decay", SIGMOID, "exp2(-Math<acc_t>::abs(u_)", "exp2(Math<acc_t>::abs(u_)"),
         Mutation("index: of the positive",
                  SIGMOID, "row0 + problem.diagonal - column0", "column0 + problem.diagonal - row0"),
@@ -47,14 +51,14 @@ MUTATIONS = {
         Mutation("sign: projection of y", PAIRS, ") - along[k] * y", ") + along[k] * y"),
         Mutation("index: what is saved", PAIRS, "saved[row * kPairs + k] = ", "saved[k * N + row] = "),
         Mutation("index: row of a thread", PAIRS, "(kThreads / team) + threadIdx.x / team",
-                 "(kThreads / team) + threadIdx.x % (kThreads / team)"),
+                 "(kThreads / team) + threadIdx.x % (kThreads / team)", at="row_pairs_fwd_kernel("),
         HALF_SUM,
     ],
     "momentum_update": [
         Mutation("sign: weight from the source", MOMENTUM, "weight - 1.0f", "weight + 1.0f"),
         Mutation("sign: difference", MOMENTUM, "(to - average)", "(to + average)"),
         Mutation("index: group that is stored", MOMENTUM, "(g * kThreads + threadIdx.x) * kGroup",
-                 "(threadIdx.x * kGroups + g) * kGroup", 1),
+                 "(threadIdx.x * kGroups + g) * kGroup", at="s[g] = load_streaming"),
     ],
     "mixup": [
         Mutation("sign: partner's share", ORDER, "acc_t(1) - lam[", "acc_t(1) + lam["),

@@ -12,7 +12,7 @@ EPS = "norm < Math<acc_t>::kNormEps ? Math<acc_t>::kNormEps : norm"
 
 SHORTEST_NORM = Mutation("shortest norm, 5 % longer", MATH, "kNormEps = 1e-12f", "kNormEps = 1.05e-12f")
 TILE_ROWS = Mutation("index: rows of a tile past 2^31", TILE, "matrix + (row0 + r) * row_stride + column",
-                     "matrix + static_cast<int>((row0 + r) * row_stride) + column")  # fmt: skip
+                     "matrix + static_cast<int>((row0 + r) * row_stride) + column", at="bool valid")  # fmt: skip
 
 MUTATIONS = {
     "contrastive": [
@@ -64,9 +64,9 @@ MUTATIONS = {
     "row_pairs": [
         SHORTEST_NORM,
         Mutation("index: rows past 2^31", PAIRS, "operands.data[k] + row * operands.row_stride[k]",
-                 "operands.data[k] + static_cast<int>(row * operands.row_stride[k])"),
+                 "operands.data[k] + static_cast<int>(row * operands.row_stride[k])", at="row_pairs_fwd_kernel("),
         Mutation("index: rows past 2^31, backward", PAIRS, "operands.data[k] + row * operands.row_stride[k]",
-                 "operands.data[k] + static_cast<int>(row * operands.row_stride[k])", 1),
+                 "operands.data[k] + static_cast<int>(row * operands.row_stride[k])", at="row_pairs_bwd_kernel("),
         Mutation("index: columns past 2^31", PAIRS, "row[d * stride]", "row[static_cast<int>(d * stride)]"),
     ],
     "momentum_update": [
@@ -78,7 +78,7 @@ MUTATIONS = {
     ],
     "mixup": [
         Mutation("index: samples past 2^31", MIXUP, "x.data + sample * x.stride + feature",
-                 "x.data + static_cast<int>(sample * x.stride) + feature", 1),
+                 "x.data + static_cast<int>(sample * x.stride) + feature", at="mixup_walk_kernel("),
         Mutation("index: samples of the gradient past 2^31", MIXUP, "batch.data + sample * batch.stride + feature",
                  "batch.data + static_cast<int>(sample * batch.stride) + feature"),
         Mutation("mixup: partner's weight of 0", MIXUP, "if (next == acc_t(0)) return own == acc_t(1) ? x : own * x;"),

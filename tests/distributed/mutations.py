@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ssl_kernels.distributed import groups
+from tests import sites
 
 GROUPS, TRANSPORT, PAIRS, CALL = "groups", "transport", "pairs", "call"
 CHECKS, KEYS, OVER = "checks", "gather_keys", "over_ranks"
@@ -43,12 +44,13 @@ MODULES = (
 
 
 class Mutation(NamedTuple):
-    """In one module, `old` becomes `new` everywhere."""
+    """In one module, `old` becomes `new`, where `tests.sites` finds it."""
 
     name: str
     module: str
     old: str
     new: str
+    at: str = ""
 
 
 MUTATIONS = [
@@ -152,7 +154,9 @@ MUTATIONS = [
     Mutation(
         "marked: columns of the global batch", MARKED, ".index_select(1, theirs)", "[:, : theirs.shape[0]]"
     ),
-    Mutation("marked: bits of this rank", MARKED, "[own] if marks", "[own] if True or marks"),
+    Mutation(
+        "marked: bits of this rank", MARKED, "[own] if marks", "[own] if True or marks", at="def forward"
+    ),
     Mutation("queue: where rows lie", QUEUE, "[0]) - self.first", "[0]) - 0"),
     Mutation(
         "queue: who keeps them",
@@ -218,8 +222,7 @@ def apply(mutation):
         module = importlib.import_module(f"ssl_kernels.distributed.{name}")
         source = inspect.getsource(module)
         if mutation is not None and name == mutation.module:
-            assert mutation.old in source, f"{mutation.name}: {name}.py has no {mutation.old!r}"
-            source = source.replace(mutation.old, mutation.new)
+            source = sites.replaced(source, mutation.old, mutation.new, mutation.at)
         exec(compile(source, module.__file__, "exec"), module.__dict__)
     package = importlib.import_module("ssl_kernels.distributed")
     for module in (LOSSES, "moco", "labelled", SHUFFLE, KEYS):

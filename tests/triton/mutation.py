@@ -1,16 +1,17 @@
 """Copies of the Triton kernels, broken at one place, for tests that say whether a check notices."""
 
 import importlib
-import re
 from pathlib import Path
+
+from tests import sites
 
 SOURCES = Path(__file__).resolve().parents[2] / "ssl_kernels" / "triton"
 
 
-def load(folder, operation, file, old, new, nth=0):
+def load(folder, operation, file, old, new, at=""):
     """The kernels of an operation from copies of its file and those shared by all, with a mutation of one of them.
 
-    Its nth occurrence (from 0) of `old` becomes `new`; `folder` must be on Python's path.
+    `old` becomes `new`, where `tests.sites` finds it; `folder` must be on Python's path.
     """
     suffix = folder.name.replace("-", "_")
     kernels = [path.stem for path in SOURCES.glob(f"{operation}_[fb]wd.py")]
@@ -18,9 +19,7 @@ def load(folder, operation, file, old, new, nth=0):
     for name in (*shared_names, operation):
         text = (SOURCES / f"{name}.py").read_text()
         if name == file:
-            found = [match.start() for match in re.finditer(re.escape(old), text)]
-            assert len(found) > nth, f"{old!r} is {len(found)} times in {name}.py"
-            text = text[: found[nth]] + new + text[found[nth] + len(old) :]
+            text = sites.replaced(text, old, new, at)
         for shared in shared_names:
             text = text.replace(f"ssl_kernels.triton.{shared} ", f"{shared}_{suffix} ")
             text = text.replace(
