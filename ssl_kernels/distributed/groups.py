@@ -77,12 +77,12 @@ def all_gather_rows(x, sizes, name, first=0):
     return torch.cat([gathered[rank * most : rank * most + sizes[rank]] for rank in order])
 
 
-def reduce_scatter_rows(x, sizes, name):
+def reduce_scatter_rows(x, sizes, rank, name):
     """The sum over the ranks of x, which has the rows of all of them in rank order: this rank's rows of it."""
     most, world = max(sizes), len(sizes)
     if min(sizes) != most:
         x = torch.cat([_padded(rows, most) for rows in x.split(list(sizes))])
-    return _wait(_collective("reduce_scatter_tensor")(x.contiguous(), "sum", world, name))
+    return _wait(_collective("reduce_scatter_tensor")(x.contiguous(), "sum", world, name))[: sizes[rank]]
 
 
 def all_to_all_rows(x, received, sent, name):

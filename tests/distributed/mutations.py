@@ -83,6 +83,7 @@ MUTATIONS = [
         '(x.contiguous(), "sum", world, name)',
         '(x.contiguous(), "max", world, name)',
     ),
+    Mutation("sum: what an all-to-all brings", TRANSPORT, "name).sum(0)", "name).amax(0)"),
     Mutation("sum: all-reduce", GROUPS, '(x.contiguous(), "sum", name)', '(x.contiguous(), "max", name)'),
     Mutation(
         "backward: all-reduce", GROUPS, "return _AllReduce.apply(grad, ctx.name), None", "return grad, None"

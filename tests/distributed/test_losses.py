@@ -6,7 +6,7 @@ from torch import distributed as dist
 
 import ssl_kernels
 from ssl_kernels import distributed
-from ssl_kernels.distributed import operators
+from ssl_kernels.distributed import groups, operators
 from tests.distributed import cases, processes
 from tests.distributed.cases import CASES
 from tests.helpers import random_rows
@@ -69,7 +69,16 @@ def several_texts(loss, scalars, rank, images, texts, strategy, options):
         torch.testing.assert_close(result / len(images), expectation, **TIGHT)
 
 
+def reduced(rank, world):
+    """What a gather returns gradients by on GPUs; on the CPU it is an all-to-all."""
+    for sizes in SPLITS[world]:
+        x = [random_rows(sum(sizes), 3, seed=seed) for seed in range(world)]
+        found = groups.reduce_scatter_rows(x[rank], sizes, rank, dist.group.WORLD.group_name)
+        torch.testing.assert_close(found, sum(x).split(sizes)[rank])
+
+
 def every_case(rank, world):
+    reduced(rank, world)
     failures = []
     for strategy in ("gather", "ring"):
         for loss, scalars, options in (

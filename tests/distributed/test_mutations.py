@@ -5,13 +5,11 @@ import queue
 
 import pytest
 import torch
-from torch import distributed as dist
 
 from ssl_kernels import distributed
-from ssl_kernels.distributed import groups
 from tests.distributed import cases, mutations, processes, test_queue, test_traffic
 from tests.distributed.cases import Case
-from tests.distributed.test_losses import check
+from tests.distributed.test_losses import check, reduced
 from tests.helpers import random_rows, same_bits
 
 CASES = [
@@ -39,14 +37,6 @@ def compared(rank, world):
 
 def divided(rank, world):
     test_queue.divided(rank, world, None)
-
-
-def reduced(rank, world):
-    """What gathers use on GPUs: the sum of the ranks' rows, each rank its own."""
-    sizes = SPLITS[world][0]
-    x = [random_rows(sum(sizes), 3, seed=seed) for seed in range(world)]
-    found = groups.reduce_scatter_rows(x[rank], sizes, dist.group.WORLD.group_name)[: sizes[rank]]
-    torch.testing.assert_close(found, sum(x).split(sizes)[rank])
 
 
 def keys_gathered(rank, world):
