@@ -1,11 +1,12 @@
-"""`distributed.gather_keys` with two processes over gloo."""
+"""`distributed.gather_keys` and `gather_rows` with two processes over gloo."""
 
 import pytest
 import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
-from ssl_kernels.distributed import gather_keys
+import ssl_kernels
+from ssl_kernels.distributed import gather_keys, gather_rows
 from ssl_kernels.nn import MoCoQueue
 from tests.helpers import random_rows, same_bits
 
@@ -19,6 +20,46 @@ def message_of(function, *arguments):
     except ValueError as error:
         return str(error)
     return None
+
+
+def with_a_gradient(rank):
+    """A loss that has no form over ranks, of the gathered rows: every parameter's mean over the ranks is its own."""
+    labels = torch.arange(9) % 3
+    for cuts in ((0, 4, 9), (0, 9, 9)):
+        own = slice(*cuts[rank : rank + 2])
+        joined = random_rows(9, 4).double().requires_grad_()
+        expected = ssl_kernels.triplet_loss(joined, labels, 0.4, mining="semi_hard")
+        (wanted,) = torch.autograd.grad(expected, joined)
+        mine = joined.detach()[own].requires_grad_()
+        for check in (True, False):
+            rows, everyones = gather_rows(mine, check=check), gather_rows(labels[own], check=check)
+            assert same_bits(rows.detach(), joined.detach()) and same_bits(everyones, labels)
+            loss = ssl_kernels.triplet_loss(rows, everyones, 0.4, mining="semi_hard")
+            (found,) = torch.autograd.grad(loss, mine, create_graph=True)
+            torch.testing.assert_close(found / WORLD, wanted[own], rtol=1e-10, atol=1e-12)
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                found.sum().backward()
+    (narrow,) = torch.autograd.grad((gather_rows(mine.bfloat16()) * 3).sum(), mine)
+    assert (narrow == 3 * WORLD).all()
+
+    even = random_rows(3, 4, seed=rank).view(3, 2, 2).requires_grad_()
+    compiled = torch.compile(gather_rows, fullgraph=True, backend="aot_eager")
+    assert same_bits(compiled(even).detach(), gather_rows(even).detach())
+    (gradient,) = torch.autograd.grad((compiled(even) * torch.arange(6.0).view(6, 1, 1)).sum(), even)
+    assert torch.equal(gradient[:, 0, 0], WORLD * torch.arange(6.0).chunk(2)[rank])
+    with pytest.raises(RuntimeError, match="gather_rows: rows must be as many on every rank"):
+        compiled(even[rank:])
+    message = message_of(gather_rows, even if rank else even[0, 0, 0].detach())
+    own = "gather_rows: rows must have shape (B, ...), got ()"
+    assert message == (f"gather_rows: rank 0 refused its input: {own}" if rank else own)
+    message = message_of(gather_rows, even.detach() if rank else even)
+    assert message == (
+        "gather_rows: requires_grad of rows must be the same on every rank, got true on rank 0, false on rank 1"
+    )
+    message = message_of(gather_rows, even[:, : 2 - rank])
+    assert message == (
+        "gather_rows: width of rows must be the same on every rank, got [2, 2] on rank 0, [1, 2] on rank 1"
+    )
 
 
 def work(rank, path):
@@ -58,6 +99,7 @@ def work(rank, path):
         "gather_keys: dtype of keys must be the same on every rank, got float32 on rank 0, bfloat16 on rank 1"
     )
     assert same_bits(gather_keys(everyones[rank]), torch.cat(everyones))  # the group still works
+    with_a_gradient(rank)
     dist.destroy_process_group()
 
 
@@ -66,5 +108,6 @@ def test_two_processes(tmp_path):
 
 
 def test_without_a_process_group_it_says_so():
-    with pytest.raises(RuntimeError, match=r"^gather_keys: torch.distributed must be initialised"):
-        gather_keys(random_rows(2, 3))
+    for gather in (gather_keys, gather_rows):
+        with pytest.raises(RuntimeError, match=rf"^{gather.__name__}: torch.distributed must be initialised"):
+            gather(random_rows(2, 3))

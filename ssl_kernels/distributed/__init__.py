@@ -1,6 +1,6 @@
 """Training over several processes with torch.distributed: the losses of the global batch. See docs/distributed.md."""
 
-from ssl_kernels.distributed.gather_keys import gather_keys
+from ssl_kernels.distributed.gather_rows import gather_keys, gather_rows
 from ssl_kernels.distributed.labelled import sup_con_loss, triplet_loss
 from ssl_kernels.distributed.losses import (
     byol_loss,
@@ -42,6 +42,7 @@ __all__ = [
     "dcl_loss",
     "debiased_nt_xent_loss",
     "gather_keys",
+    "gather_rows",
     "info_nce_loss",
     "moco_loss",
     "nt_xent_loss",

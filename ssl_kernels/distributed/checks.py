@@ -12,6 +12,9 @@ from ssl_kernels.distributed import groups
 
 MESSAGE = 1024  # bytes per rank
 _REFUSED = "refused"
+_COMPILED_FOR = (
+    "rows_per_rank must be what the ranks have, or equal numbers without it, in a compiled function"
+)
 
 
 def check_rows(op, **tensors):
@@ -96,16 +99,16 @@ def exchange_counts(counts, group, ranks):
     return groups.all_gather_rows(mine, [1] * ranks.world, ranks.name).tolist()
 
 
-def assert_counts(op, expected, counts, like, ranks):
-    """In a compiled function: raise where it runs if the ranks' counts are not the `expected` it was compiled for."""
+def assert_counts(op, expected, counts, like, ranks, rule=_COMPILED_FOR):
+    """In a compiled function: raise where it runs if the ranks' counts are not the `expected` it was compiled for.
+
+    expected: None: this rank's counts.
+    """
     kind = {"dtype": torch.int64, "device": like.device}
     mine = torch.cat([torch.full((1, 1), count, **kind) for count in counts], 1)  # they may be symbolic
     everyones = groups.all_gather_rows(mine, [1] * ranks.world, ranks.name)
     wanted = mine if expected is None else torch.tensor(expected, **kind)
-    torch._assert_async(
-        (everyones == wanted).all(),
-        f"{op}: rows_per_rank must be what the ranks have, or equal numbers without it, in a compiled function",
-    )
+    torch._assert_async((everyones == wanted).all(), f"{op}: {rule}")
 
 
 def as_fact(value):

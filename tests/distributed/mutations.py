@@ -11,7 +11,7 @@ from ssl_kernels.distributed import groups
 from tests import sites
 
 GROUPS, TRANSPORT, PAIRS, CALL = "groups", "transport", "pairs", "call"
-CHECKS, KEYS, OVER = "checks", "gather_keys", "over_ranks"
+CHECKS, KEYS, OVER = "checks", "gather_rows", "over_ranks"
 SUMS, HARDEST, MARKED, QUEUE, SHUFFLE, LOSSES = (
     "class_sums",
     "hardest",
@@ -199,8 +199,8 @@ MUTATIONS = [
     Mutation(
         "sizes: keys of this rank",
         KEYS,
-        "groups.all_gather_rows(keys, sizes,",
-        "groups.all_gather_rows(keys, [keys.shape[0]] * ranks.world,",
+        "groups.all_gather_rows(rows, sizes,",
+        "groups.all_gather_rows(rows, [rows.shape[0]] * len(sizes),",
     ),
     Mutation(
         "sizes: of a compiled function",
