@@ -51,17 +51,19 @@ def runs_natively(backend, caller, *call, views=1):
     return choose_backend("contrastive", backend, caller, *call, views=views) == "native"
 
 
-def takes_row_losses(backend, caller, x, *values):
-    """Whether `row_losses.native` (csrc/ops/row_losses.cpp) stands for the operators after the sums of rows x.
-
-    It reads `values`, which plain tensors on the CPU let it, and has no rule for torch.func and dual tensors.
-    """
+def may_be_one_node(*values):
+    """Whether a node of autograd in C++ may stand for several operators: eagerly, without torch.func and dual tensors,
+    for which it has no rule, and where it can read `values`, which plain tensors on the CPU let it."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active() or fwAD._current_level >= 0:
         return False
-    readable = all(type(value) is torch.Tensor and value.is_cpu for value in values)
-    return readable and runs_natively(backend, caller, x)
+    return all(type(value) is torch.Tensor and value.is_cpu for value in values)
+
+
+def takes_row_losses(backend, caller, x, *values):
+    """Whether `row_losses.native` (csrc/ops/row_losses.cpp) stands for the operators after the sums of rows x."""
+    return may_be_one_node(*values) and runs_natively(backend, caller, x)
 
 
 def native_row_losses(rule, inputs, reduction, like, row_weights=None, constants=()):

@@ -28,7 +28,7 @@ from ssl_kernels.losses._clusters import (
     swapped_cross_entropy,
     views_of,
 )
-from ssl_kernels.losses._logits import swapped_logits
+from ssl_kernels.losses._logits import are_one_node, one_node, swapped_logits
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import inverse, unit_rows, widest_under_autocast
 from ssl_kernels.losses.sinkhorn import check_iterations, group_name
@@ -126,6 +126,12 @@ def dino_loss(
     if not pairs:
         raise ValueError(f"{OP}: student must hold a crop that the teacher's one is not, got 1 crop of each")
     chosen = choose_backend("contrastive", backend, OP, like, like if prototypes is None else prototypes)
+    is_plain = prototypes is None and mask is None and centering == "center"
+    if is_plain and chosen == "native" and reduction != "none":
+        temperatures = temperature, teacher_temperature
+        teachers = [view.detach() for view in teachers]
+        if are_one_node(students, teachers, temperatures, row_weights):
+            return one_node(students, teachers, *temperatures, center, pairs, reduction)
     if chosen != "reference":
         refuse_torch_func(OP, chosen)
     if mask is not None:

@@ -12,7 +12,7 @@ from ssl_kernels.checks import (
     short,
 )
 from ssl_kernels.losses._module import Loss
-from ssl_kernels.losses._shared import as_scalar, reduce
+from ssl_kernels.losses._shared import as_scalar, may_be_one_node, reduce
 from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
 from ssl_kernels.ops.patch_errors import patch_errors
 
@@ -64,6 +64,10 @@ def mae_loss(
     width = prediction.shape[-1]
     rows, target = prediction.reshape(-1, width), target.detach().reshape(-1, width)
     chosen = choose_backend("row_pairs", backend, OP, rows, target)
+    if chosen == "native" and reduction != "none" and _is_one_node(prediction, target, mask, eps):
+        return torch.ops.ssl_kernels.mae_loss.native(
+            prediction, target, mask, eps, normalize_target, reduction == "mean"
+        )
     eps = as_scalar(eps, prediction).detach()
     if chosen == "reference":
         with torch.autocast(prediction.device.type, enabled=False):
@@ -82,6 +86,15 @@ def mae_loss(
 
 
 mae_loss.operation = "row_pairs"
+
+
+def _is_one_node(prediction, target, mask, eps):
+    """Whether `mae_loss.native` (csrc/ops/patch_errors.cpp) stands for what follows."""
+    if isinstance(eps, torch.Tensor) or (mask is not None and mask.requires_grad):
+        return False
+    if (target.dtype == torch.float64) != (prediction.dtype == torch.float64):
+        return False
+    return may_be_one_node(prediction, target) and (mask is None or may_be_one_node(mask))
 
 
 def _normalized(target, eps):

@@ -199,6 +199,26 @@ def test_mae_of_images_with_a_mask_is_the_published_code():
     assert losses.mae_loss(prediction, target, 0 * mask) == 0
 
 
+@every_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_mae_with_a_mask_has_the_gradients_of_its_patches(backend, reduction):
+    """Of weights that need a gradient too, of strided ones, and of none at all."""
+    prediction, target = tokens(3, 4, 12).requires_grad_(), tokens(3, 4, 12, seed=1)
+    each = losses.mae_loss(prediction, target, reduction="none", backend="reference")
+    weights = (torch.arange(24, dtype=torch.float64).view(3, 8) % 5 - 1)[:, ::2]
+    for mask in (weights, weights.bool(), weights.clone().requires_grad_(), 0 * weights):
+        total = mask.sum() if reduction == "mean" else 1
+        expected = (each * mask).sum() / total if (mask != 0).any() else 0 * each.sum()
+        found = losses.mae_loss(prediction, target, mask, reduction=reduction, backend=backend)
+        close(found, expected)
+        inputs = [x for x in (prediction, mask) if x.requires_grad]
+        for ours, truth in zip(
+            *(torch.autograd.grad(3 * value, inputs, retain_graph=True) for value in (found, expected)),
+            strict=True,
+        ):
+            close(ours, truth)
+
+
 # Sinkhorn
 
 
