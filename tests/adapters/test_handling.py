@@ -115,10 +115,11 @@ def test_states_go_both_ways(library, name):
     space = library_or_skip(library)
     make, _ = OBJECTS[library, name]
     theirs, mine = make(getattr(space, name)), make(getattr(adapter(library), name))
-    if isinstance(theirs, nn.Module):
-        assert mine.load_state_dict(theirs.state_dict()) == theirs.load_state_dict(mine.state_dict())
-        learned = [buffer.shape for buffer in theirs.buffers()]
-        assert [buffer.shape for buffer in mine.buffers()] == learned
+    if not isinstance(theirs, nn.Module):
+        pytest.skip("it has no state")
+    assert mine.load_state_dict(theirs.state_dict()) == theirs.load_state_dict(mine.state_dict())
+    learned = [buffer.shape for buffer in theirs.buffers()]
+    assert [buffer.shape for buffer in mine.buffers()] == learned
 
 
 HOOKS = [

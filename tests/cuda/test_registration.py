@@ -3,24 +3,13 @@
 import pytest
 import torch
 
-import ssl_kernels  # noqa: F401  defines the operators
 from ssl_kernels import backends
+from ssl_kernels.ops.operation import in_triton
 
 
-@pytest.mark.parametrize(
-    "operator",
-    [
-        "contrastive_fwd",
-        "contrastive_bwd",
-        *["sigmoid_pairs_fwd", "sigmoid_pairs_bwd", "batch_hard", "queue_push_", "momentum_update_"],
-        *["row_pairs_fwd", "row_pairs_bwd"],
-        *["mixup_", "mixup_fwd", "mixup_bwd"],
-        *["cutmix_", "cutmix_fwd", "cutmix_bwd"],
-        "mixup_normalize",
-        *["mixup_cross_entropy_fwd", "mixup_cross_entropy_bwd"],
-    ],
-)
+@pytest.mark.parametrize("operator", in_triton)
 def test_native_overload_has_a_cuda_kernel(operator):
+    """What runs on GPUs in Triton does so in CUDA."""
     if backends.extension is None or not backends.extension.build_info()["cuda_architectures"]:
         pytest.skip("the extension was built without CUDA")
     name = f"ssl_kernels::{operator}.native"

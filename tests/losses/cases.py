@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from ssl_kernels import losses
-from ssl_kernels.reference import clustering
 from tests.helpers import random_rows
-from tests.losses import definitions
+from tests.losses import cluster_definitions, definitions
 
 VIEWS = ("features", "student", "teacher")
 
@@ -83,7 +82,7 @@ class Case:
 
     def definition(self, **arguments):
         """A value a row."""
-        definition = getattr(definitions, self.loss, None) or getattr(clustering, self.loss)
+        definition = getattr(definitions, self.loss, None) or getattr(cluster_definitions, self.loss)
         return definition(**grouped(arguments))
 
 

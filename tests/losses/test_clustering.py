@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from ssl_kernels import losses, nn, sinkhorn
 from ssl_kernels.losses import _clusters
 from ssl_kernels.recipes.memory import peak_memory
-from ssl_kernels.reference import clustering as definitions
 from tests.distributed import processes
 from tests.helpers import BACKENDS, random_rows, saved_bytes
+from tests.losses import cluster_definitions as definitions
 from tests.losses.cases import OTHER_CASES, on_backends, value_and_gradients
 
 OURS = ("swav_loss", "dino_loss", "barlow_twins_loss", "vicreg_loss", "mae_loss")

@@ -381,7 +381,7 @@ def test_sup_con_without_any_positive_is_zero_where_no_value_is_looked_at(monkey
 
 
 def test_sup_con_of_a_single_row_is_zero():
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="sup_con_loss: "):
         assert losses.sup_con_loss(torch.ones(1, 3), torch.tensor([4])).item() == 0
 
 

@@ -201,7 +201,12 @@ def test_momentum_as_a_tensor(backend):
 def test_fake_tensors_are_traced():
     call = triples(torch.bfloat16, torch.float32, [(3,), (4, 5)])
     with FakeTensorMode() as mode:
-        momentum_update_(*([mode.from_tensor(t) for t in tensors] for tensors in call), 0.9)
+        faked = [[mode.from_tensor(t) for t in tensors] for tensors in call]
+        momentum_update_(*faked, 0.9)
+    assert [[t.shape for t in tensors] for tensors in faked] == [
+        [t.shape for t in tensors] for tensors in call
+    ]
+    assert all(t._version == 1 for tensors in faked[:2] for t in tensors)
 
 
 @every_backend
@@ -270,8 +275,8 @@ def test_native_operator_refuses_what_it_would_write_out_of_bounds():
         lambda call: call | {"weight": torch.tensor(0.1).double()},
         lambda call: call | {"weight": torch.tensor([0.1])},
     ):
+        call = change(good_call() | {"weight": torch.tensor(0.1)})
         with pytest.raises(RuntimeError, match="momentum_update_"):
-            call = change(good_call() | {"weight": torch.tensor(0.1)})
             operator(*(call[name] for name in ("masters", "shadows", "sources", "weight")))
 
 
