@@ -29,6 +29,7 @@
 #include <limits>
 #include <vector>
 
+#include "../ops/contrastive.h"
 #include "additions.h"
 #include "classes.h"
 #include "contrastive_expectation.h"
@@ -606,7 +607,7 @@ ContrastiveFwd contrastive_fwd(const ContrastiveArgs& args) {
 }
 
 ContrastiveBwd contrastive_bwd(const ContrastiveArgs& args, const ContrastiveSaved& saved) {
-  if (saved.kept.dim() == 2) return contrastive_expectation_bwd(args, saved);
+  if (holds_expectation(saved.kept)) return contrastive_expectation_bwd(args, saved);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return SSL_KERNELS_DISPATCH(args.rows.scalar_type(), "contrastive_bwd",
                               [&] { return backward<scalar_t, acc_t>(args, saved); });

@@ -10,15 +10,20 @@
 // Traffic: forward reads N C, backward reads N C and writes N C elements.
 // Numerics: exponentials and lane sums in acc_t, lse and loss in double, one rounding of the gradient. Without weights m_i
 //   is 1 exactly where both classes count.
-#include "mixup_cross_entropy.h"
-
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
+#include <string_view>
+#include <tuple>
 #include <vector>
 
+#include "../ops/mixing.h"
 #include "huge_pages.h"
 #include "mixing_math.h"
 #include "permutation.h"
@@ -28,6 +33,19 @@ namespace ssl_kernels::cpu {
 namespace {
 
 constexpr const char* kOp = "mixup_cross_entropy";
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+struct CrossEntropyOptions {
+  double label_smoothing;
+  int64_t ignore_index;
+  bool partner_is_class;  // `partner` holds the partners' classes, not a permutation
+};
+
+struct CrossEntropyRows {
+  at::Tensor loss, lse;  // (N,) double
+  double counted;        // the rows' weights in the mean, added up
+};
 
 // What a row's loss is made of; a term of weight 0 counts nothing, whatever its logit is.
 struct Terms {
@@ -113,11 +131,8 @@ at::Tensor with_consecutive_classes(const at::Tensor& logits) {
   return logits.size(1) == 1 || logits.stride(1) == 1 ? logits : logits.contiguous();
 }
 
-}  // namespace
-
-CrossEntropyRows mixup_cross_entropy_fwd(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& partner,
-                                         const at::Tensor& lam, const at::Tensor& weight,
-                                         const CrossEntropyOptions& options) {
+CrossEntropyRows losses_of_rows(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& partner,
+                                const at::Tensor& lam, const at::Tensor& weight, const CrossEntropyOptions& options) {
   return SSL_KERNELS_DISPATCH(logits.scalar_type(), kOp, [&] {
     const int64_t n = logits.size(0), classes = logits.size(1);
     const at::Tensor class_weights = weight.defined() ? weight.contiguous() : weight;
@@ -150,13 +165,38 @@ CrossEntropyRows mixup_cross_entropy_fwd(const at::Tensor& logits, const at::Ten
   });
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> mixup_cross_entropy_fwd(
+    const at::Tensor& logits, const at::Tensor& target, const at::Tensor& partner, const at::Tensor& lam,
+    const OptionalTensor& weight, double label_smoothing, int64_t ignore_index, bool partner_is_class,
+    std::string_view reduction) {
+  check_mixup_cross_entropy(logits, target, partner, lam, weight);
+  const auto [rows, lse, counted] = losses_of_rows(
+      logits, target, partner, lam, weight.value_or(at::Tensor()), {label_smoothing, ignore_index, partner_is_class});
+  const bool is_mean = reduction == "mean";
+  const at::Tensor loss = reduction == "none" ? rows.to(lam.scalar_type()) : at::sum(rows, lam.scalar_type());
+  const at::Tensor total = is_mean ? at::empty({}, lam.options()) : at::empty({0}, lam.options());
+  if (is_mean) {  // by hand: an operation on one number takes longer than the rows of a small batch
+    AT_DISPATCH_FLOATING_TYPES(lam.scalar_type(), kOp, [&] {
+      *total.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(counted);
+      *loss.mutable_data_ptr<scalar_t>() /= static_cast<scalar_t>(counted);
+    });
+  }
+  return {loss, lse, total};
+}
+
 at::Tensor mixup_cross_entropy_bwd(const at::Tensor& grad_loss, const at::Tensor& logits, const at::Tensor& target,
-                                   const at::Tensor& partner, const at::Tensor& lam, const at::Tensor& weight,
-                                   const at::Tensor& lse, const CrossEntropyOptions& options) {
+                                   const at::Tensor& partner, const at::Tensor& lam, const OptionalTensor& weight,
+                                   const at::Tensor& lse, double label_smoothing, int64_t ignore_index,
+                                   bool partner_is_class) {
+  check_mixup_cross_entropy(logits, target, partner, lam, weight);
+  check_row_numbers("grad_loss", grad_loss, logits);
+  check_row_numbers("lse", lse, logits);
+  TORCH_CHECK(lse.is_contiguous(), kOp, ": lse must be what mixup_cross_entropy_fwd returned");
   return SSL_KERNELS_DISPATCH(logits.scalar_type(), kOp, [&] {
     const int64_t n = logits.size(0), classes = logits.size(1);
-    const at::Tensor class_weights = weight.defined() ? weight.contiguous() : weight;
-    const MixedTarget<acc_t> mixed_target(target, partner, lam, class_weights, classes, options);
+    const at::Tensor class_weights = weight ? weight->contiguous() : at::Tensor();
+    const MixedTarget<acc_t> mixed_target(target, partner, lam, class_weights, classes,
+                                          {label_smoothing, ignore_index, partner_is_class});
     const acc_t* smoothed = mixed_target.smoothed_weights();
     const at::Tensor z = with_consecutive_classes(logits);
     at::Tensor grad = in_huge_pages(at::empty({n, classes}, logits.options()));
@@ -178,7 +218,7 @@ at::Tensor mixup_cross_entropy_bwd(const at::Tensor& grad_loss, const at::Tensor
         const acc_t shift = static_cast<acc_t>(lses[i]);
         const double lost = double(shift) - lses[i];
         const acc_t factor = static_cast<acc_t>(g * terms.mass * (1 + lost + lost * lost / 2));
-        const acc_t offset = static_cast<acc_t>(g * options.label_smoothing / classes * terms.present);
+        const acc_t offset = static_cast<acc_t>(g * label_smoothing / classes * terms.present);
         if (smoothed)
           math.weighted_gradient(out + i * classes, row, shift, factor, offset, smoothed, classes);
         else
@@ -196,4 +236,10 @@ at::Tensor mixup_cross_entropy_bwd(const at::Tensor& grad_loss, const at::Tensor
   });
 }
 
+TORCH_LIBRARY_IMPL(ssl_kernels, CPU, library) {
+  library.impl("mixup_cross_entropy_fwd.native", &mixup_cross_entropy_fwd);
+  library.impl("mixup_cross_entropy_bwd.native", &mixup_cross_entropy_bwd);
+}
+
+}  // namespace
 }  // namespace ssl_kernels::cpu

@@ -1,8 +1,6 @@
 // Launchers of row_pairs.h.
 #include "row_pairs.h"
 
-#include <algorithm>
-
 #include "row_pairs.cuh"
 
 namespace ssl_kernels {

@@ -5,7 +5,6 @@
 #include "../cpu/contrastive.h"
 #include "autograd.h"
 #include "contrastive.h"
-#include "contrastive_autograd.h"
 
 namespace ssl_kernels {
 namespace {

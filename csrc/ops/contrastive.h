@@ -11,6 +11,10 @@ namespace ssl_kernels {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// What forward hands to backward as `kept` is (0,), where nothing is kept; one-dimensional, which the kernel that made it
+// alone reads; or the expectation of the columns, (N, D).
+inline bool holds_expectation(const at::Tensor& kept) { return kept.dim() == 2; }
+
 inline void check_contrastive(const at::Tensor& rows, const OptionalTensor& columns, const at::Tensor& scale,
                               const OptionalTensor& positives, const OptionalTensor& row_ids,
                               const OptionalTensor& column_ids) {

@@ -128,10 +128,10 @@ Bwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_c
   check_additions(rows, columns, scale, row_ids, both_directions, column_bias, row_bias, row_limit, exempt,
                   only_equal_ids);
   const Additions additions = additions_of(column_bias, row_bias, row_limit, exempt, only_equal_ids);
-  check_column_dtype(rows, columns, both_directions || additions.any(), kept.dim() != 2);
+  check_column_dtype(rows, columns, both_directions || additions.any(), !holds_expectation(kept));
   TORCH_CHECK(lse.scalar_type() == at::kDouble && lse.numel() == rows.size(0),
               "contrastive: lse must be what contrastive_fwd returned");
-  const bool expectation = kept.dim() == 2;
+  const bool expectation = holds_expectation(kept);
   TORCH_CHECK(!expectation || (kept.sizes() == rows.sizes() && kept.scalar_type() == accumulation_dtype(rows) &&
                                !columns_need_grad && !column_bias_needs_grad && !row_bias_needs_grad &&
                                (columns || !positives)),

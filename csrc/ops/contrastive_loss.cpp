@@ -27,7 +27,7 @@
 #include "../cpu/permutation.h"
 #include "../cpu/pool.h"
 #include "autograd.h"
-#include "contrastive_autograd.h"
+#include "contrastive_operators.h"
 #include "contrastive_loss.h"
 #include "readable.h"
 

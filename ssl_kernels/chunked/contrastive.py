@@ -6,6 +6,7 @@ Logits of a block are (block, M) in float32 (float64 for float64 input); nothing
 import torch
 
 from ssl_kernels.chunked.rows import LOGITS_PER_BLOCK, input_gradient, unit_rows, without_autocast
+from ssl_kernels.constants import holds_expectation
 from ssl_kernels.reference.contrastive import infinite_as_nan
 
 
@@ -225,7 +226,7 @@ def contrastive_bwd(
     positives_alone = not any(map(_counts, (grad_lse, grad_column_lse)))
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     has_positives = positives is not None and grad_positive_logits is not None
-    if kept.dim() == 2:
+    if holds_expectation(kept):
         x = unit_rows(rows, normalize_rows)[0]
         counts = (lse != -torch.inf) & (grad_lse != 0)
         grad_x = torch.where(counts[:, None], grad_lse.to(x.dtype)[:, None] * kept, 0)

@@ -2,6 +2,7 @@
 
 import torch
 
+from ssl_kernels.constants import holds_expectation
 from ssl_kernels.losses._shared import unit_rows
 from ssl_kernels.ops import contrastive as _contrastive
 from ssl_kernels.ops import sigmoid_pairs as _sigmoid_pairs
@@ -49,7 +50,7 @@ def frozen_fwd(backend, rows, columns, scale, normalize, ids=None, *, own=False)
     """
     marks = (None, *(ids or (None, None)))
     lse, *_, kept = contrastive_fwd(backend, rows, columns, scale, marks, normalize, keep=False, own=own)
-    if kept.dim() == 2:
+    if holds_expectation(kept):
         return [lse, kept]
     # A kernel that keeps none, of wide rows: by the backward operator, of rows that are unit and scaled already.
     unit, one = unit_rows(rows, normalize[0]), torch.ones_like(scale)

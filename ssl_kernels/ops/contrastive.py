@@ -8,7 +8,7 @@ import torch
 
 from ssl_kernels import backends, preference
 from ssl_kernels.chunked import contrastive as chunked
-from ssl_kernels.constants import KEPT_HEADER
+from ssl_kernels.constants import KEPT_HEADER, holds_expectation
 from ssl_kernels.ops.library import accumulation_dtype, savable
 from ssl_kernels.ops.operation import OVERLOADS, Operation
 from ssl_kernels.reference import contrastive as reference
@@ -153,7 +153,7 @@ def _forward(backend, needs, *args):
     results = _fwd[backend](*operands, *flags, any(needs), columns_need_grad, *additions, *only)
     lse, column_lse, positive_logits, *norms, kept = results
     rows, _, scale, positives, _, _ = operands
-    if kept.dim() == 2 and positives is None:  # the expectation: backward reads rows and scale alone
+    if holds_expectation(kept) and positives is None:  # backward reads rows and scale alone
         operands = (rows, None, scale, None, None, None)
     return (lse, column_lse, positive_logits), (*operands, lse, column_lse, *norms, kept, *additions)
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ssl_kernels.constants import holds_expectation
 from ssl_kernels.triton import panels
 from ssl_kernels.triton.common import merge_lse_kernel
 from ssl_kernels.triton.contrastive_bwd import (
@@ -195,7 +196,7 @@ def contrastive_bwd(
     row_bias_needs_grad=False,
 ):
     """`contrastive_bwd` of docs/contrastive.md."""
-    if kept.dim() == 2:
+    if holds_expectation(kept):
         return _bwd_from_expectation(
             grad_lse, grad_positive_logits, rows, columns, scale, positives, row_rnorm, column_rnorm, kept,
             normalize_rows, normalize_columns, rows_need_grad,
