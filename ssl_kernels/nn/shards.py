@@ -60,7 +60,7 @@ def reshard(module):
 
 
 def check_not_in_forward(module):
-    """Within a forward that needs them, parameters stay gathered copies for all that `_reshard` does."""
+    """Within a forward that needs them, parameters stay gathered copies for all that `reshard` does."""
     for sharded in sharded_parts(module):
         inside = set(module.modules())
         parts = [sharded] if sharded._get_fsdp_state()._training_state.name == "FORWARD" else []

@@ -287,7 +287,7 @@ def contrastive(
             results = reference.contrastive(*operands, *flags, *map(_savable_tensor, additions))
             return Contrastive(*[result.double() for result in results])
     operands = (rows, columns, scale, positives, row_ids, column_ids)
-    if chosen == "native":  # differentiates itself: csrc/ops/contrastive_autograd.cpp
+    if chosen == "native":  # differentiates itself: csrc/ops/contrastive.cpp
         return Contrastive(*_fwd[chosen](*operands, *flags, False, False, *additions)[:3])
     if has_additions:
         operands, flags = (*operands, *additions[:-1]), (*flags, only_equal_ids)

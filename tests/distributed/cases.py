@@ -19,7 +19,7 @@ class Case:
         loss: Name of the function, in `ssl_kernels` and `ssl_kernels.distributed`.
         towers: How many encoders; each gets its own rows of the inputs.
         scalars: Initial values of the learned scalars, passed after the embeddings.
-        by_row: Names of arguments with one value per row, from `extras`.
+        by_row: Names of arguments with one value per row, from `inputs_of`.
         options: Further arguments.
         views: How many values "none" gives a row.
         frozen: Towers without a gradient.
