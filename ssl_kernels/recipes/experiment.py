@@ -14,6 +14,7 @@ from ssl_kernels.recipes.evaluation import Accuracy, evaluate_features, extract_
 from ssl_kernels.recipes.memory import peak_memory
 from ssl_kernels.recipes.methods import find_method
 from ssl_kernels.recipes.ranks import ALONE
+from ssl_kernels.recipes.views import Batch
 
 LARGEST_SMALL_IMAGE = 64  # pixels a side, up to which ResNet-18 gets the CIFAR stem
 
@@ -88,8 +89,10 @@ def prepare_trainings(data, losses, settings, *, device="cpu", out=None, resume=
         try:
             method = build_method(data, settings)
         except RuntimeError as error:
-            size = settings.options.get("queue_size")
-            raise ValueError(f"--queue-size must fit into memory, got {size}") from error
+            if "queue_size" in settings.options:
+                size = settings.options["queue_size"]
+                raise ValueError(f"--queue-size must fit into memory, got {size}") from error
+            raise _refused(settings, error) from error
         trainings[name] = training = Training(
             method,
             settings,
@@ -103,6 +106,32 @@ def prepare_trainings(data, losses, settings, *, device="cpu", out=None, resume=
         if resume and out and training.checkpoint.exists():
             training.load(len(data.views))
     return trainings
+
+
+def rehearse(training, data):
+    """A forward pass of a copy with four images of random numbers, in which a loss refuses options before the work.
+
+    Raises:
+        ValueError: It did.
+    """
+    method, settings = copy.deepcopy(training.method), training.settings
+    with torch.random.fork_rng(devices=[]):
+        whole, parts = (
+            [torch.rand(4, data.channels, side, side) for _ in range(count)]
+            for side, count in ((data.image_size, method.views), (data.image_size // 2, method.crops))
+        )
+        batch = Batch(whole, parts, torch.arange(4) % 2).to(training.device)
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                method(batch)
+        except (ValueError, RuntimeError, ArithmeticError) as error:
+            raise _refused(settings, error) from error
+
+
+def _refused(settings, error):
+    options = ", ".join(f"{name} = {value}" for name, value in settings.options.items()) or "none"
+    reason = str(error).strip().splitlines()[0]
+    return ValueError(f"--method {settings.method} must run with its options, got {options} ({reason})")
 
 
 def run_experiment(data, trainings, settings, *, device="cpu"):

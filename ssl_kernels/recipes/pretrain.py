@@ -283,6 +283,8 @@ def set_up(args):
     trainings = experiment.prepare_trainings(
         images, losses, settings, device=device, out=args.out, resume=args.resume, ranks=together
     )
+    for training in trainings.values():
+        experiment.rehearse(training, images)
     checkpoints = [training.checkpoint for training in trainings.values()]
     sizes = [training.bytes_of_checkpoint for training in trainings.values()]
     there = sum(path.stat().st_size for path in checkpoints if path.is_file())

@@ -120,6 +120,27 @@ def test_cifar10(tmp_path, monkeypatch):
         (["--option", "depth=3"], "--option must name one of simclr's (temperature, width), got depth"),
         (["--option", "width=wide"], "--option width must be of type int, got wide"),
         (["--option", "width"], "argument --option: must be NAME=VALUE, got width"),
+        (
+            ["--option", "temperature=0"],
+            "--method simclr must run with its options, got temperature = 0.0, width = 128 (nt_xent_loss: temperature",
+        ),
+        (
+            ["--option", "width=-1"],
+            "--method simclr must run with its options, got temperature = 0.5, width = -1",
+        ),
+        (
+            ["--method", "supervised", "--option", "label_smoothing=2"],
+            "got label_smoothing = 2.0 (label_smoothing",
+        ),
+        (
+            ["--method", "imix", "--option", "alpha=-1"],
+            "--method imix must run with its options, got temperature",
+        ),
+        (
+            ["--method", "mae", "--option", "hidden_part=2"],
+            "hidden_part must be a number between 0 and 1, got 2.0",
+        ),
+        (["--method", "clip", "--option", "logit_scale=0"], "logit_scale must be a number over 0, got 0.0"),
         (["--accumulate", "900"], "--accumulate must leave 2 images a part of --batch-size, got 900"),
         (["--warmup", "2"], "argument --warmup: must be a number from 0 to 1, got 2"),
         (

@@ -26,6 +26,8 @@ class CLIP(Method):
 
     def __init__(self, encoder, data, *, logit_scale=10.0, width=64):
         super().__init__()
+        if not logit_scale > 0:
+            raise ValueError(f"--option logit_scale must be a number over 0, got {logit_scale}")
         self.online = Embedder(encoder, mlp(encoder.out_features, width))
         self.text = TextTower(width)
         self.log_scale = nn.Parameter(torch.tensor(math.log(logit_scale)))

@@ -26,6 +26,8 @@ class MAE(Method):
             raise ValueError(
                 f"--image-size must have a divisor from 2 to 8 for --method mae, got {data.image_size}"
             )
+        if not 0 < hidden_part < 1:
+            raise ValueError(f"--option hidden_part must be a number between 0 and 1, got {hidden_part}")
         self.visible = min(max(1, round((1 - hidden_part) * patches)), patches - 1)
         self.decoder_embedding = nn.Linear(encoder.out_features, decoder_width)
         self.hidden_token = nn.Parameter(torch.zeros(decoder_width))
