@@ -1,15 +1,16 @@
 """Fine-tuning: an encoder trained further with a classifier on it, on a part of the labels.
 
-On a trained encoder the classifier begins as the linear probe of its features, and the learning rate is low: one that
-begins at random spoils the features before it can use them (Kumar et al., arXiv:2202.10054). Batch normalisation keeps
-the statistics that it has.
+On a trained encoder the classifier begins as a linear probe of its features, and the learning rate is low: one that
+begins at random spoils the features before it can use them (Kumar et al., arXiv:2202.10054). The probe sees what the
+training will see: augmented images too, after batch normalisation has taken their statistics.
 """
 
 import copy
+import itertools
 
 import torch
 from sklearn.linear_model import LogisticRegression
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 
 from ssl_kernels.recipes.engine import Settings, Training, train
 from ssl_kernels.recipes.evaluation import accuracy_of, draw_part, extract_features
@@ -18,8 +19,9 @@ from ssl_kernels.recipes.views import seeded
 
 STEPS = 200
 BATCH_SIZE = 64
-LEARNING_RATE = 3e-4
+LEARNING_RATE = 1e-3
 LEARNING_RATE_FROM_SCRATCH = 1e-2
+PROBED_BATCHES = 50  # of views, beside the images themselves
 
 
 def finetune(encoder, data, part, seed, *, steps=STEPS, from_scratch=False, device="cpu"):
@@ -39,26 +41,39 @@ def finetune(encoder, data, part, seed, *, steps=STEPS, from_scratch=False, devi
     with seeded(seed):
         method = Supervised(copy.deepcopy(encoder), data)
     if not from_scratch:
-        weight, bias = linear_probe(*extract_features(encoder, data.train), rows)
-        with torch.no_grad():
-            method.online.projection.weight.copy_(weight)
-            method.online.projection.bias.copy_(bias)
+        _begin_at_probe(method.online, data, views, rows, first=epochs)
     training = Training(method, settings, epochs * len(views), device=device)
-    if not from_scratch:
-        for module in method.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()  # the statistics of a few images would make other features than those probed
     train([training], views, f"fine-tune, {100 * part:g} % of labels")
     logits, labels = extract_features(method.online, data.test)
     return accuracy_of(logits, labels)
 
 
-def linear_probe(features, labels, rows):
-    """(weight (C, F), bias (C,)) of the logistic regression on these rows of features, standardised by all of them."""
-    mean, deviation = features.mean(0), features.std(0)
+def _begin_at_probe(network, data, views, rows, first):
+    """Give the classifier on the encoder the weights of a `linear_probe` of the images and of views from epoch `first`
+    on, which the training does not see."""
+
+    def batches():
+        every = (batch for epoch in itertools.count(first) for batch in views.epoch(epoch))
+        return ((batch.views[0], batch.labels) for batch in itertools.islice(every, PROBED_BATCHES))
+
+    device = next(network.parameters()).device
+    update_bn(batches(), network.encoder, device)
+    features, labels = extract_features(network.encoder, data.train)
+    of_views, labels_of_views = extract_features(network.encoder, batches())
+    weight, bias = linear_probe(
+        torch.cat([features[rows], of_views]), torch.cat([labels[rows], labels_of_views]), features
+    )
+    with torch.no_grad():
+        network.projection.weight.copy_(weight)
+        network.projection.bias.copy_(bias)
+
+
+def linear_probe(features, labels, unlabelled):
+    """(weight (C, F), bias (C,)) of the logistic regression on features standardised by the unlabelled ones."""
+    mean, deviation = unlabelled.mean(0), unlabelled.std(0)
     deviation = deviation.where(deviation > 0, 1)
     standard = (features - mean) / deviation
-    classifier = LogisticRegression(max_iter=1000).fit(standard[rows].numpy(), labels[rows].numpy())
+    classifier = LogisticRegression(max_iter=1000).fit(standard.numpy(), labels.numpy())
     weight, bias = (torch.from_numpy(each).float() for each in (classifier.coef_, classifier.intercept_))
     if len(weight) == 1:  # of two classes, the logit of the second
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2

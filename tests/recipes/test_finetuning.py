@@ -29,7 +29,18 @@ def test_from_scratch_the_classifier_begins_at_random():
     probed, random = (
         finetune(encoder, images, 0.05, 0, steps=1, from_scratch=each) for each in (False, True)
     )
-    assert probed > 0.6 > random
+    assert probed > 0.3 > random
+
+
+def test_batch_normalisation_takes_the_statistics_of_the_images():
+    """Those that an encoder brings from elsewhere do not matter."""
+    images = data.load_data("digits", 64, 0)
+    encoder = experiment.build_encoder(images, 0, "supervised")
+    own = finetune(encoder, images, 0.05, 0, steps=1)
+    for name, buffer in encoder.named_buffers():
+        if "running" in name:
+            buffer.fill_(100.0)
+    assert finetune(encoder, images, 0.05, 0, steps=1) == own
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -39,7 +50,7 @@ def test_linear_probe_is_the_logistic_regression(classes):
     features = 5 + torch.tensor([1.0, 20.0, 0.1, 0.0]) * torch.randn(60, 4, generator=random)
     features[:, 0] += labels
     rows = torch.arange(0, 60, 2) if classes == 3 else torch.arange(30)
-    weight, bias = linear_probe(features, labels, rows)
+    weight, bias = linear_probe(features[rows], labels[rows], features)
     standard = StandardScaler().fit(features.numpy())
     expected = LogisticRegression(max_iter=1000).fit(
         standard.transform(features[rows].numpy()), labels[rows].numpy()
