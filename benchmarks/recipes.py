@@ -10,9 +10,11 @@ import io
 import math
 import os
 import pathlib
+import time
 
 import torch
 
+from benchmarks.machine import describe_machine
 from benchmarks.recipes_plain import PLAIN
 from ssl_kernels.recipes import data, engine, evaluation, experiment, presets
 from ssl_kernels.recipes.files import write_whole
@@ -20,15 +22,16 @@ from ssl_kernels.recipes.finetuning import finetune
 from ssl_kernels.recipes.methods import METHODS, find_method, options_of
 
 SEEDS = (0, 1, 2)
-EPOCHS = {"digits": 30, "mnist5k": 4}
+EPOCHS = {"digits": 100, "mnist5k": 8}
 BATCH_SIZE = 256
 PARTS = {"finetuned_1": 0.01, "finetuned_10": 0.1}  # of the labels
 NOISE = 0.3
-FINETUNED = ("simclr", "moco", "byol", "vicreg")
+FINETUNED = ("simclr", "byol")
 MIXED = ("supervised", "mixup", "cutmix", "manifold-mixup")
 FEATURES = ("knn", "linear", "few")
 CLASSIFIER = ("accuracy", "calibration", "noisy")
-COLUMNS = ("run", "name", "seed", *FEATURES, "rank", *PARTS, *CLASSIFIER)
+TIME = ("seconds", "machine")  # of the training alone: seconds of one core of this processor
+COLUMNS = ("run", "name", "seed", *FEATURES, "rank", *PARTS, *CLASSIFIER, *TIME)
 STORE = pathlib.Path(__file__).parent / "results" / "recipes.csv"
 DOCS = pathlib.Path(__file__).parent.parent / "docs" / "recipes.md"
 
@@ -79,9 +82,9 @@ def untrained(seed):
 
 
 def train(method, seed):
-    training, images = trained(method, seed, "digits", None)
+    training, images, seconds = trained(method, seed, "digits", None)
     line = {"run": "ours", "name": method, **judge(training.method.encoder, images)}
-    line["rank"] = training.history.ranks[-1]
+    line |= {"rank": training.history.ranks[-1], "seconds": seconds, "machine": processor()}
     if method in FINETUNED:
         line |= finetuned(training.method.encoder, images, seed)
     if method in MIXED:
@@ -91,23 +94,32 @@ def train(method, seed):
 
 def train_plain(method, seed):
     """With plain PyTorch's loss, from the same weights and on the same views as `train`."""
-    training, images = trained(method, seed, "digits", PLAIN[method])
-    return [{"run": "plain", "name": method, **judge(training.method.encoder, images)}]
+    training, images, seconds = trained(method, seed, "digits", PLAIN[method])
+    line = {"run": "plain", "name": method, **judge(training.method.encoder, images)}
+    return [line | {"seconds": seconds, "machine": processor()}]
 
 
 def trained(method, seed, name, loss):
-    """(a `Training` at its end, the `ImageData` called name); loss None is the method's own."""
+    """(a `Training` at its end, the `ImageData` called name, the processor's seconds that it took); loss None is the
+    method's own. The processor's, since other work on the machine adds little to these."""
     images = load(method, seed, name)
     training = experiment.prepare_trainings(images, {"run": loss}, settings_of(method, seed, name))["run"]
+    start = time.process_time()
     engine.train([training], images.views, f"{method} of {name}, seed {seed}")
-    return training, images
+    return training, images, time.process_time() - start
+
+
+def processor():
+    """Its name and instruction set, such as "AMD EPYC, avx512": generations may share a name."""
+    machine = describe_machine("cpu")
+    return ", ".join(filter(None, (machine["cpu"], machine["instruction_set"])))
 
 
 def transfer(seed):
     """SimCLR's encoders of either image set on the other, and on MNIST's digits beside an untrained one."""
     encoders, sets = {}, {}
     for name in EPOCHS:
-        training, sets[name] = trained("simclr", seed, name, None)
+        training, sets[name], _ = trained("simclr", seed, name, None)
         encoders[f"from {name}"] = training.method.encoder
     encoders["untrained"] = experiment.build_encoder(sets["digits"], seed, "simclr")
     pairs = [("mnist5k", "untrained"), ("mnist5k", "from digits"), ("mnist5k", "from mnist5k")]
@@ -165,7 +177,7 @@ def run_missing(limit, methods):
             continue
         lines = []
         for line in function(seed):
-            numbers = {name: f"{value:.4f}" for name, value in line.items() if isinstance(value, float)}
+            numbers = {column: f"{value:.4f}" for column, value in line.items() if isinstance(value, float)}
             lines.append(line | {"seed": str(seed)} | numbers)
             print(*lines[-1].values(), flush=True)
         write_lines(read_lines() + lines)

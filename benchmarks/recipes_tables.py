@@ -24,20 +24,24 @@ def write(page, lines):
 
 
 def accuracies(lines):
-    """Frozen features: pixels, untrained encoders, every method and the same in plain PyTorch."""
+    """Frozen features: pixels, untrained encoders, every method and the same in plain PyTorch; below it whose seconds
+    these are."""
     rows = []
     for name in ("raw pixels", "convolutional network", "transformer"):
         title = name if name == "raw pixels" else f"untrained {name}"
-        rows.append([title, *cells(lines, "untrained", name, recipes.FEATURES), "", "", ""])
+        rows.append([title, *cells(lines, "untrained", name, recipes.FEATURES), "", "", "", "", ""])
+    machine = machine_of(lines)
     for method in METHODS:
         ranks = [float(line["rank"]) for line in runs(lines, "ours", method)]
         rank = f"{statistics.fmean(ranks):.1f}" if ranks else "–"
         ours = cells(lines, "ours", method, recipes.FEATURES)
-        plain = (
-            cells(lines, "plain", method, ("knn", "linear")) if method in recipes.PLAIN else ["the same"] * 2
-        )
-        rows.append([f"`{method}`", *ours, rank, *plain])
-    return table([*FEATURES, "effective rank", "plain PyTorch: kNN", "linear probe"], rows)
+        plain = ["the same"] * 3
+        if method in recipes.PLAIN:
+            plain = cells(lines, "plain", method, ("knn", "linear"))
+            plain.append(seconds(lines, "plain", method, machine))
+        rows.append([f"`{method}`", *ours, rank, seconds(lines, "ours", method, machine), *plain])
+    head = [*FEATURES, "effective rank", "seconds", "plain PyTorch: kNN", "linear probe", "seconds"]
+    return f"{table(head, rows)}\n\nSeconds of one core of this processor: {machine or '–'}."
 
 
 def fine_tuning(lines):
@@ -67,6 +71,18 @@ def mixing(lines):
     """Supervised training with mixed images beside training without."""
     rows = [[f"`{method}`", *cells(lines, "ours", method, recipes.CLASSIFIER)] for method in recipes.MIXED]
     return table(["accuracy", "calibration error", "accuracy under noise"], rows)
+
+
+def machine_of(lines):
+    """The processor that most of the trainings ran on, the only one whose times are shown."""
+    machines = [line["machine"] for line in lines if "machine" in line]
+    return statistics.mode(machines) if machines else None
+
+
+def seconds(lines, run, name, machine):
+    """The least of the trainings on that processor: what else it did there only adds to them."""
+    taken = [float(line["seconds"]) for line in runs(lines, run, name) if line.get("machine") == machine]
+    return f"{min(taken):.0f}" if taken else "–"
 
 
 def runs(lines, run, name):

@@ -16,8 +16,9 @@ class BYOL(Method):
 
     def __init__(self, encoder, data, *, momentum=0.99, width=128):
         super().__init__()
-        self.online = Embedder(encoder, mlp(encoder.out_features, width))
-        self.predictor = mlp(width, width)
+        hidden = 2 * max(encoder.out_features, width)  # wider than in- and output, as in the paper
+        self.online = Embedder(encoder, mlp(encoder.out_features, width, hidden))
+        self.predictor = mlp(width, width, hidden)
         self.average = MomentumEncoder(self.online, momentum)
 
     def forward(self, batch):
