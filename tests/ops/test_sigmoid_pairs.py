@@ -323,9 +323,9 @@ def test_repeated_calls_are_equal_bit_for_bit(backend, total):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_any_number_of_threads(threads, set_threads):
     set_threads(threads)
-    for n, m in ((200, 190), (600, 530), (40, 900)):
+    for n, m, d in ((200, 190, 40), (600, 530, 40), (40, 900, 40), (150, 140, 260)):
         for ids in (None, "left out", "positive"):
-            check_against_float64("native", random_call(n, m, 40, total=True, ids=ids))
+            check_against_float64("native", random_call(n, m, d, total=True, ids=ids))
 
 
 SAVE_RESULTS = """
