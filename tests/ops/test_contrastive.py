@@ -28,8 +28,8 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_operator = pytest.mark.parametrize("backend", OPERATORS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
-# Rows, columns (None: square), width. The CPU kernel makes one tile of few products up to 256 rows and columns, and cuts
-# blocks of 64 to 256 beyond; it keeps logits from D = 32 on.
+# Rows, columns (None: square), width. The CPU kernel makes one tile of few products up to 256 rows and columns, and
+# cuts blocks of 64 to 256 beyond; it keeps logits from D = 32 on.
 SHAPES = [
     (1, None, 1),
     (2, None, 3),
