@@ -1,4 +1,4 @@
-"""Writes the table of speed in docs/migration.md from a stored result: `python -m benchmarks.adapters_page CSV`."""
+"""Writes the table of speed in docs/migration.md: `python -m benchmarks.adapters_page CSV...`, one a thread count."""
 
 import pathlib
 import sys
@@ -8,40 +8,95 @@ from benchmarks.results import markdown_table, read_record
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "migration.md"
 BEGIN, END = "<!-- written by benchmarks/adapters_page.py -->\n", "<!-- end of speed -->\n"
-HEADER = ("class", "size", "original, ms", "adapter, ms", "×", "products alone, ms")
+COLUMNS = ("original, ms", "adapter, ms", "×", "× of products")
+FROM_ROWS, TIMES = 256, 3.0  # what adapters are to reach
 
 
 def milliseconds(seconds):
     return f"{1e3 * seconds:.3g}"
 
 
-def row(case):
-    """The cells of one measured case."""
-    sizes = ", ".join(f"{name} = {value}" for name, value in case["sizes"].items())
+def times(case):
+    """(of the original, of the adapter, how many times as fast, how many times as fast products alone would be)."""
     timed = case["implementations"]
-    cells = [
-        milliseconds(timed[name]["step_seconds"]["median"]) if name in timed else "–"
+    original, ours = (
+        timed[name]["step_seconds"]["median"] if name in timed else None
         for name in ("original", "ssl_kernels")
-    ]
+    )
     ratio = timed.get("ssl_kernels", {}).get("ratio_to", {}).get("original")
     least = case["operations"] and case["operations"] / case["product"]["operations_per_second"]
+    return original, ours, ratio and ratio["median"], original and least and original / least
+
+
+def cells(case):
+    """Those of one measured case, for one number of threads."""
+    *seconds, ratio, most = times(case)
     return [
-        f"`{case['loss'].split()[0]}`{case['loss'].partition(' ')[1]}{case['loss'].partition(' ')[2]}",
-        sizes,
-        *cells,
-        "–" if ratio is None else f"{ratio['median']:.3g}",
-        milliseconds(least) if least else "",
+        *("–" if value is None else milliseconds(value) for value in seconds),
+        "–" if ratio is None else f"{ratio:.3g}",
+        "" if most is None else f"{most:.3g}",
     ]
 
 
-def section(record):
-    """The table, and below it the machine and what was left out."""
-    lines = [markdown_table(HEADER, [row(case) for case in record["cases"]]), ""]
+def label(case):
+    name, space, way = case["loss"].partition(" ")
+    return f"`{name}`{space}{way}"
+
+
+def size(case):
+    return ", ".join(f"{name} = {value}" for name, value in case["sizes"].items())
+
+
+def threads_of(record):
+    count = record["machine"]["threads"]
+    return f"{count} thread{'s' * (count != 1)}"
+
+
+def below(record):
+    """A sentence on the cases under `TIMES`, and on those under 1 of any size."""
+    slow, slower = [], []
     for case in record["cases"]:
-        for name, reason in case["left_out"].items():
-            size = next(iter(case["sizes"].values()))
-            lines.append(f"{case['loss']} at B = {size}, {name}: {reason}.")
-    return "\n".join([*lines, "", machine_line(record["machine"]) + "."]) + "\n"
+        _, ours, ratio, most = times(case)
+        if ratio is None:
+            continue
+        shown = f"{label(case)} {ratio:.3g}"
+        if ratio < 1:
+            slower.append(f"{shown} ({size(case)})")
+        if ratio < TIMES and case["sizes"]["B"] == FROM_ROWS:
+            if most is not None:
+                least = case["operations"] / case["product"]["operations_per_second"]
+                shown += f" (products alone {most:.3g}, {100 * least / ours:.0f} % of the adapter's time)"
+            slow.append(shown)
+    lines = [
+        f"Under {TIMES:.3g} times of {FROM_ROWS} rows, {threads_of(record)}: {'; '.join(slow) or 'none'}."
+    ]
+    lines.append(f"Slower than the original, {threads_of(record)}: {'; '.join(slower) or 'none'}.")
+    return lines
+
+
+def section(records):
+    """The table, and below it the bounds, the machine and what was left out."""
+    header = ["class", "size"]
+    for record in records:
+        first, *others = COLUMNS
+        header += [f"{threads_of(record)}: {first}", *others]
+    lines = []
+    for cases in zip(*(record["cases"] for record in records), strict=True):
+        if len({(case["loss"], size(case)) for case in cases}) != 1:
+            raise ValueError(f"the results must have the same cases, got {[case['loss'] for case in cases]}")
+        lines.append([label(cases[0]), size(cases[0]), *(cell for case in cases for cell in cells(case))])
+    lines = [markdown_table(header, lines), ""]
+    for record in records:
+        for sentence in below(record):
+            lines += [sentence, ""]
+    left_out = {
+        (label(case), case["sizes"]["B"], name): reason
+        for record in records
+        for case in record["cases"]
+        for name, reason in case["left_out"].items()
+    }
+    lines += [f"{loss} at B = {rows}, {name}: {reason}." for (loss, rows, name), reason in left_out.items()]
+    return "\n".join([*lines, "", *(machine_line(record["machine"]) + "." for record in records)]) + "\n"
 
 
 def with_section(page, lines):
@@ -50,8 +105,8 @@ def with_section(page, lines):
 
 
 def main(arguments):
-    record = read_record(pathlib.Path(arguments[0]))
-    PAGE.write_text(with_section(PAGE.read_text(), section(record)))
+    records = [read_record(pathlib.Path(path)) for path in arguments]
+    PAGE.write_text(with_section(PAGE.read_text(), section(records)))
     print(f"wrote {PAGE}")
     return 0
 

@@ -3,7 +3,7 @@ import argparse
 import pytest
 import torch
 
-from benchmarks import adapters_page, bench_adapters, harness
+from benchmarks import adapters_page, bench_adapters, harness, machine
 
 
 @pytest.mark.parametrize("loss", bench_adapters.LOSSES, ids=str)
@@ -47,16 +47,31 @@ def test_the_page_shows_a_result():
     entry = {"step_seconds": spread, "ratio_to": {"original": {"median": 4.0}}}
     case = {
         "loss": "lightly.NTXentLoss with a bank",
-        "sizes": {"B": 8, "D": 4},
+        "sizes": {"B": 256, "D": 4},
         "operations": 10**6,
         "product": {"operations_per_second": 1e9},
         "left_out": {},
         "implementations": {"original": {"step_seconds": {"median": 8e-3}}, "ssl_kernels": entry},
     }
-    cells = ["`lightly.NTXentLoss` with a bank", "B = 8, D = 4", "8", "2", "4", "1"]
-    assert adapters_page.row(case) == cells
+    here = machine.describe_machine("cpu")
+    records = [{"machine": here | {"threads": threads}, "cases": [case]} for threads in (1, 2)]
+    name = "`lightly.NTXentLoss` with a bank"
+    lines = adapters_page.section(records).splitlines()
+    header, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], lines[2]))
+    assert header[2::4] == ["1 thread: original, ms", "2 threads: original, ms"]
+    assert row == [name, "B = 256, D = 4", *["8", "2", "4", "8"] * 2]
+    assert "Under 3 times of 256 rows, 2 threads: none." in lines
+
+    entry["ratio_to"]["original"]["median"] = 0.5
+    lines = adapters_page.section(records).splitlines()
+    bound = "products alone 8, 50 % of the adapter's time"
+    assert f"Under 3 times of 256 rows, 1 thread: {name} 0.5 ({bound})." in lines
+    assert f"Slower than the original, 1 thread: {name} 0.5 (B = 256, D = 4)." in lines
+
     del case["implementations"]["original"], entry["ratio_to"]["original"]
-    assert adapters_page.row(case)[2:5] == ["–", "2", "–"]
+    assert adapters_page.cells(case) == ["–", "2", "–", ""]
+    with pytest.raises(ValueError, match="must have the same cases"):
+        adapters_page.section([records[0], records[0] | {"cases": [case | {"loss": "another"}]}])
 
 
 def test_the_page_has_its_place():
