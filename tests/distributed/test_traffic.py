@@ -128,4 +128,6 @@ def test_a_rings_memory_does_not_grow_with_the_ranks():
     rows = 1024
     peaks = {world: max(processes.run(world, peak, rows, 128, "ring")) for world in (1, 2, 4, 6)}
     assert max(peaks.values()) < 40e6 * 2 * rows / 4096
-    assert max(peaks.values()) < 1.1 * min(peaks.values()), peaks
+    # Two ranks divide their one pair of blocks, so that their visits are smaller.
+    assert max(peaks.values()) < 1.15 * min(peaks.values()), peaks
+    assert peaks[6] < 1.01 * peaks[4], peaks
