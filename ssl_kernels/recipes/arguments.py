@@ -55,6 +55,10 @@ def read_options(method, known, given):
             options[name] = kind(text)
         except ValueError as error:
             raise ValueError(f"--option {name} must be of type {kind.__name__}, got {text}") from error
+        if kind is int and options[name] < 1:  # all are sizes
+            raise ValueError(f"--option {name} must be a whole number from 1, got {text}")
+        if kind is float and not math.isfinite(options[name]):
+            raise ValueError(f"--option {name} must be a finite number, got {text}")
     return options
 
 

@@ -124,10 +124,8 @@ def test_cifar10(tmp_path, monkeypatch):
             ["--option", "temperature=0"],
             "--method simclr must run with its options, got temperature = 0.0, width = 128 (nt_xent_loss: temperature",
         ),
-        (
-            ["--option", "width=-1"],
-            "--method simclr must run with its options, got temperature = 0.5, width = -1",
-        ),
+        (["--option", "width=0"], "--option width must be a whole number from 1, got 0"),
+        (["--option", "temperature=nan"], "--option temperature must be a finite number, got nan"),
         (
             ["--method", "supervised", "--option", "label_smoothing=2"],
             "got label_smoothing = 2.0 (label_smoothing",
