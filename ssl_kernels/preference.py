@@ -70,11 +70,11 @@ CONTRASTIVE = (
         (90, 119),  # not GeForce of 12.0, which have neither wgmma nor tcgen05
         HALF,
         (16384, 2**63),
-        (64, 2**63),
-        "Triton's products are wgmma (tcgen05 from sm_100 on), which feeds the tensor cores from shared memory, and"
-        " those of gradients wider than 128 are cuBLAS's, both from one set of coefficients; the mma.sync of the CUDA"
-        " kernel reaches 63 % of their peak at most there (arXiv:2402.13499), which outweighs Triton's host time only"
-        " with so many rows",
+        (64, 255),
+        "Triton's products are wgmma (tcgen05 from sm_100 on), which feeds the tensor cores from shared memory; the"
+        " mma.sync of the CUDA kernel reaches 63 % of their peak at most there (arXiv:2402.13499), which outweighs"
+        " Triton's host time only with so many rows; from a width of 256 on either backend leaves gradients to cuBLAS,"
+        " and Triton adds its panels up in twice as many passes",
     ),
     Entry(
         "native",
@@ -84,18 +84,6 @@ CONTRASTIVE = (
         ANY,
         "both are mma.sync, or the rows too few to make up for Triton's host time: the CUDA kernel is launched without"
         " Python in between and splits the columns where rows are few",
-    ),
-)
-
-SIGMOID_PAIRS = (
-    Entry(
-        "triton",
-        ANY,
-        HALF,
-        (4096, 2**63),
-        (257, 2**63),
-        "3 products for both gradients, from one set of coefficients and 2 of them by cuBLAS, where the CUDA kernel"
-        " visits every tile again for each 256 features of either side: 6 at a width of 768",
     ),
 )
 

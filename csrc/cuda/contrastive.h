@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "dtype.h"
+#include "matrix_product.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -32,8 +33,9 @@ typedef struct {
   int32_t allow_tf32;  // float32 products may round their operands to TF32
   int32_t splits;      // parts the columns are walked in at once; 0 picks from the card and the sizes
   int32_t column_dtype;  // Dtype of columns: that of rows, or float16 or bfloat16 beside float32 rows (see columns)
-  // Rows of a slab of the backward of wide rows, rounded up to whole blocks; 0 picks from the sizes.
-  int64_t slab_rows;
+  // Rows and columns of a block of coefficients of wide rows, rounded up to whole tiles; 0 picks from the
+  // sizes.
+  int64_t block_rows, block_columns;
   int64_t N, M, D, P;      // rows, columns (N in the square case), width, positives per row
   int64_t row_strides[2];  // in elements
   int64_t column_strides[2];
@@ -45,6 +47,7 @@ typedef struct {
   const int64_t* positives;   // (N, P) contiguous, negative ones count from the end, or null
   const int64_t* row_ids;     // (N,) contiguous, or null
   const int64_t* column_ids;  // (M,) contiguous, or null
+  MultiplyMatrices multiply;  // of wide rows' gradients and expectation
   void* workspace;            // contrastive_*_workspace bytes, 16-byte aligned
   ContrastiveAdditions additions;
 } ContrastiveArgs;

@@ -11,7 +11,7 @@
 // Square: both sides are the same, C = A + A^T. Rectangular: the rows' terms are those of lse, the columns'
 // those of column_lse; for the columns' gradient the roles are exchanged.
 //
-// Rows of up to 1024 bytes, in one kernel; wider ones in two, see CoefficientShape.
+// Narrow rows in one kernel; wide ones from stored coefficients, see CoefficientShape.
 //
 // Tiling: ProductShape; a tile is recomputed and its C multiplied. Below, B = ceil(N / kBlockM) blocks, T = ceil(M
 //   / kBlockN) tiles, S = ceil(D / 128 bytes) steps.
@@ -27,6 +27,7 @@
 //   near 2^15.
 #pragma once
 
+#include "coefficient_blocks.cuh"
 #include "contrastive_additions.cuh"
 
 namespace ssl_kernels {
@@ -35,7 +36,7 @@ namespace contrastive {
 template <typename Engine, int kWarpsM, int kSliceChunks>
 using BwdShape = ProductShape<Engine, kWarpsM, kSliceChunks, 3, 3>;
 
-// What the backward tiles need of a sum and its gradient, once per row (g = grad_lse):
+// What the backward tiles need of a sum and its gradient, once per row (g = grad_lse, or null: 1):
 //
 //   L_i = lse_i log2(e) rounded to acc_t      w_i = g_i 2^(L_i - lse_i log2(e))      so g_i exp(s - lse_i) =
 //   w_i 2^(a v - L_i)
@@ -49,7 +50,7 @@ __global__ void contrastive_terms_kernel(const double* lse, const double* grad_l
   const double exact = lse[row] * Math<double>::kLog2e;
   const acc_t rounded = static_cast<acc_t>(exact);
   base2_lse[row] = rounded;
-  weight[row] = static_cast<acc_t>(grad_lse[row] * Math<double>::exp2(rounded - exact));
+  weight[row] = static_cast<acc_t>((grad_lse ? grad_lse[row] : 1.0) * Math<double>::exp2(rounded - exact));
 }
 
 enum ColumnTerm { kRnorm, kBase2Lse, kWeight };
@@ -287,19 +288,20 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   bias_sums.store(walk, problem);
 }
 
-// Wide rows: slab by slab (slab_gradient), this kernel writes C of the slab, rounded as contrastive_bwd_kernel rounds
-// it, and slab_product_kernel makes G of C. Together 2 units, whatever D.
+// Wide rows: block by block (block_gradients), this kernel writes C, and a library makes G of C.
 //
-// Tiling: MatrixShape. The row terms are read for every tile, after the products, which need the registers. R rows in
-//   the slab, B = ceil(R / 128) blocks, T = ceil(M / kBlockN) tiles, S = ceil(D / 128 bytes) > 8 steps.
+// Tiling: MatrixShape. The row terms are read for every tile, after the products, which need the registers. R
+//   rows and M columns in the block, B = ceil(R / 128) blocks, T = ceil(M / kBlockN) tiles, S = ceil(D / 128
+//   bytes) > 1 steps.
 // Products: 1 unit of 2 R M D flops, 4 B T S kBlockN mma.
-// Traffic, 32-byte sectors of global memory: operands 4 R S T + 4 B M S; positives of the rows 64 B T P, of the columns
-//   B T P kBlockN; R P for the gradients of a side's positives; column terms 3 B T kBlockN / 8, row terms 96 B T
-//   (double: twice these). Writes 128 B T kBlockN scalar_t in whole sectors.
-// Shared memory: 48 KB of own rows, 3 * kBlockN * 128 bytes of the other side, terms of two tiles: 99 KB, 75 KB for
-//   double. No bank conflicts.
-// Occupancy: 256 threads, at most 128 registers: 2 blocks per multiprocessor, one by sm_80's shared memory; double and
-//   with additions: one block, at most 255 registers.
+// Traffic, 32-byte sectors of global memory: operands 4 R S (times T where S > 3) + 4 B M S; positives of the
+//   rows 64 B T P, of the columns B T P kBlockN; R P for the gradients of a side's positives; column terms 3
+//   B T kBlockN / 8, row terms 96 B T (double: twice these). Writes 128 B T kBlockN scalar_t in whole
+//   sectors.
+// Shared memory: 48 KB of own rows at most, 3 * kBlockN * 128 bytes of the other side, terms of two tiles: 99
+//   KB, 75 KB for double. No bank conflicts.
+// Occupancy: 256 threads, at most 128 registers: 2 blocks per multiprocessor, one by sm_80's shared memory;
+//   double and with additions: one block, at most 255 registers.
 template <typename Engine>
 struct AddingCoefficientShape : MatrixShape<Engine, 3> {
   static constexpr int kBlocksPerSm = 1;  // the additions take the registers
@@ -309,20 +311,22 @@ template <typename Engine>
 using CoefficientShape =
     std::conditional_t<kAdds<Engine>, AddingCoefficientShape<Engine>, MatrixShape<Engine, 3>>;
 
-// C of the rows from `first_row` on; `coefficients` is a matrix of whole tiles, 0 past the last column.
+// Of a CoefficientBlock.
 template <typename Engine>
 __global__ void __launch_bounds__(CoefficientShape<Engine>::kThreads, CoefficientShape<Engine>::kBlocksPerSm)
     contrastive_coefficients_kernel(const ProblemOf<Engine> problem, const double* grad_positive_logits,
                                     const typename Engine::acc_t* coefficient_scale, int64_t first_row,
-                                    int64_t stride, typename Engine::scalar_t* coefficients) {
+                                    int64_t first_column, int64_t columns, bool with_norms,
+                                    typename Engine::scalar_t* block, int64_t stride) {
   using Shape = CoefficientShape<Engine>;
   using acc_t = typename Engine::acc_t;
   const auto& own = problem.own;
   const auto& other = problem.other;
   const int lane = threadIdx.x % kWarpSize;
   extern __shared__ __align__(128) unsigned char shared[];
-  TileWalk<Shape, Engine> walk(shared, own, other, {other.rnorm, other.base2_lse, other.weight}, problem.width,
-                               first_row + static_cast<int64_t>(blockIdx.x) * Shape::kBlockM);
+  TileWalk<Shape, Engine> walk(shared, own, other, {other.rnorm, other.base2_lse, other.weight},
+                               problem.width, first_row + static_cast<int64_t>(blockIdx.x) * Shape::kBlockM,
+                               block_tiles<Shape>(first_column, columns));
   const acc_t a = *problem.scale * Math<acc_t>::kLog2e;
   const acc_t c_scale = kScalesCoefficients<Engine> ? *coefficient_scale : acc_t(1);
   BiasSums<Engine> bias_sums;
@@ -336,12 +340,7 @@ __global__ void __launch_bounds__(CoefficientShape<Engine>::kThreads, Coefficien
       rows[i] = row_terms(own, walk.row0() + walk.warp_row() + fragment_row(lane, i / 2, i % 2 * 2));
     }
     make_coefficients(c, walk, problem, rows, a, grad_positive_logits, bias_sums);
-    walk.write_coefficients(
-        c,
-        [&](int n) __attribute__((always_inline)) {
-          return coefficient_factor<kScalesCoefficients<Engine>>(walk.column_rnorm(n), c_scale);
-        },
-        coefficients + (walk.row0() - first_row) * stride, stride);
+    write_block(walk, c, c_scale, with_norms, block - first_row * stride - first_column, stride);
   }
   bias_sums.store(walk, problem);
 }

@@ -2,13 +2,12 @@
 // with those that take additions.
 #pragma once
 
+#include "coefficient_blocks.cuh"
 #include "contrastive.h"
-
 #include "contrastive_bwd.cuh"
 #include "contrastive_expectation.cuh"
 #include "contrastive_fwd.cuh"
 #include "launcher.cuh"
-#include "slab_product.cuh"
 
 namespace ssl_kernels {
 namespace contrastive {
@@ -160,6 +159,127 @@ void expectation_pass(Launcher& launcher, const ContrastiveArgs& args,
 template <typename Engine>
 constexpr bool kWidens = !std::is_same_v<typename Engine::scalar_t, typename Engine::other_t>;
 
+// Beside the sums of doubles no registers are left for additions.
+template <typename Engine>
+constexpr bool kAlwaysByBlocks = kAdds<Engine> && sizeof(typename Engine::acc_t) == 8;
+
+template <typename Engine>
+bool takes_blocks(int64_t D) {
+  return kAlwaysByBlocks<Engine> || is_wide<typename Engine::scalar_t>(D);
+}
+
+// The terms of a side's sums, as contrastive_terms_kernel makes them.
+template <typename scalar_t, typename acc_t>
+void set_terms(Launcher& launcher, const double* lse, const double* grad_lse, Side<scalar_t, acc_t>& side) {
+  acc_t* base2_lse = launcher.scratch<acc_t>(side.count);
+  acc_t* weight = launcher.scratch<acc_t>(side.count);
+  launcher.launch(contrastive_terms_kernel<acc_t>, blocks_for(side.count, 256), 256, 0, lse, grad_lse,
+                  side.count, base2_lse, weight);
+  side.base2_lse = base2_lse;
+  side.weight = weight;
+}
+
+// The power of two that half coefficients of one owner are scaled by, `without_norms` before those of the
+// columns go into them; null for other types.
+template <typename Engine>
+typename Engine::acc_t* scale_coefficients(Launcher& launcher, const ContrastiveArgs& args,
+                                           const ProblemOf<Engine>& problem,
+                                           const double* grad_positive_logits, bool without_norms = false) {
+  using acc_t = typename Engine::acc_t;
+  acc_t* coefficient_scale = nullptr;
+  if constexpr (kScalesCoefficients<Engine>) {
+    const auto& own = problem.own;
+    const auto& other = problem.other;
+    coefficient_scale = launcher.scratch<acc_t>(1);
+    launcher.launch(coefficient_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, acc_t(0), own.weight,
+                    own.count, other.weight, without_norms ? nullptr : other.rnorm, other.count,
+                    grad_positive_logits, args.N * args.P, args.P, coefficient_scale);
+  }
+  return coefficient_scale;
+}
+
+// Launches what writes the coefficients of a block, and behind the last of its rows what sums the own bias'
+// gradient.
+template <typename Engine>
+class CoefficientWriter {
+ public:
+  using scalar_t = typename Engine::scalar_t;
+  using acc_t = typename Engine::acc_t;
+  using Shape = CoefficientShape<Engine>;
+
+  CoefficientWriter(Launcher& launcher, const ContrastiveArgs& args, const ProblemOf<Engine>& problem,
+                    BlockSizes sizes, const double* grad_positive_logits, const acc_t* coefficient_scale,
+                    acc_t* grad_bias)
+      : launcher_(launcher),
+        problem_(problem),
+        sizes_(sizes),
+        parts_(pick_splits(
+            args.splits, sizes.rows / Shape::kBlockM, blocks_for(sizes.columns, Shape::kBlockN),
+            int64_t{multiprocessors()} * Shape::kBlocksPerSm, blocks_for(sizes.columns, Shape::kBlockN))),
+        grad_positive_logits_(grad_positive_logits),
+        coefficient_scale_(coefficient_scale),
+        grad_bias_(grad_bias) {
+    if constexpr (kAdds<Engine>) {
+      const int64_t parts = int64_t{blocks_for(problem.other.count, sizes.columns)} * parts_ * Shape::kWarpsN;
+      bias_partial_ = grad_bias ? launcher.scratch<acc_t>(parts * sizes.rows) : nullptr;
+    }
+  }
+
+  void operator()(const CoefficientBlock<scalar_t>& block, int64_t rows) const {
+    const int column_block = static_cast<int>(block.first_column / sizes_.columns),
+              parts = parts_ * Shape::kWarpsN;
+    ProblemOf<Engine> problem = problem_;
+    if constexpr (kAdds<Engine>) {
+      problem.bias_partial = bias_partial_ ? bias_partial_ + int64_t{column_block} * parts * rows : nullptr;
+      problem.bias_row = block.first_row;
+      problem.bias_rows = rows;
+    }
+    launcher_.launch(contrastive_coefficients_kernel<Engine>, dim3(blocks_for(rows, Shape::kBlockM), parts_),
+                     Shape::kThreads, shared_bytes_of<Shape>(blocks_for(problem.width, Shape::kChunk)),
+                     problem, grad_positive_logits_, coefficient_scale_, block.first_row, block.first_column,
+                     block.columns, block.with_norms, block.data, block.stride);
+    if (!bias_partial_ || block.first_column + block.columns < problem.other.count) return;
+    launcher_.launch(sum_parts_kernel<acc_t>, blocks_for(rows, 256), 256, 0,
+                     static_cast<const acc_t*>(bias_partial_), (column_block + 1) * parts, rows,
+                     grad_bias_ + block.first_row);
+  }
+
+ private:
+  Launcher& launcher_;
+  const ProblemOf<Engine>& problem_;
+  BlockSizes sizes_;
+  int parts_;
+  const double* grad_positive_logits_;
+  const acc_t* coefficient_scale_;
+  acc_t *grad_bias_, *bias_partial_ = nullptr;
+};
+
+// The same of wide rows: the lse first, then the product of the softmax, as coefficients, and the columns.
+template <typename Engine>
+void wide_expectation_pass(Launcher& launcher, const ContrastiveArgs& args, ProblemOf<Engine> problem,
+                           double* lse, double* positive_logits, typename Engine::acc_t* expectation) {
+  using scalar_t = typename Engine::scalar_t;
+  using acc_t = typename Engine::acc_t;
+  forward_pass<Engine, false>(launcher, args, problem, lse, nullptr, positive_logits);
+  set_terms(launcher, lse, nullptr, problem.own);
+  const acc_t* coefficient_scale = scale_coefficients<Engine>(launcher, args, problem, nullptr);
+  const int64_t N = problem.own.count, M = problem.other.count;
+  const BlockSizes sizes = pick_blocks(args.block_rows, args.block_columns, N, M, sizeof(scalar_t));
+  const CoefficientWriter<Engine> write(launcher, args, problem, sizes, nullptr, coefficient_scale, nullptr);
+  auto* coefficients = launcher.scratch<scalar_t>(sizes.rows * sizes.columns);
+  for_each_block(sizes, N, M, [&](int64_t row, int64_t rows, int64_t column, int64_t columns) {
+    write({coefficients, sizes.columns, row, column, columns, true}, rows);
+    launcher.multiply(
+        args.multiply,
+        {args.dtype, false, column > 0, rows, args.D, columns, sizes.columns, problem.other.stride, args.D,
+         coefficients, problem.other.data + column * problem.other.stride, expectation + row * args.D});
+  });
+  if (coefficient_scale) {
+    launcher.launch(unscale_kernel<acc_t>, blocks_for(N * args.D, 256), 256, 0, expectation, N * args.D,
+                    coefficient_scale);
+  }
+}
+
 template <typename Engine>
 void forward(Launcher& launcher, const ContrastiveFwdArgs& args) {
   using scalar_t = typename Engine::scalar_t;
@@ -184,6 +304,13 @@ void forward(Launcher& launcher, const ContrastiveFwdArgs& args) {
   rows.side.positives = common.positives;
   const auto problem = problem_of<Engine>(common, rows, columns);
   double* positive_logits = common.positives ? args.positive_logits : nullptr;
+  if constexpr (!kWidens<Engine>) {
+    if (args.expectation && exceeds_accumulators<scalar_t>(common.D)) {
+      wide_expectation_pass<Engine>(launcher, common, problem, args.lse, positive_logits,
+                                    static_cast<acc_t*>(args.expectation));
+      return;
+    }
+  }
   if (args.expectation) {
     with_shape_for_width<scalar_t>(common.D, [&](auto warps_m, auto slice_chunks) {
       expectation_pass<Engine, warps_m, slice_chunks>(launcher, common, problem, args.lse, positive_logits,
@@ -198,34 +325,6 @@ void forward(Launcher& launcher, const ContrastiveFwdArgs& args) {
     }
   }
   forward_pass<Engine, false>(launcher, common, problem, args.lse, nullptr, positive_logits);
-}
-
-template <typename scalar_t, typename acc_t>
-void add_terms(Launcher& launcher, const double* lse, const double* grad_lse, Side<scalar_t, acc_t>& side) {
-  if (!grad_lse) return;
-  acc_t* base2_lse = launcher.scratch<acc_t>(side.count);
-  acc_t* weight = launcher.scratch<acc_t>(side.count);
-  launcher.launch(contrastive_terms_kernel<acc_t>, blocks_for(side.count, 256), 256, 0, lse, grad_lse,
-                  side.count, base2_lse, weight);
-  side.base2_lse = base2_lse;
-  side.weight = weight;
-}
-
-// The power of two that half coefficients of one owner are scaled by; null for other types.
-template <typename Engine>
-typename Engine::acc_t* scale_coefficients(Launcher& launcher, const ContrastiveArgs& args,
-                                           const ProblemOf<Engine>& problem, const double* grad_positive_logits) {
-  using acc_t = typename Engine::acc_t;
-  acc_t* coefficient_scale = nullptr;
-  if constexpr (kScalesCoefficients<Engine>) {
-    const auto& own = problem.own;
-    const auto& other = problem.other;
-    coefficient_scale = launcher.scratch<acc_t>(1);
-    launcher.launch(coefficient_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, acc_t(0), own.weight, own.count,
-                    other.weight, other.rnorm, other.count, grad_positive_logits, args.N * args.P, args.P,
-                    coefficient_scale);
-  }
-  return coefficient_scale;
 }
 
 // Launches what sums the own bias' gradient, for `rows` rows from first_row on, in `parts` parts: launch(problem).
@@ -273,42 +372,64 @@ void backward_pass(Launcher& launcher, const ContrastiveArgs& args,
                   matrix.strided(), own.count, args.D, own.rnorm, problem.scale, coefficient_scale, grad, dots);
 }
 
-// The same of wide rows.
+// One side of a call to the backward: what it owns and what is wanted of it.
+template <typename scalar_t, typename acc_t>
+struct OwnGradients {
+  Matrix<scalar_t> matrix;  // as the caller passed it
+  scalar_t* grad;           // or null, as the bias'
+  acc_t* grad_bias;
+  acc_t* dots;
+
+  bool any() const { return grad || grad_bias; }
+};
+
+// The same of wide rows; with `both` the gradient of the other side too, from the same coefficients.
 template <typename Engine>
 void wide_backward_pass(Launcher& launcher, const ContrastiveArgs& args, const ProblemOf<Engine>& problem,
-                        const Matrix<typename Engine::scalar_t>& matrix, const double* grad_positive_logits,
-                        typename Engine::scalar_t* grad, typename Engine::acc_t* grad_bias,
-                        typename Engine::acc_t* dots) {
-  using Shape = CoefficientShape<Engine>;
+                        const double* grad_positive_logits,
+                        const OwnGradients<typename Engine::scalar_t, typename Engine::acc_t>& own,
+                        const OwnGradients<typename Engine::scalar_t, typename Engine::acc_t>& other,
+                        bool both) {
   using scalar_t = typename Engine::scalar_t;
-  using acc_t = typename Engine::acc_t;
-  const acc_t* coefficient_scale = scale_coefficients<Engine>(launcher, args, problem, grad_positive_logits);
-  const int64_t tiles = blocks_for(problem.other.count, Shape::kBlockN);
-  const auto write = [&](int64_t first_row, unsigned row_blocks, scalar_t* coefficients, int64_t stride) {
-    const int parts = pick_splits(args.splits, row_blocks, tiles, multiprocessors() * Shape::kBlocksPerSm, tiles);
-    const int64_t rows = std::min<int64_t>(problem.own.count - first_row, int64_t{row_blocks} * Shape::kBlockM);
-    with_bias_sums<Engine>(launcher, problem, first_row, rows, parts * Shape::kWarpsN, grad_bias,
-                           [&](const ProblemOf<Engine>& summing) {
-                             launcher.launch(contrastive_coefficients_kernel<Engine>, dim3(row_blocks, parts),
-                                             Shape::kThreads, Shape::shared_bytes(kOwnerSlots), summing,
-                                             grad_positive_logits, coefficient_scale, first_row, stride, coefficients);
-                           });
+  const auto* coefficient_scale =
+      scale_coefficients<Engine>(launcher, args, problem, grad_positive_logits, both);
+  const BlockSizes sizes = pick_blocks(args.block_rows, args.block_columns, problem.own.count,
+                                       problem.other.count, sizeof(scalar_t));
+  const CoefficientWriter<Engine> write(launcher, args, problem, sizes, grad_positive_logits,
+                                        coefficient_scale, own.grad_bias);
+  using Side = BlockSide<scalar_t, typename Engine::acc_t, scalar_t>;
+  const auto side_of = [](const auto& side, const auto& wanted) {
+    return Side{side, wanted.matrix, side.rnorm != nullptr, wanted.grad};
   };
-  slab_gradient<PlainEngine<Engine>>(launcher, args.splits, args.slab_rows, Shape::kBlockN, problem.own, problem.other, matrix,
-                        problem.scale, coefficient_scale, grad, dots, write);
+  block_gradients<Engine, scalar_t>(launcher, args.multiply, args.dtype, sizes, both,
+                                    side_of(problem.own, own), side_of(problem.other, other), problem.scale,
+                                    coefficient_scale, own.dots, write);
 }
 
-template <typename Engine, typename... Args>
-void backward_pass_for_width(Launcher& launcher, const ContrastiveArgs& args, const ProblemOf<Engine>& problem,
-                             const Args&... rest) {
+// The gradients of `own`, and of `other` if any are wanted, exchanged(problem) being the problem seen from
+// there.
+template <typename Engine, typename Gradients>
+void backward_of_sides(Launcher& launcher, const ContrastiveArgs& args, const ProblemOf<Engine>& problem,
+                       const ProblemOf<Engine>& exchanged, const double* grad_positive_logits,
+                       const Gradients& own, const Gradients& other) {
   using scalar_t = typename Engine::scalar_t;
-  if (problem.own.count == 0) return;
-  // Beside the sums of doubles no registers are left for additions.
-  constexpr bool kAlwaysBySlabs = kAdds<Engine> && sizeof(typename Engine::acc_t) == 8;
-  if (kAlwaysBySlabs || is_wide<scalar_t>(args.D)) return wide_backward_pass<Engine>(launcher, args, problem, rest...);
-  if constexpr (!kAlwaysBySlabs) {
-    with_shape_for_width<scalar_t>(args.D, [&](auto warps_m, auto slice_chunks) {
-      backward_pass<Engine, warps_m, slice_chunks>(launcher, args, problem, rest...);
+  if (takes_blocks<Engine>(args.D)) {
+    // The gradient of a bias is summed by the walk that owns its rows.
+    const bool both = own.any() && other.grad && !other.grad_bias;
+    wide_backward_pass<Engine>(launcher, args, problem, grad_positive_logits, own, other, both);
+    if (other.any() && !both) {
+      wide_backward_pass<Engine>(launcher, args, exchanged, grad_positive_logits, other, own, false);
+    }
+    return;
+  }
+  if constexpr (!kAlwaysByBlocks<Engine>) {
+    with_shape_for_narrow_rows<scalar_t>(args.D, [&](auto warps_m, auto slice_chunks) {
+      backward_pass<Engine, warps_m, slice_chunks>(launcher, args, problem, own.matrix, grad_positive_logits,
+                                                   own.grad, own.grad_bias, own.dots);
+      if (!other.any()) return;
+      backward_pass<Engine, warps_m, slice_chunks>(launcher, args, exchanged, other.matrix,
+                                                   grad_positive_logits, other.grad, other.grad_bias,
+                                                   other.dots);
     });
   }
 }
@@ -347,39 +468,39 @@ void backward(Launcher& launcher, const ContrastiveBwdArgs& args) {
                                     row_additions<Engine>(launcher, common)};
   rows.side.rnorm = common.normalize_rows ? static_cast<const acc_t*>(args.row_rnorm) : nullptr;
   rows.side.ids = common.row_ids;
-  add_terms(launcher, args.lse, args.grad_lse, rows.side);
+  if (args.grad_lse) set_terms(launcher, args.lse, args.grad_lse, rows.side);
   rows.side.positives = common.positives;
-  auto* row_dots = launcher.scratch<acc_t>(common.N);
-  auto* grad_rows = static_cast<scalar_t*>(args.grad_rows);
-  const acc_t* dots = row_dots;
-  int64_t dot_count = common.N;
-
   auto* grad_row_bias = static_cast<acc_t*>(args.grad_row_bias);
   auto* grad_column_bias = static_cast<acc_t*>(args.grad_column_bias);
+  const OwnGradients<scalar_t, acc_t> of_rows = {row_matrix, static_cast<scalar_t*>(args.grad_rows),
+                                                 square ? grad_column_bias : grad_row_bias,
+                                                 launcher.scratch<acc_t>(common.N)};
+  const acc_t* dots = of_rows.dots;
+  int64_t dot_count = common.N;
   if (square) {
-    backward_pass_for_width<Engine>(launcher, common, problem_of<Engine>(common, rows, rows), row_matrix,
-                                    grad_positive_logits, grad_rows, grad_column_bias, row_dots);
+    const auto problem = problem_of<Engine>(common, rows, rows);
+    backward_of_sides<Engine>(launcher, common, problem, problem, grad_positive_logits, of_rows,
+                              OwnGradients<scalar_t, acc_t>{row_matrix});
   } else {
     const Matrix<scalar_t> column_matrix = columns_matrix<scalar_t>(common);
     Operands<scalar_t, acc_t> columns = {{prepare<scalar_t, acc_t>(launcher, column_matrix, nullptr)},
                                          column_additions<Engine>(launcher, common)};
     columns.side.rnorm = common.normalize_columns ? static_cast<const acc_t*>(args.column_rnorm) : nullptr;
     columns.side.ids = common.column_ids;
-    add_terms(launcher, args.column_lse, args.grad_column_lse, columns.side);
-    const bool of_rows = grad_rows || grad_row_bias, of_columns = args.grad_columns || grad_column_bias;
-    if (of_rows || !of_columns) {
-      backward_pass_for_width<Engine>(launcher, common, problem_of<Engine>(common, rows, columns), row_matrix,
-                                      grad_positive_logits, grad_rows, grad_row_bias, row_dots);
-    }
-    if (of_columns) {
-      auto* column_dots = launcher.scratch<acc_t>(common.M);
-      backward_pass_for_width<Engine>(launcher, common, problem_of<Engine>(common, columns, rows), column_matrix,
-                                      grad_positive_logits, static_cast<scalar_t*>(args.grad_columns),
-                                      grad_column_bias, column_dots);
-      if (!of_rows) {
-        dots = column_dots;
-        dot_count = common.M;
-      }
+    if (args.grad_column_lse) set_terms(launcher, args.column_lse, args.grad_column_lse, columns.side);
+    const OwnGradients<scalar_t, acc_t> of_columns = {column_matrix,
+                                                      static_cast<scalar_t*>(args.grad_columns),
+                                                      grad_column_bias, launcher.scratch<acc_t>(common.M)};
+    const auto from_rows = problem_of<Engine>(common, rows, columns);
+    const auto from_columns = problem_of<Engine>(common, columns, rows);
+    if (of_rows.any() || !of_columns.any()) {
+      backward_of_sides<Engine>(launcher, common, from_rows, from_columns, grad_positive_logits, of_rows,
+                                of_columns);
+    } else {
+      backward_of_sides<Engine>(launcher, common, from_columns, from_rows, grad_positive_logits, of_columns,
+                                of_rows);
+      dots = of_columns.dots;
+      dot_count = common.M;
     }
   }
   launcher.launch(sum_rows_kernel<acc_t, acc_t>, 1, kBlockWarps * kWarpSize, 0, dots, dot_count,

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "dtype.h"
+#include "matrix_product.h"
 #include "rows.cuh"
 #include "tile_walk.cuh"
 
@@ -71,6 +72,12 @@ class Launcher {
   template <typename... Params, typename... Args>
   void launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, Args... args) {
     launch(kernel, grid, threads, SharedBytes{shared_bytes, shared_bytes}, args...);
+  }
+
+  // By the library of the caller.
+  void multiply(MultiplyMatrices library, const MatrixProduct& product) {
+    if (dry_ || error_ != cudaSuccess) return;
+    error_ = library ? static_cast<cudaError_t>(library(&product, stream_)) : cudaErrorInvalidValue;
   }
 
   size_t used() const { return used_; }
@@ -170,14 +177,30 @@ void with_engine(int dtype, bool allow_tf32, F f) {
   return f(FmaEngine<float>());
 }
 
-// Rows of more than 1024 bytes, wider than the accumulator of any ProductShape.
+// Rows of 512 bytes and more: their gradients are made from stored coefficients (coefficient_blocks.cuh),
+// which on paper is faster from there on (docs/gpu.md).
 template <typename scalar_t>
 constexpr bool is_wide(int64_t D) {
+  return D * static_cast<int64_t>(sizeof(scalar_t)) >= 4 * kTileRowBytes;
+}
+
+// Calls f with the accumulator of a ProductShape that holds rows that are not wide, as its kWarpsM and
+// kSliceChunks.
+template <typename scalar_t, typename F>
+void with_shape_for_narrow_rows(int64_t D, F f) {
+  if constexpr (sizeof(scalar_t) == 2) {
+    if (D <= 128) return f(Constant<4>(), Constant<2>());
+  }
+  return f(Constant<4>(), Constant<4>());
+}
+
+// Rows of more than 1024 bytes, wider than the accumulator of any ProductShape.
+template <typename scalar_t>
+constexpr bool exceeds_accumulators(int64_t D) {
   return D * static_cast<int64_t>(sizeof(scalar_t)) > 8 * kTileRowBytes;
 }
 
-// Calls f with the narrowest accumulator of a ProductShape that holds D, as its kWarpsM and kSliceChunks, so that
-// a tile is computed once where one block can hold a whole row.
+// Calls f with the narrowest accumulator that holds D, or the widest one.
 template <typename scalar_t, typename F>
 void with_shape_for_width(int64_t D, F f) {
   if constexpr (sizeof(scalar_t) == 2) {

@@ -82,6 +82,34 @@ struct Sums {
   void* grad_bias;
 };
 
+// `dots` are those of the rows of the side that the sums come with.
+template <typename acc_t>
+void sum_up(Launcher& launcher, const Sums& sums, const double* losses, const double* biases, int64_t warps,
+            const acc_t* dots, int64_t count) {
+  if (sums.total) sum_into<double, double>(launcher, losses, warps, sums.total);
+  if (!sums.grad_bias) return;
+  sum_into<double, acc_t>(launcher, biases, warps, static_cast<acc_t*>(sums.grad_bias));
+  sum_into<acc_t, acc_t>(launcher, dots, count, static_cast<acc_t*>(sums.grad_scale));
+}
+
+// The power of two that half coefficients are scaled by, `without_norms` before those of the other side go
+// into them; null for other types.
+template <typename Engine>
+const typename Engine::acc_t* scale_coefficients(Launcher& launcher, const ProblemOf<Engine>& problem,
+                                                 bool without_norms) {
+  using acc_t = typename Engine::acc_t;
+  acc_t* result = nullptr;
+  if constexpr (kScalesCoefficients<Engine>) {
+    result = launcher.scratch<acc_t>(1);
+    const bool weighted = problem.own_weight || problem.other_weight;
+    launcher.launch(coefficient_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, acc_t(weighted ? 0 : 1),
+                    problem.own_weight, problem.own.count, problem.other_weight,
+                    without_norms ? nullptr : problem.other.rnorm, problem.other.count, nullptr, int64_t{0},
+                    int64_t{0}, result);
+  }
+  return result;
+}
+
 // One side's gradient, in grad_t, unless null; and the sums.
 template <typename Engine, typename grad_t, int kWarpsM, int kSliceChunks>
 void gradient_pass(Launcher& launcher, const SigmoidPairsArgs& args, const ProblemOf<Engine>& problem,
@@ -93,33 +121,55 @@ void gradient_pass(Launcher& launcher, const SigmoidPairsArgs& args, const Probl
   const int64_t row_blocks = blocks_for(count, Shape::kBlockM);
   const int64_t tiles = blocks_for(problem.other.count, Shape::kBlockN);
   const int chunks = blocks_for(problem.width, Shape::kChunk);
-  const int slices = blocks_for(chunks, Shape::kSliceChunks);
-  const int parts = pick_splits(args.splits, row_blocks * slices, tiles, multiprocessors());
+  const int parts = pick_splits(args.splits, row_blocks, tiles, multiprocessors());
   const int64_t warps = row_blocks * parts * Shape::kWarps;
   auto* partial = launcher.scratch<acc_t>(parts * count * problem.width);
   auto* dots = launcher.scratch<acc_t>(count);
   double* losses = sums.total ? launcher.scratch<double>(warps) : nullptr;
   double* biases = sums.grad_bias ? launcher.scratch<double>(warps) : nullptr;
-  const acc_t* coefficient_scale = nullptr;
-  if constexpr (Shape::kScaled) {
-    auto* result = launcher.scratch<acc_t>(1);
-    const bool weighted = problem.own_weight || problem.other_weight;
-    launcher.launch(coefficient_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, acc_t(weighted ? 0 : 1),
-                    problem.own_weight, count, problem.other_weight, problem.other.rnorm, problem.other.count,
-                    nullptr, int64_t{0}, int64_t{0}, result);
-    coefficient_scale = result;
-  }
-  launcher.launch(sigmoid_pairs_bwd_kernel<Shape, Engine>, dim3(row_blocks, parts, slices), Shape::kThreads,
-                  shared_bytes_of<Shape>(chunks), problem, coefficient_scale, losses, biases,
-                  partial);
+  const acc_t* coefficient_scale = scale_coefficients<Engine>(launcher, problem, false);
+  launcher.launch(sigmoid_pairs_bwd_kernel<Shape, Engine>, dim3(row_blocks, parts), Shape::kThreads,
+                  shared_bytes_of<Shape>(chunks), problem, coefficient_scale, losses, biases, partial);
   launcher.launch(finish_rows_kernel<scalar_t, acc_t, grad_t>, blocks_for(count, kRowWarps),
                   kRowWarps * kWarpSize, 0, partial, parts, problem.width, matrix.strided(), count, args.D,
                   problem.own.rnorm, problem.scale, coefficient_scale, grad, dots);
-  if (losses) sum_into<double, double>(launcher, losses, warps, sums.total);
-  if (biases) {
-    sum_into<double, acc_t>(launcher, biases, warps, static_cast<acc_t*>(sums.grad_bias));
-    sum_into<acc_t, acc_t>(launcher, dots, count, static_cast<acc_t*>(sums.grad_scale));
-  }
+  sum_up(launcher, sums, losses, biases, warps, dots, count);
+}
+
+// The same of wide rows, with the gradient of the other side too where it is wanted, from the same
+// coefficients.
+template <typename Engine, typename grad_t>
+void wide_gradient_pass(Launcher& launcher, const SigmoidPairsArgs& args, const ProblemOf<Engine>& problem,
+                        const BlockSide<typename Engine::scalar_t, typename Engine::acc_t, grad_t>& own,
+                        const BlockSide<typename Engine::scalar_t, typename Engine::acc_t, grad_t>& other,
+                        const Sums& sums) {
+  using Shape = CoefficientShape<Engine>;
+  using scalar_t = typename Engine::scalar_t;
+  using acc_t = typename Engine::acc_t;
+  const int64_t N = problem.own.count, M = problem.other.count;
+  const bool both = other.grad != nullptr;
+  const BlockSizes sizes = pick_blocks(args.block_rows, args.block_columns, N, M, sizeof(scalar_t));
+  const int64_t tiles = blocks_for(sizes.columns, Shape::kBlockN);
+  const int parts = pick_splits(args.splits, sizes.rows / Shape::kBlockM, tiles,
+                                int64_t{multiprocessors()} * Shape::kBlocksPerSm, tiles);
+  const int64_t warps =
+      int64_t{blocks_for(N, Shape::kBlockM)} * blocks_for(M, sizes.columns) * parts * Shape::kWarps;
+  auto* dots = launcher.scratch<acc_t>(N);
+  double* losses = sums.total ? launcher.scratch<double>(warps) : nullptr;
+  double* biases = launcher.scratch<double>(warps);
+  const acc_t* coefficient_scale = scale_coefficients<Engine>(launcher, problem, both);
+  int64_t written = 0;
+  const auto write = [&](const CoefficientBlock<scalar_t>& block, int64_t rows) {
+    const unsigned row_blocks = blocks_for(rows, Shape::kBlockM);
+    launcher.launch(sigmoid_pairs_coefficients_kernel<Engine>, dim3(row_blocks, parts), Shape::kThreads,
+                    shared_bytes_of<Shape>(blocks_for(problem.width, Shape::kChunk)), problem,
+                    coefficient_scale, block.first_row, block.first_column, block.columns, block.with_norms,
+                    block.data, block.stride, losses ? losses + written : nullptr, biases + written);
+    written += int64_t{row_blocks} * parts * Shape::kWarps;
+  };
+  block_gradients<Engine, grad_t>(launcher, args.multiply, args.dtype, sizes, both, own, other, problem.scale,
+                                  coefficient_scale, dots, write);
+  sum_up(launcher, sums, losses, biases, warps, dots, N);
 }
 
 // The gradients of both sides where they are needed, and the sums from the first pass.
@@ -127,7 +177,20 @@ template <typename Engine, typename grad_t>
 void gradients(Launcher& launcher, const SigmoidPairsArgs& args, const typename Engine::acc_t* weight,
                void* grad_rows, void* grad_columns, Sums sums) {
   const Call<Engine> call(launcher, args, weight);
-  with_shape_for_width<typename Engine::scalar_t>(args.D, [&](auto warps_m, auto slice_chunks) {
+  if (is_wide<typename Engine::scalar_t>(args.D)) {
+    using Side = BlockSide<typename Engine::scalar_t, typename Engine::acc_t, grad_t>;
+    const Side rows = {call.problem.own, call.rows, args.normalize_rows != 0,
+                       static_cast<grad_t*>(grad_rows)};
+    const Side columns = {call.problem.other, call.columns, args.normalize_columns != 0,
+                          static_cast<grad_t*>(grad_columns)};
+    if (grad_rows || !grad_columns) {
+      wide_gradient_pass<Engine, grad_t>(launcher, args, call.problem, rows, columns, sums);
+    } else {
+      wide_gradient_pass<Engine, grad_t>(launcher, args, call.from_columns(), columns, rows, sums);
+    }
+    return;
+  }
+  with_shape_for_narrow_rows<typename Engine::scalar_t>(args.D, [&](auto warps_m, auto slice_chunks) {
     if (grad_rows || !grad_columns) {
       gradient_pass<Engine, grad_t, warps_m, slice_chunks>(launcher, args, call.problem, call.rows,
                                                            static_cast<grad_t*>(grad_rows), sums);

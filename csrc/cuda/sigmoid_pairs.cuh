@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "coefficient_blocks.cuh"
 #include "rows.cuh"
 #include "tile_walk.cuh"
 
@@ -199,12 +200,13 @@ __global__ void __launch_bounds__(FwdShape<Engine>::kThreads, FwdShape<Engine>::
 // total comes from the same visit of a tile. Once for the rows and once, with the roles exchanged, for the
 // columns; the first of the two makes the sums as well.
 //
-// Tiling: ProductShape. B = ceil(N / kBlockM) blocks, T = ceil(M / kBlockN) tiles, S = ceil(D / 128 bytes) steps,
-//   Z slices of D.
-// Products: 2 units of 2 N M D flops a side; 1 + Z where D is wider than a slice, of 512 elements for 2-byte
-//   types, 256 for float, 128 for double. B T S (1 + Z) kBlockM kBlockN / 32 mma.
-// Traffic, 32-byte sectors of global memory: operands 4 N S Z (times T where S > 3) + 4 B M S (1 + Z); row and
-//   column terms, of which there are 2 with weights, B Z (kBlockM + T kBlockN) / 8 each. Writes N D acc_t a part.
+// Narrow rows in one kernel; wide ones from stored coefficients, see CoefficientShape.
+//
+// Tiling: ProductShape. B = ceil(N / kBlockM) blocks, T = ceil(M / kBlockN) tiles, S = ceil(D / 128 bytes)
+//   steps.
+// Products: 2 units of 2 N M D flops a side, B T S kBlockM kBlockN / 16 mma.
+// Traffic, 32-byte sectors of global memory: operands 4 N S (times T where S > 3) + 8 B M S; row and column
+//   terms, of which there are 2 with weights, B (kBlockM + T kBlockN) / 8 each. Writes N D acc_t a part.
 // Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * 128 bytes, 2 * (kBlockM + 3 *
 //   kBlockN) acc_t of terms. Bank conflicts as in the backward of `contrastive`.
 // Occupancy: one block of 256 threads per multiprocessor, at most 255 registers.
@@ -215,14 +217,62 @@ struct BwdShape : ProductShape<Engine, kWarpsM, kSliceChunks, 2, 2> {
   static constexpr bool kScaled = std::is_same_v<typename Engine::scalar_t, __half>;
 };
 
+enum ColumnTerm { kRnorm, kWeight };
+
+// A lane's sums over a tile, of losses where they are wanted and of the coefficients.
+template <typename acc_t>
+struct TileSums {
+  acc_t loss, bias;
+};
+
+// A in the place of the products of the walk's tile; row_rnorm and row_weight by fragment_row.
+template <typename Shape, typename Engine, typename acc_t>
+__device__ __forceinline__ TileSums<acc_t> make_coefficients(typename TileWalk<Shape, Engine>::Tile& c,
+                                                             const TileWalk<Shape, Engine>& walk,
+                                                             const ProblemOf<Engine>& problem,
+                                                             const acc_t (&row_rnorm)[4],
+                                                             const acc_t (&row_weight)[4], acc_t scale,
+                                                             acc_t bias, bool with_losses) {
+  walk.normalize(c, row_rnorm);
+  TileSums<acc_t> sums = {};
+  for_each_pair<Shape::kNTiles>(c, problem, walk.row0() + walk.warp_row(), walk.column0(), scale, bias,
+                                [&](acc_t z, int i, int n, int e, bool positive)
+                                    __attribute__((always_inline)) {
+                                      const Softplus<acc_t> softplus(positive ? -z : z);
+                                      if (with_losses) sums.loss += softplus.value();
+                                      acc_t coefficient = softplus.derivative() * row_weight[i];
+                                      if (problem.other_weight)
+                                        coefficient *= walk.column_pair(kWeight, n).value[e];
+                                      if (positive) coefficient = -coefficient;
+                                      sums.bias += coefficient;
+                                      return coefficient;
+                                    });
+  return sums;
+}
+
+// Leaves a warp's sums in `losses` and `biases`, unless null.
+template <typename Shape>
+__device__ __forceinline__ void store_sums(double loss, double bias, double* losses, double* biases) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t slot =
+      (static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y) * Shape::kWarps + threadIdx.x / kWarpSize;
+  if (losses) {
+    loss = warp_sum(loss);
+    if (lane == 0) losses[slot] = loss;
+  }
+  if (biases) {
+    bias = warp_sum(bias);
+    if (lane == 0) biases[slot] = bias;
+  }
+}
+
 // `losses` and `biases`: (blocks, parts, warps) sums of a warp each, or null: not needed.
 template <typename Shape, typename Engine>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     sigmoid_pairs_bwd_kernel(const ProblemOf<Engine> problem, const typename Engine::acc_t* coefficient_scale,
                              double* losses, double* biases, typename Engine::acc_t* partial) {
   using acc_t = typename Engine::acc_t;
-  constexpr int kBlockM = Shape::kBlockM, kNTiles = Shape::kNTiles;
-  enum ColumnTerm { kRnorm, kWeight };
+  constexpr int kBlockM = Shape::kBlockM;
   const auto& own = problem.own;
   const int lane = threadIdx.x % kWarpSize;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -247,7 +297,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   for (int slice = 0; slice < Shape::kSliceChunks; ++slice) clear<acc_t, Shape::kGTiles>(g[slice]);
 
   for (walk.start(); walk.next();) {
-    Fragment<acc_t, kNTiles> c;
+    typename TileWalk<Shape, Engine>::Tile c;
     walk.products(c);
     acc_t row_factor[4], row_weight[4];
 #pragma unroll
@@ -256,21 +306,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       row_factor[i] = row_rnorm[r];
       row_weight[i] = row_weights[r];
     }
-    walk.normalize(c, row_factor);
-    acc_t tile_loss = acc_t(0), tile_bias = acc_t(0);
-    for_each_pair<kNTiles>(
-        c, problem, warp_row0, walk.column0(), scale, bias,
-        [&](acc_t z, int i, int n, int e, bool positive) __attribute__((always_inline)) {
-          const Softplus<acc_t> softplus(positive ? -z : z);
-          if (losses) tile_loss += softplus.value();
-          acc_t coefficient = softplus.derivative() * row_weight[i];
-          if (problem.other_weight) coefficient *= walk.column_pair(kWeight, n).value[e];
-          if (positive) coefficient = -coefficient;
-          tile_bias += coefficient;
-          return coefficient;
-        });
-    loss += tile_loss;
-    bias_sum += tile_bias;
+    const TileSums<acc_t> sums =
+        make_coefficients(c, walk, problem, row_factor, row_weight, scale, bias, losses != nullptr);
+    loss += sums.loss;
+    bias_sum += sums.bias;
     walk.store_coefficients(c, [&](int n) __attribute__((always_inline)) {
       return coefficient_factor<Shape::kScaled>(walk.column_rnorm(n), c_scale);
     });
@@ -278,17 +317,65 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   }
   walk.store(g, partial);
 
-  if (blockIdx.z != 0) return;
-  const int64_t slot = (static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y) * Shape::kWarps +
-                       threadIdx.x / kWarpSize;
-  if (losses) {
-    loss = warp_sum(loss);
-    if (lane == 0) losses[slot] = loss;
+  store_sums<Shape>(loss, bias_sum, losses, biases);
+}
+
+// Wide rows: block by block (block_gradients), this kernel writes A, and a library makes G of A.
+//
+// Tiling: MatrixShape. The row terms are read for every tile, after the products, which need the registers. R
+//   rows and M columns in the block, B = ceil(R / 128) blocks, T = ceil(M / kBlockN) tiles, S = ceil(D / 128
+//   bytes) > 1 steps.
+// Products: 1 unit of 2 R M D flops, 4 B T S kBlockN mma.
+// Traffic, 32-byte sectors of global memory: operands 4 R S (times T where S > 3) + 4 B M S; column terms B T
+//   kBlockN / 8 each, row terms 32 B T each (double: twice these), of which there are 2 with weights. Writes
+//   128 B T kBlockN scalar_t in whole sectors.
+// Shared memory: 48 KB of own rows at most, 3 * kBlockN * 128 bytes of the other side, terms of two tiles: 98
+//   KB, 74 KB for double. No bank conflicts.
+// Occupancy: one block of 256 threads per multiprocessor, at most 255 registers: with 128, for two blocks,
+//   the sums of losses would be spilled.
+template <typename Engine>
+struct CoefficientShape : MatrixShape<Engine, 2> {
+  static constexpr int kBlocksPerSm = 1;
+};
+
+// Of a CoefficientBlock; `losses` and `biases` as of sigmoid_pairs_bwd_kernel.
+template <typename Engine>
+__global__ void __launch_bounds__(CoefficientShape<Engine>::kThreads, CoefficientShape<Engine>::kBlocksPerSm)
+    sigmoid_pairs_coefficients_kernel(const ProblemOf<Engine> problem,
+                                      const typename Engine::acc_t* coefficient_scale, int64_t first_row,
+                                      int64_t first_column, int64_t columns, bool with_norms,
+                                      typename Engine::scalar_t* block, int64_t stride, double* losses,
+                                      double* biases) {
+  using Shape = CoefficientShape<Engine>;
+  using acc_t = typename Engine::acc_t;
+  const auto& own = problem.own;
+  const int lane = threadIdx.x % kWarpSize;
+  extern __shared__ __align__(128) unsigned char shared[];
+  TileWalk<Shape, Engine> walk(shared, own, problem.other, {problem.other.rnorm, problem.other_weight},
+                               problem.width, first_row + static_cast<int64_t>(blockIdx.x) * Shape::kBlockM,
+                               block_tiles<Shape>(first_column, columns));
+  const acc_t scale = *problem.scale, bias = *problem.bias;
+  const acc_t c_scale = kScalesCoefficients<Engine> ? *coefficient_scale : acc_t(1);
+  double loss = 0.0, bias_sum = 0.0;
+
+  for (walk.start(); walk.next();) {
+    typename TileWalk<Shape, Engine>::Tile c;
+    walk.products(c);
+    acc_t row_rnorm[4], row_weight[4];  // from cache: the products need the registers
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t row = walk.row0() + walk.warp_row() + fragment_row(lane, i / 2, i % 2 * 2);
+      const bool valid = row < own.count;
+      row_rnorm[i] = valid && own.rnorm ? own.rnorm[row] : acc_t(1);
+      row_weight[i] = valid && problem.own_weight ? problem.own_weight[row] : acc_t(1);
+    }
+    const TileSums<acc_t> sums =
+        make_coefficients(c, walk, problem, row_rnorm, row_weight, scale, bias, losses != nullptr);
+    loss += sums.loss;
+    bias_sum += sums.bias;
+    write_block(walk, c, c_scale, with_norms, block - first_row * stride - first_column, stride);
   }
-  if (biases) {
-    bias_sum = warp_sum(bias_sum);
-    if (lane == 0) biases[slot] = bias_sum;
-  }
+  store_sums<Shape>(loss, bias_sum, losses, biases);
 }
 
 // The incoming gradient in the type of the tiles. One thread a row.

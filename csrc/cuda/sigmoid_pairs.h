@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "dtype.h"
+#include "matrix_product.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -21,6 +22,9 @@ typedef struct {
   int32_t allow_tf32;  // float32 products may round their operands to TF32
   int32_t splits;      // parts the other side is walked in at once; 0 picks from the card and the sizes
   int32_t equal_ids_are_positive;  // else pairs of equal ids are left out, but for those on the diagonal
+  // Rows and columns of a block of coefficients of wide rows, rounded up to whole tiles; 0 picks from the
+  // sizes.
+  int64_t block_rows, block_columns;
   int64_t N, M, D, diagonal;
   int64_t row_strides[2];  // in elements
   int64_t column_strides[2];
@@ -30,6 +34,7 @@ typedef struct {
   const void* bias;     // one acc_t
   const int64_t* row_ids;     // (N,) contiguous, or null
   const int64_t* column_ids;  // (M,) contiguous, null with row_ids
+  MultiplyMatrices multiply;  // of wide rows' gradients
   void* workspace;      // sigmoid_pairs_*_workspace bytes, 16-byte aligned
 } SigmoidPairsArgs;
 

@@ -44,6 +44,9 @@ struct Split {
   int64_t begin, end;
   __device__ Split(int64_t tiles, int part, int parts)
       : begin(tiles * part / parts), end(tiles * (part + 1) / parts) {}
+  // Of `tiles` tiles from `first` on.
+  __device__ Split(int64_t first, int64_t tiles, int part, int parts)
+      : begin(first + tiles * part / parts), end(first + tiles * (part + 1) / parts) {}
 };
 
 __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) {
@@ -163,6 +166,12 @@ class TileWalk {
   __device__ __forceinline__ TileWalk(unsigned char* shared, const Side& own, const OtherSide& other,
                                       const Terms& terms, int64_t width,
                                       int64_t row0 = static_cast<int64_t>(blockIdx.x) * Shape::kBlockM)
+      : TileWalk(shared, own, other, terms, width, row0,
+                 Split(ceil_div(other.count, Shape::kBlockN), blockIdx.y, gridDim.y)) {}
+
+  // And walks the tiles of `split`.
+  __device__ __forceinline__ TileWalk(unsigned char* shared, const Side& own, const OtherSide& other,
+                                      const Terms& terms, int64_t width, int64_t row0, const Split& split)
       : own_(own),
         other_(other),
         terms_(terms),
@@ -175,9 +184,10 @@ class TileWalk {
         other_tiles_(own_tiles_ + (resident_ ? chunks_ : kOwnerSlots) * Shape::kOwnBytes),
         coefficients_(other_tiles_ + kStages * Shape::kOtherBytes),
         column_terms_(reinterpret_cast<acc_t*>(coefficients_ + Shape::kPanels * Shape::kOwnBytes)),
-        labels_(reinterpret_cast<int64_t*>(column_terms_ + Shape::kTermSlots * Shape::kColumnTerms * Shape::kBlockN)),
+        labels_(reinterpret_cast<int64_t*>(column_terms_ +
+                                           Shape::kTermSlots * Shape::kColumnTerms * Shape::kBlockN)),
         row0_(row0),
-        split_(ceil_div(other.count, Shape::kBlockN), blockIdx.y, gridDim.y),
+        split_(split),
         tile_(split_.begin - 1),
         load_tile_(split_.begin) {
     const int warp = threadIdx.x / kWarpSize;

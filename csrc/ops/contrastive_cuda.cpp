@@ -9,6 +9,7 @@
 #include "../cuda/contrastive.h"
 #include "contrastive.h"
 #include "cuda_launch.h"
+#include "matrix_product.h"
 
 namespace ssl_kernels {
 namespace {
@@ -44,6 +45,7 @@ ContrastiveArgs common_args(const at::Tensor& rows, const OptionalTensor& column
   args.positives = pointer<int64_t>(positives);
   args.row_ids = pointer<int64_t>(row_ids);
   args.column_ids = pointer<int64_t>(column_ids);
+  args.multiply = multiply_by_aten;
   return args;
 }
 

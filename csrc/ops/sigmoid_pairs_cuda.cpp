@@ -8,6 +8,7 @@
 
 #include "../cuda/sigmoid_pairs.h"
 #include "cuda_launch.h"
+#include "matrix_product.h"
 #include "sigmoid_pairs.h"
 
 namespace ssl_kernels {
@@ -37,6 +38,7 @@ SigmoidPairsArgs common_args(const Tensor& rows, const Tensor& columns, const Te
   args.row_ids = pointer<int64_t>(ids.rows);
   args.column_ids = pointer<int64_t>(ids.columns);
   args.equal_ids_are_positive = ids.equal_are_positive;
+  args.multiply = multiply_by_aten;
   return args;
 }
 

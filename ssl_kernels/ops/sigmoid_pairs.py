@@ -2,7 +2,7 @@
 
 import torch
 
-from ssl_kernels import backends, preference
+from ssl_kernels import backends
 from ssl_kernels.chunked import sigmoid_pairs as chunked
 from ssl_kernels.ops.library import accumulation_dtype, savable
 from ssl_kernels.ops.operation import Operation
@@ -102,7 +102,6 @@ _operation = Operation(
     },
     forward=_forward,
     backward=_backward,
-    preference=preference.SIGMOID_PAIRS,
 )
 _fwd, _bwd = _operation.operators
 

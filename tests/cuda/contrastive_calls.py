@@ -21,11 +21,11 @@ class Common(ctypes.Structure):
             "dtype", "normalize_rows", "normalize_columns", "keep_diagonal", "both_directions", "allow_tf32",
             "splits", "column_dtype",
         )],
-        *[(name, ctypes.c_int64) for name in ("slab_rows", "N", "M", "D", "P")],
+        *[(name, ctypes.c_int64) for name in ("block_rows", "block_columns", "N", "M", "D", "P")],
         ("row_strides", ctypes.c_int64 * 2),
         ("column_strides", ctypes.c_int64 * 2),
         *[(name, ctypes.c_void_p) for name in (
-            "rows", "columns", "scale", "positives", "row_ids", "column_ids", "workspace",
+            "rows", "columns", "scale", "positives", "row_ids", "column_ids", "multiply", "workspace",
         )],
         ("additions", Additions),
     ]  # fmt: skip
@@ -93,8 +93,11 @@ class Bwd(NamedTuple):
     grad_row_bias: torch.Tensor | None = None
 
 
-def contrastive_fwd(library, call, *, expectation=False, splits=0, tf32=False, **options):
-    """Runs the forward; returns (Fwd, launches). `options` go to `library.call`."""
+def contrastive_fwd(library, call, *, expectation=False, splits=0, blocks=(0, 0), tf32=False, **options):
+    """Runs the forward; returns (Fwd, launches). `blocks` are rows and columns of a block.
+
+    `options` go to `library.call`.
+    """
     n, m, square = *_sizes(call), call.columns is None
     acc = accumulation_dtype(call.rows.dtype)
     poisoned = poisoned_on(call.rows.device)
@@ -107,13 +110,14 @@ def contrastive_fwd(library, call, *, expectation=False, splits=0, tf32=False, *
         expectation=poisoned(call.rows.shape, acc) if expectation else None,
     )
     function = "contrastive_additions_fwd" if call.has_additions else "contrastive_fwd"
-    launches = _run(library, function, FwdArgs, call, results, {}, options, splits=splits, allow_tf32=tf32)
+    flags = {"splits": splits, "block_rows": blocks[0], "block_columns": blocks[1], "allow_tf32": tf32}
+    launches = _run(library, function, FwdArgs, call, results, {}, options, **flags)
     return results, launches
 
 
 def contrastive_bwd(
     library, call, fwd, grad_lse, grad_column_lse=None, grad_positive_logits=None, *,
-    rows_need_grad=True, columns_need_grad=True, biases_need_grad=True, splits=0, slab_rows=0, tf32=False, **options,
+    rows_need_grad=True, columns_need_grad=True, biases_need_grad=True, splits=0, blocks=(0, 0), tf32=False, **options,
 ):  # fmt: skip
     """Runs the backward; returns (Bwd, launches)."""
     poisoned = poisoned_on(call.rows.device)
@@ -138,7 +142,7 @@ def contrastive_bwd(
         "column_rnorm": fwd.column_rnorm,
         "expectation": fwd.expectation,
     }
-    flags = {"splits": splits, "slab_rows": slab_rows, "allow_tf32": tf32}
+    flags = {"splits": splits, "block_rows": blocks[0], "block_columns": blocks[1], "allow_tf32": tf32}
     adds = call.has_additions and fwd.expectation is None
     function = "contrastive_additions_bwd" if adds else "contrastive_bwd"
     launches = _run(library, function, BwdArgs, call, results, inputs, options, **flags)

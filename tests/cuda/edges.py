@@ -42,8 +42,9 @@ def check_contrastive(library, sizes=SIZES, widths=WIDTHS):
             parity.check_parity(library, square)
             kept = parity.random_call(n, 8, half, m=m, temperature=10.0)
             parity.check_parity(library, kept, expectation=True, splits=2)
-    with check("a slab of one row"):
-        parity.check_parity(library, parity.random_call(129, 520, half, m=9), slab_rows=1)
+    with check("blocks of one row and column"):
+        both = parity.random_call(129, 256, half, m=129, both_directions=True)
+        parity.check_parity(library, both, blocks=(1, 1))
     with check("short rows"):
         call = parity.random_call(6, 8, single, m=5)
         call = call._replace(rows=short_rows(6, 8, single), columns=short_rows(5, 8, single))

@@ -7,7 +7,7 @@ from tests.cuda.contrastive_calls import contrastive_fwd
 from tests.cuda.mutation import Mutation, check, require
 
 TILES, FORWARD, BACKWARD = "contrastive_additions.cuh", "contrastive_fwd.cuh", "contrastive_bwd.cuh"
-CONTRASTIVE, TILE = "contrastive.cuh", "device/tile.cuh"
+CONTRASTIVE, TILE, LAUNCH = "contrastive.cuh", "device/tile.cuh", "contrastive_launch.cuh"
 
 MUTATIONS = {
     "contrastive_additions": [
@@ -43,7 +43,11 @@ MUTATIONS = {
         Mutation("index: limits of the other side's sums",
                  BACKWARD, "(s, additions[i].other_limit", "(s, additions[i].own_limit"),
         Mutation("index: warps that share a row", BACKWARD, "* Shape::kWarpsN + warp_n;", "* Shape::kWarpsN;"),
-        Mutation("index: first row of a slab", BACKWARD, " - problem.bias_row;", ";"),
+        Mutation("index: first row of a block", BACKWARD, " - problem.bias_row;", ";"),
+        Mutation("blocks: the last of a row sums its bias' gradient up", LAUNCH,
+                 "if (!bias_partial_ || block.first_column + block.columns < problem.other.count) return;",
+                 "if (!bias_partial_) return;", harmless="the last sum is of all parts"),
+        Mutation("blocks: parts of a bias' gradient", LAUNCH, "int64_t{column_block} * parts * rows", "0"),
         Mutation("lane: lanes of a row of the bias' gradient",
                  BACKWARD, "offset < 4; offset *= 2) of_rows", "offset < 2; offset *= 2) of_rows"),
     ],
@@ -61,9 +65,11 @@ def check_contrastive_additions(library):
          {"splits": 2}),
         ("groups of row blocks", random_call(300, 24, single, m=70, both_directions=True, additions="bias limit"),
          {"seed": 1, "warp_races": True}),
-        ("slabs", random_call(130, 520, half, m=150, both_directions=True, additions=everything),
-         {"splits": 2, "slab_rows": 1}),
-        ("slabs of a square", random_call(130, 260, single, positives=2, additions=everything), {"slab_rows": 1}),
+        ("blocks", random_call(130, 260, half, m=150, both_directions=True, additions=everything),
+         {"splits": 2, "blocks": (1, 1)}),
+        ("blocks, both gradients", random_call(130, 260, half, m=150, both_directions=True, additions="limit exempt"),
+         {"blocks": (1, 1)}),
+        ("blocks of a square", random_call(130, 130, single, positives=2, additions=everything), {"blocks": (1, 1)}),
     ):  # fmt: skip
         with check(name):
             parity.check_parity(library, call, **options)

@@ -7,7 +7,7 @@ CONTRASTIVE, SIGMOID, HARD, QUEUE = "contrastive.cuh", "sigmoid_pairs.cuh", "bat
 BACKWARD, EXPECTATION = "contrastive_bwd.cuh", "contrastive_expectation.cuh"
 MOMENTUM, PAIRS, MIXUP, CUTMIX = "momentum_update.cuh", "row_pairs.cuh", "mixup.cuh", "cutmix.cuh"
 CROSS_ENTROPY = "mixup_cross_entropy.cuh"
-ROWS, TILE, MATH, SLABS = "rows.cuh", "device/tile.cuh", "device/math.cuh", "slab_product.cuh"
+ROWS, TILE, MATH, BLOCKS = "rows.cuh", "device/tile.cuh", "device/math.cuh", "coefficient_blocks.cuh"
 EPS = "norm < Math<acc_t>::kNormEps ? Math<acc_t>::kNormEps : norm"
 
 SHORTEST_NORM = Mutation("shortest norm, 5 % longer", MATH, "kNormEps = 1e-12f", "kNormEps = 1.05e-12f")
@@ -20,10 +20,11 @@ MUTATIONS = {
         TILE_ROWS,
         Mutation("excluded: from one column past the end on", CONTRASTIVE,
                  "column0 + kColumns <= other.count", "column0 + kColumns <= other.count + 1"),
-        Mutation("slabs: the last of one row", SLABS, "first < own.count; first += slab",
-                 "first + 1 < own.count; first += slab"),
+        Mutation("blocks: the last of one row", BLOCKS, "row < N; row += sizes.rows", "row + 1 < N; row += sizes.rows"),
+        Mutation("blocks: the last of one column", BLOCKS, "column < M; column += sizes.columns",
+                 "column + 1 < M; column += sizes.columns"),
         Mutation("terms: rounding of lse", BACKWARD,
-                 "grad_lse[row] * Math<double>::exp2(rounded - exact)", "grad_lse[row]"),
+                 "* Math<double>::exp2(rounded - exact)"),
         Mutation("half: bound of many positives", ROWS, "2 * acc_t(P) * positive_bound", "2 * positive_bound"),
         Mutation("excluded: ids above 32 bits", CONTRASTIVE, "id_i != id_j != problem",
                  "static_cast<int>(id_i) != static_cast<int>(id_j) != problem"),

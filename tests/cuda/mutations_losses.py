@@ -15,7 +15,7 @@ CONTRASTIVE, SIGMOID, HARD, QUEUE = "contrastive.cuh", "sigmoid_pairs.cuh", "bat
 FORWARD, BACKWARD, EXPECTATION = "contrastive_fwd.cuh", "contrastive_bwd.cuh", "contrastive_expectation.cuh"
 MOMENTUM, PAIRS = "momentum_update.cuh", "row_pairs.cuh"
 WALK, ROWS, TILE, WARP = "tile_walk.cuh", "rows.cuh", "device/tile.cuh", "device/warp.cuh"
-SLABS = "slab_product.cuh"
+BLOCKS, LAUNCH = "coefficient_blocks.cuh", "contrastive_launch.cuh"
 COPY, SOFTMAX = "device/async_copy.cuh", "device/online_softmax.cuh"
 WAIT, BARRIER, COMMIT = "copy_async_wait<kStages - 2>();", "__syncthreads();", "copy_async_commit();"
 
@@ -46,29 +46,31 @@ PRODUCT_WALK = [
     Mutation("half: zero rows' norms", ROWS, "rnorm.value[e] > acc_t(kZeroRowRnorm) ? acc_t(0) : ", ""),
     Mutation("half: scale taken out again", ROWS, "coefficient_scale ? acc_t(1) / *coefficient_scale : ", ""),
 ]
-SLAB_PRODUCT = [
-    Mutation("slabs: terms of the next tile", WALK, "kTermSlots = 2;", "kTermSlots = 1;"),
-    Mutation("slabs: first row", BACKWARD, "first_row + static_cast", "static_cast"),
-    Mutation("slabs: wait for the step's copies", SLABS, WAIT),
-    Mutation("slabs: barrier of a step", SLABS, BARRIER),
-    Mutation("slabs: commit of a step's copies", SLABS, COMMIT),
-    Mutation(
-        "slabs: prefetch one step less", SLABS, "step < kStages - 1; ++step", "step < kStages - 2; ++step"
-    ),
-    Mutation("slabs: steps past the end", SLABS, "if (step < end) {", "{"),
-    Mutation("slabs: row mask", SLABS, "row < rows && d < width", "d < width"),
-    Mutation("slabs: depth mask", SLABS, "row < rows && d < width", "row < rows"),
-    Mutation("slabs: panels past the depth", SLABS, "if (depth0 + panel * Shape::kChunk < width)",
-             harmless="their products are not stored"),
-    Mutation("slabs: rows behind the gradient", SLABS, "x.data += first * x.row_stride;"),
-    Mutation("slabs: norms of the rows", SLABS, "own.rnorm ? own.rnorm + first", "own.rnorm ? own.rnorm"),
+BLOCK_GRADIENTS = [
+    Mutation("blocks: terms of the next tile", WALK, "kTermSlots = 2;", "kTermSlots = 1;"),
+    Mutation("blocks: row mask of the copies", BLOCKS, "if (row >= count) return;"),
+    Mutation("blocks: padding of the copies", BLOCKS, "d < D ? to_acc(x.at(row, d)) * rnorm[row] : acc_t(0)",
+             "to_acc(x.at(row, d)) * rnorm[row]"),
+    Mutation("blocks: norms of the columns", BLOCKS, "with_norms ? walk", "true ? walk"),
+    Mutation("blocks: norms of the rows behind", BLOCKS, "side.operand.rnorm + first", "side.operand.rnorm"),
+    Mutation("blocks: rows behind the gradient", BLOCKS, "x.data += first * x.row_stride;"),
+    Mutation("index: first tile of a block", BLOCKS, "first_column / Shape::kBlockN, ceil_div", "0, ceil_div"),
+    Mutation("index: rows of the other side", BLOCKS, "other_factor.data + column * other_factor.stride",
+             "other_factor.data"),
+    Mutation("index: rows of the own side", BLOCKS, "own_factor.data + row * own_factor.stride", "own_factor.data"),
+    Mutation("index: sums of the other side", BLOCKS, "other_sum + column * width", "other_sum"),
+    Mutation("blocks: columns add up", BLOCKS, "{dtype, false, column > 0,", "{dtype, false, false,"),
+    Mutation("blocks: rows add up", BLOCKS, "{dtype, true, row > 0,", "{dtype, true, false,"),
 ]  # fmt: skip
 
 MUTATIONS = {
     "contrastive": [
         *REDUCING_WALK,
         *PRODUCT_WALK,
-        *SLAB_PRODUCT,
+        *BLOCK_GRADIENTS,
+        Mutation("index: first row of a block", BACKWARD, "first_row + static_cast", "static_cast"),
+        Mutation("index: rows in a block", BACKWARD, "block - first_row * stride", "block"),
+        Mutation("index: columns in a block", BACKWARD, "* stride - first_column, stride", "* stride, stride"),
         Mutation("widened copy: row mask", TILE, "row0 + r < rows && ", at="wide = {}"),
         Mutation("widened copy: depth mask", TILE, " && column < columns", at="wide = {}"),
         Mutation("copy: commit", COPY, '"cp.async.commit_group;"', '""'),
@@ -117,6 +119,13 @@ MUTATIONS = {
         Mutation("expectation: barrier of the maxima", EXPECTATION, BARRIER, at="kBlockM + r] = largest;"),
         Mutation("expectation: barrier of the sums", EXPECTATION, BARRIER, at="kBlockM + r] = state[i].sum;"),
         Mutation("expectation: rising maximum", EXPECTATION, "if (__any_sync(kAllLanes, shrinks))", "if (false)"),
+        Mutation("expectation: of coefficients, their scale taken out again", BLOCKS, "if (i < count) values",
+                 "if (false) values"),
+        Mutation("expectation: of coefficients, end of the values", BLOCKS, "if (i < count) values", "values"),
+        Mutation("expectation: of coefficients, columns add up", LAUNCH, "{args.dtype, false, column > 0,",
+                 "{args.dtype, false, false,"),
+        Mutation("index: expectation of a block's rows", LAUNCH, "expectation + row * args.D", "expectation"),
+        Mutation("terms: weight of the softmax itself", BACKWARD, "grad_lse[row] : 1.0", "grad_lse[row] : 0.0"),
         Mutation("expectation: excluded entries", EXPECTATION, "exclude<kNTiles>", "if (false) exclude<kNTiles>"),
         Mutation("expectation: row mask of the sums",
                  EXPECTATION, "lane % 4 == 0 && row < own.count", "lane % 4 == 0"),
@@ -158,8 +167,14 @@ MUTATIONS = {
                  harmless="the lanes of a row hold the same sum"),
         Mutation("backward: row mask of the terms", SIGMOID, "valid = i < own.count;", "valid = true;",
                  harmless="reads the workspace for rows that are not stored"),
-        Mutation("backward: one slice makes the sums", SIGMOID, "if (blockIdx.z != 0) return;",
-                 harmless="the slices make the same sums"),
+        Mutation("blocks: row mask of the terms", SIGMOID, "valid = row < own.count;", "valid = true;",
+                 harmless="reads the workspace for rows that are not stored"),
+        Mutation("blocks: sums of losses", "sigmoid_pairs.cu", "losses + written", "losses"),
+        Mutation("blocks: sums of coefficients", "sigmoid_pairs.cu", "biases + written", "biases"),
+        *BLOCK_GRADIENTS,
+        Mutation("index: first row of a block", SIGMOID, "first_row + static_cast", "static_cast"),
+        Mutation("index: rows in a block", SIGMOID, "block - first_row * stride", "block"),
+        Mutation("index: columns in a block", SIGMOID, "* stride - first_column, stride", "* stride, stride"),
         Mutation("backward: one lane stores the loss", SIGMOID, "if (lane == 0) losses", "losses",
                  harmless="all lanes hold the same sum"),
         Mutation("backward: one lane stores the bias' gradient", SIGMOID, "if (lane == 0) biases", "biases",
@@ -267,11 +282,14 @@ def check_contrastive(library):
         ("expectation, no column left", ids_but_one_column, {"expectation": True}),
         ("unnormalised", random_call(20, 40, half, m=33, normalize=False, temperature=2.0), {}),
         ("narrow columns", random_call(65, 40, single, m=150, column_dtype=half), {"splits": 2, "expectation": True}),
-        ("slabs", random_call(130, 520, half), {"splits": 2, "slab_rows": 1}),
-        ("slabs, random order", random_call(20, 260, single, m=280),
-         {"splits": 1, "slab_rows": 1, "seed": 2, "warp_races": True}),
-        ("slabs, another order", random_call(20, 520, half, m=280),
-         {"splits": 1, "slab_rows": 1, "seed": 3, "warp_races": True}),
+        ("blocks of a square", random_call(130, 260, half, ids=True), {"splits": 2, "blocks": (1, 1)}),
+        ("blocks of a rectangle",
+         random_call(131, 260, half, m=135, both_directions=True, keep_diagonal=True, ids=True), {"blocks": (1, 1)}),
+        ("blocks, random order", random_call(140, 130, single, m=280, both_directions=True),
+         {"splits": 1, "blocks": (1, 1), "seed": 2, "warp_races": True}),
+        ("blocks, another order", random_call(20, 260, half, m=280),
+         {"splits": 1, "blocks": (0, 0), "seed": 3, "warp_races": True}),
+        ("expectation of coefficients", random_call(131, 514, half, m=135), {"expectation": True, "blocks": (1, 1)}),
     ):  # fmt: skip
         with check(name):
             parity.check_parity(library, call, **options)
@@ -289,7 +307,17 @@ def check_sigmoid_pairs(library):
         ("odd width", random_call(65, 33, 17, half), {}),
         ("whole tiles", random_call(128, 64, 64, half), {}),
         ("whole columns", random_call(100, 64, 64, half), {}),
-        ("several slices", random_call(40, 70, 520, half), {"seed": 3}),
+        ("blocks of coefficients", random_call(131, 135, 260, half), {"seed": 3, "blocks": (1, 1)}),
+        (
+            "blocks, random order",
+            random_call(140, 280, 130, single),
+            {"seed": 2, "splits": 1, "blocks": (1, 1), "warp_races": True},
+        ),
+        (
+            "blocks, equal ids positive",
+            random_call(131, 135, 256, half, bias=-3.0, ids="positive"),
+            {"splits": 2},
+        ),
         ("far diagonal", random_call(20, 24, 8, single, diagonal=2**32), {}),
         ("zero rows", zero_row, {}),
         ("unnormalised", random_call(20, 24, 8, single, normalize_rows=False, normalize_columns=False), {}),

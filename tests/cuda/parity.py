@@ -125,10 +125,10 @@ def plain(call, upstream, dtype):
     return [result.detach().double() for result in results], Gradients(*gradients)
 
 
-def run(library, call, upstream, *, expectation=False, slab_rows=0, **options):
+def run(library, call, upstream, *, expectation=False, **options):
     """Fwd, Bwd and the launches of both; with `expectation` the backward is the one without a walk."""
     fwd, forward_launches = contrastive_fwd(library, call, expectation=expectation, **options)
-    bwd, backward_launches = contrastive_bwd(library, call, fwd, *upstream, slab_rows=slab_rows, **options)
+    bwd, backward_launches = contrastive_bwd(library, call, fwd, *upstream, **options)
     return fwd, bwd, forward_launches + backward_launches
 
 

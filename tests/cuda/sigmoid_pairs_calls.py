@@ -14,11 +14,11 @@ class Common(ctypes.Structure):
         *[(name, ctypes.c_int32) for name in (
             "dtype", "normalize_rows", "normalize_columns", "allow_tf32", "splits", "equal_ids_are_positive",
         )],
-        *[(name, ctypes.c_int64) for name in ("N", "M", "D", "diagonal")],
+        *[(name, ctypes.c_int64) for name in ("block_rows", "block_columns", "N", "M", "D", "diagonal")],
         ("row_strides", ctypes.c_int64 * 2),
         ("column_strides", ctypes.c_int64 * 2),
         *[(name, ctypes.c_void_p) for name in (
-            "rows", "columns", "scale", "bias", "row_ids", "column_ids", "workspace",
+            "rows", "columns", "scale", "bias", "row_ids", "column_ids", "multiply", "workspace",
         )],
     ]  # fmt: skip
 
@@ -89,22 +89,26 @@ def losses(library, call, *, total=False, splits=0, tf32=False, **options):
     return result, launch(library, "sigmoid_pairs_fwd", args, _reads(call), {"losses": result}, **options)
 
 
-def total_with_gradients(library, call, *, needed=(True, True), splits=0, tf32=False, **options):
+def total_with_gradients(
+    library, call, *, needed=(True, True), splits=0, blocks=(0, 0), tf32=False, **options
+):
     """The forward that keeps the gradients of the sum; (total, Gradients in acc_t, launches)."""
     poisoned = poisoned_on(call.rows.device)
     total = poisoned((), torch.float64)
     grads = _poisoned_gradients(call, accumulation_dtype(call.rows.dtype), needed)
-    args = FwdArgs(_common(call, splits, tf32), total.data_ptr(), 1, 1, *map(address, grads))
+    args = FwdArgs(_common(call, splits, tf32, blocks), total.data_ptr(), 1, 1, *map(address, grads))
     writes = {"losses": total, **grads._asdict()}
     writes = {f"grad_{name}" if name in Gradients._fields else name: t for name, t in writes.items()}
     launches = launch(library, "sigmoid_pairs_fwd", args, _reads(call), writes, **options)
     return total, grads, launches
 
 
-def weighted_gradients(library, call, grad_losses, *, needed=(True, True), splits=0, tf32=False, **options):
+def weighted_gradients(
+    library, call, grad_losses, *, needed=(True, True), splits=0, blocks=(0, 0), tf32=False, **options
+):
     """The backward; (Gradients, launches)."""
     grads = _poisoned_gradients(call, call.rows.dtype, needed)
-    args = BwdArgs(_common(call, splits, tf32), grad_losses.data_ptr(), *map(address, grads))
+    args = BwdArgs(_common(call, splits, tf32, blocks), grad_losses.data_ptr(), *map(address, grads))
     writes = {f"grad_{name}": tensor for name, tensor in grads._asdict().items()}
     reads = {**_reads(call), "grad_losses": grad_losses}
     return grads, launch(library, "sigmoid_pairs_bwd", args, reads, writes, **options)
@@ -131,11 +135,12 @@ def plain(call, grad_losses, dtype):
     return by_row.detach().double(), Gradients(*(leaf.grad.double() for leaf in (rows, columns, scale, bias)))
 
 
-def check_parity(library, call, *, tf32=False, splits=0, **options):
+def check_parity(library, call, *, tf32=False, splits=0, blocks=(0, 0), **options):
     """Holds losses, total, its gradients and weighted gradients to float64; returns all launches.
 
     About as accurate as plain PyTorch on the same values: the losses in acc_t whatever the dtype, the gradients in
-    the dtype. Errors are measured in the size of what is added up.
+    the dtype. Errors are measured in the size of what is added up. `blocks`: rows and columns of a block of
+    coefficients of wide rows.
     """
     n, m = len(call.rows), len(call.columns)
     options = {"tf32": tf32, "splits": splits, **options}
@@ -165,10 +170,10 @@ def check_parity(library, call, *, tf32=False, splits=0, **options):
         _, exact = plain(call, grad_losses, torch.float64)
         _, other = plain(call, grad_losses, dtype)
         if kept:
-            total, grads, launches = total_with_gradients(library, call, **options)
+            total, grads, launches = total_with_gradients(library, call, blocks=blocks, **options)
             _check(total, truth.sum(), near.sum(), size.sum() * logit, 4 * (2.0**-11 if tf32 else 2e-7))
         else:
-            grads, launches = weighted_gradients(library, call, grad_losses, **options)
+            grads, launches = weighted_gradients(library, call, grad_losses, blocks=blocks, **options)
         all_launches += launches
         weight = grad_losses.max().item()
         own = [
@@ -183,13 +188,15 @@ def check_parity(library, call, *, tf32=False, splits=0, **options):
     return all_launches
 
 
-def _common(call, splits, tf32):
+def _common(call, splits, tf32, blocks=(0, 0)):
     return Common(
         dtype=DTYPE_CODES[call.rows.dtype],
         normalize_rows=call.normalize_rows,
         normalize_columns=call.normalize_columns,
         allow_tf32=tf32,
         splits=splits,
+        block_rows=blocks[0],
+        block_columns=blocks[1],
         N=len(call.rows),
         M=len(call.columns),
         D=call.rows.shape[1],

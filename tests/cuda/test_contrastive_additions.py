@@ -61,9 +61,7 @@ def test_expectation_matches_float64(library, gpu, n, m, d, additions, dtype, tf
         assert not any("contrastive_bwd_kernel" in launch.kernel for launch in launches)
 
 
-@pytest.mark.parametrize(
-    "dtype, d", [(torch.bfloat16, 200), (torch.float16, 400), (torch.float32, 200)], ids=str
-)
+@pytest.mark.parametrize("dtype, d", [(torch.bfloat16, 200), (torch.float32, 100)], ids=str)
 @pytest.mark.parametrize("m", [None, 70])
 def test_wider_accumulators(library, gpu, m, dtype, d):
     call = random_call(
@@ -75,15 +73,16 @@ def test_wider_accumulators(library, gpu, m, dtype, d):
 @pytest.mark.parametrize(
     "dtype, tf32, d",
     [
-        (torch.float64, False, 129),
-        (torch.float32, True, 300),
-        (torch.float16, False, 520),
-        (torch.bfloat16, False, 640),
+        (torch.float64, False, 64),
+        (torch.float32, True, 130),
+        (torch.float16, False, 260),
+        (torch.bfloat16, False, 256),
     ],
     ids=["float64", "tf32", "float16", "bfloat16"],
 )  # fmt: skip
 @pytest.mark.parametrize("m", [None, 131])
-def test_slabs_of_wide_rows(library, gpu, m, dtype, tf32, d):
+def test_blocks_of_wide_rows(library, gpu, m, dtype, tf32, d):
+    """The gradient of a bias is summed by the walk that owns its rows, so that the columns' needs one of their own."""
     call = random_call(
         150,
         d,
@@ -94,9 +93,14 @@ def test_slabs_of_wide_rows(library, gpu, m, dtype, tf32, d):
         additions=EVERYTHING,
         device=gpu.device,
     )
-    _, _, launches = check_parity(library, call, tf32=tf32, splits=2, slab_rows=100)
+    _, _, launches = check_parity(library, call, tf32=tf32, splits=2, blocks=(100, 1))
     if gpu.emulated:
-        assert sum("slab_product_kernel" in launch.kernel for launch in launches) == (2 if m is None else 4)
+        assert sum("coefficients_kernel" in launch.kernel for launch in launches) == (4 if m is None else 8)
+    if m is not None:
+        call = call._replace(column_bias=None, row_bias=None)
+        _, _, launches = check_parity(library, call, tf32=tf32, blocks=(100, 1))
+        if gpu.emulated:
+            assert sum("coefficients_kernel" in launch.kernel for launch in launches) == 4
 
 
 @pytest.mark.slow
@@ -147,7 +151,7 @@ def test_positives_and_exempt_columns_stay(library, gpu):
     torch.testing.assert_close(fwd.lse.cpu(), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("d", [8, 520])
+@pytest.mark.parametrize("d", [8, 256])
 @pytest.mark.parametrize("m", [None, 7])
 def test_rows_without_any_column(library, gpu, m, d):
     """By padding alone, by a limit alone: a sum of -inf, and gradients of 0."""
@@ -178,7 +182,7 @@ def test_nan_reaches_the_results(library, gpu):
     assert not fwd.lse[[0, 2, 3, 4, 5]].isnan().any()
 
 
-@pytest.mark.parametrize("d", [24, 520])
+@pytest.mark.parametrize("d", [24, 256])
 def test_gradients_that_are_not_needed(library, gpu, d):
     """A bias' gradient alone, the vectors' alone, that of scale without any."""
     call = random_call(
@@ -198,14 +202,20 @@ def test_gradients_that_are_not_needed(library, gpu, d):
         )
         for name, ours in some._asdict().items():
             if ours is not None and name != "grad_scale":
-                assert torch.equal(ours, getattr(everything, name))
+                full = getattr(everything, name)  # of wide rows with other norms in the coefficients
+                tolerance = (
+                    {"rtol": 1e-2, "atol": 1e-4}
+                    if d == 256 and "bias" not in name
+                    else {"rtol": 0, "atol": 0}
+                )
+                torch.testing.assert_close(ours, full, **tolerance)
         torch.testing.assert_close(some.grad_scale, everything.grad_scale, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype, d", [(torch.bfloat16, 72), (torch.float32, 300)], ids=str)
+@pytest.mark.parametrize("dtype, d", [(torch.bfloat16, 72), (torch.float32, 130)], ids=str)
 def test_every_schedule_gives_the_same_bits(library, gpu, dtype, d):
     call = random_call(130, d, dtype, m=70, both_directions=True, additions=EVERYTHING, device=gpu.device)
-    check_every_schedule(library, call, splits=2, slab_rows=1)
+    check_every_schedule(library, call, splits=2, blocks=(1, 1))
 
 
 def test_calls_can_be_captured(library, gpu):

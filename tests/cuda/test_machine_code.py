@@ -17,7 +17,9 @@ from tests.gpu_emulation import nvcc_path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("contrastive", "contrastive_additions", "sigmoid_pairs", "batch_hard")
-SHARED_KERNELS = r"(?:prepare_rows|finish_rows|sum_rows|sum_parts|coefficient_scale|slab_product)_kernel"
+SHARED_KERNELS = (
+    r"(?:prepare_rows|finish_rows|sum_rows|sum_parts|coefficient_scale|normalized_rows|unscale)_kernel"
+)
 ARCHITECTURES = (80, 90, 100)
 REGISTERS = 65536  # of a multiprocessor, handed out 256 at a time to a warp
 SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # of a multiprocessor; a block costs 1024 more
@@ -33,13 +35,11 @@ KERNELS = {
     r"contrastive_fwd_kernel.*FmaEngineIdEE(?:EE)?Lb1E": (128, 64256, 2),
     r"contrastive_bwd_kernel.*MmaEngineI13__nv_bfloat16EE(?:EE)?Li4ELi2E": (256, 77568, 1),
     r"contrastive_bwd_kernel.*MmaEngineI13__nv_bfloat16EE(?:EE)?Li4ELi4E": (256, 93952, 1),
-    r"contrastive_bwd_kernel.*MmaEngineI13__nv_bfloat16EE(?:EE)?Li2ELi8E": (256, 60416, 1),
     r"contrastive_bwd_kernel.*MmaEngineI6__halfEE(?:EE)?Li4ELi2E": (256, 77568, 1),
     r"contrastive_bwd_kernel.*MmaEngineI6__halfEE(?:EE)?Li4ELi4E": (256, 93952, 1),
-    r"contrastive_bwd_kernel.*MmaEngineI6__halfEE(?:EE)?Li2ELi8E": (256, 60416, 1),
-    r"contrastive_bwd_kernel.*MmaEngineIfEE(?:EE)?Li4ELi8E": (256, 80512, 1),
-    r"contrastive_bwd_kernel.*FmaEngineIfEE(?:EE)?Li4ELi8E": (256, 80512, 1),
-    r"contrastive_bwd_kernel.*FmaEngineIdEE(?:EE)?Li4ELi8E": (256, 99584, 1),
+    r"contrastive_bwd_kernel.*MmaEngineIfEE(?:EE)?Li4ELi4E": (256, 80512, 1),
+    r"contrastive_bwd_kernel.*FmaEngineIfEE(?:EE)?Li4ELi4E": (256, 80512, 1),
+    r"contrastive_bwd_kernel.*FmaEngineIdEE(?:EE)?Li4ELi4E": (256, 99584, 1),
     r"contrastive_coefficients_kernelI(?!.*AddingEngine).*EngineI(13__nv_bfloat16|6__half|f)": (
         256,
         101376,
@@ -47,8 +47,6 @@ KERNELS = {
     ),
     r"contrastive_coefficients_kernel.*AddingEngine.*EngineI(13__nv_bfloat16|6__half|f)": (256, 101376, 1),
     r"contrastive_coefficients_kernel.*FmaEngineId": (256, 76800, 1),
-    r"slab_product_kernel.*EngineI(13__nv_bfloat16|6__half|f)": (256, 98304, TWO_WHERE_THEY_FIT),
-    r"slab_product_kernel.*FmaEngineId": (256, 98304, 1),
     r"expectation_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EE(?:EE)?Li4ELi2E": (256, 75264, 1),
     r"expectation_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EE(?:EE)?Li4ELi4E": (256, 91648, 1),
     r"expectation_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EE(?:EE)?Li2ELi8E": (256, 59392, 1),
@@ -59,9 +57,10 @@ KERNELS = {
     r"sigmoid_pairs_fwd_kernel.*FmaEngineId": (128, 62208, 2),
     r"sigmoid_pairs_bwd_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EE(?:EE)?Li4ELi2E": (256, 76288, 1),
     r"sigmoid_pairs_bwd_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EE(?:EE)?Li4ELi4E": (256, 92672, 1),
-    r"sigmoid_pairs_bwd_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EE(?:EE)?Li2ELi8E": (256, 59392, 1),
-    r"sigmoid_pairs_bwd_kernel.*EngineIfEE(?:EE)?Li4ELi8E": (256, 79616, 1),
-    r"sigmoid_pairs_bwd_kernel.*FmaEngineIdEE(?:EE)?Li4ELi8E": (256, 97792, 1),
+    r"sigmoid_pairs_bwd_kernel.*EngineIfEE(?:EE)?Li4ELi4E": (256, 79616, 1),
+    r"sigmoid_pairs_bwd_kernel.*FmaEngineIdEE(?:EE)?Li4ELi4E": (256, 97792, 1),
+    r"sigmoid_pairs_coefficients_kernel.*EngineI(13__nv_bfloat16|6__half|f)": (256, 100352, 1),
+    r"sigmoid_pairs_coefficients_kernel.*FmaEngineId": (256, 75776, 1),
     r"sigmoid_pairs_weight_kernel": (256, 0, 4),
     r"batch_hard_kernel.*EngineI(13__nv_bfloat16|6__half|f)": (128, 76800, 2),
     r"batch_hard_kernel.*FmaEngineId": (128, 63744, 2),
@@ -76,6 +75,8 @@ KERNELS = {
     r"sum_parts_kernel": (256, 0, 4),
     r"sum_rows_kernel": (1024, 0, 1),
     r"coefficient_scale_kernel": (1024, 0, 1),
+    r"normalized_rows_kernel": (256, 0, 4),
+    r"unscale_kernel": (256, 0, 4),
 }
 
 
@@ -168,7 +169,7 @@ def test_tensor_cores_and_vector_accesses_are_used(cuobjdump, binaries, arch):
     """In the tile loops: tensor cores with ldmatrix, or FMA; 16-byte cp.async, 8-byte stores."""
     code = instructions(dump(cuobjdump, binaries, arch, "-sass"))
     tile_kernels = {name: opcodes for name, opcodes in code.items() if "EngineI" in name}
-    assert len(tile_kernels) == 111
+    assert len(tile_kernels) == 108
     for name, opcodes in tile_kernels.items():
 
         def total(prefix, opcodes=opcodes):
@@ -181,13 +182,13 @@ def test_tensor_cores_and_vector_accesses_are_used(cuobjdump, binaries, arch):
             hmma = {opcode: count for opcode, count in opcodes.items() if opcode.startswith("HMMA")}
             assert hmma and all(kind in opcode for opcode in hmma), name
             assert total("LDSM.16.M88.4") > 0, name
-            assert re.search("batch_hard|slab_product", name) or total("MUFU.EX2") >= 16, name
+            assert "batch_hard" in name or total("MUFU.EX2") >= 16, name
         else:
             # The loop over a step of D is unrolled as far as the compiler likes: a fragment's worth at least.
             assert total("DFMA" if "FmaEngineId" in name else "FFMA") >= 64 and total("LDS.128") > 0, name
         if "WideningEngine" in name:  # 8 bytes of the narrow columns, widened into 16
             assert total("LDG.E.64") > 0 and total("STS.128") > 0, name
-        if re.search("Shape|coefficients|slab_product", name) and "FmaEngineId" not in name:
+        if re.search("Shape|coefficients", name) and "FmaEngineId" not in name:
             # One store of a single number more per row of a fragment: the gradient of a bias.
             singles = 4 if re.search(r"(?:bwd|coefficients)_kernel.*AddingEngine", name) else 0
             assert total("STG.E") - singles == total("STG.E.64") > 0, name

@@ -73,6 +73,41 @@ def test_wide_rows(library, gpu, dtype, d):
     check_parity(library, random_call(40, 70, d, dtype, device=gpu.device))
 
 
+@pytest.mark.parametrize(
+    "dtype, tf32, d, ids",
+    [
+        (torch.float64, False, 64, None),
+        (torch.float32, True, 130, "left out"),
+        (torch.float16, False, 260, "positive"),
+        (torch.bfloat16, False, 256, None),
+    ],
+)
+def test_both_gradients_of_wide_rows_from_one_set_of_coefficients(library, gpu, dtype, tf32, d, ids):
+    call = random_call(131, 135, d, dtype, bias=-3.0, diagonal=-2, ids=ids, device=gpu.device)
+    call.rows[:6] *= 1e-3
+    call.rows[7] = 0
+    call.columns[::3] *= 1e3
+    launches = check_parity(library, call, tf32=tf32, splits=2, blocks=(1, 0))
+    if gpu.emulated:
+        assert not any("pairs_bwd_kernel" in launch.kernel for launch in launches)
+        assert sum("coefficients_kernel" in launch.kernel for launch in launches) == 2 * 2
+
+
+@pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)])
+def test_gradients_of_wide_rows_that_are_not_needed(library, gpu, needed):
+    call = random_call(20, 33, 256, torch.float16, device=gpu.device)
+    total, everything, _ = total_with_gradients(library, call)
+    some_total, some, launches = total_with_gradients(library, call, needed=needed)
+    for ours, full in zip(some[:2], everything[:2], strict=True):
+        if ours is not None:
+            torch.testing.assert_close(ours, full, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(some_total, total)
+    torch.testing.assert_close(some.scale, everything.scale, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(some.bias, everything.bias, rtol=1e-5, atol=1e-6)
+    if gpu.emulated:
+        assert sum("coefficients_kernel" in launch.kernel for launch in launches) == 1
+
+
 def test_no_positive_pair_in_sight(library, gpu):
     """A diagonal beyond the columns, as an other rank's block has it."""
     call = random_call(20, 24, 8, torch.float32, diagonal=1000, device=gpu.device)
@@ -163,7 +198,7 @@ def test_calls_can_be_captured(library, gpu):
 
 @pytest.mark.parametrize(
     "n, m, d, dtype",
-    [(128, 256, 128, torch.bfloat16), (256, 128, 256, torch.float16), (128, 64, 64, torch.float32)],
+    [(128, 256, 128, torch.bfloat16), (256, 128, 192, torch.float16), (128, 64, 64, torch.float32)],
 )
 def test_kernels_do_what_their_headers_say(library, gpu, n, m, d, dtype):
     if not gpu.emulated:
@@ -203,3 +238,22 @@ def test_kernels_do_what_their_headers_say(library, gpu, n, m, d, dtype):
             assert counters.global_load_sectors == pytest.approx(paper, rel=0.02)
             assert counters.global_store_sectors == pytest.approx(rows * d * 4 // SECTOR, rel=0.02)
             assert not half or counters.shared_wavefronts == counters.shared_wavefronts_ideal
+
+
+@pytest.mark.parametrize("d, dtype", [(256, torch.bfloat16), (128, torch.float32)])
+def test_coefficients_do_what_their_header_says(library, gpu, d, dtype):
+    if not gpu.emulated:
+        pytest.skip("a card has no such counters")
+    n, m = 128, 256
+    call = random_call(n, m, d, dtype)
+    half, steps, tiles = dtype.itemsize == 2, d * dtype.itemsize // STEP_BYTES, m // 128
+    _, _, launches = total_with_gradients(library, call, splits=1)
+    (launch,) = [launch for launch in launches if "coefficients_kernel" in launch.kernel]
+    assert launch.shared == 6 * 128 * STEP_BYTES + 2 * 2 * 128 * 4
+    assert launch.counters.mma == (4 * tiles * steps * 128 if half else 0)
+    paper = 4 * n * steps * tiles + 4 * m * steps + tiles * (128 // 8 + 32)
+    assert launch.counters.global_load_sectors == pytest.approx(paper, rel=0.02)
+    assert launch.counters.global_store_sectors == pytest.approx(
+        128 * tiles * 128 * dtype.itemsize // SECTOR, rel=0.01
+    )
+    assert launch.counters.shared_wavefronts == launch.counters.shared_wavefronts_ideal
