@@ -6,6 +6,7 @@
 //   pairs    `others` are the columns, p(i) = i:   lse_i - s_ii,   or with both_directions (lse_i + column_lse_i) / 2 - s_ii
 //   mixed    the same with two positives, i and m = partner_i, of shares l_i and 1 - l_i:
 //            l_i (lse_i - s_ii) + (1 - l_i) (lse_i - s_im)
+//   debiased views without the partner in their sums, whose losses are the rule "debiased" of row_rules.h
 //   classes  `classes` are the positives of class_contrastive:   its loss, where the mean is over the rows that have a positive
 #include <ATen/ops/arange.h>
 #include <ATen/ops/as_strided_native.h>
@@ -20,6 +21,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <numeric>
 #include <utility>
 
@@ -30,6 +32,7 @@
 #include "contrastive_operators.h"
 #include "contrastive_loss.h"
 #include "readable.h"
+#include "row_rules.h"
 
 namespace ssl_kernels {
 namespace {
@@ -58,6 +61,7 @@ struct Call {
   const OptionalTensor& others;
   const Tensor& scale;
   const OptionalTensor &classes, &row_ids, &column_ids, &partner, &share;
+  std::optional<double> positive_prior;  // of the debiased loss
   Options options;
 
   int64_t row_count() const { return rows.size(0) * (options.are_views ? 2 : 1); }
@@ -126,7 +130,48 @@ Tensor some_rows(const Tensor& grad, int64_t begin, int64_t count) {
 
 // What forward leaves for backward.
 struct Saved {
-  Tensor lse, column_lse, row_rnorm, column_rnorm, kept, counts, positive_logits;  // the last where they are shared
+  // The logits where a rule needs them.
+  Tensor lse, column_lse, row_rnorm, column_rnorm, kept, counts, positive_logits;
+};
+
+// The debiased loss of rows, from their sums of negatives and the logits of their partners.
+class Debiased {
+ public:
+  Debiased(double prior, int64_t n, double scale, const Tensor& lse, const Tensor& positive_logits)
+      : n_(n),
+        scale_(scale),
+        lse_(lse.const_data_ptr<double>()),
+        positive_(positive_logits.const_data_ptr<double>()) {
+    const double negatives = static_cast<double>(n - 2);
+    constants_ = {std::log(negatives), std::log(negatives * prior), std::log1p(-prior)};
+  }
+
+  double sum() const {
+    double total = 0;
+    for (int64_t i = 0; i < n_; ++i) total += loss(i, nullptr);
+    return total;
+  }
+
+  // `each` times the derivatives of the losses by the sums and the logits; returns that by the scale.
+  double differentiate(double each, double* by_lse, double* by_positive) const {
+    double by_scale = 0;
+    for (int64_t i = 0; i < n_; ++i) {
+      row_rules::Values partial;
+      loss(i, &partial);
+      by_lse[i] = each * partial[0], by_positive[i] = each * partial[1], by_scale += each * partial[2];
+    }
+    return by_scale;
+  }
+
+ private:
+  double loss(int64_t i, row_rules::Values* partial) const {
+    return row_rules::debiased({lse_[i], positive_[i], scale_, 0}, constants_.data(), partial);
+  }
+
+  int64_t n_;
+  double scale_;
+  const double *lse_, *positive_;
+  std::array<double, 3> constants_;
 };
 
 // The share of each row's own positive.
@@ -166,7 +211,9 @@ std::pair<Tensor, int64_t> forward(const Call& call, bool columns_need_grad, Sav
   const OptionalTensor positives = call.listed_positives(keep, columns_need_grad);
   const auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept] =
       direct ? cpu::contrastive_fwd(call.arguments(positives, keep, columns_need_grad)) : through_operator();
-  if (saved) *saved = {lse, column_lse, row_rnorm, column_rnorm, kept, {}, call.share ? positive_logits : Tensor()};
+  const bool by_rule = call.share || call.positive_prior;
+  if (saved)
+    *saved = {lse, column_lse, row_rnorm, column_rnorm, kept, {}, by_rule ? positive_logits : Tensor()};
   if (!can_be_read(lse)) {
     const Tensor losses = (both_directions ? lse.add(column_lse).div(2) : lse).sub(positive_logits);
     return {mean ? losses.mean(call.scale.scalar_type()) : losses.sum(call.scale.scalar_type()), n};
@@ -174,7 +221,9 @@ std::pair<Tensor, int64_t> forward(const Call& call, bool columns_need_grad, Sav
   const double *l = lse.const_data_ptr<double>(), *p = positive_logits.const_data_ptr<double>();
   const double* c = both_directions ? column_lse.const_data_ptr<double>() : l;
   double sum = 0;
-  if (call.share) {
+  if (call.positive_prior) {
+    sum = Debiased(*call.positive_prior, n, number_in(call.scale), lse, positive_logits).sum();
+  } else if (call.share) {
     const Shares share(*call.share);
     for (int64_t i = 0; i < n; ++i) sum += share[i] * (l[i] - p[2 * i]) + (1 - share[i]) * (l[i] - p[2 * i + 1]);
   } else {
@@ -191,15 +240,17 @@ Tensor scale_of(const OptionalTensor& scale, double constant, const Tensor& rows
 }
 
 struct ContrastiveLoss : Function<ContrastiveLoss> {
-  static constexpr size_t kInputs = 11;
+  static constexpr size_t kInputs = 12;
 
   static Tensor forward(AutogradContext* ctx, const Tensor& rows, const OptionalTensor& others,
                         const OptionalTensor& learned_scale, double constant, const OptionalTensor& classes,
                         const OptionalTensor& row_ids, const OptionalTensor& column_ids, const OptionalTensor& partner,
-                        const OptionalTensor& share, Options options, int64_t* counted) {
+                        const OptionalTensor& share, std::optional<double> positive_prior, Options options,
+                        int64_t* counted) {
     const Tensor scale = scale_of(learned_scale, constant, rows);
     Saved saved;
-    const Call call{rows, others, scale, classes, row_ids, column_ids, partner, share, options};
+    const Call call{rows,    others, scale,          classes, row_ids, column_ids,
+                    partner, share,  positive_prior, options};
     const auto [loss, count] = ssl_kernels::forward(call, others && others->requires_grad(), &saved);
     // The views rather than their concatenation: they are likely kept alive by others as well.
     ctx->save_for_backward(savable({rows, or_undefined(others), scale, or_undefined(classes), or_undefined(row_ids),
@@ -211,6 +262,7 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
     // Among the inputs that were there.
     ctx->saved_data["scale"] = learned_scale ? 1 + int64_t{others.has_value()} : -1;
     ctx->saved_data["share"] = share ? 3 + int64_t{learned_scale.has_value()} : -1;  // the mixed loss has others and a partner
+    if (positive_prior) ctx->saved_data["positive_prior"] = *positive_prior;
     *counted = count;
     return loss;
   }
@@ -228,7 +280,11 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
     const bool others_need_grad = others && ctx->needs_input_grad(1);
     const bool rows_need_grad = ctx->needs_input_grad(0) || (options.are_views && others_need_grad);
     const bool columns_need_grad = !options.are_views && others_need_grad;
-    const Call call{rows, others, scale, classes, row_ids, column_ids, partner, share, options};
+    std::optional<double> positive_prior;
+    if (const auto found = ctx->saved_data.find("positive_prior"); found != ctx->saved_data.end())
+      positive_prior = found->second.toDouble();
+    const Call call{rows,    others, scale,          classes, row_ids, column_ids,
+                    partner, share,  positive_prior, options};
     Tensor by_rows, by_columns, by_scale, by_share;
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -236,7 +292,16 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
       // Of each row's lse, and likewise of its column's; and of its positive's logit.
       const double part = options.both_directions ? 2 * divisor : divisor;
       OptionalTensor by_lse, by_column_lse, by_positives;
-      if (can_be_read(grads[0])) {
+      double by_scale_of_rule = 0;
+      TORCH_CHECK(!positive_prior || can_be_read(grads[0]), kName,
+                  ": the gradient of the loss must be readable on the cpu");
+      if (positive_prior) {
+        by_lse = cpu::pooled({n}, lse.options()), by_positives = cpu::pooled({n}, lse.options());
+        const Debiased rule(*positive_prior, n, number_in(scale), lse, positive_logits);
+        by_scale_of_rule =
+            rule.differentiate(number_in(grads[0]) / divisor, by_lse->mutable_data_ptr<double>(),
+                               by_positives->mutable_data_ptr<double>());
+      } else if (can_be_read(grads[0])) {
         const double total = number_in(grads[0]);
         by_lse = filled(n, total / part, lse.options());
         if (share)
@@ -268,6 +333,8 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
             options.both_directions, rows_need_grad, columns_need_grad, std::nullopt, std::nullopt, std::nullopt,
             std::nullopt, /*only_equal_ids=*/false, /*column_bias_needs_grad=*/false, /*row_bias_needs_grad=*/false);
       }
+      if (by_scale_of_rule != 0)
+        by_scale = number(number_in(by_scale) + by_scale_of_rule, by_scale.scalar_type());
     }
     variable_list by_input(kInputs);
     if (at::GradMode::is_enabled()) {
@@ -312,8 +379,9 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
 std::tuple<Tensor, int64_t> contrastive_loss(const Tensor& rows, const OptionalTensor& others, const OptionalTensor& scale,
                                              double constant, const OptionalTensor& classes, const OptionalTensor& row_ids,
                                              const OptionalTensor& column_ids, const OptionalTensor& partner,
-                                             const OptionalTensor& share, bool are_views, bool leaves_partner_out,
-                                             bool both_directions, bool normalize, bool mean) {
+                                             const OptionalTensor& share, std::optional<double> positive_prior,
+                                             bool are_views, bool leaves_partner_out, bool both_directions,
+                                             bool normalize, bool mean) {
   RECORD_FUNCTION("ssl_kernels::contrastive_loss", std::vector<c10::IValue>());
   TORCH_CHECK(others.has_value() != classes.has_value(), "contrastive_loss: others or classes must be given");
   TORCH_CHECK(rows.dim() == 2 && (!others || (others->sizes() == rows.sizes() && others->device() == rows.device() &&
@@ -325,6 +393,11 @@ std::tuple<Tensor, int64_t> contrastive_loss(const Tensor& rows, const OptionalT
                               partner->sizes() == rows.sizes().slice(0, 1) && partner->scalar_type() == at::kLong &&
                               (share->dim() == 0 || share->sizes() == partner->sizes()))),
               "contrastive_loss: partner and share must be given together, int64 (N,) and float64 (N,) or (), on cpu");
+  TORCH_CHECK(!positive_prior || (are_views && leaves_partner_out && rows.size(0) > 1 &&
+                                  *positive_prior >= 0 && *positive_prior < 1 && can_be_read(rows) && can_be_read(*others) &&
+                                  (!scale || can_be_read(*scale)) && !c10::impl::dispatch_mode_enabled()),
+              "contrastive_loss: positive_prior must be in [0, 1) and go with views of two samples or more on cpu"
+              " whose partners are left out");
   if (share) {
     cpu::checked_permutation("imix_loss", *partner);
     cpu::checked_lam<double>("imix_loss", share->dim() > 0 ? *share : share->unsqueeze(0));
@@ -338,12 +411,13 @@ std::tuple<Tensor, int64_t> contrastive_loss(const Tensor& rows, const OptionalT
                                                             (others && others->requires_grad()) ||
                                                             (share && share->requires_grad()));
   if (!differentiate)
-    return forward({rows, others, used, classes, row_ids, column_ids, partner, share, options}, /*columns_need_grad=*/false,
-                   nullptr);
+    return forward({rows, others, used, classes, row_ids, column_ids, partner, share, positive_prior,
+                    options},
+                   /*columns_need_grad=*/false, nullptr);
   refuse_torch_func(kName);
   int64_t counted = 0;
-  const Tensor loss = ContrastiveLoss::apply(rows, others, scale, constant, classes, row_ids, column_ids, partner, share, options,
-                                             &counted);
+  const Tensor loss = ContrastiveLoss::apply(rows, others, scale, constant, classes, row_ids, column_ids, partner, share,
+                                             positive_prior, options, &counted);
   return {loss, counted};
 }
 
@@ -352,8 +426,9 @@ namespace {
 TORCH_LIBRARY_FRAGMENT(ssl_kernels, library) {
   // The scale is a tensor that may be learned, or else the constant. Also returns how many rows the mean is over.
   library.def("contrastive_loss.native(Tensor rows, Tensor? others, Tensor? scale, float constant, Tensor? classes, "
-              "Tensor? row_ids, Tensor? column_ids, Tensor? partner, Tensor? share, bool are_views, bool leaves_partner_out, bool both_directions, "
-              "bool normalize, bool mean) -> (Tensor, int)",
+              "Tensor? row_ids, Tensor? column_ids, Tensor? partner, Tensor? share, float? positive_prior, "
+              "bool are_views, bool leaves_partner_out, bool both_directions, bool normalize, bool mean) "
+              "-> (Tensor, int)",
               &contrastive_loss);
 }
 

@@ -14,7 +14,8 @@ std::tuple<at::Tensor, int64_t> contrastive_loss(const at::Tensor& rows, const s
                                                  const std::optional<at::Tensor>& row_ids,
                                                  const std::optional<at::Tensor>& column_ids,
                                                  const std::optional<at::Tensor>& partner,
-                                                 const std::optional<at::Tensor>& share, bool are_views,
+                                                 const std::optional<at::Tensor>& share,
+                                                 std::optional<double> positive_prior, bool are_views,
                                                  bool leaves_partner_out, bool both_directions, bool normalize, bool mean);
 
 }  // namespace ssl_kernels

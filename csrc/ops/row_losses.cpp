@@ -1,27 +1,18 @@
 // `row_losses.native`: what some losses do with the sums and logits of each row, and the reduction, as one node of
 // autograd on the CPU. At small batches the dozen operators that it stands for, and their nodes, cost more than the
 // kernels. ssl_kernels/losses/ has each rule composed of torch's operators, for every other backend and device.
-//
-//   rule        values of a row          loss, with softplus(t) = log(1 + e^t)
-//   beside      d, scale, lse            softplus(lse - scale d)
-//   debiased    lse, p, scale            softplus(g - p),  g = max(lse + log(1 - e^x) - c_2, c_0 - scale) where
-//                                        x = c_1 + p - lse < 0, else c_0 - scale
-//   mixed       lse, s_own, s_partner, l l (lse - s_own) + (1 - l) (lse - s_partner)
-//
-// Their derivatives stand beside them. A logit or a sum of +inf gives NaN, as the softmax over it would have it.
+// row_rules.h has the rules.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
-#include <array>
-#include <cmath>
-#include <limits>
 #include <vector>
 
 #include "autograd.h"
 #include "readable.h"
+#include "row_rules.h"
 
 namespace ssl_kernels {
 namespace {
@@ -31,55 +22,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-constexpr int kMostValues = 4;
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-using Values = std::array<double, kMostValues>;
-
-double infinite_as_nan(double x) { return x == std::numeric_limits<double>::infinity() ? kNaN : x; }
-double softplus(double t) { return t > 0 ? t + std::log1p(std::exp(-t)) : std::log1p(std::exp(t)); }
-double sigmoid(double t) {
-  if (t >= 0) return 1 / (1 + std::exp(-t));
-  const double e = std::exp(t);
-  return e / (1 + e);
-}
-
-// A rule returns the loss of a row and, where asked, its derivative by each value.
-using Rule = double (*)(const Values& in, const double* constants, Values* partial);
-
-double beside(const Values& in, const double*, Values* partial) {
-  const auto [dot, scale, lse, unused] = in;
-  const double excess = lse - infinite_as_nan(scale * dot);
-  if (partial) {
-    const double p = sigmoid(excess);
-    *partial = {-p * scale, -p * dot, p, 0};
-  }
-  return softplus(excess);
-}
-
-double debiased(const Values& in, const double* c, Values* partial) {
-  const double lse = infinite_as_nan(in[0]), positive = infinite_as_nan(in[1]), least = c[0] - in[2];
-  const double x = c[1] + positive - lse;
-  const double corrected = x >= 0 ? least : lse + std::log(-std::expm1(x)) - c[2];
-  const bool floored = corrected <= least;  // false for NaN, which stays
-  const double excess = (floored ? least : corrected) - positive;
-  if (partial) {
-    const double p = sigmoid(excess);
-    if (floored)
-      *partial = {0, -p, -p, 0};
-    else {
-      const double through = p / -std::expm1(x);
-      *partial = {through, -through, 0, 0};
-    }
-  }
-  return softplus(excess);
-}
-
-double mixed(const Values& in, const double*, Values* partial) {
-  const auto [lse, s_own, s_partner, lam] = in;
-  const double own = lse - s_own, partner = lse - s_partner;  // neither is below 0
-  if (partial) *partial = {1, -lam, lam - 1, own - partner};
-  return lam * own + (1 - lam) * partner;
-}
+using namespace row_rules;
 
 Rule rule_of(const c10::string_view name) {
   if (name == "beside") return beside;

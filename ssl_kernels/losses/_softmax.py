@@ -109,6 +109,7 @@ def one_node(
     column_ids=None,
     partner=None,
     share=None,
+    positive_prior=None,
     are_views=False,
     leaves_partner_out=False,
     both_directions=False,
@@ -117,7 +118,8 @@ def one_node(
 ):
     """(reduced loss, how many rows the mean is over) in C++: csrc/ops/contrastive_loss.cpp has what, and says why.
 
-    Where `runs_natively`, `reduction` is "mean" or "sum"; with classes or a partner also where the rows can be read.
+    Where `runs_natively`, `reduction` is "mean" or "sum"; with classes, a partner or a prior also where the rows can be
+    read.
     """
     learned, constant = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
     is_plain = values_are_readable(
@@ -134,6 +136,7 @@ def one_node(
         column_ids,
         partner,
         share,
+        positive_prior,
         are_views,
         leaves_partner_out,
         both_directions,
