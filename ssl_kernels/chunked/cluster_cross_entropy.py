@@ -7,7 +7,7 @@ with the prototypes need to be worth reading them; its logits and those of the t
 
 import torch
 
-from ssl_kernels.chunked.rows import input_gradient, unit_rows, without_autocast
+from ssl_kernels.chunked.rows import input_gradient_, unit_rows, without_autocast
 
 LOGITS_PER_BLOCK = 1 << 19  # 2 MB in float32
 LEAST_ROWS = 64
@@ -27,6 +27,7 @@ def in_blocks(
     teacher_rows,
     teacher_columns,
     biases,
+    products,
     weights,
     views,
     pairs,
@@ -57,9 +58,15 @@ def in_blocks(
             place[: len(many) * count * k].view(-1, k)
             for place, many in zip(places, (by_view, teachers), strict=True)
         )
-        torch.mm(teachers[:, block].reshape(-1, teachers.shape[2]), teacher_columns.T, out=codes)
-        torch.mm(scale * part, columns.T, out=logits)
         by_block = logits.view(views, count, k), codes.view(-1, count, k)
+        if teacher_columns is None:
+            by_block[1].copy_(teachers[:, block])
+        else:
+            torch.mm(teachers[:, block].reshape(-1, teachers.shape[2]), teacher_columns.T, out=codes)
+        if products is None:
+            torch.mm(scale * part, columns.T, out=logits)
+        else:
+            torch.mul(products.view(views, n, k)[:, block], scale, out=by_block[0])
         of_block = run_rows(*by_block, biases, pairs, weights is not None)
         losses[block] = of_block.mul_(share).clamp_min_(0)  # below it by rounding alone
         if weights is None:
@@ -72,9 +79,9 @@ def in_blocks(
         if prototypes_need_grad:
             grad_columns.addmm_(logits.T, part.mul(scale * weight))
     if rows_need_grad:
-        grad_rows = input_gradient(grad_rows.view(-1, d), unit, rnorm).to(rows.dtype)
+        grad_rows = input_gradient_(grad_rows.view(-1, d), unit, rnorm).to(rows.dtype)
     if prototypes_need_grad:
-        grad_columns = input_gradient(grad_columns, columns, column_rnorm).to(prototypes.dtype)
+        grad_columns = input_gradient_(grad_columns, columns, column_rnorm).to(prototypes.dtype)
     return losses, grad_rows.to(rows.dtype), grad_columns.to(prototypes.dtype), grad_scale.to(unit.dtype)
 
 

@@ -49,6 +49,8 @@ class Teacher(NamedTuple):
     rows: list  # A tensors (N, T)
     columns: torch.Tensor  # (K, T)
     biases: torch.Tensor | None  # (A, K), one for each of rows, (1, K) for all, or None
+    logits: torch.Tensor | None = None  # (A · N, K) without bias, where they are known
+    products: torch.Tensor | None = None  # and then the student's <x̂, ŷ>, (V · N, K), without a gradient
 
 
 class Prototypes(NamedTuple):
@@ -81,6 +83,11 @@ def reduced(loss, weights, like, row_weights):
     return loss.to(accumulation_dtype(like))
 
 
+def runs_in_blocks(chosen, x):
+    """Whether `cluster_cross_entropy` runs a call."""
+    return chosen == "chunked" or (chosen == "native" and not x.is_cuda)
+
+
 def swapped_cross_entropy(student, prototypes, teacher, pairs, weights, *, backend, chosen, caller):
     """Mean over the pairs of the cross-entropies of samples, (N,) float64, or their sum by weights.
 
@@ -91,12 +98,14 @@ def swapped_cross_entropy(student, prototypes, teacher, pairs, weights, *, backe
         weights: (N,) float64, or None.
         backend, chosen: What the caller asked for, and the backend that runs the call.
     """
-    if chosen == "chunked" or (chosen == "native" and not student[0].is_cuda):
+    if runs_in_blocks(chosen, student[0]):
+        known = teacher.logits is not None
+        of_teacher = (teacher.logits, None) if known else (torch.cat(teacher.rows), teacher.columns)
         return cluster_cross_entropy(
             stacked(*student),
             prototypes.columns,
             prototypes.scale,
-            (torch.cat(teacher.rows), teacher.columns, teacher.biases),
+            (*of_teacher, teacher.biases, teacher.products),
             pairs,
             weights,
             views=len(student),
@@ -152,7 +161,7 @@ def streamed(student, prototypes, teacher, pairs, *, backend, chosen, caller):
 
 def _with_bias(teacher):
     """(rows, columns) of the teacher with the bias as a product of features more: of 1 and the bias."""
-    rows, columns, biases = teacher
+    rows, columns, biases = teacher[:3]
     if biases is None:
         return torch.cat(rows), columns
     places = torch.eye(len(biases), dtype=columns.dtype, device=columns.device)
