@@ -102,6 +102,15 @@ const CrossEntropyMath<S>& cross_entropy_math() {
   return portable::kCrossEntropyMath<S>;
 }
 
+template <class T>
+const PatchMath<T>& patch_math() {
+#ifdef SSL_KERNELS_X86
+  if (isa() >= Isa::kAvx512) return avx512::kPatchMath<T>;
+  if (isa() == Isa::kAvx2) return avx2::kPatchMath<T>;
+#endif
+  return portable::kPatchMath<T>;
+}
+
 template <class H, class S>
 MomentumMath<H, S> momentum_math() {
 #ifdef SSL_KERNELS_X86
@@ -122,6 +131,8 @@ template const CrossEntropyMath<float>& cross_entropy_math();
 template const CrossEntropyMath<double>& cross_entropy_math();
 template const CrossEntropyMath<c10::BFloat16>& cross_entropy_math();
 template const CrossEntropyMath<c10::Half>& cross_entropy_math();
+template const PatchMath<float>& patch_math();
+template const PatchMath<double>& patch_math();
 template MomentumMath<c10::Half, float> momentum_math();
 template MomentumMath<c10::Half, c10::Half> momentum_math();
 template MomentumMath<c10::Half, c10::BFloat16> momentum_math();

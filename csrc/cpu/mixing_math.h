@@ -1,4 +1,5 @@
-// Elementwise work of the mixing operations and of momentum_update_ on runs of consecutive elements, in a version for each instruction set.
+// Elementwise work of the mixing operations, of momentum_update_ and of patch_errors on runs of consecutive elements,
+// in a version for each instruction set.
 //
 // S is the storage type, T what is computed in (float, double for double); every result is rounded once, to nearest even.
 // The loops live in mixing_math.inc and are compiled three times; the functions below pick at run time.
@@ -66,6 +67,22 @@ struct CrossEntropyMath {
   void (*weighted_gradient)(S* out, const S* z, T shift, T weight, T offset, const T* w, int64_t n);
 };
 
+// Of a patch x and its target t, n numbers each.
+template <class T>
+struct PatchMath {
+  // sum_i t_i
+  double (*sum)(const T* t, int64_t n);
+
+  // sum_i (t_i - mean)^2
+  double (*deviation)(const T* t, T mean, int64_t n);
+
+  // sum_i (x_i - rstd (t_i - mean))^2
+  double (*error)(const T* x, const T* t, T mean, T rstd, int64_t n);
+
+  // out_i = a (x_i - rstd (t_i - mean)); out may be x.
+  void (*gradient)(T* out, const T* x, const T* t, T mean, T rstd, T a, int64_t n);
+};
+
 // shadow_i = round(master_i), master_i = average + weight (source_i - average) with average = master_i where shadow_i was
 // rounded from it, else shadow_i. From the nearer end: source_i + (weight - 1) (source_i - average) for weight >= 1/2.
 template <class H, class S>
@@ -79,6 +96,9 @@ const NormalizeMath<S>& normalize_math();
 
 template <class S>
 const CrossEntropyMath<S>& cross_entropy_math();
+
+template <class T>
+const PatchMath<T>& patch_math();
 
 template <class H, class S>
 MomentumMath<H, S> momentum_math();
