@@ -36,10 +36,12 @@ PYBIND11_MODULE(_C, module) {
         info["cpu_instruction_sets"] = runnable;
         return info;
       },
-      "What this extension was built with, and the instruction set its CPU kernels use on this machine, of those "
+      "What this extension was built with, and the instruction set its CPU kernels use on this machine, of "
+      "those "
       "that it has, the widest first.");
-  module.def("empty_cache", [] { Pool::instance().empty(); }, pybind11::call_guard<pybind11::gil_scoped_release>(),
-             "Give back the memory that the CPU kernels hold to use it again.");
+  module.def(
+      "empty_cache", [] { Pool::instance().empty(); }, pybind11::call_guard<pybind11::gil_scoped_release>(),
+      "Give back the memory that the CPU kernels hold to use it again.");
   module.def(
       "held_bytes",
       [] {
@@ -50,9 +52,11 @@ PYBIND11_MODULE(_C, module) {
   // Beside the operator of that name: what torch.ops does around it takes a good part of a small call.
   module.def("contrastive_loss", torch::wrap_pybind_function_no_gil(&ssl_kernels::contrastive_loss),
              "contrastive_loss.native of plain tensors on the CPU, past torch.ops.");
-  module.def("is_permutation", &ssl_kernels::cpu::is_permutation, "Whether (B,) int64 hold each of 0 ... B - 1 once.");
-  module.def("keep_at_most", [](int64_t bytes) { return std::exchange(ssl_kernels::cpu::kept_at_most(), bytes); },
-             "Set the most bytes of logits that a call in this thread keeps for backward; what it was before.");
+  module.def("is_permutation", &ssl_kernels::cpu::is_permutation,
+             "Whether (B,) int64 hold each of 0 ... B - 1 once.");
+  module.def(
+      "keep_at_most", [](int64_t bytes) { return std::exchange(ssl_kernels::cpu::kept_at_most(), bytes); },
+      "Set the most bytes of logits that a call in this thread keeps for backward; what it was before.");
   module.def("allow_tf32", &ssl_kernels::allow_tf32,
              "Whether the float32 products of the CUDA kernels round their operands to TF32 now.");
 }

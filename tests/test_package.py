@@ -52,6 +52,15 @@ def test_every_loss_has_its_module():
             assert name.replace("_", "") in modules
 
 
+def test_lines_of_cpp_have_at_most_110_columns():
+    sources = [
+        path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".inc", ".cu", ".cuh")
+    ]
+    assert len(sources) > 100
+    lines = [(path.name, line) for path in sources for line in path.read_text(encoding="utf-8").splitlines()]
+    assert not [line for line in lines if len(line[1]) > 110]
+
+
 def test_version_is_that_of_the_metadata():
     with open(ROOT / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)

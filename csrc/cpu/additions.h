@@ -1,8 +1,9 @@
-// What `contrastive` adds to the logits of its sums (biases) and leaves out of them by their size (limits), tile by tile.
+// What `contrastive` adds to the logits of its sums (biases) and leaves out of them by their size (limits),
+// tile by tile.
 //   sum of row i over j:     s_ij + column_bias_j;   of column j over i: s_ij + row_bias_i
 //   left out of both: s_ij > row_limit_i, unless j is a positive of i or exempt
-// The square case reads the tile above the diagonal from both sides: entry (i, j) with the limit of i and the bias of j, and
-// as (j, i) with the limit of j and the bias of i.
+// The square case reads the tile above the diagonal from both sides: entry (i, j) with the limit of i and the
+// bias of j, and as (j, i) with the limit of j and the bias of i.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,7 +24,8 @@ template <class acc_t>
 class Additions {
  public:
   // Tiles hold logits divided by `unit`.
-  Additions(const ContrastiveArgs& args, double unit) : square_(!args.columns), both_directions_(args.both_directions) {
+  Additions(const ContrastiveArgs& args, double unit)
+      : square_(!args.columns), both_directions_(args.both_directions) {
     const auto& given = args.additions;
     const auto in_units = [&](const at::Tensor* tensor, std::vector<acc_t>& to) {
       if (!tensor) return;
@@ -45,7 +47,8 @@ class Additions {
       if (exempt.const_data_ptr<bool>()[j]) floor_[j] = infinity;
   }
 
-  // The largest finite size of a bias, so that |s| + it bounds what enters an exponent; in the dtype's own units.
+  // The largest finite size of a bias, so that |s| + it bounds what enters an exponent; in the dtype's own
+  // units.
   static double largest(const ContrastiveArgs& args) {
     double most = 0;
     for (const at::Tensor* bias : {args.additions.column_bias, args.additions.row_bias}) {
@@ -69,7 +72,8 @@ class Additions {
   }
   bool any() const { return !column_bias_.empty() || !row_bias_.empty() || !row_limit_.empty(); }
 
-  // Logits above their limit become -inf. Before `pairs` masks the tile; `of_columns`: for the sums of columns.
+  // Logits above their limit become -inf. Before `pairs` masks the tile; `of_columns`: for the sums of
+  // columns.
   void limit(const Pairs& pairs, acc_t* s, int64_t ld, Block i, Block j, bool of_columns) const {
     if (row_limit_.empty()) return;
     std::vector<std::pair<int64_t, acc_t>> stay;

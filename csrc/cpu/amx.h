@@ -1,5 +1,5 @@
-// What kernels on AMX share: eight tile registers of 16 rows x 64 bytes, with which a step of depth multiplies two tiles of a
-// by two of b, bfloat16, into four tiles of sums, float32.
+// What kernels on AMX share: eight tile registers of 16 rows x 64 bytes, with which a step of depth
+// multiplies two tiles of a by two of b, bfloat16, into four tiles of sums, float32.
 #pragma once
 
 #include <cstdint>
@@ -83,8 +83,9 @@ struct Block {
 };
 
 // c (rows, columns) = or += block (32, 32), times row_factor_i * column_factor_j unless these are null.
-SSL_KERNELS_AMX_TARGET inline void hand_over(const float* block, float* c, int64_t ld, int64_t rows, int64_t columns, bool add,
-                                             const float* row_factor = nullptr, const float* column_factor = nullptr) {
+SSL_KERNELS_AMX_TARGET inline void hand_over(const float* block, float* c, int64_t ld, int64_t rows,
+                                             int64_t columns, bool add, const float* row_factor = nullptr,
+                                             const float* column_factor = nullptr) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t column = 0; column < columns; column += kSide) {
       const __mmask16 mask = first(columns - column);

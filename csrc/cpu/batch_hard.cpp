@@ -1,12 +1,14 @@
-// batch_hard on the CPU. For each row i the j != i of its own label with the largest key, and the j of another label
-//   with the smallest, where k_ij = h_j - <x^_i, x^_j> and h_j = 1/2 |x^_j|^2 (0 for the cosine distance).
-// Tiling: tiles.h, tiles on and above the diagonal, each serving its rows with the keys h_j - s_ij and its columns with
-//   h_i - s_ij. Tiles of a parallel round share no block, so the best of a row has one owner: no atomics.
-// Work: half of 2*N*N*D for the products. Of an entry, two keys, two comparisons of classes and four of keys; a row's
-//   index is looked for only in tiles whose best key beats or equals that of the tiles before.
+// batch_hard on the CPU. For each row i the j != i of its own label with the largest key, and the j of
+//   another label with the smallest, where k_ij = h_j - <x^_i, x^_j> and h_j = 1/2 |x^_j|^2 (0 for the cosine
+//   distance).
+// Tiling: tiles.h, tiles on and above the diagonal, each serving its rows with the keys h_j - s_ij and its
+//   columns with h_i - s_ij. Tiles of a parallel round share no block, so the best of a row has one owner: no
+//   atomics.
+// Work: half of 2*N*N*D for the products. Of an entry, two keys, two comparisons of classes and four of keys;
+//   a row's index is looked for only in tiles whose best key beats or equals that of the tiles before.
 // Memory: the rows in acc_t, twice where small products run (product.h), 7 numbers per row, the scratch.
-// Numerics: products, h and keys in acc_t. Equal keys go by index, so the order of the tiles does not matter. Where a
-//   key could leave the range of acc_t or is NaN, a plain loop takes the place of the vectorised one.
+// Numerics: products, h and keys in acc_t. Equal keys go by index, so the order of the tiles does not matter.
+//   Where a key could leave the range of acc_t or is NaN, a plain loop takes the place of the vectorised one.
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
@@ -38,11 +40,13 @@ std::vector<int32_t> classes_of(const at::Tensor& labels) {
   std::vector<int64_t> sorted(label, label + n);
   std::sort(sorted.begin(), sorted.end());
   for (int64_t i = 0; i < n; ++i)
-    classes[i] = static_cast<int32_t>(std::lower_bound(sorted.begin(), sorted.end(), label[i]) - sorted.begin());
+    classes[i] =
+        static_cast<int32_t>(std::lower_bound(sorted.begin(), sorted.end(), label[i]) - sorted.begin());
   return classes;
 }
 
-// The best key of each row so far and whose it is, -1 for nobody's. Sign is 1 where the largest wins, -1 the smallest.
+// The best key of each row so far and whose it is, -1 for nobody's. Sign is 1 where the largest wins, -1 the
+// smallest.
 template <class acc_t, int Sign>
 class Best {
  public:
@@ -75,8 +79,8 @@ class Best {
 };
 
 template <class scalar_t, class acc_t>
-std::tuple<at::Tensor, at::Tensor> mine(const at::Tensor& embeddings, const at::Tensor& labels, bool normalize,
-                                        bool cosine) {
+std::tuple<at::Tensor, at::Tensor> mine(const at::Tensor& embeddings, const at::Tensor& labels,
+                                        bool normalize, bool cosine) {
   Tiles<acc_t> tiles(load_rows<scalar_t, acc_t>(embeddings, normalize), std::nullopt);
   tiles.prepare(/*to_multiply=*/true, /*to_add_to_rows=*/false, /*to_add_to_columns=*/false);
   const auto& math = tile_math<acc_t>();
@@ -114,13 +118,13 @@ std::tuple<at::Tensor, at::Tensor> mine(const at::Tensor& embeddings, const at::
     acc_t row_far[kLargestTile], row_near[kLargestTile], col_far[kLargestTile], col_near[kLargestTile];
     int32_t far_row[kLargestTile], near_row[kLargestTile];
     const ColumnHardest<acc_t> columns{mirrored ? col_far : nullptr, col_near, far_row, near_row};
-    math.hardest(tile.s, tile.ld, tile.i.size, tile.j.size, half.data() + i0, half.data() + j0, classes.data() + i0,
-                 classes.data() + j0, row_far, row_near, columns);
+    math.hardest(tile.s, tile.ld, tile.i.size, tile.j.size, half.data() + i0, half.data() + j0,
+                 classes.data() + i0, classes.data() + j0, row_far, row_near, columns);
     for (int64_t k = 0; k < tile.i.size; ++k) {
       const int64_t i = i0 + k;
       const auto find = [&](bool same, acc_t key) {
-        return j0 + math.find_key(tile.s + k * tile.ld, tile.j.size, half.data() + j0, classes.data() + j0, classes[i],
-                                  same, key);
+        return j0 + math.find_key(tile.s + k * tile.ld, tile.j.size, half.data() + j0, classes.data() + j0,
+                                  classes[i], same, key);
       };
       if (farthest.contends(i, row_far[k], j0)) farthest.offer(i, row_far[k], find(true, row_far[k]));
       if (nearest.contends(i, row_near[k], j0)) nearest.offer(i, row_near[k], find(false, row_near[k]));
@@ -135,12 +139,13 @@ std::tuple<at::Tensor, at::Tensor> mine(const at::Tensor& embeddings, const at::
 }
 
 // positive_index, negative_index
-std::tuple<at::Tensor, at::Tensor> batch_hard(const at::Tensor& embeddings, const at::Tensor& labels, bool normalize,
-                                              std::string_view distance) {
+std::tuple<at::Tensor, at::Tensor> batch_hard(const at::Tensor& embeddings, const at::Tensor& labels,
+                                              bool normalize, std::string_view distance) {
   check_batch_hard(embeddings, labels, distance);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return SSL_KERNELS_DISPATCH(embeddings.scalar_type(), "batch_hard",
-                              [&] { return mine<scalar_t, acc_t>(embeddings, labels, normalize, distance == "cosine"); });
+  return SSL_KERNELS_DISPATCH(embeddings.scalar_type(), "batch_hard", [&] {
+    return mine<scalar_t, acc_t>(embeddings, labels, normalize, distance == "cosine");
+  });
 }
 
 TORCH_LIBRARY_IMPL(ssl_kernels, CPU, library) { library.impl("batch_hard.native", &batch_hard); }

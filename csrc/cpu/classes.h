@@ -11,8 +11,8 @@
 
 namespace ssl_kernels::cpu {
 
-// `positives` says for which pairs (i, j) of different rows j is a positive of i: (N,) int64, equal labels; (N, W)
-// int64, sets of bits that share one; (N, N) bool, the pairs themselves, which need not be symmetric.
+// `positives` says for which pairs (i, j) of different rows j is a positive of i: (N,) int64, equal labels;
+// (N, W) int64, sets of bits that share one; (N, N) bool, the pairs themselves, which need not be symmetric.
 class Classes {
  public:
   Classes(const at::Tensor& positives, int64_t n)
@@ -29,8 +29,8 @@ class Classes {
 
   bool symmetric() const { return kind_ != Kind::kMask; }
 
-  // match[k] = 1 where row j.begin + k is a positive of `row`, else 0; match_back[k] the other way round. False where it
-  // is known that all are 0: then neither is to be read.
+  // match[k] = 1 where row j.begin + k is a positive of `row`, else 0; match_back[k] the other way round.
+  // False where it is known that all are 0: then neither is to be read.
   template <class acc_t>
   bool match(int64_t row, Block j, acc_t* match, acc_t* match_back) const {
     const auto& math = tile_math<acc_t>();

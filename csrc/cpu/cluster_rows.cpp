@@ -1,10 +1,12 @@
-// Cross-entropy of the views of a sample against a teacher's softmax, sample by sample. With s_v the student's logits and
-// q_a = softmax(t_a + bias) the teacher's probabilities, c_v pairs (a, v) with view v, and Q_v their sum of q_a:
+// Cross-entropy of the views of a sample against a teacher's softmax, sample by sample. With s_v the
+// student's logits and q_a = softmax(t_a + bias) the teacher's probabilities, c_v pairs (a, v) with view v,
+// and Q_v their sum of q_a:
 //   loss = sum_v c_v lse(s_v) - <Q_v, s_v>        by s_v:  c_v softmax(s_v) - Q_v
-// Tiling: threads share the samples. A row of logits is read for its largest, its sum of exponentials, the dot and the
-//   gradient while it is in the first- or second-level cache; probabilities that several views share are added up once.
-// Traffic: cluster_rows_ reads and writes each row once; view_cross_entropy reads student and teacher once in each
-//   direction and writes the gradients once.
+// Tiling: threads share the samples. A row of logits is read for its largest, its sum of exponentials, the
+//   dot and the gradient while it is in the first- or second-level cache; probabilities that several views
+//   share are added up once.
+// Traffic: cluster_rows_ reads and writes each row once; view_cross_entropy reads student and teacher once in
+//   each direction and writes the gradients once.
 // Memory: view_cross_entropy A + 1 rows of acc_t a thread, both one for each sum of several teachers.
 // Numerics: exponentials and lane sums in acc_t relative to a row's largest logit, losses in double.
 #include "cluster_rows.h"
@@ -55,7 +57,8 @@ class Targets {
       }
       T* const sum = scratch + set * k;
       std::copy_n(codes[teachers[0]], k, sum);
-      for (size_t i = 1; i < teachers.size(); ++i) tile_math<T>().add_scaled(sum, codes[teachers[i]], T(1), k);
+      for (size_t i = 1; i < teachers.size(); ++i)
+        tile_math<T>().add_scaled(sum, codes[teachers[i]], T(1), k);
       rows[set] = sum;
     }
   }
@@ -83,7 +86,8 @@ double view_loss(T* z, const T* target, int64_t count, int64_t k, bool different
   const double lse = static_cast<double>(sums.top) + std::log(sums.exp_total);
   const double loss = static_cast<double>(count) * lse - tile_math<T>().dot(target, z, k);
   if (differentiate)
-    math.weighted_gradient(z, z, sums.top, static_cast<T>(weight * static_cast<double>(count) / sums.exp_total), weight,
+    math.weighted_gradient(z, z, sums.top,
+                           static_cast<T>(weight * static_cast<double>(count) / sums.exp_total), weight,
                            target, k);
   return loss;
 }
@@ -97,7 +101,9 @@ struct Loader {
         bytes(tensor.stride(0) * tensor.element_size()) {
     load = dispatch_storage<T>(tensor.scalar_type(), [](auto storage) -> void (*)(T*, const void*, int64_t) {
       using S = decltype(storage);
-      return [](T* out, const void* x, int64_t k) { row_conversion<S, T>().load(out, static_cast<const S*>(x), k); };
+      return [](T* out, const void* x, int64_t k) {
+        row_conversion<S, T>().load(out, static_cast<const S*>(x), k);
+      };
     });
   }
   void operator()(T* out, int64_t i, T factor, int64_t k) const {
@@ -206,13 +212,15 @@ std::vector<Tensor> view_cross_entropy_bwd(const Tensor& weights, const ViewLogi
   const double* weight = upstream.const_data_ptr<double>();
   std::vector<Tensor> grads;
   for (size_t v = 0; v < views.student.size(); ++v)
-    grads.push_back(at::empty(needs[v] ? views.student[v].sizes() : at::IntArrayRef({0}), views.student[v].options()));
+    grads.push_back(
+        at::empty(needs[v] ? views.student[v].sizes() : at::IntArrayRef({0}), views.student[v].options()));
   std::vector<double> by_scale(n, 0.);
   const bool scale_needs_grad = needs.back();
   SSL_KERNELS_DISPATCH(views.student[0].scalar_type(), "view_cross_entropy", [&] {
     const auto load = loaders<acc_t>(views.student);
     std::vector<scalar_t*> out;
-    for (size_t v = 0; v < grads.size(); ++v) out.push_back(needs[v] ? grads[v].mutable_data_ptr<scalar_t>() : nullptr);
+    for (size_t v = 0; v < grads.size(); ++v)
+      out.push_back(needs[v] ? grads[v].mutable_data_ptr<scalar_t>() : nullptr);
     each_sample<acc_t>(views, targets, [&](int64_t i, const std::vector<const acc_t*>& rows, acc_t* z) {
       std::vector<acc_t> raw(scale_needs_grad ? k : 0);
       for (int64_t v = 0; v < targets.views(); ++v) {

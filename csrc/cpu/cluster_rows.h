@@ -1,5 +1,5 @@
-// The CPU kernels of `cluster_rows_` and `view_cross_entropy`. The contracts are ssl_kernels/ops/cluster_cross_entropy.py
-// and ssl_kernels/ops/view_cross_entropy.py.
+// The CPU kernels of `cluster_rows_` and `view_cross_entropy`. The contracts are
+// ssl_kernels/ops/cluster_cross_entropy.py and ssl_kernels/ops/view_cross_entropy.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,12 +9,14 @@
 
 namespace ssl_kernels::cpu {
 
-// (N,) float64 sums over the pairs, of logits (V, N, K) and those of the teacher, codes (A, N, K), which become its
-// probabilities; with `differentiate` the logits become the gradient by them. biases: (A, K) or (1, K).
-at::Tensor cluster_rows_(const at::Tensor& logits, const at::Tensor& codes, const std::optional<at::Tensor>& biases,
-                         at::IntArrayRef pairs, bool differentiate);
+// (N,) float64 sums over the pairs, of logits (V, N, K) and those of the teacher, codes (A, N, K), which
+// become its probabilities; with `differentiate` the logits become the gradient by them. biases: (A, K) or
+// (1, K).
+at::Tensor cluster_rows_(const at::Tensor& logits, const at::Tensor& codes,
+                         const std::optional<at::Tensor>& biases, at::IntArrayRef pairs, bool differentiate);
 
-// The logits of views as their users have them: V and A tensors (N, K), scale * student and steepness * teacher + bias.
+// The logits of views as their users have them: V and A tensors (N, K), scale * student and steepness *
+// teacher + bias.
 struct ViewLogits {
   std::vector<at::Tensor> student, teacher;
   double scale, steepness;

@@ -1,26 +1,28 @@
 // contrastive on the CPU. x^, y^ the rows and columns (normalised if asked), s_ij = scale * <x^_i, y^_j>,
 //   lse_i = log sum_{j allowed} exp(s_ij), column_lse_j likewise over i, and the logits at `positives`.
 // Tiling: tiles of at most 256 x 256 dot products (tiles.h), one matrix product each, in a scratch of
-//   256 KB per thread that stays in its L2 cache; N x M never exists. In the square case (columns are the rows)
-//   only tiles on and above the diagonal are made, each serving its rows and, transposed, its columns. Tiles of a
-//   parallel round share no block (schedule.h), so every sum has one owner: no atomics, no buffer a thread. Up to
-//   kPartRows rows the rounds would cost more than the buffers: there each thread has sums of its own.
+//   256 KB per thread that stays in its L2 cache; N x M never exists. In the square case (columns are the
+//   rows) only tiles on and above the diagonal are made, each serving its rows and, transposed, its columns.
+//   Tiles of a parallel round share no block (schedule.h), so every sum has one owner: no atomics, no buffer
+//   a thread. Up to kPartRows rows the rounds would cost more than the buffers: there each thread has sums of
+//   its own.
 // Work, in units of 2*N*M*D: forward 1 (square: 1/2); backward 1 + 1 for each side that needs a
 //   gradient (square: 1/2 + 1, less what was kept). One exponential an entry, two where rows and columns need
 //   shifts of their own, none in backward for what was kept under a fixed shift.
-// Memory: the rows in acc_t and transposed (2*N*D), the gradient and a transposed part of it (2*N*D), 5 numbers per row,
-//   the scratch, and from forward to backward as many tiles as fit (kKeptBytes, and kKeptBudget for all losses of the
-//   process): they need not be recomputed. The results have the same bits either way.
-//   Where all are kept, backward is 1 unit: of 128 features up to about 7000 rows of the square case.
-// Numerics: products, softmax and sums over a tile in acc_t (float32, float64 for float64), sums over tiles in double; of
-//   bfloat16 rows products in bfloat16, where the processor has them (tiles.h). What coefficients lose by their rounding goes
-//   to grad_scale: there backward makes exponentials and coefficients apart, in a second scratch.
-//   While |s| <= |scale| * longest row * longest column stays below kFixedShift, that bound is the shift of every row
-//   and column: tiles hold dot products v, scale enters with the exponent, 2^(factor * v - shift), and of kept tiles
-//   these exponentials are kept. Above it tiles hold s * log2 e, and rows and columns get running maxima, whose
-//   entries then count exactly 1.
-// One file, although a long one: forward and backward are walks over the tiles of one `Problem`, and what one keeps the
-//   other reads.
+// Memory: the rows in acc_t and transposed (2*N*D), the gradient and a transposed part of it (2*N*D), 5
+//   numbers per row, the scratch, and from forward to backward as many tiles as fit (kKeptBytes, and
+//   kKeptBudget for all losses of the process): they need not be recomputed. The results have the same bits
+//   either way. Where all are kept, backward is 1 unit: of 128 features up to about 7000 rows of the square
+//   case.
+// Numerics: products, softmax and sums over a tile in acc_t (float32, float64 for float64), sums over tiles
+//   in double; of bfloat16 rows products in bfloat16, where the processor has them (tiles.h). What
+//   coefficients lose by their rounding goes to grad_scale: there backward makes exponentials and
+//   coefficients apart, in a second scratch. While |s| <= |scale| * longest row * longest column stays below
+//   kFixedShift, that bound is the shift of every row and column: tiles hold dot products v, scale enters
+//   with the exponent, 2^(factor * v - shift), and of kept tiles these exponentials are kept. Above it tiles
+//   hold s * log2 e, and rows and columns get running maxima, whose entries then count exactly 1.
+// One file, although a long one: forward and backward are walks over the tiles of one `Problem`, and what one
+//   keeps the other reads.
 #include "contrastive.h"
 
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -55,9 +57,9 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // of 2^40 in the incoming gradient still fits float32.
 constexpr double kFixedShift = 43;
 
-// Bytes of logits kept for backward: kKeptBytes, or half of the matrix, all of it of wide rows, if with the rows and their
-// gradients it stays below the budget, as far as other losses have left it. Logits of narrow rows are recomputed: their
-// products cost about as much as reading a tile back (an estimate).
+// Bytes of logits kept for backward: kKeptBytes, or half of the matrix, all of it of wide rows, if with the
+// rows and their gradients it stays below the budget, as far as other losses have left it. Logits of narrow
+// rows are recomputed: their products cost about as much as reading a tile back (an estimate).
 constexpr int64_t kKeptBytes = 24 << 20, kNarrow = 32, kWide = 256;
 // More threads than this share too little memory bandwidth to keep more than kKeptBytes (an estimate).
 constexpr int64_t kFewThreads = 8;
@@ -67,15 +69,16 @@ template <class scalar_t, class acc_t>
 class Problem : public Tiles<acc_t> {
  public:
   using Base = Tiles<acc_t>;
-  using Base::columns, Base::column_blocks, Base::d, Base::m, Base::n, Base::row_blocks, Base::rows, Base::square,
-      Base::threads;
+  using Base::columns, Base::column_blocks, Base::d, Base::m, Base::n, Base::row_blocks, Base::rows,
+      Base::square, Base::threads;
   using Tile = ssl_kernels::cpu::Tile<acc_t>;
 
   explicit Problem(const ContrastiveArgs& args)
       : Base(in_float32_if(load_rows<scalar_t, acc_t>(args.rows, args.normalize_rows, args.more_rows,
                                                       /*may_borrow=*/true),
                            *args.scale.const_data_ptr<acc_t>() == 0 || changes_logits(args.additions)),
-             args.columns ? std::optional(load_rows_of<acc_t>(*args.columns, args.normalize_columns, /*may_borrow=*/true))
+             args.columns ? std::optional(load_rows_of<acc_t>(*args.columns, args.normalize_columns,
+                                                              /*may_borrow=*/true))
                           : std::nullopt,
              /*in_parts=*/true),
         scale(without_payload(*args.scale.const_data_ptr<acc_t>())),
@@ -89,8 +92,8 @@ class Problem : public Tiles<acc_t> {
       second_ = pooled({threads, row_blocks.size, Base::ld()}, rows.values.options());
   }
 
-  // The tile's place among the logits kept for backward, if it has one. Where not all fit, those that do are spread evenly
-  // over the tiles, so that all threads have as much to recompute.
+  // The tile's place among the logits kept for backward, if it has one. Where not all fit, those that do are
+  // spread evenly over the tiles, so that all threads have as much to recompute.
   std::optional<Tile> kept(int64_t block_i, int64_t block_j, const at::Tensor& kept_logits) const {
     if (kept_logits.numel() == 0 || kept_tiles(kept_logits) == 0) return std::nullopt;
     const Block i = row_blocks[block_i], j = column_blocks[block_j];
@@ -110,8 +113,8 @@ class Problem : public Tiles<acc_t> {
     return kept_logits.numel() > 0 && kept_tiles(kept_logits) == tiles();
   }
 
-  // Room for what forward keeps. It begins with the size of the tiles and how many there are: the number of threads, which
-  // decides both, may have changed when backward comes.
+  // Room for what forward keeps. It begins with the size of the tiles and how many there are: the number of
+  // threads, which decides both, may have changed when backward comes.
   at::Tensor keep(const at::TensorOptions& options) const {
     constexpr int64_t size = sizeof(acc_t);
     const int64_t tile = row_blocks.size * column_blocks.size;
@@ -120,11 +123,13 @@ class Problem : public Tiles<acc_t> {
       // Backward of kept tiles alone has no more of packed rows than these, one packed copy and the gradient.
       const bool wide = d >= kWide && !square && this->packs();
       const int64_t half = square ? n * (n + kLargestTile) / 2 : wide ? n * m : n * m / 2;
-      const int64_t rest = static_cast<int64_t>(kKeptBudget) / size - (wide ? 3 : 4) * (square ? n : n + m) * d;
+      const int64_t rest =
+          static_cast<int64_t>(kKeptBudget) / size - (wide ? 3 : 4) * (square ? n : n + m) * d;
       int64_t most = kKeptBytes / size;
       if (threads <= kFewThreads) most = std::max(most, std::min(half, rest));
       most = std::min(most, kept_at_most() / size);
-      const Block last_i = row_blocks[row_blocks.count() - 1], last_j = column_blocks[column_blocks.count() - 1];
+      const Block last_i = row_blocks[row_blocks.count() - 1],
+                  last_j = column_blocks[column_blocks.count() - 1];
       const int64_t all = kept_offset(last_i, last_j) + last_i.size * last_j.size;
       room = all <= most ? all : most / tile * tile;
       count = all <= most ? tiles() : most / tile;
@@ -138,14 +143,18 @@ class Problem : public Tiles<acc_t> {
     return kept_logits;
   }
 
-  // Whether `kept_logits` are from tiles as these, and still there: a copy of the tensor has its header alone.
+  // Whether `kept_logits` are from tiles as these, and still there: a copy of the tensor has its header
+  // alone.
   bool has_tiles_of(const at::Tensor& kept_logits) const {
     if (kept_logits.numel() != kKeptHeader || !kept_logits.is_contiguous()) return false;
     const acc_t* header = kept_logits.const_data_ptr<acc_t>();
-    if (header[0] != static_cast<acc_t>(row_blocks.size) || header[1] != static_cast<acc_t>(column_blocks.size)) return false;
+    if (header[0] != static_cast<acc_t>(row_blocks.size) ||
+        header[1] != static_cast<acc_t>(column_blocks.size))
+      return false;
     const int64_t count = kept_tiles(kept_logits);
     if (count == 0) return false;
-    const Block last_i = row_blocks[row_blocks.count() - 1], last_j = column_blocks[column_blocks.count() - 1];
+    const Block last_i = row_blocks[row_blocks.count() - 1],
+                last_j = column_blocks[column_blocks.count() - 1];
     const int64_t needed = count == tiles() ? kept_offset(last_i, last_j) + last_i.size * last_j.size
                                             : count * row_blocks.size * column_blocks.size;
     return room_of<acc_t>(kept_logits) >= needed;
@@ -165,8 +174,8 @@ class Problem : public Tiles<acc_t> {
           tile.s[row * tile.ld + column] = tile.s[column * tile.ld + row];
   }
 
-  // A tile of logits as it enters the sums of its rows (not two_sided: of its columns too): entries left out become -inf,
-  // the others take their bias.
+  // A tile of logits as it enters the sums of its rows (not two_sided: of its columns too): entries left out
+  // become -inf, the others take their bias.
   void settle_entries(const Tile& tile) const {
     additions.limit(pairs_, tile.s, tile.ld, tile.i, tile.j, /*of_columns=*/false);
     pairs_.mask(tile.s, tile.ld, tile.i, tile.j);
@@ -201,8 +210,9 @@ class Problem : public Tiles<acc_t> {
     pairs_.for_each_positive(i, j, visit);
   }
 
-  // No sum is below the logit of a positive that takes part in it, however its exponentials were rounded. A softmax over
-  // an infinite logit is NaN, as torch's is; an infinite lse is left to rows none of whose positives takes part.
+  // No sum is below the logit of a positive that takes part in it, however its exponentials were rounded. A
+  // softmax over an infinite logit is NaN, as torch's is; an infinite lse is left to rows none of whose
+  // positives takes part.
   void settle(double* lse, double* column_lse, const double* positive_logits) const {
     constexpr char kOutside = 1, kInside = 2;
     std::vector<char> where(n);
@@ -307,7 +317,8 @@ template <class acc_t>
 struct SoftmaxWeights {
   SoftmaxWeights(const std::optional<at::Tensor>& grad, const at::Tensor& lse, bool fixed_shift, double bound)
       : shift(fixed_shift ? 0 : lse.numel(), std::numeric_limits<acc_t>::infinity()), weight(lse.numel()) {
-    if (!grad) return;  // weights of 0, times 2^-inf, as for every gradient of 0: torch.compile passes zeros for none
+    // Weights of 0, times 2^-inf, as for every gradient of 0: torch.compile passes zeros for none.
+    if (!grad) return;
     const at::Tensor contiguous = grad->contiguous();
     const double* g = contiguous.const_data_ptr<double>();
     const double* l = lse.const_data_ptr<double>();
@@ -329,7 +340,8 @@ struct SoftmaxWeights {
   std::vector<acc_t> shift, weight;
 };
 
-// Adds a tile's entries for positives to the sums of its rows and, of a mirrored tile, of its columns. Before masking.
+// Adds a tile's entries for positives to the sums of its rows and, of a mirrored tile, of its columns. Before
+// masking.
 template <class acc_t>
 void add_class_sums(ClassSums& sums, const Classes& classes, const Tile<acc_t>& tile, bool mirrored) {
   const auto& math = tile_math<acc_t>();
@@ -346,8 +358,8 @@ void add_class_sums(ClassSums& sums, const Classes& classes, const Tile<acc_t>& 
   if (mirrored) sums.add(tile.j, column_sum, column_count);
 }
 
-// A_ij less class_weight_i where j is a positive of i, and with A's transpose as much where i is one of j. Here and not in
-// a sum of its own: a softmax near its target leaves little of two large numbers.
+// A_ij less class_weight_i where j is a positive of i, and with A's transpose as much where i is one of j.
+// Here and not in a sum of its own: a softmax near its target leaves little of two large numbers.
 template <class acc_t>
 void subtract_class_weights(const Tile<acc_t>& tile, const Classes& classes, const acc_t* weight) {
   const auto& math = tile_math<acc_t>();
@@ -368,15 +380,18 @@ void add_up_columns(const Problem& problem, const Tile<acc_t>& tile, acc_t* colu
   acc_t row_shift[kLargestTile], row_sum[kLargestTile];
   std::fill_n(column_sum, columns, acc_t(0));
   if (problem.fixed_shift) {
-    math.exp_sums(tile.s, tile.ld, rows, columns, problem.factor, static_cast<acc_t>(problem.bound), row_sum, column_sum,
+    math.exp_sums(tile.s, tile.ld, rows, columns, problem.factor, static_cast<acc_t>(problem.bound), row_sum,
+                  column_sum,
                   /*keep=*/false);
     return;
   }
   std::fill_n(column_shift, columns, -std::numeric_limits<acc_t>::infinity());
   math.maxima(tile.s, tile.ld, rows, columns, row_shift, column_shift);
   for (int64_t k = 0; k < rows; ++k) row_shift[k] = problem.factor * finite_or_zero_if_nothing(row_shift[k]);
-  for (int64_t k = 0; k < columns; ++k) column_shift[k] = problem.factor * finite_or_zero_if_nothing(column_shift[k]);
-  math.exp_sums_shifted(tile.s, tile.ld, rows, columns, problem.factor, row_shift, column_shift, row_sum, column_sum);
+  for (int64_t k = 0; k < columns; ++k)
+    column_shift[k] = problem.factor * finite_or_zero_if_nothing(column_shift[k]);
+  math.exp_sums_shifted(tile.s, tile.ld, rows, columns, problem.factor, row_shift, column_shift, row_sum,
+                        column_sum);
   for (int64_t k = 0; k < columns; ++k)
     if (column_shift[k] == std::numeric_limits<acc_t>::infinity())
       column_sum[k] = sum_at_infinity(tile.s + k, tile.ld, rows);
@@ -390,11 +405,12 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   const auto options = problem.rows.values.options();
   const bool by_columns = problem.square || args.both_directions;
   const acc_t factor = problem.factor;
-  std::vector<LogSumExp> over_columns(problem.parts, {problem.n, problem.fixed_shift, problem.bound});  // for each row
+  // For each row.
+  std::vector<LogSumExp> over_columns(problem.parts, {problem.n, problem.fixed_shift, problem.bound});
   LogSumExp over_rows(args.both_directions ? problem.m : 0, problem.fixed_shift, problem.bound);
   const int64_t one_each[] = {args.partner >= 0 ? problem.n : 0};
-  const at::Tensor positive_logits =
-      pooled(args.positives ? args.positives->sizes() : at::IntArrayRef(one_each), options.dtype(at::kDouble));
+  const at::Tensor positive_logits = pooled(
+      args.positives ? args.positives->sizes() : at::IntArrayRef(one_each), options.dtype(at::kDouble));
   double* positive = positive_logits.mutable_data_ptr<double>();
   const at::Tensor kept_logits = args.keep ? problem.keep(options) : pooled({0}, options);
 
@@ -429,7 +445,8 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
       std::fill_n(column_shift, columns, -std::numeric_limits<acc_t>::infinity());
       math.maxima(tile.s, tile.ld, rows, columns, row_shift, columns_too ? column_shift : nullptr);
       for (int64_t k = 0; k < rows; ++k) row_shift[k] = factor * finite_or_zero_if_nothing(row_shift[k]);
-      for (int64_t k = 0; k < columns; ++k) column_shift[k] = factor * finite_or_zero_if_nothing(column_shift[k]);
+      for (int64_t k = 0; k < columns; ++k)
+        column_shift[k] = factor * finite_or_zero_if_nothing(column_shift[k]);
       math.exp_sums_shifted(tile.s, tile.ld, rows, columns, factor, row_shift, column_shift, row_sum,
                             columns_too ? column_sum : nullptr);
       constexpr acc_t infinity = std::numeric_limits<acc_t>::infinity();
@@ -450,8 +467,8 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
     for (double& sum : args.class_sums->logits) sum *= kLn2 * factor;
   const at::Tensor none = pooled({0}, options);
   const at::Tensor lse = over_columns[0].result(options), column_lse = over_rows.result(options);
-  problem.settle(lse.mutable_data_ptr<double>(), args.both_directions ? column_lse.mutable_data_ptr<double>() : nullptr,
-                 positive);
+  problem.settle(lse.mutable_data_ptr<double>(),
+                 args.both_directions ? column_lse.mutable_data_ptr<double>() : nullptr, positive);
   return {lse, column_lse, positive_logits, problem.rows.rnorm,
           problem.square ? none : problem.columns.rnorm, kept_logits};
 }
@@ -469,7 +486,8 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   const SoftmaxWeights<acc_t>& transposed = problem.square ? of_rows : of_columns;
   const bool positives_alone = of_rows.all_zero() && (!both_terms || transposed.all_zero());
   at::Tensor grad_positive;
-  if (args.has_positives() && saved.grad_positive_logits) grad_positive = saved.grad_positive_logits->contiguous();
+  if (args.has_positives() && saved.grad_positive_logits)
+    grad_positive = saved.grad_positive_logits->contiguous();
   const at::Tensor kept_logits = problem.has_tiles_of(saved.kept) ? saved.kept : pooled({0}, options);
   const double* q = grad_positive.defined() ? grad_positive.const_data_ptr<double>() : nullptr;
   std::vector<acc_t> class_weight;
@@ -479,17 +497,20 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   const bool columns_wanted = saved.columns_need_grad && !problem.square;
   const bool rows_wanted = saved.rows_need_grad || !columns_wanted;
   const bool mirrored = problem.square && problem.row_blocks.count() > 1;
-  problem.prepare(/*to_multiply=*/!problem.keeps_everything(kept_logits), rows_wanted, columns_wanted || mirrored);
+  problem.prepare(/*to_multiply=*/!problem.keeps_everything(kept_logits), rows_wanted,
+                  columns_wanted || mirrored);
   RowSums<acc_t> grad_rows = problem.sums_of_rows(rows_wanted, mirrored);
   RowSums<acc_t> grad_columns = problem.sums_of_columns(columns_wanted);
 
-  // The gradient by a bias is what its column or row adds up of the softmax's own coefficients: of a part's own sums.
+  // The gradient by a bias is what its column or row adds up of the softmax's own coefficients: of a part's
+  // own sums.
   const bool by_column_bias = saved.column_bias_needs_grad, by_row_bias = saved.row_bias_needs_grad;
   const bool two_sided = problem.additions.two_sided();
   using Numbers = std::vector<std::vector<double>>;
   Numbers of_column_bias(problem.parts, std::vector<double>(by_column_bias ? problem.m : 0, 0.));
   Numbers of_row_bias(problem.parts, std::vector<double>(by_row_bias ? problem.n : 0, 0.));
-  const auto add_bias = [&](const Tile<acc_t>& c, std::vector<double>* of_rows, std::vector<double>* of_columns) {
+  const auto add_bias = [&](const Tile<acc_t>& c, std::vector<double>* of_rows,
+                            std::vector<double>* of_columns) {
     acc_t row_sum[kLargestTile], column_sum[kLargestTile];
     math.sums(c.s, c.ld, c.i.size, c.j.size, of_rows ? row_sum : nullptr, of_columns ? column_sum : nullptr);
     for (int64_t k = 0; of_rows && k < c.i.size; ++k) (*of_rows)[c.i.begin + k] += row_sum[k];
@@ -514,7 +535,8 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
     const bool exponentials = problem.fixed_shift && (kept || problem.in_bfloat16);
     acc_t row_sum[kLargestTile];
     if (exponentials && recomputes)
-      math.exp_sums(logits.s, logits.ld, tile.i.size, tile.j.size, factor, bound, row_sum, nullptr, /*keep=*/true);
+      math.exp_sums(logits.s, logits.ld, tile.i.size, tile.j.size, factor, bound, row_sum, nullptr,
+                    /*keep=*/true);
     const int64_t i0 = tile.i.begin, j0 = tile.j.begin;
     const acc_t* const all_column_weights = both_terms ? transposed.weight.data() + j0 : nullptr;
     const acc_t* column_weight = apart ? nullptr : all_column_weights;
@@ -522,7 +544,8 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
     if (positives_alone)
       for (int64_t k = 0; k < tile.i.size; ++k) std::fill_n(tile.s + k * tile.ld, tile.j.size, acc_t(0));
     else if (exponentials)
-      math.coefficients_of_kept(logits.s, logits.ld, tile.s, tile.ld, tile.i.size, tile.j.size, row_weight, column_weight);
+      math.coefficients_of_kept(logits.s, logits.ld, tile.s, tile.ld, tile.i.size, tile.j.size, row_weight,
+                                column_weight);
     else if (problem.fixed_shift)
       math.coefficients(tile.s, tile.ld, tile.s, tile.ld, tile.i.size, tile.j.size, factor, bound, row_weight,
                         column_weight);
@@ -540,11 +563,13 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
                                   no_exponential.data(), no_weight.data(), transposed.shift.data() + j0,
                                   all_column_weights);
       if (by_row_bias) add_bias(*apart, &of_row_bias[part], nullptr);
-      if (problem.square && by_column_bias && block_i != block_j) add_bias(*apart, &of_column_bias[part], nullptr);
+      if (problem.square && by_column_bias && block_i != block_j)
+        add_bias(*apart, &of_column_bias[part], nullptr);
       for (int64_t k = 0; k < tile.i.size; ++k)
         math.add_scaled(tile.s + k * tile.ld, apart->s + k * apart->ld, acc_t(1), tile.j.size);
     }
-    std::vector<std::pair<acc_t*, acc_t>> shown;  // entries left out of the sums that have a coefficient, and what they were
+    // Entries left out of the sums that have a coefficient, and what they were.
+    std::vector<std::pair<acc_t*, acc_t>> shown;
     if (q) {
       const auto add_positive = [&](int64_t k, int64_t row, int64_t column) {
         tile.at(row, column) += static_cast<acc_t>(q[k]);
@@ -555,13 +580,19 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
       };
       problem.for_each_positive(tile.i, tile.j, add_positive);
       if (problem.square)
-        problem.for_each_positive(tile.j, tile.i, [&](int64_t k, int64_t row, int64_t column) { add_positive(k, column, row); });
+        problem.for_each_positive(
+            tile.j, tile.i, [&](int64_t k, int64_t row, int64_t column) { add_positive(k, column, row); });
     }
     if (args.classes) subtract_class_weights(tile, *args.classes, class_weight.data());
     const bool columns_too = columns_wanted || (problem.square && block_i != block_j);
-    problem.add(rows_wanted ? &grad_rows : nullptr, !columns_too ? nullptr : problem.square ? &grad_rows : &grad_columns, tile,
-                {logits, exponentials, 1 / (factor == 1 ? problem.scale * kLog2E : factor), exponentials ? bound : 0.}, thread,
-                part);
+    problem.add(rows_wanted ? &grad_rows : nullptr,
+                !columns_too     ? nullptr
+                : problem.square ? &grad_rows
+                                 : &grad_columns,
+                tile,
+                {logits, exponentials, 1 / (factor == 1 ? problem.scale * kLog2E : factor),
+                 exponentials ? bound : 0.},
+                thread, part);
     for (auto entry = shown.rbegin(); entry != shown.rend(); ++entry) *entry->first = entry->second;
   };
   const bool bias_wanted = by_column_bias || by_row_bias;
@@ -573,12 +604,13 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   InputGradient by_rows, by_columns;
   const auto storage = args.rows.options();
   if (rows_wanted)
-    by_rows = finish_gradient<scalar_t, acc_t>(grad_rows.result(), problem.rows, problem.scale, storage, problem.in_bfloat16,
-                                               saved.scale_needs_grad);
+    by_rows = finish_gradient<scalar_t, acc_t>(grad_rows.result(), problem.rows, problem.scale, storage,
+                                               problem.in_bfloat16, saved.scale_needs_grad);
   if (columns_wanted)
     by_columns = dispatch_storage<acc_t>(args.columns->scalar_type(), [&](auto type) {
-      return finish_gradient<decltype(type), acc_t>(grad_columns.result(), problem.columns, problem.scale, args.columns->options(),
-                                                        problem.in_bfloat16, saved.scale_needs_grad && !rows_wanted);
+      return finish_gradient<decltype(type), acc_t>(grad_columns.result(), problem.columns, problem.scale,
+                                                    args.columns->options(), problem.in_bfloat16,
+                                                    saved.scale_needs_grad && !rows_wanted);
     });
   const double dots = (rows_wanted ? by_rows.dots : by_columns.dots) + problem.lost_dots();
   const double grad_scale = problem.square ? dots / 2 : dots;
@@ -613,8 +645,8 @@ ContrastiveBwd contrastive_bwd(const ContrastiveArgs& args, const ContrastiveSav
                               [&] { return backward<scalar_t, acc_t>(args, saved); });
 }
 
-ClassContrastiveFwd class_contrastive_fwd(const at::Tensor& rows, const at::Tensor& scale, const at::Tensor& positives,
-                                          bool normalize, bool keep) {
+ClassContrastiveFwd class_contrastive_fwd(const at::Tensor& rows, const at::Tensor& scale,
+                                          const at::Tensor& positives, bool normalize, bool keep) {
   const int64_t n = rows.size(0);
   const Classes classes(positives, n);
   ClassSums sums(n);
@@ -636,8 +668,9 @@ ClassContrastiveFwd class_contrastive_fwd(const at::Tensor& rows, const at::Tens
   return {losses, counts, lse, row_rnorm, kept};
 }
 
-std::tuple<at::Tensor, at::Tensor> class_contrastive_bwd(const at::Tensor& grad_losses, const at::Tensor& rows,
-                                                         const at::Tensor& scale, const at::Tensor& positives,
+std::tuple<at::Tensor, at::Tensor> class_contrastive_bwd(const at::Tensor& grad_losses,
+                                                         const at::Tensor& rows, const at::Tensor& scale,
+                                                         const at::Tensor& positives,
                                                          const at::Tensor& counts, const at::Tensor& lse,
                                                          const at::Tensor& row_rnorm, const at::Tensor& kept,
                                                          bool normalize, bool rows_need_grad) {
@@ -658,7 +691,8 @@ std::tuple<at::Tensor, at::Tensor> class_contrastive_bwd(const at::Tensor& grad_
   args.classes = &classes;
   const at::Tensor empty = pooled({0}, lse.options());
   const auto [grad_rows, grad_columns, grad_scale, grad_column_bias, grad_row_bias] = contrastive_bwd(
-      args, {grad_lse, none, none, lse, empty, row_rnorm, empty, kept, rows_need_grad, false, class_weight.data()});
+      args,
+      {grad_lse, none, none, lse, empty, row_rnorm, empty, kept, rows_need_grad, false, class_weight.data()});
   return {grad_rows, grad_scale};
 }
 

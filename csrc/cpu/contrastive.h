@@ -11,11 +11,13 @@ namespace ssl_kernels::cpu {
 class Classes;
 struct ClassSums;
 
-// What is added to the logits of the sums, and what is left out of them beyond equal ids. All in acc_t but `exempt`.
+// What is added to the logits of the sums, and what is left out of them beyond equal ids. All in acc_t but
+// `exempt`.
 struct ContrastiveAdditions {
   const at::Tensor* column_bias = nullptr;  // (M,): s_ij + column_bias_j in the sum of row i
   const at::Tensor* row_bias = nullptr;     // (N,): s_ij + row_bias_i in the sum of column j
-  const at::Tensor* row_limit = nullptr;    // (N,): s_ij above it is left out, unless j is a positive of i or exempt
+  // (N,): s_ij above it is left out, unless j is a positive of i or exempt.
+  const at::Tensor* row_limit = nullptr;
   const at::Tensor* exempt = nullptr;       // (M,) bool
   bool only_equal_ids = false;              // other ids are left out instead of equal ones
 };
@@ -35,12 +37,14 @@ struct ContrastiveArgs {
   bool normalize_rows, normalize_columns, keep_diagonal, both_directions;
   bool keep = false;  // whether forward keeps for backward what spares it work
   bool columns_need_grad = false;
-  const at::Tensor* more_rows = nullptr;  // below `rows`, where there are no columns; of the same dtype and width
-  const Classes* classes = nullptr;       // of the square case: which pairs `class_sums` and `class_weight` are about
+  // Below `rows`, where there are no columns; of the same dtype and width.
+  const at::Tensor* more_rows = nullptr;
+  // Of the square case: which pairs `class_sums` and `class_weight` are about.
+  const Classes* classes = nullptr;
   ClassSums* class_sums = nullptr;        // forward adds up the positives' logits here
   ContrastiveAdditions additions = {};
-  // In place of `positives`: the positive of row i is column (i + partner) mod M, in the square case with i its partner's
-  // own; where it is left out, it is in no sum.
+  // In place of `positives`: the positive of row i is column (i + partner) mod M, in the square case with i
+  // its partner's own; where it is left out, it is in no sum.
   int64_t partner = -1;
   bool leaves_partner_out = false;
 
@@ -74,13 +78,14 @@ ContrastiveBwd contrastive_bwd(const ContrastiveArgs& args, const ContrastiveSav
 // losses, counts, lse, row_rnorm, kept
 using ClassContrastiveFwd = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// `contrastive` of the square case less the mean logit of each row's positives, 0 where it has none; how many they are.
-// docs/contrastive.md has the contract.
-ClassContrastiveFwd class_contrastive_fwd(const at::Tensor& rows, const at::Tensor& scale, const at::Tensor& positives,
-                                          bool normalize, bool keep);
+// `contrastive` of the square case less the mean logit of each row's positives, 0 where it has none; how many
+// they are. docs/contrastive.md has the contract.
+ClassContrastiveFwd class_contrastive_fwd(const at::Tensor& rows, const at::Tensor& scale,
+                                          const at::Tensor& positives, bool normalize, bool keep);
 // grad_rows, grad_scale
-std::tuple<at::Tensor, at::Tensor> class_contrastive_bwd(const at::Tensor& grad_losses, const at::Tensor& rows,
-                                                         const at::Tensor& scale, const at::Tensor& positives,
+std::tuple<at::Tensor, at::Tensor> class_contrastive_bwd(const at::Tensor& grad_losses,
+                                                         const at::Tensor& rows, const at::Tensor& scale,
+                                                         const at::Tensor& positives,
                                                          const at::Tensor& counts, const at::Tensor& lse,
                                                          const at::Tensor& row_rnorm, const at::Tensor& kept,
                                                          bool normalize, bool rows_need_grad);

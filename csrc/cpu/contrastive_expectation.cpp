@@ -1,19 +1,23 @@
 // contrastive where the columns need no gradient. x^, y^ the rows and columns, s_ij = scale * <x^_i, y^_j>,
 //   lse_i = log sum_{j allowed} exp(s_ij)        E_i = sum_{j allowed} exp(s_ij - lse_i) y^_j
-// in one pass over the columns, attention with V = K: E_i is d lse_i / d(scale * x^_i), so that backward is O(N*D).
-// Tiling: tiles of at most 256 x 256 logits in a scratch a thread. A task is one block of rows with one part of the
-//   columns, and adds up E for it; where there are fewer blocks of rows than threads, the columns fall into as many
-//   parts as there are threads, which are merged in their order. Every sum has one owner: no atomics, and the same bits
-//   for the same number of threads.
-// Work: 2 * 2*N*M*D operations (half where no backward follows: without E), one exponential an entry, each tile's columns
-//   packed twice (packed.h) or transposed (small products read their right operand by rows, product.h).
-// Memory: rows in acc_t and E (2*N*D), one more E a part but the first, and a thread 256 KB of logits and 3 tiles of columns.
-//   Columns in acc_t that need no normalisation are read where they lie: once per block of rows.
-// Numerics: products, softmax and sums over a tile in acc_t (float32, float64 for float64), sums over tiles in
-//   double. Each row has a running maximum: a tile that raises it rescales what the row has added up so far. Where the
-//   processor multiplies bfloat16 numbers, bfloat16 rows and columns are multiplied as they came, with the reciprocal norms
-//   as factors afterwards, and E adds up exponentials rounded to bfloat16, once and each by 2^-8 of itself, while lse adds
-//   up what they were. A tile with columns of extreme length is multiplied in float32.
+// in one pass over the columns, attention with V = K: E_i is d lse_i / d(scale * x^_i), so that backward is
+// O(N*D).
+// Tiling: tiles of at most 256 x 256 logits in a scratch a thread. A task is one block of rows with one part
+//   of the columns, and adds up E for it; where there are fewer blocks of rows than threads, the columns fall
+//   into as many parts as there are threads, which are merged in their order. Every sum has one owner: no
+//   atomics, and the same bits for the same number of threads.
+// Work: 2 * 2*N*M*D operations (half where no backward follows: without E), one exponential an entry, each
+//   tile's columns packed twice (packed.h) or transposed (small products read their right operand by rows,
+//   product.h).
+// Memory: rows in acc_t and E (2*N*D), one more E a part but the first, and a thread 256 KB of logits and 3
+//   tiles of columns. Columns in acc_t that need no normalisation are read where they lie: once per block of
+//   rows.
+// Numerics: products, softmax and sums over a tile in acc_t (float32, float64 for float64), sums over tiles
+//   in double. Each row has a running maximum: a tile that raises it rescales what the row has added up so
+//   far. Where the processor multiplies bfloat16 numbers, bfloat16 rows and columns are multiplied as they
+//   came, with the reciprocal norms as factors afterwards, and E adds up exponentials rounded to bfloat16,
+//   once and each by 2^-8 of itself, while lse adds up what they were. A tile with columns of extreme length
+//   is multiplied in float32.
 #include "contrastive_expectation.h"
 
 #include <ATen/Parallel.h>
@@ -66,7 +70,8 @@ class ColumnReader {
     bool in_range = false;  // whether bfloat16 columns may be multiplied as they are
   };
 
-  // With `note`, the reciprocal norms are written to `rnorm`; `factor`, unless it is null, gets them in any case.
+  // With `note`, the reciprocal norms are written to `rnorm`; `factor`, unless it is null, gets them in any
+  // case.
   View read(Block block, acc_t* scratch, bool note, acc_t* factors = nullptr) const {
     if (in_place_)
       return {source_.template const_data_ptr<acc_t>() + block.begin * source_.stride(0), source_.stride(0)};
@@ -74,10 +79,11 @@ class ColumnReader {
     dispatch_storage<acc_t>(source_.scalar_type(), [&](auto storage) {
       using scalar_t = decltype(storage);
       const scalar_t* in = source_.template const_data_ptr<scalar_t>();
-      acc_t* out_rnorm = note && normalize_ ? rnorm.template mutable_data_ptr<acc_t>() + block.begin : nullptr;
+      acc_t* out_rnorm =
+          note && normalize_ ? rnorm.template mutable_data_ptr<acc_t>() + block.begin : nullptr;
       for (int64_t k = 0; k < block.size; ++k) {
-        const RowNorm norm =
-            load_row<scalar_t, acc_t>(scratch + k * d_, in + (block.begin + k) * source_.stride(0), d_, normalize_);
+        const RowNorm norm = load_row<scalar_t, acc_t>(
+            scratch + k * d_, in + (block.begin + k) * source_.stride(0), d_, normalize_);
         if (out_rnorm) out_rnorm[k] = norm.rnorm;
         if (factors) factors[k] = norm.rnorm;
         in_range &= is_in_range(norm.length);
@@ -88,14 +94,17 @@ class ColumnReader {
 
   bool is_bfloat16() const { return source_.scalar_type() == at::kBFloat16; }
 
-  // bfloat16 columns as they lie, one after the other in units of two numbers: in place, or copied into scratch.
+  // bfloat16 columns as they lie, one after the other in units of two numbers: in place, or copied into
+  // scratch.
   struct Raw {
     const uint32_t* units = nullptr;
     int64_t ld = 0;
   };
   Raw raw(Block block, uint32_t* scratch) const {
-    const char* from = static_cast<const char*>(source_.const_data_ptr()) + block.begin * source_.stride(0) * 2;
-    if (d_ % 2 == 0 && source_.stride(0) % 2 == 0 && reinterpret_cast<uintptr_t>(from) % sizeof(uint32_t) == 0) {
+    const char* from =
+        static_cast<const char*>(source_.const_data_ptr()) + block.begin * source_.stride(0) * 2;
+    if (d_ % 2 == 0 && source_.stride(0) % 2 == 0 &&
+        reinterpret_cast<uintptr_t>(from) % sizeof(uint32_t) == 0) {
       return {reinterpret_cast<const uint32_t*>(from), source_.stride(0) / 2};
     }
     const int64_t ld = padded_units(d_);
@@ -118,8 +127,8 @@ class ColumnReader {
 
 // c (m, n) = a (m, k) * b (k, n), or += with `add`, by the BLAS; with b_is_transposed b lies as (n, k).
 template <class acc_t>
-void blas(int64_t m, int64_t n, int64_t k, const acc_t* a, int64_t ld_a, const acc_t* b, int64_t ld_b, bool b_is_transposed,
-          acc_t* c, int64_t ld_c, bool add, const at::TensorOptions& options) {
+void blas(int64_t m, int64_t n, int64_t k, const acc_t* a, int64_t ld_a, const acc_t* b, int64_t ld_b,
+          bool b_is_transposed, acc_t* c, int64_t ld_c, bool add, const at::TensorOptions& options) {
   const auto matrix = [&](const acc_t* data, int64_t rows, int64_t columns, int64_t ld) {
     return at::from_blob(const_cast<acc_t*>(data), {rows, columns}, {ld, 1}, options);
   };
@@ -153,7 +162,8 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   const int64_t threads = n * m <= kLargestTile * kLargestTile ? 1 : at::get_num_threads();
   int64_t blocks = (n + kLargestTile - 1) / kLargestTile;
   if (blocks >= threads) blocks = (blocks + threads - 1) / threads * threads;
-  const Blocks row_blocks{n, std::min<int64_t>(kLargestTile, ((n + blocks - 1) / blocks + kPad - 1) / kPad * kPad)};
+  const Blocks row_blocks{
+      n, std::min<int64_t>(kLargestTile, ((n + blocks - 1) / blocks + kPad - 1) / kPad * kPad)};
   const Blocks column_blocks{m, std::min<int64_t>(kLargestTile, (m + kPad - 1) / kPad * kPad)};
   const int64_t parts = row_blocks.count() >= threads ? 1 : std::min(threads, column_blocks.count());
 
@@ -180,11 +190,14 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   const int64_t ld = column_blocks.size + kPad, rounded_ld = (column_blocks.size + 1) / 2 + kPad;
   const int64_t tile_size = row_blocks.size * ld;
   const int64_t transposed_size =
-      packs ? std::max(packed::size_of(d, kLargestTile), packed::size_of(kLargestTile, d)) : small ? d * ld : 0;
+      packs   ? std::max(packed::size_of(d, kLargestTile), packed::size_of(kLargestTile, d))
+      : small ? d * ld
+              : 0;
   const int64_t units_size = in_bfloat16 ? row_blocks.size * rounded_ld + kLargestTile * padded_units(d) : 0;
   const int64_t scratch_size = tile_size + transposed_size + columns.scratch_size() + units_size;
   // What the dot products of bfloat16 rows as they came take, and what their coefficients do.
-  std::vector<acc_t> row_factor(in_bfloat16 ? n : 0, static_cast<acc_t>(scale * kLog2E)), ones(in_bfloat16 ? d : 0, 1);
+  std::vector<acc_t> row_factor(in_bfloat16 ? n : 0, static_cast<acc_t>(scale * kLog2E)),
+      ones(in_bfloat16 ? d : 0, 1);
   if (in_bfloat16 && args.normalize_rows)
     for (int64_t i = 0; i < n; ++i)
       row_factor[i] = static_cast<acc_t>(scale * kLog2E * rows.rnorm.template const_data_ptr<acc_t>()[i]);
@@ -210,50 +223,59 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
         if (raw.units) {
           const int64_t stride = rows.units.stride(0), pairs_of_features = (d + 1) / 2;
           packed::pack_transposed(raw.units, raw.ld, j.size, pairs_of_features, panels);
-          packed::multiply(true, {i.size, j.size, pairs_of_features,
-                                  static_cast<const uint32_t*>(rows.units.const_data_ptr()) + i.begin * stride, stride, 1,
-                                  panels, s, ld, false, row_factor.data() + i.begin, factors});
+          packed::multiply(
+              true, {i.size, j.size, pairs_of_features,
+                     static_cast<const uint32_t*>(rows.units.const_data_ptr()) + i.begin * stride, stride, 1,
+                     panels, s, ld, false, row_factor.data() + i.begin, factors});
         } else {
           packed::pack_transposed(reinterpret_cast<const uint32_t*>(y.values), y.ld, j.size, d, panels);
-          packed::multiply(false, {i.size, j.size, d, reinterpret_cast<const uint32_t*>(rows_here), d, 1, panels, s, ld, false});
+          packed::multiply(false, {i.size, j.size, d, reinterpret_cast<const uint32_t*>(rows_here), d, 1,
+                                   panels, s, ld, false});
         }
       }
     };
     const auto add_packed = [&](Block j, const View& y, const Raw& raw, const acc_t* factors, bool add) {
       if constexpr (!std::is_same_v<acc_t, double>) {
         if (raw.units) {
-          // Of normalised columns the exponentials take the reciprocal norms, in units of that of the row's top: as 1 it
-          // loses nothing by rounding, and a softmax near its target is as near to it as it was.
+          // Of normalised columns the exponentials take the reciprocal norms, in units of that of the row's
+          // top: as 1 it loses nothing by rounding, and a softmax near its target is as near to it as it was.
           const bool normalized = args.normalize_columns;
           for (int64_t k = 0; normalized && k < i.size; ++k) {
             const acc_t* row = s + k * ld;
-            const int64_t at = before[k] == part.top[k] ? j.size : std::find(row, row + j.size, acc_t(1)) - row;
+            const int64_t at =
+                before[k] == part.top[k] ? j.size : std::find(row, row + j.size, acc_t(1)) - row;
             of_top[k] = at < j.size ? factors[at] : acc_t(1);
             per_top[k] = 1 / of_top[k];
           }
           acc_t inverse[kLargestTile], coefficients[kLargestTile], products[kLargestTile];
           for (int64_t k = 0; normalized && k < j.size; ++k) inverse[k] = 1 / factors[k];
-          packed::round_to_bfloat16(s, ld, i.size, j.size, normalized ? per_top.data() : nullptr, factors, rounded,
-                                    rounded_ld, nullptr, 0,
-                                    {s, ld, /*exponentials=*/true, normalized ? inverse : nullptr, coefficients, products});
+          packed::round_to_bfloat16(
+              s, ld, i.size, j.size, normalized ? per_top.data() : nullptr, factors, rounded, rounded_ld,
+              nullptr, 0,
+              {s, ld, /*exponentials=*/true, normalized ? inverse : nullptr, coefficients, products});
           for (int64_t k = 0; k < i.size; ++k)
             if (std::isfinite(part.top[k]))
-              part.lost[k] += (products[k] + double(part.top[k]) * coefficients[k]) * (normalized ? of_top[k] : 1);
+              part.lost[k] +=
+                  (products[k] + double(part.top[k]) * coefficients[k]) * (normalized ? of_top[k] : 1);
           packed::pack_bfloat16(reinterpret_cast<const uint16_t*>(raw.units), 2 * raw.ld, j.size, d, panels);
-          packed::multiply(true, {i.size, d, (j.size + 1) / 2, rounded, rounded_ld, 1, panels, part.sums, d, add,
-                                  normalized ? of_top.data() : nullptr, normalized ? ones.data() : nullptr});
+          packed::multiply(true,
+                           {i.size, d, (j.size + 1) / 2, rounded, rounded_ld, 1, panels, part.sums, d, add,
+                            normalized ? of_top.data() : nullptr, normalized ? ones.data() : nullptr});
         } else {
           packed::pack_float32(y.values, y.ld, j.size, d, panels);
-          packed::multiply(false, {i.size, d, j.size, reinterpret_cast<const uint32_t*>(s), ld, 1, panels, part.sums, d, add});
+          packed::multiply(false, {i.size, d, j.size, reinterpret_cast<const uint32_t*>(s), ld, 1, panels,
+                                   part.sums, d, add});
         }
       }
     };
-    const int64_t first = number * column_blocks.count() / parts, last = (number + 1) * column_blocks.count() / parts;
+    const int64_t first = number * column_blocks.count() / parts,
+                  last = (number + 1) * column_blocks.count() / parts;
     for (int64_t block_j = first; block_j < last; ++block_j) {
       const Block j = column_blocks[block_j];
       acc_t factors[kLargestTile];
       const auto y = columns.read(j, transposed + transposed_size, block_i == 0, factors);
-      const Raw raw = in_bfloat16 && y.in_range ? columns.raw(j, rounded + row_blocks.size * rounded_ld) : Raw{};
+      const Raw raw =
+          in_bfloat16 && y.in_range ? columns.raw(j, rounded + row_blocks.size * rounded_ld) : Raw{};
       if (packs) {
         multiply_packed(j, y, raw, factors);
       } else if (small) {

@@ -5,8 +5,8 @@
 
 namespace ssl_kernels::cpu {
 
-// Whether forward streams the columns here: where it keeps their expectation (docs/contrastive.md), and where no backward
-// follows.
+// Whether forward streams the columns here: where it keeps their expectation (docs/contrastive.md), and where
+// no backward follows.
 inline bool streams_columns(const ContrastiveArgs& args) {
   return args.columns && !args.both_directions && !(args.keep && args.columns_need_grad);
 }

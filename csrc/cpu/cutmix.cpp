@@ -1,7 +1,8 @@
 // CutMix of images x (B, ..., H, W): inside box_i, x_i takes the pixels that x_p(i) had before the call.
-// Tiling: a task is a band of rows of one plane of every sample (of all channels where they lie beside each other, as in
-//   channels_last). In place it walks the cycles of p: box i is pasted into sample i before p(i) is pasted into; the pixels
-//   of the cycle's first sample that lie in its own box and in the last one's are held aside. Tasks touch disjoint pixels.
+// Tiling: a task is a band of rows of one plane of every sample (of all channels where they lie beside each
+//   other, as in channels_last). In place it walks the cycles of p: box i is pasted into sample i before p(i)
+//   is pasted into; the pixels of the cycle's first sample that lie in its own box and in the last one's are
+//   held aside. Tasks touch disjoint pixels.
 // Traffic: in place the pixels inside the boxes are read once and written once, nothing else is touched.
 //   Scratch: one band a thread.
 // Numerics: pixels are moved. The backward adds two gradients in acc_t and rounds once.
@@ -27,7 +28,9 @@ constexpr int64_t kBandBytes = 1 << 16;
 struct Box {
   int64_t y0, y1, x0, x1;
 
-  Box within_rows(int64_t begin, int64_t end) const { return {std::max(y0, begin), std::min(y1, end), x0, x1}; }
+  Box within_rows(int64_t begin, int64_t end) const {
+    return {std::max(y0, begin), std::min(y1, end), x0, x1};
+  }
   bool empty() const { return y0 >= y1 || x0 >= x1; }
 };
 
@@ -42,11 +45,11 @@ std::vector<Box> checked_boxes(const char* op, const at::Tensor& boxes, int64_t 
   for (int64_t i = 0; i < boxes.size(0); ++i) {
     const int64_t* v = values + i * row;
     const Box box{v[0], v[column], v[2 * column], v[3 * column]};
-    TORCH_CHECK_VALUE(0 <= box.y0 && box.y0 <= box.y1 && box.y1 <= height && 0 <= box.x0 && box.x0 <= box.x1 &&
-                          box.x1 <= width,
+    TORCH_CHECK_VALUE(0 <= box.y0 && box.y0 <= box.y1 && box.y1 <= height && 0 <= box.x0 &&
+                          box.x0 <= box.x1 && box.x1 <= width,
                       op, ": boxes must be (y0, y1, x0, x1) with 0 <= y0 <= y1 <= ", height,
-                      " and 0 <= x0 <= x1 <= ", width, ", got (", box.y0, ", ", box.y1, ", ", box.x0, ", ", box.x1,
-                      ") at ", i);
+                      " and 0 <= x0 <= x1 <= ", width, ", got (", box.y0, ", ", box.y1, ", ", box.x0, ", ",
+                      box.x1, ") at ", i);
     result.push_back(box);
   }
   return result;
@@ -63,8 +66,8 @@ struct Images {
   }
 };
 
-// What the images of a call have in common. Dimensions between batch and rows are planes, except that the innermost ones
-// of dense channels_last images make up a pixel.
+// What the images of a call have in common. Dimensions between batch and rows are planes, except that the
+// innermost ones of dense channels_last images make up a pixel.
 class Frame {
  public:
   Frame(std::initializer_list<const at::Tensor*> tensors) {
@@ -214,13 +217,15 @@ at::Tensor cutmix_bwd(const at::Tensor& grad, const at::Tensor& boxes_tensor, co
         const int64_t top = frame.band_begin(task), bottom = frame.band_end(task);
         for (size_t i = 0; i < partner.size(); ++i) {
           if (partner[i] == static_cast<int64_t>(i)) continue;
-          frame.for_each_run(boxes[i].within_rows(top, bottom), [&](int64_t y, int64_t column, int64_t pixels) {
-            std::memset(frame[0].at(i, to, y, column), 0, pixels * frame.pixel());
-          });
+          frame.for_each_run(boxes[i].within_rows(top, bottom),
+                             [&](int64_t y, int64_t column, int64_t pixels) {
+                               std::memset(frame[0].at(i, to, y, column), 0, pixels * frame.pixel());
+                             });
         }
         for (size_t i = 0; i < partner.size(); ++i) {
           if (partner[i] == static_cast<int64_t>(i)) continue;
-          frame.for_each_run(boxes[i].within_rows(top, bottom), [&](int64_t y, int64_t column, int64_t pixels) {
+          frame.for_each_run(boxes[i].within_rows(top, bottom), [&](int64_t y, int64_t column,
+                                                                    int64_t pixels) {
             math.add(reinterpret_cast<scalar_t*>(frame[0].at(partner[i], to, y, column)),
                      reinterpret_cast<const scalar_t*>(frame[1].at(i, from, y, column)), pixels * pixel);
           });

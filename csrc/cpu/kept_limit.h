@@ -1,5 +1,6 @@
-// The most bytes of logits that a call of `contrastive` keeps from forward to backward in this thread, beside the budget of
-// the process. A ring over one rank holds on to no more than the blocks that would travel between several.
+// The most bytes of logits that a call of `contrastive` keeps from forward to backward in this thread, beside
+// the budget of the process. A ring over one rank holds on to no more than the blocks that would travel
+// between several.
 #pragma once
 
 #include <cstdint>

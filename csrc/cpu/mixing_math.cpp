@@ -66,7 +66,8 @@ SSL_KERNELS_TARGET inline __attribute__((always_inline)) __m512 from_half(const 
 }
 
 SSL_KERNELS_TARGET inline __attribute__((always_inline)) void to_half(c10::Half* p, const __m512& v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
 }
 #include "mixing_math.inc"
 #undef SSL_KERNELS_TARGET

@@ -1,8 +1,9 @@
-// Elementwise work of the mixing operations, of momentum_update_ and of patch_errors on runs of consecutive elements,
-// in a version for each instruction set.
+// Elementwise work of the mixing operations, of momentum_update_ and of patch_errors on runs of consecutive
+// elements, in a version for each instruction set.
 //
-// S is the storage type, T what is computed in (float, double for double); every result is rounded once, to nearest even.
-// The loops live in mixing_math.inc and are compiled three times; the functions below pick at run time.
+// S is the storage type, T what is computed in (float, double for double); every result is rounded once, to
+// nearest even. The loops live in mixing_math.inc and are compiled three times; the functions below pick at
+// run time.
 #pragma once
 
 #include <cstdint>
@@ -17,10 +18,12 @@ template <class S>
 struct MixingMath {
   using T = Accumulation<S>;
 
-  // out_i = a x_i + b y_i; out may be x or y. Meanwhile n elements at `next` come into the second-level cache.
+  // out_i = a x_i + b y_i; out may be x or y. Meanwhile n elements at `next` come into the second-level
+  // cache.
   void (*mix)(S* out, const S* x, T a, const S* y, T b, int64_t n, const S* next);
 
-  // out_x_i = a x_i + b y_i and out_y_i = c y_i + d z_i, of what was there: out_x may be x or z, out_y may be y.
+  // out_x_i = a x_i + b y_i and out_y_i = c y_i + d z_i, of what was there: out_x may be x or z, out_y may be
+  // y.
   void (*mix_two)(S* out_x, S* out_y, const S* x, T a, const S* y, T b, T c, const S* z, T d, int64_t n);
 
   // out_i = a x_i; out may be x.
@@ -39,8 +42,8 @@ struct NormalizeMath {
   void (*plane)(S* out, const uint8_t* u, float a, const uint8_t* v, float b, float shift, int64_t n);
 
   // out_i = scale_i (a u_i + b v_i) + shift_i
-  void (*pixels)(S* out, const uint8_t* u, float a, const uint8_t* v, float b, const float* scale, const float* shift,
-                 int64_t n);
+  void (*pixels)(S* out, const uint8_t* u, float a, const uint8_t* v, float b, const float* scale,
+                 const float* shift, int64_t n);
 };
 
 template <class T>
@@ -83,8 +86,9 @@ struct PatchMath {
   void (*gradient)(T* out, const T* x, const T* t, T mean, T rstd, T a, int64_t n);
 };
 
-// shadow_i = round(master_i), master_i = average + weight (source_i - average) with average = master_i where shadow_i was
-// rounded from it, else shadow_i. From the nearer end: source_i + (weight - 1) (source_i - average) for weight >= 1/2.
+// shadow_i = round(master_i), master_i = average + weight (source_i - average) with average = master_i where
+// shadow_i was rounded from it, else shadow_i. From the nearer end: source_i + (weight - 1) (source_i -
+// average) for weight >= 1/2.
 template <class H, class S>
 using MomentumMath = void (*)(float* master, H* shadow, const S* source, float weight, int64_t n);
 

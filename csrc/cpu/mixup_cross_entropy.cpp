@@ -1,15 +1,16 @@
-// Cross-entropy of logits z (N, C) against mixed targets that are never made. For t the target, t' the partner's, w the
-// classes' weights (1 without), [t] whether a class is none to ignore:
+// Cross-entropy of logits z (N, C) against mixed targets that are never made. For t the target, t' the
+// partner's, w the classes' weights (1 without), [t] whether a class is none to ignore:
 //   lse_i  = log sum_c exp(z_ic)
-//   a_i = (1 - eps) lam_i [t_i] w_t,  b_i = (1 - eps) (1 - lam_i) [t'_i] w_t',  s_i = eps / C (lam_i [t_i] + (1 - lam_i) [t'_i])
-//   loss_i = m_i lse_i - a_i z_i,t - b_i z_i,t' - s_i sum_c w_c z_ic,  m_i = a_i + b_i + s_i sum_c w_c
-//   grad_ic = g_i (m_i exp(z_ic - lse_i) - s_i w_c - a_i [c = t] - b_i [c = t'])
+//   a_i = (1 - eps) lam_i [t_i] w_t,  b_i = (1 - eps) (1 - lam_i) [t'_i] w_t',  s_i = eps / C (lam_i [t_i] +
+//   (1 - lam_i) [t'_i]) loss_i = m_i lse_i - a_i z_i,t - b_i z_i,t' - s_i sum_c w_c z_ic,  m_i = a_i + b_i +
+//   s_i sum_c w_c grad_ic = g_i (m_i exp(z_ic - lse_i) - s_i w_c - a_i [c = t] - b_i [c = t'])
 //   counted_i = lam_i [t_i] w_t + (1 - lam_i) [t'_i] w_t'
-// Tiling: a thread takes whole rows; a row is read twice forward, the second time from the cache while the next row
-//   comes into it, as the exponentials take about as long as the memory. With weights and smoothing a third time.
+// Tiling: a thread takes whole rows; a row is read twice forward, the second time from the cache while the
+//   next row comes into it, as the exponentials take about as long as the memory. With weights and smoothing
+//   a third time.
 // Traffic: forward reads N C, backward reads N C and writes N C elements.
-// Numerics: exponentials and lane sums in acc_t, lse and loss in double, one rounding of the gradient. Without weights m_i
-//   is 1 exactly where both classes count.
+// Numerics: exponentials and lane sums in acc_t, lse and loss in double, one rounding of the gradient.
+//   Without weights m_i is 1 exactly where both classes count.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -62,8 +63,8 @@ struct Terms {
 template <class T>
 class MixedTarget {
  public:
-  MixedTarget(const at::Tensor& target, const at::Tensor& partner, const at::Tensor& lam, const at::Tensor& weight,
-              int64_t classes, const CrossEntropyOptions& options)
+  MixedTarget(const at::Tensor& target, const at::Tensor& partner, const at::Tensor& lam,
+              const at::Tensor& weight, int64_t classes, const CrossEntropyOptions& options)
       : lam_(checked_lam<T>(kOp, lam)),
         target_(checked_classes("target", target, classes, options.ignore_index)),
         class_weights_(weight.defined() ? weight.const_data_ptr<T>() : nullptr),
@@ -98,7 +99,8 @@ class MixedTarget {
     if (!class_weights_) terms.counted = terms.present;
     terms.spread = smoothing_ * terms.present;
     terms.mass = terms.present;
-    if (class_weights_) terms.mass = kept_ * terms.counted + (terms.spread != 0 ? terms.spread * weight_sum_ : 0);
+    if (class_weights_)
+      terms.mass = kept_ * terms.counted + (terms.spread != 0 ? terms.spread * weight_sum_ : 0);
     return terms;
   }
 
@@ -112,8 +114,8 @@ class MixedTarget {
     std::vector<int64_t> result(target.size(0));
     for (int64_t i = 0; i < target.size(0); ++i) {
       const int64_t t = values[i * target.stride(0)];
-      TORCH_CHECK_VALUE(t == ignore_index || (t >= 0 && t < classes), kOp, ": ", name, " must be in [0, ", classes,
-                        "), got ", t, " at ", i);
+      TORCH_CHECK_VALUE(t == ignore_index || (t >= 0 && t < classes), kOp, ": ", name, " must be in [0, ",
+                        classes, "), got ", t, " at ", i);
       result[i] = t;
     }
     return result;
@@ -132,7 +134,8 @@ at::Tensor with_consecutive_classes(const at::Tensor& logits) {
 }
 
 CrossEntropyRows losses_of_rows(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& partner,
-                                const at::Tensor& lam, const at::Tensor& weight, const CrossEntropyOptions& options) {
+                                const at::Tensor& lam, const at::Tensor& weight,
+                                const CrossEntropyOptions& options) {
   return SSL_KERNELS_DISPATCH(logits.scalar_type(), kOp, [&] {
     const int64_t n = logits.size(0), classes = logits.size(1);
     const at::Tensor class_weights = weight.defined() ? weight.contiguous() : weight;
@@ -155,7 +158,8 @@ CrossEntropyRows losses_of_rows(const at::Tensor& logits, const at::Tensor& targ
         if (terms.spread != 0)
           expected = terms.spread * (smoothed ? math.weighted_total(row, smoothed, classes) : sums.total);
         for (int k = 0; k < 2; ++k)
-          if (terms.weights[k] != 0) expected += terms.weights[k] * static_cast<double>(row[terms.classes[k]]);
+          if (terms.weights[k] != 0)
+            expected += terms.weights[k] * static_cast<double>(row[terms.classes[k]]);
         losses[i] = (terms.mass != 0 ? terms.mass * lses[i] : 0) - expected;
       }
     });
@@ -170,8 +174,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mixup_cross_entropy_fwd(
     const OptionalTensor& weight, double label_smoothing, int64_t ignore_index, bool partner_is_class,
     std::string_view reduction) {
   check_mixup_cross_entropy(logits, target, partner, lam, weight);
-  const auto [rows, lse, counted] = losses_of_rows(
-      logits, target, partner, lam, weight.value_or(at::Tensor()), {label_smoothing, ignore_index, partner_is_class});
+  const auto [rows, lse, counted] =
+      losses_of_rows(logits, target, partner, lam, weight.value_or(at::Tensor()),
+                     {label_smoothing, ignore_index, partner_is_class});
   const bool is_mean = reduction == "mean";
   const at::Tensor loss = reduction == "none" ? rows.to(lam.scalar_type()) : at::sum(rows, lam.scalar_type());
   const at::Tensor total = is_mean ? at::empty({}, lam.options()) : at::empty({0}, lam.options());
@@ -184,10 +189,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mixup_cross_entropy_fwd(
   return {loss, lse, total};
 }
 
-at::Tensor mixup_cross_entropy_bwd(const at::Tensor& grad_loss, const at::Tensor& logits, const at::Tensor& target,
-                                   const at::Tensor& partner, const at::Tensor& lam, const OptionalTensor& weight,
-                                   const at::Tensor& lse, double label_smoothing, int64_t ignore_index,
-                                   bool partner_is_class) {
+at::Tensor mixup_cross_entropy_bwd(const at::Tensor& grad_loss, const at::Tensor& logits,
+                                   const at::Tensor& target, const at::Tensor& partner, const at::Tensor& lam,
+                                   const OptionalTensor& weight, const at::Tensor& lse,
+                                   double label_smoothing, int64_t ignore_index, bool partner_is_class) {
   check_mixup_cross_entropy(logits, target, partner, lam, weight);
   check_row_numbers("grad_loss", grad_loss, logits);
   check_row_numbers("lse", lse, logits);

@@ -1,8 +1,10 @@
 // 8-bit images x (B, C, H, W) to mixed, normalised numbers:
-//   out_ic = scale_c (lam_i x_ic + (1 - lam_i) x_p(i)c) + shift_c,  scale_c = 1 / (255 std_c),  shift_c = -mean_c / std_c
-// Tiling: a task is a chunk of kChunk consecutive pixels of every sample; it walks the cycles of p, so that p(i)'s
-//   chunk, read for sample i, is in the first-level cache when it is the next to be mixed.
-// Traffic: one byte read and one number written an element; results larger than the caches are written past them.
+//   out_ic = scale_c (lam_i x_ic + (1 - lam_i) x_p(i)c) + shift_c,  scale_c = 1 / (255 std_c),  shift_c =
+//   -mean_c / std_c
+// Tiling: a task is a chunk of kChunk consecutive pixels of every sample; it walks the cycles of p, so that
+//   p(i)'s chunk, read for sample i, is in the first-level cache when it is the next to be mixed.
+// Traffic: one byte read and one number written an element; results larger than the caches are written past
+//   them.
 // Numerics: float32 throughout, scale and shift taken in float64, one rounding to the result's dtype.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -58,11 +60,12 @@ void normalize_batch(const at::Tensor& out, const at::Tensor& x, const std::vect
   const int64_t elements = x.numel() / x.size(0), channels = x.size(1);
   // Element e of a sample belongs to channel e / stride % channels.
   const int64_t channel_stride = channels == 1 ? elements : out.stride(1);
-  // Of a chunk that begins at a channel's first element, factors and terms of each element; long runs of one channel are
-  // cut at their ends instead.
+  // Of a chunk that begins at a channel's first element, factors and terms of each element; long runs of one
+  // channel are cut at their ends instead.
   const bool interleaved = channel_stride < 64;
   const int64_t period = channel_stride * channels;
-  const int64_t chunk = interleaved ? std::max<int64_t>(1, kChunk / period) * period : std::min(kChunk, channel_stride);
+  const int64_t chunk =
+      interleaved ? std::max<int64_t>(1, kChunk / period) * period : std::min(kChunk, channel_stride);
   const int64_t per_run = interleaved ? 1 : (channel_stride + chunk - 1) / chunk;
   const int64_t tasks = interleaved ? (elements + chunk - 1) / chunk : elements / channel_stride * per_run;
   std::vector<float> factors(interleaved ? chunk : 0), terms(factors.size());
@@ -108,11 +111,13 @@ at::Tensor mixup_normalize(const at::Tensor& x, const at::Tensor& lam, const at:
     shift.push_back(static_cast<float>(-m / s));
   }
   const at::Tensor out = in_huge_pages(at::empty_like(x, x.options().dtype(dtype)));
-  // The kernel takes dense samples in the layout of the result; any other goes through a copy of 8-bit numbers.
+  // The kernel takes dense samples in the layout of the result; any other goes through a copy of 8-bit
+  // numbers.
   const bool dense = samples_are_dense(out);
   const at::Tensor target = dense ? out : at::empty(x.sizes(), out.options());
-  const at::Tensor source =
-      same_sample_layout(target, x) ? x : at::empty_strided(x.sizes(), target.strides(), x.options()).copy_(x);
+  const at::Tensor source = same_sample_layout(target, x)
+                                ? x
+                                : at::empty_strided(x.sizes(), target.strides(), x.options()).copy_(x);
   switch (dtype) {
     case at::kFloat: normalize_batch<float>(target, source, partner, shares, scale, shift); break;
     case at::kHalf: normalize_batch<c10::Half>(target, source, partner, shares, scale, shift); break;

@@ -1,4 +1,5 @@
-// momentum_update_ on the CPU: master <- lerp(master, source, weight) and shadow <- round(master), over many tensors.
+// momentum_update_ on the CPU: master <- lerp(master, source, weight) and shadow <- round(master), over many
+// tensors.
 // Tiling: all elements of all tensors are one range, of which each thread takes an equal part.
 // Traffic: reads master, shadow and source, writes master and shadow; one pass.
 // Numerics: float32 throughout, rounded to the nearest, ties to even, into the shadow (mixing_math.h).
@@ -17,8 +18,8 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // elements that are worth a thread
 
-void update(const at::Tensor& master, const at::Tensor& shadow, const at::Tensor& source, float weight, int64_t begin,
-            int64_t count) {
+void update(const at::Tensor& master, const at::Tensor& shadow, const at::Tensor& source, float weight,
+            int64_t begin, int64_t count) {
   float* average = master.mutable_data_ptr<float>() + begin;
   const auto into = [&](auto shadow_type) {
     using shadow_t = decltype(shadow_type);

@@ -1,8 +1,10 @@
-// Tiling: 16 steps of a packed panel are a tile of b where they lie. The left operand is copied into tiles once a call, 256
-//   rows by 256 units of depth, whatever its strides; rows and units past its end are 0. A block of 32 x 32 of c is four tiles
-//   of sums. A column of such blocks reads the same 32 columns of b, 32 KB, from the first-level cache.
+// Tiling: 16 steps of a packed panel are a tile of b where they lie. The left operand is copied into tiles
+//   once a call, 256 rows by 256 units of depth, whatever its strides; rows and units past its end are 0. A
+//   block of 32 x 32 of c is four tiles of sums. A column of such blocks reads the same 32 columns of b, 32
+//   KB, from the first-level cache.
 // Work: a step of 16 units is 4 tile products of 16 cycles beside 4 loads of 8.
-// Speed: one core of an Intel Xeon (Sapphire Rapids) runs 730 GFLOP/s for 256 x 256 x 128 and 1100 for 256 x 256 x 512.
+// Speed: one core of an Intel Xeon (Sapphire Rapids) runs 730 GFLOP/s for 256 x 256 x 128 and 1100 for 256 x
+//   256 x 512.
 // Memory: 264 KB per thread.
 #include "packed_amx.h"
 
@@ -29,7 +31,8 @@ struct alignas(64) Workspace {
 };
 
 // A part of the left operand, (rows, depth) from `a` on, in tiles.
-SSL_KERNELS_AMX_TARGET void pack_rows(const Product& p, const uint32_t* a, int64_t rows, int64_t depth, uint32_t* to) {
+SSL_KERNELS_AMX_TARGET void pack_rows(const Product& p, const uint32_t* a, int64_t rows, int64_t depth,
+                                      uint32_t* to) {
   const auto& math = tile_math<float>();  // which moves any bits
   for (int64_t i = 0; i < rows; i += kSide)
     for (int64_t k = 0; k < depth; k += kSide, to += kUnits) {
@@ -38,11 +41,13 @@ SSL_KERNELS_AMX_TARGET void pack_rows(const Product& p, const uint32_t* a, int64
       if (p.step_stride == 1) {
         const __mmask16 mask = first(width);
         for (int64_t r = 0; r < kSide; ++r)
-          _mm512_store_si512(to + r * kSide, _mm512_maskz_loadu_epi32(r < count ? mask : 0,
-                                                                      from + std::min(r, count - 1) * p.row_stride));
+          _mm512_store_si512(
+              to + r * kSide,
+              _mm512_maskz_loadu_epi32(r < count ? mask : 0, from + std::min(r, count - 1) * p.row_stride));
       } else {
         if (count < kSide || width < kSide) std::fill_n(to, kUnits, 0u);
-        math.transpose(reinterpret_cast<const float*>(from), p.step_stride, reinterpret_cast<float*>(to), kSide, width, count);
+        math.transpose(reinterpret_cast<const float*>(from), p.step_stride, reinterpret_cast<float*>(to),
+                       kSide, width, count);
       }
     }
 }
@@ -55,7 +60,8 @@ struct Right {
 };
 
 template <int kRowTiles, int kColumnTiles>
-SSL_KERNELS_AMX_TARGET void multiply_block(const uint32_t* a, const Right& b, int64_t steps, float* c, int64_t ld, bool add) {
+SSL_KERNELS_AMX_TARGET void multiply_block(const uint32_t* a, const Right& b, int64_t steps, float* c,
+                                           int64_t ld, bool add) {
   using B = Block<kRowTiles, kColumnTiles>;
   constexpr int64_t kUnit = sizeof(uint32_t);
   if (add)
@@ -76,21 +82,22 @@ SSL_KERNELS_AMX_TARGET void multiply_block(const uint32_t* a, const Right& b, in
   B::store(c, ld);
 }
 
-SSL_KERNELS_AMX_TARGET void multiply_rows(const Product& p, int64_t row0, int64_t rows, int64_t depth0, int64_t depth,
-                                          Workspace& workspace) {
+SSL_KERNELS_AMX_TARGET void multiply_rows(const Product& p, int64_t row0, int64_t rows, int64_t depth0,
+                                          int64_t depth, Workspace& workspace) {
   const bool add = p.add || depth0 > 0;
   const int64_t steps = (depth + kSide - 1) / kSide, rest = depth % kSide;
   int turn = 0;  // one block is handed over while the next one is made
   for (int64_t column = 0; column < p.columns; column += 2 * kSide) {
-    const int64_t panel = column / kPanel * kPanel, width = std::min(kPanel, rounded_up(p.columns - panel, kLanes));
+    const int64_t panel = column / kPanel * kPanel,
+                  width = std::min(kPanel, rounded_up(p.columns - panel, kLanes));
     const int64_t columns = std::min(2 * kSide, p.columns - column);
     const uint32_t* b = p.b + panel * p.depth + depth0 * width + column - panel;
     if (rest) {
       std::fill_n(workspace.last_step, 2 * kUnits, 0u);
       for (int64_t k = 0; k < rest; ++k)
         for (int64_t half = 0; half * kSide < columns; ++half)
-          std::memcpy(workspace.last_step + half * kUnits + k * kSide, b + ((steps - 1) * kSide + k) * width + half * kSide,
-                      kRowBytes);
+          std::memcpy(workspace.last_step + half * kUnits + k * kSide,
+                      b + ((steps - 1) * kSide + k) * width + half * kSide, kRowBytes);
     }
     const Right right{b, width, rest ? workspace.last_step : nullptr};
     for (int64_t row = 0; row < rows; row += 2 * kSide) {

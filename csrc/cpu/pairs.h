@@ -1,5 +1,5 @@
-// Which pairs of a tile of `contrastive` are looked up (positives) and which are left out of its sums (ids, and in the
-// square case the diagonal; additions.h has what is left out by its size).
+// Which pairs of a tile of `contrastive` are looked up (positives) and which are left out of its sums (ids,
+// and in the square case the diagonal; additions.h has what is left out by its size).
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,9 @@ class Pairs {
         leaves_partner_out_(args.leaves_partner_out),
         m_(square_ ? args.row_count() : args.columns->size(0)),
         partner_(args.partner),
-        positives_per_row_(args.partner >= 0 ? 1 : args.positives ? args.positives->numel() / args.row_count() : 0) {
+        positives_per_row_(args.partner >= 0 ? 1
+                           : args.positives  ? args.positives->numel() / args.row_count()
+                                             : 0) {
     if (args.row_ids) {
       row_ids_ = args.row_ids->contiguous();
       column_ids_ = square_ ? row_ids_ : args.column_ids->contiguous();
@@ -30,8 +32,8 @@ class Pairs {
     positives_ = args.positives->contiguous();
     const int64_t* index = positives_.const_data_ptr<int64_t>();
     for (int64_t k = 0; k < positives_.numel(); ++k)
-      TORCH_CHECK_INDEX(-m_ <= index[k] && index[k] < m_, "contrastive: positives must be in [", -m_, ", ", m_,
-                        "), got ", index[k]);
+      TORCH_CHECK_INDEX(-m_ <= index[k] && index[k] < m_, "contrastive: positives must be in [", -m_, ", ",
+                        m_, "), got ", index[k]);
   }
 
   // Entries left out of the sums become -inf, in the tile s of rows i and columns j.
@@ -45,9 +47,9 @@ class Pairs {
       if (keep_diagonal_)
         for (int64_t k = first; k < last; ++k) diagonal.push_back(on_diagonal(k));
       const auto& math = tile_math<acc_t>();
-      (only_equal_ ? math.mask_unequal_ids : math.mask_equal_ids)(s, ld, i.size, j.size,
-                                                                  row_ids_.const_data_ptr<int64_t>() + i.begin,
-                                                                  column_ids_.const_data_ptr<int64_t>() + j.begin);
+      (only_equal_ ? math.mask_unequal_ids : math.mask_equal_ids)(
+          s, ld, i.size, j.size, row_ids_.const_data_ptr<int64_t>() + i.begin,
+          column_ids_.const_data_ptr<int64_t>() + j.begin);
       for (size_t k = 0; k < diagonal.size(); ++k) on_diagonal(first + k) = diagonal[k];
     }
     if (square_)
@@ -62,11 +64,12 @@ class Pairs {
   bool allowed(int64_t row, int64_t column) const {
     if (row == column && (square_ || keep_diagonal_)) return !square_;
     if (leaves_partner_out_ && column == partner_of(row)) return false;
-    return !row_ids_.defined() ||
-           (row_ids_.const_data_ptr<int64_t>()[row] == column_ids_.const_data_ptr<int64_t>()[column]) == only_equal_;
+    return !row_ids_.defined() || (row_ids_.const_data_ptr<int64_t>()[row] ==
+                                   column_ids_.const_data_ptr<int64_t>()[column]) == only_equal_;
   }
 
-  // visit(flat index of the positive, its row, its column) for the positives of the rows of `i` that lie in `j`.
+  // visit(flat index of the positive, its row, its column) for the positives of the rows of `i` that lie in
+  // `j`.
   template <class Visit>
   void for_each_positive(Block i, Block j, const Visit& visit) const {
     if (!positives_per_row_) return;

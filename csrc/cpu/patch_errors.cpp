@@ -2,10 +2,10 @@
 //   mean_p, var_p = mean and variance over C - 1 of t_p      r_p = 1 / sqrt(var_p + eps)
 //   e_p = x_p - r_p (t_p - mean_p)      loss_p = |e_p|^2 / C      dx_p = 2 / C g_p e_p
 //   without `normalize` r_p = 1 and mean_p = 0.
-// Tiling: threads share the patches; a patch and its target, converted to acc_t where they are narrower, stay in
-//   the first-level cache through the three passes of forward. Backward makes one.
-// Traffic: forward reads both once and writes three numbers a patch, backward reads both once and writes dx. Patches with
-//   g_p = 0, as those that a mask leaves out, are written as 0 and not read.
+// Tiling: threads share the patches; a patch and its target, converted to acc_t where they are narrower, stay
+//   in the first-level cache through the three passes of forward. Backward makes one.
+// Traffic: forward reads both once and writes three numbers a patch, backward reads both once and writes dx.
+//   Patches with g_p = 0, as those that a mask leaves out, are written as 0 and not read.
 // Numerics: sums in lanes of acc_t, the squares of what is left after the mean was subtracted.
 #include "patch_errors.h"
 
@@ -25,7 +25,9 @@ namespace {
 
 using at::Tensor;
 
-Tensor with_neighbours(const Tensor& rows) { return rows.size(1) == 1 || rows.stride(1) == 1 ? rows : rows.contiguous(); }
+Tensor with_neighbours(const Tensor& rows) {
+  return rows.size(1) == 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
+}
 
 // Rows as rows of acc_t: where they lie, or converted into a scratch.
 template <class S, class acc_t>
@@ -56,8 +58,8 @@ class Reader {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> patch_errors_fwd(const Tensor& prediction, const Tensor& target, double eps,
-                                                    bool normalize) {
+std::tuple<Tensor, Tensor, Tensor> patch_errors_fwd(const Tensor& prediction, const Tensor& target,
+                                                    double eps, bool normalize) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const int64_t n = prediction.size(0), c = prediction.size(1);
   return SSL_KERNELS_DISPATCH(prediction.scalar_type(), "patch_errors", [&] {
@@ -89,8 +91,8 @@ std::tuple<Tensor, Tensor, Tensor> patch_errors_fwd(const Tensor& prediction, co
   });
 }
 
-Tensor patch_errors_bwd(const Tensor& grad, const Tensor& prediction, const Tensor& target, const Tensor& mean,
-                        const Tensor& rstd) {
+Tensor patch_errors_bwd(const Tensor& grad, const Tensor& prediction, const Tensor& target,
+                        const Tensor& mean, const Tensor& rstd) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const int64_t n = prediction.size(0), c = prediction.size(1);
   return SSL_KERNELS_DISPATCH(prediction.scalar_type(), "patch_errors", [&] {

@@ -9,7 +9,8 @@
 
 namespace ssl_kernels::cpu {
 
-// The first place of (B,) int64 whose value is none of 0 ... B - 1 or was there before; B where there is none.
+// The first place of (B,) int64 whose value is none of 0 ... B - 1 or was there before; B where there is
+// none.
 inline int64_t first_that_is_no_permutation(const at::Tensor& permutation) {
   const int64_t batch = permutation.size(0), stride = permutation.stride(0);
   const int64_t* values = permutation.const_data_ptr<int64_t>();
@@ -23,12 +24,13 @@ inline int64_t first_that_is_no_permutation(const at::Tensor& permutation) {
 }
 
 inline std::vector<int64_t> checked_permutation(const char* op, const at::Tensor& permutation) {
-  const int64_t batch = permutation.size(0), stride = permutation.stride(0), wrong = first_that_is_no_permutation(permutation);
+  const int64_t batch = permutation.size(0), stride = permutation.stride(0),
+                wrong = first_that_is_no_permutation(permutation);
   const int64_t* values = permutation.const_data_ptr<int64_t>();
   if (wrong < batch) {
     const int64_t p = values[wrong * stride];
-    TORCH_CHECK_VALUE(false, op, ": permutation must hold each of 0 to ", batch - 1, " once, got ", p, " at ", wrong,
-                      p >= 0 && p < batch ? " again" : "");
+    TORCH_CHECK_VALUE(false, op, ": permutation must hold each of 0 to ", batch - 1, " once, got ", p, " at ",
+                      wrong, p >= 0 && p < batch ? " again" : "");
   }
   std::vector<int64_t> partner(batch);
   for (int64_t i = 0; i < batch; ++i) partner[i] = values[i * stride];
@@ -59,7 +61,8 @@ std::vector<T> checked_lam(const char* op, const at::Tensor& lam) {
   return shares;
 }
 
-// Cycles i, partner(i), partner(partner(i)), ..., one after the other in `order`; cycle k is [begin[k], begin[k + 1]).
+// Cycles i, partner(i), partner(partner(i)), ..., one after the other in `order`; cycle k is [begin[k],
+// begin[k + 1]).
 struct Cycles {
   std::vector<int64_t> order, begin;
 

@@ -1,6 +1,6 @@
-// Memory of the kernels that is used again from call to call, and the budget of what they keep from forward to backward.
-// malloc would give large blocks back to the system and fetch them again page by page: 1400 pages, a fifth of the step, for
-// 1024 pairs of NT-Xent.
+// Memory of the kernels that is used again from call to call, and the budget of what they keep from forward
+// to backward. malloc would give large blocks back to the system and fetch them again page by page: 1400
+// pages, a fifth of the step, for 1024 pairs of NT-Xent.
 #pragma once
 
 #include <ATen/Context.h>
@@ -34,8 +34,8 @@ constexpr size_t kKeptBudget = 116 << 20;
 // What a tensor of kept logits shows of them (kept_for_backward).
 constexpr int64_t kKeptHeader = 16;
 
-// Keeps blocks that nobody uses until the process ends or asks for them. These and what is kept for backward are at most
-// kHeld bytes together.
+// Keeps blocks that nobody uses until the process ends or asks for them. These and what is kept for backward
+// are at most kHeld bytes together.
 class Pool final : public c10::Allocator {
  public:
   // Never destroyed: tensors may outlive everything static.
@@ -49,8 +49,8 @@ class Pool final : public c10::Allocator {
     return hand_out(take(bytes + kHeader, bytes + kHeader + (bytes + kHeader) / 4), bytes + kHeader, false);
   }
 
-  // At least `least` bytes, and beyond these `wanted` if the budget has as many left, or else as many times `unit` as it has.
-  // They count until they are freed. `granted` gets the bytes beyond `least`.
+  // At least `least` bytes, and beyond these `wanted` if the budget has as many left, or else as many times
+  // `unit` as it has. They count until they are freed. `granted` gets the bytes beyond `least`.
   c10::DataPtr allocate_kept(size_t least, size_t wanted, size_t unit, size_t& granted) {
     std::vector<Block> surplus;
     Block block;
@@ -69,7 +69,9 @@ class Pool final : public c10::Allocator {
     return hand_out(block, block.bytes, true);
   }
 
-  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
 
   // Gives back what nobody uses.
   void empty() {
@@ -128,7 +130,8 @@ class Pool final : public c10::Allocator {
       }
     }
     *reinterpret_cast<Header*>(block.start) = {block.bytes, is_kept};
-    c10::profiledCPUMemoryReporter().New(block.start, block.bytes);  // what a profiler shows is what is in use
+    // What a profiler shows is what is in use.
+    c10::profiledCPUMemoryReporter().New(block.start, block.bytes);
     return {block.start + kHeader, block.start, &give_back, c10::Device(c10::kCPU)};
   }
 
@@ -137,12 +140,13 @@ class Pool final : public c10::Allocator {
     return take_locked(bytes, most);
   }
 
-  // The smallest idle block that is large enough and not larger than `most`, if there is one; of equal ones the last used,
-  // which may lie in a cache.
+  // The smallest idle block that is large enough and not larger than `most`, if there is one; of equal ones
+  // the last used, which may lie in a cache.
   Block take_locked(size_t bytes, size_t most) {
     auto best = idle_.end();
     for (auto block = idle_.begin(); block != idle_.end(); ++block)
-      if (block->bytes >= bytes && block->bytes <= most && (best == idle_.end() || block->bytes <= best->bytes))
+      if (block->bytes >= bytes && block->bytes <= most &&
+          (best == idle_.end() || block->bytes <= best->bytes))
         best = block;
     if (best == idle_.end()) return {};
     const Block block = *best;
@@ -210,9 +214,9 @@ at::Tensor number(double value) {
   return result;
 }
 
-// A tensor of `shown` zeros at the beginning of a storage with room for more: `wanted` more elements, or as many times `unit`
-// as the budget of the process has left. Its shape says nothing of that room, so that it does not depend on what other
-// losses keep; a copy of the tensor has none.
+// A tensor of `shown` zeros at the beginning of a storage with room for more: `wanted` more elements, or as
+// many times `unit` as the budget of the process has left. Its shape says nothing of that room, so that it
+// does not depend on what other losses keep; a copy of the tensor has none.
 template <class T>
 at::Tensor kept_for_backward(int64_t shown, int64_t wanted, int64_t unit, const at::TensorOptions& options) {
   size_t granted = 0;
@@ -221,7 +225,8 @@ at::Tensor kept_for_backward(int64_t shown, int64_t wanted, int64_t unit, const 
   T* begin = static_cast<T*>(data.get());
   std::fill_n(begin, shown, T(0));
   if (fills_empty()) std::fill_n(begin + shown, granted / sizeof(T), std::numeric_limits<T>::quiet_NaN());
-  c10::Storage storage(c10::Storage::use_byte_size_t(), least + granted, std::move(data), /*allocator=*/nullptr,
+  c10::Storage storage(c10::Storage::use_byte_size_t(), least + granted, std::move(data),
+                       /*allocator=*/nullptr,
                        /*resizable=*/false);
   at::Tensor kept = at::detail::make_tensor<c10::TensorImpl>(
       std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), options.dtype());

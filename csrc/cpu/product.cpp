@@ -13,9 +13,10 @@ namespace ssl_kernels::cpu {
 namespace {
 
 #if defined(__x86_64__) && defined(__GNUC__)
-// c in strips of kRows x 16, whose 12 vectors of sums stay in registers along the depth: a step of it reads 2 vectors of b
-// and 6 numbers of a for 12 multiply-adds, two of which are begun in a cycle. The 16 columns of b are copied next to each
-// other once for all strips, since rows of b a power of two apart would share the sets of the first-level cache.
+// c in strips of kRows x 16, whose 12 vectors of sums stay in registers along the depth: a step of it reads 2
+// vectors of b and 6 numbers of a for 12 multiply-adds, two of which are begun in a cycle. The 16 columns of
+// b are copied next to each other once for all strips, since rows of b a power of two apart would share the
+// sets of the first-level cache.
 namespace avx2 {
 #define SSL_KERNELS_TARGET __attribute__((target("avx2,fma")))
 
@@ -25,8 +26,8 @@ constexpr int64_t kDepth = 256;  // 16 KB of b, half of a first-level cache
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4)));
 
 template <int kCount>
-SSL_KERNELS_TARGET inline void multiply_strip(int64_t k, const float* a, int64_t ld_a, const float* b, float* c,
-                                              int64_t ld_c, bool add) {
+SSL_KERNELS_TARGET inline void multiply_strip(int64_t k, const float* a, int64_t ld_a, const float* b,
+                                              float* c, int64_t ld_c, bool add) {
   Vector sum[kCount][2] = {};
   for (int64_t d = 0; d < k; ++d) {
     const Vector left = *reinterpret_cast<const Vector*>(b + d * kColumns);
@@ -47,8 +48,8 @@ SSL_KERNELS_TARGET inline void multiply_strip(int64_t k, const float* a, int64_t
     }
 }
 
-SSL_KERNELS_TARGET void multiply_rows(int64_t m, int64_t k, const float* a, int64_t ld_a, const float* b, float* c,
-                                      int64_t ld_c, bool add) {
+SSL_KERNELS_TARGET void multiply_rows(int64_t m, int64_t k, const float* a, int64_t ld_a, const float* b,
+                                      float* c, int64_t ld_c, bool add) {
   for (; m >= kRows; m -= kRows, a += kRows * ld_a, c += kRows * ld_c)
     multiply_strip<kRows>(k, a, ld_a, b, c, ld_c, add);
   if (m == 5) multiply_strip<5>(k, a, ld_a, b, c, ld_c, add);
@@ -58,8 +59,8 @@ SSL_KERNELS_TARGET void multiply_rows(int64_t m, int64_t k, const float* a, int6
   if (m == 1) multiply_strip<1>(k, a, ld_a, b, c, ld_c, add);
 }
 
-SSL_KERNELS_TARGET void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* b,
-                                 int64_t ld_b, float* c, int64_t ld_c, bool add) {
+SSL_KERNELS_TARGET void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a,
+                                 const float* b, int64_t ld_b, float* c, int64_t ld_c, bool add) {
   alignas(64) float panel[kDepth * kColumns];
   for (int64_t depth = 0; depth < k; depth += kDepth, add = true) {
     const int64_t steps = std::min(kDepth, k - depth);
@@ -85,7 +86,8 @@ SSL_KERNELS_TARGET void multiply(int64_t m, int64_t n, int64_t k, const float* a
         multiply_rows(rows, steps, a_here + row * ld_a, ld_a, panel, strip, kColumns, false);
         for (int64_t r = 0; r < rows; ++r) {
           float* out = c_here + (row + r) * ld_c;
-          for (int64_t j = 0; j < width; ++j) out[j] = add ? out[j] + strip[r * kColumns + j] : strip[r * kColumns + j];
+          for (int64_t j = 0; j < width; ++j)
+            out[j] = add ? out[j] + strip[r * kColumns + j] : strip[r * kColumns + j];
         }
       }
     }
@@ -96,21 +98,21 @@ SSL_KERNELS_TARGET void multiply(int64_t m, int64_t n, int64_t k, const float* a
 }  // namespace avx2
 #endif
 
-using Multiply = void (*)(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* b, int64_t ld_b,
-                          float* c, int64_t ld_c, bool add);
+using Multiply = void (*)(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* b,
+                          int64_t ld_b, float* c, int64_t ld_c, bool add);
 
 namespace avx512 {
 // A panel of b at a time, packed for all rows of a.
-void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* b, int64_t ld_b, float* c,
-              int64_t ld_c, bool add) {
+void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* b, int64_t ld_b,
+              float* c, int64_t ld_c, bool add) {
   constexpr int64_t kDepth = 128;
   alignas(64) uint32_t panel[kDepth * packed::kPanel];
   for (int64_t depth = 0; depth < k; depth += kDepth)
     for (int64_t column = 0; column < n; column += packed::kPanel) {
       const int64_t steps = std::min(kDepth, k - depth), width = std::min(packed::kPanel, n - column);
       packed::pack_float32(b + depth * ld_b + column, ld_b, steps, width, panel);
-      packed::multiply(/*in_bfloat16=*/false, {m, width, steps, reinterpret_cast<const uint32_t*>(a + depth), ld_a, 1, panel,
-                                               c + column, ld_c, add || depth > 0});
+      packed::multiply(/*in_bfloat16=*/false, {m, width, steps, reinterpret_cast<const uint32_t*>(a + depth),
+                                               ld_a, 1, panel, c + column, ld_c, add || depth > 0});
     }
 }
 }  // namespace avx512
@@ -139,16 +141,17 @@ bool has_small_products<double>() {
 }
 
 template <>
-void multiply_small(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* b, int64_t ld_b,
-                    float* c, int64_t ld_c, bool add, Precision precision) {
+void multiply_small(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* b,
+                    int64_t ld_b, float* c, int64_t ld_c, bool add, Precision precision) {
   static const bool has_amx = isa() >= Isa::kAmx;
-  if (has_amx && amx::is_worthwhile(m, n, k)) return amx::multiply(m, n, k, a, ld_a, b, ld_b, c, ld_c, add, precision);
+  if (has_amx && amx::is_worthwhile(m, n, k))
+    return amx::multiply(m, n, k, a, ld_a, b, ld_b, c, ld_c, add, precision);
   chosen()(m, n, k, a, ld_a, b, ld_b, c, ld_c, add);
 }
 
 template <>
-void multiply_small(int64_t, int64_t, int64_t, const double*, int64_t, const double*, int64_t, double*, int64_t,
-                    bool, Precision) {
+void multiply_small(int64_t, int64_t, int64_t, const double*, int64_t, const double*, int64_t, double*,
+                    int64_t, bool, Precision) {
   TORCH_INTERNAL_ASSERT(false, "there are no small products of float64");
 }
 

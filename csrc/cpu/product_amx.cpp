@@ -1,16 +1,20 @@
-// Products of float32 matrices on tiles of bfloat16. A float32 number of 24 bits is the sum of three bfloat16 numbers of 8 bits each, exactly:
+// Products of float32 matrices on tiles of bfloat16. A float32 number of 24 bits is the sum of three bfloat16
+// numbers of 8 bits each, exactly:
 //
 //   x = x0 + x1 + x2      x0 = bf16(x)      x1 = bf16(x - x0)      x2 = x - x0 - x1
 //
-// so x y = x0 y0 + (x0 y1 + x1 y0) + (x0 y2 + x1 y1 + x2 y0) and what is below 2^-23 |x y|, left out. The five small
-// products are added up first, over all the depth, so that sums round as often as float32's own: the error is a quarter of
-// torch.mm's at 128 of depth. A number below 2^-110 loses its x2, which AMX takes for 0.
-// Where less is asked for, numbers are split into two pieces, with x0 y0 + (x0 y1 + x1 y0), or rounded to one.
+// so x y = x0 y0 + (x0 y1 + x1 y0) + (x0 y2 + x1 y1 + x2 y0) and what is below 2^-23 |x y|, left out. The
+// five small products are added up first, over all the depth, so that sums round as often as float32's own:
+// the error is a quarter of torch.mm's at 128 of depth. A number below 2^-110 loses its x2, which AMX takes
+// for 0. Where less is asked for, numbers are split into two pieces, with x0 y0 + (x0 y1 + x1 y0), or rounded
+// to one.
 //
-// Tiling: operands are copied piece by piece into AMX tiles of 16 x 64 bytes, a in blocks of 16 rows by 32 of depth, b in
-//   blocks of 32 of depth by 16 columns (pairs of rows interleaved). A block of 32 x 32 of c is four tiles of sums.
-// Work: for such a block a step of 32 of depth is 24 tile products of 16 cycles, and 18 loads of 8 cycles beside them: 2.7
-//   times the rate of two AVX-512 units, less the copying (about 9 cycles for 32 numbers). Measured for 256 x 256 x 128:
+// Tiling: operands are copied piece by piece into AMX tiles of 16 x 64 bytes, a in blocks of 16 rows by 32 of
+//   depth, b in blocks of 32 of depth by 16 columns (pairs of rows interleaved). A block of 32 x 32 of c is
+//   four tiles of sums.
+// Work: for such a block a step of 32 of depth is 24 tile products of 16 cycles, and 18 loads of 8 cycles
+//   beside them: 2.7 times the rate of two AVX-512 units, less the copying (about 9 cycles for 32 numbers).
+//   Measured for 256 x 256 x 128:
 //   44 us of products (38 by this count) and 9 us of copying; 93 us by AVX-512.
 // Memory: 6 bytes per number of two panels of at most 256 rows or columns by 128 of depth, 393 KB per thread.
 #include "product_amx.h"
@@ -101,7 +105,8 @@ SSL_KERNELS_AMX_TARGET void pack_rows(const float* a, int64_t ld, int64_t rows, 
 
 // Columns of b (depth, columns), depth <= kDepth; 0 past the last row and column.
 template <int kPieces>
-SSL_KERNELS_AMX_TARGET void pack_columns(const float* b, int64_t ld, int64_t depth, int64_t columns, uint16_t* to) {
+SSL_KERNELS_AMX_TARGET void pack_columns(const float* b, int64_t ld, int64_t depth, int64_t columns,
+                                         uint16_t* to) {
   const int64_t blocks = (columns + kSide - 1) / kSide, steps = (depth + kStep - 1) / kStep;
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
   for (int64_t block = 0; block < blocks; ++block) {
@@ -111,7 +116,8 @@ SSL_KERNELS_AMX_TARGET void pack_columns(const float* b, int64_t ld, int64_t dep
         const int64_t row = step * kStep + 2 * r;
         const float* from = b + std::min(row, depth - 1) * ld + block * kSide;
         const auto even = split<kPieces>(_mm512_maskz_loadu_ps(row < depth ? mask : 0, from));
-        const auto odd = split<kPieces>(_mm512_maskz_loadu_ps(row + 1 < depth ? mask : 0, from + (row + 1 < depth ? ld : 0)));
+        const auto odd = split<kPieces>(
+            _mm512_maskz_loadu_ps(row + 1 < depth ? mask : 0, from + (row + 1 < depth ? ld : 0)));
         for (int piece = 0; piece < kPieces; ++piece)
           _mm512_store_si512(to + piece * kTile + r * kStep,
                              _mm512_or_si512(_mm512_srli_epi32(even.part[piece], 16),
@@ -122,7 +128,8 @@ SSL_KERNELS_AMX_TARGET void pack_columns(const float* b, int64_t ld, int64_t dep
 
 // The products of blocks of a and b, `stride` bytes from block to block.
 template <int kPieces, int kRows, int kColumns>
-SSL_KERNELS_AMX_TARGET void multiply_block(const uint16_t* a, const uint16_t* b, int64_t steps, float* c, int64_t ld) {
+SSL_KERNELS_AMX_TARGET void multiply_block(const uint16_t* a, const uint16_t* b, int64_t steps, float* c,
+                                           int64_t ld) {
   using B = Block<kRows, kColumns>;
   const int64_t stride = steps * kPieces * kTile * static_cast<int64_t>(sizeof(uint16_t));
   B::set_to_zero();
@@ -160,17 +167,21 @@ SSL_KERNELS_AMX_TARGET void multiply_block(const uint16_t* a, const uint16_t* b,
 }
 
 template <int kPieces>
-SSL_KERNELS_AMX_TARGET void multiply_panels(const uint16_t* a, const uint16_t* b, int64_t m, int64_t n, int64_t depth, float* c, int64_t ld_c, bool add, float* scratch) {
-  const int64_t steps = (depth + kStep - 1) / kStep, stride = steps * kPieces * kTile / kSide;  // of a row or column
+SSL_KERNELS_AMX_TARGET void multiply_panels(const uint16_t* a, const uint16_t* b, int64_t m, int64_t n,
+                                            int64_t depth, float* c, int64_t ld_c, bool add, float* scratch) {
+  // Of a row or column.
+  const int64_t steps = (depth + kStep - 1) / kStep, stride = steps * kPieces * kTile / kSide;
   for (int64_t column = 0; column < n; column += 2 * kSide)
     for (int64_t row = 0; row < m; row += 2 * kSide) {
       const int64_t rows = std::min(2 * kSide, m - row), columns = std::min(2 * kSide, n - column);
       float* out = c + row * ld_c + column;
       for (int64_t r = 2 * kSide; r < std::min(4 * kSide, m - row); ++r)
-        for (int64_t j = 0; j < columns; j += kSide) __builtin_prefetch(out + r * ld_c + j, 1);  // the next block
+        // The next block.
+        for (int64_t j = 0; j < columns; j += kSide) __builtin_prefetch(out + r * ld_c + j, 1);
       const bool whole = !add && rows % kSide == 0 && columns % kSide == 0;
-      const auto run = rows > kSide ? (columns > kSide ? multiply_block<kPieces, 2, 2> : multiply_block<kPieces, 2, 1>)
-                                    : (columns > kSide ? multiply_block<kPieces, 1, 2> : multiply_block<kPieces, 1, 1>);
+      const auto run =
+          rows > kSide ? (columns > kSide ? multiply_block<kPieces, 2, 2> : multiply_block<kPieces, 2, 1>)
+                       : (columns > kSide ? multiply_block<kPieces, 1, 2> : multiply_block<kPieces, 1, 1>);
       run(a + row * stride, b + column * stride, steps, whole ? out : scratch, whole ? ld_c : 2 * kSide);
       if (!whole) hand_over(scratch, out, ld_c, rows, columns, add);
     }
@@ -188,8 +199,8 @@ bool asked() {
 }
 
 template <int kPieces>
-SSL_KERNELS_AMX_TARGET void multiply_pieces(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* b,
-                                 int64_t ld_b, float* c, int64_t ld_c, bool add) {
+SSL_KERNELS_AMX_TARGET void multiply_pieces(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a,
+                                            const float* b, int64_t ld_b, float* c, int64_t ld_c, bool add) {
   static thread_local std::vector<Workspace> kept(1);
   Workspace& workspace = kept[0];
   configure_tiles();
@@ -202,8 +213,8 @@ SSL_KERNELS_AMX_TARGET void multiply_pieces(int64_t m, int64_t n, int64_t k, con
         const int64_t rows = std::min(kPanel, m - row);
         pack_rows<kPieces>(a + row * ld_a + depth, ld_a, rows, steps, workspace.a);
         memory_fence();
-        multiply_panels<kPieces>(workspace.a, workspace.b, rows, columns, steps, c + row * ld_c + column, ld_c, add || depth > 0,
-                        workspace.c);
+        multiply_panels<kPieces>(workspace.a, workspace.b, rows, columns, steps, c + row * ld_c + column,
+                                 ld_c, add || depth > 0, workspace.c);
       }
     }
   }
@@ -217,8 +228,8 @@ bool can_run() {
   return answer;
 }
 
-void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* b, int64_t ld_b, float* c, int64_t ld_c,
-              bool add, Precision precision) {
+void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* b, int64_t ld_b,
+              float* c, int64_t ld_c, bool add, Precision precision) {
   const auto multiply = precision == Precision::kBf16     ? multiply_pieces<1>
                         : precision == Precision::kBf16x3 ? multiply_pieces<2>
                                                           : multiply_pieces<kMostPieces>;
@@ -229,7 +240,8 @@ void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, con
 
 bool can_run() { return false; }
 
-void multiply(int64_t, int64_t, int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, bool, Precision) {}
+void multiply(int64_t, int64_t, int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, bool,
+              Precision) {}
 
 #endif
 

@@ -1,8 +1,10 @@
-// queue_push_ on the CPU: storage[(P + b) mod K] <- k^_b for the last min(B, K) of B keys, P the position before.
-// Tiling: threads share the keys; a key's row is normalised in a scratch row in acc_t (float32, float64 for float64 keys)
-//   and stored once. No two keys that are written share a row.
+// queue_push_ on the CPU: storage[(P + b) mod K] <- k^_b for the last min(B, K) of B keys, P the position
+// before.
+// Tiling: threads share the keys; a key's row is normalised in a scratch row in acc_t (float32, float64 for
+//   float64 keys) and stored once. No two keys that are written share a row.
 // Traffic: reads min(B, K) * D elements, writes as many; one pass.
-// Numerics: norms as in contrastive (rows.h): squares that leave the range of acc_t are summed again in double.
+// Numerics: norms as in contrastive (rows.h): squares that leave the range of acc_t are summed again in
+//   double.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -38,8 +40,10 @@ void queue_push_(const at::Tensor& storage, const at::Tensor& keys, const at::Te
   const int64_t size = storage.size(0), batch = keys.size(0);
   int64_t* where = position.mutable_data_ptr<int64_t>();
   int64_t* count = filled.mutable_data_ptr<int64_t>();
-  TORCH_CHECK_VALUE(0 <= *where && *where < size, "queue_push_: position must be in [0, ", size, "), got ", *where);
-  TORCH_CHECK_VALUE(0 <= *count && *count <= size, "queue_push_: filled must be in [0, ", size, "], got ", *count);
+  TORCH_CHECK_VALUE(0 <= *where && *where < size, "queue_push_: position must be in [0, ", size, "), got ",
+                    *where);
+  TORCH_CHECK_VALUE(0 <= *count && *count <= size, "queue_push_: filled must be in [0, ", size, "], got ",
+                    *count);
   if (batch == 0) return;
   const at::Tensor source = keys.size(1) == 1 || keys.stride(1) == 1 ? keys : keys.contiguous();
   const auto into = [&](auto storage_type) {

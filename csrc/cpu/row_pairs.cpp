@@ -4,14 +4,15 @@
 //   dx = r_x (sum_k w_k u_k - (sum_k w_k p_k) x^)
 //   dy_k = r_k w_k (x^ - p_k y^_k), or -r_k w_k (u_k - (p_k - m_k^2) y^_k)
 //   without the term along the row where that is not normalised, or shorter than 1e-12 and only scaled.
-// Tiling: threads share the rows. Operands and gradients of one row are scratch in acc_t, in the first-level cache for
-//   all usual widths; what is summed of a row in the forward is kept in `saved`, so that the backward has no reduction.
-// Traffic: the forward reads each operand once and writes 1 + 4 k numbers per row, the backward reads the operands once and
-//   writes the gradients that are needed once.
+// Tiling: threads share the rows. Operands and gradients of one row are scratch in acc_t, in the first-level
+//   cache for all usual widths; what is summed of a row in the forward is kept in `saved`, so that the
+//   backward has no reduction.
+// Traffic: the forward reads each operand once and writes 1 + 4 k numbers per row, the backward reads the
+//   operands once and writes the gradients that are needed once.
 // Memory: at most 3 rows of acc_t a thread.
-// Numerics: in acc_t, sums of squares that leave its range again in double. A product of normalised rows is <x, y_k> r_x r_k,
-//   one pass for all three sums; for a distance x^ and y^_k are rounded before they are subtracted, so equal rows have the
-//   distance 0. Gradients are rounded once.
+// Numerics: in acc_t, sums of squares that leave its range again in double. A product of normalised rows is
+//   <x, y_k> r_x r_k, one pass for all three sums; for a distance x^ and y^_k are rounded before they are
+//   subtracted, so equal rows have the distance 0. Gradients are rounded once.
 #include <ATen/Parallel.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
@@ -55,8 +56,8 @@ std::vector<Operand<scalar_t>> operands_of(const Tensor& x, const Tensor& y, con
 }
 
 template <class scalar_t, class acc_t>
-std::tuple<Tensor, Tensor> measure_pairs(const Tensor& x, const Tensor& y, const OptionalTensor& z, bool normalize,
-                                         bool distance) {
+std::tuple<Tensor, Tensor> measure_pairs(const Tensor& x, const Tensor& y, const OptionalTensor& z,
+                                         bool normalize, bool distance) {
   const auto operands = operands_of<scalar_t>(x, y, z);
   const int64_t n = x.size(0), d = x.size(1), pairs = static_cast<int64_t>(operands.size()) - 1;
   const Tensor values = pooled({n}, x.options().dtype(at::kDouble));
@@ -65,10 +66,14 @@ std::tuple<Tensor, Tensor> measure_pairs(const Tensor& x, const Tensor& y, const
   auto* keep = reinterpret_cast<Saved<acc_t>*>(saved.template mutable_data_ptr<acc_t>());
   const auto& math = tile_math<acc_t>();
   const auto& convert = row_conversion<scalar_t, acc_t>();
-  const auto rnorm_of = [&](double squares) { return normalize ? reciprocal_norm<acc_t>(std::sqrt(squares)) : 1; };
+  const auto rnorm_of = [&](double squares) {
+    return normalize ? reciprocal_norm<acc_t>(std::sqrt(squares)) : 1;
+  };
   const auto longer_than_eps = [](double squares) { return std::max(std::sqrt(squares), kNormEpsilon); };
   // The product of unit rows without what rounding left beyond ±1. NaN stays.
-  const auto cosine = [&](double product) { return normalize && std::abs(product) > 1 ? std::copysign(1., product) : product; };
+  const auto cosine = [&](double product) {
+    return normalize && std::abs(product) > 1 ? std::copysign(1., product) : product;
+  };
   at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
     std::vector<acc_t> scratch(2 * d);
     acc_t *unit = scratch.data(), *other = unit + d;
@@ -131,7 +136,8 @@ std::tuple<Tensor, Tensor, Tensor> differentiate(const Tensor& grad_values, cons
     for (int64_t i = begin; i < end; ++i) {
       const Saved<acc_t>* pair = kept + i * pairs;
       convert.load_scaled(unit, operands[0].row(i), pair->x_rnorm, d);
-      PairGradient<acc_t> by_x{unit, {}, {}, 0, pair->x_rnorm, distance, normalize && pair->x_rnorm != clamped};
+      PairGradient<acc_t> by_x{
+          unit, {}, {}, 0, pair->x_rnorm, distance, normalize && pair->x_rnorm != clamped};
       double along = 0;
       for (int64_t k = 0; k < pairs; ++k) {
         const auto [x_rnorm, y_rnorm, measure, projection] = pair[k];
@@ -158,25 +164,26 @@ std::tuple<Tensor, Tensor, Tensor> differentiate(const Tensor& grad_values, cons
 }
 
 // values, saved
-std::tuple<Tensor, Tensor> row_pairs_fwd(const Tensor& x, const Tensor& y, const OptionalTensor& z, bool normalize,
-                                         std::string_view measure) {
+std::tuple<Tensor, Tensor> row_pairs_fwd(const Tensor& x, const Tensor& y, const OptionalTensor& z,
+                                         bool normalize, std::string_view measure) {
   check_row_pairs(x, y, z, measure);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return SSL_KERNELS_DISPATCH(x.scalar_type(), "row_pairs",
-                              [&] { return measure_pairs<scalar_t, acc_t>(x, y, z, normalize, measure == "distance"); });
+  return SSL_KERNELS_DISPATCH(x.scalar_type(), "row_pairs", [&] {
+    return measure_pairs<scalar_t, acc_t>(x, y, z, normalize, measure == "distance");
+  });
 }
 
 // grad_x, grad_y, grad_z; (0,) where none is needed
 std::tuple<Tensor, Tensor, Tensor> row_pairs_bwd(const Tensor& grad_values, const Tensor& x, const Tensor& y,
                                                  const OptionalTensor& z, const Tensor& saved, bool normalize,
-                                                 std::string_view measure, bool x_needs_grad, bool y_needs_grad,
-                                                 bool z_needs_grad) {
+                                                 std::string_view measure, bool x_needs_grad,
+                                                 bool y_needs_grad, bool z_needs_grad) {
   check_row_pairs(x, y, z, measure);
   check_row_pairs_grad(grad_values, saved, x, z);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return SSL_KERNELS_DISPATCH(x.scalar_type(), "row_pairs", [&] {
-    return differentiate<scalar_t, acc_t>(grad_values, x, y, z, saved.contiguous(), normalize, measure == "distance",
-                                          {x_needs_grad, y_needs_grad, z_needs_grad});
+    return differentiate<scalar_t, acc_t>(grad_values, x, y, z, saved.contiguous(), normalize,
+                                          measure == "distance", {x_needs_grad, y_needs_grad, z_needs_grad});
   });
 }
 

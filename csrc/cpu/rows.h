@@ -40,8 +40,9 @@ auto dispatch_storage(at::ScalarType dtype, const Visit& visit) {
 
 constexpr double kNormEpsilon = 1e-12;  // as F.normalize
 
-// bfloat16 rows that are longer or, unless they are 0, shorter than 1 by more than this factor are multiplied in float32: the
-// product of two reciprocal norms, which enters the coefficients, may not bring these near the ends of float32's range.
+// bfloat16 rows that are longer or, unless they are 0, shorter than 1 by more than this factor are multiplied
+// in float32: the product of two reciprocal norms, which enters the coefficients, may not bring these near
+// the ends of float32's range.
 constexpr double kLengths = 1 << 20;
 
 inline bool is_in_range(double length) { return length == 0 || (length > 1 / kLengths && length < kLengths); }
@@ -51,23 +52,27 @@ struct Rows {
   at::Tensor values;  // (N, D) acc_t, contiguous
   at::Tensor rnorm;   // (N,) acc_t, 1 / max(norm, eps); (0,) where nothing is normalised
   double longest;     // largest row norm of `values`; NaN or inf if a row holds one
-  // (N, stride) int32: bfloat16 rows as they came, or float32 ones rounded where torch's settings allow it, two numbers each,
-  // 0 behind the last; undefined where products of them are not made in bfloat16.
+  // (N, stride) int32: bfloat16 rows as they came, or float32 ones rounded where torch's settings allow it,
+  // two numbers each, 0 behind the last; undefined where products of them are not made in bfloat16.
   at::Tensor units;
   Precision precision = Precision::kFloat32;  // of products of `values`
 };
 
 // exp2_of hands on a NaN only where the low bits of its payload are 0, as they are in this one.
-inline double without_payload(double x) { return std::isnan(x) ? std::numeric_limits<double>::quiet_NaN() : x; }
+inline double without_payload(double x) {
+  return std::isnan(x) ? std::numeric_limits<double>::quiet_NaN() : x;
+}
 
-// `rows`, to be multiplied in float32 if so. Of logits that are all 0, as with a scale of 0, or that are more than products, what
-// coefficients lose by rounding cannot be told.
+// `rows`, to be multiplied in float32 if so. Of logits that are all 0, as with a scale of 0, or that are more
+// than products, what coefficients lose by rounding cannot be told.
 inline Rows in_float32_if(Rows rows, bool wanted) {
   if (wanted) rows.units = at::Tensor();
   return rows;
 }
 
-inline int64_t rows_per_task(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)); }
+inline int64_t rows_per_task(int64_t width) {
+  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width));
+}
 
 struct RowNorm {
   double norm;  // of the row as written
@@ -91,15 +96,15 @@ RowNorm load_row(acc_t* out, const scalar_t* in, int64_t d, bool normalize) {
   return {norm * rnorm, rnorm, norm};
 }
 
-// Units of two bfloat16 numbers that a row takes up, whole vectors of them; not a multiple of 1 KB, which would bring the rows
-// of a strip into the same sets of a cache.
+// Units of two bfloat16 numbers that a row takes up, whole vectors of them; not a multiple of 1 KB, which
+// would bring the rows of a strip into the same sets of a cache.
 inline int64_t padded_units(int64_t d) {
   const int64_t units = (d + 31) / 32 * 16;
   return units % 256 == 0 ? units + 16 : units;
 }
 
-// Rows that are to stay as they are, and lie one behind the other, without a copy. Those that are 0, not finite or of a length
-// whose square might leave the range of acc_t are left to `load_rows`.
+// Rows that are to stay as they are, and lie one behind the other, without a copy. Those that are 0, not
+// finite or of a length whose square might leave the range of acc_t are left to `load_rows`.
 template <class acc_t>
 std::optional<Rows> borrowed_rows(const at::Tensor& x) {
   const int64_t n = x.size(0), d = x.size(1);
@@ -121,16 +126,23 @@ std::optional<Rows> borrowed_rows(const at::Tensor& x) {
 
 // Rows of `x` and, below them, of `more`. may_borrow: nobody writes to `values`.
 template <class scalar_t, class acc_t>
-Rows load_rows(const at::Tensor& x, bool normalize, const at::Tensor* more = nullptr, bool may_borrow = false) {
+Rows load_rows(const at::Tensor& x, bool normalize, const at::Tensor* more = nullptr,
+               bool may_borrow = false) {
   if constexpr (std::is_same_v<scalar_t, acc_t>) {
     if (may_borrow && !normalize && !more)
       if (auto rows = borrowed_rows<acc_t>(x)) return *std::move(rows);
   }
-  const auto readable = [](const at::Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : t.contiguous(); };
+  const auto readable = [](const at::Tensor& t) {
+    return t.size(1) == 1 || t.stride(1) == 1 ? t : t.contiguous();
+  };
   const at::Tensor upper = readable(x), lower = more ? readable(*more) : upper;
   const int64_t first = x.size(0), n = first + (more ? more->size(0) : 0), d = x.size(1);
   const auto acc = x.options().dtype(c10::CppTypeToScalarType<acc_t>::value);
-  Rows rows{pooled({n, d}, acc), pooled({normalize ? n : 0}, acc), normalize ? 1. : 0., {}, allowed_precision(x.scalar_type())};
+  Rows rows{pooled({n, d}, acc),
+            pooled({normalize ? n : 0}, acc),
+            normalize ? 1. : 0.,
+            {},
+            allowed_precision(x.scalar_type())};
   const int64_t stride = padded_units(d);
   constexpr bool is_bfloat16 = std::is_same_v<scalar_t, c10::BFloat16>;
   if ((is_bfloat16 || rows.precision == Precision::kBf16) && isa() >= Isa::kAvx512Bf16)
@@ -174,17 +186,20 @@ Rows load_rows_of(const at::Tensor& x, bool normalize, bool may_borrow = false) 
   });
 }
 
-// What finish_gradient makes: the gradient by the input, and sum_i <x^_i, grad_i>, where it is wanted or normalisation needs it.
+// What finish_gradient makes: the gradient by the input, and sum_i <x^_i, grad_i>, where it is wanted or
+// normalisation needs it.
 struct InputGradient {
   at::Tensor values;
   double dots = 0;
 };
 
 // From grad (N, D) = A y, the gradient by the rows before `scale` and normalisation, which is overwritten:
-// scale * rnorm * (grad - <grad, x^> x^), rounded once to the storage type. has_rnorm: each row of grad is rnorm * A y.
+// scale * rnorm * (grad - <grad, x^> x^), rounded once to the storage type. has_rnorm: each row of grad is
+// rnorm * A y.
 template <class scalar_t, class acc_t>
-InputGradient finish_gradient(const at::Tensor& grad, const Rows& rows, double scale, const at::TensorOptions& options,
-                              bool has_rnorm = false, bool wants_dots = true) {
+InputGradient finish_gradient(const at::Tensor& grad, const Rows& rows, double scale,
+                              const at::TensorOptions& options, bool has_rnorm = false,
+                              bool wants_dots = true) {
   constexpr bool in_place = std::is_same_v<scalar_t, acc_t>;
   const int64_t n = grad.size(0), d = grad.size(1);
   const bool normalize = rows.rnorm.numel() > 0;

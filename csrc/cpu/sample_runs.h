@@ -1,5 +1,6 @@
-// How the samples of tensors of one shape (B, ...) lie in memory: the inner dimensions, sorted by stride and joined where
-// every tensor allows it, as runs of elements. Contiguous, channels_last and every other dense layout give one run a sample.
+// How the samples of tensors of one shape (B, ...) lie in memory: the inner dimensions, sorted by stride and
+// joined where every tensor allows it, as runs of elements. Contiguous, channels_last and every other dense
+// layout give one run a sample.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,12 +21,14 @@ class SampleRuns {
     std::vector<int64_t> dims;
     for (int64_t dim = 1; dim < first.dim(); ++dim)
       if (first.size(dim) != 1) dims.push_back(dim);
-    std::stable_sort(dims.begin(), dims.end(), [&](int64_t a, int64_t b) { return first.stride(a) > first.stride(b); });
+    std::stable_sort(dims.begin(), dims.end(),
+                     [&](int64_t a, int64_t b) { return first.stride(a) > first.stride(b); });
     for (int64_t dim : dims) {
       std::vector<int64_t> strides;
       for (const at::Tensor* tensor : tensors) strides.push_back(tensor->stride(dim));
       bool joins = !sizes_.empty();
-      for (size_t t = 0; joins && t < strides.size(); ++t) joins = strides_.back()[t] == first.size(dim) * strides[t];
+      for (size_t t = 0; joins && t < strides.size(); ++t)
+        joins = strides_.back()[t] == first.size(dim) * strides[t];
       if (joins) {
         sizes_.back() *= first.size(dim);
         strides_.back() = strides;
@@ -55,7 +58,8 @@ class SampleRuns {
   // From the start of a sample of tensor t to that of one of its runs.
   int64_t offset(size_t t, int64_t run) const {
     int64_t sum = 0;
-    for (size_t dim = sizes_.size(); dim-- > 0; run /= sizes_[dim]) sum += run % sizes_[dim] * strides_[dim][t];
+    for (size_t dim = sizes_.size(); dim-- > 0; run /= sizes_[dim])
+      sum += run % sizes_[dim] * strides_[dim][t];
     return sum;
   }
 
@@ -66,8 +70,8 @@ class SampleRuns {
   int64_t length_ = 1, count_ = 1;
 };
 
-// Tasks of about `elements` consecutive elements: what one thread takes of every sample at a time. The cut depends on
-// the shape alone, so that sums over tasks are the same for any number of threads.
+// Tasks of about `elements` consecutive elements: what one thread takes of every sample at a time. The cut
+// depends on the shape alone, so that sums over tasks are the same for any number of threads.
 class RunChunks {
  public:
   RunChunks(const SampleRuns& runs, int64_t elements) : runs_(runs) {

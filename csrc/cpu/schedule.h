@@ -22,10 +22,10 @@ struct Blocks {
   Block operator[](int64_t b) const { return {b * size, std::min(size, n - b * size)}; }
 };
 
-// visit(i, j, thread) with i <= j for every unordered pair of `count` blocks, i == j included. Neighbouring blocks form
-// groups; one thread visits all pairs of two groups, so that a row block stays in its cache along a row
-// of tiles. The groups meet in a round-robin tournament by the circle method: round r pairs those whose numbers
-// add up to 2r modulo groups - 1, and group r with the last. In round 0 each group also meets itself.
+// visit(i, j, thread) with i <= j for every unordered pair of `count` blocks, i == j included. Neighbouring
+// blocks form groups; one thread visits all pairs of two groups, so that a row block stays in its cache along
+// a row of tiles. The groups meet in a round-robin tournament by the circle method: round r pairs those whose
+// numbers add up to 2r modulo groups - 1, and group r with the last. In round 0 each group also meets itself.
 template <class Visit>
 void for_each_pair(int64_t count, int64_t groups, const Visit& visit) {
   if (count == 1) return visit(0, 0, 0);
@@ -56,9 +56,9 @@ void for_each_pair(int64_t count, int64_t groups, const Visit& visit) {
   }
 }
 
-// The same pairs in one round: part k of `parts` visits visit(i, j, k), a run of the triangle row by row, and the runs take
-// about equally long where a pair on the diagonal takes 2 and any other 3. Parts share blocks: what a visit adds up
-// must be a sum of its part's own.
+// The same pairs in one round: part k of `parts` visits visit(i, j, k), a run of the triangle row by row, and
+// the runs take about equally long where a pair on the diagonal takes 2 and any other 3. Parts share blocks:
+// what a visit adds up must be a sum of its part's own.
 template <class Visit>
 void for_each_pair_in_parts(int64_t count, int64_t parts, const Visit& visit) {
   const int64_t cost = 2 * count + 3 * (count * (count - 1) / 2);
@@ -76,8 +76,9 @@ void for_each_pair_in_parts(int64_t count, int64_t parts, const Visit& visit) {
 }
 
 // visit(i, j, thread) for every block i of `rows` and j of `columns`. Where rows only are owned, one thread
-// walks all columns of its rows; columns likewise. Where both are, rows and columns form a group a thread; one thread
-// visits all pairs of two groups, row by row as above, and the groups meet in rounds, each shifted by one.
+// walks all columns of its rows; columns likewise. Where both are, rows and columns form a group a thread;
+// one thread visits all pairs of two groups, row by row as above, and the groups meet in rounds, each shifted
+// by one.
 enum class Owned { kRows, kColumns, kBoth };
 
 template <class Visit>
@@ -105,8 +106,8 @@ void for_each_tile(int64_t rows, int64_t columns, Owned owned, int64_t threads, 
   });
 }
 
-// The same tiles in one round: part k of `parts` visits visit(i, j, k), all rows of its share of the columns. Parts share
-// rows: what a visit adds up for them must be a sum of its part's own.
+// The same tiles in one round: part k of `parts` visits visit(i, j, k), all rows of its share of the columns.
+// Parts share rows: what a visit adds up for them must be a sum of its part's own.
 template <class Visit>
 void for_each_tile_in_parts(int64_t rows, int64_t columns, int64_t parts, const Visit& visit) {
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {

@@ -1,16 +1,19 @@
-// sigmoid_pairs on the CPU. z_ij = scale * <x^_i, y^_j> + bias, the pairs j = i + diagonal, or those of equal ids, positive:
-//   loss_i = sum_j softplus(z_ij), of -z_ij for a positive pair;  dz_ij = g_i sigmoid(z_ij), -g_i sigmoid(-z_ij).
-// Tiling: tiles.h; a tile of z becomes its losses and, in place, its coefficients dz, which are multiplied by the
-//   columns into the gradient of its rows and, transposed, by the rows into that of its columns. Where columns have a
-//   gradient, tiles of a parallel round share neither rows nor columns: every sum has one owner, no atomics.
-// Work, in units of 2*N*M*D: 1 for the logits, 1 more for each side that has a gradient. The forward of a total
-//   makes the gradient (3); otherwise forward 1 and backward 3. An entry costs one exponential and one division.
-// Memory: rows and columns in acc_t and their gradients, each twice where small products run (product.h), a few
-//   numbers per row, the scratch; nothing of size N*M.
-// Numerics: tiles hold <x^, y^> * scale * log2 e; log1p(e) is 2 atanh(e / (2 + e)), a series in its square, to
-//   the last digits of acc_t also where e is tiny. Sums over a tile in acc_t, over tiles in double. Positive pairs of the
-//   diagonal are taken out of the tile and computed in double, from the product that the tile held; those of equal ids are
-//   negated in the tile before and after it becomes coefficients.
+// sigmoid_pairs on the CPU. z_ij = scale * <x^_i, y^_j> + bias, the pairs j = i + diagonal, or those of equal
+//   ids, positive: loss_i = sum_j softplus(z_ij), of -z_ij for a positive pair;  dz_ij = g_i sigmoid(z_ij),
+//   -g_i sigmoid(-z_ij).
+// Tiling: tiles.h; a tile of z becomes its losses and, in place, its coefficients dz, which are multiplied by
+//   the columns into the gradient of its rows and, transposed, by the rows into that of its columns. Where
+//   columns have a gradient, tiles of a parallel round share neither rows nor columns: every sum has one
+//   owner, no atomics.
+// Work, in units of 2*N*M*D: 1 for the logits, 1 more for each side that has a gradient. The forward of a
+//   total makes the gradient (3); otherwise forward 1 and backward 3. An entry costs one exponential and one
+//   division.
+// Memory: rows and columns in acc_t and their gradients, each twice where small products run (product.h), a
+//   few numbers per row, the scratch; nothing of size N*M.
+// Numerics: tiles hold <x^, y^> * scale * log2 e; log1p(e) is 2 atanh(e / (2 + e)), a series in its square,
+//   to the last digits of acc_t also where e is tiny. Sums over a tile in acc_t, over tiles in double.
+//   Positive pairs of the diagonal are taken out of the tile and computed in double, from the product that
+//   the tile held; those of equal ids are negated in the tile before and after it becomes coefficients.
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
@@ -48,7 +51,8 @@ double sigmoid(double z) {
   return (z < 0 ? e : 1) / (1 + e);
 }
 
-// What one pass over the tiles makes. Sums in double, gradients by the normalised rows before `scale`, in acc_t.
+// What one pass over the tiles makes. Sums in double, gradients by the normalised rows before `scale`, in
+// acc_t.
 struct Pass {
   std::vector<double> losses, grad_bias;  // a number per row
   at::Tensor grad_rows, grad_columns;     // undefined where not wanted
@@ -81,7 +85,8 @@ class Problem : public Tiles<acc_t> {
     RowSums<acc_t> of_rows = this->sums_of_rows(rows_wanted, false);
     RowSums<acc_t> of_columns = this->sums_of_columns(columns_wanted);
 
-    this->for_each(columns_wanted ? Owned::kBoth : Owned::kRows, [&](int64_t block_i, int64_t block_j, int thread) {
+    this->for_each(columns_wanted ? Owned::kBoth : Owned::kRows, [&](int64_t block_i, int64_t block_j,
+                                                                     int thread) {
       const Tile<acc_t> tile = this->scratch(block_i, block_j, thread);
       this->multiply(tile, static_cast<acc_t>(scale * kLog2E));
       Logits<acc_t> logits{tile, false, 1 / (scale * kLog2E), 0};
@@ -103,7 +108,8 @@ class Problem : public Tiles<acc_t> {
 
       if (row_ids_.defined()) {
         if (equal_are_positive_)
-          math.negate_equal_ids(tile.s, tile.ld, tile.i.size, tile.j.size, row_ids(i0), column_ids(j0), -2 * bias2, nullptr);
+          math.negate_equal_ids(tile.s, tile.ld, tile.i.size, tile.j.size, row_ids(i0), column_ids(j0),
+                                -2 * bias2, nullptr);
         else
           math.mask_equal_ids(tile.s, tile.ld, tile.i.size, tile.j.size, row_ids(i0), column_ids(j0));
       }
@@ -115,7 +121,8 @@ class Problem : public Tiles<acc_t> {
         math.sigmoids(tile.s, tile.ld, tile.i.size, tile.j.size, bias2, weight ? weight + i0 : nullptr,
                       losses_wanted ? loss : nullptr, sum);
       if (gradient && equal_are_positive_)
-        math.negate_equal_ids(tile.s, tile.ld, tile.i.size, tile.j.size, row_ids(i0), column_ids(j0), acc_t(0), sum);
+        math.negate_equal_ids(tile.s, tile.ld, tile.i.size, tile.j.size, row_ids(i0), column_ids(j0),
+                              acc_t(0), sum);
       for (int64_t k = 0; k < tile.i.size; ++k) {
         if (losses_wanted) pass.losses[i0 + k] += loss[k];
         if (gradient) pass.grad_bias[i0 + k] += sum[k];
@@ -129,7 +136,8 @@ class Problem : public Tiles<acc_t> {
         pass.grad_bias[i] += coefficient;
       }
       if (gradient)
-        this->add(rows_wanted ? &of_rows : nullptr, columns_wanted ? &of_columns : nullptr, tile, logits, thread, /*part=*/0);
+        this->add(rows_wanted ? &of_rows : nullptr, columns_wanted ? &of_columns : nullptr, tile, logits,
+                  thread, /*part=*/0);
     });
     if (rows_wanted) pass.grad_rows = of_rows.result();
     if (columns_wanted) pass.grad_columns = of_columns.result();
@@ -173,11 +181,13 @@ SigmoidPairsBwd gradients(Problem<acc_t>& problem, const SigmoidPairsArgs& args,
   const auto acc = problem.rows.values.options();
   const auto storage = acc.dtype(c10::CppTypeToScalarType<storage_t>::value);
   const auto finish = [&](bool wanted, const at::Tensor& grad, const Rows& rows, bool wants_dots) {
-    return wanted ? finish_gradient<storage_t, acc_t>(grad, rows, problem.scale, storage, problem.in_bfloat16, wants_dots)
+    return wanted ? finish_gradient<storage_t, acc_t>(grad, rows, problem.scale, storage, problem.in_bfloat16,
+                                                      wants_dots)
                   : InputGradient{pooled({0}, storage), 0};
   };
   const InputGradient by_rows = finish(rows_wanted, pass.grad_rows, problem.rows, /*wants_dots=*/true);
-  const InputGradient by_columns = finish(columns_wanted, pass.grad_columns, problem.columns, /*wants_dots=*/!rows_wanted);
+  const InputGradient by_columns =
+      finish(columns_wanted, pass.grad_columns, problem.columns, /*wants_dots=*/!rows_wanted);
   return {args.rows_need_grad ? by_rows.values : pooled({0}, storage), by_columns.values,
           number<acc_t>((rows_wanted ? by_rows.dots : by_columns.dots) + problem.lost_dots()),
           number<acc_t>(sum_of(pass.grad_bias))};
@@ -217,29 +227,32 @@ SigmoidPairsBwd backward(const SigmoidPairsArgs& args, const at::Tensor& grad_lo
 }
 
 SigmoidPairsFwd sigmoid_pairs_fwd(const at::Tensor& rows, const at::Tensor& columns, const at::Tensor& scale,
-                                  const at::Tensor& bias, int64_t diagonal, bool normalize_rows, bool normalize_columns,
-                                  bool total, bool keep, bool rows_need_grad, bool columns_need_grad,
-                                  const std::optional<at::Tensor>& row_ids, const std::optional<at::Tensor>& column_ids,
-                                  bool equal_ids_are_positive) {
+                                  const at::Tensor& bias, int64_t diagonal, bool normalize_rows,
+                                  bool normalize_columns, bool total, bool keep, bool rows_need_grad,
+                                  bool columns_need_grad, const std::optional<at::Tensor>& row_ids,
+                                  const std::optional<at::Tensor>& column_ids, bool equal_ids_are_positive) {
   const PairIds ids{row_ids, column_ids, equal_ids_are_positive};
   check_sigmoid_pairs(rows, columns, scale, bias, ids);
-  const SigmoidPairsArgs args{rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, rows_need_grad,
-                              columns_need_grad, ids};
+  const SigmoidPairsArgs args{
+      rows,           columns,           scale, bias, diagonal, normalize_rows, normalize_columns,
+      rows_need_grad, columns_need_grad, ids};
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return SSL_KERNELS_DISPATCH(args.rows.scalar_type(), "sigmoid_pairs_fwd",
                               [&] { return forward<scalar_t, acc_t>(args, total, keep); });
 }
 
-SigmoidPairsBwd sigmoid_pairs_bwd(const at::Tensor& grad_losses, const at::Tensor& rows, const at::Tensor& columns,
-                                  const at::Tensor& scale, const at::Tensor& bias, int64_t diagonal, bool normalize_rows,
-                                  bool normalize_columns, bool rows_need_grad, bool columns_need_grad,
-                                  const std::optional<at::Tensor>& row_ids, const std::optional<at::Tensor>& column_ids,
-                                  bool equal_ids_are_positive) {
+SigmoidPairsBwd sigmoid_pairs_bwd(const at::Tensor& grad_losses, const at::Tensor& rows,
+                                  const at::Tensor& columns, const at::Tensor& scale, const at::Tensor& bias,
+                                  int64_t diagonal, bool normalize_rows, bool normalize_columns,
+                                  bool rows_need_grad, bool columns_need_grad,
+                                  const std::optional<at::Tensor>& row_ids,
+                                  const std::optional<at::Tensor>& column_ids, bool equal_ids_are_positive) {
   const PairIds ids{row_ids, column_ids, equal_ids_are_positive};
   check_sigmoid_pairs(rows, columns, scale, bias, ids);
   check_sigmoid_pairs_grad(grad_losses, rows);
-  const SigmoidPairsArgs args{rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, rows_need_grad,
-                              columns_need_grad, ids};
+  const SigmoidPairsArgs args{
+      rows,           columns,           scale, bias, diagonal, normalize_rows, normalize_columns,
+      rows_need_grad, columns_need_grad, ids};
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return SSL_KERNELS_DISPATCH(args.rows.scalar_type(), "sigmoid_pairs_bwd",
                               [&] { return backward<scalar_t, acc_t>(args, grad_losses); });

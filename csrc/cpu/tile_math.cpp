@@ -95,8 +95,8 @@ bool runs_here(Isa isa) {
   }
 }
 
-// The widest, but for AVX512_BF16 without AMX on Intel's processors: it multiplies more slowly there than AVX-512 in float32, 105
-// against 160 GFLOP/s for 256 x 256 x 512 on one core of Sapphire Rapids.
+// The widest, but for AVX512_BF16 without AMX on Intel's processors: it multiplies more slowly there than
+// AVX-512 in float32, 105 against 160 GFLOP/s for 256 x 256 x 512 on one core of Sapphire Rapids.
 Isa fastest_isa() {
   const Isa widest = runnable_isas().front();
 #ifdef SSL_KERNELS_X86
@@ -115,9 +115,11 @@ Isa choose_isa() {
   }
   for (int k = 0; k <= static_cast<int>(Isa::kAmx); ++k)
     if (std::strcmp(wanted, name_of(static_cast<Isa>(k))) == 0)
-      throw std::invalid_argument("SSL_KERNELS_CPU must name instructions that this processor, this system and this build have (" +
-                                  runnable + "), got " + wanted);
-  throw std::invalid_argument("SSL_KERNELS_CPU must be amx, avx512_bf16, avx512, avx2 or portable, got " + std::string(wanted));
+      throw std::invalid_argument(
+          "SSL_KERNELS_CPU must name instructions that this processor, this system and this build have (" +
+          runnable + "), got " + wanted);
+  throw std::invalid_argument("SSL_KERNELS_CPU must be amx, avx512_bf16, avx512, avx2 or portable, got " +
+                              std::string(wanted));
 }
 
 }  // namespace

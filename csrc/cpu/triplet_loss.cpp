@@ -1,15 +1,17 @@
-// `triplet_loss.native`: the loss of the hardest triplets as one node of autograd on the CPU. At small batches the three dozen
-// operators that it stands for, and their nodes, cost several times the search of `batch_hard`. On other devices and backends
-// ssl_kernels/losses/triplet.py composes it of torch's operators.
+// `triplet_loss.native`: the loss of the hardest triplets as one node of autograd on the CPU. At small
+// batches the three dozen operators that it stands for, and their nodes, cost several times the search of
+// `batch_hard`. On other devices and backends ssl_kernels/losses/triplet.py composes it of torch's operators.
 //
-//   With p and n the indices of `batch_hard`, u_k = x^_i - x^_k and d_k = |u_k|, or d_k = 1 - <x^_i, x^_k> for "cosine":
+//   With p and n the indices of `batch_hard`, u_k = x^_i - x^_k and d_k = |u_k|, or d_k = 1 - <x^_i, x^_k>
+//   for "cosine":
 //   loss_i = max(0, gap_i + margin) or softplus(gap_i),   gap_i = d_p - d_n;   0 where p or n is -1
 //   with g_i the derivative by gap_i and w_p = g_i / d_p, w_n = -g_i / d_n, 0 where d is 0:
 //   dx^_i += w_p u_p + w_n u_n,   dx^_p -= w_p u_p,   dx^_n -= w_n u_n
 //   cosine: dx^_i += g_i (x^_n - x^_p),   dx^_p -= g_i x^_i,   dx^_n += g_i x^_i
-// Traffic: the forward reads three rows for each anchor and keeps the normalised rows, the backward reads and adds to three.
-// Numerics: rows and differences in acc_t, distances and losses in double. The gradient is added up by one thread, in the order
-//   of the anchors, so that it is the same bit for bit.
+// Traffic: the forward reads three rows for each anchor and keeps the normalised rows, the backward reads and
+//   adds to three.
+// Numerics: rows and differences in acc_t, distances and losses in double. The gradient is added up by one
+//   thread, in the order of the anchors, so that it is the same bit for bit.
 #include <ATen/Parallel.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/embedding.h>
@@ -46,7 +48,8 @@ struct Options {
   std::string reduction;
 };
 
-// What the forward keeps of each anchor: distances, and the derivative of its loss by the gap, 0 where it has no triplet.
+// What the forward keeps of each anchor: distances, and the derivative of its loss by the gap, 0 where it has
+// no triplet.
 struct Anchor {
   double to_positive, to_negative, slope;
 };
@@ -63,7 +66,9 @@ double hinge(double gap, double margin, bool soft, Anchor& anchor) {
   return loss <= 0 ? 0 : loss;
 }
 
-bool has_triplet(const int64_t* positive, const int64_t* negative, int64_t i) { return positive[i] >= 0 && negative[i] >= 0; }
+bool has_triplet(const int64_t* positive, const int64_t* negative, int64_t i) {
+  return positive[i] >= 0 && negative[i] >= 0;
+}
 
 int64_t count_triplets(const Tensor& positive, const Tensor& negative) {
   int64_t count = 0;
@@ -76,7 +81,8 @@ template <class acc_t>
 Anchor measured(const acc_t* x, int64_t d, int64_t i, int64_t p, int64_t n, bool cosine) {
   const auto& math = tile_math<acc_t>();
   const auto distance = [&](int64_t k) {
-    return cosine ? 1 - math.dot(x + i * d, x + k * d, d) : std::sqrt(math.difference_sums(x + i * d, x + k * d, d).squares);
+    return cosine ? 1 - math.dot(x + i * d, x + k * d, d)
+                  : std::sqrt(math.difference_sums(x + i * d, x + k * d, d).squares);
   };
   return {distance(p), distance(n), 0};
 }
@@ -87,7 +93,8 @@ struct Forward {
 };
 
 template <class scalar_t, class acc_t>
-Forward forward(const Tensor& embeddings, const Tensor& positive, const Tensor& negative, double margin, const Options& options) {
+Forward forward(const Tensor& embeddings, const Tensor& positive, const Tensor& negative, double margin,
+                const Options& options) {
   const Rows rows = load_rows<scalar_t, acc_t>(embeddings, options.normalize);
   const int64_t n = embeddings.size(0), d = embeddings.size(1);
   const acc_t* x = rows.values.template const_data_ptr<acc_t>();
@@ -121,8 +128,8 @@ struct Gradients {
 };
 
 template <class scalar_t, class acc_t>
-Gradients backward(const Tensor& grad, const Rows& rows, const Tensor& anchors, const Tensor& positive, const Tensor& negative,
-                   const Options& options) {
+Gradients backward(const Tensor& grad, const Rows& rows, const Tensor& anchors, const Tensor& positive,
+                   const Tensor& negative, const Options& options) {
   const int64_t n = rows.values.size(0), d = rows.values.size(1);
   const Tensor gradient = pooled({n, d}, rows.values.options());
   acc_t* out = gradient.template mutable_data_ptr<acc_t>();
@@ -167,11 +174,12 @@ Gradients backward(const Tensor& grad, const Rows& rows, const Tensor& anchors, 
 }
 
 // The same by torch's operators, which differentiate twice.
-Tensor composed(const Tensor& embeddings, const Tensor& positive, const Tensor& negative, const Tensor& margin,
-                const Options& options) {
+Tensor composed(const Tensor& embeddings, const Tensor& positive, const Tensor& negative,
+                const Tensor& margin, const Options& options) {
   const auto acc = embeddings.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Tensor x = embeddings.to(acc);
-  if (options.normalize) x = x.mul(at::linalg_vector_norm(x, 2, {{1}}, /*keepdim=*/true).clamp_min(kNormEpsilon).reciprocal());
+  if (options.normalize)
+    x = x.mul(at::linalg_vector_norm(x, 2, {{1}}, /*keepdim=*/true).clamp_min(kNormEpsilon).reciprocal());
   const Tensor complete = positive.ge(0).logical_and(negative.ge(0));
   const Tensor itself = at::arange(x.size(0), positive.options());  // at distance 0, whatever other rows hold
   const Tensor others = at::embedding(x, at::stack({positive, negative}).where(complete, itself));
@@ -191,12 +199,13 @@ Tensor composed(const Tensor& embeddings, const Tensor& positive, const Tensor& 
 }
 
 struct TripletLoss : Function<TripletLoss> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& embeddings, const Tensor& margin, const Tensor& positive,
-                        const Tensor& negative, Options options) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& embeddings, const Tensor& margin,
+                        const Tensor& positive, const Tensor& negative, Options options) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const Forward made = run(embeddings, margin, positive, negative, options);
     const Rows& rows = made.rows;
-    ctx->save_for_backward(savable({embeddings, margin, positive, negative, made.anchors, rows.values, rows.rnorm}));
+    ctx->save_for_backward(
+        savable({embeddings, margin, positive, negative, made.anchors, rows.values, rows.rnorm}));
     ctx->saved_data["soft"] = options.soft;
     ctx->saved_data["normalize"] = options.normalize;
     ctx->saved_data["cosine"] = options.cosine;
@@ -204,8 +213,8 @@ struct TripletLoss : Function<TripletLoss> {
     return made.loss;
   }
 
-  static Forward run(const Tensor& embeddings, const Tensor& margin, const Tensor& positive, const Tensor& negative,
-                     const Options& options) {
+  static Forward run(const Tensor& embeddings, const Tensor& margin, const Tensor& positive,
+                     const Tensor& negative, const Options& options) {
     const double by = margin.item<double>();
     return SSL_KERNELS_DISPATCH(embeddings.scalar_type(), "triplet_loss", [&] {
       return cpu::forward<scalar_t, acc_t>(embeddings, positive, negative, by, options);
@@ -236,13 +245,14 @@ struct TripletLoss : Function<TripletLoss> {
       return cpu::backward<scalar_t, acc_t>(grads[0], rows, saved[4], positive, negative, options);
     });
     if (ctx->needs_input_grad(0)) results[0] = made.by_embeddings;
-    if (ctx->needs_input_grad(1)) results[1] = at::scalar_tensor(options.soft ? 0 : made.by_margin, margin.options());
+    if (ctx->needs_input_grad(1))
+      results[1] = at::scalar_tensor(options.soft ? 0 : made.by_margin, margin.options());
     return results;
   }
 };
 
-Tensor triplet_loss(const Tensor& embeddings, const Tensor& labels, const Tensor& margin, bool soft, bool normalize,
-                    std::string_view distance, std::string_view reduction) {
+Tensor triplet_loss(const Tensor& embeddings, const Tensor& labels, const Tensor& margin, bool soft,
+                    bool normalize, std::string_view distance, std::string_view reduction) {
   TORCH_CHECK(can_be_read(embeddings) && can_be_read(labels) && can_be_read(margin) && margin.dim() == 0,
               "triplet_loss: embeddings, labels and a margin without dimensions must be on cpu");
   refuse_forward_mode("triplet_loss", {&embeddings, &margin});
@@ -263,7 +273,8 @@ Tensor triplet_loss(const Tensor& embeddings, const Tensor& labels, const Tensor
 TORCH_LIBRARY_FRAGMENT(ssl_kernels, library) {
   // margin: () of any floating dtype, not read where the loss is soft.
   library.def(
-      "triplet_loss.native(Tensor embeddings, Tensor labels, Tensor margin, bool soft, bool normalize, str distance, "
+      "triplet_loss.native(Tensor embeddings, Tensor labels, Tensor margin, bool soft, bool normalize, str "
+      "distance, "
       "str reduction) -> Tensor",
       &triplet_loss);
 }

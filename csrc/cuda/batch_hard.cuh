@@ -5,13 +5,13 @@
 //
 // A key that is NaN goes before every other, of equal keys the lowest index, -1 where there is none.
 //
-// Tiling: ReduceShape; every thread keeps the best two of its share of 4 rows with their indices in registers,
-//   columns in ascending order; the lanes of a row meet once at the end, then the parts of the columns. B =
-//   ceil(N / 128) blocks, T = ceil(N / kBlockN) tiles, S = ceil(D / 128 bytes) steps.
+// Tiling: ReduceShape; every thread keeps the best two of its share of 4 rows with their indices in
+//   registers, columns in ascending order; the lanes of a row meet once at the end, then the parts of the
+//   columns. B = ceil(N / 128) blocks, T = ceil(N / kBlockN) tiles, S = ceil(D / 128 bytes) steps.
 // Products: 1 unit of 2 N N D flops, 256 B T S mma, each 16 x 8 by 32 bytes of depth.
-// Traffic, 32-byte sectors of global memory: operands 4 N S (times T where S > 3) + 4 B N S; column norms and half
-//   squares B T kBlockN / 8 each, column labels B T kBlockN / 4; of rows 16 B norms and 32 B labels. Writes 4 N
-//   numbers a part.
+// Traffic, 32-byte sectors of global memory: operands 4 N S (times T where S > 3) + 4 B N S; column norms and
+//   half squares B T kBlockN / 8 each, column labels B T kBlockN / 4; of rows 16 B norms and 32 B labels.
+//   Writes 4 N numbers a part.
 // Shared memory: min(S, 3) * 16 KB of own rows + 3 * kBlockN * (136 bytes + 2 acc_t). No bank conflicts.
 // Occupancy: 2 blocks of 128 threads per multiprocessor, at most 255 registers, on sm_80, sm_90 and sm_100.
 // Numerics: products in scalar_t with acc_t accumulation, all else in acc_t.
@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(Shape<Engine>::kThreads, Shape<Engine>::kBlock
   const auto& rows = problem.rows;
   const int lane = threadIdx.x % kWarpSize;
   extern __shared__ __align__(128) unsigned char shared[];
-  TileWalk<Shape<Engine>, Engine> walk(shared, rows, rows, {{rows.rnorm, problem.half_square}, problem.labels},
-                                       problem.width);
+  TileWalk<Shape<Engine>, Engine> walk(shared, rows, rows,
+                                       {{rows.rnorm, problem.half_square}, problem.labels}, problem.width);
   const int row0 = static_cast<int>(walk.row0()) + walk.warp_row();
   const int count = static_cast<int>(rows.count);
 

@@ -1,5 +1,5 @@
-// Plain C interface of the CUDA kernels of `batch_hard` (docs/batch_hard.md). Pointers are device pointers on the
-// current device; the call launches on `stream`, never waits for it and can be captured in a CUDA graph.
+// Plain C interface of the CUDA kernels of `batch_hard` (docs/batch_hard.md). Pointers are device pointers on
+// the current device; the call launches on `stream`, never waits for it and can be captured in a CUDA graph.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -32,8 +32,8 @@ typedef struct {
   int64_t* negative_index;  // (N,)
 } BatchHardArgs;
 
-// Each returns 0 or a cudaError_t. N and D are at least 1, N under 2^31. The first tells the bytes of scratch memory
-// that a call with these arguments needs, whose workspace is not set yet; it launches nothing.
+// Each returns 0 or a cudaError_t. N and D are at least 1, N under 2^31. The first tells the bytes of scratch
+// memory that a call with these arguments needs, whose workspace is not set yet; it launches nothing.
 int batch_hard_workspace(const BatchHardArgs* args, size_t* bytes);
 int batch_hard(const BatchHardArgs* args, cudaStream_t stream);
 

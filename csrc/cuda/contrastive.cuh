@@ -26,12 +26,14 @@ struct Side : Operand<scalar_t, acc_t> {
   const acc_t* weight;
 };
 
-// The additions of one side, in units of base-2 logits and up to the end of the last tile. Null: a bias of 0, no limits.
+// The additions of one side, in units of base-2 logits and up to the end of the last tile. Null: a bias of 0,
+// no limits.
 template <typename acc_t>
 struct SideAdditions {
   const acc_t* bias;  // of its logits in the sums of the other side's rows
-  // What its logits may not exceed, in the sums of its own rows and in those of the other side's; with the limit of the
-  // other side the larger one counts. Exempt: infinity, and -infinity where the limit is the other side's.
+  // What its logits may not exceed, in the sums of its own rows and in those of the other side's; with the
+  // limit of the other side the larger one counts. Exempt: infinity, and -infinity where the limit is the
+  // other side's.
   const acc_t* own_limit;
   const acc_t* other_limit;
 };
@@ -41,7 +43,8 @@ template <typename acc_t>
 struct Additions {
   SideAdditions<acc_t> own_additions, other_additions;
   bool only_equal_ids;
-  // Backward: the gradient of the own bias for rows from bias_row on, see BiasSums; null where it is not needed.
+  // Backward: the gradient of the own bias for rows from bias_row on, see BiasSums; null where it is not
+  //   needed.
   acc_t* bias_partial;
   int64_t bias_row, bias_rows;
 };
@@ -86,7 +89,8 @@ using ProblemOf =
 
 // Whether s_ij counts in the sums, given the ids of both (0 for all where there are none).
 template <typename Problem>
-__device__ __forceinline__ bool is_allowed(const Problem& problem, int64_t i, int64_t id_i, int64_t j, int64_t id_j) {
+__device__ __forceinline__ bool is_allowed(const Problem& problem, int64_t i, int64_t id_i, int64_t j,
+                                           int64_t id_j) {
   const bool apart = id_i != id_j != problem.only_equal_ids;
   if (j >= problem.other.count) return false;
   if (i == j) return !problem.square && (problem.keep_diagonal || !problem.own.ids || apart);
@@ -152,19 +156,20 @@ __device__ __forceinline__ void for_each_positive(const From& from, int64_t sour
   }
 }
 
-// The factor of row i where the exponents take |scale|: a negative scale turns the order of v round, and its sign goes
-// here.
+// The factor of row i where the exponents take |scale|: a negative scale turns the order of v round, and its
+// sign goes here.
 template <typename scalar_t, typename acc_t>
 __device__ __forceinline__ acc_t signed_rnorm(const Side<scalar_t, acc_t>& own, int64_t i, acc_t scale) {
   const acc_t rnorm = own.rnorm && i < own.count ? own.rnorm[i] : acc_t(1);
   return scale < acc_t(0) ? -rnorm : rnorm;
 }
 
-// Writes the logits that the rows' positives name in a warp's part of a tile, at (row0, column0); v by logit_scale.
+// Writes the logits that the rows' positives name in a warp's part of a tile, at (row0, column0); v by
+// logit_scale.
 template <int kNTiles, typename acc_t, typename Problem>
-__device__ __forceinline__ void store_positive_logits(const Fragment<acc_t, kNTiles>& c, const Problem& problem,
-                                                      int64_t row0, int64_t column0, double logit_scale,
-                                                      double* positive_logits) {
+__device__ __forceinline__ void store_positive_logits(const Fragment<acc_t, kNTiles>& c,
+                                                      const Problem& problem, int64_t row0, int64_t column0,
+                                                      double logit_scale, double* positive_logits) {
   for_each_positive(problem.own, row0, kWarpRows, problem.other, column0, kNTiles * 8, problem.P,
                     [&](int row, int column, int64_t k) __attribute__((always_inline)) {
                       if (!holds_element(row, column)) return;

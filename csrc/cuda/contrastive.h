@@ -32,7 +32,8 @@ typedef struct {
   int32_t both_directions;
   int32_t allow_tf32;  // float32 products may round their operands to TF32
   int32_t splits;      // parts the columns are walked in at once; 0 picks from the card and the sizes
-  int32_t column_dtype;  // Dtype of columns: that of rows, or float16 or bfloat16 beside float32 rows (see columns)
+  // Dtype of columns: that of rows, or float16 or bfloat16 beside float32 rows (see columns).
+  int32_t column_dtype;
   // Rows and columns of a block of coefficients of wide rows, rounded up to whole tiles; 0 picks from the
   // sizes.
   int64_t block_rows, block_columns;
@@ -40,8 +41,8 @@ typedef struct {
   int64_t row_strides[2];  // in elements
   int64_t column_strides[2];
   const void* rows;           // (N, D)
-  // (M, D), or null: the square case. Of another dtype than rows only without both_directions, and in the backward only
-  // with the expectation.
+  // (M, D), or null: the square case. Of another dtype than rows only without both_directions, and in the
+  // backward only with the expectation.
   const void* columns;
   const void* scale;          // one acc_t
   const int64_t* positives;   // (N, P) contiguous, negative ones count from the end, or null
@@ -60,8 +61,8 @@ typedef struct {
   double* positive_logits;  // (N, P), needed if positives
   void* row_rnorm;          // (N,) acc_t, needed if normalize_rows
   void* column_rnorm;       // (M,) acc_t, needed if normalize_columns and not square
-  // (N, D) acc_t, or null: also the expectation of the columns, with which the backward needs no walk. Only in
-  // the rectangular case without both_directions.
+  // (N, D) acc_t, or null: also the expectation of the columns, with which the backward needs no walk. Only
+  // in the rectangular case without both_directions.
   void* expectation;
 } ContrastiveFwdArgs;
 
@@ -89,8 +90,8 @@ int contrastive_bwd_workspace(const ContrastiveBwdArgs* args, size_t* bytes);
 int contrastive_fwd(const ContrastiveFwdArgs* args, cudaStream_t stream);
 int contrastive_bwd(const ContrastiveBwdArgs* args, cudaStream_t stream);
 
-// The same of calls with additions: rows and columns of one dtype, and the backward without the expectation, from which
-// contrastive_bwd works as it is.
+// The same of calls with additions: rows and columns of one dtype, and the backward without the expectation,
+// from which contrastive_bwd works as it is.
 int contrastive_additions_fwd_workspace(const ContrastiveFwdArgs* args, size_t* bytes);
 int contrastive_additions_bwd_workspace(const ContrastiveBwdArgs* args, size_t* bytes);
 int contrastive_additions_fwd(const ContrastiveFwdArgs* args, cudaStream_t stream);

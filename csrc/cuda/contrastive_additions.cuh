@@ -1,16 +1,18 @@
 // What an AddingEngine's kernels of `contrastive` make of a tile between its product and its exponentials:
 //
-//   s'_ij = a v_ij, a = scale log2(e), rounded once, the same number in forward and backward, whichever side owns the
+//   s'_ij = a v_ij, a = scale log2(e), rounded once, the same number in forward and backward, whichever side
+//   owns the
 //           rows
 //   left out where s'_ij > the larger of row i's and column j's limit, unless a positive names (i, j)
 //   what stays gets the bias of its column in the sums of rows, that of its row in the sums of columns
 //
 // so exponents are s' + bias less a shift, and the base-2 factor of the sums is 1.
 //
-// Traffic, 32-byte sectors of global memory for float (double: twice): with each tile every warp reads the bias and the
-//   limit of its columns from cache, one sector for 8 columns and each of them. Of its rows it reads them once in the
-//   forward, 4 sectors each, in backward and expectation with each tile. With limits the positives of a tile are read
-//   once more. Products and shared memory: as without. Prepared copies: 3 acc_t per row and per column.
+// Traffic, 32-byte sectors of global memory for float (double: twice): with each tile every warp reads the
+//   bias and the limit of its columns from cache, one sector for 8 columns and each of them. Of its rows it
+//   reads them once in the forward, 4 sectors each, in backward and expectation with each tile. With limits
+//   the positives of a tile are read once more. Products and shared memory: as without. Prepared copies: 3
+//   acc_t per row and per column.
 // Numerics: as of the kernels without additions, but for the rounding of s'.
 #pragma once
 
@@ -22,12 +24,12 @@ namespace contrastive {
 
 constexpr int64_t kAdditionsPadding = 128;  // whole tiles and blocks of rows of every shape
 
-// Additions of one side as the tiles take them, 0 and no limits up to `padded`. A limit of NaN is none. Null results are left
-// out. One thread a row. Traffic: reads and writes each once.
+// Additions of one side as the tiles take them, 0 and no limits up to `padded`. A limit of NaN is none. Null
+// results are left out. One thread a row. Traffic: reads and writes each once.
 template <typename acc_t>
-__global__ void contrastive_additions_kernel(const acc_t* bias, const acc_t* limit, const uint8_t* exempt, int64_t count,
-                                             int64_t padded, acc_t* base2_bias, acc_t* base2_limit,
-                                             acc_t* exemption) {
+__global__ void contrastive_additions_kernel(const acc_t* bias, const acc_t* limit, const uint8_t* exempt,
+                                             int64_t count, int64_t padded, acc_t* base2_bias,
+                                             acc_t* base2_limit, acc_t* exemption) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= padded) return;
   const bool inside = row < count;
@@ -48,21 +50,26 @@ struct RowAdditions {
 
 // Those of a lane's rows of a warp's part of a tile, by fragment_row.
 template <typename acc_t, typename Problem>
-__device__ __forceinline__ void read_row_additions(const Problem& problem, int64_t row0, RowAdditions<acc_t> (&rows)[4]) {
+__device__ __forceinline__ void read_row_additions(const Problem& problem, int64_t row0,
+                                                   RowAdditions<acc_t> (&rows)[4]) {
   const SideAdditions<acc_t>& own = problem.own_additions;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t row = row0 + fragment_row(threadIdx.x % kWarpSize, i / 2, i % 2 * 2);
-    rows[i] = {own.bias ? own.bias[row] : acc_t(0), own.own_limit ? own.own_limit[row] : Math<acc_t>::infinity(),
+    rows[i] = {own.bias ? own.bias[row] : acc_t(0),
+               own.own_limit ? own.own_limit[row] : Math<acc_t>::infinity(),
                own.other_limit ? own.other_limit[row] : Math<acc_t>::infinity()};
   }
 }
 
-// Those of the columns of elements c[.][n][0] and c[.][n][1] in a warp's part of a tile, at column0; null: `otherwise`.
+// Those of the columns of elements c[.][n][0] and c[.][n][1] in a warp's part of a tile, at column0; null:
+// `otherwise`.
 template <typename acc_t>
-__device__ __forceinline__ Pair<acc_t> column_additions(const acc_t* values, int64_t column0, int n, acc_t otherwise) {
+__device__ __forceinline__ Pair<acc_t> column_additions(const acc_t* values, int64_t column0, int n,
+                                                        acc_t otherwise) {
   if (!values) return {{otherwise, otherwise}};
-  return *reinterpret_cast<const Pair<acc_t>*>(values + column0 + fragment_column(threadIdx.x % kWarpSize, n, 0));
+  return *reinterpret_cast<const Pair<acc_t>*>(values + column0 +
+                                               fragment_column(threadIdx.x % kWarpSize, n, 0));
 }
 
 // Elements that no limit leaves out of the sums of the own rows, and of those of the other side's.
@@ -70,15 +77,17 @@ struct StayingElements {
   uint64_t own, other;
 };
 
-// Those that the positives of either side name in a warp's part of a tile, at (row0, column0). In the square case either
-// side has limits and positives of its own.
+// Those that the positives of either side name in a warp's part of a tile, at (row0, column0). In the square
+// case either side has limits and positives of its own.
 template <int kNTiles, typename Problem>
-__device__ __forceinline__ StayingElements staying_elements(const Problem& problem, int64_t row0, int64_t column0) {
+__device__ __forceinline__ StayingElements staying_elements(const Problem& problem, int64_t row0,
+                                                            int64_t column0) {
   const auto& own = problem.own;
   const auto& other = problem.other;
   StayingElements stay = {};
   const auto mark = [](uint64_t& bits, int row, int column) __attribute__((always_inline)) {
-    if (holds_element(row, column)) bits |= uint64_t{1} << element_bit<kNTiles>(row / 8, column / 8, column % 2);
+    if (holds_element(row, column))
+      bits |= uint64_t{1} << element_bit<kNTiles>(row / 8, column / 8, column % 2);
   };
   if (own.positives) {
     for_each_positive(own, row0, kWarpRows, other, column0, kNTiles * 8, problem.P,
@@ -96,8 +105,8 @@ __device__ __forceinline__ StayingElements staying_elements(const Problem& probl
 
 // Whether the limits leave element c[i / 2][n][i % 2 * 2 + e] = s out. NaN is above none.
 template <int kNTiles, typename acc_t>
-__device__ __forceinline__ bool exceeds(acc_t s, acc_t row_limit, acc_t column_limit, uint64_t stay, int i, int n,
-                                        int e) {
+__device__ __forceinline__ bool exceeds(acc_t s, acc_t row_limit, acc_t column_limit, uint64_t stay, int i,
+                                        int n, int e) {
   return s > Math<acc_t>::max(row_limit, column_limit) && !(stay >> element_bit<kNTiles>(i, n, e) & 1);
 }
 
@@ -126,10 +135,12 @@ __device__ __forceinline__ void scale_tile(Fragment<acc_t, kNTiles>& c, acc_t a)
   }
 }
 
-// Sets the logits of a warp's part of a tile that are above their limit to -inf, for the sums of the own rows.
+// Sets the logits of a warp's part of a tile that are above their limit to -inf, for the sums of the own
+// rows.
 template <int kNTiles, typename acc_t, typename Problem>
-__device__ __forceinline__ void exclude_above(Fragment<acc_t, kNTiles>& c, const Problem& problem, int64_t row0,
-                                              int64_t column0, const RowAdditions<acc_t> (&rows)[4]) {
+__device__ __forceinline__ void exclude_above(Fragment<acc_t, kNTiles>& c, const Problem& problem,
+                                              int64_t row0, int64_t column0,
+                                              const RowAdditions<acc_t> (&rows)[4]) {
   const acc_t infinity = Math<acc_t>::infinity();
   if (!problem.own_additions.own_limit) return;
   const StayingElements stay = staying_elements<kNTiles>(problem, row0, column0);
@@ -149,7 +160,8 @@ __device__ __forceinline__ void exclude_above(Fragment<acc_t, kNTiles>& c, const
 
 // Adds the biases of columns to the logits of a warp's part of a tile, at column0.
 template <int kNTiles, typename acc_t>
-__device__ __forceinline__ void add_column_bias(Fragment<acc_t, kNTiles>& c, const acc_t* bias, int64_t column0) {
+__device__ __forceinline__ void add_column_bias(Fragment<acc_t, kNTiles>& c, const acc_t* bias,
+                                                int64_t column0) {
   if (!bias) return;
 #pragma unroll
   for (int n = 0; n < kNTiles; ++n) {
@@ -167,7 +179,8 @@ __device__ __forceinline__ void add_column_bias(Fragment<acc_t, kNTiles>& c, con
 
 // c with the biases of its rows.
 template <int kNTiles, typename acc_t>
-__device__ __forceinline__ void copy_with_row_bias(const Fragment<acc_t, kNTiles>& c, const RowAdditions<acc_t> (&rows)[4],
+__device__ __forceinline__ void copy_with_row_bias(const Fragment<acc_t, kNTiles>& c,
+                                                   const RowAdditions<acc_t> (&rows)[4],
                                                    Fragment<acc_t, kNTiles>& result) {
 #pragma unroll
   for (int n = 0; n < kNTiles; ++n) {

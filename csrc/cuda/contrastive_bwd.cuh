@@ -1,27 +1,28 @@
-// The backward of `contrastive`: the gradient of the logits, seen from the owner of row i (w, L of either side; null
-// terms are absent):
+// The backward of `contrastive`: the gradient of the logits, seen from the owner of row i (w, L of either
+// side; null terms are absent):
 //
 //   C_ij = allowed_ij (w_i 2^(a v_ij - L_i) + w_j 2^(a v_ij - L_j))
 //          + sum_k [positives(i, k) = j] q_ik + sum_k [positives(j, k) = i] q_jk
 //   G_i = sum_j C_ij rnorm_j y_j    dx^_i = scale G_i    dscale = sum_i <x^_i, G_i>, half of it when square
 //
-// With additions (contrastive_additions.cuh) the two exponentials take s' and the bias of the column and of the row, each
-// with the limits of its own sums, and the sum of the second term over j is the gradient of row i's bias.
+// With additions (contrastive_additions.cuh) the two exponentials take s' and the bias of the column and of
+// the row, each with the limits of its own sums, and the sum of the second term over j is the gradient of row
+// i's bias.
 //
 // Square: both sides are the same, C = A + A^T. Rectangular: the rows' terms are those of lse, the columns'
 // those of column_lse; for the columns' gradient the roles are exchanged.
 //
 // Narrow rows in one kernel; wide ones from stored coefficients, see CoefficientShape.
 //
-// Tiling: ProductShape; a tile is recomputed and its C multiplied. Below, B = ceil(N / kBlockM) blocks, T = ceil(M
-//   / kBlockN) tiles, S = ceil(D / 128 bytes) steps.
+// Tiling: ProductShape; a tile is recomputed and its C multiplied. Below, B = ceil(N / kBlockM) blocks, T =
+//   ceil(M / kBlockN) tiles, S = ceil(D / 128 bytes) steps.
 // Products: 2 units of 2 N M D flops, B T S kBlockM kBlockN / 16 mma.
 // Traffic, 32-byte sectors of global memory: operands 4 N S (times T where S > 3) + 8 B M S; 64 B T P for the
-//   positives of a side and N P for their gradients; row and column terms 3 B (kBlockM + T kBlockN) / 8. Writes
-//   N D acc_t a part.
-// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * 128 bytes, 3 * (kBlockM + 3 *
-//   kBlockN) acc_t of terms; at most 97.3 KB. No bank conflicts but two-way ones in TF32's reads of y for C y and in
-//   4-byte types' writes of C.
+//   positives of a side and N P for their gradients; row and column terms 3 B (kBlockM + T kBlockN) / 8.
+//   Writes N D acc_t a part.
+// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * 128 bytes, 3 * (kBlockM +
+//   3 * kBlockN) acc_t of terms; at most 97.3 KB. No bank conflicts but two-way ones in TF32's reads of y for
+//   C y and in 4-byte types' writes of C.
 // Occupancy: one block of 256 threads per multiprocessor, at most 255 registers.
 // Numerics: C in acc_t, rounded once to scalar_t. half scales C by a power of two that brings its bound
 //   near 2^15.
@@ -69,8 +70,8 @@ __device__ __forceinline__ RowTerms<acc_t> row_terms(const Side<scalar_t, acc_t>
           valid && own.base2_lse ? own.weight[i] : acc_t(0)};
 }
 
-// The gradient of the own bias: the sums over the tiles of the other side's term of the coefficients, for a lane's rows.
-// Nothing without additions.
+// The gradient of the own bias: the sums over the tiles of the other side's term of the coefficients, for a
+// lane's rows. Nothing without additions.
 template <typename Engine, bool kSums = kAdds<Engine>>
 struct BiasSums {
   template <typename Shape>
@@ -82,18 +83,23 @@ struct BiasSums<Engine, true> {
   using acc_t = typename Engine::acc_t;
   acc_t of_rows[4] = {};  // by fragment_row
 
-  // Leaves them in part (blockIdx.y, the warp's place beside those that share its rows) of bias_partial, (parts, rows).
+  // Leaves them in part (blockIdx.y, the warp's place beside those that share its rows) of bias_partial,
+  // (parts, rows).
   template <typename Shape>
-  __device__ __forceinline__ void store(const TileWalk<Shape, Engine>& walk, const ProblemOf<Engine>& problem) {
+  __device__ __forceinline__ void store(const TileWalk<Shape, Engine>& walk,
+                                        const ProblemOf<Engine>& problem) {
     if (!problem.bias_partial) return;
     const int lane = threadIdx.x % kWarpSize, warp_n = threadIdx.x / kWarpSize % Shape::kWarpsN;
     const int64_t part = static_cast<int64_t>(blockIdx.y) * Shape::kWarpsN + warp_n;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
-      for (int offset = 1; offset < 4; offset *= 2) of_rows[i] += __shfl_xor_sync(kAllLanes, of_rows[i], offset);
-      const int64_t row = walk.row0() + walk.warp_row() + fragment_row(lane, i / 2, i % 2 * 2) - problem.bias_row;
-      if (lane % 4 == 0 && row < problem.bias_rows) problem.bias_partial[part * problem.bias_rows + row] = of_rows[i];
+      for (int offset = 1; offset < 4; offset *= 2)
+        of_rows[i] += __shfl_xor_sync(kAllLanes, of_rows[i], offset);
+      const int64_t row =
+          walk.row0() + walk.warp_row() + fragment_row(lane, i / 2, i % 2 * 2) - problem.bias_row;
+      if (lane % 4 == 0 && row < problem.bias_rows)
+        problem.bias_partial[part * problem.bias_rows + row] = of_rows[i];
     }
   }
 };
@@ -104,7 +110,8 @@ __device__ __forceinline__ void make_added_coefficients(typename TileWalk<Shape,
                                                         const TileWalk<Shape, Engine>& walk,
                                                         const ProblemOf<Engine>& problem,
                                                         const RowTerms<typename Engine::acc_t> (&rows)[4],
-                                                        typename Engine::acc_t a, BiasSums<Engine>& bias_sums) {
+                                                        typename Engine::acc_t a,
+                                                        BiasSums<Engine>& bias_sums) {
   using acc_t = typename Engine::acc_t;
   constexpr int kNTiles = Shape::kNTiles;
   const acc_t infinity = Math<acc_t>::infinity();
@@ -135,7 +142,8 @@ __device__ __forceinline__ void make_added_coefficients(typename TileWalk<Shape,
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const acc_t s = c[i / 2][n][i % 2 * 2 + e];
-          const bool left_out = exceeds<kNTiles>(s, additions[i].own_limit, limit.value[e], stay.own, i, n, e);
+          const bool left_out =
+              exceeds<kNTiles>(s, additions[i].own_limit, limit.value[e], stay.own, i, n, e);
           coefficient[i][e] = term(s, bias.value[e], left_out, rows[i].weight, rows[i].base2_lse);
         }
       }
@@ -148,7 +156,8 @@ __device__ __forceinline__ void make_added_coefficients(typename TileWalk<Shape,
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const acc_t s = c[i / 2][n][i % 2 * 2 + e];
-          const bool left_out = exceeds<kNTiles>(s, additions[i].other_limit, limit.value[e], stay.other, i, n, e);
+          const bool left_out =
+              exceeds<kNTiles>(s, additions[i].other_limit, limit.value[e], stay.other, i, n, e);
           const acc_t of_column = term(s, additions[i].bias, left_out, weight.value[e], base2_lse.value[e]);
           coefficient[i][e] += of_column;
           bias_sums.of_rows[i] += of_column;
@@ -165,12 +174,10 @@ __device__ __forceinline__ void make_added_coefficients(typename TileWalk<Shape,
 
 // C in the place of the products of the walk's tile; a = scale log2(e), `rows` by fragment_row.
 template <typename Shape, typename Engine>
-__device__ __forceinline__ void make_coefficients(typename TileWalk<Shape, Engine>::Tile& c,
-                                                  const TileWalk<Shape, Engine>& walk,
-                                                  const ProblemOf<Engine>& problem,
-                                                  const RowTerms<typename Engine::acc_t> (&rows)[4],
-                                                  typename Engine::acc_t a, const double* grad_positive_logits,
-                                                  BiasSums<Engine>& bias_sums) {
+__device__ __forceinline__ void make_coefficients(
+    typename TileWalk<Shape, Engine>::Tile& c, const TileWalk<Shape, Engine>& walk,
+    const ProblemOf<Engine>& problem, const RowTerms<typename Engine::acc_t> (&rows)[4],
+    typename Engine::acc_t a, const double* grad_positive_logits, BiasSums<Engine>& bias_sums) {
   using acc_t = typename Engine::acc_t;
   constexpr int kNTiles = Shape::kNTiles;
   const auto& own = problem.own;
@@ -196,7 +203,8 @@ __device__ __forceinline__ void make_coefficients(typename TileWalk<Shape, Engin
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const RowTerms<acc_t>& row = rows[m * 2 + e / 2];
-            coefficient[m][e] = row.weight * Math<acc_t>::exp2(Math<acc_t>::fma(c[m][n][e], a, -row.base2_lse));
+            coefficient[m][e] =
+                row.weight * Math<acc_t>::exp2(Math<acc_t>::fma(c[m][n][e], a, -row.base2_lse));
           }
         }
       }
@@ -206,8 +214,8 @@ __device__ __forceinline__ void make_coefficients(typename TileWalk<Shape, Engin
         for (int m = 0; m < 2; ++m) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            coefficient[m][e] +=
-                weight.value[e % 2] * Math<acc_t>::exp2(Math<acc_t>::fma(c[m][n][e], a, -base2_lse.value[e % 2]));
+            coefficient[m][e] += weight.value[e % 2] *
+                                 Math<acc_t>::exp2(Math<acc_t>::fma(c[m][n][e], a, -base2_lse.value[e % 2]));
           }
         }
       }

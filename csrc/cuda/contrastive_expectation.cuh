@@ -1,24 +1,27 @@
 // The forward of `contrastive` that keeps the expectation of the columns, and the backward from it:
 //
-//   lse_i and positive_logits_ik as the forward;   E_i = sum_j p_ij y^_j,  p_ij = exp(s_ij - lse_i) if allowed
+//   lse_i and positive_logits_ik as the forward;
+//   E_i = sum_j p_ij y^_j,  p_ij = exp(s_ij - lse_i) if allowed
 //
 // Attention with V = K: where only the rows need a gradient, dx^_i = scale (g_i E_i + sum_k q_ik y^_idx(i,k))
 // needs no second walk.
 //
-// Tiling: ProductShape. Every row has one running maximum for all warps that share it, exchanged through shared
-//   memory with one barrier a tile more; the sum stays with the lanes, and G_i = sum_j 2^(a v_ij - shift_i)
-//   rnorm_j y_j is scaled down where the maximum rises. A part leaves maximum, sum and G_i;
+// Tiling: ProductShape. Every row has one running maximum for all warps that share it, exchanged through
+//   shared memory with one barrier a tile more; the sum stays with the lanes, and G_i = sum_j 2^(a v_ij -
+//   shift_i) rnorm_j y_j is scaled down where the maximum rises. A part leaves maximum, sum and G_i;
 //   contrastive_expectation_merge_kernel makes lse_i and E_i of them. B, T, S and Z as in the backward.
 // Products: 2 units of 2 N M D flops, 1 + Z where D is wider than a slice. As many mma as the backward.
-// Traffic, 32-byte sectors of global memory: operands 4 N S Z (times T where S > 3) + 4 B M S (1 + Z), positives
-//   32 B T P for each warp that shares a row, column norms B Z T kBlockN / 8, row norms B Z kBlockM / 8. Writes N D + 2
-//   N acc_t a part. Columns of 2 bytes beside float rows are widened in the block: half of their sectors.
-// Memory: the parts' sums, 64 KB for each block of 128 rows by 128 features: 8.7 MB for 256 rows of 128 on 132
-//   multiprocessors, whatever M. That is what a card that is full holds in registers. Fewer parts would leave
-//   multiprocessors idle (2 MB: 15 parts of 2 row blocks, 30 of 132 busy); blocks of fewer rows would read the
-//   columns from L2 as much more often (2 MB: blocks of 16 rows, 8 times the traffic for the same products).
-// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * (128 bytes + acc_t), norms
-//   and maxima of the rows. No bank conflicts but those of the backward.
+// Traffic, 32-byte sectors of global memory: operands 4 N S Z (times T where S > 3) + 4 B M S (1 + Z),
+//   positives 32 B T P for each warp that shares a row, column norms B Z T kBlockN / 8, row norms B Z kBlockM
+//   / 8. Writes N D + 2 N acc_t a part. Columns of 2 bytes beside float rows are widened in the block: half
+//   of their sectors.
+// Memory: the parts' sums, 64 KB for each block of 128 rows by 128 features: 8.7 MB for 256 rows of 128 on
+//   132 multiprocessors, whatever M. That is what a card that is full holds in registers. Fewer parts would
+//   leave multiprocessors idle (2 MB: 15 parts of 2 row blocks, 30 of 132 busy); blocks of fewer rows would
+//   read the columns from L2 as much more often (2 MB: blocks of 16 rows, 8 times the traffic for the same
+//   products).
+// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * (128 bytes + acc_t),
+//   norms and maxima of the rows. No bank conflicts but those of the backward.
 // Occupancy: one block of 256 threads per multiprocessor, at most 255 registers.
 // Numerics: the exponentials in acc_t, rounded once to scalar_t for their product, not for their sum. half
 //   scales them by a power of two that brings their product with the norms near 2^15.
@@ -177,8 +180,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
 // lse_i and E_i from the parts, merged in their order; 0 where nothing was allowed. One warp a row.
 //
-// Traffic: reads parts N (D acc_t and 2 sectors), 1 sector a row of scale, for half 2; writes N D acc_t and N doubles, of
-// which each is a sector of its own.
+// Traffic: reads parts N (D acc_t and 2 sectors), 1 sector a row of scale, for half 2; writes N D acc_t and N
+// doubles, of which each is a sector of its own.
 template <typename acc_t, bool kAdded>
 __global__ void __launch_bounds__(kRowWarps* kWarpSize)
     contrastive_expectation_merge_kernel(const OnlineSoftmax<acc_t>* partial_sums, const acc_t* partial,
@@ -201,7 +204,8 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize)
   __shared__ acc_t weights[kRowWarps][kMaxSplits];
   acc_t* weight = weights[threadIdx.x / kWarpSize];
   for (int part = lane; part < parts; part += kWarpSize) {
-    weight[part] = factor * Math<acc_t>::exp2(Math<acc_t>::mul(a, partial_sums[part * count + row].max) - shift);
+    weight[part] =
+        factor * Math<acc_t>::exp2(Math<acc_t>::mul(a, partial_sums[part * count + row].max) - shift);
   }
   __syncwarp();
   for (int64_t d = lane; d < D; d += kWarpSize) {
@@ -217,15 +221,17 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize)
 //
 //   G_i = g_i E_i + sum_k q_ik y^_idx(i,k)
 //
-// One warp a row, everything in acc_t. Traffic: reads N D acc_t, N D (1 + P) scalar_t and 3 sectors for each positive and
-// 32 features twice (the second time from cache), 3 sectors a row; writes N D scalar_t and N acc_t in N sectors.
+// One warp a row, everything in acc_t. Traffic: reads N D acc_t, N D (1 + P) scalar_t and 3 sectors for each
+// positive and 32 features twice (the second time from cache), 3 sectors a row; writes N D scalar_t and N
+// acc_t in N sectors.
 template <typename scalar_t, typename acc_t, typename other_t>
 __global__ void __launch_bounds__(kRowWarps* kWarpSize)
-    contrastive_expectation_bwd_kernel(const acc_t* expectation, StridedRows<scalar_t> rows, const acc_t* row_rnorm,
-                                       StridedRows<other_t> columns, const acc_t* column_rnorm, int64_t N,
-                                       int64_t M, int64_t D, const int64_t* positives, int64_t P,
-                                       const double* grad_lse, const double* grad_positive_logits,
-                                       const acc_t* scale, scalar_t* grad, acc_t* dots) {
+    contrastive_expectation_bwd_kernel(const acc_t* expectation, StridedRows<scalar_t> rows,
+                                       const acc_t* row_rnorm, StridedRows<other_t> columns,
+                                       const acc_t* column_rnorm, int64_t N, int64_t M, int64_t D,
+                                       const int64_t* positives, int64_t P, const double* grad_lse,
+                                       const double* grad_positive_logits, const acc_t* scale, scalar_t* grad,
+                                       acc_t* dots) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
   if (row >= N) return;
   const acc_t weight = grad_lse ? static_cast<acc_t>(grad_lse[row]) : acc_t(0);

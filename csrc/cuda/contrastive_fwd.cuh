@@ -3,28 +3,31 @@
 //   lse_i = log sum_{j allowed} exp(s_ij);   positive_logits_ik = s_{i, positives(i, k)}
 //   both directions: also column_lse_j = log sum_{i allowed} exp(s_ij), from the same tiles
 //
-// Tiling: ReduceShape; every thread keeps the running maximum and sum of its share of 4 rows in registers, and
-//   the lanes of a row meet once at the end. Positives are picked out of the tile by the one lane that holds
-//   them. Several parts of the columns leave their maximum and sum in `partial`. Below, B = ceil(N / 128) blocks
-//   of rows, T = ceil(M / kBlockN) tiles, S = ceil(D / 128 bytes) steps.
-// Both directions: every tile is reduced along its rows as well. The 8 lanes of a column share out its maximum
-//   and sum, the warps merge theirs through shared memory with one barrier a tile more, and one thread a column
-//   adds them to the block's sums in `column_partial`, (groups, M). A block (group, part) walks its part of the
-//   columns for each of its group's blocks of rows in turn, so an entry of column_partial has one owner and there
-//   are as many groups as fill the card beside 8 parts, not B.
+// Tiling: ReduceShape; every thread keeps the running maximum and sum of its share of 4 rows in registers,
+//   and the lanes of a row meet once at the end. Positives are picked out of the tile by the one lane that
+//   holds them. Several parts of the columns leave their maximum and sum in `partial`. Below, B = ceil(N /
+//   128) blocks of rows, T = ceil(M / kBlockN) tiles, S = ceil(D / 128 bytes) steps.
+// Both directions: every tile is reduced along its rows as well. The 8 lanes of a column share out its
+//   maximum and sum, the warps merge theirs through shared memory with one barrier a tile more, and one
+//   thread a column adds them to the block's sums in `column_partial`, (groups, M). A block (group, part)
+//   walks its part of the columns for each of its group's blocks of rows in turn, so an entry of
+//   column_partial has one owner and there are as many groups as fill the card beside 8 parts, not B.
 // Products: 1 unit of 2 N M D flops, in both directions too: 256 B T S mma, each 16 x 8 by 32 bytes of depth.
 //   One exponential an entry, 2 in both directions.
 // Traffic, 32-byte sectors of global memory: operands 4 N S (times the parts, or T where S > 3) + 4 B M S,
-//   positives 32 B T P, column norms B T kBlockN / 8, row norms and scale 20 B. Writes N (1 + P) doubles, or 2 N
-//   acc_t a part. Both directions write 2 B M acc_t and read 2 (B - groups) M acc_t more.
-// Memory: 2 N acc_t a part, and in both directions 2 M acc_t a group: on 132 multiprocessors at most 33 groups, 264
-//   bytes per column, or less than 1 MB in all where T < 32 leaves fewer parts and so more groups (twice that for double).
-// Shared memory: min(S, 3) * 16 KB of own rows + 3 * kBlockN * (128 bytes + acc_t), 2 KB more in both directions. No
-//   bank conflicts. Wavefronts of a tile and step: kBlockN for its copy (128 more with own rows), reads of operands
-//   384 on tensor cores, 2560 by float FMA; and of a tile 66 for column norms, and 32 in both directions.
+//   positives 32 B T P, column norms B T kBlockN / 8, row norms and scale 20 B. Writes N (1 + P) doubles, or
+//   2 N acc_t a part. Both directions write 2 B M acc_t and read 2 (B - groups) M acc_t more.
+// Memory: 2 N acc_t a part, and in both directions 2 M acc_t a group: on 132 multiprocessors at most 33
+//   groups, 264 bytes per column, or less than 1 MB in all where T < 32 leaves fewer parts and so more groups
+//   (twice that for double).
+// Shared memory: min(S, 3) * 16 KB of own rows + 3 * kBlockN * (128 bytes + acc_t), 2 KB more in both
+//   directions. No bank conflicts. Wavefronts of a tile and step: kBlockN for its copy (128 more with own
+//   rows), reads of operands 384 on tensor cores, 2560 by float FMA; and of a tile 66 for column norms, and
+//   32 in both directions.
 // Occupancy: 2 blocks of 128 threads per multiprocessor, at most 255 registers, on sm_80, sm_90 and sm_100.
-// Numerics: products in scalar_t with acc_t accumulation, all else in acc_t, results in double. The maximum of a
-//   column is that of the warp's 32 rows before any exponential of it is taken, then a running one as of a row.
+// Numerics: products in scalar_t with acc_t accumulation, all else in acc_t, results in double. The maximum
+//   of a column is that of the warp's 32 rows before any exponential of it is taken, then a running one as of
+//   a row.
 #pragma once
 
 #include "contrastive_additions.cuh"
@@ -81,11 +84,12 @@ struct ColumnSums {
   using acc_t = typename Shape::acc_t;
   using Softmax = OnlineSoftmax<acc_t>;
   static constexpr int kCount = Shape::kNTiles * 2;  // columns of a lane, k = 2 n + e
-  static constexpr int kKept = kCount / 8;           // that it keeps: k = kKept g + {0 .. kKept - 1}, lane = 4 g + q
+  // That it keeps: k = kKept g + {0 .. kKept - 1}, lane = 4 g + q.
+  static constexpr int kKept = kCount / 8;
   static_assert(kKept * sizeof(Softmax) == 16);
 
-  // Reduces x_k over the 8 lanes of its column, which halve their columns with each exchange: a lane has its own in
-  // x[0 .. kKept - 1].
+  // Reduces x_k over the 8 lanes of its column, which halve their columns with each exchange: a lane has its
+  // own in x[0 .. kKept - 1].
   template <int kHalf = kCount / 2, int kOffset = 16, typename Op>
   static __device__ __forceinline__ void share_out(acc_t (&x)[kCount], Op op) {
     const bool upper = threadIdx.x & kOffset;
@@ -98,14 +102,16 @@ struct ColumnSums {
   }
 
   // Leaves those of a warp's part of a tile in `exchange`, (kBlockN,).
-  static __device__ __forceinline__ void add(const Fragment<acc_t, Shape::kNTiles>& c, acc_t a, Softmax* exchange) {
+  static __device__ __forceinline__ void add(const Fragment<acc_t, Shape::kNTiles>& c, acc_t a,
+                                             Softmax* exchange) {
     const int lane = threadIdx.x % kWarpSize;
     acc_t largest[kCount], sum[kCount];
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       largest[k] = c[0][k / 2][k % 2];
 #pragma unroll
-      for (int i = 1; i < 4; ++i) largest[k] = Math<acc_t>::max(largest[k], c[i / 2][k / 2][i % 2 * 2 + k % 2]);
+      for (int i = 1; i < 4; ++i)
+        largest[k] = Math<acc_t>::max(largest[k], c[i / 2][k / 2][i % 2 * 2 + k % 2]);
     }
     share_out(largest, [](acc_t x, acc_t y) { return Math<acc_t>::max(x, y); });
     acc_t shift[kKept];
@@ -130,7 +136,8 @@ struct ColumnSums {
   }
 };
 
-// Sets the elements of a warp's part of a tile in rows from `rows` on to -inf: the sums of columns leave them out.
+// Sets the elements of a warp's part of a tile in rows from `rows` on to -inf: the sums of columns leave them
+// out.
 template <int kNTiles, typename acc_t>
 __device__ __forceinline__ void exclude_rows_past_the_end(Fragment<acc_t, kNTiles>& c, int64_t rows) {
   if (rows >= kWarpRows) return;
@@ -178,7 +185,8 @@ __global__ void __launch_bounds__(FwdShape<Engine, kBothDirections>::kThreads,
     row_block = static_cast<int>(group.begin);
     row_blocks_end = static_cast<int>(group.end);
   }
-  // The last tile's barrier stands between the last reading of a block's operands and the next block's copies.
+  // The last tile's barrier stands between the last reading of a block's operands and the next block's
+  // copies.
   for (bool first_of_group = true; row_block < row_blocks_end; ++row_block, first_of_group = false) {
     TileWalk<Shape, Engine> walk(shared, own, other, {other.rnorm}, problem.width,
                                  static_cast<int64_t>(row_block) * Shape::kBlockM);
@@ -197,7 +205,8 @@ __global__ void __launch_bounds__(FwdShape<Engine, kBothDirections>::kThreads,
       Fragment<acc_t, kNTiles> c;
       walk.products(c);
       walk.normalize(c, row_factor);
-      if constexpr (kAdds<Engine>) scale_tile<kNTiles>(c, Math<acc_t>::abs(signed_scale) * Math<acc_t>::kLog2e);
+      if constexpr (kAdds<Engine>)
+        scale_tile<kNTiles>(c, Math<acc_t>::abs(signed_scale) * Math<acc_t>::kLog2e);
       if (positive_logits) {
         store_positive_logits<kNTiles>(c, problem, warp_row0, walk.column0(), logit_scale, positive_logits);
       }
@@ -254,8 +263,8 @@ __global__ void __launch_bounds__(FwdShape<Engine, kBothDirections>::kThreads,
   }
 }
 
-// lse_i from the maxima and sums of `parts` parts, (parts, count), merged in their order: of rows or of columns. One
-// thread each.
+// lse_i from the maxima and sums of `parts` parts, (parts, count), merged in their order: of rows or of
+// columns. One thread each.
 template <typename acc_t, bool kAdded>
 __global__ void contrastive_merge_kernel(const OnlineSoftmax<acc_t>* partial, int parts, int64_t count,
                                          const acc_t* scale, double* lse) {

@@ -1,5 +1,5 @@
-// The sequences of launches behind contrastive.h, for the engines of one file: contrastive.cu, or contrastive_additions.cu
-// with those that take additions.
+// The sequences of launches behind contrastive.h, for the engines of one file: contrastive.cu, or
+// contrastive_additions.cu with those that take additions.
 #pragma once
 
 #include "coefficient_blocks.cuh"
@@ -32,8 +32,8 @@ struct Operands {
   SideAdditions<acc_t> additions;
 };
 
-// Prepared additions: a bias, a limit for each row of the side, and the exemptions of a side whose limits are the other's.
-// The kernels read the padding of a side's last tile.
+// Prepared additions: a bias, a limit for each row of the side, and the exemptions of a side whose limits are
+// the other's. The kernels read the padding of a side's last tile.
 template <typename acc_t>
 SideAdditions<acc_t> prepare_additions(Launcher& launcher, int64_t count, const void* bias, const void* limit,
                                        bool exempts, const uint8_t* exempt) {
@@ -54,8 +54,8 @@ SideAdditions<acc_t> row_additions(Launcher& launcher, const ContrastiveArgs& ar
   if constexpr (!kAdds<Engine>) return {};
   const auto& given = args.additions;
   const bool square = args.columns == nullptr;
-  return prepare_additions<acc_t>(launcher, args.N, square ? given.column_bias : given.row_bias, given.row_limit,
-                                  square && given.row_limit, given.exempt);
+  return prepare_additions<acc_t>(launcher, args.N, square ? given.column_bias : given.row_bias,
+                                  given.row_limit, square && given.row_limit, given.exempt);
 }
 
 template <typename Engine, typename acc_t = typename Engine::acc_t>
@@ -89,8 +89,8 @@ ProblemOf<Engine> problem_of(const ContrastiveArgs& args, const Own& own, const 
 // Parts of the columns that fill the card together with the groups of row blocks.
 constexpr int64_t kPartsBesideGroups = 8;
 
-// Groups of row blocks, each with one set of column sums: no more than fill the card beside the parts, as even as
-// they can be.
+// Groups of row blocks, each with one set of column sums: no more than fill the card beside the parts, as
+// even as they can be.
 inline int64_t pick_groups(int64_t row_blocks, int64_t tiles, int64_t slots) {
   const int64_t parts = std::clamp<int64_t>(tiles / kMinTilesPerSplit, 1, kPartsBesideGroups);
   return blocks_for(row_blocks, blocks_for(row_blocks, blocks_for(slots, parts)));
@@ -118,8 +118,8 @@ void forward_pass(Launcher& launcher, const ContrastiveArgs& args,
                   shared_bytes_of<Shape>(chunks), problem, lse, positive_logits, partial,
                   column_partial);
   const auto merge = [&](const Softmax* sums, int64_t count, int64_t entries, double* result) {
-    launcher.launch(contrastive_merge_kernel<acc_t, kAdds<Engine>>, blocks_for(entries, 256), 256, 0, sums, static_cast<int>(count),
-                    entries, problem.scale, result);
+    launcher.launch(contrastive_merge_kernel<acc_t, kAdds<Engine>>, blocks_for(entries, 256), 256, 0, sums,
+                    static_cast<int>(count), entries, problem.scale, result);
   };
   if (parts > 1) merge(partial, parts, rows, lse);
   if (kBothDirections) merge(column_partial, groups, columns, column_lse);
@@ -143,8 +143,8 @@ void expectation_pass(Launcher& launcher, const ContrastiveArgs& args,
   const acc_t* coefficient_scale = nullptr;
   if constexpr (Shape::kScaled) {
     auto* result = launcher.scratch<acc_t>(1);
-    launcher.launch(coefficient_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, acc_t(1),
-                    nullptr, int64_t{0}, nullptr, problem.other.rnorm, problem.other.count, nullptr, int64_t{0},
+    launcher.launch(coefficient_scale_kernel<acc_t>, 1, kBlockWarps * kWarpSize, 0, acc_t(1), nullptr,
+                    int64_t{0}, nullptr, problem.other.rnorm, problem.other.count, nullptr, int64_t{0},
                     int64_t{0}, result);
     coefficient_scale = result;
   }
@@ -327,10 +327,11 @@ void forward(Launcher& launcher, const ContrastiveFwdArgs& args) {
   forward_pass<Engine, false>(launcher, common, problem, args.lse, nullptr, positive_logits);
 }
 
-// Launches what sums the own bias' gradient, for `rows` rows from first_row on, in `parts` parts: launch(problem).
+// Launches what sums the own bias' gradient, for `rows` rows from first_row on, in `parts` parts:
+// launch(problem).
 template <typename Engine, typename Launch>
-void with_bias_sums(Launcher& launcher, const ProblemOf<Engine>& problem, int64_t first_row, int64_t rows, int parts,
-                    typename Engine::acc_t* grad_bias, Launch launch) {
+void with_bias_sums(Launcher& launcher, const ProblemOf<Engine>& problem, int64_t first_row, int64_t rows,
+                    int parts, typename Engine::acc_t* grad_bias, Launch launch) {
   if constexpr (kAdds<Engine>) {
     using acc_t = typename Engine::acc_t;
     ProblemOf<Engine> summing = problem;
@@ -348,10 +349,10 @@ void with_bias_sums(Launcher& launcher, const ProblemOf<Engine>& problem, int64_
 
 // One owner's gradient; `matrix` is the owner's as the caller passed it. Writes the dots of its rows.
 template <typename Engine, int kWarpsM, int kSliceChunks>
-void backward_pass(Launcher& launcher, const ContrastiveArgs& args,
-                   const ProblemOf<Engine>& problem,
+void backward_pass(Launcher& launcher, const ContrastiveArgs& args, const ProblemOf<Engine>& problem,
                    const Matrix<typename Engine::scalar_t>& matrix, const double* grad_positive_logits,
-                   typename Engine::scalar_t* grad, typename Engine::acc_t* grad_bias, typename Engine::acc_t* dots) {
+                   typename Engine::scalar_t* grad, typename Engine::acc_t* grad_bias,
+                   typename Engine::acc_t* dots) {
   using Shape = BwdShape<Engine, kWarpsM, kSliceChunks>;
   using scalar_t = typename Engine::scalar_t;
   using acc_t = typename Engine::acc_t;
@@ -362,14 +363,16 @@ void backward_pass(Launcher& launcher, const ContrastiveArgs& args,
   const int parts = pick_splits(args.splits, row_blocks, tiles, multiprocessors());
   auto* partial = launcher.scratch<acc_t>(parts * own.count * problem.width);
   const acc_t* coefficient_scale = scale_coefficients<Engine>(launcher, args, problem, grad_positive_logits);
-  with_bias_sums<Engine>(
-      launcher, problem, 0, own.count, parts * Shape::kWarpsN, grad_bias, [&](const ProblemOf<Engine>& summing) {
-        launcher.launch(contrastive_bwd_kernel<Shape, Engine>, dim3(row_blocks, parts), Shape::kThreads,
-                        shared_bytes_of<Shape>(chunks), summing, grad_positive_logits, coefficient_scale, partial);
-      });
+  with_bias_sums<Engine>(launcher, problem, 0, own.count, parts * Shape::kWarpsN, grad_bias,
+                         [&](const ProblemOf<Engine>& summing) {
+                           launcher.launch(contrastive_bwd_kernel<Shape, Engine>, dim3(row_blocks, parts),
+                                           Shape::kThreads, shared_bytes_of<Shape>(chunks), summing,
+                                           grad_positive_logits, coefficient_scale, partial);
+                         });
   launcher.launch(finish_rows_kernel<scalar_t, acc_t, scalar_t>, blocks_for(own.count, kRowWarps),
                   kRowWarps * kWarpSize, 0, static_cast<const acc_t*>(partial), parts, problem.width,
-                  matrix.strided(), own.count, args.D, own.rnorm, problem.scale, coefficient_scale, grad, dots);
+                  matrix.strided(), own.count, args.D, own.rnorm, problem.scale, coefficient_scale, grad,
+                  dots);
 }
 
 // One side of a call to the backward: what it owns and what is wanted of it.
@@ -442,15 +445,15 @@ void expectation_backward(Launcher& launcher, const ContrastiveBwdArgs& args) {
   using acc_t = typename Engine::acc_t;
   const ContrastiveArgs& common = args.common;
   auto* dots = launcher.scratch<acc_t>(common.N);
-  launcher.launch(contrastive_expectation_bwd_kernel<scalar_t, acc_t, other_t>, blocks_for(common.N, kRowWarps),
-                  kRowWarps * kWarpSize, 0, static_cast<const acc_t*>(args.expectation),
-                  rows_matrix<scalar_t>(common).strided(),
+  launcher.launch(contrastive_expectation_bwd_kernel<scalar_t, acc_t, other_t>,
+                  blocks_for(common.N, kRowWarps), kRowWarps * kWarpSize, 0,
+                  static_cast<const acc_t*>(args.expectation), rows_matrix<scalar_t>(common).strided(),
                   common.normalize_rows ? static_cast<const acc_t*>(args.row_rnorm) : nullptr,
                   columns_matrix<other_t>(common).strided(),
                   common.normalize_columns ? static_cast<const acc_t*>(args.column_rnorm) : nullptr, common.N,
                   common.M, common.D, common.positives, common.P, args.grad_lse,
-                  common.positives ? args.grad_positive_logits : nullptr, static_cast<const acc_t*>(common.scale),
-                  static_cast<scalar_t*>(args.grad_rows), dots);
+                  common.positives ? args.grad_positive_logits : nullptr,
+                  static_cast<const acc_t*>(common.scale), static_cast<scalar_t*>(args.grad_rows), dots);
   launcher.launch(sum_rows_kernel<acc_t, acc_t>, 1, kBlockWarps * kWarpSize, 0, dots, common.N, acc_t(1),
                   static_cast<acc_t*>(args.grad_scale));
 }

@@ -19,7 +19,8 @@ class Cutmix {
                {args.box_strides[0], args.box_strides[1]},
                static_cast<int>(args.H),
                static_cast<int>(args.W)},
-        image_{std::max<int64_t>(args.row_stride, 1), std::max<int64_t>(args.column_stride, 1), boxes_.H, boxes_.W} {}
+        image_{std::max<int64_t>(args.row_stride, 1), std::max<int64_t>(args.column_stride, 1), boxes_.H,
+               boxes_.W} {}
 
   template <typename bits_t>
   void forward() {
@@ -27,7 +28,8 @@ class Cutmix {
     if (args_.out == args_.x) {
       const OrderMemory memory = order_memory(launcher_, args_.B);
       auto* steps = launcher_.scratch<CutStep>(args_.B);
-      launcher_.launch(cutmix_order_kernel, 1, kOrderThreads, memory.shared, permutation_, boxes_, memory.global, steps);
+      launcher_.launch(cutmix_order_kernel, 1, kOrderThreads, memory.shared, permutation_, boxes_,
+                       memory.global, steps);
       for_features<bits_t>(kCutThreads, [&](auto vec, int64_t first, int64_t features, unsigned blocks) {
         launcher_.launch(cutmix_walk_kernel<bits_t, decltype(vec)::value>, blocks, kCutThreads, 0, out,
                          args_.out_stride, first, features, image_, permutation_.count,
@@ -38,8 +40,8 @@ class Cutmix {
     for_features<bits_t>(kGatherThreads, [&](auto vec, int64_t first, int64_t features, unsigned) {
       launcher_.launch(cutmix_gather_kernel<bits_t, decltype(vec)::value>,
                        gather_grid(features, decltype(vec)::value), kGatherThreads, 0,
-                       static_cast<const bits_t*>(args_.x), args_.x_stride, out, args_.out_stride, first, features,
-                       image_, boxes_, permutation_);
+                       static_cast<const bits_t*>(args_.x), args_.x_stride, out, args_.out_stride, first,
+                       features, image_, boxes_, permutation_);
     });
   }
 
@@ -51,9 +53,9 @@ class Cutmix {
     for_features<scalar_t>(kGatherThreads, [&](auto vec, int64_t first, int64_t features, unsigned) {
       launcher_.launch(cutmix_grad_kernel<scalar_t, decltype(vec)::value>,
                        gather_grid(features, decltype(vec)::value), kGatherThreads, 0,
-                       static_cast<const scalar_t*>(args_.x), args_.x_stride, static_cast<scalar_t*>(args_.out),
-                       args_.out_stride, first, features, image_, boxes_, permutation_.count,
-                       static_cast<const int*>(inverse));
+                       static_cast<const scalar_t*>(args_.x), args_.x_stride,
+                       static_cast<scalar_t*>(args_.out), args_.out_stride, first, features, image_, boxes_,
+                       permutation_.count, static_cast<const int*>(inverse));
     });
   }
 
@@ -68,7 +70,8 @@ class Cutmix {
     return static_cast<unsigned>(gather_blocks(features, vec) * blocks_for(args_.B, kGatherSamples));
   }
 
-  // launch(elements of a thread, first feature, features, blocks): vectors as far as they go, then single elements.
+  // launch(elements of a thread, first feature, features, blocks): vectors as far as they go, then single
+  // elements.
   template <typename T, typename Launch>
   void for_features(int threads, Launch launch) {
     constexpr int kVec = 16 / sizeof(T);
@@ -76,7 +79,8 @@ class Cutmix {
       return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (stride % kVec == 0 || args_.B == 1);
     };
     int64_t done = 0;
-    if (aligned(args_.x, args_.x_stride) && aligned(args_.out, args_.out_stride)) done = args_.F / kVec * kVec;
+    if (aligned(args_.x, args_.x_stride) && aligned(args_.out, args_.out_stride))
+      done = args_.F / kVec * kVec;
     if (done > 0) {
       launch(std::integral_constant<int, kVec>(), int64_t{0}, done, blocks_for(done / kVec, threads));
     }

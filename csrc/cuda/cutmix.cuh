@@ -1,14 +1,14 @@
 // Device code of `cutmix`: x_i inside box i becomes x_p(i).
 //
-// Tiling: a thread owns 16 bytes of consecutive features, whose pixels it finds once. In place it walks all samples
-//   along the cycles of the permutation (permutation_walk.cuh): a sample is read for its predecessor before its own
-//   box is pasted over. Only the first of a cycle is pasted too early for the last, and where both boxes cover a
-//   feature it is held aside. Boxes come through shared memory, kCutChunk steps at a time. Out of place and backward, a
-//   thread takes kGatherSamples samples one after the other. Where samples are not aligned to 16 bytes, and for the
-//   features left over, a thread owns one feature.
-// Traffic: in place the sectors under the boxes, read once and written once, plus those of the first samples held
-//   aside; 32 bytes per sample for each block. Out of place and backward 2 B F elements, and the boxes once for each
-//   block.
+// Tiling: a thread owns 16 bytes of consecutive features, whose pixels it finds once. In place it walks all
+//   samples along the cycles of the permutation (permutation_walk.cuh): a sample is read for its predecessor
+//   before its own box is pasted over. Only the first of a cycle is pasted too early for the last, and where
+//   both boxes cover a feature it is held aside. Boxes come through shared memory, kCutChunk steps at a time.
+//   Out of place and backward, a thread takes kGatherSamples samples one after the other. Where samples are
+//   not aligned to 16 bytes, and for the features left over, a thread owns one feature.
+// Traffic: in place the sectors under the boxes, read once and written once, plus those of the first samples
+//   held aside; 32 bytes per sample for each block. Out of place and backward 2 B F elements, and the boxes
+//   once for each block.
 // Numerics: values are moved as they are; the gradient adds two at most, in acc_t, rounded once.
 #pragma once
 
@@ -77,12 +77,15 @@ class Pixels {
 
   // Bit e: feature e lies inside.
   __device__ __forceinline__ unsigned inside(const Box& box) const {
-    if (last_row_ < box.y0 || first_row_ >= box.y1 || last_column_ < box.x0 || first_column_ >= box.x1) return 0;
-    if (first_row_ >= box.y0 && last_row_ < box.y1 && first_column_ >= box.x0 && last_column_ < box.x1) return kAll;
+    if (last_row_ < box.y0 || first_row_ >= box.y1 || last_column_ < box.x0 || first_column_ >= box.x1)
+      return 0;
+    if (first_row_ >= box.y0 && last_row_ < box.y1 && first_column_ >= box.x0 && last_column_ < box.x1)
+      return kAll;
     unsigned mask = 0;
 #pragma unroll
     for (int e = 0; e < kVec; ++e) {
-      const bool in = rows_[e] >= box.y0 && rows_[e] < box.y1 && columns_[e] >= box.x0 && columns_[e] < box.x1;
+      const bool in =
+          rows_[e] >= box.y0 && rows_[e] < box.y1 && columns_[e] >= box.x0 && columns_[e] < box.x1;
       mask |= in ? 1u << e : 0u;
     }
     return mask;
@@ -119,8 +122,8 @@ struct alignas(16) CutStep {
   Box box;     // empty at a fixed point
 };
 
-__global__ __launch_bounds__(kOrderThreads) void cutmix_order_kernel(Permutation permutation, Boxes boxes, int* scratch,
-                                                                    CutStep* steps) {
+__global__ __launch_bounds__(kOrderThreads) void cutmix_order_kernel(Permutation permutation, Boxes boxes,
+                                                                     int* scratch, CutStep* steps) {
   order_walk(permutation, false, order_scratch(scratch, permutation.count),
              [&](int j, int successor, const Place& place, int) {
                const Box nothing = {0, 0, 0, 0};
@@ -130,9 +133,10 @@ __global__ __launch_bounds__(kOrderThreads) void cutmix_order_kernel(Permutation
 }
 
 template <typename bits_t, int kVec>
-__global__ __launch_bounds__(kCutThreads, 4) void cutmix_walk_kernel(bits_t* x, int64_t stride, int64_t first_feature,
-                                                                    int64_t features, Image image, int count,
-                                                                    const CutStep* steps) {
+__global__ __launch_bounds__(kCutThreads, 4) void cutmix_walk_kernel(bits_t* x, int64_t stride,
+                                                                     int64_t first_feature, int64_t features,
+                                                                     Image image, int count,
+                                                                     const CutStep* steps) {
   __shared__ CutStep chunk[kCutChunk];
   using Values = Chunk<bits_t, kVec>;
   const int64_t index = (int64_t{blockIdx.x} * kCutThreads + threadIdx.x) * kVec;
@@ -184,8 +188,9 @@ struct Sources {
   Box kept, taken;
 };
 
-// out_i for kGatherSamples samples; sources_of(i) is called once per block for each. The blocks of one group of samples
-// follow one another in blockIdx.x: groups can be more than the 65535 that another dimension of a grid has.
+// out_i for kGatherSamples samples; sources_of(i) is called once per block for each. The blocks of one group
+// of samples follow one another in blockIdx.x: groups can be more than the 65535 that another dimension of a
+// grid has.
 template <typename scalar_t, int kVec, typename SourcesOf, typename Add>
 __device__ __forceinline__ void gather(const scalar_t* x, int64_t x_stride, scalar_t* out, int64_t out_stride,
                                        int64_t first_feature, int64_t features, const Image& image, int count,
@@ -242,16 +247,17 @@ __global__ __launch_bounds__(kGatherThreads, 2) void cutmix_gather_kernel(const 
 }
 
 // The inverse of the permutation, the identity where it is none.
-__global__ __launch_bounds__(kOrderThreads) void inverse_kernel(Permutation permutation, int* inverse, int* seen) {
+__global__ __launch_bounds__(kOrderThreads) void inverse_kernel(Permutation permutation, int* inverse,
+                                                                int* seen) {
   find_successors(permutation, true, inverse, seen);
 }
 
 template <typename scalar_t, int kVec>
-__global__ __launch_bounds__(kGatherThreads, 2) void cutmix_grad_kernel(const scalar_t* grad, int64_t grad_stride,
-                                                                    scalar_t* grad_x, int64_t grad_x_stride,
-                                                                    int64_t first_feature, int64_t features,
-                                                                    Image image, Boxes boxes, int count,
-                                                                    const int* inverse) {
+__global__ __launch_bounds__(kGatherThreads, 2) void
+cutmix_grad_kernel(const scalar_t* grad, int64_t grad_stride,
+                                                        scalar_t* grad_x, int64_t grad_x_stride,
+                                                        int64_t first_feature, int64_t features, Image image,
+                                                        Boxes boxes, int count, const int* inverse) {
   gather<scalar_t, kVec>(
       grad, grad_stride, grad_x, grad_x_stride, first_feature, features, image, count,
       [&](int j) {

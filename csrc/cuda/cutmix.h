@@ -1,5 +1,5 @@
-// Plain C interface of the CUDA kernels of `cutmix` (docs/mixing.md). Pointers are device pointers on the current
-// device; every call launches on `stream`, never waits for it and can be captured in a CUDA graph.
+// Plain C interface of the CUDA kernels of `cutmix` (docs/mixing.md). Pointers are device pointers on the
+// current device; every call launches on `stream`, never waits for it and can be captured in a CUDA graph.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,8 +12,9 @@
 extern "C" {
 #endif
 
-// A sample is F consecutive elements. Feature f lies in row (f / row_stride) % H and column (f / column_stride) % W,
-// which holds for a sample whose dimensions have any order in memory. Strides are in elements.
+// A sample is F consecutive elements. Feature f lies in row (f / row_stride) % H and column (f /
+// column_stride) % W, which holds for a sample whose dimensions have any order in memory. Strides are in
+// elements.
 typedef struct {
   int32_t element_bytes;  // 1, 2, 4 or 8
   int32_t dtype;          // Dtype of the gradient; the forward does not look at it
@@ -30,8 +31,8 @@ typedef struct {
   void* workspace;  // cutmix_*_workspace bytes, 16-byte aligned
 } CutmixArgs;
 
-// Each returns 0 or a cudaError_t. B and F are at least 1, B, H and W less than 2^30. The workspace is scratch memory;
-// asking for its size launches nothing.
+// Each returns 0 or a cudaError_t. B and F are at least 1, B, H and W less than 2^30. The workspace is
+// scratch memory; asking for its size launches nothing.
 int cutmix_fwd_workspace(const CutmixArgs* args, size_t* bytes);
 int cutmix_bwd_workspace(const CutmixArgs* args, size_t* bytes);
 int cutmix_fwd(const CutmixArgs* args, cudaStream_t stream);

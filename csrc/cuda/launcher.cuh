@@ -30,8 +30,9 @@ SharedBytes shared_bytes_of(int chunks) {
   return {Shape::shared_bytes(std::min(chunks, kOwnerSlots)), Shape::shared_bytes(kOwnerSlots)};
 }
 
-// Lets launches of `kernel` have up to `bytes` on the current device. The limit is the kernel's, whichever thread
-// launches it: it is set once, to the most, so that no thread lowers it between another's setting and launch.
+// Lets launches of `kernel` have up to `bytes` on the current device. The limit is the kernel's, whichever
+// thread launches it: it is set once, to the most, so that no thread lowers it between another's setting and
+// launch.
 inline cudaError_t allow_shared_bytes(const void* kernel, int bytes) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> allowed;
@@ -44,8 +45,8 @@ inline cudaError_t allow_shared_bytes(const void* kernel, int bytes) {
   return error;
 }
 
-// A launcher is written once as a sequence of launches over an arena of scratch memory; dry, the same sequence
-// tells how large the arena is.
+// A launcher is written once as a sequence of launches over an arena of scratch memory; dry, the same
+// sequence tells how large the arena is.
 class Launcher {
  public:
   Launcher(void* workspace, cudaStream_t stream, bool dry)
@@ -110,8 +111,8 @@ inline int multiprocessors() {
 
 constexpr int kMinTilesPerSplit = 4;
 
-// Parts of the walk over `tiles`, at most `limit`, that finish `row_blocks` owners soonest on a card with `slots`
-// blocks at a time: waves of blocks times tiles per block. Fewer parts win ties.
+// Parts of the walk over `tiles`, at most `limit`, that finish `row_blocks` owners soonest on a card with
+// `slots` blocks at a time: waves of blocks times tiles per block. Fewer parts win ties.
 inline int pick_splits(int requested, int64_t row_blocks, int64_t tiles, int64_t slots, int64_t limit) {
   if (requested > 0) return static_cast<int>(std::min<int64_t>({requested, tiles, kMaxSplits}));
   const int64_t most = std::min<int64_t>(kMaxSplits, limit);
@@ -149,8 +150,8 @@ struct Matrix {
   }
 };
 
-// Norms into `rnorm`, half squares into `half_square` (unless null) and, where the matrix is not aligned, a packed
-// copy: the operand the kernels read.
+// Norms into `rnorm`, half squares into `half_square` (unless null) and, where the matrix is not aligned, a
+// packed copy: the operand the kernels read.
 template <typename scalar_t, typename acc_t>
 Operand<scalar_t, acc_t> prepare(Launcher& launcher, const Matrix<scalar_t>& matrix, acc_t* rnorm,
                                  acc_t* half_square = nullptr) {

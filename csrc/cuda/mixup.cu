@@ -20,8 +20,8 @@ Step<acc_t>* order(Launcher& launcher, const MixupArgs& args, bool inverse, bool
   auto* steps = launcher.scratch<Step<acc_t>>(args.B);
   const Permutation permutation = {args.permutation, args.permutation_stride, static_cast<int>(args.B)};
   const Shares<acc_t> lam = {static_cast<const acc_t*>(args.lam), args.lam_stride};
-  launcher.launch(walk_order_kernel<acc_t>, 1, kOrderThreads, memory.shared, permutation, lam, inverse, in_place,
-                  everything, memory.global, steps);
+  launcher.launch(walk_order_kernel<acc_t>, 1, kOrderThreads, memory.shared, permutation, lam, inverse,
+                  in_place, everything, memory.global, steps);
   return steps;
 }
 
@@ -39,11 +39,11 @@ int64_t walk_features(Launcher& launcher, const MixupArgs& args, int64_t from, c
   if (args.out == args.x && parts > 1) {
     const int rows = 2 * (parts - 1);
     edges = launcher.scratch<scalar_t>(rows * features);
-    launcher.launch(mixup_edges_kernel<scalar_t, kVec, acc_t>, dim3(blocks, rows), kThreads, 0, x, features, count,
-                    parts, steps, edges);
+    launcher.launch(mixup_edges_kernel<scalar_t, kVec, acc_t>, dim3(blocks, rows), kThreads, 0, x, features,
+                    count, parts, steps, edges);
   }
-  launcher.launch(mixup_walk_kernel<scalar_t, kVec, acc_t>, dim3(blocks, parts), kThreads, 0, x, out, features, count,
-                  steps, edges);
+  launcher.launch(mixup_walk_kernel<scalar_t, kVec, acc_t>, dim3(blocks, parts), kThreads, 0, x, out,
+                  features, count, steps, edges);
   return from + features;
 }
 
@@ -51,7 +51,8 @@ template <typename scalar_t, typename acc_t>
 void mix_all(Launcher& launcher, const MixupArgs& args, bool inverse) {
   const auto* steps = order<acc_t>(launcher, args, inverse, args.out == args.x, false);
   int64_t done = 0;
-  if (aligned<scalar_t>(args.x, args.x_stride, args.B) && aligned<scalar_t>(args.out, args.out_stride, args.B)) {
+  if (aligned<scalar_t>(args.x, args.x_stride, args.B) &&
+      aligned<scalar_t>(args.out, args.out_stride, args.B)) {
     done = walk_features<16 / sizeof(scalar_t), scalar_t>(launcher, args, done, steps);
   }
   if constexpr (sizeof(scalar_t) < 16) walk_features<1, scalar_t>(launcher, args, done, steps);
@@ -68,13 +69,14 @@ void run(Launcher& launcher, const MixupBwdArgs& args) {
   if (!args.x) return mix_all<scalar_t, acc_t>(launcher, common, true);
   const auto* steps = order<acc_t>(launcher, common, true, false, true);
   constexpr int kVec = 16 / sizeof(scalar_t);
-  const int64_t vectors =
-      aligned<scalar_t>(common.x, common.x_stride, common.B) && aligned<scalar_t>(args.x, args.x_stride, common.B) &&
-              (!common.out || aligned<scalar_t>(common.out, common.out_stride, common.B))
-          ? common.F / kVec
-          : 0;
+  const int64_t vectors = aligned<scalar_t>(common.x, common.x_stride, common.B) &&
+                                  aligned<scalar_t>(args.x, args.x_stride, common.B) &&
+                                  (!common.out || aligned<scalar_t>(common.out, common.out_stride, common.B))
+                              ? common.F / kVec
+                              : 0;
   const int64_t singles = common.F - vectors * kVec;
-  const int64_t vector_warps = blocks_for(vectors, kWarpSize), warps = vector_warps + blocks_for(singles, kWarpSize);
+  const int64_t vector_warps = blocks_for(vectors, kWarpSize),
+                warps = vector_warps + blocks_for(singles, kWarpSize);
   auto* partial = launcher.scratch<acc_t>(warps * common.B);
   const int count = static_cast<int>(common.B);
   const auto launch = [&](auto kernel, int64_t from, int64_t threads, int64_t features, acc_t* sums) {
@@ -84,12 +86,13 @@ void run(Launcher& launcher, const MixupBwdArgs& args) {
     };
     if (features == 0) return;
     const unsigned blocks = blocks_for(threads, kThreads);
-    launcher.launch(kernel, dim3(blocks, pick_parts(common.parts, common.B, int64_t{blocks} * kThreads)), kThreads, 0,
-                    batch(common.x, common.x_stride), batch(args.x, args.x_stride),
+    launcher.launch(kernel, dim3(blocks, pick_parts(common.parts, common.B, int64_t{blocks} * kThreads)),
+                    kThreads, 0, batch(common.x, common.x_stride), batch(args.x, args.x_stride),
                     batch(common.out, common.out_stride), features, count, steps, sums);
   };
   launch(mixup_grad_kernel<scalar_t, kVec, acc_t>, 0, vectors, vectors * kVec, partial);
-  launch(mixup_grad_kernel<scalar_t, 1, acc_t>, vectors * kVec, singles, singles, partial + vector_warps * common.B);
+  launch(mixup_grad_kernel<scalar_t, 1, acc_t>, vectors * kVec, singles, singles,
+         partial + vector_warps * common.B);
   launcher.launch(mixup_grad_lam_kernel<acc_t>, blocks_for(common.B, kWarpSize), 1024, 0,
                   static_cast<const acc_t*>(partial), warps, count, static_cast<acc_t*>(args.grad_lam));
 }

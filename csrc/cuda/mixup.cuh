@@ -1,14 +1,15 @@
 // Device code of `mixup`: y_j = own_j x_j + next_j x_s(j), where s is the permutation (own_j = lam_j,
 // next_j = 1 - lam_j) or, for the gradient by x, its inverse (next_j = 1 - lam_s(j)).
 //
-// Tiling: a thread owns 16 bytes of consecutive features and walks all samples, or one of `parts` equal pieces of
-//   their order (blockIdx.y), see permutation_walk.cuh; nothing is shared between threads. Where samples are not
-//   aligned to 16 bytes, and for the features left over, it owns one feature.
-// Traffic: 2 B F elements out of place; in place as much at most, as samples that stay as they are are not written.
-//   One 16-byte step a sample for each warp, 3 % of its traffic, from the first-level cache. Each cut between parts
-//   costs two more samples read, in place also written and read: walk_parts.cuh says how many.
-// Numerics: shares, products and sum in acc_t, rounded once to scalar_t. A weight of 0 leaves its sample out; an own
-//   weight of 1 beside it copies.
+// Tiling: a thread owns 16 bytes of consecutive features and walks all samples, or one of `parts` equal
+//   pieces of their order (blockIdx.y), see permutation_walk.cuh; nothing is shared between threads. Where
+//   samples are not aligned to 16 bytes, and for the features left over, it owns one feature.
+// Traffic: 2 B F elements out of place; in place as much at most, as samples that stay as they are are not
+//   written. One 16-byte step a sample for each warp, 3 % of its traffic, from the first-level cache. Each
+//   cut between parts costs two more samples read, in place also written and read: walk_parts.cuh says how
+//   many.
+// Numerics: shares, products and sum in acc_t, rounded once to scalar_t. A weight of 0 leaves its sample out;
+//   an own weight of 1 beside it copies.
 #pragma once
 
 #include "device/vector_access.cuh"
@@ -55,12 +56,12 @@ __device__ __forceinline__ Chunk<scalar_t, kVec> mix(acc_t own, const Chunk<scal
   return mixed;
 }
 
-// In place: copies to `edges` (2 (parts - 1), features) what other parts overwrite before it is read: for every cut
-// between parts the sample after it, then the head of the cycle that it cuts.
+// In place: copies to `edges` (2 (parts - 1), features) what other parts overwrite before it is read: for
+// every cut between parts the sample after it, then the head of the cycle that it cuts.
 template <typename scalar_t, int kVec, typename acc_t>
-__global__ __launch_bounds__(kThreads, 4) void mixup_edges_kernel(Batch<scalar_t> x, int64_t features, int count,
-                                                                  int parts, const Step<acc_t>* steps,
-                                                                  scalar_t* edges) {
+__global__ __launch_bounds__(kThreads, 4) void mixup_edges_kernel(Batch<scalar_t> x, int64_t features,
+                                                                  int count, int parts,
+                                                                  const Step<acc_t>* steps, scalar_t* edges) {
   const int64_t feature = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kVec;
   if (feature >= features) return;
   const int cut = blockIdx.y / 2 + 1;
@@ -88,7 +89,8 @@ __global__ __launch_bounds__(kThreads, 4) void mixup_walk_kernel(Batch<scalar_t>
     return load_streaming(reinterpret_cast<const Values*>(edges + row * features + feature));
   };
   walk<kAhead>(
-      steps, count, part.begin, part.end, Values{}, [&](const Step<acc_t>& step) { return load(step.sample()); },
+      steps, count, part.begin, part.end, Values{},
+      [&](const Step<acc_t>& step) { return load(step.sample()); },
       [&] { return edges ? edge(2 * int64_t{blockIdx.y}) : load(steps[part.end].sample()); },
       [&] { return edges ? edge(2 * int64_t{blockIdx.y} - 1) : load(steps[part.begin].head()); },
       [&](const Step<acc_t>& step, const Values& own, const Values& partner, int) {
@@ -98,15 +100,16 @@ __global__ __launch_bounds__(kThreads, 4) void mixup_walk_kernel(Batch<scalar_t>
 }
 
 // Backward with the gradient by lam: g is walked along the inverse, and x with it.
-//   grad_x_j = own_j g_j + next_j g_s(j)        grad_lam_s(j) = sum_f g_s(j)f (x_s(j)f - x_jf), as p(s(j)) = j
-// Tiling: as above; parts need no edges, as nothing that is read is overwritten. A warp adds up its features of each
-//   sample and writes one number to `partial` (warps, B), which mixup_grad_lam_kernel adds up.
+//   grad_x_j = own_j g_j + next_j g_s(j)    grad_lam_s(j) = sum_f g_s(j)f (x_s(j)f - x_jf), as p(s(j)) = j
+// Tiling: as above; parts need no edges, as nothing that is read is overwritten. A warp adds up its features
+//   of each sample and writes one number to `partial` (warps, B), which mixup_grad_lam_kernel adds up.
 // Traffic: reads 2 B F elements, writes B F and 4 bytes of partial sums for each 512 of a sample.
 // Numerics: products and sums in acc_t: over a thread's features, a warp, then all warps, in a fixed order.
 template <typename scalar_t, int kVec, typename acc_t>
 __global__ __launch_bounds__(kThreads, 4) void mixup_grad_kernel(Batch<scalar_t> g, Batch<scalar_t> x,
-                                                                 Batch<scalar_t> grad_x, int64_t features, int count,
-                                                                 const Step<acc_t>* steps, acc_t* partial) {
+                                                                 Batch<scalar_t> grad_x, int64_t features,
+                                                                 int count, const Step<acc_t>* steps,
+                                                                 acc_t* partial) {
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t feature = thread * kVec;
   const bool inside = feature < features;
@@ -124,7 +127,8 @@ __global__ __launch_bounds__(kThreads, 4) void mixup_grad_kernel(Batch<scalar_t>
     return inside ? Values{load(g, sample), load(x, sample)} : Values{};
   };
   walk<kAhead / 2>(
-      steps, count, part.begin, part.end, Values{}, [&](const Step<acc_t>& step) { return values(step.sample()); },
+      steps, count, part.begin, part.end, Values{},
+      [&](const Step<acc_t>& step) { return values(step.sample()); },
       [&] { return values(steps[part.end].sample()); }, [&] { return values(steps[part.begin].head()); },
       [&](const Step<acc_t>& step, const Values& own, const Values& partner, int successor) {
         if (grad_x.data && inside) {

@@ -1,5 +1,5 @@
-// Plain C interface of the CUDA kernels of `mixup` (docs/mixing.md). Pointers are device pointers on the current
-// device; every call launches on `stream`, never waits for it and can be captured in a CUDA graph.
+// Plain C interface of the CUDA kernels of `mixup` (docs/mixing.md). Pointers are device pointers on the
+// current device; every call launches on `stream`, never waits for it and can be captured in a CUDA graph.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -35,8 +35,8 @@ typedef struct {
   void* grad_lam;  // (B,) acc_t contiguous, needed with x
 } MixupBwdArgs;
 
-// Each returns 0 or a cudaError_t. B and F are at least 1, B less than 2^30. The workspace is scratch memory; asking
-// for its size launches nothing.
+// Each returns 0 or a cudaError_t. B and F are at least 1, B less than 2^30. The workspace is scratch memory;
+// asking for its size launches nothing.
 int mixup_fwd_workspace(const MixupArgs* args, size_t* bytes);
 int mixup_bwd_workspace(const MixupBwdArgs* args, size_t* bytes);
 int mixup_fwd(const MixupArgs* args, cudaStream_t stream);

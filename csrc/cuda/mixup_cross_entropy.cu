@@ -30,15 +30,16 @@ MixedTargets<scalar_t, acc_t> problem_of(const MixupCrossEntropyArgs& args) {
 
 template <typename scalar_t, typename acc_t, int kWarps, bool kWeighted>
 void run(Launcher& launcher, const MixupCrossEntropyFwdArgs& args, unsigned blocks) {
-  launcher.launch(mixup_cross_entropy_loss_kernel<scalar_t, acc_t, kWarps, kWeighted>, blocks, kCrossEntropyThreads<kWarps>, 0,
-                  problem_of<scalar_t, acc_t>(args.common), args.loss, args.lse, args.counted);
+  launcher.launch(mixup_cross_entropy_loss_kernel<scalar_t, acc_t, kWarps, kWeighted>, blocks,
+                  kCrossEntropyThreads<kWarps>, 0, problem_of<scalar_t, acc_t>(args.common), args.loss,
+                  args.lse, args.counted);
 }
 
 template <typename scalar_t, typename acc_t, int kWarps, bool kWeighted>
 void run(Launcher& launcher, const MixupCrossEntropyBwdArgs& args, unsigned blocks) {
-  launcher.launch(mixup_cross_entropy_grad_kernel<scalar_t, acc_t, kWarps, kWeighted>, blocks, kCrossEntropyThreads<kWarps>, 0,
-                  problem_of<scalar_t, acc_t>(args.common), args.grad_loss, args.grad_loss_stride, args.lse,
-                  static_cast<scalar_t*>(args.grad_logits));
+  launcher.launch(mixup_cross_entropy_grad_kernel<scalar_t, acc_t, kWarps, kWeighted>, blocks,
+                  kCrossEntropyThreads<kWarps>, 0, problem_of<scalar_t, acc_t>(args.common), args.grad_loss,
+                  args.grad_loss_stride, args.lse, static_cast<scalar_t*>(args.grad_logits));
 }
 
 template <typename scalar_t, typename acc_t, bool kWeighted, typename Args>

@@ -1,19 +1,21 @@
-// Device code of `mixup_cross_entropy`. e is the label smoothing, w the classes' weights (1 without), y a row's class, y' its
-// partner's, [y] whether a class is none to ignore:
+// Device code of `mixup_cross_entropy`. e is the label smoothing, w the classes' weights (1 without), y a
+// row's class, y' its partner's, [y] whether a class is none to ignore:
 //   lse_i  = log sum_c exp z_ic
-//   a_i = (1 - e) lam_i [y_i] w_y,  b_i = (1 - e) (1 - lam_i) [y'_i] w_y',  s_i = e / C (lam_i [y_i] + (1 - lam_i) [y'_i])
-//   loss_i = m_i lse_i - a_i z_iy - b_i z_iy' - s_i sum_c w_c z_ic,  m_i = a_i + b_i + s_i sum_c w_c
-//   dz_ic  = g_i (m_i exp(z_ic - lse_i) - s_i w_c - a_i [c = y] - b_i [c = y'])
+//   a_i = (1 - e) lam_i [y_i] w_y,  b_i = (1 - e) (1 - lam_i) [y'_i] w_y',  s_i = e / C (lam_i [y_i] + (1 -
+//   lam_i) [y'_i]) loss_i = m_i lse_i - a_i z_iy - b_i z_iy' - s_i sum_c w_c z_ic,  m_i = a_i + b_i + s_i
+//   sum_c w_c dz_ic  = g_i (m_i exp(z_ic - lse_i) - s_i w_c - a_i [c = y] - b_i [c = y'])
 //   counted_i = lam_i [y_i] w_y + (1 - lam_i) [y'_i] w_y'
 //
-// Tiling: kWarps warps own a row (1: four rows a block; 8: one) and read it 16 bytes a lane, kBatch accesses in flight;
-//   the elements before the first 16-byte boundary and after the last one by one. Maximum and sum of each lane are
-//   merged in registers, those of warps in shared memory. kWeighted: with weights and smoothing.
-// Traffic: forward reads N C elements and two more sectors a row; backward reads N C and writes N C. kWeighted: and C weights
-//   a row, from the caches.
-// Numerics: exponentials and sums in acc_t, of z less the running maximum, or of z less lse in two parts, so that large
-//   logits cost no digits; loss and lse in float64. NaN propagates, except out of a row of which nothing counts. A weight
-//   of 0 leaves its logit out. Without weights m_i is 1 exactly where both classes count.
+// Tiling: kWarps warps own a row (1: four rows a block; 8: one) and read it 16 bytes a lane, kBatch accesses
+//   in flight; the elements before the first 16-byte boundary and after the last one by one. Maximum and sum
+//   of each lane are merged in registers, those of warps in shared memory. kWeighted: with weights and
+//   smoothing.
+// Traffic: forward reads N C elements and two more sectors a row; backward reads N C and writes N C.
+//   kWeighted: and C weights a row, from the caches.
+// Numerics: exponentials and sums in acc_t, of z less the running maximum, or of z less lse in two parts, so
+//   that large logits cost no digits; loss and lse in float64. NaN propagates, except out of a row of which
+//   nothing counts. A weight of 0 leaves its logit out. Without weights m_i is 1 exactly where both classes
+//   count.
 #pragma once
 
 #include "device/vector_access.cuh"
@@ -51,7 +53,9 @@ struct MixedTargets {
     double spread;                      // s
     double mass;                        // m
     double counted;
-    __device__ __forceinline__ bool counts() const { return own_weight != 0 || partner_weight != 0 || spread != 0; }
+    __device__ __forceinline__ bool counts() const {
+      return own_weight != 0 || partner_weight != 0 || spread != 0;
+    }
   };
   __device__ __forceinline__ bool is_present(int64_t label) const {
     return label != ignore_index && label >= 0 && label < C;
@@ -93,7 +97,8 @@ struct RowParts {
   __device__ __forceinline__ int64_t singles() const { return count - vectors * kVec; }
 };
 
-// Largest value and, relative to it, sum of exponentials; sum of the values themselves, kWeighted times weights.
+// Largest value and, relative to it, sum of exponentials; sum of the values themselves, kWeighted times
+// weights.
 template <typename acc_t>
 struct RowSums {
   acc_t maximum, total, sum;
@@ -132,8 +137,10 @@ struct RowSums {
 };
 
 template <typename scalar_t, typename acc_t, int kWarps, bool kWeighted>
-__global__ __launch_bounds__(kCrossEntropyThreads<kWarps>, kWarps == 1 ? 4 : 2) void mixup_cross_entropy_loss_kernel(
-    MixedTargets<scalar_t, acc_t> problem, double* loss, double* lse, double* counted) {
+__global__ __launch_bounds__(
+    kCrossEntropyThreads<kWarps>,
+    kWarps == 1 ? 4 : 2) void mixup_cross_entropy_loss_kernel(MixedTargets<scalar_t, acc_t> problem,
+                                                              double* loss, double* lse, double* counted) {
   constexpr int kRows = kWarps == 1 ? kRowsOfWarps : 1, kLanes = kWarps * kWarpSize;
   const int64_t i = int64_t{blockIdx.x} * kRows + (kWarps == 1 ? threadIdx.x / kWarpSize : 0);
   const int thread = threadIdx.x % kLanes;
@@ -165,7 +172,8 @@ __global__ __launch_bounds__(kCrossEntropyThreads<kWarps>, kWarps == 1 ? 4 : 2) 
   }
 #pragma unroll
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    sums.merge({__shfl_xor_sync(kAllLanes, sums.maximum, offset), __shfl_xor_sync(kAllLanes, sums.total, offset),
+    sums.merge({__shfl_xor_sync(kAllLanes, sums.maximum, offset),
+                __shfl_xor_sync(kAllLanes, sums.total, offset),
                 __shfl_xor_sync(kAllLanes, sums.sum, offset)});
   }
   if constexpr (kWarps > 1) {
@@ -188,9 +196,12 @@ __global__ __launch_bounds__(kCrossEntropyThreads<kWarps>, kWarps == 1 ? 4 : 2) 
 }
 
 template <typename scalar_t, typename acc_t, int kWarps, bool kWeighted>
-__global__ __launch_bounds__(kCrossEntropyThreads<kWarps>, kWarps == 1 ? 4 : 2) void mixup_cross_entropy_grad_kernel(
-    MixedTargets<scalar_t, acc_t> problem, const double* grad_loss, int64_t grad_loss_stride, const double* lse,
-    scalar_t* grad_logits) {
+__global__ __launch_bounds__(
+    kCrossEntropyThreads<kWarps>,
+    kWarps == 1 ? 4 : 2) void mixup_cross_entropy_grad_kernel(MixedTargets<scalar_t, acc_t> problem,
+                                                              const double* grad_loss,
+                                                              int64_t grad_loss_stride, const double* lse,
+                                                              scalar_t* grad_logits) {
   constexpr int kRows = kWarps == 1 ? kRowsOfWarps : 1, kLanes = kWarps * kWarpSize;
   const int64_t i = int64_t{blockIdx.x} * kRows + (kWarps == 1 ? threadIdx.x / kWarpSize : 0);
   const int thread = threadIdx.x % kLanes;
@@ -204,7 +215,8 @@ __global__ __launch_bounds__(kCrossEntropyThreads<kWarps>, kWarps == 1 ? 4 : 2) 
                            static_cast<acc_t>(row.mass);
   const acc_t everywhere = static_cast<acc_t>(row.spread);
   const bool counts = row.counts();
-  const acc_t own_weight = static_cast<acc_t>(row.own_weight), partner_weight = static_cast<acc_t>(row.partner_weight);
+  const acc_t own_weight = static_cast<acc_t>(row.own_weight),
+              partner_weight = static_cast<acc_t>(row.partner_weight);
   const auto gradient = [&](scalar_t logit, int64_t c) {
     acc_t soft_target = everywhere;
     if constexpr (kWeighted) soft_target *= problem.weight[c];

@@ -1,5 +1,6 @@
-// Plain C interface of the CUDA kernels of `mixup_cross_entropy` (docs/mixing.md). Pointers are device pointers on the
-// current device; every call launches on `stream`, never waits for it and can be captured in a CUDA graph.
+// Plain C interface of the CUDA kernels of `mixup_cross_entropy` (docs/mixing.md). Pointers are device
+// pointers on the current device; every call launches on `stream`, never waits for it and can be captured in
+// a CUDA graph.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,11 +1,11 @@
 // Device code of `mixup_normalize`: out_i = scale_c (lam_i x_i + (1 - lam_i) x_p(i)) + shift_c, with
 // scale_c = 1 / (255 std_c), shift_c = -mean_c / std_c.
 //
-// Tiling: a thread owns 16 bytes of consecutive features of the result, 4 or 8 bytes of the images, and walks all
-//   samples or one of `parts` pieces of their order, see permutation_walk.cuh. Where samples are not aligned to that,
-//   and for the features left over, it owns one feature.
-// Traffic: reads B F bytes, writes B F elements. Loads and stores of a warp are consecutive. One 16-byte step a sample
-//   for each warp from the first-level cache; each cut between parts costs two more samples read.
+// Tiling: a thread owns 16 bytes of consecutive features of the result, 4 or 8 bytes of the images, and walks
+//   all samples or one of `parts` pieces of their order, see permutation_walk.cuh. Where samples are not
+//   aligned to that, and for the features left over, it owns one feature.
+// Traffic: reads B F bytes, writes B F elements. Loads and stores of a warp are consecutive. One 16-byte step
+//   a sample for each warp from the first-level cache; each cut between parts costs two more samples read.
 // Numerics: scale and shift from float64; shares, products and sums in float32, rounded once to scalar_t.
 #pragma once
 
@@ -28,9 +28,11 @@ struct Channels {
 };
 
 template <typename scalar_t, int kVec>
-__global__ __launch_bounds__(kNormalizeThreads, 4) void mixup_normalize_kernel(
-    const uint8_t* x, int64_t x_stride, scalar_t* out, int64_t out_stride, int64_t first_feature, int64_t features,
-    int count, Channels channels, const Step<float>* steps) {
+__global__ __launch_bounds__(kNormalizeThreads, 4) void
+mixup_normalize_kernel(const uint8_t* x, int64_t x_stride, scalar_t* out,
+                                                            int64_t out_stride, int64_t first_feature,
+                                                            int64_t features, int count, Channels channels,
+                                                            const Step<float>* steps) {
   const int64_t index = (int64_t{blockIdx.x} * kNormalizeThreads + threadIdx.x) * kVec;
   if (index >= features) return;
   const int64_t feature = first_feature + index;
@@ -58,7 +60,8 @@ __global__ __launch_bounds__(kNormalizeThreads, 4) void mixup_normalize_kernel(
           const float mixed = __fmaf_rn(step.own, own.value[e], step.next * partner.value[e]);
           result.value[e] = from_acc<scalar_t>(__fmaf_rn(mixed, scale[e], shift[e]));
         }
-        store_streaming(reinterpret_cast<Chunk<scalar_t, kVec>*>(out + step.sample() * out_stride + feature), result);
+        store_streaming(reinterpret_cast<Chunk<scalar_t, kVec>*>(out + step.sample() * out_stride + feature),
+                        result);
       });
 }
 

@@ -26,7 +26,8 @@ int run(const MomentumTriple* triples, int64_t count, int shadow_dtype, int sour
   };
   for (int64_t i = 0; i < count; ++i) {
     const MomentumTriple& triple = triples[i];
-    if (triple.count == 0 || triple.shadow_dtype != shadow_dtype || triple.source_dtype != source_dtype) continue;
+    if (triple.count == 0 || triple.shadow_dtype != shadow_dtype || triple.source_dtype != source_dtype)
+      continue;
     const int64_t more = (triple.count + kChunk - 1) / kChunk;
     if (batch.tensors == kMaxTensors || blocks + more > kMaxBlocks) {
       if (const int error = flush()) return error;
@@ -45,8 +46,10 @@ int run(const MomentumTriple* triples, int64_t count, int shadow_dtype, int sour
 template <typename shadow_t>
 int run_for_sources(const MomentumTriple* triples, int64_t count, int shadow_dtype, const float* weight,
                     cudaStream_t stream) {
-  if (const int error = run<shadow_t, float>(triples, count, shadow_dtype, kFloat32, weight, stream)) return error;
-  if (const int error = run<shadow_t, __half>(triples, count, shadow_dtype, kFloat16, weight, stream)) return error;
+  if (const int error = run<shadow_t, float>(triples, count, shadow_dtype, kFloat32, weight, stream))
+    return error;
+  if (const int error = run<shadow_t, __half>(triples, count, shadow_dtype, kFloat16, weight, stream))
+    return error;
   return run<shadow_t, __nv_bfloat16>(triples, count, shadow_dtype, kBFloat16, weight, stream);
 }
 

@@ -1,15 +1,17 @@
 // Device code of `momentum_update_`, over many tensors in one launch.
 //
-//   average = shadow = round(master) ? master : shadow      what was written into a shadow replaces its master
-//   master = average + w (source - average)                 w = 1 - momentum; source + (w - 1) (source - average) for w >= 1/2
+//   average = shadow = round(master) ? master : shadow    what was written into a shadow replaces its master
+//   master = average + w (source - average)               w = 1 - momentum; for w >= 1/2
+//   master = source + (w - 1) (source - average)
 //   shadow = round(master)
 //
-// Tiling: a block owns kChunk neighbouring elements of one tensor; the tensors' addresses and the block each begins at are
-//   a kernel parameter, in which a block looks for its own by bisection. Each thread has kGroups groups of kGroup
-//   elements, all loaded before the first is stored; single elements where addresses allow no groups, and at the end.
+// Tiling: a block owns kChunk neighbouring elements of one tensor; the tensors' addresses and the block each
+//   begins at are a kernel parameter, in which a block looks for its own by bisection. Each thread has
+//   kGroups groups of kGroup elements, all loaded before the first is stored; single elements where addresses
+//   allow no groups, and at the end.
 // Launches: one for every kMaxTensors tensors of a pair of dtypes.
-// Traffic: reads 4 bytes of master, 2 of shadow and 4 or 2 of source an element, writes 4 of master and 2 of shadow; one
-//   pass. Every warp reads w. No shared memory.
+// Traffic: reads 4 bytes of master, 2 of shadow and 4 or 2 of source an element, writes 4 of master and 2 of
+//   shadow; one pass. Every warp reads w. No shared memory.
 // Numerics: float32, rounded to the nearest, ties to even, into the shadow.
 #pragma once
 

@@ -1,9 +1,9 @@
 // The walk along the cycles of a permutation: its order, computed on the device, and the loop over it.
 //
 // s(j) is the sample that j takes its partner from: p(j), or for gradients its inverse q(j). The order lists
-// every cycle as j0, s(j0), s(s(j0)), ... from its smallest sample j0, the cycles by j0. A thread that owns a few
-// features of every sample reads the samples in this order, one step ahead of what it writes, and holds j0's
-// aside for the last one of the cycle: each element is read once before it is overwritten.
+// every cycle as j0, s(j0), s(s(j0)), ... from its smallest sample j0, the cycles by j0. A thread that owns a
+// few features of every sample reads the samples in this order, one step ahead of what it writes, and holds
+// j0's aside for the last one of the cycle: each element is read once before it is overwritten.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@ namespace mixing {
 
 constexpr int kOrderThreads = 1024;
 constexpr int64_t kMostSamples = int64_t{1} << 30;
-// Up to here the order is made in shared memory, where a block of the card may have that much: every round reads what
-// the one before wrote, so that the time is that of the memory's answers.
+// Up to here the order is made in shared memory, where a block of the card may have that much: every round
+// reads what the one before wrote, so that the time is that of the memory's answers.
 constexpr int64_t kMostSharedSamples = 4096;
 
 // The permutation as the caller passed it.
@@ -90,8 +90,8 @@ struct Place {
   bool last;   // of the cycle: its successor is the head
 };
 
-// s(j) into `successor` by one block of kOrderThreads; the identity where the numbers are no permutation. `seen` is
-// scratch memory of the same size.
+// s(j) into `successor` by one block of kOrderThreads; the identity where the numbers are no permutation.
+// `seen` is scratch memory of the same size.
 __device__ __forceinline__ void find_successors(const Permutation& permutation, bool inverse, int* successor,
                                                 int* seen) {
   __shared__ int faults;
@@ -112,10 +112,10 @@ __device__ __forceinline__ void find_successors(const Permutation& permutation, 
   __syncthreads();
 }
 
-// The order of the whole permutation by one block of kOrderThreads: calls emit(sample, successor, place, position of
-// the successor) for every sample. Pointer doubling: after r rounds jump is s^(2^r), and smallest and distance tell
-// the smallest sample among the 2^r from here on and how far off it is; so log2(count) rounds do whatever the cycles
-// are.
+// The order of the whole permutation by one block of kOrderThreads: calls emit(sample, successor, place,
+// position of the successor) for every sample. Pointer doubling: after r rounds jump is s^(2^r), and smallest
+// and distance tell the smallest sample among the 2^r from here on and how far off it is; so log2(count)
+// rounds do whatever the cycles are.
 template <typename Emit>
 __device__ __forceinline__ void order_walk(const Permutation& permutation, bool inverse, OrderScratch scratch,
                                            Emit emit) {
@@ -145,7 +145,8 @@ __device__ __forceinline__ void order_walk(const Permutation& permutation, bool 
   }
   const auto length_of = [&](int head) { return distance[scratch.successor[head]] + 1; };
 
-  const int64_t first = int64_t{count} * thread / kOrderThreads, end = int64_t{count} * (thread + 1) / kOrderThreads;
+  const int64_t first = int64_t{count} * thread / kOrderThreads,
+                end = int64_t{count} * (thread + 1) / kOrderThreads;
   int sum = 0;
   for (int64_t j = first; j < end; ++j) sum += smallest[j] == j ? length_of(j) : 0;
   int begin = block_exclusive_sum(sum, warp_sums);
@@ -203,13 +204,14 @@ struct Shares {
   __device__ __forceinline__ acc_t operator[](int j) const { return data[j * stride]; }
 };
 
-// Steps of a walk. Forward: own = lam_j, next = 1 - lam_j. Inverse, for gradients: next = 1 - lam_s(j). At a fixed
-// point own = 1 and next = 0. `in_place`: what would stay as it is is not written. `everything`: all samples but
-// fixed points are read, whatever their weights.
+// Steps of a walk. Forward: own = lam_j, next = 1 - lam_j. Inverse, for gradients: next = 1 - lam_s(j). At a
+// fixed point own = 1 and next = 0. `in_place`: what would stay as it is is not written. `everything`: all
+// samples but fixed points are read, whatever their weights.
 template <typename acc_t>
 __global__ __launch_bounds__(kOrderThreads) void walk_order_kernel(Permutation permutation, Shares<acc_t> lam,
-                                                                  bool inverse, bool in_place, bool everything,
-                                                                  int* scratch, Step<acc_t>* steps) {
+                                                                   bool inverse, bool in_place,
+                                                                   bool everything, int* scratch,
+                                                                   Step<acc_t>* steps) {
   using S = Step<acc_t>;
   const auto own_of = [&](int j, int successor) { return successor == j ? acc_t(1) : lam[j]; };
   const auto next_of = [&](int j, int successor) {
@@ -217,7 +219,9 @@ __global__ __launch_bounds__(kOrderThreads) void walk_order_kernel(Permutation p
   };
   const OrderScratch arrays = order_scratch(scratch, permutation.count);
   order_walk(permutation, inverse, arrays, [&](int j, int successor, const Place& place, int next_position) {
-    const auto written = [&](acc_t own, acc_t next) { return !in_place || own != acc_t(1) || next != acc_t(0); };
+    const auto written = [&](acc_t own, acc_t next) {
+      return !in_place || own != acc_t(1) || next != acc_t(0);
+    };
     const acc_t own = own_of(j, successor), next = next_of(j, successor);
     S& step = steps[place.position];
     step.head_and_write_and_last =
@@ -233,13 +237,14 @@ __global__ __launch_bounds__(kOrderThreads) void walk_order_kernel(Permutation p
   });
 }
 
-// Walks positions [begin, end) of the order, kAhead to 2 kAhead - 1 samples ahead. read(step) gives the values of a
-// sample, before_end() those at position `end`, whose sample's cycle goes on there, and head() those of the head of
-// the cycle that goes on at `begin`; write(step, own values, successor's values, successor) stores. Every thread
-// that calls this makes the same calls.
-template <int kAhead, typename acc_t, typename Values, typename Read, typename AtEnd, typename Head, typename Write>
-__device__ __forceinline__ void walk(const Step<acc_t>* steps, int count, int begin, int end, Values zero, Read read,
-                                     AtEnd at_end, Head head, Write write) {
+// Walks positions [begin, end) of the order, kAhead to 2 kAhead - 1 samples ahead. read(step) gives the
+// values of a sample, before_end() those at position `end`, whose sample's cycle goes on there, and head()
+// those of the head of the cycle that goes on at `begin`; write(step, own values, successor's values,
+// successor) stores. Every thread that calls this makes the same calls.
+template <int kAhead, typename acc_t, typename Values, typename Read, typename AtEnd, typename Head,
+          typename Write>
+__device__ __forceinline__ void walk(const Step<acc_t>* steps, int count, int begin, int end, Values zero,
+                                     Read read, AtEnd at_end, Head head, Write write) {
   struct Slot {
     Step<acc_t> step;
     Values values;

@@ -3,10 +3,10 @@
 //   storage[(P + b) mod K] = k^_b for the last min(B, K) keys b      k^ = k / max(|k|, 1e-12), or k
 //   P = (P + B) mod K      filled = min(K, filled + B)
 //
-// Tiling: one warp a key, 8 warps a block, each lane 4 neighbouring elements at a time where addresses allow. Every
-//   warp reads the position from device memory, so a second launch advances it.
-// Traffic: reads min(B, K) D keys once from memory (for normalised ones again from cache), writes as many elements of
-//   storage. No shared memory.
+// Tiling: one warp a key, 8 warps a block, each lane 4 neighbouring elements at a time where addresses allow.
+//   Every warp reads the position from device memory, so a second launch advances it.
+// Traffic: reads min(B, K) D keys once from memory (for normalised ones again from cache), writes as many
+//   elements of storage. No shared memory.
 // Occupancy: 4 blocks of 256 threads per multiprocessor, at most 64 registers, on sm_80, sm_90 and sm_100.
 // Numerics: norm and product in acc_t of the keys, rounded to the type of storage.
 #pragma once
@@ -49,8 +49,9 @@ __device__ __forceinline__ storage_t to_storage(acc_t x) {
 // `grouped`: rows of both are contiguous, D and all addresses are multiples of a group.
 template <typename key_t, typename storage_t, typename acc_t>
 __global__ void __launch_bounds__(kWarps* kWarpSize, 4)
-    queue_push_kernel(storage_t* storage, const key_t* keys, int64_t row_stride, int64_t column_stride, int64_t K,
-                      int64_t B, int64_t D, const int64_t* position, bool normalize, bool grouped) {
+    queue_push_kernel(storage_t* storage, const key_t* keys, int64_t row_stride, int64_t column_stride,
+                      int64_t K, int64_t B, int64_t D, const int64_t* position, bool normalize,
+                      bool grouped) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t first = B > K ? B - K : 0;
   const int64_t b = first + static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
@@ -80,7 +81,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 4)
       const auto group = *reinterpret_cast<const Group<key_t>*>(key + d);
       Group<storage_t> result;
 #pragma unroll
-      for (int e = 0; e < kGroup; ++e) result.value[e] = to_storage<storage_t>(to_acc(group.value[e]) * factor);
+      for (int e = 0; e < kGroup; ++e)
+        result.value[e] = to_storage<storage_t>(to_acc(group.value[e]) * factor);
       *reinterpret_cast<Group<storage_t>*>(row + d) = result;
     }
   } else {

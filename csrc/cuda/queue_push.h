@@ -1,5 +1,5 @@
-// Plain C interface of the CUDA kernels of `queue_push_` (docs/moco.md). Pointers are device pointers on the current
-// device; the call launches on `stream`, never waits for it and can be captured in a CUDA graph.
+// Plain C interface of the CUDA kernels of `queue_push_` (docs/moco.md). Pointers are device pointers on the
+// current device; the call launches on `stream`, never waits for it and can be captured in a CUDA graph.
 #pragma once
 
 #include <cuda_runtime_api.h>

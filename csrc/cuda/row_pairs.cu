@@ -52,13 +52,14 @@ int run(const RowPairsFwdArgs& args, cudaStream_t stream) {
   const RowPairsOperands& common = args.common;
   const auto launch = [&](auto kernel) {
     const Grid grid(common, kWarpWidth<scalar_t>);
-    kernel<<<grid.blocks, kThreads, 0, stream>>>(
-        operands_of<scalar_t>(common), common.N, common.D, grid.team, common.normalize != 0, common.distance != 0,
-        args.values, static_cast<Saved<acc_t_of<scalar_t>>*>(args.saved));
+    kernel<<<grid.blocks, kThreads, 0, stream>>>(operands_of<scalar_t>(common), common.N, common.D, grid.team,
+                                                 common.normalize != 0, common.distance != 0, args.values,
+                                                 static_cast<Saved<acc_t_of<scalar_t>>*>(args.saved));
     return cudaGetLastError();
   };
-  return common.D <= kWarpSize * Vector<scalar_t>::kSize ? launch(row_pairs_fwd_kernel<scalar_t, kPairs, kVectors, 1>)
-                                : launch(row_pairs_fwd_kernel<scalar_t, kPairs, kVectors, kHeldChunks<scalar_t>>);
+  return common.D <= kWarpSize * Vector<scalar_t>::kSize
+             ? launch(row_pairs_fwd_kernel<scalar_t, kPairs, kVectors, 1>)
+             : launch(row_pairs_fwd_kernel<scalar_t, kPairs, kVectors, kHeldChunks<scalar_t>>);
 }
 
 template <typename scalar_t, int kPairs, bool kVectors>
@@ -68,8 +69,9 @@ int run(const RowPairsBwdArgs& args, cudaStream_t stream) {
   Gradients<scalar_t> grads = {};
   for (int k = 0; k <= kPairs; ++k) grads.data[k] = static_cast<scalar_t*>(args.grads[k]);
   row_pairs_bwd_kernel<scalar_t, kPairs, kVectors><<<grid.blocks, kThreads, 0, stream>>>(
-      operands_of<scalar_t>(common), common.N, common.D, grid.team, common.normalize != 0, common.distance != 0,
-      args.grad_values, static_cast<const Saved<acc_t_of<scalar_t>>*>(args.saved), grads);
+      operands_of<scalar_t>(common), common.N, common.D, grid.team, common.normalize != 0,
+      common.distance != 0, args.grad_values, static_cast<const Saved<acc_t_of<scalar_t>>*>(args.saved),
+      grads);
   return cudaGetLastError();
 }
 

@@ -7,14 +7,15 @@
 //   dy_k = r_k w_k (x^ - p_k y^_k), or -r_k w_k (u_k - (p_k - m_k^2) y^_k)
 //   without the term along the row where that is not normalised, or shorter than 1e-12 and only scaled.
 //
-// Tiling: one warp a row, 8 rows a block; one block a row where a row does not fit the registers of a warp. Each thread
-//   holds its part of the operands, 16 bytes a load where addresses allow, for the norms and then for the pairs. The
-//   backward has what was summed in `saved` and no reduction.
-// Traffic: forward reads (1 + pairs) N D elements, writes N doubles and 4 pairs N acc_t; backward reads all of these
-//   once and writes the gradients that are needed once. Rows wider than 4096 (float64: 2048) are read twice by the
-//   forward if they are normalised, the second time from cache. No atomics; shared memory only for a block's sums.
-// Numerics: in acc_t. x^ and y^_k are rounded before they are subtracted, so equal rows have the distance 0. Gradients are
-//   rounded once.
+// Tiling: one warp a row, 8 rows a block; one block a row where a row does not fit the registers of a warp.
+//   Each thread holds its part of the operands, 16 bytes a load where addresses allow, for the norms and then
+//   for the pairs. The backward has what was summed in `saved` and no reduction.
+// Traffic: forward reads (1 + pairs) N D elements, writes N doubles and 4 pairs N acc_t; backward reads all
+//   of these once and writes the gradients that are needed once. Rows wider than 4096 (float64: 2048) are
+//   read twice by the forward if they are normalised, the second time from cache. No atomics; shared memory
+//   only for a block's sums.
+// Numerics: in acc_t. x^ and y^_k are rounded before they are subtracted, so equal rows have the distance 0.
+//   Gradients are rounded once.
 #pragma once
 
 #include <cstdint>
@@ -43,7 +44,8 @@ struct Operands {
   int64_t row_stride[3], column_stride[3];
 };
 
-// Which of a row's elements a thread of a team has: of each of its chunks kSize, neighbours if they are loaded together.
+// Which of a row's elements a thread of a team has: of each of its chunks kSize, neighbours if they are
+// loaded together.
 template <typename scalar_t, bool kVectors>
 struct Walk {
   static constexpr int kSize = Vector<scalar_t>::kSize;
@@ -55,8 +57,8 @@ struct Walk {
   }
 
   // Zeros outside of the row.
-  __device__ __forceinline__ Vector<scalar_t> load(const scalar_t* row, int64_t stride, int64_t base, int chunk,
-                                                   int64_t D) const {
+  __device__ __forceinline__ Vector<scalar_t> load(const scalar_t* row, int64_t stride, int64_t base,
+                                                   int chunk, int64_t D) const {
     union {
       uint4 bits;
       Vector<scalar_t> vector;
@@ -95,7 +97,8 @@ struct Walk {
   }
 };
 
-// Over a team that is a warp or the block, for all its threads, in a fixed order. `scratch` holds kWarps values.
+// Over a team that is a warp or the block, for all its threads, in a fixed order. `scratch` holds kWarps
+// values.
 template <typename T>
 __device__ __forceinline__ T team_sum(T x, int team, T* scratch) {
   x = warp_sum(x);
@@ -111,8 +114,8 @@ __device__ __forceinline__ T team_sum(T x, int team, T* scratch) {
 
 template <typename scalar_t, int kPairs, bool kVectors, int kChunks>
 __global__ void __launch_bounds__(kThreads, 2)
-    row_pairs_fwd_kernel(Operands<scalar_t> operands, int64_t N, int64_t D, int team, bool normalize, bool distance,
-                         double* values, Saved<acc_t_of<scalar_t>>* saved) {
+    row_pairs_fwd_kernel(Operands<scalar_t> operands, int64_t N, int64_t D, int team, bool normalize,
+                         bool distance, double* values, Saved<acc_t_of<scalar_t>>* saved) {
   using acc_t = acc_t_of<scalar_t>;
   __shared__ acc_t scratch[kWarps];
   const Walk<scalar_t, kVectors> walk{static_cast<int>(threadIdx.x) % team, team};
@@ -127,7 +130,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int k = 0; k <= kPairs; ++k) {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
-        part[k][c] = walk.load(operands.data[k] + row * operands.row_stride[k], operands.column_stride[k], base, c, D);
+        part[k][c] =
+            walk.load(operands.data[k] + row * operands.row_stride[k], operands.column_stride[k], base, c, D);
       }
     }
   };
@@ -197,8 +201,8 @@ struct Gradients {
 
 template <typename scalar_t, int kPairs, bool kVectors>
 __global__ void __launch_bounds__(kThreads, 2)
-    row_pairs_bwd_kernel(Operands<scalar_t> operands, int64_t N, int64_t D, int team, bool normalize, bool distance,
-                         const double* grad_values, const Saved<acc_t_of<scalar_t>>* saved,
+    row_pairs_bwd_kernel(Operands<scalar_t> operands, int64_t N, int64_t D, int team, bool normalize,
+                         bool distance, const double* grad_values, const Saved<acc_t_of<scalar_t>>* saved,
                          Gradients<scalar_t> grads) {
   using acc_t = acc_t_of<scalar_t>;
   const Walk<scalar_t, kVectors> walk{static_cast<int>(threadIdx.x) % team, team};
@@ -228,7 +232,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     Vector<scalar_t> part[1 + kPairs];
 #pragma unroll
     for (int k = 0; k <= kPairs; ++k) {
-      part[k] = walk.load(operands.data[k] + row * operands.row_stride[k], operands.column_stride[k], base, 0, D);
+      part[k] =
+          walk.load(operands.data[k] + row * operands.row_stride[k], operands.column_stride[k], base, 0, D);
     }
     acc_t dx[kSize], dy[kPairs][kSize];
 #pragma unroll

@@ -1,5 +1,5 @@
-// Plain C interface of the CUDA kernels of `row_pairs` (docs/row_pairs.md). Pointers are device pointers on the current
-// device; the calls launch on `stream`, never wait for it and can be captured in a CUDA graph.
+// Plain C interface of the CUDA kernels of `row_pairs` (docs/row_pairs.md). Pointers are device pointers on
+// the current device; the calls launch on `stream`, never wait for it and can be captured in a CUDA graph.
 #pragma once
 
 #include <cuda_runtime_api.h>

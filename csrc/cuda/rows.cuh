@@ -13,16 +13,17 @@ constexpr int kRowWarps = 8;     // of kernels with one warp a row
 constexpr int kBlockWarps = 32;  // of kernels that are one block
 constexpr double kZeroRowRnorm = 1e11;  // half rows with a larger 1 / norm are zero
 
-//   rnorm_i = 1 / max(|x_i|, 1e-12);   half_square_i = |x^_i|^2 / 2, x^_i = x_i, times rnorm_i where that is wanted;
+//   rnorm_i = 1 / max(|x_i|, 1e-12);
+//   half_square_i = |x^_i|^2 / 2, x^_i = x_i, times rnorm_i where that is wanted;
 //   packed_i = x_i, zero padded to `packed_width`
 //
-// One warp a row, acc_t throughout; null results are left out. The packed copy is made only for operands that are
-// not 16-byte aligned rows with unit column stride. Traffic: reads N * D elements once, writes N acc_t each (and
-// N * packed_width elements).
+// One warp a row, acc_t throughout; null results are left out. The packed copy is made only for operands that
+// are not 16-byte aligned rows with unit column stride. Traffic: reads N * D elements once, writes N acc_t
+// each (and N * packed_width elements).
 template <typename scalar_t, typename acc_t>
 __global__ void __launch_bounds__(kRowWarps* kWarpSize)
-    prepare_rows_kernel(const scalar_t* data, int64_t row_stride, int64_t column_stride, int64_t count, int64_t D,
-                        bool vectorised, acc_t* rnorm, acc_t* half_square, scalar_t* packed,
+    prepare_rows_kernel(const scalar_t* data, int64_t row_stride, int64_t column_stride, int64_t count,
+                        int64_t D, bool vectorised, acc_t* rnorm, acc_t* half_square, scalar_t* packed,
                         int64_t packed_width) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarpSize;
@@ -92,8 +93,8 @@ __device__ __forceinline__ void finish_row(const StridedRows<scalar_t>& x, int64
 
 // finish_row of G_i summed over its parts, (parts, count, partial_stride). One warp a row.
 //
-// Traffic: reads (parts acc_t + scalar_t) N D twice (the second time from cache) and 2 sectors a row, for half 3; writes
-// N D grad_t and N acc_t in N sectors.
+// Traffic: reads (parts acc_t + scalar_t) N D twice (the second time from cache) and 2 sectors a row, for
+// half 3; writes N D grad_t and N acc_t in N sectors.
 template <typename scalar_t, typename acc_t, typename grad_t>
 __global__ void __launch_bounds__(kRowWarps* kWarpSize)
     finish_rows_kernel(const acc_t* partial, int parts, int64_t partial_stride, StridedRows<scalar_t> x,
@@ -147,8 +148,8 @@ __global__ void __launch_bounds__(kBlockWarps* kWarpSize)
   }
 }
 
-// What a column's coefficients are multiplied by before they are rounded: its norm and, for half, a factor that
-// brings their bound near 2^15. A zero row's 1e12 would overflow half, and multiplies zeros only.
+// What a column's coefficients are multiplied by before they are rounded: its norm and, for half, a factor
+// that brings their bound near 2^15. A zero row's 1e12 would overflow half, and multiplies zeros only.
 template <bool kScaled, typename acc_t>
 __device__ __forceinline__ Pair<acc_t> coefficient_factor(Pair<acc_t> rnorm, acc_t c_scale) {
   if constexpr (kScaled) {

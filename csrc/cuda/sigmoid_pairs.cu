@@ -16,7 +16,10 @@ struct Call {
   ProblemOf<Engine> problem;  // seen from the rows
 
   Call(Launcher& launcher, const SigmoidPairsArgs& args, const acc_t* weight)
-      : rows{static_cast<const scalar_t*>(args.rows), {args.row_strides[0], args.row_strides[1]}, args.N, args.D},
+      : rows{static_cast<const scalar_t*>(args.rows),
+             {args.row_strides[0], args.row_strides[1]},
+             args.N,
+             args.D},
         columns{static_cast<const scalar_t*>(args.columns),
                 {args.column_strides[0], args.column_strides[1]},
                 args.M,
@@ -214,10 +217,10 @@ template <typename Engine>
 void run(Launcher& launcher, const SigmoidPairsBwdArgs& args) {
   using acc_t = typename Engine::acc_t;
   auto* weight = launcher.scratch<acc_t>(args.common.N);
-  launcher.launch(sigmoid_pairs_weight_kernel<acc_t>, blocks_for(args.common.N, 256), 256, 0, args.grad_losses,
-                  args.common.N, weight);
-  gradients<Engine, typename Engine::scalar_t>(launcher, args.common, weight, args.grad_rows, args.grad_columns,
-                                               {nullptr, args.grad_scale, args.grad_bias});
+  launcher.launch(sigmoid_pairs_weight_kernel<acc_t>, blocks_for(args.common.N, 256), 256, 0,
+                  args.grad_losses, args.common.N, weight);
+  gradients<Engine, typename Engine::scalar_t>(launcher, args.common, weight, args.grad_rows,
+                                               args.grad_columns, {nullptr, args.grad_scale, args.grad_bias});
 }
 
 template <typename Args>

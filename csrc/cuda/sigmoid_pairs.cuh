@@ -5,8 +5,9 @@
 //   loss_ij = softplus(u_ij) = max(u_ij, 0) + log1p(e),  e = exp(-|u_ij|)
 //   A_ij = g (+-) 1 / (1 + exp(-u_ij)), minus for the positive pairs, g that of the row of the loss
 //
-// One exponential and one reciprocal serve both; softplus and sigma of the positive pairs are taken at -z. Pairs of equal
-// ids are the positive ones in place of the diagonal, or those off the diagonal are left out of both.
+// One exponential and one reciprocal serve both; softplus and sigma of the positive pairs are taken at -z.
+// Pairs of equal ids are the positive ones in place of the diagonal, or those off the diagonal are left out
+// of both.
 #pragma once
 
 #include <cstdint>
@@ -52,17 +53,21 @@ template <typename Engine>
 using ProblemOf = Problem<typename Engine::scalar_t, typename Engine::acc_t,
                           std::conditional_t<kHasIds<Engine>, Ids, NoIds>>;
 
-// The elements of this lane, in a warp's part of a tile at (row0, column0), whose row and column have equal ids: their
-// element_bit. Those outside the matrix may be among them. One row at a time, for the backward has few registers left.
+// The elements of this lane, in a warp's part of a tile at (row0, column0), whose row and column have equal
+// ids: their element_bit. Those outside the matrix may be among them. One row at a time, for the backward has
+// few registers left.
 template <int kNTiles, typename Problem>
 __device__ __forceinline__ auto equal_ids(const Problem& problem, int64_t row0, int64_t column0) {
   using Bits = std::conditional_t<kNTiles * 8 <= 32, uint32_t, uint64_t>;
   const int lane = threadIdx.x % kWarpSize;
-  const auto id = [](const int64_t* ids, int64_t index, int64_t count) { return index < count ? ids[index] : 0; };
+  const auto id = [](const int64_t* ids, int64_t index, int64_t count) {
+    return index < count ? ids[index] : 0;
+  };
   Bits equal = 0;
 #pragma unroll 1
   for (int i = 0; i < 4; ++i) {
-    const int64_t row_id = id(problem.own_ids, row0 + fragment_row(lane, i / 2, i % 2 * 2), problem.own.count);
+    const int64_t row_id =
+        id(problem.own_ids, row0 + fragment_row(lane, i / 2, i % 2 * 2), problem.own.count);
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) {
 #pragma unroll
@@ -76,8 +81,8 @@ __device__ __forceinline__ auto equal_ids(const Problem& problem, int64_t row0, 
   return equal;
 }
 
-// Calls f(z, row, column, positive) for the elements inside the matrix that are not left out, of a warp's part of a tile
-// of dot products at (row0, column0); row and column count from there. The others become 0.
+// Calls f(z, row, column, positive) for the elements inside the matrix that are not left out, of a warp's
+// part of a tile of dot products at (row0, column0); row and column count from there. The others become 0.
 template <int kNTiles, typename scalar_t, typename acc_t, typename ids_t, typename F>
 __device__ __forceinline__ void for_each_pair(Fragment<acc_t, kNTiles>& c,
                                               const Problem<scalar_t, acc_t, ids_t>& problem, int64_t row0,
@@ -90,7 +95,8 @@ __device__ __forceinline__ void for_each_pair(Fragment<acc_t, kNTiles>& c,
   const bool whole = rows == kWarpRows && columns == kColumns;
   // Of the positive column of row 0; kColumns stands for any that meets no element.
   const int64_t to_positive = row0 + problem.diagonal - column0;
-  const int offset = to_positive > -kWarpRows && to_positive < kColumns ? static_cast<int>(to_positive) : kColumns;
+  const int offset =
+      to_positive > -kWarpRows && to_positive < kColumns ? static_cast<int>(to_positive) : kColumns;
   const auto equal = [&] {
     if constexpr (kIds)
       return equal_ids<kNTiles>(problem, row0, column0);
@@ -139,9 +145,9 @@ struct Softplus {
 //
 //   loss_i = sum_j softplus(u_ij)
 //
-// Tiling: ReduceShape; every thread sums its share of 4 rows, a tile in acc_t and the tiles in double, and the
-//   lanes of a row meet once at the end. B = ceil(N / 128) blocks, T = ceil(M / kBlockN) tiles, S = ceil(D / 128
-//   bytes) steps.
+// Tiling: ReduceShape; every thread sums its share of 4 rows, a tile in acc_t and the tiles in double, and
+//   the lanes of a row meet once at the end. B = ceil(N / 128) blocks, T = ceil(M / kBlockN) tiles, S =
+//   ceil(D / 128 bytes) steps.
 // Products: 1 unit of 2 N M D flops, 256 B T S mma, each 16 x 8 by 32 bytes of depth.
 // Traffic, 32-byte sectors of global memory: operands 4 N S (times T where S > 3) + 4 B M S, column norms B T
 //   kBlockN / 8, row norms and scalars 24 B. Writes N doubles a part.
@@ -192,7 +198,7 @@ __global__ void __launch_bounds__(FwdShape<Engine>::kThreads, FwdShape<Engine>::
   }
 }
 
-// -------------------------------------------------------------------------------------------------- gradients
+// ------------------------------------------------------------------------------------------------ gradients
 //
 //   G_i = sum_j A_ij rnorm_j y_j     dx^_i = scale G_i     dscale = sum_i <x^_i, G_i>     dbias = sum_ij A_ij
 //
@@ -207,8 +213,8 @@ __global__ void __launch_bounds__(FwdShape<Engine>::kThreads, FwdShape<Engine>::
 // Products: 2 units of 2 N M D flops a side, B T S kBlockM kBlockN / 16 mma.
 // Traffic, 32-byte sectors of global memory: operands 4 N S (times T where S > 3) + 8 B M S; row and column
 //   terms, of which there are 2 with weights, B (kBlockM + T kBlockN) / 8 each. Writes N D acc_t a part.
-// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * 128 bytes, 2 * (kBlockM + 3 *
-//   kBlockN) acc_t of terms. Bank conflicts as in the backward of `contrastive`.
+// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * 128 bytes, 2 * (kBlockM +
+//   3 * kBlockN) acc_t of terms. Bank conflicts as in the backward of `contrastive`.
 // Occupancy: one block of 256 threads per multiprocessor, at most 255 registers.
 // Numerics: A in acc_t, rounded once to scalar_t; half scales it by a power of two that brings its bound near
 //   2^15. Losses and dbias are summed over a tile in acc_t, over tiles in double.

@@ -6,8 +6,9 @@
 // steps of 128 bytes of D. The operand tiles of a step come through a ring of kStages buffers by cp.async,
 // kStages - 1 steps ahead; each step opens with one wait and one barrier, which publish the step's tiles and
 // say that the buffer loaded next is no longer read. The owner's tiles stay in shared memory after the first
-// tile where all of D fits into kOwnerSlots steps; otherwise they come again with each tile. Where the other side is
-// stored in a narrower type (WideningEngine), its tiles are widened through registers by the same schedule.
+// tile where all of D fits into kOwnerSlots steps; otherwise they come again with each tile. Where the other
+// side is stored in a narrower type (WideningEngine), its tiles are widened through registers by the same
+// schedule.
 //
 //   TileWalk<Shape, Engine> walk(shared, own, other, {other.rnorm}, width);
 //   for (walk.start(); walk.next();) {
@@ -53,8 +54,8 @@ __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Tiling of kernels that only reduce the tiles: 4 warps, each 32 rows by all columns of the tile. `kColumnTerms`
-// numbers of every column come with its tile, and its label where `kColumnLabels`.
+// Tiling of kernels that only reduce the tiles: 4 warps, each 32 rows by all columns of the tile.
+// `kColumnTerms` numbers of every column come with its tile, and its label where `kColumnLabels`.
 template <typename Engine, int kColumnTerms_, bool kColumnLabels_ = false>
 struct ReduceShape {
   using scalar_t = typename Engine::scalar_t;
@@ -84,8 +85,8 @@ struct ReduceShape {
 };
 
 // Tiling of kernels that multiply coefficients made of the tile by the other side's rows: 8 warps, kWarpsM x
-// kWarpsN, each 32 rows by kBlockN / kWarpsN columns of the tile. The coefficients, rounded to scalar_t, are an
-// operand tile in shared memory, multiplied in steps over the block's slice of D (blockIdx.z, kSliceChunks
+// kWarpsN, each 32 rows by kBlockN / kWarpsN columns of the tile. The coefficients, rounded to scalar_t, are
+// an operand tile in shared memory, multiplied in steps over the block's slice of D (blockIdx.z, kSliceChunks
 // steps); the result g stays in registers. `kRowTerms` numbers of every row stay in shared memory.
 template <typename Engine, int kWarpsM_, int kSliceChunks_, int kColumnTerms_, int kRowTerms_>
 struct ProductShape {
@@ -118,8 +119,8 @@ struct ProductShape {
   }
 };
 
-// Tiling of kernels that write a matrix made of the tiles, for walks with two steps a tile at least: 8 warps, 4 x 2,
-// each 32 rows by half of the columns of the tile. The terms of two tiles are there at once.
+// Tiling of kernels that write a matrix made of the tiles, for walks with two steps a tile at least: 8 warps,
+// 4 x 2, each 32 rows by half of the columns of the tile. The terms of two tiles are there at once.
 template <typename Engine, int kColumnTerms_>
 struct MatrixShape {
   using scalar_t = typename Engine::scalar_t;
@@ -200,7 +201,8 @@ class TileWalk {
   __device__ __forceinline__ int warp_row() const { return warp_row_; }
   // First column of the warp's part of the present tile.
   __device__ __forceinline__ int64_t column0() const { return tile_ * Shape::kBlockN + warp_column_; }
-  // Shared memory for kRowTerms numbers of every row; the first step's barrier publishes what start() follows.
+  // Shared memory for kRowTerms numbers of every row; the first step's barrier publishes what start()
+  // follows.
   __device__ __forceinline__ acc_t* row_terms() const {
     return column_terms_ + Shape::kTermSlots * Shape::kColumnTerms * Shape::kBlockN;
   }
@@ -226,8 +228,9 @@ class TileWalk {
 
   // Term `term` of the columns of elements c[.][n][0] and c[.][n][1], which has to be there.
   __device__ __forceinline__ Pair<acc_t> column_pair(int term, int n) const {
-    const acc_t* values =
-        column_terms_ + (tile_ % Shape::kTermSlots * Shape::kColumnTerms + term) * Shape::kBlockN + warp_column_;
+    const acc_t* values = column_terms_ +
+                          (tile_ % Shape::kTermSlots * Shape::kColumnTerms + term) * Shape::kBlockN +
+                          warp_column_;
     return *reinterpret_cast<const Pair<acc_t>*>(values + fragment_column(threadIdx.x % kWarpSize, n, 0));
   }
 
@@ -255,9 +258,9 @@ class TileWalk {
     }
   }
 
-  // The factors times c, as the operand of accumulate(). factor(n) gives those of a pair of columns. The barrier
-  // of accumulate()'s first step stands between this and the reading, that of the next tile between the reading
-  // and the next writing.
+  // The factors times c, as the operand of accumulate(). factor(n) gives those of a pair of columns. The
+  // barrier of accumulate()'s first step stands between this and the reading, that of the next tile between
+  // the reading and the next writing.
   template <typename Factor>
   __device__ __forceinline__ void store_coefficients(const Tile& c, Factor factor) const {
     const int lane = threadIdx.x % kWarpSize;
@@ -275,7 +278,8 @@ class TileWalk {
     }
   }
 
-  // The same as a part of a matrix of whole tiles in global memory; `rows` is where the block's first row begins.
+  // The same as a part of a matrix of whole tiles in global memory; `rows` is where the block's first row
+  // begins.
   template <typename Factor>
   __device__ __forceinline__ void write_coefficients(const Tile& c, Factor factor, scalar_t* rows,
                                                      int64_t stride) const {
@@ -365,8 +369,8 @@ class TileWalk {
 
   __device__ __forceinline__ void advance() { stage_ = stage_ + 1 == kStages ? 0 : stage_ + 1; }
 
-  // Loads go through the same sequence of steps as the products, kStages - 1 before them. Steps 0 .. chunks - 1
-  // of a tile are for the products, the others for accumulate().
+  // Loads go through the same sequence of steps as the products, kStages - 1 before them. Steps 0 .. chunks -
+  // 1 of a tile are for the products, the others for accumulate().
   __device__ __forceinline__ void load_next() {
     if (load_tile_ < split_.end) {
       const int64_t column0 = load_tile_ * Shape::kBlockN;
@@ -375,19 +379,20 @@ class TileWalk {
           static_cast<int64_t>(for_products ? load_step_ : slice0_ + load_step_ - chunks_) * Shape::kChunk;
       if (for_products && (!resident_ || load_tile_ == split_.begin)) {
         const int slot = resident_ ? load_step_ : load_stage_;
-        load_tile<Shape::kBlockM, Shape::kThreads>(own_tiles_ + slot * Shape::kOwnBytes, own_.data, own_.stride,
-                                                   own_.count, width_, row0_, depth0);
+        load_tile<Shape::kBlockM, Shape::kThreads>(own_tiles_ + slot * Shape::kOwnBytes, own_.data,
+                                                   own_.stride, own_.count, width_, row0_, depth0);
       }
       unsigned char* other_tile = other_tiles_ + load_stage_ * Shape::kOtherBytes;
       if constexpr (std::is_same_v<scalar_t, other_t>) {
-        load_tile<Shape::kBlockN, Shape::kThreads>(other_tile, other_.data, other_.stride, other_.count, width_,
-                                                   column0, depth0);
+        load_tile<Shape::kBlockN, Shape::kThreads>(other_tile, other_.data, other_.stride, other_.count,
+                                                   width_, column0, depth0);
       } else {
-        load_widened_tile<Shape::kBlockN, Shape::kThreads>(other_tile, other_.data, other_.stride, other_.count,
-                                                           width_, column0, depth0);
+        load_widened_tile<Shape::kBlockN, Shape::kThreads>(other_tile, other_.data, other_.stride,
+                                                           other_.count, width_, column0, depth0);
       }
       if (load_step_ == 0 && threadIdx.x < Shape::kBlockN) {
-        acc_t* to = column_terms_ + load_tile_ % Shape::kTermSlots * Shape::kColumnTerms * Shape::kBlockN + threadIdx.x;
+        acc_t* to = column_terms_ + load_tile_ % Shape::kTermSlots * Shape::kColumnTerms * Shape::kBlockN +
+                    threadIdx.x;
         const int64_t j = column0 + threadIdx.x;
         const bool valid = j < other_.count;
 #pragma unroll

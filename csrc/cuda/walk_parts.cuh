@@ -1,4 +1,5 @@
-// What launchers decide of the walk of permutation_walk.cuh: into how many pieces they cut it, and where its order is made.
+// What launchers decide of the walk of permutation_walk.cuh: into how many pieces they cut it, and where its
+// order is made.
 #pragma once
 
 #include "launcher.cuh"

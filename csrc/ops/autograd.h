@@ -1,5 +1,5 @@
-// What every node of autograd in C++ needs: the operators that it calls, what it keeps for its backward, and refusals of what
-// it has no derivative for.
+// What every node of autograd in C++ needs: the operators that it calls, what it keeps for its backward, and
+// refusals of what it has no derivative for.
 #pragma once
 
 #include <ATen/FuncTorchTLS.h>
@@ -30,20 +30,21 @@ inline OptionalTensor if_defined(const at::Tensor& tensor) {
 
 inline at::Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : at::Tensor(); }
 
-// Inference tensors, which autograd refuses to save, as clones; the others as they are. A teacher's features are made
-// under inference_mode and get no gradient.
+// Inference tensors, which autograd refuses to save, as clones; the others as they are. A teacher's features
+// are made under inference_mode and get no gradient.
 inline torch::autograd::variable_list savable(torch::autograd::variable_list tensors) {
   for (at::Tensor& tensor : tensors)
     if (tensor.defined() && tensor.is_inference()) tensor = tensor.clone();
   return tensors;
 }
 
-// Operators that are differentiated once must not be differentiated again as if their gradients were constants.
+// Operators that are differentiated once must not be differentiated again as if their gradients were
+// constants.
 struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
   using variable_list = torch::autograd::variable_list;
 
-  static variable_list forward(torch::autograd::AutogradContext* ctx, at::TensorList grads, at::TensorList /*origins*/,
-                               const std::string& op) {
+  static variable_list forward(torch::autograd::AutogradContext* ctx, at::TensorList grads,
+                               at::TensorList /*origins*/, const std::string& op) {
     ctx->saved_data["op"] = op;
     variable_list passed;
     for (const at::Tensor& grad : grads) passed.push_back(grad.detach());
@@ -56,8 +57,8 @@ struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
 };
 
 // The gradients, which refuse to be differentiated by any of the defined ones among `origins`.
-inline torch::autograd::variable_list without_second_derivative(const char* op, torch::autograd::variable_list grads,
-                                                                const torch::autograd::variable_list& origins) {
+inline torch::autograd::variable_list without_second_derivative(
+    const char* op, torch::autograd::variable_list grads, const torch::autograd::variable_list& origins) {
   if (!at::GradMode::is_enabled()) return grads;
   torch::autograd::variable_list defined;
   for (const at::Tensor& origin : origins)
@@ -68,8 +69,9 @@ inline torch::autograd::variable_list without_second_derivative(const char* op, 
 // The tangent of a dual tensor must not be dropped.
 inline void refuse_forward_mode(const char* op, std::initializer_list<const at::Tensor*> inputs) {
   for (const at::Tensor* input : inputs)
-    TORCH_CHECK_NOT_IMPLEMENTED(!input || !input->defined() || !input->_fw_grad(/*level=*/0).defined(), op,
-                                ": backend \"native\" has no forward-mode derivative; backend=\"reference\" has one");
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !input || !input->defined() || !input->_fw_grad(/*level=*/0).defined(), op,
+        ": backend \"native\" has no forward-mode derivative; backend=\"reference\" has one");
 }
 
 // torch.func.grad, vjp and vmap of them take no node of autograd in C++. Called where there would be one.
@@ -79,8 +81,8 @@ inline void refuse_torch_func(const char* op) {
   try {
     transforms->checkSupportsCppAutogradFunction();
   } catch (const c10::Error&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false, op,
-                                ": backend \"native\" has no derivative inside torch.func; backend=\"reference\" has one");
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, op, ": backend \"native\" has no derivative inside torch.func; backend=\"reference\" has one");
   }
 }
 

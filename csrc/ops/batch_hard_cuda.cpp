@@ -1,5 +1,5 @@
-// Registers the CUDA kernel as `batch_hard.native`: allocates results and scratch memory, passes plain pointers to the
-// launcher of csrc/cuda/batch_hard.h on the current stream.
+// Registers the CUDA kernel as `batch_hard.native`: allocates results and scratch memory, passes plain
+// pointers to the launcher of csrc/cuda/batch_hard.h on the current stream.
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>

@@ -1,5 +1,5 @@
-// Registers the CPU kernel as `class_contrastive_fwd.native` and `class_contrastive_bwd.native`, and differentiates the
-// one by the other. The schema is in ssl_kernels/ops/class_contrastive.py.
+// Registers the CPU kernel as `class_contrastive_fwd.native` and `class_contrastive_bwd.native`, and
+// differentiates the one by the other. The schema is in ssl_kernels/ops/class_contrastive.py.
 #include <torch/library.h>
 
 #include "../cpu/contrastive.h"
@@ -16,8 +16,9 @@ using torch::autograd::variable_list;
 
 using ForwardOp = cpu::ClassContrastiveFwd(const Tensor& rows, const Tensor& scale, const Tensor& positives,
                                            bool normalize, bool keep);
-using BackwardOp = std::tuple<Tensor, Tensor>(const Tensor& grad_losses, const Tensor& rows, const Tensor& scale,
-                                              const Tensor& positives, const Tensor& counts, const Tensor& lse,
+using BackwardOp = std::tuple<Tensor, Tensor>(const Tensor& grad_losses, const Tensor& rows,
+                                              const Tensor& scale, const Tensor& positives,
+                                              const Tensor& counts, const Tensor& lse,
                                               const Tensor& row_rnorm, const Tensor& kept, bool normalize,
                                               bool rows_need_grad);
 
@@ -31,28 +32,30 @@ const auto& backward_op() {
   return op;
 }
 
-cpu::ClassContrastiveFwd forward(const Tensor& rows, const Tensor& scale, const Tensor& positives, bool normalize,
-                                 bool keep) {
+cpu::ClassContrastiveFwd forward(const Tensor& rows, const Tensor& scale, const Tensor& positives,
+                                 bool normalize, bool keep) {
   check_contrastive(rows, std::nullopt, scale, std::nullopt, std::nullopt, std::nullopt);
   return cpu::class_contrastive_fwd(rows, scale, positives, normalize, keep);
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_losses, const Tensor& rows, const Tensor& scale,
                                     const Tensor& positives, const Tensor& counts, const Tensor& lse,
-                                    const Tensor& row_rnorm, const Tensor& kept, bool normalize, bool rows_need_grad) {
+                                    const Tensor& row_rnorm, const Tensor& kept, bool normalize,
+                                    bool rows_need_grad) {
   check_contrastive(rows, std::nullopt, scale, std::nullopt, std::nullopt, std::nullopt);
   for (const Tensor* each : {&grad_losses, &counts, &lse})
     TORCH_CHECK(each->scalar_type() == at::kDouble && each->numel() == rows.size(0) && each->dim() == 1,
                 "class_contrastive: grad_losses, counts and lse must be (N,) float64");
-  return cpu::class_contrastive_bwd(grad_losses, rows, scale, positives, counts, lse.contiguous(), row_rnorm, kept,
-                                    normalize, rows_need_grad);
+  return cpu::class_contrastive_bwd(grad_losses, rows, scale, positives, counts, lse.contiguous(), row_rnorm,
+                                    kept, normalize, rows_need_grad);
 }
 
 struct ClassContrastive : Function<ClassContrastive> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& rows, const Tensor& scale, const Tensor& positives,
-                               bool normalize) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& rows, const Tensor& scale,
+                               const Tensor& positives, bool normalize) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [losses, counts, lse, row_rnorm, kept] = forward_op().call(rows, scale, positives, normalize, /*keep=*/true);
+    auto [losses, counts, lse, row_rnorm, kept] =
+        forward_op().call(rows, scale, positives, normalize, /*keep=*/true);
     ctx->save_for_backward(savable({rows, scale, positives, counts, lse, row_rnorm, kept}));
     ctx->saved_data["normalize"] = normalize;
     ctx->mark_non_differentiable({counts, lse, row_rnorm, kept});
@@ -80,8 +83,8 @@ struct ClassContrastive : Function<ClassContrastive> {
   }
 };
 
-cpu::ClassContrastiveFwd class_contrastive_fwd(const Tensor& rows, const Tensor& scale, const Tensor& positives,
-                                               bool normalize, bool keep) {
+cpu::ClassContrastiveFwd class_contrastive_fwd(const Tensor& rows, const Tensor& scale,
+                                               const Tensor& positives, bool normalize, bool keep) {
   refuse_forward_mode("class_contrastive", {&rows, &scale});
   if (!at::GradMode::is_enabled() || !(rows.requires_grad() || scale.requires_grad())) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;

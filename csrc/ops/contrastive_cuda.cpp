@@ -66,21 +66,23 @@ struct Additions {
   bool any() const { return column_bias || row_bias || row_limit || only_equal_ids; }
 
   ContrastiveAdditions pointers() const {
-    return {pointer(column_bias), pointer(row_bias), pointer(row_limit), pointer<uint8_t>(exempt), only_equal_ids};
+    return {pointer(column_bias), pointer(row_bias), pointer(row_limit), pointer<uint8_t>(exempt),
+            only_equal_ids};
   }
 };
 
 Additions additions_of(const OptionalTensor& column_bias, const OptionalTensor& row_bias,
                        const OptionalTensor& row_limit, const OptionalTensor& exempt, bool only_equal_ids) {
-  return {contiguous(column_bias), contiguous(row_bias), contiguous(row_limit), contiguous(exempt), only_equal_ids};
+  return {contiguous(column_bias), contiguous(row_bias), contiguous(row_limit), contiguous(exempt),
+          only_equal_ids};
 }
 
 Fwd contrastive_fwd(const at::Tensor& rows, const OptionalTensor& columns, const at::Tensor& scale,
                     const OptionalTensor& positives, const OptionalTensor& row_ids,
                     const OptionalTensor& column_ids, bool normalize_rows, bool normalize_columns,
                     bool keep_diagonal, bool both_directions, bool keep, bool columns_need_grad,
-                    const OptionalTensor& column_bias, const OptionalTensor& row_bias, const OptionalTensor& row_limit,
-                    const OptionalTensor& exempt, bool only_equal_ids) {
+                    const OptionalTensor& column_bias, const OptionalTensor& row_bias,
+                    const OptionalTensor& row_limit, const OptionalTensor& exempt, bool only_equal_ids) {
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
   check_additions(rows, columns, scale, row_ids, both_directions, column_bias, row_bias, row_limit, exempt,
                   only_equal_ids);
@@ -123,9 +125,9 @@ Bwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_c
                     const at::Tensor& column_lse, const at::Tensor& row_rnorm, const at::Tensor& column_rnorm,
                     const at::Tensor& kept, bool normalize_rows, bool normalize_columns, bool keep_diagonal,
                     bool both_directions, bool rows_need_grad, bool columns_need_grad,
-                    const OptionalTensor& column_bias, const OptionalTensor& row_bias, const OptionalTensor& row_limit,
-                    const OptionalTensor& exempt, bool only_equal_ids, bool column_bias_needs_grad,
-                    bool row_bias_needs_grad) {
+                    const OptionalTensor& column_bias, const OptionalTensor& row_bias,
+                    const OptionalTensor& row_limit, const OptionalTensor& exempt, bool only_equal_ids,
+                    bool column_bias_needs_grad, bool row_bias_needs_grad) {
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
   check_additions(rows, columns, scale, row_ids, both_directions, column_bias, row_bias, row_limit, exempt,
                   only_equal_ids);
@@ -134,9 +136,9 @@ Bwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_c
   TORCH_CHECK(lse.scalar_type() == at::kDouble && lse.numel() == rows.size(0),
               "contrastive: lse must be what contrastive_fwd returned");
   const bool expectation = holds_expectation(kept);
-  TORCH_CHECK(!expectation || (kept.sizes() == rows.sizes() && kept.scalar_type() == accumulation_dtype(rows) &&
-                               !columns_need_grad && !column_bias_needs_grad && !row_bias_needs_grad &&
-                               (columns || !positives)),
+  TORCH_CHECK(!expectation || (kept.sizes() == rows.sizes() &&
+                               kept.scalar_type() == accumulation_dtype(rows) && !columns_need_grad &&
+                               !column_bias_needs_grad && !row_bias_needs_grad && (columns || !positives)),
               "contrastive: kept must be what contrastive_fwd returned");
   const c10::cuda::CUDAGuard guard(rows.device());
   const auto index = contiguous(positives), row_index = contiguous(row_ids),
@@ -166,7 +168,8 @@ Bwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_c
   args.grad_columns = pointer(grad_columns);
   args.grad_scale = pointer(grad_scale);
   args.common.additions = additions.pointers();
-  const at::Tensor grad_column_bias = at::empty({column_bias_needs_grad ? args.common.M : 0}, grad_scale.options());
+  const at::Tensor grad_column_bias =
+      at::empty({column_bias_needs_grad ? args.common.M : 0}, grad_scale.options());
   const at::Tensor grad_row_bias = at::empty({row_bias_needs_grad ? args.common.N : 0}, grad_scale.options());
   args.grad_column_bias = pointer(grad_column_bias);
   args.grad_row_bias = pointer(grad_row_bias);

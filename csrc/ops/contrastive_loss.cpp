@@ -1,13 +1,16 @@
-// `contrastive_loss.native`: the losses of rows that `contrastive` or `class_contrastive` makes, added up or averaged, as
-// one node of autograd, on every device. At small batches the interpreter and the nodes of cat, sub, div and mean cost more
-// than the kernels. ssl_kernels/losses/_softmax.py has the same algebra composed of torch's operators.
+// `contrastive_loss.native`: the losses of rows that `contrastive` or `class_contrastive` makes, added up or
+// averaged, as one node of autograd, on every device. At small batches the interpreter and the nodes of cat,
+// sub, div and mean cost more than the kernels. ssl_kernels/losses/_softmax.py has the same algebra composed
+// of torch's operators.
 //
 //   views    rows are `rows` above `others`, row i's positive p(i) is its other view:   lse_i - s_i,p(i)
-//   pairs    `others` are the columns, p(i) = i:   lse_i - s_ii,   or with both_directions (lse_i + column_lse_i) / 2 - s_ii
+//   pairs    `others` are the columns, p(i) = i:   lse_i - s_ii,   or with both_directions
+//            (lse_i + column_lse_i) / 2 - s_ii
 //   mixed    the same with two positives, i and m = partner_i, of shares l_i and 1 - l_i:
 //            l_i (lse_i - s_ii) + (1 - l_i) (lse_i - s_im)
 //   debiased views without the partner in their sums, whose losses are the rule "debiased" of row_rules.h
-//   classes  `classes` are the positives of class_contrastive:   its loss, where the mean is over the rows that have a positive
+//   classes  `classes` are the positives of class_contrastive:   its loss, where the mean is over the rows
+//            that have a positive
 #include <ATen/ops/arange.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/cat.h>
@@ -86,9 +89,19 @@ struct Call {
   // The arguments of the CPU kernel. `positives` stand in place of the partner where they are given.
   cpu::ContrastiveArgs arguments(const OptionalTensor& positives, bool keep, bool columns_need_grad) const {
     static const OptionalTensor none;
-    cpu::ContrastiveArgs args{rows, options.are_views ? none : others, scale, positives, row_ids, column_ids,
-                              options.normalize, options.normalize, /*keep_diagonal=*/!options.are_views,
-                              options.both_directions, keep, columns_need_grad, options.are_views ? &*others : nullptr};
+    cpu::ContrastiveArgs args{rows,
+                              options.are_views ? none : others,
+                              scale,
+                              positives,
+                              row_ids,
+                              column_ids,
+                              options.normalize,
+                              options.normalize,
+                              /*keep_diagonal=*/!options.are_views,
+                              options.both_directions,
+                              keep,
+                              columns_need_grad,
+                              options.are_views ? &*others : nullptr};
     if (positives) return args;
     args.partner = options.are_views ? rows.size(0) : 0;
     args.leaves_partner_out = options.leaves_partner_out;
@@ -114,7 +127,8 @@ Tensor filled(int64_t n, double value, const at::TensorOptions& options) {
 }
 
 double number_in(const Tensor& scalar) {
-  return scalar.scalar_type() == at::kDouble ? *scalar.const_data_ptr<double>() : *scalar.const_data_ptr<float>();
+  return scalar.scalar_type() == at::kDouble ? *scalar.const_data_ptr<double>()
+                                             : *scalar.const_data_ptr<float>();
 }
 
 Tensor number(double value, at::ScalarType dtype) {
@@ -177,7 +191,8 @@ class Debiased {
 // The share of each row's own positive.
 class Shares {
  public:
-  explicit Shares(const Tensor& share) : data_(share.const_data_ptr<double>()), step_(share.dim() > 0 ? share.stride(0) : 0) {}
+  explicit Shares(const Tensor& share)
+      : data_(share.const_data_ptr<double>()), step_(share.dim() > 0 ? share.stride(0) : 0) {}
   double operator[](int64_t i) const { return data_[i * step_]; }
 
  private:
@@ -188,7 +203,8 @@ class Shares {
 // The loss, and how many rows were averaged.
 std::pair<Tensor, int64_t> forward(const Call& call, bool columns_need_grad, Saved* saved) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // cat refuses other dtypes
+  // cat refuses other dtypes.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto [are_views, leaves_partner_out, both_directions, normalize, mean] = call.options;
   const bool keep = saved != nullptr, direct = call.runs_directly();
   const int64_t n = call.row_count();
@@ -204,9 +220,10 @@ std::pair<Tensor, int64_t> forward(const Call& call, bool columns_need_grad, Sav
   }
   const auto through_operator = [&] {
     const auto [rows, columns, positives, row_ids, column_ids] = call.operands();
-    return contrastive_forward_op().call(*rows, columns, call.scale, positives, row_ids, column_ids, normalize, normalize,
-                                         /*keep_diagonal=*/!are_views, both_directions, keep, columns_need_grad, std::nullopt,
-                                         std::nullopt, std::nullopt, std::nullopt, /*only_equal_ids=*/false);
+    return contrastive_forward_op().call(
+        *rows, columns, call.scale, positives, row_ids, column_ids, normalize, normalize,
+        /*keep_diagonal=*/!are_views, both_directions, keep, columns_need_grad, std::nullopt, std::nullopt,
+        std::nullopt, std::nullopt, /*only_equal_ids=*/false);
   };
   const OptionalTensor positives = call.listed_positives(keep, columns_need_grad);
   const auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept] =
@@ -225,7 +242,8 @@ std::pair<Tensor, int64_t> forward(const Call& call, bool columns_need_grad, Sav
     sum = Debiased(*call.positive_prior, n, number_in(call.scale), lse, positive_logits).sum();
   } else if (call.share) {
     const Shares share(*call.share);
-    for (int64_t i = 0; i < n; ++i) sum += share[i] * (l[i] - p[2 * i]) + (1 - share[i]) * (l[i] - p[2 * i + 1]);
+    for (int64_t i = 0; i < n; ++i)
+      sum += share[i] * (l[i] - p[2 * i]) + (1 - share[i]) * (l[i] - p[2 * i + 1]);
   } else {
     for (int64_t i = 0; i < n; ++i) sum += (l[i] + c[i]) / 2 - p[i];
   }
@@ -235,8 +253,9 @@ std::pair<Tensor, int64_t> forward(const Call& call, bool columns_need_grad, Sav
 Tensor scale_of(const OptionalTensor& scale, double constant, const Tensor& rows) {
   if (scale) return *scale;
   const auto dtype = rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return can_be_read(rows) && !c10::impl::dispatch_mode_enabled() ? number(constant, dtype)
-                                                                   : at::scalar_tensor(constant, rows.options().dtype(dtype));
+  return can_be_read(rows) && !c10::impl::dispatch_mode_enabled()
+             ? number(constant, dtype)
+             : at::scalar_tensor(constant, rows.options().dtype(dtype));
 }
 
 struct ContrastiveLoss : Function<ContrastiveLoss> {
@@ -244,24 +263,25 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
 
   static Tensor forward(AutogradContext* ctx, const Tensor& rows, const OptionalTensor& others,
                         const OptionalTensor& learned_scale, double constant, const OptionalTensor& classes,
-                        const OptionalTensor& row_ids, const OptionalTensor& column_ids, const OptionalTensor& partner,
-                        const OptionalTensor& share, std::optional<double> positive_prior, Options options,
-                        int64_t* counted) {
+                        const OptionalTensor& row_ids, const OptionalTensor& column_ids,
+                        const OptionalTensor& partner, const OptionalTensor& share,
+                        std::optional<double> positive_prior, Options options, int64_t* counted) {
     const Tensor scale = scale_of(learned_scale, constant, rows);
     Saved saved;
     const Call call{rows,    others, scale,          classes, row_ids, column_ids,
                     partner, share,  positive_prior, options};
     const auto [loss, count] = ssl_kernels::forward(call, others && others->requires_grad(), &saved);
     // The views rather than their concatenation: they are likely kept alive by others as well.
-    ctx->save_for_backward(savable({rows, or_undefined(others), scale, or_undefined(classes), or_undefined(row_ids),
-                                    or_undefined(column_ids), saved.lse, saved.column_lse, saved.row_rnorm,
-                                    saved.column_rnorm, saved.kept, saved.counts, or_undefined(partner), or_undefined(share),
-                                    saved.positive_logits}));
+    ctx->save_for_backward(savable(
+        {rows, or_undefined(others), scale, or_undefined(classes), or_undefined(row_ids),
+         or_undefined(column_ids), saved.lse, saved.column_lse, saved.row_rnorm, saved.column_rnorm,
+         saved.kept, saved.counts, or_undefined(partner), or_undefined(share), saved.positive_logits}));
     ctx->saved_data["options"] = options.packed();
     ctx->saved_data["divisor"] = options.mean ? std::max<int64_t>(count, 1) : 1;
     // Among the inputs that were there.
     ctx->saved_data["scale"] = learned_scale ? 1 + int64_t{others.has_value()} : -1;
-    ctx->saved_data["share"] = share ? 3 + int64_t{learned_scale.has_value()} : -1;  // the mixed loss has others and a partner
+    // The mixed loss has others and a partner.
+    ctx->saved_data["share"] = share ? 3 + int64_t{learned_scale.has_value()} : -1;
     if (positive_prior) ctx->saved_data["positive_prior"] = *positive_prior;
     *counted = count;
     return loss;
@@ -269,14 +289,16 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &rows = saved[0], &scale = saved[2], &lse = saved[6], &column_lse = saved[7], &row_rnorm = saved[8],
-                 &column_rnorm = saved[9], &kept = saved[10], &counts = saved[11];
-    const OptionalTensor others = if_defined(saved[1]), classes = if_defined(saved[3]), row_ids = if_defined(saved[4]),
-                         column_ids = if_defined(saved[5]), partner = if_defined(saved[12]), share = if_defined(saved[13]);
+    const Tensor &rows = saved[0], &scale = saved[2], &lse = saved[6], &column_lse = saved[7],
+                 &row_rnorm = saved[8], &column_rnorm = saved[9], &kept = saved[10], &counts = saved[11];
+    const OptionalTensor others = if_defined(saved[1]), classes = if_defined(saved[3]),
+                         row_ids = if_defined(saved[4]), column_ids = if_defined(saved[5]),
+                         partner = if_defined(saved[12]), share = if_defined(saved[13]);
     const Tensor& positive_logits = saved[14];
     const Options options = Options::unpacked(ctx->saved_data["options"].toInt());
     const double divisor = static_cast<double>(ctx->saved_data["divisor"].toInt());
-    const int64_t scale_input = ctx->saved_data["scale"].toInt(), share_input = ctx->saved_data["share"].toInt();
+    const int64_t scale_input = ctx->saved_data["scale"].toInt(),
+                  share_input = ctx->saved_data["share"].toInt();
     const bool others_need_grad = others && ctx->needs_input_grad(1);
     const bool rows_need_grad = ctx->needs_input_grad(0) || (options.are_views && others_need_grad);
     const bool columns_need_grad = !options.are_views && others_need_grad;
@@ -315,33 +337,35 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
       }
       if (options.both_directions) by_column_lse = by_lse;
       if (classes) {
-        std::tie(by_rows, by_scale) = cpu::class_contrastive_bwd(*by_lse, rows, scale, *classes, counts, lse, row_rnorm, kept,
-                                                                 options.normalize, rows_need_grad);
+        std::tie(by_rows, by_scale) = cpu::class_contrastive_bwd(
+            *by_lse, rows, scale, *classes, counts, lse, row_rnorm, kept, options.normalize, rows_need_grad);
       } else if (call.runs_directly()) {
         const OptionalTensor positives = call.listed_positives(/*keep=*/true, columns_need_grad);
-        std::tie(by_rows, by_columns, by_scale, std::ignore, std::ignore) =
-            cpu::contrastive_bwd(call.arguments(positives, /*keep=*/false, columns_need_grad),
-                                 {by_lse, by_column_lse, by_positives, lse, column_lse, row_rnorm, column_rnorm, kept,
-                                  rows_need_grad, columns_need_grad, /*class_weight=*/nullptr,
-                                  /*column_bias_needs_grad=*/false, /*row_bias_needs_grad=*/false,
-                                  /*scale_needs_grad=*/scale_input >= 0});
+        std::tie(by_rows, by_columns, by_scale, std::ignore, std::ignore) = cpu::contrastive_bwd(
+            call.arguments(positives, /*keep=*/false, columns_need_grad),
+            {by_lse, by_column_lse, by_positives, lse, column_lse, row_rnorm, column_rnorm, kept,
+             rows_need_grad, columns_need_grad, /*class_weight=*/nullptr,
+             /*column_bias_needs_grad=*/false, /*row_bias_needs_grad=*/false,
+             /*scale_needs_grad=*/scale_input >= 0});
       } else {
         const auto [all_rows, columns, positives, of_rows, of_columns] = call.operands();
         std::tie(by_rows, by_columns, by_scale, std::ignore, std::ignore) = contrastive_backward_op().call(
-            by_lse, by_column_lse, by_positives, *all_rows, columns, scale, positives, of_rows, of_columns, lse, column_lse,
-            row_rnorm, column_rnorm, kept, options.normalize, options.normalize, /*keep_diagonal=*/!options.are_views,
-            options.both_directions, rows_need_grad, columns_need_grad, std::nullopt, std::nullopt, std::nullopt,
-            std::nullopt, /*only_equal_ids=*/false, /*column_bias_needs_grad=*/false, /*row_bias_needs_grad=*/false);
+            by_lse, by_column_lse, by_positives, *all_rows, columns, scale, positives, of_rows, of_columns,
+            lse, column_lse, row_rnorm, column_rnorm, kept, options.normalize, options.normalize,
+            /*keep_diagonal=*/!options.are_views, options.both_directions, rows_need_grad, columns_need_grad,
+            std::nullopt, std::nullopt, std::nullopt, std::nullopt, /*only_equal_ids=*/false,
+            /*column_bias_needs_grad=*/false, /*row_bias_needs_grad=*/false);
       }
       if (by_scale_of_rule != 0)
         by_scale = number(number_in(by_scale) + by_scale_of_rule, by_scale.scalar_type());
     }
     variable_list by_input(kInputs);
     if (at::GradMode::is_enabled()) {
-      const variable_list refusing = without_second_derivative(
-          kName,
-          {by_rows, by_columns.defined() ? by_columns : by_scale, by_scale, by_share.defined() ? by_share : by_scale},
-          {rows, saved[1], scale, saved[13], grads[0]});
+      const variable_list refusing =
+          without_second_derivative(kName,
+                                    {by_rows, by_columns.defined() ? by_columns : by_scale, by_scale,
+                                     by_share.defined() ? by_share : by_scale},
+                                    {rows, saved[1], scale, saved[13], grads[0]});
       by_rows = refusing[0], by_columns = refusing[1], by_scale = refusing[2], by_share = refusing[3];
     }
     if (!options.are_views) {
@@ -358,12 +382,14 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
   }
 
   // The gradients by the logits of both positives and by the shares, of each row's loss `total`.
-  static std::pair<Tensor, Tensor> of_shares(double total, const Tensor& positive_logits, const Tensor& share) {
+  static std::pair<Tensor, Tensor> of_shares(double total, const Tensor& positive_logits,
+                                             const Tensor& share) {
     const int64_t n = positive_logits.size(0);
     const Tensor by_positives = cpu::pooled({n, 2}, positive_logits.options());
     const Tensor by_share = at::zeros_like(share, {}, at::MemoryFormat::Contiguous);
     const double* p = positive_logits.const_data_ptr<double>();
-    double *of_logits = by_positives.mutable_data_ptr<double>(), *of_share = by_share.mutable_data_ptr<double>();
+    double *of_logits = by_positives.mutable_data_ptr<double>(),
+           *of_share = by_share.mutable_data_ptr<double>();
     const Shares shares(share);
     for (int64_t i = 0; i < n; ++i) {
       of_logits[2 * i] = -total * shares[i];
@@ -376,28 +402,31 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
 
 }  // namespace
 
-std::tuple<Tensor, int64_t> contrastive_loss(const Tensor& rows, const OptionalTensor& others, const OptionalTensor& scale,
-                                             double constant, const OptionalTensor& classes, const OptionalTensor& row_ids,
-                                             const OptionalTensor& column_ids, const OptionalTensor& partner,
-                                             const OptionalTensor& share, std::optional<double> positive_prior,
-                                             bool are_views, bool leaves_partner_out, bool both_directions,
-                                             bool normalize, bool mean) {
+std::tuple<Tensor, int64_t> contrastive_loss(
+    const Tensor& rows, const OptionalTensor& others, const OptionalTensor& scale, double constant,
+    const OptionalTensor& classes, const OptionalTensor& row_ids, const OptionalTensor& column_ids,
+    const OptionalTensor& partner, const OptionalTensor& share, std::optional<double> positive_prior,
+    bool are_views, bool leaves_partner_out, bool both_directions, bool normalize, bool mean) {
   RECORD_FUNCTION("ssl_kernels::contrastive_loss", std::vector<c10::IValue>());
   TORCH_CHECK(others.has_value() != classes.has_value(), "contrastive_loss: others or classes must be given");
-  TORCH_CHECK(rows.dim() == 2 && (!others || (others->sizes() == rows.sizes() && others->device() == rows.device() &&
-                                              others->scalar_type() == rows.scalar_type())),
-              "contrastive_loss: rows and others must be 2-d and alike");
+  TORCH_CHECK(
+      rows.dim() == 2 && (!others || (others->sizes() == rows.sizes() && others->device() == rows.device() &&
+                                      others->scalar_type() == rows.scalar_type())),
+      "contrastive_loss: rows and others must be 2-d and alike");
   TORCH_CHECK(partner.has_value() == share.has_value() &&
-                  (!share || (others && !are_views && !both_directions && can_be_read(rows) && can_be_read(*partner) &&
-                              can_be_read(*share) && share->scalar_type() == at::kDouble && share->dim() <= 1 &&
-                              partner->sizes() == rows.sizes().slice(0, 1) && partner->scalar_type() == at::kLong &&
-                              (share->dim() == 0 || share->sizes() == partner->sizes()))),
-              "contrastive_loss: partner and share must be given together, int64 (N,) and float64 (N,) or (), on cpu");
-  TORCH_CHECK(!positive_prior || (are_views && leaves_partner_out && rows.size(0) > 1 &&
-                                  *positive_prior >= 0 && *positive_prior < 1 && can_be_read(rows) && can_be_read(*others) &&
-                                  (!scale || can_be_read(*scale)) && !c10::impl::dispatch_mode_enabled()),
-              "contrastive_loss: positive_prior must be in [0, 1) and go with views of two samples or more on cpu"
-              " whose partners are left out");
+                  (!share ||
+                   (others && !are_views && !both_directions && can_be_read(rows) && can_be_read(*partner) &&
+                    can_be_read(*share) && share->scalar_type() == at::kDouble && share->dim() <= 1 &&
+                    partner->sizes() == rows.sizes().slice(0, 1) && partner->scalar_type() == at::kLong &&
+                    (share->dim() == 0 || share->sizes() == partner->sizes()))),
+              "contrastive_loss: partner and share must be given together, int64 (N,) and float64 (N,) or "
+              "(), on cpu");
+  TORCH_CHECK(
+      !positive_prior || (are_views && leaves_partner_out && rows.size(0) > 1 && *positive_prior >= 0 &&
+                          *positive_prior < 1 && can_be_read(rows) && can_be_read(*others) &&
+                          (!scale || can_be_read(*scale)) && !c10::impl::dispatch_mode_enabled()),
+      "contrastive_loss: positive_prior must be in [0, 1) and go with views of two samples or more on cpu"
+      " whose partners are left out");
   if (share) {
     cpu::checked_permutation("imix_loss", *partner);
     cpu::checked_lam<double>("imix_loss", share->dim() > 0 ? *share : share->unsqueeze(0));
@@ -416,20 +445,22 @@ std::tuple<Tensor, int64_t> contrastive_loss(const Tensor& rows, const OptionalT
                    /*columns_need_grad=*/false, nullptr);
   refuse_torch_func(kName);
   int64_t counted = 0;
-  const Tensor loss = ContrastiveLoss::apply(rows, others, scale, constant, classes, row_ids, column_ids, partner, share,
-                                             positive_prior, options, &counted);
+  const Tensor loss = ContrastiveLoss::apply(rows, others, scale, constant, classes, row_ids, column_ids,
+                                             partner, share, positive_prior, options, &counted);
   return {loss, counted};
 }
 
 namespace {
 
 TORCH_LIBRARY_FRAGMENT(ssl_kernels, library) {
-  // The scale is a tensor that may be learned, or else the constant. Also returns how many rows the mean is over.
-  library.def("contrastive_loss.native(Tensor rows, Tensor? others, Tensor? scale, float constant, Tensor? classes, "
-              "Tensor? row_ids, Tensor? column_ids, Tensor? partner, Tensor? share, float? positive_prior, "
-              "bool are_views, bool leaves_partner_out, bool both_directions, bool normalize, bool mean) "
-              "-> (Tensor, int)",
-              &contrastive_loss);
+  // The scale is a tensor that may be learned, or else the constant. Also returns how many rows the mean is
+  // over.
+  library.def(
+      "contrastive_loss.native(Tensor rows, Tensor? others, Tensor? scale, float constant, Tensor? classes, "
+      "Tensor? row_ids, Tensor? column_ids, Tensor? partner, Tensor? share, float? positive_prior, "
+      "bool are_views, bool leaves_partner_out, bool both_directions, bool normalize, bool mean) "
+      "-> (Tensor, int)",
+      &contrastive_loss);
 }
 
 }  // namespace

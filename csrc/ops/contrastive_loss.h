@@ -1,4 +1,5 @@
-// `contrastive_loss.native` as a function, for callers that need none of what the dispatcher does: contrastive_loss.cpp.
+// `contrastive_loss.native` as a function, for callers that need none of what the dispatcher does:
+// contrastive_loss.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,14 +9,11 @@
 
 namespace ssl_kernels {
 
-std::tuple<at::Tensor, int64_t> contrastive_loss(const at::Tensor& rows, const std::optional<at::Tensor>& others,
-                                                 const std::optional<at::Tensor>& scale, double constant,
-                                                 const std::optional<at::Tensor>& classes,
-                                                 const std::optional<at::Tensor>& row_ids,
-                                                 const std::optional<at::Tensor>& column_ids,
-                                                 const std::optional<at::Tensor>& partner,
-                                                 const std::optional<at::Tensor>& share,
-                                                 std::optional<double> positive_prior, bool are_views,
-                                                 bool leaves_partner_out, bool both_directions, bool normalize, bool mean);
+std::tuple<at::Tensor, int64_t> contrastive_loss(
+    const at::Tensor& rows, const std::optional<at::Tensor>& others, const std::optional<at::Tensor>& scale,
+    double constant, const std::optional<at::Tensor>& classes, const std::optional<at::Tensor>& row_ids,
+    const std::optional<at::Tensor>& column_ids, const std::optional<at::Tensor>& partner,
+    const std::optional<at::Tensor>& share, std::optional<double> positive_prior, bool are_views,
+    bool leaves_partner_out, bool both_directions, bool normalize, bool mean);
 
 }  // namespace ssl_kernels

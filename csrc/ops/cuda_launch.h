@@ -1,4 +1,5 @@
-// What the torch side of every CUDA operation shares: tensors as plain pointers, scratch memory, the current stream.
+// What the torch side of every CUDA operation shares: tensors as plain pointers, scratch memory, the current
+// stream.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -43,8 +44,8 @@ T* pointer(const std::optional<at::Tensor>& tensor) {
   return tensor ? pointer<T>(*tensor) : nullptr;
 }
 
-// Runs a launcher with the scratch memory that it asks for, on the current stream of the device of `rows`, which is
-// the current device.
+// Runs a launcher with the scratch memory that it asks for, on the current stream of the device of `rows`,
+// which is the current device.
 template <typename Args>
 void launch(Args& args, const at::Tensor& rows, int (*workspace_bytes)(const Args*, size_t*),
             int (*launcher)(const Args*, cudaStream_t)) {

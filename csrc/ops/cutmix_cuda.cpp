@@ -1,4 +1,5 @@
-// Registers the CUDA kernels of cutmix: results and scratch memory, then csrc/cuda/cutmix.h on the current stream.
+// Registers the CUDA kernels of cutmix: results and scratch memory, then csrc/cuda/cutmix.h on the current
+// stream.
 #include <torch/library.h>
 
 #include "../cuda/cutmix.h"
@@ -42,8 +43,8 @@ void cutmix_(const at::Tensor& x, const at::Tensor& boxes, const at::Tensor& per
   copy_back(x, dense);
 }
 
-at::Tensor into_new(const at::Tensor& x, const at::Tensor& boxes, const at::Tensor& permutation, int32_t dtype,
-                    Workspace workspace, Launcher launcher) {
+at::Tensor into_new(const at::Tensor& x, const at::Tensor& boxes, const at::Tensor& permutation,
+                    int32_t dtype, Workspace workspace, Launcher launcher) {
   check_cutmix("cutmix", x, boxes, permutation);
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor out = at::empty_like(x), dense = dense_result(out);

@@ -1,4 +1,5 @@
-// What the CUDA glue of the mixing operations shares: samples as the kernels take them, scratch memory, the stream.
+// What the CUDA glue of the mixing operations shares: samples as the kernels take them, scratch memory, the
+// stream.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -51,12 +52,14 @@ inline void copy_back(const at::Tensor& result, const at::Tensor& dense) {
 // Calls launcher(args, stream) with as much scratch memory in `workspace` as workspace_bytes asks for.
 template <typename Args>
 void launch_with_workspace(Args& args, void*& workspace, const at::Tensor& x,
-                           int (*workspace_bytes)(const Args*, size_t*), int (*launcher)(const Args*, cudaStream_t)) {
+                           int (*workspace_bytes)(const Args*, size_t*),
+                           int (*launcher)(const Args*, cudaStream_t)) {
   size_t bytes = 0;
   C10_CUDA_CHECK(static_cast<cudaError_t>(workspace_bytes(&args, &bytes)));
   const at::Tensor memory = at::empty({static_cast<int64_t>(bytes)}, x.options().dtype(at::kByte));
   workspace = memory.data_ptr();
-  C10_CUDA_CHECK(static_cast<cudaError_t>(launcher(&args, c10::cuda::getCurrentCUDAStream(x.get_device()).stream())));
+  C10_CUDA_CHECK(
+      static_cast<cudaError_t>(launcher(&args, c10::cuda::getCurrentCUDAStream(x.get_device()).stream())));
 }
 
 }  // namespace ssl_kernels

@@ -1,5 +1,5 @@
-// Registers the CUDA kernels of mixup_cross_entropy: results, then csrc/cuda/mixup_cross_entropy.h on the current
-// stream.
+// Registers the CUDA kernels of mixup_cross_entropy: results, then csrc/cuda/mixup_cross_entropy.h on the
+// current stream.
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
 
@@ -25,8 +25,9 @@ struct Operands {
   at::Tensor logits, target, partner, lam, weight, weight_sum;
   MixupCrossEntropyArgs args = {};
 
-  Operands(const at::Tensor& logits_, const at::Tensor& target_, const at::Tensor& partner_, const at::Tensor& lam_,
-           const OptionalTensor& weight_, double label_smoothing, int64_t ignore_index, bool partner_is_class)
+  Operands(const at::Tensor& logits_, const at::Tensor& target_, const at::Tensor& partner_,
+           const at::Tensor& lam_, const OptionalTensor& weight_, double label_smoothing,
+           int64_t ignore_index, bool partner_is_class)
       : logits(with_unit_columns(logits_)), target(target_.contiguous()), partner(partner_), lam(lam_) {
     if (weight_) weight = weight_->contiguous();
     if (weight_ && label_smoothing != 0) weight_sum = at::sum(weight, at::kDouble);
@@ -58,7 +59,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mixup_cross_entropy_fwd(
     std::string_view reduction) {
   check_mixup_cross_entropy(logits, target, partner, lam, weight);
   const c10::cuda::CUDAGuard guard(logits.device());
-  const Operands operands(logits, target, partner, lam, weight, label_smoothing, ignore_index, partner_is_class);
+  const Operands operands(logits, target, partner, lam, weight, label_smoothing, ignore_index,
+                          partner_is_class);
   const at::Tensor rows = at::empty({logits.size(0)}, logits.options().dtype(at::kDouble));
   const at::Tensor lse = at::empty_like(rows), counted = at::empty_like(rows);
   const MixupCrossEntropyFwdArgs args = {operands.args, rows.data_ptr<double>(), lse.data_ptr<double>(),
@@ -72,15 +74,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mixup_cross_entropy_fwd(
   return {reduction == "none" ? rows.to(acc) : at::sum(rows, acc), lse, at::empty({0}, lam.options())};
 }
 
-at::Tensor mixup_cross_entropy_bwd(const at::Tensor& grad_loss, const at::Tensor& logits, const at::Tensor& target,
-                                   const at::Tensor& partner, const at::Tensor& lam, const OptionalTensor& weight,
-                                   const at::Tensor& lse, double label_smoothing, int64_t ignore_index,
-                                   bool partner_is_class) {
+at::Tensor mixup_cross_entropy_bwd(const at::Tensor& grad_loss, const at::Tensor& logits,
+                                   const at::Tensor& target, const at::Tensor& partner, const at::Tensor& lam,
+                                   const OptionalTensor& weight, const at::Tensor& lse,
+                                   double label_smoothing, int64_t ignore_index, bool partner_is_class) {
   check_mixup_cross_entropy(logits, target, partner, lam, weight);
   check_row_numbers("grad_loss", grad_loss, logits);
   check_row_numbers("lse", lse, logits);
   const c10::cuda::CUDAGuard guard(logits.device());
-  const Operands operands(logits, target, partner, lam, weight, label_smoothing, ignore_index, partner_is_class);
+  const Operands operands(logits, target, partner, lam, weight, label_smoothing, ignore_index,
+                          partner_is_class);
   const at::Tensor row_lse = lse.contiguous(), grad_logits = at::empty(logits.sizes(), logits.options());
   const MixupCrossEntropyBwdArgs args = {operands.args, grad_loss.data_ptr<double>(), grad_loss.stride(0),
                                          row_lse.data_ptr<double>(), grad_logits.data_ptr()};

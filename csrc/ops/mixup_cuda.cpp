@@ -1,4 +1,5 @@
-// Registers the CUDA kernels of mixup: results and scratch memory, then csrc/cuda/mixup.h on the current stream.
+// Registers the CUDA kernels of mixup: results and scratch memory, then csrc/cuda/mixup.h on the current
+// stream.
 #include <torch/library.h>
 
 #include <optional>
@@ -12,7 +13,8 @@ namespace ssl_kernels {
 namespace {
 
 // `out` may be absent (backward). x and out have dense samples of one layout.
-MixupArgs arguments(const at::Tensor& x, const at::Tensor& out, const at::Tensor& lam, const at::Tensor& permutation) {
+MixupArgs arguments(const at::Tensor& x, const at::Tensor& out, const at::Tensor& lam,
+                    const at::Tensor& permutation) {
   MixupArgs args = {};
   args.dtype = dtype_code("mixup", x.scalar_type());
   args.B = x.size(0);
@@ -53,7 +55,8 @@ at::Tensor mixup_fwd(const at::Tensor& x, const at::Tensor& lam, const at::Tenso
 }
 
 std::tuple<at::Tensor, at::Tensor> mixup_bwd(const at::Tensor& grad, const std::optional<at::Tensor>& x,
-                                             const at::Tensor& lam, const at::Tensor& permutation, bool x_needs_grad) {
+                                             const at::Tensor& lam, const at::Tensor& permutation,
+                                             bool x_needs_grad) {
   check_mixup("mixup", grad, lam, permutation);
   if (x) check_like("mixup", "x", *x, grad);
   const c10::cuda::CUDAGuard guard(grad.device());

@@ -1,5 +1,5 @@
-// Registers the CUDA kernel of mixup_normalize: the result and scratch memory, then csrc/cuda/mixup_normalize.h on the
-// current stream.
+// Registers the CUDA kernel of mixup_normalize: the result and scratch memory, then
+// csrc/cuda/mixup_normalize.h on the current stream.
 #include <torch/library.h>
 
 #include "../cuda/mixup_normalize.h"

@@ -1,5 +1,5 @@
-// The checks of the operator `momentum_update_` without which a kernel would write out of bounds. Everything a user can do
-// wrong is checked in ssl_kernels/ops/momentum_update.py.
+// The checks of the operator `momentum_update_` without which a kernel would write out of bounds. Everything
+// a user can do wrong is checked in ssl_kernels/ops/momentum_update.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -21,11 +21,13 @@ inline void check_momentum_update(at::TensorList masters, at::TensorList shadows
   for (size_t i = 0; i < masters.size(); ++i) {
     const at::Tensor &master = masters[i], &shadow = shadows[i], &source = sources[i];
     const auto fits = [&](const at::Tensor& x) {
-      return x.sizes() == master.sizes() && x.strides() == master.strides() && x.device() == masters[0].device();
+      return x.sizes() == master.sizes() && x.strides() == master.strides() &&
+             x.device() == masters[0].device();
     };
-    TORCH_CHECK(master.scalar_type() == at::kFloat && is_half(shadow) &&
-                    (source.scalar_type() == at::kFloat || is_half(source)),
-                "momentum_update_: masters must be float32, shadows float16 or bfloat16, sources any of these");
+    TORCH_CHECK(
+        master.scalar_type() == at::kFloat && is_half(shadow) &&
+            (source.scalar_type() == at::kFloat || is_half(source)),
+        "momentum_update_: masters must be float32, shadows float16 or bfloat16, sources any of these");
     TORCH_CHECK(master.is_non_overlapping_and_dense() && fits(master) && fits(shadow) && fits(source),
                 "momentum_update_: master, shadow and source ", i,
                 " must be dense, on one device and of the same shape and strides");

@@ -1,5 +1,6 @@
-// `paired_logits.native`: the function of that name in ssl_kernels/losses/_rows.py as one node of autograd, on every
-// device. At small batches the interpreter and the nodes of the composed form cost more than the products.
+// `paired_logits.native`: the function of that name in ssl_kernels/losses/_rows.py as one node of autograd,
+// on every device. At small batches the interpreter and the nodes of the composed form cost more than the
+// products.
 //
 //   logits_ij = scale <x̂_i, ŷ_ij>;  with w_ij = scale g_ij / ‖y_ij‖ and c_ij = scale g_ij <x̂_i, ŷ_ij>:
 //   dx̂_i = Σ_j w_ij y_ij,  <x̂_i, dx̂_i> = Σ_j c_ij;  dy_ij = w_ij x̂_i − c_ij / ‖y_ij‖² y_ij;
@@ -21,7 +22,8 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 
 struct PairedLogits : Function<PairedLogits> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const Tensor& scale, bool normalize) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const Tensor& scale,
+                        bool normalize) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // bmm would be cast
     const Tensor rows = x.to(accumulation_type(x)), others = y.to(accumulation_type(y));
@@ -80,7 +82,8 @@ Tensor paired_logits(const Tensor& x, const Tensor& y, const Tensor& scale, bool
 }
 
 TORCH_LIBRARY_FRAGMENT(ssl_kernels, library) {
-  library.def("paired_logits.native(Tensor x, Tensor y, Tensor scale, bool normalize) -> Tensor", &paired_logits);
+  library.def("paired_logits.native(Tensor x, Tensor y, Tensor scale, bool normalize) -> Tensor",
+              &paired_logits);
 }
 
 }  // namespace

@@ -23,7 +23,9 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-at::ScalarType accumulation_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+at::ScalarType accumulation_type(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 void check_patches(const Tensor& prediction, const Tensor& target) {
   TORCH_CHECK(prediction.dim() == 2 && prediction.size(0) > 0 && prediction.size(1) > 0 &&
@@ -34,23 +36,25 @@ void check_patches(const Tensor& prediction, const Tensor& target) {
               "patch_errors: target must be float64 where prediction is, got ", target.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor> patch_errors_fwd(const Tensor& prediction, const Tensor& target, const Tensor& eps,
-                                                    bool normalize) {
+std::tuple<Tensor, Tensor, Tensor> patch_errors_fwd(const Tensor& prediction, const Tensor& target,
+                                                    const Tensor& eps, bool normalize) {
   check_patches(prediction, target);
   TORCH_CHECK(eps.numel() == 1, "patch_errors: eps must have one element, got ", eps.numel());
-  TORCH_CHECK(!normalize || prediction.size(1) > 1, "patch_errors: C must be at least 2, got ", prediction.size(1));
+  TORCH_CHECK(!normalize || prediction.size(1) > 1, "patch_errors: C must be at least 2, got ",
+              prediction.size(1));
   return cpu::patch_errors_fwd(prediction, target, eps.item<double>(), normalize);
 }
 
-Tensor patch_errors_bwd(const Tensor& grad, const Tensor& prediction, const Tensor& target, const Tensor& mean,
-                        const Tensor& rstd) {
+Tensor patch_errors_bwd(const Tensor& grad, const Tensor& prediction, const Tensor& target,
+                        const Tensor& mean, const Tensor& rstd) {
   check_patches(prediction, target);
   const auto acc = accumulation_type(prediction);
   const int64_t n = prediction.size(0);
-  TORCH_CHECK(grad.dim() == 1 && grad.size(0) == n && grad.scalar_type() == acc, "patch_errors: grad must have shape (P,)");
+  TORCH_CHECK(grad.dim() == 1 && grad.size(0) == n && grad.scalar_type() == acc,
+              "patch_errors: grad must have shape (P,)");
   for (const Tensor& kept : {mean, rstd})
-    TORCH_CHECK((kept.numel() == 0 || kept.numel() == n) && kept.is_contiguous() && kept.scalar_type() == acc &&
-                    kept.numel() == mean.numel(),
+    TORCH_CHECK((kept.numel() == 0 || kept.numel() == n) && kept.is_contiguous() &&
+                    kept.scalar_type() == acc && kept.numel() == mean.numel(),
                 "patch_errors: mean and rstd must be what the forward made");
   return cpu::patch_errors_bwd(grad, prediction, target, mean, rstd);
 }

@@ -1,5 +1,5 @@
-// The checks of the operator `queue_push_` without which a kernel would write out of bounds. Everything a user can do
-// wrong is checked in ssl_kernels/ops/queue_push.py.
+// The checks of the operator `queue_push_` without which a kernel would write out of bounds. Everything a
+// user can do wrong is checked in ssl_kernels/ops/queue_push.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,7 +17,8 @@ inline void check_queue_push(const at::Tensor& storage, const at::Tensor& keys, 
     return x.scalar_type() == at::kLong && x.dim() == 0 && x.device() == storage.device();
   };
   TORCH_CHECK(storage.dim() == 2 && storage.numel() > 0 && storage.is_contiguous() && is_floating(storage),
-              "queue_push_: storage must be a contiguous floating tensor of shape (K, D), got ", storage.sizes());
+              "queue_push_: storage must be a contiguous floating tensor of shape (K, D), got ",
+              storage.sizes());
   TORCH_CHECK(keys.dim() == 2 && keys.size(1) == storage.size(1) && keys.device() == storage.device() &&
                   is_floating(keys),
               "queue_push_: keys must be a floating tensor of shape (B, ", storage.size(1),

@@ -1,5 +1,5 @@
-// Registers the CUDA kernel as `queue_push_.native`: passes plain pointers to the launcher of csrc/cuda/queue_push.h on
-// the current stream.
+// Registers the CUDA kernel as `queue_push_.native`: passes plain pointers to the launcher of
+// csrc/cuda/queue_push.h on the current stream.
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 

@@ -1,7 +1,7 @@
-// `row_losses.native`: what some losses do with the sums and logits of each row, and the reduction, as one node of
-// autograd on the CPU. At small batches the dozen operators that it stands for, and their nodes, cost more than the
-// kernels. ssl_kernels/losses/ has each rule composed of torch's operators, for every other backend and device.
-// row_rules.h has the rules.
+// `row_losses.native`: what some losses do with the sums and logits of each row, and the reduction, as one
+// node of autograd on the CPU. At small batches the dozen operators that it stands for, and their nodes, cost
+// more than the kernels. ssl_kernels/losses/ has each rule composed of torch's operators, for every other
+// backend and device. row_rules.h has the rules.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/scalar_tensor.h>
@@ -85,12 +85,13 @@ Tensor forward(const variable_list& inputs, Rule rule, const std::vector<double>
       sum += loss;
   }
   if (each) return losses;
-  return at::scalar_tensor(reduction == "mean" ? sum / n : sum, options.dtype(wide ? at::kDouble : at::kFloat));
+  return at::scalar_tensor(reduction == "mean" ? sum / n : sum,
+                           options.dtype(wide ? at::kDouble : at::kFloat));
 }
 
 struct RowLosses : Function<RowLosses> {
-  static Tensor forward(AutogradContext* ctx, at::TensorList inputs, std::string name, std::vector<double> constants,
-                        std::string reduction, bool wide) {
+  static Tensor forward(AutogradContext* ctx, at::TensorList inputs, std::string name,
+                        std::vector<double> constants, std::string reduction, bool wide) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const variable_list saved = inputs.vec();
     const Tensor loss = ssl_kernels::forward(saved, rule_of(name), constants, reduction, wide);
@@ -160,7 +161,8 @@ Tensor row_losses(c10::string_view name, at::TensorList inputs, at::ArrayRef<dou
     refuse_forward_mode("row_losses", {&input});
   }
   TORCH_CHECK(values == (name == "mixed" ? 4 : 3) && constants.size() == (name == "debiased" ? 3 : 0),
-              "row_losses: rule ", name, " does not take ", values, " values and ", constants.size(), " constants");
+              "row_losses: rule ", name, " does not take ", values, " values and ", constants.size(),
+              " constants");
   bool differentiate = false;
   for (const Tensor& input : inputs) differentiate |= input.requires_grad();
   if (!differentiate || !at::GradMode::is_enabled())
@@ -171,8 +173,9 @@ Tensor row_losses(c10::string_view name, at::TensorList inputs, at::ArrayRef<dou
 
 TORCH_LIBRARY_FRAGMENT(ssl_kernels, library) {
   // `wide`: whether a reduced loss is float64, float32 else; losses of rows ("none") are float64.
-  library.def("row_losses.native(str name, Tensor[] inputs, float[] constants, str reduction, bool wide) -> Tensor",
-              &row_losses);
+  library.def(
+      "row_losses.native(str name, Tensor[] inputs, float[] constants, str reduction, bool wide) -> Tensor",
+      &row_losses);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Differentiates `row_pairs_fwd.native` by `row_pairs_bwd.native`, on every device. In C++ for the sake of small
-// batches; the other backends' Function is in ssl_kernels/ops/row_pairs.py.
+// Differentiates `row_pairs_fwd.native` by `row_pairs_bwd.native`, on every device. In C++ for the sake of
+// small batches; the other backends' Function is in ssl_kernels/ops/row_pairs.py.
 #include <torch/library.h>
 
 #include <tuple>
@@ -18,8 +18,8 @@ using torch::autograd::variable_list;
 using ForwardOp = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, bool,
                                              std::string_view);
 using BackwardOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
-                                                      const OptionalTensor&, const Tensor&, bool, std::string_view,
-                                                      bool, bool, bool);
+                                                      const OptionalTensor&, const Tensor&, bool,
+                                                      std::string_view, bool, bool, bool);
 
 const auto& forward_op() {
   static const auto op = native_overload<ForwardOp>("ssl_kernels::row_pairs_fwd");
@@ -32,8 +32,8 @@ const auto& backward_op() {
 }
 
 struct RowPairs : Function<RowPairs> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const OptionalTensor& z,
-                               bool normalize, std::string_view measure) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& y,
+                               const OptionalTensor& z, bool normalize, std::string_view measure) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [values, saved] = forward_op().call(x, y, z, normalize, measure);
     ctx->save_for_backward(savable({x, y, z.value_or(Tensor()), saved}));
@@ -64,8 +64,8 @@ struct RowPairs : Function<RowPairs> {
   }
 };
 
-std::tuple<Tensor, Tensor> row_pairs_fwd(const Tensor& x, const Tensor& y, const OptionalTensor& z, bool normalize,
-                                         std::string_view measure) {
+std::tuple<Tensor, Tensor> row_pairs_fwd(const Tensor& x, const Tensor& y, const OptionalTensor& z,
+                                         bool normalize, std::string_view measure) {
   refuse_forward_mode("row_pairs", {&x, &y, z ? &*z : nullptr});
   const bool differentiate =
       at::GradMode::is_enabled() && (x.requires_grad() || y.requires_grad() || (z && z->requires_grad()));

@@ -1,5 +1,5 @@
-// Registers the CUDA kernels as `row_pairs_fwd.native` and `row_pairs_bwd.native`: allocates results, passes plain
-// pointers to the launchers of csrc/cuda/row_pairs.h on the current stream.
+// Registers the CUDA kernels as `row_pairs_fwd.native` and `row_pairs_bwd.native`: allocates results, passes
+// plain pointers to the launchers of csrc/cuda/row_pairs.h on the current stream.
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
@@ -33,13 +33,14 @@ RowPairsOperands operands_of(const Tensor& x, const Tensor& y, const OptionalTen
   return args;
 }
 
-std::tuple<Tensor, Tensor> row_pairs_fwd(const Tensor& x, const Tensor& y, const OptionalTensor& z, bool normalize,
-                                         std::string_view measure) {
+std::tuple<Tensor, Tensor> row_pairs_fwd(const Tensor& x, const Tensor& y, const OptionalTensor& z,
+                                         bool normalize, std::string_view measure) {
   check_row_pairs(x, y, z, measure);
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor values = at::empty({x.size(0)}, x.options().dtype(at::kDouble));
   const Tensor saved = at::empty({x.size(0), z ? 2 : 1, 4}, x.options().dtype(accumulation_dtype(x)));
-  const RowPairsFwdArgs args = {operands_of(x, y, z, normalize, measure), values.data_ptr<double>(), saved.data_ptr()};
+  const RowPairsFwdArgs args = {operands_of(x, y, z, normalize, measure), values.data_ptr<double>(),
+                                saved.data_ptr()};
   const auto stream = c10::cuda::getCurrentCUDAStream(x.get_device());
   C10_CUDA_CHECK(static_cast<cudaError_t>(::row_pairs_fwd(&args, stream.stream())));
   return {values, saved};
@@ -47,14 +48,15 @@ std::tuple<Tensor, Tensor> row_pairs_fwd(const Tensor& x, const Tensor& y, const
 
 std::tuple<Tensor, Tensor, Tensor> row_pairs_bwd(const Tensor& grad_values, const Tensor& x, const Tensor& y,
                                                  const OptionalTensor& z, const Tensor& saved, bool normalize,
-                                                 std::string_view measure, bool x_needs_grad, bool y_needs_grad,
-                                                 bool z_needs_grad) {
+                                                 std::string_view measure, bool x_needs_grad,
+                                                 bool y_needs_grad, bool z_needs_grad) {
   check_row_pairs(x, y, z, measure);
   check_row_pairs_grad(grad_values, saved, x, z);
   const c10::cuda::CUDAGuard guard(x.device());
   const bool needed[] = {x_needs_grad, y_needs_grad, z && z_needs_grad};
   const Tensor upstream = grad_values.contiguous(), kept = saved.contiguous();
-  RowPairsBwdArgs args = {operands_of(x, y, z, normalize, measure), upstream.data_ptr<double>(), kept.data_ptr(), {}};
+  RowPairsBwdArgs args = {
+      operands_of(x, y, z, normalize, measure), upstream.data_ptr<double>(), kept.data_ptr(), {}};
   Tensor grads[3];
   for (int k = 0; k < 3; ++k) {
     grads[k] = at::empty(needed[k] ? x.sizes() : at::IntArrayRef({0}), x.options());

@@ -1,12 +1,14 @@
-// What the losses of `row_losses.native`, and one of `contrastive_loss.native`, make of the sums and logits of a row.
+// What the losses of `row_losses.native`, and one of `contrastive_loss.native`, make of the sums and logits
+// of a row.
 //
 //   rule        values of a row          loss, with softplus(t) = log(1 + e^t)
 //   beside      d, scale, lse            softplus(lse - scale d)
-//   debiased    lse, p, scale            softplus(g - p),  g = max(lse + log(1 - e^x) - c_2, c_0 - scale) where
-//                                        x = c_1 + p - lse < 0, else c_0 - scale
+//   debiased    lse, p, scale            softplus(g - p), g = max(lse + log(1 - e^x) - c_2, c_0 - scale)
+//                                        where x = c_1 + p - lse < 0, else c_0 - scale
 //   mixed       lse, s_own, s_partner, l l (lse - s_own) + (1 - l) (lse - s_partner)
 //
-// Their derivatives stand beside them. A logit or a sum of +inf gives NaN, as the softmax over it would have it.
+// Their derivatives stand beside them. A logit or a sum of +inf gives NaN, as the softmax over it would have
+// it.
 #pragma once
 
 #include <array>

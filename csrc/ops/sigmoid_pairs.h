@@ -1,5 +1,5 @@
-// The arguments of the operator `sigmoid_pairs` as the dispatcher passes them, and the checks without which a kernel
-// would read out of bounds. Everything a user can do wrong is checked in ssl_kernels/losses/siglip.py.
+// The arguments of the operator `sigmoid_pairs` as the dispatcher passes them, and the checks without which a
+// kernel would read out of bounds. Everything a user can do wrong is checked in ssl_kernels/losses/siglip.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -29,16 +29,20 @@ inline void check_sigmoid_pairs(const at::Tensor& rows, const at::Tensor& column
               "sigmoid_pairs: columns must have the width, dtype and device of rows");
   TORCH_CHECK(rows.size(0) > 0 && columns.size(0) > 0 && rows.size(1) > 0,
               "sigmoid_pairs: rows and columns must not be empty");
-  TORCH_CHECK(is_number(scale), "sigmoid_pairs: scale must be one number of dtype ", acc, " on the device of rows");
-  TORCH_CHECK(is_number(bias), "sigmoid_pairs: bias must be one number of dtype ", acc, " on the device of rows");
+  TORCH_CHECK(is_number(scale), "sigmoid_pairs: scale must be one number of dtype ", acc,
+              " on the device of rows");
+  TORCH_CHECK(is_number(bias), "sigmoid_pairs: bias must be one number of dtype ", acc,
+              " on the device of rows");
   const auto are_ids = [&](const std::optional<at::Tensor>& tensor, const at::Tensor& of) {
-    return !tensor || (tensor->scalar_type() == at::kLong && tensor->dim() == 1 && tensor->size(0) == of.size(0) &&
-                       on_device(*tensor));
+    return !tensor || (tensor->scalar_type() == at::kLong && tensor->dim() == 1 &&
+                       tensor->size(0) == of.size(0) && on_device(*tensor));
   };
-  TORCH_CHECK(are_ids(ids.rows, rows), "sigmoid_pairs: row_ids must be int64 of shape (N,) on the device of rows");
+  TORCH_CHECK(are_ids(ids.rows, rows),
+              "sigmoid_pairs: row_ids must be int64 of shape (N,) on the device of rows");
   TORCH_CHECK(are_ids(ids.columns, columns),
               "sigmoid_pairs: column_ids must be int64 of shape (M,) on the device of rows");
-  TORCH_CHECK(ids.rows.has_value() == ids.columns.has_value(), "sigmoid_pairs: row_ids and column_ids go together");
+  TORCH_CHECK(ids.rows.has_value() == ids.columns.has_value(),
+              "sigmoid_pairs: row_ids and column_ids go together");
   TORCH_CHECK(!ids.equal_are_positive || ids.rows,
               "sigmoid_pairs: row_ids must be given with equal_ids_are_positive");
 }

@@ -16,11 +16,13 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 
 using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using ForwardOp = ForwardResults(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, bool, bool, bool,
-                                 bool, bool, bool, const OptionalTensor&, const OptionalTensor&, bool);
+using ForwardOp = ForwardResults(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, bool,
+                                 bool, bool, bool, bool, bool, const OptionalTensor&, const OptionalTensor&,
+                                 bool);
 using BackwardOp = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
-                                                              const Tensor&, const Tensor&, int64_t, bool, bool, bool,
-                                                              bool, const OptionalTensor&, const OptionalTensor&, bool);
+                                                              const Tensor&, const Tensor&, int64_t, bool,
+                                                              bool, bool, bool, const OptionalTensor&,
+                                                              const OptionalTensor&, bool);
 
 const auto& forward_op() {
   static const auto op = native_overload<ForwardOp>("ssl_kernels::sigmoid_pairs_fwd");
@@ -33,19 +35,21 @@ const auto& backward_op() {
 }
 
 struct SigmoidPairs : Function<SigmoidPairs> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& rows, const Tensor& columns, const Tensor& scale,
-                               const Tensor& bias, int64_t diagonal, bool normalize_rows, bool normalize_columns,
-                               bool total, bool rows_need_grad, bool columns_need_grad, const OptionalTensor& row_ids,
+  static variable_list forward(AutogradContext* ctx, const Tensor& rows, const Tensor& columns,
+                               const Tensor& scale, const Tensor& bias, int64_t diagonal, bool normalize_rows,
+                               bool normalize_columns, bool total, bool rows_need_grad,
+                               bool columns_need_grad, const OptionalTensor& row_ids,
                                const OptionalTensor& column_ids, bool equal_ids_are_positive) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [losses, grad_rows, grad_columns, grad_scale, grad_bias] =
-        forward_op().call(rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, total,
-                          /*keep=*/true, rows_need_grad, columns_need_grad, row_ids, column_ids, equal_ids_are_positive);
+    auto [losses, grad_rows, grad_columns, grad_scale, grad_bias] = forward_op().call(
+        rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, total,
+        /*keep=*/true, rows_need_grad, columns_need_grad, row_ids, column_ids, equal_ids_are_positive);
     variable_list saved{rows, columns, scale, bias, grad_rows, grad_columns, grad_scale, grad_bias};
     if (row_ids && !total) saved.insert(saved.end(), {*row_ids, *column_ids});
     ctx->save_for_backward(savable(std::move(saved)));
     ctx->saved_data["diagonal"] = diagonal;
-    ctx->saved_data["flags"] = std::vector<bool>{normalize_rows, normalize_columns, total, equal_ids_are_positive};
+    ctx->saved_data["flags"] =
+        std::vector<bool>{normalize_rows, normalize_columns, total, equal_ids_are_positive};
     ctx->mark_non_differentiable({grad_rows, grad_columns, grad_scale, grad_bias});
     ctx->set_materialize_grads(false);
     return {losses, grad_rows, grad_columns, grad_scale, grad_bias};
@@ -67,38 +71,43 @@ struct SigmoidPairs : Function<SigmoidPairs> {
       } else {
         OptionalTensor row_ids, column_ids;
         if (saved.size() > 8) row_ids = saved[8], column_ids = saved[9];
-        std::tie(results[0], results[1], results[2], results[3]) =
-            backward_op().call(grads[0], saved[0], saved[1], saved[2], saved[3], ctx->saved_data["diagonal"].toInt(),
-                               flags[0], flags[1], needed[0], needed[1], row_ids, column_ids, flags[3]);
+        std::tie(results[0], results[1], results[2], results[3]) = backward_op().call(
+            grads[0], saved[0], saved[1], saved[2], saved[3], ctx->saved_data["diagonal"].toInt(), flags[0],
+            flags[1], needed[0], needed[1], row_ids, column_ids, flags[3]);
       }
     }
-    results = without_second_derivative("sigmoid_pairs", results, {saved[0], saved[1], saved[2], saved[3], grads[0]});
+    results = without_second_derivative("sigmoid_pairs", results,
+                                        {saved[0], saved[1], saved[2], saved[3], grads[0]});
     for (int k = 0; k < 4; ++k)
       if (needed[k]) by_input[k] = results[k];
     return by_input;
   }
 };
 
-ForwardResults sigmoid_pairs_fwd(const Tensor& rows, const Tensor& columns, const Tensor& scale, const Tensor& bias,
-                                 int64_t diagonal, bool normalize_rows, bool normalize_columns, bool total, bool keep,
-                                 bool rows_need_grad, bool columns_need_grad, const OptionalTensor& row_ids,
+ForwardResults sigmoid_pairs_fwd(const Tensor& rows, const Tensor& columns, const Tensor& scale,
+                                 const Tensor& bias, int64_t diagonal, bool normalize_rows,
+                                 bool normalize_columns, bool total, bool keep, bool rows_need_grad,
+                                 bool columns_need_grad, const OptionalTensor& row_ids,
                                  const OptionalTensor& column_ids, bool equal_ids_are_positive) {
   refuse_forward_mode("sigmoid_pairs", {&rows, &columns, &scale, &bias});
   const bool differentiate = at::GradMode::is_enabled() && (rows.requires_grad() || columns.requires_grad() ||
                                                             scale.requires_grad() || bias.requires_grad());
   if (!differentiate) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return forward_op().call(rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, total, keep,
-                             rows_need_grad, columns_need_grad, row_ids, column_ids, equal_ids_are_positive);
+    return forward_op().call(rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, total,
+                             keep, rows_need_grad, columns_need_grad, row_ids, column_ids,
+                             equal_ids_are_positive);
   }
   refuse_torch_func("sigmoid_pairs");
-  const variable_list results =
-      SigmoidPairs::apply(rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, total,
-                          rows.requires_grad(), columns.requires_grad(), row_ids, column_ids, equal_ids_are_positive);
+  const variable_list results = SigmoidPairs::apply(
+      rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, total, rows.requires_grad(),
+      columns.requires_grad(), row_ids, column_ids, equal_ids_are_positive);
   return {results[0], results[1], results[2], results[3], results[4]};
 }
 
-TORCH_LIBRARY_IMPL(ssl_kernels, Autograd, library) { library.impl("sigmoid_pairs_fwd.native", &sigmoid_pairs_fwd); }
+TORCH_LIBRARY_IMPL(ssl_kernels, Autograd, library) {
+  library.impl("sigmoid_pairs_fwd.native", &sigmoid_pairs_fwd);
+}
 
 }  // namespace
 }  // namespace ssl_kernels

@@ -1,5 +1,6 @@
-// Registers the CUDA kernels as `sigmoid_pairs_fwd.native` and `sigmoid_pairs_bwd.native`: allocates results and
-// scratch memory, passes plain pointers to the launchers of csrc/cuda/sigmoid_pairs.h on the current stream.
+// Registers the CUDA kernels as `sigmoid_pairs_fwd.native` and `sigmoid_pairs_bwd.native`: allocates results
+// and scratch memory, passes plain pointers to the launchers of csrc/cuda/sigmoid_pairs.h on the current
+// stream.
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
@@ -16,8 +17,9 @@ namespace {
 
 using at::Tensor;
 
-SigmoidPairsArgs common_args(const Tensor& rows, const Tensor& columns, const Tensor& scale, const Tensor& bias,
-                             int64_t diagonal, bool normalize_rows, bool normalize_columns, const PairIds& ids) {
+SigmoidPairsArgs common_args(const Tensor& rows, const Tensor& columns, const Tensor& scale,
+                             const Tensor& bias, int64_t diagonal, bool normalize_rows,
+                             bool normalize_columns, const PairIds& ids) {
   SigmoidPairsArgs args = {};
   args.dtype = kernel_dtype("sigmoid_pairs: rows", rows.scalar_type());
   args.normalize_rows = normalize_rows;
@@ -48,8 +50,9 @@ Tensor empty_if(bool needed, const Tensor& like, at::ScalarType dtype) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_pairs_fwd(
     const Tensor& rows, const Tensor& columns, const Tensor& scale, const Tensor& bias, int64_t diagonal,
-    bool normalize_rows, bool normalize_columns, bool total, bool keep, bool rows_need_grad, bool columns_need_grad,
-    const std::optional<Tensor>& row_ids, const std::optional<Tensor>& column_ids, bool equal_ids_are_positive) {
+    bool normalize_rows, bool normalize_columns, bool total, bool keep, bool rows_need_grad,
+    bool columns_need_grad, const std::optional<Tensor>& row_ids, const std::optional<Tensor>& column_ids,
+    bool equal_ids_are_positive) {
   const auto own_ids = contiguous(row_ids), other_ids = contiguous(column_ids);
   const PairIds ids{own_ids, other_ids, equal_ids_are_positive};
   check_sigmoid_pairs(rows, columns, scale, bias, ids);

@@ -127,9 +127,10 @@ __device__ __forceinline__ void store_vector(void* shared, const Vector<float>& 
 }
 
 __device__ __forceinline__ void store_vector(void* shared, const Vector<double>& x) {
-  asm volatile("st.shared.v2.f64 [%0], {%1, %2};" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "d"(x.value[0]), "d"(x.value[1])
-               : "memory");
+  asm volatile(
+      "st.shared.v2.f64 [%0], {%1, %2};" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "d"(x.value[0]), "d"(x.value[1])
+      : "memory");
 }
 
 }  // namespace ssl_kernels

@@ -35,8 +35,8 @@ __device__ __forceinline__ int fragment_column(int lane, int n, int e) {
 }
 
 // Starts copying rows [row0, row0 + kRows) and columns [column0, column0 + 128 bytes) of a matrix of (rows,
-// columns) with unit column stride; 0 outside. Rows are 16-byte aligned and columns a multiple of 16 bytes. kThreads
-// threads share the work, this one as number `thread`.
+// columns) with unit column stride; 0 outside. Rows are 16-byte aligned and columns a multiple of 16 bytes.
+// kThreads threads share the work, this one as number `thread`.
 template <int kRows, int kThreads, typename scalar_t>
 __device__ __forceinline__ void load_tile(unsigned char* tile, const scalar_t* matrix, int64_t row_stride,
                                           int64_t rows, int64_t columns, int64_t row0, int64_t column0,
@@ -54,11 +54,13 @@ __device__ __forceinline__ void load_tile(unsigned char* tile, const scalar_t* m
   }
 }
 
-// The same from a matrix in a narrower type, as 128 bytes of float: through registers, since asynchronous copies move
-// bits as they are. Rows are 8-byte aligned and columns a multiple of 4; the next barrier publishes the tile.
+// The same from a matrix in a narrower type, as 128 bytes of float: through registers, since asynchronous
+// copies move bits as they are. Rows are 8-byte aligned and columns a multiple of 4; the next barrier
+// publishes the tile.
 template <int kRows, int kThreads, typename narrow_t>
-__device__ __forceinline__ void load_widened_tile(unsigned char* tile, const narrow_t* matrix, int64_t row_stride,
-                                                  int64_t rows, int64_t columns, int64_t row0, int64_t column0) {
+__device__ __forceinline__ void load_widened_tile(unsigned char* tile, const narrow_t* matrix,
+                                                  int64_t row_stride, int64_t rows, int64_t columns,
+                                                  int64_t row0, int64_t column0) {
   constexpr int kVector = 16 / sizeof(float);
   static_assert(kRows * kTileUnits % kThreads == 0, "every thread copies the same number of units");
   const int unit = threadIdx.x % kTileUnits;
@@ -68,7 +70,8 @@ __device__ __forceinline__ void load_widened_tile(unsigned char* tile, const nar
     const int r = i * (kThreads / kTileUnits) + threadIdx.x / kTileUnits;
     Vector<float> wide = {};
     if (row0 + r < rows && column < columns) {
-      const auto narrow = *reinterpret_cast<const Chunk<narrow_t, kVector>*>(matrix + (row0 + r) * row_stride + column);
+      const auto narrow =
+          *reinterpret_cast<const Chunk<narrow_t, kVector>*>(matrix + (row0 + r) * row_stride + column);
 #pragma unroll
       for (int e = 0; e < kVector; ++e) wide.value[e] = to_acc(narrow.value[e]);
     }
@@ -263,7 +266,8 @@ struct WideningEngine : Engine {
 
 // Stores two neighbours of a tile.
 template <typename scalar_t>
-__device__ __forceinline__ void store_operands(unsigned char* tile, int row, int column, const Pair<scalar_t>& pair) {
+__device__ __forceinline__ void store_operands(unsigned char* tile, int row, int column,
+                                               const Pair<scalar_t>& pair) {
   const int byte = column * static_cast<int>(sizeof(scalar_t));
   *reinterpret_cast<Pair<scalar_t>*>(tile + tile_offset(row, byte / 16) + byte % 16) = pair;
 }

@@ -1,4 +1,5 @@
-// Streaming accesses to global memory of 1 to 16 bytes: each element is touched once, so lines leave the caches first.
+// Streaming accesses to global memory of 1 to 16 bytes: each element is touched once, so lines leave the
+// caches first.
 #pragma once
 
 #include <cstdint>

@@ -13,8 +13,8 @@ namespace ptx {
 
 class KernelDecoder;
 
-// One statement being decoded. Modifiers are taken by name, operands by position; one that nobody took makes the
-// statement unsupported.
+// One statement being decoded. Modifiers are taken by name, operands by position; one that nobody took makes
+// the statement unsupported.
 class Decoding {
  public:
   Decoding(KernelDecoder& kernel, const syntax::Statement& statement, Instruction& instruction);

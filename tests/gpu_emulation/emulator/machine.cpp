@@ -51,7 +51,8 @@ void Machine::launch(const Kernel& kernel, const PtxLaunchShape& shape, void** a
                 std::to_string(kernel.most_threads));
   }
   for (size_t i = 0; i < kernel.required_block.size(); ++i) {
-    if (shape.block[i] != kernel.required_block[i]) throw Error("a block of another shape than .reqntid asks for");
+    if (shape.block[i] != kernel.required_block[i])
+      throw Error("a block of another shape than .reqntid asks for");
   }
   if (blocks > kMaxBlocks)
     throw Error("a grid of " + std::to_string(blocks) + " blocks is too large to emulate");

@@ -179,8 +179,8 @@ class Parser {
     } else if (directive == ".reqntid") {
       function.required_block = numbers;
     } else if (directive != ".minnctapersm" && directive != ".maxnctapersm" && directive != ".maxnreg") {
-      function.unsupported.push_back("line " + std::to_string(line()) + ": directive " + std::string(directive) +
-                                     " is not implemented");
+      function.unsupported.push_back("line " + std::to_string(line()) + ": directive " +
+                                     std::string(directive) + " is not implemented");
     }
   }
 

@@ -1,6 +1,6 @@
-// Integer arithmetic (PTX ISA 9.0, section 9.7.1): add, sub, mul, mul24, mad, sad, div, rem, abs, neg, min, max,
-// dp4a. Floating-point arithmetic (sections 9.7.3 and 9.7.4): add, sub, mul, fma, mad, div, abs, neg, min,
-// max.
+// Integer arithmetic (PTX ISA 9.0, section 9.7.1): add, sub, mul, mul24, mad, sad, div, rem, abs, neg, min,
+// max, dp4a. Floating-point arithmetic (sections 9.7.3 and 9.7.4): add, sub, mul, fma, mad, div, abs, neg,
+// min, max.
 #include <algorithm>
 #include <bit>
 #include <limits>

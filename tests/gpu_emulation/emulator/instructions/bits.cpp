@@ -240,8 +240,8 @@ void decode_logic(Decoding& decoding) {
 
 template <class Op>
 void decode_shift(Decoding& decoding) {
-  const Type type = decoding.type({Type::kB16, Type::kB32, Type::kB64, Type::kU16, Type::kU32, Type::kU64, Type::kS16,
-                                   Type::kS32, Type::kS64});
+  const Type type = decoding.type({Type::kB16, Type::kB32, Type::kB64, Type::kU16, Type::kU32, Type::kU64,
+                                   Type::kS16, Type::kS32, Type::kS64});
   decoding.expect_operands(3, 3);
   Instruction& instruction = decoding.instruction;
   instruction.d = decoding.destination(0, type);

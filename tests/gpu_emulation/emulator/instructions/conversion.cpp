@@ -45,7 +45,8 @@ struct Clamp {
   }
 };
 
-// ---- Float to integer: clamped to the range; NaN is 0, from double or for 64-bit results the highest bit alone.
+// ---- Float to integer: clamped to the range; NaN is 0, from double or for 64-bit results the highest bit
+// alone.
 
 template <class D, Integral kMode, bool kFtz>
 struct FloatToInteger {
@@ -271,7 +272,8 @@ Execute float_to_integer(Decoding& decoding, Type result, Type source) {
 
 template <Integral kMode>
 Execute float_to_integer(Decoding& decoding, Type result, Type source) {
-  if (source == Type::kF32 && decoding.accept("ftz")) return float_to_integer<kMode, true>(decoding, result, source);
+  if (source == Type::kF32 && decoding.accept("ftz"))
+    return float_to_integer<kMode, true>(decoding, result, source);
   return float_to_integer<kMode, false>(decoding, result, source);
 }
 
@@ -315,7 +317,8 @@ Execute widening(Decoding& decoding, Type source) {
   // Values of 16-bit floats are normal ones of D.
   const bool ftz = source != Type::kF64 && decoding.accept("ftz") && source == Type::kF32;
   if (decoding.accept("sat")) {
-    return ftz ? &unary<Saturated<Flushed<Widen<D>>>, float> : from_float_type<Saturated<Widen<D>>>(decoding, source);
+    return ftz ? &unary<Saturated<Flushed<Widen<D>>>, float>
+               : from_float_type<Saturated<Widen<D>>>(decoding, source);
   }
   return ftz ? &unary<Flushed<Widen<D>>, float> : from_float_type<Widen<D>>(decoding, source);
 }

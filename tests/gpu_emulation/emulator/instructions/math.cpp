@@ -86,8 +86,8 @@ void decode_root(Decoding& decoding) {
   if (!approximate) apply_rounding(decoding, type);
 }
 
-// sin, cos, lg2 of float with or without .ftz; ex2 also of the 16-bit types, bfloat16 with .ftz; tanh of the same
-// types without it.
+// sin, cos, lg2 of float with or without .ftz; ex2 also of the 16-bit types, bfloat16 with .ftz; tanh of the
+// same types without it.
 template <class Op>
 void decode_approximation(Decoding& decoding) {
   constexpr bool kTanh = std::is_same_v<Op, Tanh>;

@@ -1,5 +1,5 @@
-// ld, ldu, st (PTX ISA 9.0, sections 9.7.9.8 to 9.7.9.12) and the hints prefetch, prefetchu (9.7.9.15), applypriority
-// (9.7.9.16).
+// ld, ldu, st (PTX ISA 9.0, sections 9.7.9.8 to 9.7.9.12) and the hints prefetch, prefetchu (9.7.9.15),
+// applypriority (9.7.9.16).
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -112,8 +112,9 @@ Type decode_access(Decoding& decoding, int address_position) {
   accept_cache_hints(decoding, 2);
   instruction.space = decoding.space();
   instruction.vector = static_cast<uint8_t>(decoding.vector());
-  const Type type = decoding.type({Type::kB8, Type::kB16, Type::kB32, Type::kB64, Type::kU8, Type::kU16, Type::kU32,
-                                   Type::kU64, Type::kS8, Type::kS16, Type::kS32, Type::kS64, Type::kF32, Type::kF64});
+  const Type type =
+      decoding.type({Type::kB8, Type::kB16, Type::kB32, Type::kB64, Type::kU8, Type::kU16, Type::kU32,
+                     Type::kU64, Type::kS8, Type::kS16, Type::kS32, Type::kS64, Type::kF32, Type::kF64});
   instruction.element = static_cast<uint8_t>(size_of(type));
   if (instruction.vector * instruction.element > kMaxAccess)
     decoding.unsupported("access of more than 32 bytes");
