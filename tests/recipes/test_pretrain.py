@@ -131,10 +131,6 @@ def test_cifar10(tmp_path, monkeypatch):
             "got label_smoothing = 2.0 (label_smoothing",
         ),
         (
-            ["--method", "imix", "--option", "alpha=-1"],
-            "--method imix must run with its options, got temperature",
-        ),
-        (
             ["--method", "mae", "--option", "hidden_part=2"],
             "hidden_part must be a number between 0 and 1, got 2.0",
         ),
@@ -171,6 +167,16 @@ def test_errors(options, message, tmp_path, capsys):
     assert stop.value.code == 2
     assert message in one_line(capsys)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["imix", "mixco"])
+def test_a_wrong_alpha_is_refused_after_a_compilation_too(method, tmp_path, capsys, monkeypatch):
+    """torch.compile turns the checks of torch.distributions off, for all of the process."""
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)
+    with pytest.raises(SystemExit) as stop:
+        pretrain("--method", method, "--option", "alpha=-1", "--out", tmp_path)
+    assert stop.value.code == 2
+    assert f"--method {method} must run with its options, got temperature" in one_line(capsys)
 
 
 def one_line(capsys):
