@@ -171,7 +171,7 @@ def test_errors(options, message, tmp_path, capsys):
 
 @pytest.mark.parametrize("method", ["imix", "mixco"])
 def test_a_wrong_alpha_is_refused_after_a_compilation_too(method, tmp_path, capsys, monkeypatch):
-    """torch.compile turns the checks of torch.distributions off, for all of the process."""
+    """torch.compile, applied to anything, turns off the checks of torch.distributions in all of the process."""
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)
     with pytest.raises(SystemExit) as stop:
         pretrain("--method", method, "--option", "alpha=-1", "--out", tmp_path)

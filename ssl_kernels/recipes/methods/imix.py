@@ -22,7 +22,7 @@ class IMix(Method):
     def forward(self, batch):
         view0, view1 = batch.views
         permutation = torch.randperm(len(view0), device=view0.device)
-        # By default alpha is checked only until something is compiled in the process.
+        # By default alpha is checked only until torch.compile is applied to anything in the process.
         lam = Beta(self.alpha, self.alpha, validate_args=True).sample((len(view0),)).to(view0)
         queries, keys = self.online(torch.cat([mixup(view0, lam, permutation), view1])).chunk(2)
         return self.criterion(queries, keys, permutation, lam, self.temperature)

@@ -37,7 +37,7 @@ class MixCo(Method):
     def forward(self, batch):
         view0, view1 = batch.views
         permutation = torch.randperm(len(view0), device=view0.device)
-        # By default alpha is checked only until something is compiled in the process.
+        # By default alpha is checked only until torch.compile is applied to anything in the process.
         lam = Beta(self.alpha, self.alpha, validate_args=True).sample((len(view0),)).to(view0)
         queries, mixed = self.online(torch.cat([view0, mixup(view0, lam, permutation)])).chunk(2)
         keys = self.average(view1).float()
