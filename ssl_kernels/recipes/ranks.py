@@ -64,7 +64,8 @@ def over_ranks(loss):
     """The loss over the rows of all ranks, where it takes a group or `ssl_kernels.distributed` has it; else `loss`
     itself, which every rank takes over its own rows."""
     if "group" in inspect.signature(loss).parameters:
-        return functools.partial(loss, group=dist.group.WORLD)
+        # Asks for the group at each call: what holds a group cannot be copied.
+        return functools.wraps(loss)(lambda *args, **options: loss(*args, group=dist.group.WORLD, **options))
     return getattr(distributed, getattr(loss, "__name__", ""), loss)
 
 

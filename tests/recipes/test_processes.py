@@ -1,10 +1,16 @@
 """Training over two processes is that of one on the joined batch, step by step."""
 
+import copy
+
 import pytest
 import torch
+from torch import distributed as dist
 
+from ssl_kernels import swav_loss
 from ssl_kernels.cli import main
 from ssl_kernels.recipes import data, engine, experiment, processes
+from ssl_kernels.recipes.ranks import over_ranks
+from tests.helpers import random_rows
 
 
 def test_losses_and_weights_follow_the_run_of_one_process():
@@ -20,6 +26,17 @@ def test_losses_and_weights_follow_the_run_of_one_process():
     expected = one.method.state_dict()
     for name, value in trained.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-8)
+
+
+def test_a_loss_over_a_group_can_be_copied():
+    """The trial of a method before the work is of a copy, and a process group cannot be copied."""
+    features, prototypes = random_rows(8, 4).view(2, 4, 4), random_rows(6, 4, seed=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        loss = copy.deepcopy(over_ranks(swav_loss))
+        assert loss(features, prototypes) == swav_loss(features, prototypes, group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow  # two more processes that import torch
