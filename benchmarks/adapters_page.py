@@ -1,4 +1,5 @@
-"""Writes the table of speed in docs/migration.md: `python -m benchmarks.adapters_page CSV...`, one a thread count."""
+"""Writes the table of speed in docs/migration.md: `python -m benchmarks.adapters_page CSV...`, one file per number of
+threads."""
 
 import pathlib
 import sys

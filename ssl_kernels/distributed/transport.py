@@ -31,7 +31,7 @@ class Sum:
     def delivered(parts, sizes, rank, name):
         if parts[0].is_cuda:
             return [groups.reduce_scatter_rows(part, sizes, rank, name) for part in parts]
-        # gloo makes a reduce-scatter of an all-reduce, which moves twice as much and in many small pieces
+        # gloo's reduce-scatter is an all-reduce, which moves twice as much (findings/).
         return [groups.exchange_rows(part, sizes, rank, name).sum(0) for part in parts]
 
 
