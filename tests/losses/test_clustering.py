@@ -170,6 +170,25 @@ def test_of_blocks_of_samples_nothing_shows(backend, monkeypatch):
             close(ours, truth)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dino_of_logits_whose_temperatures_are_numbers(backend, centred, reduction):
+    """Which one node of autograd takes on the CPU."""
+    student = [rows(5, 11, seed).requires_grad_() for seed in (1, 2, 3)]
+    teacher, center = [rows(5, 11, seed) for seed in (4, 5)], rows(1, 11, 6)[0] if centred else None
+    loss = losses.dino_loss(
+        student, teacher, None, None, 0.2, 0.07, center=center, reduction=reduction, backend=backend
+    )
+    each = definitions.dino_loss(student, teacher, None, None, 0.2, 0.07, center=center)
+    expected = getattr(each, reduction)()
+    close(loss, expected)
+    for found, truth in zip(
+        torch.autograd.grad(3 * loss, student), torch.autograd.grad(3 * expected, student), strict=True
+    ):
+        close(found, truth)
+
+
 def test_the_published_code_of_swav():
     """With features of unit rows, over probabilities as its loop has them."""
     crops, bs = F.normalize(rows(24, 6), dim=1), 6

@@ -69,7 +69,7 @@ def test_rows_shorter_than_eps_are_only_scaled(case, backend):
         torch.testing.assert_close(ours, truth, rtol=1e-7, atol=1e-9)
 
 
-@every_loss_and_operator
+@every_case_and_operator
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_reductions_are_those_of_the_rows(case, backend, reduction):
     arguments = case.arguments(19, 5)
