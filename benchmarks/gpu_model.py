@@ -176,7 +176,7 @@ def contrastive_work(n, m, d, *, both_directions=False, expectation=False, expon
     if any("coefficients" in one.kernel for one in launches):
         works["forward"] = _work(_only("fwd_kernel", launches), entries, exponentials[0])
         works["coefficients"] = _work(_only("coefficients_kernel", launches), entries, exponentials[1])
-        works["gradients by cuBLAS"] = _by_library(d, 1 if m is None else 2, CUDA_BLOCK_ROWS, passes=2)
+        works["gradients by cuBLAS"] = _by_library(d, 1 if m is None else 2, CUDA_BLOCK_ROWS)
     elif not expectation:
         works["backward"] = _work(launches[first:], entries, exponentials[1])
     return works
@@ -188,17 +188,17 @@ def sigmoid_work(n, d):
     _, _, launches = sigmoid_pairs_calls.total_with_gradients(_library("sigmoid_pairs.cu"), call, splits=1)
     return {
         "coefficients": _work(_only("coefficients_kernel", launches), n * n, 2),
-        "gradients by cuBLAS": _by_library(d, 2, CUDA_BLOCK_ROWS, passes=2),
+        "gradients by cuBLAS": _by_library(d, 2, CUDA_BLOCK_ROWS),
     }
 
 
-def _by_library(d, gradients, block_rows, passes):
+def _by_library(d, gradients, block_rows):
     """Gradients by cuBLAS, from coefficients that are written once and read once for each.
 
-    The sums of the columns, float32, are added to with every block of rows, in `passes` over them; those of the rows
-    stay in a cache, as their block of them is no larger than it.
+    The sums of the columns, float32, are read and written with every block of rows; those of the rows stay in a cache,
+    as their block of them is no larger than it.
     """
-    sums = 4 * d * passes / block_rows if gradients == 2 else 0
+    sums = 2 * 4 * d / block_rows if gradients == 2 else 0
     return Work(gradients * 2 * d, memory=2 * (1 + gradients) + sums, rate=LIBRARY)
 
 
@@ -217,7 +217,7 @@ def wide_contrastive_work(n, m, d):
         )
         for (part, names), exponentials in zip(kernels.items(), (2, 2), strict=True)
     }
-    return works | {"gradients by cuBLAS": _by_library(d, 2, TRITON_PANEL_ROWS, passes=4)}
+    return works | {"gradients by cuBLAS": _by_library(d, 2, TRITON_PANEL_ROWS)}
 
 
 def wide_sigmoid_work(n, d):
@@ -229,7 +229,7 @@ def wide_sigmoid_work(n, d):
     coefficients = replace(_work(ours, n * n, 2), rate=WGMMA)
     return {
         "coefficients": coefficients,
-        "gradients by cuBLAS": _by_library(d, 2, TRITON_PANEL_ROWS, passes=4),
+        "gradients by cuBLAS": _by_library(d, 2, TRITON_PANEL_ROWS),
     }
 
 

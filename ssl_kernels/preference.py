@@ -74,7 +74,7 @@ CONTRASTIVE = (
         "Triton's products are wgmma (tcgen05 from sm_100 on), which feeds the tensor cores from shared memory; the"
         " mma.sync of the CUDA kernel reaches 63 % of their peak at most there (arXiv:2402.13499), which outweighs"
         " Triton's host time only with so many rows; from a width of 256 on either backend leaves gradients to cuBLAS,"
-        " and Triton adds its panels up in twice as many passes",
+        " and Triton's panels have fewer rows, so that it adds to the sums of the columns more often",
     ),
     Entry(
         "native",

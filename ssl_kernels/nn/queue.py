@@ -8,7 +8,7 @@ from torch import nn
 from ssl_kernels import backends
 from ssl_kernels.checks import DTYPES, hold_values, is_whole
 from ssl_kernels.losses._labels import as_ids
-from ssl_kernels.nn.counters import Fullness, after_apply
+from ssl_kernels.nn.counters import Fill, after_apply
 from ssl_kernels.ops.queue_push import queue_push_
 
 
@@ -22,7 +22,7 @@ class MoCoQueue(nn.Module):
     Any size and any batch. Rows that no key was pushed to are never negatives. The keys, the position and the fill
     count are buffers: they are saved, loaded bit for bit and moved with the module; given memory by `to_empty` after
     the meta device, the queue is empty. On CUDA nothing waits for the device, and a push can be captured in a graph;
-    once the host has learnt that the queue is full, the loss is given no ids of rows to leave out.
+    once the host has learnt how many rows are filled, the loss is given these alone and no ids of rows to leave out.
 
     Args:
         size: K, how many keys it holds, >= 1.
@@ -73,7 +73,7 @@ class MoCoQueue(nn.Module):
         backends.check_name("MoCoQueue", backend)
         self.normalize = normalize
         self.backend = backend
-        self._fullness = Fullness()
+        self._fill = Fill()
         with torch.inference_mode(False):  # else it could be written under inference_mode alone
             self._make_storage(int(size), int(dim), group, dtype=dtype, device=device)
             self.register_buffer("position", torch.zeros((), dtype=torch.int64, device=device))
@@ -123,19 +123,27 @@ class MoCoQueue(nn.Module):
 
     def _push_keys_(self, keys):
         watched = self._is_watched()
-        followed = watched and self._fullness.follows(self.filled)
+        followed = watched and self._fill.follows(self.filled)
         queue_push_(
             self.storage, keys, self.position, self.filled, normalize=self.normalize, backend=self.backend
         )
         if watched:
-            self._fullness.pushed(self.filled, followed)
+            self._fill.pushed(self.filled, self.storage.shape[0], keys.shape[0], followed)
 
     def _is_watched(self):
         """Whether the fill count lies on a CUDA device, so that reading it would wait."""
         return self.filled.is_cuda and hold_values(self.filled)
 
-    def _is_known_full(self):
-        return self._is_watched() and self._fullness.known(self.filled, self.storage.shape[0])
+    def _filled_rows(self):
+        """How many rows are filled, where the host knows it and they are some; None otherwise."""
+        if self._is_watched():
+            return self._fill.known(self.filled, self.storage.shape[0]) or None
+        if self.storage.device.type == "cpu" and not torch.compiler.is_compiling():
+            return len(self) or None
+        return None
+
+    def _first(self, rows, count):
+        return rows if count == rows.shape[0] else rows[:count]
 
     @property
     def keys(self) -> torch.Tensor:
@@ -153,13 +161,11 @@ class MoCoQueue(nn.Module):
     def negatives(self, queries: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """What `contrastive` takes for this many queries: (columns, row_ids, column_ids).
 
-        Ids are equal where a row is not filled; None where the columns are the filled rows alone, as on a device once
-        the queue is known to be full.
+        The columns are the filled rows alone, without ids, where the host knows how many these are. Else, as in a
+        compilation or a graph capture, ids are equal where a row is not filled.
         """
-        if self._is_known_full():
-            return self.storage, None, None
-        if self.storage.device.type == "cpu" and not torch.compiler.is_compiling() and len(self):
-            return self.keys, None, None
+        if (filled := self._filled_rows()) is not None:
+            return self._first(self.storage, filled), None, None
         rows = torch.arange(len(self.storage), device=self.storage.device)
         zeros = torch.zeros(queries, dtype=torch.int64, device=self.storage.device)
         return self.storage, zeros, (rows < self.filled).long()
@@ -170,10 +176,8 @@ class MoCoQueue(nn.Module):
         """What `contrastive` takes for queries of these ids: (columns, row_ids, column_ids, column_bias or None)."""
         if not self.has_ids:
             raise ValueError("MoCoQueue: ids must be True for a loss with ids, got a queue that holds none")
-        if self._is_known_full():
-            return self.storage, ids, self.ids, None
-        if self.storage.device.type == "cpu" and not torch.compiler.is_compiling() and len(self):
-            return self.keys, ids, self.ids[: len(self)], None
+        if (filled := self._filled_rows()) is not None:
+            return self._first(self.storage, filled), ids, self._first(self.ids, filled), None
         rows = torch.arange(self.storage.shape[0], device=self.storage.device)
         bias = torch.zeros_like(rows, dtype=torch.float64).masked_fill(rows >= self.filled, -torch.inf)
         return self.storage, ids, self.ids, bias

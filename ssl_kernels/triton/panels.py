@@ -66,7 +66,7 @@ def norms_in_panel(dtype):
 
 
 def wide_product(a, b, dtype, added_to=None):
-    """a (N, K) · b (K, D), plus `added_to` (N, D), with sums and result in `dtype`.
+    """a (N, K) · b (K, D), with sums and result in `dtype`; with `added_to` (N, D), of that dtype, added in its memory.
 
     float32 obeys torch's settings for TF32.
     """
@@ -74,8 +74,9 @@ def wide_product(a, b, dtype, added_to=None):
         a, b, kwargs = a.to(dtype), b.to(dtype), {}
     else:
         kwargs = {"out_dtype": dtype}
-    product = torch.mm(a, b, **kwargs)
-    return product if added_to is None else product.add_(added_to)
+    if added_to is None:
+        return torch.mm(a, b, **kwargs)
+    return torch.addmm(added_to, a, b, out=added_to, **kwargs)  # reads and writes it once
 
 
 def _row_elements(m):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_kernels.triton import panels
 from ssl_kernels.triton.panels import wide_product
@@ -106,11 +107,28 @@ def test_wide_products_are_summed_in_the_wider_type():
     half = torch.empty(6, 4, dtype=torch.bfloat16, device="meta")
     product = wide_product(half, half.T, torch.float32)
     assert product.dtype == torch.float32 and product.shape == (6, 6)
-    assert wide_product(half, half.T, torch.float32, product).dtype == torch.float32
+    if torch.__version__ >= torch.torch_version.TorchVersion("2.12"):  # 2.11 takes out_dtype for beta there
+        assert wide_product(half, half.T, torch.float32, product) is product
     one = torch.full((1, 4096), 1.0, dtype=torch.bfloat16)
     assert wide_product(one, one.T, torch.float32).item() == 4096
-    added = wide_product(one, one.T * 2**-12, torch.float32, torch.full((1, 1), 256.0)).item()
-    assert added == 257
+    total = torch.full((1, 1), 256.0)
+    added = wide_product(one, one.T * 2**-12, torch.float32, total)
+    assert added is total and total.item() == 257
+
+
+def test_wide_products_add_in_one_operation():
+    """A pass over the sums more would cost what the product saves."""
+    operations = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operations.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    a, b, total = torch.ones(3, 2), torch.ones(2, 5), torch.ones(3, 5)
+    with Watch():
+        wide_product(a, b, torch.float32, total)
+    assert operations == ["aten.addmm.out"] and torch.equal(total, torch.full((3, 5), 3.0))
 
 
 def test_unsupported_calls_say_why(gpu):
