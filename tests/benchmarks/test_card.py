@@ -41,6 +41,7 @@ def test_a_stage_that_hangs_costs_only_itself(tmp_path):
 def test_background_stages_are_awaited_by_those_that_need_them(tmp_path):
     made = tmp_path / "made"
     stages = [
+        card.Stage("never awaited", 1, python("import time; time.sleep(60)"), background=True),
         card.Stage(
             "build", 30, python(f"import time; time.sleep(1); open({str(made)!r}, 'w')"), background=True
         ),
@@ -48,11 +49,12 @@ def test_background_stages_are_awaited_by_those_that_need_them(tmp_path):
         card.Stage(
             "uses it", 20, python(f"import os; print(os.path.exists({str(made)!r}))"), after=("build",)
         ),
-        card.Stage("never awaited", 1, python("import time; time.sleep(60)"), background=True),
     ]
-    failed, _, by_name = run_of(tmp_path, stages)
+    failed, record, by_name = run_of(tmp_path, stages)
     assert by_name["uses it"]["tail"] == ["True"] and by_name["build"]["exit_code"] == 0
     assert failed == 1 and by_name["never awaited"]["exit_code"] != 0
+    names = [stage["name"] for stage in record["stages"]]
+    assert names.index("never awaited") < names.index("uses it")  # stopped, not left beside what comes next
 
 
 def test_what_cannot_run_is_left_out_and_said(tmp_path):
@@ -92,7 +94,7 @@ def test_counters_of_a_profiler(tmp_path):
         '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
         '"0","contrastive_fwd_kernel","lts__t_bytes.sum","Mbyte","1,234.5"\n'
         '"0","contrastive_fwd_kernel","sm__throughput","%","n/a"\n'
-        '"1","slab_product_kernel","lts__t_bytes.sum","byte","7"\n'
+        '"1","finish_rows_kernel","lts__t_bytes.sum","byte","7"\n'
     )
     first, second = card.counters_in(path)
     assert (
