@@ -12,6 +12,7 @@
 #include "cpu/tile_math.h"
 #include "ops/allow_tf32.h"
 #include "ops/contrastive_loss.h"
+#include "ops/matrix_product.h"
 
 #ifndef SSL_KERNELS_CUDA_ARCHITECTURES
 #define SSL_KERNELS_CUDA_ARCHITECTURES ""
@@ -59,4 +60,11 @@ PYBIND11_MODULE(_C, module) {
       "Set the most bytes of logits that a call in this thread keeps for backward; what it was before.");
   module.def("allow_tf32", &ssl_kernels::allow_tf32,
              "Whether the float32 products of the CUDA kernels round their operands to TF32 now.");
+  module.def(
+      "multiply_matrices",
+      [](uintptr_t product, at::Device device) {
+        ssl_kernels::multiply_on(device, *reinterpret_cast<const MatrixProduct*>(product));
+      },
+      "The MatrixProduct (csrc/cuda/matrix_product.h) at this address, as the CUDA launchers have it made, of "
+      "matrices in the memory of a device.");
 }

@@ -2,12 +2,13 @@
 // of cuBLAS and torch.
 #pragma once
 
-#include <cuda_runtime_api.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+struct CUstream_st;  // cudaStream_t points to it; the CUDA headers are not needed here
 
 // result = A B, or result += A B with `add`. Matrices have unit column stride; strides are those of rows, in
 // elements.
@@ -24,7 +25,7 @@ typedef struct {
 
 // Launches the product on the stream, sums in the type of the result, and returns 0 or a cudaError_t. What
 // float32 operands are rounded to is the library's own affair.
-typedef int (*MultiplyMatrices)(const MatrixProduct* product, cudaStream_t stream);
+typedef int (*MultiplyMatrices)(const MatrixProduct* product, struct CUstream_st* stream);
 
 #ifdef __cplusplus
 }

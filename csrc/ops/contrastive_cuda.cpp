@@ -9,7 +9,6 @@
 #include "../cuda/contrastive.h"
 #include "contrastive.h"
 #include "cuda_launch.h"
-#include "matrix_product.h"
 
 namespace ssl_kernels {
 namespace {

@@ -1,16 +1,18 @@
 // What the torch side of every CUDA operation shares: tensors as plain pointers, scratch memory, the current
-// stream.
+// stream, products by ATen.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <optional>
 
 #include "../cuda/dtype.h"
 #include "allow_tf32.h"
+#include "matrix_product.h"
 
 namespace ssl_kernels {
 
@@ -42,6 +44,12 @@ T* pointer(const at::Tensor& tensor) {
 template <typename T = void>
 T* pointer(const std::optional<at::Tensor>& tensor) {
   return tensor ? pointer<T>(*tensor) : nullptr;
+}
+
+// A MultiplyMatrices for a launcher that runs on the current stream of the current device.
+inline int multiply_by_aten(const MatrixProduct* product, cudaStream_t) {
+  multiply_on({at::kCUDA, c10::cuda::current_device()}, *product);
+  return 0;
 }
 
 // Runs a launcher with the scratch memory that it asks for, on the current stream of the device of `rows`,

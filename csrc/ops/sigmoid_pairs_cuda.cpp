@@ -9,7 +9,6 @@
 
 #include "../cuda/sigmoid_pairs.h"
 #include "cuda_launch.h"
-#include "matrix_product.h"
 #include "sigmoid_pairs.h"
 
 namespace ssl_kernels {
