@@ -23,7 +23,11 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx, grad):
-        (summed,) = Sum.delivered([grad.to(accumulation_dtype(grad))], *ctx.options)
+        sizes, rank, name = ctx.options
+        start = sum(sizes[:rank])
+        before, own, behind = grad.to(accumulation_dtype(grad)).tensor_split((start, start + sizes[rank]))
+        started = Sum.send([torch.cat((before, behind))], sizes, rank, name)
+        (summed,) = Sum.receive(started, [own.clone()], sizes, rank)
         return summed.to(grad.dtype), None, None, None
 
 

@@ -66,34 +66,61 @@ def _padded(x, rows):
     return torch.cat((x, x.new_zeros(rows - x.shape[0], *x.shape[1:])))
 
 
-def all_gather_rows(x, sizes, name, first=0):
-    """Rows of all ranks, rank after rank from `first` on; sizes are their numbers of rows. Not differentiable."""
-    most, world = max(sizes), len(sizes)
-    gathered = _wait(_collective("all_gather_into_tensor")(_padded(x, most), world, name))
+def wait(started):
+    """What a collective that was `start_`ed brings."""
+    return _wait(started)
+
+
+def start_all_gather(x, sizes, name):
+    """Rows of all ranks; sizes are their numbers of rows. Not differentiable."""
+    return _collective("all_gather_into_tensor")(_padded(x, max(sizes)), len(sizes), name)
+
+
+def all_gather_rows(x, sizes, name):
+    """Rows of all ranks, rank after rank; sizes are their numbers of rows. Not differentiable."""
+    most = max(sizes)
+    gathered = _wait(start_all_gather(x, sizes, name))
     if min(sizes) == most:
-        start = first * most
-        return gathered if not start else torch.cat((gathered[start:], gathered[:start]))
-    order = [(first + k) % world for k in range(world)]
-    return torch.cat([gathered[rank * most : rank * most + sizes[rank]] for rank in order])
+        return gathered
+    return torch.cat([gathered[rank * most : rank * most + size] for rank, size in enumerate(sizes)])
 
 
-def reduce_scatter_rows(x, sizes, rank, name):
-    """The sum over the ranks of x, which has the rows of all of them in rank order: this rank's rows of it."""
+def rows_of_others(started, sizes, rank):
+    """Of what `start_all_gather` brings the rows of the other ranks: from rank + 1 on, and behind the last rank 0."""
+    gathered, most, world = _wait(started), max(sizes), len(sizes)
+    if min(sizes) == most:
+        spans = [(rank + 1, world), (0, rank)]
+        parts = [gathered[first * most : last * most] for first, last in spans if first < last]
+    else:
+        order = [(rank + k) % world for k in range(1, world)]
+        parts = [gathered[other * most : other * most + sizes[other]] for other in order]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def start_reduce_scatter(x, sizes, name):
+    """The sum over the ranks of x, which has all ranks' rows in their order: this rank's, with padding below."""
     most, world = max(sizes), len(sizes)
     if min(sizes) != most:
         x = torch.cat([_padded(rows, most) for rows in x.split(list(sizes))])
-    return _wait(_collective("reduce_scatter_tensor")(x.contiguous(), "sum", world, name))[: sizes[rank]]
+    return _collective("reduce_scatter_tensor")(x.contiguous(), "sum", world, name)
+
+
+def start_all_to_all(x, received, sent, name):
+    """Rows of x, `sent[q]` of them to each rank q in turn; what comes, `received[q]` of each."""
+    return _collective("all_to_all_single")(x.contiguous(), list(received), list(sent), name)
 
 
 def all_to_all_rows(x, received, sent, name):
-    """Rows of x, `sent[q]` of them to each rank q in turn; what came, `received[q]` of each."""
-    return _wait(_collective("all_to_all_single")(x.contiguous(), list(received), list(sent), name))
+    """What `start_all_to_all` brings."""
+    return _wait(start_all_to_all(x, received, sent, name))
 
 
-def exchange_rows(x, sizes, rank, name):
-    """(world, own rows, ...): what each rank has of this rank's rows in x, where those of all are in rank order."""
+def start_exchange(x, sizes, rank, name):
+    """(world - 1) * own rows: what each other rank has of this rank's rows in x, where those of its others lie."""
     own, world = sizes[rank], len(sizes)
-    return all_to_all_rows(x, [own] * world, sizes, name).view(world, own, *x.shape[1:])
+    received, sent = [own] * world, list(sizes)
+    received[rank] = sent[rank] = 0
+    return start_all_to_all(x, received, sent, name)
 
 
 class _AllReduce(torch.autograd.Function):

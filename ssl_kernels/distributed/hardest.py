@@ -75,7 +75,7 @@ class _Hardest(torch.autograd.Function):
             return [summed[:rows]]
 
         transport = setting.transport(sizes)
-        (grad,) = transport.walk(transport.collect(own), visit, Sum, [grads[:0]])
+        (grad,) = transport.walk(transport.collect(own), visit, Sum, [grads[:0]], own_last=True)
         # Rows without a triplet stood for themselves.
         alone = (index < 0).view(2, -1, 1)
         grad = grad + (grads.view(2, -1, grads.shape[1]) * alone).sum(0)

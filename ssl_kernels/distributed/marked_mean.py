@@ -70,7 +70,7 @@ class _MarkedMean(torch.autograd.Function):
 
         travelling = [own] if marks.dtype == torch.bool else [own, marks]
         with torch.autocast(grad.device.type, enabled=False):
-            (found,) = transport.walk(transport.collect(*travelling), visit, Sum, [grad[:0]])
+            (found,) = transport.walk(transport.collect(*travelling), visit, Sum, [grad[:0]], own_last=True)
         return found, None, None, None
 
 

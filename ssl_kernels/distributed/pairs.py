@@ -59,6 +59,16 @@ def _gradient(like, rows=None):
     return like.new_zeros(shape, dtype=accumulation_dtype(like))
 
 
+def _added(total, part, found, like):
+    """A gradient of rows `like`, None at first, and what was found for a part of them."""
+    if total is None:
+        if part == EVERY:
+            return found.to(accumulation_dtype(like))
+        total = _gradient(like)
+    total[part] += found
+    return total
+
+
 def _or_zeros(grad, like):
     return torch.zeros_like(like) if grad is None else grad
 
@@ -79,7 +89,7 @@ class _LogSums(torch.autograd.Function):
         keep = None
         if setting.strategy == "gather" and any(ctx.needs_input_grad):
             keep = square or ctx.needs_input_grad[1]
-        kept = []
+        kept = {True: [], False: []}  # of the own block, which is the last in backward, and of the others
 
         def visit(block, part, first):
             nonlocal lse, logits
@@ -101,7 +111,7 @@ class _LogSums(torch.autograd.Function):
                 own=first and positives is not None,
             )
             if keep is not None:
-                kept.extend(results[3:])
+                kept[first].extend(results[3:])
             if part == EVERY:
                 lse = torch.logaddexp(lse, results[0])
             else:
@@ -112,14 +122,18 @@ class _LogSums(torch.autograd.Function):
                 logits = results[2]
             return [results[1]] if both and not among_themselves else None
 
-        found = transport.walk(held, visit, LogSum if both else None, [lse[:0]], symmetric=square)
+        found = transport.walk(
+            held, visit, LogSum if both else None, [lse[:0]], symmetric=square, at_once=not both
+        )
         column_lse = lse.new_empty(0)
         if square:
             lse = torch.logaddexp(lse, found[0])
         elif both:
             column_lse = found[0]
-        ctx.save_for_backward(rows, scale, positives, row_ids, column_ids, lse, column_lse, *held, *kept)
-        ctx.options = square, both, len(kept), sizes, setting
+        ctx.save_for_backward(
+            rows, scale, positives, row_ids, column_ids, lse, column_lse, *held, *kept[True], *kept[False]
+        )
+        ctx.options = square, both, (len(kept[True]), len(kept[False])), sizes, setting
         ctx.set_materialize_grads(False)
         return lse, column_lse, logits
 
@@ -127,8 +141,9 @@ class _LogSums(torch.autograd.Function):
     @once
     def backward(ctx, grad_lse, grad_column_lse, grad_logits):
         rows, scale, positives, row_ids, column_ids, lse, column_lse, *held = ctx.saved_tensors
-        square, both, count, sizes, setting = ctx.options
-        held, kept = held[: len(held) - count], iter(held[len(held) - count :])
+        square, both, counts, sizes, setting = ctx.options
+        held, kept = held[: len(held) - sum(counts)], held[len(held) - sum(counts) :]
+        kept = {True: iter(kept[: counts[0]]), False: iter(kept[counts[0] :])}
         transport = setting.transport(sizes)
         x = widened(rows)
         grad_lse = _or_zeros(grad_lse, lse)
@@ -140,11 +155,11 @@ class _LogSums(torch.autograd.Function):
             held = held + transport.collect(torch.stack(travelling, 1))
         rows_need_grad, columns_need_grad = ctx.needs_input_grad[:2]
         columns_need_grad = rows_need_grad if square else columns_need_grad
-        grad_rows, grad_scale = _gradient(rows), torch.zeros_like(scale)
+        grad_rows, grad_scale = None, torch.zeros_like(scale)
         normalize = (setting.normalize,) * 2
 
         def visit(block, part, first):
-            nonlocal grad_scale
+            nonlocal grad_rows, grad_scale
             among_themselves = square and first
             y, mine = widened(block[0]), x[part]
             if not mine.shape[0] or not y.shape[0]:
@@ -160,7 +175,7 @@ class _LogSums(torch.autograd.Function):
                 scale,
                 _marks(positives, row_ids, column_ids, block, part, square, first),
                 (lse[part], column_sums),
-                [next(kept) for _ in range(3)] if count else None,
+                [next(kept[first]) for _ in range(3)] if sum(counts) else None,
                 normalize,
                 (rows_need_grad, columns_need_grad and not among_themselves),
                 both=both and not among_themselves,
@@ -168,14 +183,18 @@ class _LogSums(torch.autograd.Function):
             )
             grad_scale = grad_scale + part_scale
             if rows_need_grad:
-                grad_rows[part] += part_rows
+                grad_rows = _added(grad_rows, part, part_rows, rows)
             if not columns_need_grad:
                 return None
-            return None if among_themselves else [part_columns.to(grad_rows.dtype)]
+            return None if among_themselves else [part_columns.to(accumulation_dtype(rows))]
 
         combine = Sum if columns_need_grad else None
-        found = transport.walk(held, visit, combine, [grad_rows[:0]], symmetric=square)
-        grads = [grad_rows if rows_need_grad else None, None]
+        found = transport.walk(
+            held, visit, combine, [_gradient(rows, 0)], symmetric=square, own_last=True, at_once=not both
+        )
+        if rows_need_grad and grad_rows is None:
+            grad_rows = _gradient(rows)
+        grads = [grad_rows, None]
         if square and rows_need_grad:
             grads[0] = grad_rows.add_(found[0])
         elif columns_need_grad:
@@ -315,11 +334,10 @@ class _SigmoidSums(torch.autograd.Function):
         transport = setting.transport(sizes)
         x = widened(rows)
         needs = ctx.needs_input_grad[:2]
-        grad_rows = _gradient(rows)
-        grad_scale, grad_bias = torch.zeros_like(scale), torch.zeros_like(bias)
+        grad_rows, grad_scale, grad_bias = None, torch.zeros_like(scale), torch.zeros_like(bias)
 
         def visit(block, part, first):
-            nonlocal grad_scale, grad_bias
+            nonlocal grad_rows, grad_scale, grad_bias
             y = widened(block[0])
             if not x.shape[0] or not y.shape[0]:
                 return [_gradient(y)] if needs[1] else None
@@ -329,10 +347,12 @@ class _SigmoidSums(torch.autograd.Function):
             )
             grad_scale, grad_bias = grad_scale + part_scale, grad_bias + part_bias
             if needs[0]:
-                grad_rows.add_(part_rows)
-            return [part_columns.to(grad_rows.dtype)] if needs[1] else None
+                grad_rows = _added(grad_rows, part, part_rows, rows)
+            return [part_columns.to(accumulation_dtype(rows))] if needs[1] else None
 
-        found = transport.walk(held, visit, Sum if needs[1] else None, [grad_rows[:0]])
+        found = transport.walk(held, visit, Sum if needs[1] else None, [_gradient(rows, 0)], own_last=True)
+        if needs[0] and grad_rows is None:
+            grad_rows = _gradient(rows)
         return (
             grad_rows.to(rows.dtype) if needs[0] else None,
             found[0].to(rows.dtype) if needs[1] else None,

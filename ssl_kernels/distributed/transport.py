@@ -28,11 +28,28 @@ class Sum:
             ours += theirs
 
     @staticmethod
-    def delivered(parts, sizes, rank, name):
-        if parts[0].is_cuda:
-            return [groups.reduce_scatter_rows(part, sizes, rank, name) for part in parts]
-        # gloo's reduce-scatter is an all-reduce, which moves twice as much (findings/).
-        return [groups.exchange_rows(part, sizes, rank, name).sum(0) for part in parts]
+    def send(parts, sizes, rank, name):
+        """Begin to deliver `parts` of the other ranks' rows, in rank order."""
+        if not parts[0].is_cuda:
+            # gloo's reduce-scatter is an all-reduce, which moves twice as much (findings/).
+            return [groups.start_exchange(part, sizes, rank, name) for part in parts]
+        before = sum(sizes[:rank])
+        started = []
+        for part in parts:
+            own = part.new_zeros(sizes[rank], *part.shape[1:])
+            of_all = torch.cat((part[:before], own, part[before:]))
+            started.append(groups.start_reduce_scatter(of_all, sizes, name))
+        return started
+
+    @staticmethod
+    def receive(started, own, sizes, rank):
+        """The parts of all ranks for this rank's rows; `own` are its own, or None, and are written over."""
+        found = [groups.wait(part) for part in started]
+        if found[0].is_cuda:
+            found = [part[: sizes[rank]] for part in found]
+        else:
+            found = [_by_rank(part, sizes, rank).sum(0) if len(sizes) > 2 else part for part in found]
+        return found if own is None else [ours.add_(part) for ours, part in zip(own, found, strict=True)]
 
 
 class LogSum:
@@ -52,8 +69,15 @@ class LogSum:
         total[0].copy_(merged)
 
     @staticmethod
-    def delivered(parts, sizes, rank, name):
-        lses, *means = (groups.exchange_rows(part, sizes, rank, name) for part in parts)  # (W, n, ...)
+    def send(parts, sizes, rank, name):
+        return [groups.start_exchange(part, sizes, rank, name) for part in parts]
+
+    @staticmethod
+    def receive(started, own, sizes, rank):
+        found = [_by_rank(groups.wait(part), sizes, rank) for part in started]
+        if own is not None:
+            found = [torch.cat((ours[None], part)) for ours, part in zip(own, found, strict=True)]
+        lses, *means = found  # (W, n, ...) or (W - 1, n, ...)
         lse = torch.logsumexp(lses, 0)
         shares = share(lses, lse)[:, :, None]
         return [lse, *((shares.to(mean.dtype) * mean).sum(0) for mean in means)]
@@ -64,6 +88,11 @@ def share(lse, merged):
     return torch.exp(lse - merged).masked_fill(lse == -torch.inf, 0)
 
 
+def _by_rank(rows, sizes, rank):
+    """(W - 1, own rows, ...) of what `groups.start_exchange` brought."""
+    return rows.view(len(sizes) - 1, sizes[rank], *rows.shape[1:])
+
+
 def _halves(rank, peer, own, theirs):
     """Which rows of both this rank multiplies where the pair is divided: (own slice, slice of the peer's)."""
     if rank < peer:
@@ -72,59 +101,91 @@ def _halves(rank, peer, own, theirs):
 
 
 class Gather:
-    """All rows on every rank, by one all-gather; results by an all-to-all, or on GPUs a reduce-scatter."""
+    """All rows on every rank, by one all-gather; results by an all-to-all, or on GPUs a reduce-scatter.
+
+    The own rows are visited while the others' are on their way.
+    """
 
     def __init__(self, group, ranks, sizes):
         self.ranks, self.sizes = ranks, sizes
 
     def collect(self, *tensors):
-        """The rows of all ranks, from the own on, which come first."""
-        return [groups.all_gather_rows(t, self.sizes, self.ranks.name, self.ranks.rank) for t in tensors]
+        """For each tensor itself and, on their way, the rows of the others."""
+        held = []
+        for tensor in tensors:
+            held += [tensor, (groups.start_all_gather(tensor, self.sizes, self.ranks.name),)]
+        return held
 
-    def walk(self, held, visit, combine=None, like=(), symmetric=False):
+    def walk(self, held, visit, combine=None, like=(), symmetric=False, own_last=False, at_once=False):
         """Visit the blocks of what `collect` returned.
 
         Args:
-            held: Tensors with the rows of all ranks.
+            held: What `collect` returned. What was on its way is replaced by what came.
             visit: visit(block, own, is_first): the tensors' rows of a block, a slice of this rank's rows they are to
-                meet, and whether the block begins with (symmetric: is) this rank's own. Returns what it found for the
-                rows of the block, a list as `like`, or None for nothing.
+                meet, and whether the block is this rank's own. Returns what it found for the rows of the block, a list
+                as `like`, or None for nothing.
             combine: `Sum` or `LogSum`, for what visits return; None if that is nothing.
             like: Tensors without rows of the width and dtype of what visits return.
             symmetric: See above. What the visit of the own block finds for this rank's rows is not returned.
+            own_last: Visit the own block last, while what was found for the others is on its way.
+            at_once: Visit all rows as one block, of which the own come first; in backward if so in forward. For what a
+                visit keeps for backward that holds for the sum over all rows alone.
 
         Returns:
             What all ranks' visits together found for this rank's rows, a list of tensors, or None without `combine`.
         """
-        rank, world = self.ranks.rank, self.ranks.world
-        if not symmetric:
-            parts = visit(held, EVERY, True)
-            return self._deliver(parts, combine) if combine else None
-        ends = [0]
-        for k in range(world):
-            ends.append(ends[-1] + self.sizes[(rank + k) % world])
-        own = ends[1]
-        spans = [(EVERY, ends[1], ends[(world + 1) // 2])]
-        if world % 2 == 0:
-            middle = world // 2
-            rows, of_theirs = _halves(rank, (rank + middle) % world, own, ends[middle + 1] - ends[middle])
-            if rows == EVERY:
-                spans = [(EVERY, ends[1], ends[middle] + of_theirs.stop)]
-            else:
-                spans.append((rows, ends[middle], ends[middle + 1]))
-        visit([tensor[:own] for tensor in held], EVERY, True)
-        everyones = combine.nothing(like, ends[-1]) if combine else None
-        for rows, start, stop in spans:
+        rank, sizes = self.ranks.rank, self.sizes
+        for_own = None if own_last or at_once else visit(held[::2], EVERY, True)
+        for place, each in enumerate(held):
+            if isinstance(each, tuple):
+                held[place] = groups.rows_of_others(*each, sizes, rank)
+                if at_once:
+                    held[place - 1], held[place] = torch.cat(held[place - 1 : place + 1]), None
+        if at_once:
+            found = visit(held[::2], EVERY, True)
+            if not combine:
+                return None
+            for_own, found = zip(*(part.tensor_split((sizes[rank],)) for part in found), strict=True)
+            started = combine.send(self._in_rank_order(found), sizes, rank, self.ranks.name)
+            return combine.receive(started, [part.clone() for part in for_own], sizes, rank)
+        others = sum(sizes) - sizes[rank]
+        found, start = [], 0
+        for rows, stop in self._spans() if symmetric else [(EVERY, others)]:
             if start < stop:
-                parts = visit([tensor[start:stop] for tensor in held], rows, False)
-                if parts is not None:
-                    combine.merge([part[start:stop] for part in everyones], parts)
-        return self._deliver(everyones, combine) if combine else None
+                parts = visit([tensor[start:stop] for tensor in held[1::2]], rows, False)
+                found.append(combine.nothing(like, stop - start) if combine and parts is None else parts)
+                start = stop
+        if combine:
+            if start < others or not others:
+                found.append(combine.nothing(like, others - start))
+            found = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*found, strict=True)]
+            started = combine.send(self._in_rank_order(found), sizes, rank, self.ranks.name)
+        if own_last:
+            for_own = visit(held[::2], EVERY, True)
+        return combine.receive(started, None if symmetric else for_own, sizes, rank) if combine else None
 
-    def _deliver(self, parts, combine):
-        before = sum(self.sizes[: self.ranks.rank])
-        in_rank_order = [torch.roll(part, before, 0) for part in parts]
-        return combine.delivered(in_rank_order, self.sizes, self.ranks.rank, self.ranks.name)
+    def _spans(self):
+        """[(which own rows meet them, where they end among the others' rows)] of a symmetric walk."""
+        rank, world = self.ranks.rank, self.ranks.world
+        ends = [0]
+        for k in range(1, world):
+            ends.append(ends[-1] + self.sizes[(rank + k) % world])
+        whole = ends[(world - 1) // 2]
+        if world % 2:
+            return [(EVERY, whole)]
+        peer = (rank + world // 2) % world
+        rows, of_theirs = _halves(rank, peer, self.sizes[rank], self.sizes[peer])
+        if rows == EVERY:
+            return [(EVERY, whole + of_theirs.stop)]
+        return [(EVERY, whole), (rows, ends[world // 2])]
+
+    def _in_rank_order(self, parts):
+        """Rows of the others, of those behind this rank first, in the order of the ranks."""
+        behind = sum(self.sizes[self.ranks.rank + 1 :])
+        return [
+            torch.cat((part[behind:], part[:behind])) if 0 < behind < part.shape[0] else part
+            for part in parts
+        ]
 
 
 class Ring:
@@ -141,8 +202,11 @@ class Ring:
         """The tensors themselves: rows are fetched during the walk."""
         return [tensor.contiguous() for tensor in tensors]
 
-    def walk(self, held, visit, combine=None, like=(), symmetric=False):
-        """As `Gather.walk`; visits meet one block each. Memory is that of a few blocks whatever the number of ranks."""
+    def walk(self, held, visit, combine=None, like=(), symmetric=False, own_last=False, at_once=False):
+        """As `Gather.walk`, but the own block is always the first; visits meet a block each, or half of one.
+
+        Memory is that of a few blocks whatever the number of ranks.
+        """
         rank, world = self.ranks.rank, self.ranks.world
         last = world // 2 if symmetric else world - 1
         left, right = (rank - 1) % world, (rank + 1) % world
@@ -163,10 +227,14 @@ class Ring:
                 receives += [(tensor, right) for tensor in passed]
             transfer = self._start(sends, receives)
 
-            rows, of_theirs = EVERY, EVERY
+            rows, spans = EVERY, [EVERY]
             if symmetric and step and 2 * step == world:
                 rows, of_theirs = _halves(rank, owner, self.sizes[rank], self.sizes[owner])
-            parts = visit([tensor[of_theirs] for tensor in block], rows, step == 0)
+                spans = [of_theirs]
+            elif step:  # by halves, so that a visit works in as much memory as that of a divided pair
+                half = self.sizes[owner] // 2
+                spans = [slice(0, half), slice(half, None)]
+            parts = [visit([tensor[span] for tensor in block], rows, step == 0) for span in spans]
             self._finish(transfer)
             if combine and step >= symmetric:
                 found = passed
@@ -174,10 +242,11 @@ class Ring:
                     found = self._of(finds[step % 2], owner)
                     for place, nothing in zip(found, combine.nothing(like, 1), strict=True):
                         place.copy_(nothing.expand_as(place))
-                if parts is not None:
-                    combine.merge([part[of_theirs] for part in found], parts)
+                for span, part in zip(spans, parts, strict=True):
+                    if part is not None:
+                        combine.merge([each[span] for each in found], part)
             block = ahead
-            del parts
+            part = parts = None
         if not combine:
             return None
         mine = self._of(finds[(last + 1) % 2], rank)

@@ -69,21 +69,60 @@ MUTATIONS = [
         "groups.all_reduce(weights.sum(), self.ranks.name)",
         "weights.sum()",
     ),
-    Mutation("offset: first of an even gather", GROUPS, "start = first * most", "start = 0"),
-    Mutation("offset: order of an uneven gather", GROUPS, "(first + k) % world", "k % world"),
+    Mutation(
+        "wait: rows of others", GROUPS, "most, world = _wait(started), max", "most, world = started, max"
+    ),
+    Mutation("wait: what is exchanged", GROUPS, "return _wait(started)", "return started"),
+    Mutation("wait: all-to-all", GROUPS, "return _wait(start_all_to_all(", "return (start_all_to_all("),
+    Mutation(
+        "wait: all-reduce",
+        GROUPS,
+        'return _wait(_collective("all_reduce")(',
+        'return (_collective("all_reduce")(',
+    ),
+    Mutation(
+        "offset: order of an even gather",
+        GROUPS,
+        "spans = [(rank + 1, world), (0, rank)]",
+        "spans = [(0, rank), (rank + 1, world)]",
+    ),
+    Mutation(
+        "offset: order of an uneven gather",
+        GROUPS,
+        "(rank + k) % world for k in range(1, world)",
+        "k for k in range(world) if k != rank",
+    ),
     Mutation(
         "offset: rank of delivered parts",
         TRANSPORT,
-        "before = sum(self.sizes[: self.ranks.rank])",
-        "before = 0",
+        "behind = sum(self.sizes[self.ranks.rank + 1 :])",
+        "behind = 0",
     ),
+    Mutation(
+        "offset: own rows of a gather at once",
+        TRANSPORT,
+        "part.tensor_split((sizes[rank],))",
+        "part.tensor_split((sizes[0],))",
+    ),
+    Mutation(
+        "own: found by this rank",
+        TRANSPORT,
+        "ours.add_(part) for ours, part in zip",
+        "part for ours, part in zip",
+    ),
+    Mutation("own: log-sum-exps of this rank", TRANSPORT, "torch.cat((ours[None], part))", "part"),
+    Mutation("own: what its visit kept", PAIRS, "kept[first].extend", "kept[not first].extend"),
+    Mutation("half: of a block of a ring", TRANSPORT, "slice(half, None)", "slice(half + 1, None)"),
+    Mutation("rows: their gradient by this rank", KEYS, "[own.clone()]", "[own * 0]"),
+    Mutation("rows: which are this rank's", KEYS, "start = sum(sizes[:rank])", "start = 0"),
+    Mutation("rows: of the others", KEYS, "torch.cat((before, behind))", "torch.cat((behind, before))"),
     Mutation(
         "sum: reduce-scatter",
         GROUPS,
         '(x.contiguous(), "sum", world, name)',
         '(x.contiguous(), "max", world, name)',
     ),
-    Mutation("sum: what an all-to-all brings", TRANSPORT, "name).sum(0)", "name).amax(0)"),
+    Mutation("sum: what an all-to-all brings", TRANSPORT, "sizes, rank).sum(0)", "sizes, rank).amax(0)"),
     Mutation("sum: all-reduce", GROUPS, '(x.contiguous(), "sum", name)', '(x.contiguous(), "max", name)'),
     Mutation(
         "backward: all-reduce", GROUPS, "return _AllReduce.apply(grad, ctx.name), None", "return grad, None"
@@ -120,7 +159,9 @@ MUTATIONS = [
         "return slice(own // 2, own), EVERY",
         "return slice(0, own // 2), EVERY",
     ),
-    Mutation("half: blocks of a gather", TRANSPORT, "ends[(world + 1) // 2])]", "ends[world // 2 + 1])]"),
+    Mutation(
+        "half: blocks of a gather", TRANSPORT, "whole = ends[(world - 1) // 2]", "whole = ends[world // 2]"
+    ),
     Mutation("found: of own rows, forward", PAIRS, "lse = torch.logaddexp(lse, found[0])", "lse = lse + 0"),
     Mutation("found: of own rows, backward", PAIRS, "grad_rows.add_(found[0])", "grad_rows"),
     Mutation(

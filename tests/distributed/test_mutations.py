@@ -42,6 +42,10 @@ def divided(rank, world):
 def keys_gathered(rank, world):
     keys = [random_rows(1 + r, 3, seed=r) for r in range(world)]
     assert same_bits(distributed.gather_keys(keys[rank]), torch.cat(keys))
+    rows, weights = keys[rank].requires_grad_(), random_rows(6, 3, seed=7 + rank)
+    (gradient,) = torch.autograd.grad((distributed.gather_rows(rows) * weights).sum(), rows)
+    everyones = sum(random_rows(6, 3, seed=7 + r) for r in range(world))
+    torch.testing.assert_close(gradient, everyones.split((1, 2, 3))[rank])
 
 
 def compiled(rank, world):

@@ -34,7 +34,7 @@ class Counter:
         shares = {
             "all_gather_into_tensor": self.world - 1,
             "reduce_scatter_tensor": (self.world - 1) / self.world,
-            "all_to_all_single": (self.world - 1) / self.world,
+            "all_to_all_single": 1,  # nothing to the rank itself
             "all_reduce": 2 * (self.world - 1) / self.world,
         }
 
@@ -128,6 +128,5 @@ def test_a_rings_memory_does_not_grow_with_the_ranks():
     rows = 1024
     peaks = {world: max(processes.run(world, peak, rows, 128, "ring")) for world in (1, 2, 4, 6)}
     assert max(peaks.values()) < 40e6 * 2 * rows / 4096
-    # Two ranks divide their one pair of blocks, so that their visits are smaller.
-    assert max(peaks.values()) < 1.15 * min(peaks.values()), peaks
+    assert max(peaks.values()) < 1.1 * min(peaks.values()), peaks
     assert peaks[6] < 1.01 * peaks[4], peaks
