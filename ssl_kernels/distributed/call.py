@@ -1,9 +1,11 @@
 """A call of a loss over a process group: what its rank knows of the others, and what the loss divides by."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ssl_kernels.backends import choose_backend
-from ssl_kernels.checks import check_choice, check_reduction, check_row_weights, short
+from ssl_kernels.checks import check_choice, check_reduction, check_row_weights, is_whole, short
 from ssl_kernels.distributed import checks, groups
 from ssl_kernels.distributed.pairs import Setting
 from ssl_kernels.distributed.transport import TRANSPORTS
@@ -13,13 +15,26 @@ from ssl_kernels.ops.library import accumulation_dtype
 GATHERED_BYTES = 256 << 20
 
 
+def _check_rows_per_rank(op, counts, world):
+    if counts is None:
+        return
+    if not isinstance(counts, Sequence) or not all(map(is_whole, counts)):
+        raise TypeError(f"{op}: rows_per_rank must be a sequence of whole numbers or None, got {counts!r}")
+    if len(counts) != world or min(counts) < 0:
+        raise ValueError(
+            f"{op}: rows_per_rank must have the counts of {world} ranks, each at least 0, got {list(counts)}"
+        )
+
+
 class Call:
     """One call of the loss `op` on one rank of `group`."""
 
     def __init__(self, op, *, group, strategy, check, rows_per_rank):
         self.op, self.strategy, self.check, self.rows_per_rank = op, strategy, check, rows_per_rank
         self.group, self.ranks = groups.ranks_of(op, group)
-        check_choice(op, "strategy", strategy, *TRANSPORTS, None)
+        with self.checking():
+            check_choice(op, "strategy", strategy, *TRANSPORTS, None)
+            _check_rows_per_rank(op, rows_per_rank, self.ranks.world)
         self.sizes = None
 
     @property
@@ -52,7 +67,8 @@ class Call:
             if self.check:
                 checks.assert_counts(self.op, everyones if known else None, counts, rows, self.ranks)
         elif self.check:
-            facts = {"_counts": counts, "strategy": self.strategy}
+            known = self.rows_per_rank and [int(count) for count in self.rows_per_rank]
+            facts = {"_counts": counts, "strategy": self.strategy, "rows_per_rank": known}
             for name, tensor in tensors.items():
                 if isinstance(tensor, torch.Tensor):
                     facts[f"width of {name}"] = list(tensor.shape[1:])
@@ -74,7 +90,7 @@ class Call:
                 f"{self.op}: rows_per_rank must be what the ranks have, {list(self.sizes)},"
                 f" got {list(self.rows_per_rank)}"
             )
-        if len(self.sizes) != world or self.sizes[self.ranks.rank] != counts[0]:
+        if self.sizes[self.ranks.rank] != counts[0]:
             raise ValueError(
                 f"{self.op}: rows_per_rank must have the counts of {world} ranks, {counts[0]} for this one,"
                 f" got {list(self.sizes)}"

@@ -69,7 +69,8 @@ def refusing(op, group, ranks, tell=True):
         yield
     except (TypeError, ValueError) as error:
         if tell:
-            _exchange({"function": op, _REFUSED: str(error)[: MESSAGE // 4]}, group, ranks)
+            words = str(error).encode("ascii", "replace").decode()[: MESSAGE // 4]
+            _exchange({"function": op, _REFUSED: words}, group, ranks)
         raise
 
 
@@ -87,7 +88,10 @@ def _by_rank(values):
 def _exchange(facts, group, ranks):
     text = json.dumps(facts).encode()
     if len(text) > MESSAGE:  # compared all the same, though not in words
-        text = json.dumps({"function": facts["function"], "input": hashlib.sha256(text).hexdigest()}).encode()
+        own = {name: value for name, value in facts.items() if name.startswith("_")}
+        same = json.dumps({name: value for name, value in facts.items() if name not in own}).encode()
+        short = {"function": facts["function"], "input": hashlib.sha256(same).hexdigest(), **own}
+        text = json.dumps(short).encode()
     mine = torch.frombuffer(bytearray(text.ljust(MESSAGE)), dtype=torch.uint8).to(groups.device_of(group))
     everyones = groups.all_gather_rows(mine[None], [1] * ranks.world, ranks.name).cpu()
     return [json.loads(bytes(row.tolist()).decode()) for row in everyones]

@@ -9,6 +9,7 @@ import torch
 from torch import distributed as dist
 
 from ssl_kernels import distributed
+from ssl_kernels.distributed import checks, groups
 from ssl_kernels.nn import MoCoQueue
 from tests.distributed import processes
 from tests.helpers import random_rows, same_bits
@@ -148,7 +149,23 @@ def refusing(rank, world):
         message_of(distributed.sup_con_loss, x, torch.zeros(2, dtype=torch.int64), unlabelled=0.5),
         message_of(distributed.triplet_loss, x, torch.arange(2), mining="semi_hard"),
         message_of(distributed.clip_loss, x, x[:1], 5.0, image_index=torch.tensor([2])),
+        message_of(loss, x, x, rows_per_rank=2, check=False),
+        message_of(loss, x, x, rows_per_rank=[3, -1], check=False),
+        message_of(loss, x, x, rows_per_rank=[2, 2 + rank]),
+        message_of(loss, x, x, strategy="tree" if rank else "ring"),
+        too_long(rank, world),
     ]
+
+
+def too_long(rank, world):
+    """More than a message holds is compared all the same, and what may differ comes along."""
+    _, ranks = groups.ranks_of("f", None)
+    facts = {"_own": rank, "options": "x" * 2000}
+    everyones = checks.compare("f", dist.group.WORLD, ranks, facts)
+    different = message_of(
+        checks.compare, "f", dist.group.WORLD, ranks, {**facts, "options": f"{rank}" * 2000}
+    )
+    return [theirs["_own"] for theirs in everyones], different[1][:45]
 
 
 def test_bad_arguments_in_words():
@@ -171,3 +188,10 @@ def test_bad_arguments_in_words():
         assert found[8] == ("TypeError", "sup_con_loss: unlabelled must be an integer or None, got 0.5")
         assert found[9][1].startswith('triplet_loss: mining must be "batch_hard" over several ranks')
         assert found[10][1] == "clip_loss: image_index must be in [0, 2), got 2"
+        assert (
+            found[11][1] == "nt_xent_loss: rows_per_rank must be a sequence of whole numbers or None, got 2"
+        )
+        assert found[12][1].endswith("the counts of 2 ranks, each at least 0, got [3, -1]")
+        assert found[13][1].endswith("the same on every rank, got [2, 2] on rank 0, [2, 3] on rank 1")
+        assert "strategy must be" in found[14][1]
+        assert found[15] == ([0, 1], "f: input must be the same on every rank, got ")
