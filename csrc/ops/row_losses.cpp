@@ -27,6 +27,7 @@ using namespace row_rules;
 Rule rule_of(const c10::string_view name) {
   if (name == "beside") return beside;
   if (name == "debiased") return debiased;
+  if (name == "difference") return difference;
   TORCH_CHECK(name == "mixed", "row_losses: unknown rule ", name);
   return mixed;
 }
@@ -160,7 +161,8 @@ Tensor row_losses(c10::string_view name, at::TensorList inputs, at::ArrayRef<dou
     values += input.dim() > 1 ? static_cast<int>(input.size(1)) : 1;
     refuse_forward_mode("row_losses", {&input});
   }
-  TORCH_CHECK(values == (name == "mixed" ? 4 : 3) && constants.size() == (name == "debiased" ? 3 : 0),
+  TORCH_CHECK(values == (name == "mixed" ? 4 : name == "difference" ? 2 : 3) &&
+                  constants.size() == (name == "debiased" ? 3 : 0),
               "row_losses: rule ", name, " does not take ", values, " values and ", constants.size(),
               " constants");
   bool differentiate = false;

@@ -6,6 +6,7 @@
 //   debiased    lse, p, scale            softplus(g - p), g = max(lse + log(1 - e^x) - c_2, c_0 - scale)
 //                                        where x = c_1 + p - lse < 0, else c_0 - scale
 //   mixed       lse, s_own, s_partner, l l (lse - s_own) + (1 - l) (lse - s_partner)
+//   difference  a, b                     softplus(a) - softplus(b)
 //
 // Their derivatives stand beside them. A logit or a sum of +inf gives NaN, as the softmax over it would have
 // it.
@@ -65,6 +66,11 @@ inline double mixed(const Values& in, const double*, Values* partial) {
   const double own = lse - s_own, partner = lse - s_partner;  // neither is below 0
   if (partial) *partial = {1, -lam, lam - 1, own - partner};
   return lam * own + (1 - lam) * partner;
+}
+
+inline double difference(const Values& in, const double*, Values* partial) {
+  if (partial) *partial = {sigmoid(in[0]), -sigmoid(in[1]), 0, 0};
+  return softplus(in[0]) - softplus(in[1]);
 }
 
 }  // namespace ssl_kernels::row_rules

@@ -170,7 +170,9 @@ class CrossBatchMemory(losses.CrossBatchMemory):
     """`pytorch_metric_learning.losses.CrossBatchMemory`, whose pairs are not listed for the losses of this module.
 
     As there, `queue_idx` and `has_been_filled` are no part of the state_dict. Where an enqueue_mask has no True, the
-    library takes its memory, still empty, for full; this one does not.
+    library takes its memory, still empty, for full; this one does not. In a batch of one row the library counts the
+    row's own entry among its positives (it takes the batch for one that goes round the ring); here, under a loss of
+    this module without `strict`, no row is its own positive.
     """
 
     def add_to_memory(self, embeddings, labels, batch_size):

@@ -6,6 +6,7 @@ import warnings
 import torch
 
 from ssl_kernels.checks import check_scalar
+from ssl_kernels.losses._rows import row_pairs_loss
 from ssl_kernels.losses._shared import inverse
 from ssl_kernels.ops.library import accumulation_dtype
 
@@ -39,6 +40,13 @@ def scale_of(caller, temperature, rows, *, positive=True):
 def mean(losses, like):
     """The mean of float64 losses a row, in the accumulation dtype of `like`."""
     return losses.mean(dtype=accumulation_dtype(like))
+
+
+def minus_mean_cosine(x, y, caller):
+    """−1 / N · Σ <x̂_i, ŷ_i> of rows (N, D), with gradients to both."""
+    return row_pairs_loss(
+        x, y, factor=-1.0, normalize=True, measure="product", reduction="mean", caller=caller
+    )
 
 
 def original(module, name, why):

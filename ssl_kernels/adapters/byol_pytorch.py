@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+from ssl_kernels.checks import DTYPES
+from ssl_kernels.losses._rows import row_pairs_loss
 from ssl_kernels.losses._shared import widest_under_autocast
-from ssl_kernels.ops.library import accumulation_dtype
-from ssl_kernels.ops.row_pairs import row_pairs
 
 __all__ = ["cosine_loss_fn"]
 ORIGINALS = {"cosine_loss_fn": "byol_pytorch.byol_pytorch"}
@@ -22,8 +22,8 @@ def cosine_loss_fn(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         (...), a value a vector.
     """
     x, y = widest_under_autocast(x, y)
-    if x.shape == y.shape and x.dtype == y.dtype and x.dim() > 1 and x.numel():
+    if x.shape == y.shape and x.dtype == y.dtype in DTYPES and x.dim() > 1 and x.numel():
         rows = (part.reshape(-1, part.shape[-1]) for part in (x, y))
-        cosines = row_pairs(*rows, normalize=True, measure="product").view(x.shape[:-1])
-        return (2 - 2 * cosines).to(accumulation_dtype(x))
+        options = {"normalize": True, "measure": "product", "reduction": "none", "caller": "cosine_loss_fn"}
+        return row_pairs_loss(*rows, factor=-2.0, offset=2.0, **options).view(x.shape[:-1])
     return 2 - 2 * (F.normalize(x, dim=-1) * F.normalize(y, dim=-1)).sum(-1)

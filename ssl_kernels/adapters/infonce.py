@@ -7,7 +7,7 @@ from ssl_kernels.adapters._classes import as_classes
 from ssl_kernels.adapters._shared import mean, scale_of
 from ssl_kernels.checks import check_embeddings
 from ssl_kernels.losses import nt_xent_loss
-from ssl_kernels.losses._shared import minus_log_sigmoid
+from ssl_kernels.losses._shared import minus_log_sigmoid, native_row_losses, takes_row_losses
 from ssl_kernels.ops.contrastive import contrastive
 
 __all__ = ["InfoNCE", "SupervisedInfoNCE"]
@@ -60,4 +60,6 @@ class SupervisedInfoNCE(nn.Module):
         options = {"row_ids": classes, "caller": "SupervisedInfoNCE"}
         negatives = contrastive(features, None, scale, **options).lse
         positives = contrastive(features, None, scale, only_equal_ids=True, **options).lse
+        if takes_row_losses(None, "SupervisedInfoNCE", features, negatives, positives):
+            return native_row_losses("difference", (negatives, positives), "mean", features)
         return mean(minus_log_sigmoid(-negatives) - minus_log_sigmoid(-positives), features)

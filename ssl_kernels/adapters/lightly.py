@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssl_kernels.adapters._gather import gather_constant, gather_rows, rank, world_size
-from ssl_kernels.adapters._shared import Closed, mean, original, scale_of
+from ssl_kernels.adapters._shared import Closed, mean, minus_mean_cosine, original, scale_of
 from ssl_kernels.backends import choose_backend
-from ssl_kernels.checks import check_embeddings, check_same_rows
+from ssl_kernels.checks import DTYPES, check_embeddings, check_same_rows
 from ssl_kernels.losses import dcl_loss, nt_xent_loss
 from ssl_kernels.losses._shared import (
     loss_beside,
@@ -333,7 +333,7 @@ class NegativeCosineSimilarity(nn.Module):
     def forward(self, x0: torch.Tensor, x1: torch.Tensor) -> torch.Tensor:
         """The mean over all pairs of vectors."""
         x0, x1 = widest_under_autocast(x0, x1)
-        paired = x0.dim() == 2 and x0.shape == x1.shape and x0.dtype == x1.dtype and x0.numel()
+        paired = x0.dim() == 2 and x0.shape == x1.shape and x0.dtype == x1.dtype in DTYPES and x0.numel()
         if paired and self.dim in (1, -1) and self.eps == 1e-8 and not self.strict:
-            return -mean(row_pairs(x0, x1, normalize=True, measure="product"), x0)
+            return minus_mean_cosine(x0, x1, "NegativeCosineSimilarity")
         return -F.cosine_similarity(x0, x1, self.dim, self.eps).mean()

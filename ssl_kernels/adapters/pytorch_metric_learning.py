@@ -9,8 +9,10 @@ import torch.nn.functional as F
 
 from ssl_kernels.adapters._classes import class_mates
 from ssl_kernels.adapters._shared import scale_of
+from ssl_kernels.checks import values_are_readable
 from ssl_kernels.losses import sup_con_loss
-from ssl_kernels.losses._shared import minus_log_sigmoid
+from ssl_kernels.losses._rows import row_pairs_loss
+from ssl_kernels.losses._shared import as_scalar, minus_log_sigmoid, takes_row_losses
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
 from ssl_kernels.ops.row_pairs import row_pairs
@@ -33,7 +35,8 @@ DIFFERENCES = {
     f" (`strict=True`: as the library); the rest as NTXentLoss {_OWN}",
     "TripletMarginLoss": f"given triplets (a miner's) are gathered; all triplets, swap and other distances: {_OWN}",
     "SelfSupervisedLoss": "as the loss inside",
-    "CrossBatchMemory": "an enqueue_mask without a True does not count the empty memory as full",
+    "CrossBatchMemory": "the row of a batch of one is not its own positive; an enqueue_mask without a True does not"
+    " count the empty memory as full",
 }
 
 
@@ -101,16 +104,16 @@ def _rows_at(rows, index):
 def triplet_margins(rows, columns, triplets, margin, normalize=True, smooth=False):
     """relu(|a − p| − |a − n| + margin) of triplets of indices, a of rows and p, n of columns; smooth: softplus."""
     anchor, positive, negative = triplets
-    gaps = row_pairs(
-        _rows_at(rows, anchor),
-        _rows_at(columns, positive),
-        _rows_at(columns, negative),
-        normalize=normalize,
-        measure="distance",
-        caller="TripletMarginLoss",
-    )
-    violation = gaps + margin
-    return (F.softplus(violation) if smooth else F.relu(violation)).to(accumulation_dtype(rows))
+    readable = values_are_readable(rows, *triplets) and columns is rows and not smooth
+    if readable and takes_row_losses(None, "TripletMarginLoss", rows):
+        return torch.ops.ssl_kernels.triplet_loss.given(
+            rows, *triplets, as_scalar(margin, rows), normalize, "euclidean", "none"
+        )
+    chosen = (_rows_at(rows, anchor), _rows_at(columns, positive), _rows_at(columns, negative))
+    options = {"normalize": normalize, "measure": "distance", "caller": "TripletMarginLoss"}
+    if smooth:
+        return F.softplus(row_pairs(*chosen, **options) + margin).to(accumulation_dtype(rows))
+    return row_pairs_loss(*chosen, offset=margin, hinge=True, reduction="none", **options)
 
 
 def __getattr__(name):

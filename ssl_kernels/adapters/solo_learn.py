@@ -2,11 +2,10 @@
 
 import torch
 
-from ssl_kernels.adapters._shared import mean
+from ssl_kernels.adapters._shared import minus_mean_cosine
 from ssl_kernels.checks import check_embeddings, check_same_rows
 from ssl_kernels.losses import byol_loss, info_nce_loss, moco_loss, nt_xent_loss, sup_con_loss
 from ssl_kernels.losses._shared import widest_under_autocast
-from ssl_kernels.ops.row_pairs import row_pairs
 
 __all__ = ["byol_loss_func", "moco_loss_func", "nnclr_loss_func", "simclr_loss_func", "simsiam_loss_func"]
 ORIGINALS = {
@@ -78,8 +77,7 @@ def simsiam_loss_func(p: torch.Tensor, z: torch.Tensor, simplified: bool = True)
     p, z = widest_under_autocast(p, z)
     check_embeddings("simsiam_loss_func", p=p, z=z)
     check_same_rows("simsiam_loss_func", p=p, z=z)
-    cosines = row_pairs(p, z.detach(), normalize=True, measure="product", caller="simsiam_loss_func")
-    return -mean(cosines, p)
+    return minus_mean_cosine(p, z.detach(), "simsiam_loss_func")
 
 
 def nnclr_loss_func(

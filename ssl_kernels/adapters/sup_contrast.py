@@ -49,7 +49,8 @@ class SupConLoss(nn.Module):
         if self.contrast_mode not in ("all", "one"):
             raise ValueError(f'SupConLoss: contrast_mode must be "all" or "one", got {self.contrast_mode!r}')
         batch, views = features.shape[:2]
-        rows = features.flatten(2).transpose(0, 1).flatten(0, 1)  # view by view
+        # View by view.
+        rows = features.flatten(1) if views == 1 else features.flatten(2).transpose(0, 1).flatten(0, 1)
         if mask is None:
             if labels is None:
                 labels = torch.arange(batch, device=rows.device)
@@ -60,13 +61,13 @@ class SupConLoss(nn.Module):
             raise ValueError("SupConLoss: mask must be of 0 and 1, got other numbers")
         if self.contrast_mode == "all":
             positives = {} if mask is None else {"positives": mask.bool().repeat(views, views)}
-            labels = None if labels is None else labels.repeat(views)
+            labels = labels if labels is None or views == 1 else labels.repeat(views)
             options = {"normalize": False, "reduction": "sum", **positives}
-            loss = sup_con_loss(rows, labels, self.temperature, **options) / len(rows)
+            loss, anchors = sup_con_loss(rows, labels, self.temperature, **options), len(rows)
         else:
             same = (labels[:, None] == labels) if mask is None else mask.bool()
-            loss = self._of_first_views(rows, same.repeat(1, views).to(rows.dtype), batch)
-        return loss * (self.temperature / self.base_temperature)
+            loss, anchors = self._of_first_views(rows, same.repeat(1, views).to(rows.dtype), batch), 1
+        return loss * (self.temperature / self.base_temperature / anchors)
 
     def _of_first_views(self, rows, positives, batch):
         positives = positives.clone().fill_diagonal_(0)

@@ -1,21 +1,58 @@
 """What the losses compute row by row, in O(N · D): dots, sums over classes, logits of each row's own negatives.
 
-Where `native` is true, the logits are a node of autograd in C++ (csrc/ops/), with its backward written out.
+Where `native` is true, the logits are a node of autograd in C++ (csrc/ops/), with its backward written out; so are, on
+the CPU, losses that are little more than the values of `row_pairs`.
 """
 
 from typing import NamedTuple
 
 import torch
 
+from ssl_kernels.backends import choose_backend
+from ssl_kernels.checks import values_are_readable
 from ssl_kernels.constants import NORM_EPS
-from ssl_kernels.losses._shared import unit_rows
+from ssl_kernels.losses._shared import as_operand, may_be_one_node, reduce, unit_rows
 from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func, savable
+from ssl_kernels.ops.row_pairs import row_pairs
 from ssl_kernels.reference.products import product
 
 
 def row_dots(x, y):
     """<x_i, y_i> along the last dimension, float64."""
     return (x * y).sum(-1, dtype=torch.float64)
+
+
+def row_pairs_loss(
+    x,
+    y,
+    z=None,
+    *,
+    factor=1.0,
+    offset=0.0,
+    hinge=False,
+    normalize,
+    measure,
+    reduction,
+    row_weights=None,
+    backend=None,
+    caller,
+):
+    """Reduced losses factor · v_i + offset of the values v of `row_pairs`, with `hinge` of those the ones over 0.
+
+    Args:
+        x, y, z, normalize, measure, backend, caller: As in `row_pairs`.
+        factor: A number.
+        offset: A number, or a tensor of one element, which gets its gradient.
+        reduction, row_weights: As in `reduce`.
+    """
+    plain = row_weights is None and not isinstance(offset, torch.Tensor) and values_are_readable(x, y)
+    if plain and may_be_one_node() and choose_backend("row_pairs", backend, caller, x, y) == "native":
+        return torch.ops.ssl_kernels.row_pairs_loss.native(
+            x, y, z, normalize, measure, factor, float(offset), hinge, reduction
+        )
+    values = row_pairs(x, y, z, normalize=normalize, measure=measure, backend=backend, caller=caller)
+    losses = (values if factor == 1 else values * factor) + as_operand(offset, x)
+    return reduce(torch.relu(losses) if hinge else losses, reduction, x, row_weights)
 
 
 class Groups(NamedTuple):

@@ -4,8 +4,8 @@ import torch
 
 from ssl_kernels.checks import check_embeddings, check_reduction, check_row_weights, check_same_rows
 from ssl_kernels.losses._module import Loss
-from ssl_kernels.losses._shared import reduce, widest_under_autocast
-from ssl_kernels.ops.row_pairs import row_pairs
+from ssl_kernels.losses._rows import row_pairs_loss
+from ssl_kernels.losses._shared import widest_under_autocast
 
 OP = "byol_loss"
 
@@ -48,10 +48,18 @@ def byol_loss(
     check_same_rows(OP, prediction=prediction, target=target)
     check_reduction(OP, reduction)
     check_row_weights(OP, "row_weights", row_weights, prediction.shape[0], prediction)
-    cosines = row_pairs(
-        prediction, target.detach(), normalize=normalize, measure="product", backend=backend, caller=OP
+    return row_pairs_loss(
+        prediction,
+        target.detach(),
+        factor=-2.0,
+        offset=2.0,
+        normalize=normalize,
+        measure="product",
+        reduction=reduction,
+        row_weights=row_weights,
+        backend=backend,
+        caller=OP,
     )
-    return reduce(torch.rsub(cosines, 2, alpha=2), reduction, prediction, row_weights)
 
 
 byol_loss.operation = "row_pairs"

@@ -4,8 +4,8 @@ import torch
 
 from ssl_kernels.checks import check_choice, check_embeddings, check_margin, check_reduction, check_same_rows
 from ssl_kernels.losses._module import Loss
-from ssl_kernels.losses._shared import as_operand, reduce, widest_under_autocast
-from ssl_kernels.ops.row_pairs import row_pairs
+from ssl_kernels.losses._rows import row_pairs_loss
+from ssl_kernels.losses._shared import widest_under_autocast
 
 OP = "triplet_margin_loss"
 DISTANCES = ("euclidean", "cosine")
@@ -56,12 +56,17 @@ def triplet_margin_loss(
     check_margin(OP, margin, anchor)
     check_choice(OP, "distance", distance, *DISTANCES)
     check_reduction(OP, reduction)
-    options = {"normalize": normalize, "backend": backend, "caller": OP}
+    options = {
+        "offset": margin,
+        "hinge": True,
+        "normalize": normalize,
+        "reduction": reduction,
+        "backend": backend,
+        "caller": OP,
+    }
     if distance == "cosine":
-        gaps = row_pairs(anchor, negative, positive, measure="product", **options)
-    else:
-        gaps = row_pairs(anchor, positive, negative, measure="distance", **options)
-    return reduce(torch.relu(gaps + as_operand(margin, anchor)), reduction, anchor)
+        return row_pairs_loss(anchor, negative, positive, measure="product", **options)
+    return row_pairs_loss(anchor, positive, negative, measure="distance", **options)
 
 
 triplet_margin_loss.operation = "row_pairs"

@@ -220,6 +220,33 @@ def test_labels_of_any_dtype(labels):
         assert torch.equal(loss(x, labels), loss(x, integers))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_supervised_info_nce_is_its_formula(dtype):
+    """With classes of one row, which have no positive; on the CPU the end of it is one node of autograd."""
+    x, labels = rows(9).to(dtype).requires_grad_(), torch.tensor([0, 1, 1, 2, 0, 0, 3, 1, 4])
+    temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    found = adapters.infonce.SupervisedInfoNCE(temperature)(x, labels)
+    assert "RowLosses" in found.grad_fn.name()
+    unit = nn.functional.normalize(x.double(), dim=1)
+    logits, same = unit @ unit.T / temperature, labels[:, None] == labels
+    negatives = logits.exp().masked_fill(same, 0).sum(1)
+    positives = logits.exp().masked_fill(~same, 0).fill_diagonal_(0).sum(1)
+    expected = (negatives.log1p() - positives.log1p()).mean()
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.01}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    truth = torch.autograd.grad(2 * expected, (x, temperature))
+    for ours, exact in zip(torch.autograd.grad(2 * found, (x, temperature)), truth, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "make", [adapters.byol_pytorch.cosine_loss_fn, adapters.lightly.NegativeCosineSimilarity()]
+)
+def test_integers_are_left_to_torch(make):
+    with pytest.raises(RuntimeError, match="float"):
+        make(torch.ones(3, 4).long(), torch.ones(3, 4).long())
+
+
 def test_messages_of_what_cannot_be():
     x, labels = rows(), torch.arange(6) % 2
     supervised = adapters.infonce.SupervisedInfoNCE

@@ -106,6 +106,62 @@ def test_a_mask_without_a_true_does_not_fill_the_memory(library):
     assert loss == 0 and not memory.has_been_filled
 
 
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+def test_the_row_of_a_batch_of_one_is_not_its_own_positive(library, name):
+    """The library takes such a batch for one that goes round the ring, and keeps the pair of the row with itself."""
+    memories = [space.CrossBatchMemory(getattr(space, name)(0.2), 8, 20) for space in (ours, library)]
+    memories.append(ours.CrossBatchMemory(getattr(ours, name)(0.2, strict=True), 8, 20))
+    for memory in memories:
+        memory(rows(), torch.arange(12) // 3)
+    x = rows(1, seed=1)
+    mine, theirs, strict = (memory(x, torch.tensor([1])) for memory in memories)
+    assert torch.equal(strict, theirs) and not torch.allclose(mine, theirs)
+    memory, labels = rows(), torch.arange(12) // 3
+    pairs = [torch.tensor(part) for part in ([0] * 3, [3, 4, 5], [0] * 9, [0, 1, 2, *range(6, 12)])]
+    expected = getattr(library, name)(0.2)(x, torch.tensor([1]), pairs, memory, labels)
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+TRIPLETS = (torch.tensor([0, 1, 2, 0, -1]), torch.tensor([2, 3, 2, 5, 4]), torch.tensor([4, 5, 1, -2, 4]))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("integers", [torch.int64, torch.int32])
+def test_given_triplets_are_one_node(normalize, integers):
+    """Of a row twice, of one that is its own positive or negative, and counted from the end."""
+    x, margin = rows(6).double().requires_grad_(), 0.6
+    index = [part.to(integers) for part in TRIPLETS]
+    found = ours.triplet_margins(x, x, index, margin, normalize)
+    assert "TripletLoss" in found.grad_fn.name()
+    other = x.detach().clone().requires_grad_()  # gathers the rows
+    composed = ours.triplet_margins(x, other, index, margin, normalize)
+    assert "TripletLoss" not in composed.grad_fn.name() and (found == 0).any() and (found > 0).any()
+    torch.testing.assert_close(found, composed, rtol=1e-12, atol=1e-12)
+    weight = torch.arange(1.0, 6, dtype=torch.float64)
+    (by_x,) = torch.autograd.grad((weight * found).sum(), x, retain_graph=True)
+    parts = torch.autograd.grad((weight * composed).sum(), (x, other))
+    torch.testing.assert_close(by_x, sum(parts), rtol=1e-10, atol=1e-12)
+    unit = torch.nn.functional.normalize(x, dim=1) if normalize else x
+    a, p, n = (unit[part.long()] for part in index)
+    exact = torch.relu((a - p).norm(dim=1) - (a - n).norm(dim=1) + margin)
+    (expected,) = torch.autograd.grad((weight * exact).sum(), x)
+    torch.testing.assert_close(by_x, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_given_triplets_differentiate_twice_and_by_their_margin():
+    x, margin = rows(6).double().requires_grad_(), torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    index = [part[[0, 1, 3]] for part in TRIPLETS]
+    assert torch.autograd.gradcheck(lambda *at: ours.triplet_margins(at[0], at[0], index, at[1]), (x, margin))
+    assert torch.autograd.gradgradcheck(lambda at: ours.triplet_margins(at, at, index, 0.6), (x,))
+
+
+def test_given_triplets_of_rows_that_are_not_there():
+    x = rows(6)
+    for index in (6, -7):
+        with pytest.raises(IndexError, match=rf"indices must be in \[-6, 6\), got {index}$"):
+            ours.triplet_margins(x, x, [torch.tensor([index])] * 3, 0.1)
+
+
 def test_bfloat16_triplets(library):
     """The library has no distances of it on the CPU."""
     x = rows().bfloat16().requires_grad_()

@@ -1,0 +1,91 @@
+"""`row_pairs_loss`, of which some losses are made: on the CPU one node of autograd, elsewhere torch's operators."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ssl_kernels.losses import byol_loss
+from ssl_kernels.losses._rows import row_pairs_loss
+from ssl_kernels.ops.row_pairs import MEASURES
+from ssl_kernels.reference.row_pairs import row_pairs
+from tests.helpers import BACKENDS, random_rows
+
+OPTIONS = {"normalize": False, "measure": "product", "reduction": "mean", "caller": "loss"}
+
+
+class Passing(TorchDispatchMode):
+    """Sees every operator, and runs it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **kwargs or {})
+
+
+def rows(*seeds, n=9, d=5):
+    return [random_rows(n, d, torch.float64, seed=seed).requires_grad_() for seed in seeds]
+
+
+def weights(n=9):
+    return random_rows(n, 1, torch.float64, seed=8)[:, 0]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("hinge", [False, True])
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("seeds", [(0, 1), (0, 1, 2)], ids=["pairs", "triplets"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_the_formula(backend, seeds, measure, hinge, reduction):
+    operands, normalize, factor = rows(*seeds), measure == "distance", -1.5
+    values = row_pairs(*operands, *[None] * (3 - len(seeds)), normalize, measure)
+    offset = 0.1 - factor * values.median().item()
+    each = factor * values + offset
+    if hinge:
+        each = each.clamp(min=0)
+        assert 0 < (each == 0).sum() < len(each)
+    found = row_pairs_loss(
+        *operands,
+        factor=factor,
+        offset=offset,
+        hinge=hinge,
+        **OPTIONS | {"normalize": normalize, "measure": measure, "reduction": reduction},
+        backend=backend,
+    )
+    expected = each if reduction == "none" else getattr(each, reduction)()
+    seed = weights() if reduction == "none" else torch.tensor(3.0, dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    truth = torch.autograd.grad(expected, operands, seed)
+    for ours, exact in zip(torch.autograd.grad(found, operands, seed), truth, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_rows_have_float32_losses_and_gradients_of_their_dtype(dtype):
+    x, y = (random_rows(7, 5, dtype, seed=seed).requires_grad_() for seed in (0, 1))
+    each = row_pairs_loss(x, y, factor=2.0, **OPTIONS | {"reduction": "none"})
+    assert each.dtype == torch.float32
+    torch.testing.assert_close(each.double(), 2 * (x.double() * y.double()).sum(1), rtol=1e-6, atol=1e-6)
+    (by_x,) = torch.autograd.grad(each.sum(), x)  # of a gradient that is one number, expanded
+    assert by_x.dtype == dtype
+    torch.testing.assert_close(by_x, 2 * y.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hinge_at_zero_has_no_gradient_and_nan_stays(backend):
+    x, y = torch.tensor([[2.0, 0.0]], requires_grad=True), torch.tensor([[0.5, 0.0]])
+    options = {"offset": -1.0, "hinge": True, **OPTIONS, "backend": backend}
+    loss = row_pairs_loss(x, y, **options)
+    assert loss == 0 and not torch.autograd.grad(loss, x)[0].any()
+    assert row_pairs_loss(x, y * torch.nan, **options).isnan()
+
+
+def test_is_one_node_where_that_can_be():
+    x, y = rows(0, 1)
+    assert "RowPairsLoss" in byol_loss(x, y).grad_fn.name()
+    assert "RowPairsLoss" not in byol_loss(x, y, backend="chunked").grad_fn.name()
+    assert "RowPairsLoss" not in byol_loss(x, y, row_weights=weights()).grad_fn.name()
+    with Passing():
+        composed = byol_loss(x, y)
+    assert "RowPairsLoss" not in composed.grad_fn.name()
+    torch.testing.assert_close(composed, byol_loss(x, y))
+    (gradient,) = torch.autograd.grad(byol_loss(x, y), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r'backend "native" has no second derivative'):
+        gradient.sum().backward()
