@@ -41,23 +41,30 @@ def patch(*libraries: str) -> "Patch":
         ValueError: There is no such adapter.
         ModuleNotFoundError: A library is not installed.
     """
-    from ssl_kernels.adapters import LIBRARIES
-
-    if not libraries:
-        raise ValueError(f"patch: libraries must name one of {', '.join(LIBRARIES)}, got none")
-    for library in libraries:
-        if library not in LIBRARIES:
-            raise ValueError(f"patch: libraries must be among {', '.join(LIBRARIES)}, got {library!r}")
-    adapters = [importlib.import_module(f"ssl_kernels.adapters.{library}") for library in libraries]
+    adapters = _adapters(libraries, "patch: libraries")
     for library, adapter in zip(libraries, adapters, strict=True):
-        if not adapter.ORIGINALS:
-            raise ValueError(f"patch: libraries must be packages, got {library!r}, a file that is copied")
         for root in {module.partition(".")[0] for module in adapter.ORIGINALS.values()}:
             if root not in sys.modules and importlib.util.find_spec(root) is None:
                 raise ModuleNotFoundError(
                     f"patch: {library} must be installed, got no module {root}", name=root
                 )
     return Patch(adapters)
+
+
+def _adapters(libraries, asked):
+    """The adapters' modules of libraries that can be patched. `asked`: who asks and for what, for error messages."""
+    from ssl_kernels.adapters import LIBRARIES
+
+    if not libraries:
+        raise ValueError(f"{asked} must name one of {', '.join(LIBRARIES)}, got none")
+    for library in libraries:
+        if library not in LIBRARIES:
+            raise ValueError(f"{asked} must be among {', '.join(LIBRARIES)}, got {library!r}")
+    adapters = [importlib.import_module(f"ssl_kernels.adapters.{library}") for library in libraries]
+    for library, adapter in zip(libraries, adapters, strict=True):
+        if not adapter.ORIGINALS:
+            raise ValueError(f"{asked} must be packages, got {library!r}, a file that is copied")
+    return adapters
 
 
 class Patch:
@@ -293,8 +300,15 @@ def _others(adapter):
 
 
 def patch_from_environment(value):
-    """What SSL_KERNELS_PATCH asks for; a library that is not installed is left, with a warning."""
-    for library in filter(None, (part.strip() for part in value.split(","))):
+    """What SSL_KERNELS_PATCH asks for; a library that is not installed is left, with a warning.
+
+    Raises:
+        ValueError: There is no such adapter; then nothing is patched.
+    """
+    libraries = [part.strip() for part in value.split(",") if part.strip()]
+    if libraries:
+        _adapters(libraries, f"{ENVIRONMENT}: its libraries, separated by commas,")
+    for library in libraries:
         try:
             patch(library)
         except ModuleNotFoundError as error:

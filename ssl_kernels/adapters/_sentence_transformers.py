@@ -48,7 +48,7 @@ class _Plain(_Ranking):
 
 class _Cached(_Ranking):
     def calculate_loss(self, reps, labels=None, *, with_backward=False):
-        loss = self._loss([torch.cat(column) for column in reps])
+        loss = self._loss([torch.cat(column) for column in reps]) if len(reps) > 1 else None
         if loss is None:
             return super().calculate_loss(reps, labels, with_backward=with_backward)
         if with_backward:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ssl_kernels.adapters._shared import Closed
-from ssl_kernels.mixing import cutmix_, mixup_
+from ssl_kernels.mixing import cutmix, cutmix_, mixup, mixup_
 
 __all__ = ["Mixup"]
 ORIGINALS = {"Mixup": "timm.data.mixup"}
@@ -127,10 +127,9 @@ class Mixup(Closed):
             return lam
         if cut:
             box, lam = self._box(*x.shape[-2:], lam)
-            cutmix_(x, torch.tensor([box], device=x.device).expand(len(x), 4), _ends(x))
+            _paste(x, torch.tensor([box], device=x.device).expand(len(x), 4), _ends(x))
         else:
-            _check_floating(x)
-            mixup_(x, lam, _ends(x))
+            _blend(x, lam)
         return lam
 
     def _mix_pair(self, x):
@@ -146,10 +145,9 @@ class Mixup(Closed):
         cut = mirrored(cut, np.ones(1, bool))
         # Both of a pair do the same, so that what one reads the other has not overwritten by another rule.
         if (~cut & (lam != 1)).any():
-            _check_floating(x)
-            mixup_(x, torch.from_numpy(np.where(cut, np.float32(1), lam)).to(x.device), _ends(x))
+            _blend(x, torch.from_numpy(np.where(cut, np.float32(1), lam)).to(x.device))
         if boxes.any():
-            cutmix_(x, torch.from_numpy(boxes).to(x.device), _ends(x))
+            _paste(x, torch.from_numpy(boxes).to(x.device), _ends(x))
         return self._shares(lam, x)
 
     def _mix_elem(self, x):
@@ -162,14 +160,13 @@ class Mixup(Closed):
             both = torch.cat((x[pasted], x[len(x) - 1 - pasted]))
             swapped = torch.arange(len(both), device=x.device).roll(len(pasted))
             own = boxes[pasted]
-            cutmix_(both, torch.cat((own, torch.zeros_like(own))), swapped)
+            _paste(both, torch.cat((own, torch.zeros_like(own))), swapped)
         if blended.any():
-            _check_floating(x)
-            mixup_(x, torch.from_numpy(np.where(blended, lam, np.float32(1))).to(x.device), _ends(x))
+            _blend(x, torch.from_numpy(np.where(blended, lam, np.float32(1))).to(x.device))
             if len(pasted):
                 x[pasted] = both[: len(pasted)]
         elif len(pasted):
-            cutmix_(x, boxes, _ends(x))
+            _paste(x, boxes, _ends(x))
         return self._shares(lam, x)
 
     def _drawn_boxes(self, x, count):
@@ -210,6 +207,23 @@ class Mixup(Closed):
 def _ends(x):
     """Each sample's partner: the one as far from the other end."""
     return torch.arange(len(x) - 1, -1, -1, device=x.device)
+
+
+def _blend(x, lam):
+    """x · λ + its mirror image · (1 − λ), in place; where autograd records it, by way of a copy."""
+    _check_floating(x)
+    if x.requires_grad and torch.is_grad_enabled():
+        x.copy_(mixup(x, lam, _ends(x)))
+    else:
+        mixup_(x, lam, _ends(x))
+
+
+def _paste(x, boxes, partners):
+    """The boxes of the partners in x, likewise."""
+    if x.requires_grad and torch.is_grad_enabled():
+        x.copy_(cutmix(x, boxes, partners))
+    else:
+        cutmix_(x, boxes, partners)
 
 
 def _check_floating(x):

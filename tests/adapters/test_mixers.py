@@ -58,6 +58,29 @@ def test_timm_mixes_in_place_and_odd_batches(mode):
         timm.Mixup(mode=mode, strict=True)(x, torch.arange(5))
 
 
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("seed", range(4))
+def test_timm_mixes_features_in_the_middle_of_a_graph(mode, seed):
+    """In place, and their gradient goes back to the samples that a mixed one is of."""
+    leaf = torch.rand(6, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(6, 2, 5, 4, dtype=torch.float64)
+    mix = timm.Mixup(cutmix_alpha=1.0, mode=mode, num_classes=4)
+
+    def mixed(x):
+        np.random.seed(seed)
+        return mix(x, torch.arange(6) % 4)[0]
+
+    features = leaf * 1
+    assert mixed(features) is features
+    (gradient,) = torch.autograd.grad((features * weight).sum(), leaf)
+    torch.testing.assert_close(features.detach(), mixed(leaf.detach().clone()))
+    # The mixing is linear, and its transpose is what the gradient is of.
+    direction = torch.rand(6, 2, 5, 4, dtype=torch.float64)
+    torch.testing.assert_close((gradient * direction).sum(), (weight * mixed(direction.clone())).sum())
+    with pytest.raises(RuntimeError, match="leaf"):
+        mixed(leaf)
+
+
 def test_timm_keeps_lambda_for_uint8_images():
     np.random.seed(0)
     x = torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8)

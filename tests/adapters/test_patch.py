@@ -231,6 +231,24 @@ def test_the_environment_variable():
         assert found.split()[-1].startswith("ssl_kernels.adapters.")
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("pretended, lightli", "its libraries, separated by commas, must be among pretended, got 'lightli'"),
+        ("pretended;lightly", "must be among pretended, got 'pretended;lightly'"),
+    ],
+)
+def test_the_environment_variable_with_a_name_that_is_none(library, value, message):
+    """Of which nothing is patched, the libraries before it neither."""
+    original = importlib.import_module("user").Mine
+    with pytest.raises(ValueError, match=rf"^SSL_KERNELS_PATCH: .*{message}$"):
+        _patching.patch_from_environment(value)
+    assert importlib.import_module("user").Mine is original and not _patching._active
+    for nothing in ("", " , "):
+        _patching.patch_from_environment(nothing)
+    assert not _patching._active
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_lightly(when):
     pytest.importorskip("lightly.loss", reason="lightly is not installed")
