@@ -65,6 +65,6 @@ PYBIND11_MODULE(_C, module) {
       [](uintptr_t product, at::Device device) {
         ssl_kernels::multiply_on(device, *reinterpret_cast<const MatrixProduct*>(product));
       },
-      "The MatrixProduct (csrc/cuda/matrix_product.h) at this address, as the CUDA launchers have it made, of "
-      "matrices in the memory of a device.");
+      "The MatrixProduct (csrc/cuda/matrix_product.h) at this address, as the CUDA launchers have it made, "
+      "of matrices in the memory of a device.");
 }
