@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from ssl_kernels.triton import sigmoid_pairs as triton_sigmoid_pairs
-from tests.cuda import parity, sigmoid_pairs_calls
+from tests.cuda import contrastive_calls, sigmoid_pairs_calls
 from tests.gpu_emulation.runners import EmulatedGpu
-from tests.triton import cases as triton_cases
+from tests.support import sigmoid_pairs as pairs
+from tests.support.contrastive import random_call
+from tests.triton import contrastive_calls as triton_calls
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "gpu.md"
@@ -163,10 +165,10 @@ def _only(kernel, launches):
 
 def contrastive_work(n, m, d, *, both_directions=False, expectation=False, exponentials=(1, 2)):
     """Works of `contrastive` in CUDA on bfloat16 rows; m None: the square case, which has one gradient."""
-    call = parity.random_call(n, d, torch.bfloat16, m=m, positives=1, both_directions=both_directions)
-    upstream = parity.random_upstream(call)
+    call = random_call(n, m, d, torch.bfloat16, both_directions=both_directions)
+    upstream = call.upstream()
     library = _library("contrastive.cu")
-    _, _, launches = parity.run(library, call, upstream, splits=1, expectation=expectation)
+    _, _, launches = contrastive_calls.run(library, call, upstream, splits=1, expectation=expectation)
     entries = n * (n if m is None else m)
     first = next(
         (i for i, one in enumerate(launches) if "bwd" in one.kernel or "coefficients" in one.kernel),
@@ -184,7 +186,7 @@ def contrastive_work(n, m, d, *, both_directions=False, expectation=False, expon
 
 def sigmoid_work(n, d):
     """SigLIP's one pass on wide rows, which leaves the gradients too: an exponential and a reciprocal per entry."""
-    call = sigmoid_pairs_calls.random_call(n, n, d, torch.bfloat16)
+    call = pairs.random_call(n, n, d, torch.bfloat16)
     _, _, launches = sigmoid_pairs_calls.total_with_gradients(_library("sigmoid_pairs.cu"), call, splits=1)
     return {
         "coefficients": _work(_only("coefficients_kernel", launches), n * n, 2),
@@ -204,9 +206,9 @@ def _by_library(d, gradients, block_rows):
 
 def wide_contrastive_work(n, m, d):
     """`contrastive` in Triton on wide bfloat16 rows, in both directions."""
-    call = triton_cases.Call(triton_cases.Case(n, m, d, torch.bfloat16, both_directions=True), gpu().device)
+    call = random_call(n, m, d, torch.bfloat16, both_directions=True, device=gpu().device)
     with gpu().triton() as launches:
-        call.triton()
+        triton_calls.run(call)
     kernels = {
         "forward": ("contrastive_fwd_kernel", "merge_lse_kernel", "row_rnorm_kernel"),
         "coefficients": ("contrastive_coefficient_kernel",),
@@ -222,9 +224,9 @@ def wide_contrastive_work(n, m, d):
 
 def wide_sigmoid_work(n, d):
     """`sigmoid_pairs` in Triton on wide bfloat16 rows."""
-    call = sigmoid_pairs_calls.random_call(n, n, d, torch.bfloat16)
+    call = pairs.random_call(n, n, d, torch.bfloat16)
     with gpu().triton() as launches:
-        triton_sigmoid_pairs.sigmoid_pairs_fwd(*call[:7], True, True, True, True)
+        triton_sigmoid_pairs.sigmoid_pairs_fwd(*call.operands, True, True, True, True)
     ours = [one for one in launches if one.kernel == "sigmoid_coefficient_kernel"]
     coefficients = replace(_work(ours, n * n, 2), rate=WGMMA)
     return {

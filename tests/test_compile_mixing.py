@@ -10,7 +10,8 @@ from torch._subclasses import FakeTensorMode
 
 import ssl_kernels
 from ssl_kernels.nn import Mixup
-from tests.ops.mixing_calls import BACKENDS, random_lam, random_permutation
+from tests.helpers import BACKENDS
+from tests.support.mixing import random_permutation, shares_of
 
 CALLS = 12
 MOST_GRAPHS = 3  # the first call, a number or size that changed, and one to spare
@@ -66,7 +67,7 @@ TENSORS = {  # the same with λ, mean and std as tensors, λ in float64
     name: lambda k, of_call=of_call: tuple(
         torch.tensor(each)
         if isinstance(each, tuple)
-        else random_lam(5 + k).double()
+        else shares_of(5 + k).double()
         if isinstance(each, float)
         else each
         for each in of_call(k)

@@ -12,8 +12,9 @@ import torch
 import ssl_kernels
 from ssl_kernels import nn
 from ssl_kernels.nn import ManifoldMixup, Mixup, MoCoQueue, MomentumEncoder
+from tests.helpers import BACKENDS
 from tests.losses.cases import CASES, OTHER_CASES
-from tests.ops.mixing_calls import BACKENDS, random_permutation
+from tests.support.mixing import random_permutation
 
 ALL = CASES + OTHER_CASES
 

@@ -20,7 +20,6 @@
 #include "product_amx.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "amx.h"

@@ -1,4 +1,4 @@
-"""Calls csrc/cuda/contrastive.h on tensors, with poisoned results and scratch memory."""
+"""Calls csrc/cuda/contrastive.h on tensors, with poisoned results and scratch memory, and holds it to float64."""
 
 import ctypes
 from typing import NamedTuple
@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from tests.cuda.launching import DTYPE_CODES, accumulation_dtype, address, launch, poisoned_on
+from tests.support.contrastive import check_results
 
 
 class Additions(ctypes.Structure):
@@ -51,31 +52,6 @@ class BwdArgs(ctypes.Structure):
     ]  # fmt: skip
 
 
-class Call(NamedTuple):
-    """The operator's operands and flags; None as the operator takes it."""
-
-    rows: torch.Tensor
-    columns: torch.Tensor | None
-    scale: torch.Tensor
-    positives: torch.Tensor | None = None
-    row_ids: torch.Tensor | None = None
-    column_ids: torch.Tensor | None = None
-    normalize_rows: bool = True
-    normalize_columns: bool = True
-    keep_diagonal: bool = False
-    both_directions: bool = False
-    column_bias: torch.Tensor | None = None
-    row_bias: torch.Tensor | None = None
-    row_limit: torch.Tensor | None = None
-    exempt: torch.Tensor | None = None
-    only_equal_ids: bool = False
-
-    @property
-    def has_additions(self):
-        biases_and_limits = (self.column_bias, self.row_bias, self.row_limit)
-        return self.only_equal_ids or any(each is not None for each in biases_and_limits)
-
-
 class Fwd(NamedTuple):
     lse: torch.Tensor
     column_lse: torch.Tensor | None
@@ -98,7 +74,7 @@ def contrastive_fwd(library, call, *, expectation=False, splits=0, blocks=(0, 0)
 
     `options` go to `library.call`.
     """
-    n, m, square = *_sizes(call), call.columns is None
+    n, m = call.sizes
     acc = accumulation_dtype(call.rows.dtype)
     poisoned = poisoned_on(call.rows.device)
     results = Fwd(
@@ -106,7 +82,7 @@ def contrastive_fwd(library, call, *, expectation=False, splits=0, blocks=(0, 0)
         column_lse=poisoned((m,), torch.float64) if call.both_directions else None,
         positive_logits=None if call.positives is None else poisoned(call.positives.shape, torch.float64),
         row_rnorm=poisoned((n,), acc) if call.normalize_rows else None,
-        column_rnorm=poisoned((m,), acc) if call.normalize_columns and not square else None,
+        column_rnorm=poisoned((m,), acc) if call.normalize_columns and not call.square else None,
         expectation=poisoned(call.rows.shape, acc) if expectation else None,
     )
     function = "contrastive_additions_fwd" if call.has_additions else "contrastive_fwd"
@@ -149,13 +125,24 @@ def contrastive_bwd(
     return results, launches
 
 
-def _sizes(call):
-    n = call.rows.shape[0]
-    return n, n if call.columns is None else call.columns.shape[0]
+def run(library, call, upstream, *, expectation=False, **options):
+    """Fwd, Bwd and the launches of both; with `expectation` the backward is the one without a walk."""
+    fwd, forward_launches = contrastive_fwd(library, call, expectation=expectation, **options)
+    bwd, backward_launches = contrastive_bwd(library, call, fwd, *upstream, **options)
+    return fwd, bwd, forward_launches + backward_launches
+
+
+def check_parity(library, call, *, expectation=False, tf32=False, **options):
+    """Holds forward and backward to float64; returns what `run` does."""
+    fwd, bwd, launches = run(library, call, call.upstream(), expectation=expectation, tf32=tf32, **options)
+    found = dict(zip(fwd._fields[:3], fwd[:3], strict=True)) | bwd._asdict()
+    found = {name: tensor for name, tensor in found.items() if tensor is not None}
+    check_results(found, call, "cuda", expectation=expectation, rounds_coefficients=True, tf32=tf32)
+    return fwd, bwd, launches
 
 
 def _run(library, function, args_type, call, results, inputs, options, **flags):
-    n, m = _sizes(call)
+    n, m = call.sizes
     tensors = {name: getattr(call, name) for name in (
         "rows", "columns", "scale", "positives", "row_ids", "column_ids",
     )}  # fmt: skip
@@ -171,7 +158,7 @@ def _run(library, function, args_type, call, results, inputs, options, **flags):
         N=n,
         M=m,
         D=call.rows.shape[1],
-        P=0 if call.positives is None else call.positives.shape[1],
+        P=0 if call.positives is None else call.positives.numel() // n,
         row_strides=(ctypes.c_int64 * 2)(*call.rows.stride()),
         column_strides=(ctypes.c_int64 * 2)(*(call.rows if call.columns is None else call.columns).stride()),
         **{name: address(tensor) for name, tensor in tensors.items()},

@@ -5,12 +5,17 @@ Every `check_*` takes the launchers of an operation; tests run them on each devi
 
 import torch
 
-from tests.cuda import batch_hard_calls, contrastive_calls, parity, row_pairs_calls, sigmoid_pairs_calls
+from tests.cuda import batch_hard_calls, contrastive_calls, row_pairs_calls, sigmoid_pairs_calls
 from tests.cuda import mixing_calls as mixing
 from tests.cuda import test_momentum_update as momentum
 from tests.cuda.mutation import check, require
-from tests.cuda.queue_push_calls import Ring, keys_of
+from tests.cuda.queue_push_calls import push_on, ring_on
+from tests.helpers import random_rows
 from tests.layouts import far_apart
+from tests.support import contrastive as support
+from tests.support import sigmoid_pairs as pairs
+from tests.support.batch_hard import labels_of
+from tests.support.queue_push import keys_of
 
 # One below, at and one above the blocks of rows and tiles of columns of every engine: 32, 64 and 128.
 SIZES = (31, 32, 33, 63, 64, 65, 127, 128, 129)
@@ -31,51 +36,51 @@ def check_contrastive(library, sizes=SIZES, widths=WIDTHS):
     half, single = torch.float16, torch.float32
     for d in widths:
         with check(f"width {d}"):
-            parity.check_parity(library, parity.random_call(5, d, half, m=7))
-            parity.check_parity(library, parity.random_call(5, d, half, m=7), expectation=True)
+            contrastive_calls.check_parity(library, support.random_call(5, 7, d, half))
+            contrastive_calls.check_parity(library, support.random_call(5, 7, d, half), expectation=True)
     # Near 0 logits, so that one entry too many or too few is one in as many as there are.
     for n, m in zip(sizes, reversed(sizes), strict=True):
         with check(f"{n} rows, {m} columns"):
-            both = parity.random_call(n, 8, single, m=m, temperature=10.0, both_directions=True)
-            parity.check_parity(library, both, splits=2)
-            square = parity.random_call(n, 8, half, temperature=10.0)
-            parity.check_parity(library, square)
-            kept = parity.random_call(n, 8, half, m=m, temperature=10.0)
-            parity.check_parity(library, kept, expectation=True, splits=2)
+            both = support.random_call(n, m, 8, single, temperature=10.0, both_directions=True)
+            contrastive_calls.check_parity(library, both, splits=2)
+            square = support.random_call(n, None, 8, half, temperature=10.0)
+            contrastive_calls.check_parity(library, square)
+            kept = support.random_call(n, m, 8, half, temperature=10.0)
+            contrastive_calls.check_parity(library, kept, expectation=True, splits=2)
     with check("blocks of one row and column"):
-        both = parity.random_call(129, 256, half, m=129, both_directions=True)
-        parity.check_parity(library, both, blocks=(1, 1))
+        both = support.random_call(129, 129, 256, half, both_directions=True)
+        contrastive_calls.check_parity(library, both, blocks=(1, 1))
     with check("short rows"):
-        call = parity.random_call(6, 8, single, m=5)
-        call = call._replace(rows=short_rows(6, 8, single), columns=short_rows(5, 8, single))
-        fwd, bwd, _ = parity.run(library, call, parity.random_upstream(call))
-        exact, gradients = parity.plain(call, parity.random_upstream(call), torch.float64)
-        torch.testing.assert_close(fwd.lse, exact[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(bwd.grad_rows.double(), gradients.rows, rtol=1e-4, atol=1e6)
+        call = support.random_call(6, 5, 8, single)
+        call = call.replace(rows=short_rows(6, 8, single), columns=short_rows(5, 8, single))
+        fwd, bwd, _ = contrastive_calls.run(library, call, call.upstream())
+        exact = support.exact(call)
+        torch.testing.assert_close(fwd.lse, exact["lse"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(bwd.grad_rows.double(), exact["grad_rows"], rtol=1e-4, atol=1e6)
     with check("ids that differ above 32 bits"):
-        call = parity.random_call(9, 8, single, m=9, temperature=10.0)
+        call = support.random_call(9, 9, 8, single, temperature=10.0)
         numbers = torch.arange(9) * 2**32
-        call = call._replace(row_ids=numbers, column_ids=numbers)
-        parity.check_parity(library, call)
+        call = call.replace(row_ids=numbers, column_ids=numbers)
+        contrastive_calls.check_parity(library, call)
     with check("positives that name one column"):
-        call = parity.random_call(40, 8, half, m=40, positives=48)
-        call = call._replace(positives=torch.full_like(call.positives, 3))
-        parity.check_parity(library, call)
-        parity.check_parity(
+        call = support.random_call(40, 40, 8, half, positives=48)
+        call = call.replace(positives=torch.full_like(call.positives, 3))
+        contrastive_calls.check_parity(library, call)
+        contrastive_calls.check_parity(
             library,
-            parity.random_call(12, 8, single, m=9, positives=3)._replace(positives=torch.full((12, 3), 2)),
+            support.random_call(12, 9, 8, single, positives=3).replace(positives=torch.full((12, 3), 2)),
             expectation=True,
         )
     check_low_temperature(library)
     with check("rows far apart"):
-        call = parity.random_call(9, 24, half, m=5)
-        upstream = parity.random_upstream(call)
-        far = call._replace(rows=far_apart(call.rows), columns=far_apart(call.columns))
-        across = call._replace(rows=far_apart(call.rows, 1), columns=far_apart(call.columns, 1))
+        call = support.random_call(9, 5, 24, half)
+        upstream = call.upstream()
+        far = call.replace(rows=far_apart(call.rows), columns=far_apart(call.columns))
+        across = call.replace(rows=far_apart(call.rows, 1), columns=far_apart(call.columns, 1))
         for options in ({}, {"expectation": True}):
-            near, *grads = parity.run(library, call, upstream, **options)[:2]
+            near, *grads = contrastive_calls.run(library, call, upstream, **options)[:2]
             for other in (far, across):
-                again, *others = parity.run(library, other, upstream, **options)[:2]
+                again, *others = contrastive_calls.run(library, other, upstream, **options)[:2]
                 for ours, right in zip((*again, *others[0]), (*near, *grads[0]), strict=True):
                     if ours is not None:
                         torch.testing.assert_close(ours, right, rtol=1e-3, atol=1e-3)
@@ -85,16 +90,16 @@ def check_contrastive_additions(library, sizes=SIZES, widths=WIDTHS):
     everything = "bias padding limit exempt"
     for n, m in zip(sizes, reversed(sizes), strict=True):
         with check(f"{n} rows, {m} columns"):
-            both = parity.random_call(
-                n, 8, torch.float32, m=m, temperature=10.0, both_directions=True, positives=2, additions=everything
+            both = support.random_call(
+                n, m, 8, torch.float32, temperature=10.0, both_directions=True, positives=2, additions=everything
             )  # fmt: skip
-            parity.check_parity(library, both, splits=2)
-            square = parity.random_call(n, 8, torch.float16, temperature=10.0, additions=everything)
-            parity.check_parity(library, square)
+            contrastive_calls.check_parity(library, both, splits=2)
+            square = support.random_call(n, None, 8, torch.float16, temperature=10.0, additions=everything)
+            contrastive_calls.check_parity(library, square)
     for d in widths:
         with check(f"width {d}"):
-            call = parity.random_call(5, d, torch.float16, m=7, both_directions=True, additions=everything)
-            parity.check_parity(library, call)
+            call = support.random_call(5, 7, d, torch.float16, both_directions=True, additions=everything)
+            contrastive_calls.check_parity(library, call)
 
 
 def check_low_temperature(library):
@@ -102,9 +107,7 @@ def check_low_temperature(library):
     n, m = 3, 40
     rows, columns = torch.zeros(n, 4), torch.zeros(m, 4)
     rows[:, 0], columns[:, 0] = 1, 1 + torch.arange(m) * 2.0**-14
-    call = contrastive_calls.Call(
-        rows, columns, torch.tensor(2.0**13), normalize_rows=False, normalize_columns=False
-    )
+    call = support.Call(rows, columns, torch.tensor(2.0**13), normalize_rows=False, normalize_columns=False)
     with check("temperature of 1.2e-4"):
         fwd, _ = contrastive_calls.contrastive_fwd(library, call)
         bwd, _ = contrastive_calls.contrastive_bwd(library, call, fwd, torch.ones(n, dtype=torch.float64))
@@ -114,7 +117,7 @@ def check_low_temperature(library):
 
 
 def check_sigmoid_pairs(library, sizes=SIZES, widths=WIDTHS):
-    half, single, random_call = torch.float16, torch.float32, sigmoid_pairs_calls.random_call
+    half, single, random_call = torch.float16, torch.float32, pairs.random_call
     for d in widths:
         with check(f"width {d}"):
             sigmoid_pairs_calls.check_parity(library, random_call(5, 7, d, half))
@@ -124,12 +127,12 @@ def check_sigmoid_pairs(library, sizes=SIZES, widths=WIDTHS):
             sigmoid_pairs_calls.check_parity(library, call, splits=2)
     with check("short rows"):
         call = random_call(6, 5, 8, single)
-        call = call._replace(rows=short_rows(6, 8, single), columns=short_rows(5, 8, single))
+        call = call.replace(rows=short_rows(6, 8, single), columns=short_rows(5, 8, single))
         sigmoid_pairs_calls.check_parity(library, call)
     with check("rows far apart"):
         call = random_call(9, 5, 24, half)
         right = sigmoid_pairs_calls.total_with_gradients(library, call)[:2]
-        far = call._replace(rows=far_apart(call.rows), columns=far_apart(call.columns))
+        far = call.replace(rows=far_apart(call.rows), columns=far_apart(call.columns))
         found = sigmoid_pairs_calls.total_with_gradients(library, far)[:2]
         for ours, expected in zip((found[0], *found[1]), (right[0], *right[1]), strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
@@ -137,7 +140,7 @@ def check_sigmoid_pairs(library, sizes=SIZES, widths=WIDTHS):
         # Tiles that are all alike: their sum is a multiple of one's, to a double's rounding. No positive pair.
         few, tiles = 64, 67
         call = random_call(128, few * tiles, 8, single, scale=0.0, bias=-2.5, diagonal=2**40)
-        one = sigmoid_pairs_calls.losses(library, call._replace(columns=call.columns[:few]), splits=1)[0]
+        one = sigmoid_pairs_calls.losses(library, call.replace(columns=call.columns[:few]), splits=1)[0]
         many = sigmoid_pairs_calls.losses(library, call, splits=1)[0]
         torch.testing.assert_close(many, tiles * one, rtol=1e-13, atol=0)
         total = sigmoid_pairs_calls.losses(library, call, total=True, splits=1)[0]
@@ -148,13 +151,13 @@ def check_batch_hard(library, sizes=SIZES, widths=WIDTHS):
     single = torch.float32
     for d in widths:
         with check(f"width {d}"):
-            x, labels = batch_hard_calls.random_rows(7, d, torch.float16), torch.arange(7) % 3
+            x, labels = random_rows(7, d, torch.float16), torch.arange(7) % 3
             batch_hard_calls.check_choice(library, x, labels, True, "euclidean")
     for n in sizes:
         with check(f"{n} rows"):
             generator = torch.Generator().manual_seed(n)
             x = torch.randint(-1, 2, (n, 6), generator=generator).to(single)
-            labels = batch_hard_calls.random_labels(n, 3)
+            labels = labels_of(n, 3)
             labels[-1] = labels[0]  # the last column counts
             x[-1] = -2 * x[0]
             for splits in (1, 2):
@@ -169,7 +172,7 @@ def check_batch_hard(library, sizes=SIZES, widths=WIDTHS):
             require(positive.tolist() == [1, 0, 0, 4, 3], "the lowest positive")
             require(negative.tolist() == [3, 3, 3, 0, 0], "the lowest negative")
     with check("rows far apart"):
-        x, labels = batch_hard_calls.random_rows(9, 24, torch.float16), torch.arange(9) % 3
+        x, labels = random_rows(9, 24, torch.float16), torch.arange(9) % 3
         right, _ = batch_hard_calls.batch_hard(library, x, labels, True, "euclidean")
         for dim in (0, 1):
             found, _ = batch_hard_calls.batch_hard(library, far_apart(x, dim), labels, True, "euclidean")
@@ -179,28 +182,28 @@ def check_batch_hard(library, sizes=SIZES, widths=WIDTHS):
 def check_queue_push(library, dtypes=(torch.float32,)):
     for count, width in ((7, 3), (8, 4), (9, 5), (7, 127), (8, 128), (9, 129)):
         with check(f"{count} keys of {width} numbers"):
-            ring = Ring(library, 20, width, torch.float32, "cpu")
+            ring = ring_on(library, 20, width, torch.float32, "cpu")
             ring.push(keys_of(count, width, torch.float32), True)
             ring.check()
     for dtype in dtypes:
         with check(f"short keys of {dtype}"):
-            ring = Ring(library, 9, 8, dtype, "cpu")
+            ring = ring_on(library, 9, 8, dtype, "cpu")
             ring.push(short_rows(6, 8, dtype), True)
             ring.check()
     with check("a NaN makes a key NaN"):
         keys = keys_of(3, 8, torch.float32)
         keys[1, 5] = torch.nan
-        ring = Ring(library, 4, 8, torch.float32, "cpu")
+        ring = ring_on(library, 4, 8, torch.float32, "cpu")
         ring.push(keys, True)
         require(ring.storage[1].isnan().all() and not ring.storage[0].isnan().any(), "numbers in its row")
     with check("numbers beyond float16's"):
         keys = torch.tensor([[65504.0, 65519.0, 65520.0, -70000.0]])
-        ring = Ring(library, 2, 4, torch.float16, "cpu")
+        ring = ring_on(library, 2, 4, torch.float16, "cpu")
         ring.push(keys, False)
         require(torch.equal(ring.storage[0], keys[0].half()), "clamped")
     with check("keys far apart"):
         for dim in (0, 1):
-            ring = Ring(library, 9, 8, torch.float32, "cpu", position=7)
+            ring = ring_on(library, 9, 8, torch.float32, "cpu", position=7)
             ring.push(far_apart(keys_of(6, 8, torch.float32), dim), True)
             ring.check()
     with check("a row past 2^31"):
@@ -208,16 +211,13 @@ def check_queue_push(library, dtypes=(torch.float32,)):
         storage = far_apart(torch.zeros(3, 4))[0].as_strided((size, 2), (2, 1))
         position, filled = torch.tensor(2**31 + 3), torch.tensor(2)
         keys = keys_of(4, 2, torch.float32)
-        small = Ring.__new__(Ring)
-        small.library, small.storage, small.position, small.filled = library, storage, position, filled
-        small.expected = {}
-        small.push(keys, False)
+        push_on(library)(storage, keys, position, filled, False)
         places = [(2**31 + 3 + b) % size for b in range(4)]
         require(torch.equal(torch.stack([storage[place] for place in places]), keys), "other rows")
 
 
 def check_row_pairs(library, dtypes=(torch.float32,)):
-    from tests.ops.row_pairs_calls import Call
+    from tests.support.row_pairs import Call
 
     for n, d in ((7, 127), (8, 128), (9, 129), (1, 511), (2, 512), (1, 513)):
         with check(f"{n} rows of {d} numbers"):
@@ -236,7 +236,7 @@ def check_row_pairs(library, dtypes=(torch.float32,)):
 
 
 def _row_pairs(library, call, judged):
-    from tests.ops.row_pairs_calls import check_results
+    from tests.support.row_pairs import check_results
 
     x, y, z, flags = call.x, call.y, call.z, (call.normalize, call.measure)
     (values, saved), _ = row_pairs_calls.row_pairs_fwd(library, x, y, z, *flags)

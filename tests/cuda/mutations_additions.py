@@ -2,9 +2,9 @@
 
 import torch
 
-from tests.cuda import parity
-from tests.cuda.contrastive_calls import contrastive_fwd
+from tests.cuda.contrastive_calls import check_parity, contrastive_fwd, run
 from tests.cuda.mutation import Mutation, check, require
+from tests.support.contrastive import random_call
 
 TILES, FORWARD, BACKWARD = "contrastive_additions.cuh", "contrastive_fwd.cuh", "contrastive_bwd.cuh"
 CONTRASTIVE, TILE, LAUNCH = "contrastive.cuh", "device/tile.cuh", "contrastive_launch.cuh"
@@ -55,29 +55,30 @@ MUTATIONS = {
 
 
 def check_contrastive_additions(library):
-    half, single, random_call = torch.float16, torch.float32, parity.random_call
+    half, single = torch.float16, torch.float32
     everything = "bias padding limit exempt"
     for name, call, options in (
-        ("square", random_call(130, 24, half, positives=2, additions=everything), {}),
-        ("square, limits", random_call(70, 24, single, positives=2, additions="limit"), {}),
-        ("equal ids", random_call(66, 24, single, ids=True, additions="only"), {}),
-        ("both directions", random_call(65, 40, half, m=70, both_directions=True, positives=2, additions=everything),
+        ("square", random_call(130, None, 24, half, positives=2, additions=everything), {}),
+        ("square, limits", random_call(70, None, 24, single, positives=2, additions="limit"), {}),
+        ("equal ids", random_call(66, None, 24, single, ids=True, additions="only"), {}),
+        ("both directions", random_call(65, 70, 40, half, both_directions=True, positives=2, additions=everything),
          {"splits": 2}),
-        ("groups of row blocks", random_call(300, 24, single, m=70, both_directions=True, additions="bias limit"),
+        ("groups of row blocks", random_call(300, 70, 24, single, both_directions=True, additions="bias limit"),
          {"seed": 1, "warp_races": True}),
-        ("blocks", random_call(130, 260, half, m=150, both_directions=True, additions=everything),
+        ("blocks", random_call(130, 150, 260, half, both_directions=True, additions=everything),
          {"splits": 2, "blocks": (1, 1)}),
-        ("blocks, both gradients", random_call(130, 260, half, m=150, both_directions=True, additions="limit exempt"),
+        ("blocks, both gradients", random_call(130, 150, 260, half, both_directions=True, additions="limit exempt"),
          {"blocks": (1, 1)}),
-        ("blocks of a square", random_call(130, 130, single, positives=2, additions=everything), {"blocks": (1, 1)}),
+        ("blocks of a square", random_call(130, None, 130, single, positives=2, additions=everything),
+         {"blocks": (1, 1)}),
     ):  # fmt: skip
         with check(name):
-            parity.check_parity(library, call, **options)
+            check_parity(library, call, **options)
     check_limits(library)
     with check("nothing allowed"):
-        call = random_call(9, 8, half, m=7, positives=0, both_directions=True)
-        call = call._replace(column_bias=torch.full((7,), -torch.inf), row_bias=torch.full((9,), -torch.inf))
-        fwd, bwd, _ = parity.run(library, call, parity.random_upstream(call))
+        call = random_call(9, 7, 8, half, positives=0, both_directions=True)
+        call = call.replace(column_bias=torch.full((7,), -torch.inf), row_bias=torch.full((9,), -torch.inf))
+        fwd, bwd, _ = run(library, call, call.upstream())
         require(torch.isneginf(fwd.lse).all() and torch.isneginf(fwd.column_lse).all(), "sums over nothing")
         require(all((grad == 0).all() for grad in bwd if grad is not None), "gradients of nothing")
 
@@ -86,16 +87,16 @@ def check_limits(library):
     """Of logits 0, 1, 2 and 3: what is at the limit stays, a limit of NaN is none, no bias reaches what is left out."""
     rows, columns = torch.ones(3, 4), torch.zeros(4, 4)
     columns[:, 0] = torch.arange(4)
-    call = parity.random_call(3, 4, torch.float32, m=4, positives=0, normalize=False, temperature=1.0)
+    call = random_call(3, 4, 4, torch.float32, positives=0, normalize=False, temperature=1.0)
     bias = torch.tensor([0.0, 0.0, 0.0, torch.nan])
     limits = torch.tensor([2.0, torch.nan, -torch.inf])
-    call = call._replace(rows=rows, columns=columns, row_limit=limits)
+    call = call.replace(rows=rows, columns=columns, row_limit=limits)
     logits = torch.arange(4.0, dtype=torch.float64)
     with check("limits"):
         fwd, _ = contrastive_fwd(library, call)
         expected = torch.stack([logits[:3].logsumexp(0), logits.logsumexp(0), logits.new_tensor(-torch.inf)])
         torch.testing.assert_close(fwd.lse, expected, rtol=1e-6, atol=1e-6)
-        fwd, _ = contrastive_fwd(library, call._replace(column_bias=bias))
+        fwd, _ = contrastive_fwd(library, call.replace(column_bias=bias))
         torch.testing.assert_close(fwd.lse[[0, 2]], expected[[0, 2]], rtol=1e-6, atol=1e-6)
         require(fwd.lse[1].isnan(), "a bias of NaN reaches what stays")
 

@@ -8,7 +8,7 @@ from ssl_kernels.reference import mixup_cross_entropy as cross_entropy_reference
 from ssl_kernels.reference import mixup_normalize as normalize_reference
 from tests.cuda import mixing_calls as calls
 from tests.cuda.mutation import Mutation, require
-from tests.mixing_cases import boxes_of, permutation_of, shares_of
+from tests.support.mixing import boxes_of, permutation_of, shares_of
 
 WALK, MIXUP, CUTMIX = "permutation_walk.cuh", "mixup.cuh", "cutmix.cuh"
 NORMALIZE, CROSS_ENTROPY = "mixup_normalize.cuh", "mixup_cross_entropy.cuh"

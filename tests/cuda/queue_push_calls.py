@@ -1,12 +1,10 @@
-"""Calls csrc/cuda/queue_push.h on tensors, beside a ring in Python."""
+"""Calls csrc/cuda/queue_push.h on tensors."""
 
 import ctypes
 
-import torch
-import torch.nn.functional as F
-
-from tests.cuda.launching import DTYPE_CODES, accumulation_dtype, strides
+from tests.cuda.launching import DTYPE_CODES, strides
 from tests.gpu_emulation import STREAM
+from tests.support.queue_push import Ring
 
 
 class Args(ctypes.Structure):
@@ -18,55 +16,30 @@ class Args(ctypes.Structure):
     ]
 
 
-class Ring:
-    """A queue on the device, and the same in Python."""
+def push_on(library):
+    """`queue_push_` by the launchers, which returns the launches."""
 
-    def __init__(self, library, size, width, dtype, device, *, position=0, filled=0):
-        self.library = library
-        self.storage = torch.full((size, width), torch.nan, dtype=dtype, device=device)
-        self.expected = self.storage.cpu().clone()
-        self.position, self.filled = (
-            torch.tensor(value, dtype=torch.int64, device=device) for value in (position, filled)
-        )
-
-    def push(self, keys, normalize, **options):
-        size = len(self.storage)
-        acc = accumulation_dtype(keys.dtype)
-        wide = keys.cpu().to(acc)
-        wide = F.normalize(wide, dim=1) if normalize else wide
-        start, filled = int(self.position), max(0, int(self.filled))
-        for b, row in enumerate(wide):
-            self.expected[(start + b) % size] = row.to(self.storage.dtype)
+    def push(storage, keys, position, filled, normalize, **options):
         args = Args(
-            storage_dtype=DTYPE_CODES[self.storage.dtype],
+            storage_dtype=DTYPE_CODES[storage.dtype],
             key_dtype=DTYPE_CODES[keys.dtype],
             normalize=normalize,
-            K=size,
+            K=len(storage),
             B=len(keys),
-            D=self.storage.shape[1],
+            D=storage.shape[1],
             key_strides=strides(keys),
-            storage=self.storage.data_ptr(),
+            storage=storage.data_ptr(),
             keys=keys.data_ptr(),
-            position=self.position.data_ptr(),
-            filled=self.filled.data_ptr(),
+            position=position.data_ptr(),
+            filled=filled.data_ptr(),
         )
-        writes = {"storage": self.storage, "position": self.position, "filled": self.filled}
-        buffers = {**writes, "keys": keys}
-        launches = self.library.call(
+        buffers = {"storage": storage, "position": position, "filled": filled, "keys": keys}
+        return library.call(
             "queue_push", ctypes.byref(args), STREAM, buffers=buffers, read_only={"keys"}, **options
         )
-        assert int(self.position) == (start + len(keys)) % size
-        assert int(self.filled) == min(size, filled + len(keys))
-        return launches
 
-    def check(self, *, exact=False):
-        eps = torch.finfo(self.storage.dtype).eps
-        got = self.storage.cpu()
-        if exact:
-            assert torch.equal(got.nan_to_num(-7.0), self.expected.nan_to_num(-7.0))
-        torch.testing.assert_close(got, self.expected, rtol=max(eps, 3e-7), atol=0, equal_nan=True)
+    return push
 
 
-def keys_of(count, width, dtype, device="cpu", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, width, generator=generator, dtype=torch.float64).to(dtype).to(device)
+def ring_on(library, *args, **start):
+    return Ring(push_on(library), *args, **start)

@@ -5,14 +5,10 @@ from math import ceil
 import pytest
 import torch
 
-from tests.cuda.batch_hard_calls import (
-    batch_hard,
-    check_choice,
-    check_indices,
-    random_labels,
-    random_rows,
-)
+from tests.cuda.batch_hard_calls import batch_hard, check_choice, check_indices
 from tests.cuda.test_contrastive import WIDTHS, flavours
+from tests.helpers import random_rows
+from tests.support.batch_hard import labels_of, small_integers
 
 SOURCE = "batch_hard.cu"
 DISTANCES = ("euclidean", "cosine")
@@ -22,7 +18,7 @@ DISTANCES = ("euclidean", "cosine")
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("n, d, classes, splits", [(1, 1, 1, 0), (65, 17, 7, 2), (130, 72, 40, 3)])
 def test_hardest_of_random_rows(library, gpu, n, d, classes, splits, distance, dtype, tf32):
-    x, labels = random_rows(n, d, dtype).to(gpu.device), random_labels(n, classes).to(gpu.device)
+    x, labels = random_rows(n, d, dtype).to(gpu.device), labels_of(n, classes).to(gpu.device)
     check_choice(library, x, labels, True, distance, tf32=tf32, splits=splits)
     check_choice(library, x, labels, False, distance, tf32=tf32, splits=splits)
 
@@ -32,7 +28,7 @@ def test_hardest_of_random_rows(library, gpu, n, d, classes, splits, distance, d
 @pytest.mark.parametrize("d", [*WIDTHS, 520])
 def test_hardest_of_random_rows_everywhere(library, gpu, d, dtype, tf32):
     for i, n in enumerate((2, 3, 65, 130, 200)):
-        x, labels = random_rows(n, d, dtype, i).to(gpu.device), random_labels(n, 5, i).to(gpu.device)
+        x, labels = random_rows(n, d, dtype, seed=i).to(gpu.device), labels_of(n, 5, i).to(gpu.device)
         check_choice(library, x, labels, i % 2 > 0, DISTANCES[i % 2], tf32=tf32, splits=i % 4)
 
 
@@ -41,10 +37,9 @@ def test_hardest_of_random_rows_everywhere(library, gpu, d, dtype, tf32):
 @pytest.mark.parametrize("splits", [1, 3])
 def test_exact_keys_are_chosen_to_the_index(library, gpu, distance, splits, dtype, tf32):
     """Small integers: every key is exact, many are equal, and the lowest index wins, in any order of visits."""
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randint(-1, 2, (210, 6), generator=generator).to(dtype)
+    x = small_integers(210, 6, dtype)
     x[100:130] = x[70]
-    labels = random_labels(210, 6)
+    labels = labels_of(210, 6)
     check_indices(library, x.to(gpu.device), labels.to(gpu.device), distance, splits=splits, tf32=tf32)
 
 
@@ -76,7 +71,7 @@ def test_infinite_keys_can_be_chosen(library, gpu):
 
 def test_strides_and_wide_rows(library, gpu):
     x = random_rows(70, 520, torch.float16).to(gpu.device)
-    labels = random_labels(70, 4).to(gpu.device)
+    labels = labels_of(70, 4).to(gpu.device)
     expected, _ = batch_hard(library, x, labels, True, "euclidean")
     got, _ = batch_hard(library, x.T.contiguous().T, labels, True, "euclidean")
     for ours, right in zip(got, expected, strict=True):
@@ -85,7 +80,7 @@ def test_strides_and_wide_rows(library, gpu):
 
 
 def test_every_schedule_gives_the_same_indices(library, gpu):
-    x, labels = random_rows(140, 40, torch.bfloat16).to(gpu.device), random_labels(140, 5).to(gpu.device)
+    x, labels = random_rows(140, 40, torch.bfloat16).to(gpu.device), labels_of(140, 5).to(gpu.device)
     first, _ = batch_hard(library, x, labels, True, "euclidean", splits=2)
     for seed in (1, 2):
         again, _ = batch_hard(library, x, labels, True, "euclidean", splits=2, seed=seed, warp_races=True)
@@ -95,7 +90,7 @@ def test_every_schedule_gives_the_same_indices(library, gpu):
 def test_calls_can_be_captured(library, gpu):
     if not gpu.emulated:
         pytest.skip("tests/ops captures the operator on a card")
-    x, labels = random_rows(20, 17, torch.float16), random_labels(20, 3)
+    x, labels = random_rows(20, 17, torch.float16), labels_of(20, 3)
     _, launches = batch_hard(library, x, labels, True, "euclidean", capturing=True, stream=7)
     assert {launch.stream for launch in launches} == {7}
 
@@ -106,9 +101,7 @@ def test_calls_can_be_captured(library, gpu):
 def test_kernel_does_what_its_header_says(library, gpu, n, d, dtype):
     if not gpu.emulated:
         pytest.skip("a card has no such counters")
-    _, launches = batch_hard(
-        library, random_rows(n, d, dtype), random_labels(n, 9), True, "euclidean", splits=1
-    )
+    _, launches = batch_hard(library, random_rows(n, d, dtype), labels_of(n, 9), True, "euclidean", splits=1)
     (launch,) = [launch for launch in launches if "batch_hard_kernel" in launch.kernel]
     counters, steps = launch.counters, ceil(d * dtype.itemsize / 128)
     blocks, tiles = ceil(n / 128), ceil(n / 64)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.cuda.conftest import SOURCES
-from tests.cuda.contrastive_calls import contrastive_bwd, contrastive_fwd
-from tests.cuda.parity import check_parity, random_call, random_upstream, run
+from tests.cuda.contrastive_calls import check_parity, contrastive_bwd, contrastive_fwd, run
 from tests.gpu_emulation import CudaError
+from tests.support.contrastive import random_call
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 FLAVOURS = [*[(dtype, False) for dtype in DTYPES], (torch.float32, True)]
@@ -37,7 +37,7 @@ flavours = pytest.mark.parametrize("dtype, tf32", FLAVOURS, ids=map(flavour_name
     ],
 )
 def test_square_matches_float64(library, gpu, n, d, temperature, ids, dtype, tf32):
-    call = random_call(n, d, dtype, temperature=temperature, ids=ids, device=gpu.device)
+    call = random_call(n, None, d, dtype, temperature=temperature, ids=ids, device=gpu.device)
     check_parity(library, call, tf32=tf32)
 
 
@@ -46,8 +46,8 @@ def test_square_matches_float64(library, gpu, n, d, temperature, ids, dtype, tf3
 @pytest.mark.parametrize("d", WIDTHS)
 def test_square_matches_float64_everywhere(library, gpu, d, dtype, tf32):
     for i, (n, temperature, ids) in enumerate(itertools.product(SIZES, TEMPERATURES, (False, True))):
-        call = random_call(n, d, dtype, temperature=temperature, ids=ids, seed=i, device=gpu.device)
-        check_parity(library, call, tf32=tf32, seed=i)
+        call = random_call(n, None, d, dtype, temperature=temperature, ids=ids, seed=i, device=gpu.device)
+        check_parity(library, call, tf32=tf32)
 
 
 @pytest.mark.slow
@@ -56,16 +56,16 @@ def test_square_matches_float64_everywhere(library, gpu, d, dtype, tf32):
 def test_rectangle_matches_float64_everywhere(library, gpu, d, dtype, tf32):
     for i, (n, temperature, ids) in enumerate(itertools.product(SIZES, TEMPERATURES, (False, True))):
         call = random_call(
-            n, d, dtype, m=131 - n, temperature=temperature, ids=ids, both_directions=i % 3 > 0,
+            n, 131 - n, d, dtype, temperature=temperature, ids=ids, both_directions=i % 3 > 0,
             keep_diagonal=i % 2 > 0, positives=i % 3, seed=i, device=gpu.device,
         )  # fmt: skip
-        check_parity(library, call, tf32=tf32, seed=i, splits=i % 4)
+        check_parity(library, call, tf32=tf32, splits=i % 4)
 
 
 @flavours
 def test_rectangle_in_both_directions_with_ids(library, gpu, dtype, tf32):
     call = random_call(
-        65, 40, dtype, m=70, ids=True, both_directions=True, keep_diagonal=True, positives=2,
+        65, 70, 40, dtype, ids=True, both_directions=True, keep_diagonal=True, positives=2,
         device=gpu.device,
     )  # fmt: skip
     check_parity(library, call, tf32=tf32)
@@ -81,7 +81,7 @@ def small_card(gpu, nvcc):
 @pytest.mark.parametrize("n, m, d, splits", [(300, 130, 24, 0), (515, 65, 200, 2)])
 def test_both_directions_by_groups_of_row_blocks(small_card, gpu, n, m, d, splits, dtype, tf32):
     call = random_call(
-        n, d, dtype, m=m, ids=True, both_directions=True, keep_diagonal=True, positives=2, device=gpu.device
+        n, m, d, dtype, ids=True, both_directions=True, keep_diagonal=True, positives=2, device=gpu.device
     )
     _, _, launches = check_parity(small_card, call, tf32=tf32, splits=splits)
     if gpu.emulated:
@@ -92,7 +92,7 @@ def test_both_directions_by_groups_of_row_blocks(small_card, gpu, n, m, d, split
 @pytest.mark.parametrize("scale", [1e4, 1e-3, 0.0, -30.0])
 def test_both_directions_at_any_scale(small_card, gpu, scale, dtype):
     """With the largest logits of a column in its first, second or last block of rows."""
-    call = random_call(300, 8, dtype, m=21, both_directions=True, device=gpu.device)
+    call = random_call(300, 21, 8, dtype, both_directions=True, device=gpu.device)
     call.rows[[0, 150, 299]] = call.columns[[1, 2, 3]]
     call.scale.fill_(scale)
     check_parity(small_card, call)
@@ -100,7 +100,7 @@ def test_both_directions_at_any_scale(small_card, gpu, scale, dtype):
 
 def test_columns_without_any_row(small_card, gpu):
     """Left out by all rows, or by all but those of the last block."""
-    call = random_call(300, 8, torch.float32, m=70, ids=True, both_directions=True, device=gpu.device)
+    call = random_call(300, 70, 8, torch.float32, ids=True, both_directions=True, device=gpu.device)
     call.row_ids[:] = 1
     call.row_ids[256:] = 2
     call.column_ids[:] = 3
@@ -115,7 +115,7 @@ def test_columns_without_any_row(small_card, gpu):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rows_that_just_fit(library, gpu, dtype):
     """Streamed owner tiles."""
-    call = random_call(40, 255, dtype, device=gpu.device)
+    call = random_call(40, None, 255, dtype, device=gpu.device)
     _, _, launches = check_parity(library, call)
     if gpu.emulated:
         assert sum("contrastive_bwd_kernel" in launch.kernel for launch in launches) == 1
@@ -142,7 +142,7 @@ def blocks(launches):
 @pytest.mark.parametrize("dtype, tf32, d", [(torch.float32, True, 130), (torch.float16, False, 256)], ids=str)
 def test_blocks_of_wide_rows(library, gpu, dtype, tf32, d):
     """Coefficients in memory, a block of rows and columns at a time."""
-    call = random_call(130, d, dtype, ids=True, positives=2, device=gpu.device)
+    call = random_call(130, None, d, dtype, ids=True, positives=2, device=gpu.device)
     _, _, launches = check_parity(library, call, tf32=tf32, blocks=(1, 1))
     if gpu.emulated:
         assert blocks(launches) == 2 * 2
@@ -152,9 +152,9 @@ def test_blocks_of_wide_rows(library, gpu, dtype, tf32, d):
 def test_both_gradients_of_a_wide_rectangle_from_one_set_of_coefficients(library, gpu, dtype, tf32, d):
     call = random_call(
         131,
+        135,
         d,
         dtype,
-        m=135,
         ids=True,
         both_directions=True,
         keep_diagonal=True,
@@ -172,15 +172,15 @@ def test_wide_rows_everywhere(library, gpu, dtype, tf32, d):
     for i, (n, temperature, ids) in enumerate(itertools.product(SIZES, TEMPERATURES, (False, True))):
         for m in (None, 195 - n):
             call = random_call(
-                n, d + i % 2 * 43, dtype, m=m, temperature=temperature, ids=ids, both_directions=bool(m) and i % 3 > 0,
+                n, m, d + i % 2 * 43, dtype, temperature=temperature, ids=ids, both_directions=bool(m) and i % 3 > 0,
                 keep_diagonal=bool(m) and i % 2 > 0, positives=i % 3, seed=i, device=gpu.device,
             )  # fmt: skip
-            check_parity(library, call, tf32=tf32, seed=i, splits=i % 4, blocks=(i % 5 // 2, i % 3 // 2))
+            check_parity(library, call, tf32=tf32, splits=i % 4, blocks=(i % 5 // 2, i % 3 // 2))
 
 
 @pytest.mark.parametrize("scale", [0.0, -3.0, 1e4])
 def test_wide_rows_at_any_scale(library, gpu, scale):
-    call = random_call(5, 130, torch.float32, m=7, both_directions=True, ids=True, device=gpu.device)
+    call = random_call(5, 7, 130, torch.float32, both_directions=True, ids=True, device=gpu.device)
     call.scale.fill_(scale)
     check_parity(library, call)
 
@@ -189,162 +189,33 @@ def test_wide_rows_at_any_scale(library, gpu, scale):
 def test_wide_rows_of_any_layout_and_length(library, gpu, dtype):
     """In a block of several, on either side of a product, with gradients of both sides and of one."""
     for m in (4, None):
-        call = random_call(130, 260, dtype, m=m, device=gpu.device)
+        call = random_call(130, m, 260, dtype, device=gpu.device)
         call.rows[:6] *= 1e-3
         call.rows[7] = 0
         rows = torch.zeros(130, 268, dtype=dtype, device=gpu.device)[:, 8:].copy_(call.rows)
-        call = call._replace(rows=rows)
+        call = call.replace(rows=rows)
         if m is not None:
             call.columns[::3] *= 1e3
             columns = call.columns.T.contiguous().T
-            call = call._replace(columns=columns, normalize_columns=dtype == torch.float16)
+            call = call.replace(columns=columns, normalize_columns=dtype == torch.float16)
         check_parity(library, call, blocks=(1, 0))
 
 
 @pytest.mark.parametrize("splits", [2, 3, 100])
 def test_split_walk_over_columns(library, gpu, splits):
-    call = random_call(20, 64, torch.bfloat16, m=300, both_directions=True, ids=True, device=gpu.device)
+    call = random_call(20, 300, 64, torch.bfloat16, both_directions=True, ids=True, device=gpu.device)
     check_parity(library, call, splits=splits)
-
-
-@flavours
-@pytest.mark.parametrize(
-    "n, m, d, temperature, splits",
-    [(65, 70, 40, 0.1, 0), (3, 300, 17, 0.005, 3), (130, 65, 128, 10.0, 2), (2, 1, 1, 0.1, 0)],
-)
-def test_expectation(library, gpu, n, m, d, temperature, splits, dtype, tf32):
-    """Attention with V = K: the same results, and gradients without a second walk."""
-    call = random_call(
-        n, d, dtype, m=m, temperature=temperature, ids=m > 1, keep_diagonal=True, positives=2,
-        device=gpu.device,
-    )  # fmt: skip
-    _, _, launches = check_parity(library, call, tf32=tf32, splits=splits, expectation=True)
-    if gpu.emulated:
-        assert not any("contrastive_bwd_kernel" in launch.kernel for launch in launches)
-
-
-@pytest.mark.parametrize(
-    "dtype, d",
-    [
-        (torch.bfloat16, 257),
-        (torch.float16, 520),
-        (torch.float16, 200),
-        (torch.float32, 260),
-        (torch.float64, 129),
-    ],
-    ids=str,
-)
-def test_expectation_of_wide_rows(library, gpu, dtype, d):
-    """Beyond the accumulators it is the product of the coefficients and the columns."""
-    call = random_call(40, d, dtype, m=150, ids=True, keep_diagonal=True, device=gpu.device)
-    _, _, launches = check_parity(library, call, expectation=True, splits=2, blocks=(0, 1))
-    if gpu.emulated:
-        by_product = d * dtype.itemsize > 1024
-        assert sum("coefficients_kernel" in launch.kernel for launch in launches) == (2 if by_product else 0)
-
-
-@pytest.mark.slow
-@flavours
-@pytest.mark.parametrize("d", WIDTHS)
-def test_expectation_everywhere(library, gpu, d, dtype, tf32):
-    for i, (n, temperature, ids) in enumerate(itertools.product(SIZES, TEMPERATURES, (False, True))):
-        call = random_call(
-            n, d, dtype, m=131 - n, temperature=temperature, ids=ids, keep_diagonal=i % 2 > 0, positives=i % 3,
-            normalize=i % 5 > 0 or temperature < 1, seed=i, device=gpu.device,
-        )  # fmt: skip
-        check_parity(library, call, tf32=tf32, seed=i, splits=i % 4, expectation=True)
-
-
-@pytest.mark.parametrize("tf32", [False, True])
-@pytest.mark.parametrize("column_dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "n, m, d, splits", [(65, 70, 40, 0), (3, 300, 17, 3), (130, 65, 128, 2), (2, 1, 1, 0), (40, 150, 260, 2)]
-)
-def test_wide_rows_against_narrow_columns(library, gpu, n, m, d, splits, column_dtype, tf32):
-    """As exact as columns of float32 would be, with the expectation and without."""
-    call = random_call(
-        n, d, torch.float32, m=m, ids=m > 1, keep_diagonal=True, positives=2, column_dtype=column_dtype,
-        normalize=d != 40, temperature=0.1 if d != 40 else 10.0, device=gpu.device,
-    )  # fmt: skip
-    fwd, _, _ = check_parity(library, call, tf32=tf32, splits=splits, expectation=True)
-    alone, _ = contrastive_fwd(library, call, splits=splits, tf32=tf32)
-    torch.testing.assert_close(alone.lse, fwd.lse, rtol=1e-6, atol=1e-6)
-    as_they_are = call._replace(normalize_columns=False)  # norms of float32 are added up in another order
-    narrow, wide = (
-        contrastive_fwd(library, one, splits=splits, tf32=tf32, expectation=True)[0]
-        for one in (as_they_are, as_they_are._replace(columns=call.columns.float()))
-    )
-    if d <= 256:  # beyond, wide columns take the product of stored coefficients
-        assert torch.equal(narrow.lse, wide.lse) and torch.equal(narrow.expectation, wide.expectation)
-    else:
-        torch.testing.assert_close(
-            narrow.expectation, wide.expectation, rtol=2e-3, atol=2e-3 if tf32 else 2e-5
-        )
-
-
-def test_narrow_columns_of_any_layout(library, gpu):
-    """Transposed, at an odd offset, and rows that only 8-byte accesses can read."""
-    call = random_call(
-        20, 24, torch.float32, m=50, column_dtype=torch.bfloat16, temperature=1.0, device=gpu.device
-    )
-    within = torch.zeros(50, 60, dtype=torch.bfloat16, device=gpu.device)
-    for columns in (
-        call.columns.T.contiguous().T,
-        within[:, 3:27].copy_(call.columns),
-        within[:, 28:52].copy_(call.columns),
-    ):
-        check_parity(library, call._replace(columns=columns), expectation=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_expectation_is_the_softmax_average_of_the_columns(library, gpu, dtype):
-    call = random_call(5, 24, dtype, m=70, ids=True, temperature=1.0, device=gpu.device)
-    call.row_ids[3] = 7
-    call.column_ids[:] = 7  # nothing is left for row 3
-    fwd, _ = contrastive_fwd(library, call, expectation=True)
-    rows, columns = (torch.nn.functional.normalize(x.double()) for x in (call.rows, call.columns))
-    expected = (rows @ columns.T).softmax(1) @ columns
-    expected[3] = 0
-    assert torch.isneginf(fwd.lse[3])
-    torch.testing.assert_close(fwd.expectation.double(), expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_expectation_of_columns_of_very_different_length(library, gpu, dtype):
-    call = random_call(12, 24, dtype, m=20, device=gpu.device)
-    call.rows[:6] *= 1e-3
-    call.columns[::3] *= 1e3
-    call.columns[7] = 0
-    check_parity(library, call, expectation=True)
-
-
-@pytest.mark.parametrize("scale", [0.0, -3.0, 1e4])
-def test_expectation_at_any_scale(library, gpu, scale):
-    call = random_call(20, 8, torch.float32, m=90, device=gpu.device)
-    call.scale.fill_(scale)
-    check_parity(library, call, expectation=True, splits=2)
-
-
-def test_expectation_meets_nan(library, gpu):
-    call = random_call(6, 8, torch.bfloat16, m=7, device=gpu.device)
-    call.rows[1, 2] = torch.nan
-    fwd, bwd, _ = run(library, call, random_upstream(call), expectation=True)
-    assert fwd.lse.isnan().tolist() == [False, True, False, False, False, False]
-    assert bwd.grad_rows[1].isnan().all() and bwd.grad_scale.isnan() and not bwd.grad_rows[0].isnan().any()
-    call.columns[3, 0] = torch.inf
-    fwd, bwd, _ = run(library, call, random_upstream(call), expectation=True)
-    assert fwd.lse.isnan().all() and bwd.grad_rows.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_strides(library, gpu, dtype):
     """Transposed rows, columns out of a wider matrix at an odd offset, overlapping rows."""
-    call = random_call(30, 24, dtype, m=33, device=gpu.device)
+    call = random_call(30, 33, 24, dtype, device=gpu.device)
     rows = call.rows.T.contiguous().T
     columns = torch.zeros(33, 31, dtype=dtype, device=gpu.device)[:, 5:29].copy_(call.columns)
-    check_parity(library, call._replace(rows=rows, columns=columns))
+    check_parity(library, call.replace(rows=rows, columns=columns))
     repeated = call.rows[:1].expand(30, 24)
-    third = call._replace(rows=repeated, columns=call.columns[::3], positives=call.positives % 11)
+    third = call.replace(rows=repeated, columns=call.columns[::3], positives=call.positives % 11)
     check_parity(library, third)
 
 
@@ -354,14 +225,14 @@ def test_row_offsets_over_32_bits(library, gpu):
         memory = torch.from_numpy(np.empty(stride + d, np.int16)).view(torch.bfloat16)
     else:
         memory = torch.zeros(stride + d, dtype=torch.bfloat16, device=gpu.device)
-    call = random_call(2, d, torch.bfloat16, device=gpu.device)
+    call = random_call(2, None, d, torch.bfloat16, device=gpu.device)
     rows = memory.as_strided((2, d), (stride, 1)).copy_(call.rows)
-    check_parity(library, call._replace(rows=rows))
+    check_parity(library, call.replace(rows=rows))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zero_and_equal_rows(library, gpu, dtype):
-    call = random_call(12, 24, dtype, device=gpu.device)
+    call = random_call(12, None, 24, dtype, device=gpu.device)
     call.rows[3] = 0
     call.rows[5:9] = call.rows[4]
     check_parity(library, call)
@@ -369,7 +240,7 @@ def test_zero_and_equal_rows(library, gpu, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_rows_of_very_different_length(library, gpu, dtype):
-    call = random_call(12, 24, dtype, m=20, device=gpu.device)
+    call = random_call(12, 20, 24, dtype, device=gpu.device)
     call.rows[:6] *= 1e-3
     call.columns[::3] *= 1e3
     check_parity(library, call)
@@ -377,45 +248,45 @@ def test_rows_of_very_different_length(library, gpu, dtype):
 
 def test_row_shorter_than_the_smallest_norm(library, gpu):
     """1 / max(|x|, 1e-12) is constant there, so its gradient has no projection."""
-    call = random_call(5, 8, torch.float32, device=gpu.device)
+    call = random_call(5, None, 8, torch.float32, device=gpu.device)
     call.rows[2] = 3e-13
     check_parity(library, call)
 
 
 def test_rows_as_they_are(library, gpu):
-    square = random_call(20, 40, torch.float16, normalize=False, temperature=2.0, device=gpu.device)
+    square = random_call(20, None, 40, torch.float16, normalize=False, temperature=2.0, device=gpu.device)
     check_parity(library, square)
-    mixed = random_call(20, 40, torch.float32, m=9, temperature=2.0, device=gpu.device)
-    check_parity(library, mixed._replace(normalize_columns=False))
+    mixed = random_call(20, 9, 40, torch.float32, temperature=2.0, device=gpu.device)
+    check_parity(library, mixed.replace(normalize_columns=False))
 
 
 @pytest.mark.parametrize("scale", [0.0, -3.0, 1e4])
 def test_any_scale(library, gpu, scale):
-    call = random_call(20, 8, torch.float32, m=21, both_directions=True, ids=True, device=gpu.device)
+    call = random_call(20, 21, 8, torch.float32, both_directions=True, ids=True, device=gpu.device)
     call.scale.fill_(scale)
     check_parity(library, call)
 
 
 def test_rows_without_any_column(library, gpu):
-    call = random_call(9, 8, torch.float32, ids=True, device=gpu.device)
+    call = random_call(9, None, 8, torch.float32, ids=True, device=gpu.device)
     call.row_ids.zero_()
     fwd, _, _ = check_parity(library, call)
     assert torch.isneginf(fwd.lse).all()
 
 
 def test_nan_and_infinity_reach_the_results(library, gpu):
-    call = random_call(6, 8, torch.float32, m=7, device=gpu.device)
+    call = random_call(6, 7, 8, torch.float32, device=gpu.device)
     call.rows[1, 2] = torch.nan
-    fwd, bwd, _ = run(library, call, random_upstream(call))
+    fwd, bwd, _ = run(library, call, call.upstream())
     assert fwd.lse.isnan().tolist() == [False, True, False, False, False, False]
-    both, _ = contrastive_fwd(library, call._replace(both_directions=True))
+    both, _ = contrastive_fwd(library, call.replace(both_directions=True))
     assert both.lse.isnan().tolist() == fwd.lse.isnan().tolist() and both.column_lse.isnan().all()
     assert bwd.grad_rows[1].isnan().all() and bwd.grad_scale.isnan() and not bwd.grad_rows[0].isnan().any()
     call.columns[3, 0] = torch.inf
     fwd, _ = contrastive_fwd(library, call)
     assert fwd.lse.isnan().all()
     call.rows[1, 2] = 1
-    both, _ = contrastive_fwd(library, call._replace(both_directions=True))
+    both, _ = contrastive_fwd(library, call.replace(both_directions=True))
     assert both.lse.isnan().all() and both.column_lse.isnan().tolist() == [j == 3 for j in range(7)]
 
 
@@ -430,8 +301,8 @@ def test_nan_and_infinity_reach_the_results(library, gpu):
 )
 def test_gradients_that_are_not_needed(library, gpu, needed, d, kernel):
     """They are not computed, and grad_scale is right without them."""
-    call = random_call(20, d, torch.float32, m=33, both_directions=True, device=gpu.device)
-    upstream = random_upstream(call)
+    call = random_call(20, 33, d, torch.float32, both_directions=True, device=gpu.device)
+    upstream = call.upstream()
     fwd, everything, _ = run(library, call, upstream)
     some, launches = contrastive_bwd(
         library, call, fwd, *upstream, rows_need_grad=needed[0], columns_need_grad=needed[1]
@@ -445,8 +316,8 @@ def test_gradients_that_are_not_needed(library, gpu, needed, d, kernel):
 
 @pytest.mark.parametrize("absent", ["lse", "positive_logits"])
 def test_absent_gradients_count_as_zero(library, gpu, absent):
-    call = random_call(20, 24, torch.float16, device=gpu.device)
-    upstream = random_upstream(call)
+    call = random_call(20, None, 24, torch.float16, device=gpu.device)
+    upstream = call.upstream()
     zero = upstream._replace(**{absent: torch.zeros_like(getattr(upstream, absent))})
     fwd, expected, _ = run(library, call, zero)
     got, _ = contrastive_bwd(library, call, fwd, *upstream._replace(**{absent: None}))
@@ -455,7 +326,7 @@ def test_absent_gradients_count_as_zero(library, gpu, absent):
 
 def test_every_schedule_gives_the_same_column_sums(small_card, gpu):
     """Where a block adds to its column sums block after block of rows."""
-    call = random_call(300, 40, torch.float16, m=70, both_directions=True, ids=True, device=gpu.device)
+    call = random_call(300, 70, 40, torch.float16, both_directions=True, ids=True, device=gpu.device)
     first, _ = contrastive_fwd(small_card, call, splits=2)
     for seed in (1, 2):
         again, _ = contrastive_fwd(small_card, call, splits=2, seed=seed, warp_races=True)
@@ -466,7 +337,7 @@ def test_every_schedule_gives_the_same_column_sums(small_card, gpu):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_every_schedule_gives_the_same_bits(library, gpu, dtype, expectation):
     """Random orders of blocks, warps and lanes, with races between lanes of a warp looked for as well."""
-    call = random_call(130, 72, dtype, m=70, both_directions=not expectation, ids=True, device=gpu.device)
+    call = random_call(130, 70, 72, dtype, both_directions=not expectation, ids=True, device=gpu.device)
     check_every_schedule(library, call, splits=2, expectation=expectation)
 
 
@@ -474,21 +345,21 @@ def test_every_schedule_gives_the_same_bits(library, gpu, dtype, expectation):
     "dtype, d", [(torch.bfloat16, 320), pytest.param(torch.float32, 130, marks=pytest.mark.slow)], ids=str
 )
 def test_every_schedule_of_blocks_gives_the_same_bits(library, gpu, dtype, d):
-    call = random_call(130, d, dtype, m=200, both_directions=True, device=gpu.device)
+    call = random_call(130, 200, d, dtype, both_directions=True, device=gpu.device)
     check_every_schedule(library, call, splits=2, blocks=(1, 1))
 
 
 def test_a_product_that_fails_is_an_error(library, gpu):
     if not gpu.emulated:
         pytest.skip("its product fails on any device")
-    call = random_call(4, 256, torch.float16)
+    call = random_call(4, None, 256, torch.float16)
     fwd, _ = contrastive_fwd(library, call)
     with pytest.raises(CudaError, match="returned 1"):
-        contrastive_bwd(library, call, fwd, *random_upstream(call), multiply=None)
+        contrastive_bwd(library, call, fwd, *call.upstream(), multiply=None)
 
 
 def check_every_schedule(library, call, **options):
-    upstream = random_upstream(call)
+    upstream = call.upstream()
     first = run(library, call, upstream, **options)[:2]
     for seed in (1, 2):
         again = run(library, call, upstream, **options, seed=seed, warp_races=True)[:2]
@@ -500,13 +371,13 @@ def test_calls_can_be_captured(library, gpu):
     """No synchronisation and no allocation between the launches, all on the stream given."""
     if not gpu.emulated:
         pytest.skip("tests/test_card.py captures the operators on a card")
-    call = random_call(20, 17, torch.float16, m=300, both_directions=True)
+    call = random_call(20, 300, 17, torch.float16, both_directions=True)
     for expectation in (False, True):
-        call = call._replace(both_directions=not expectation)
+        call = call.replace(both_directions=not expectation)
         _, _, launches = run(
-            library, call, random_upstream(call), expectation=expectation, capturing=True, stream=7
+            library, call, call.upstream(), expectation=expectation, capturing=True, stream=7
         )
         assert {launch.stream for launch in launches} == {7}
-    call = random_call(130, 520, torch.float16)
-    _, _, launches = run(library, call, random_upstream(call), blocks=(1, 1), capturing=True, stream=7)
+    call = random_call(130, None, 520, torch.float16)
+    _, _, launches = run(library, call, call.upstream(), blocks=(1, 1), capturing=True, stream=7)
     assert {launch.stream for launch in launches} == {7}

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tests.cuda import edges
-from tests.cuda.contrastive_calls import contrastive_bwd, contrastive_fwd
+from tests.cuda.contrastive_calls import check_parity, contrastive_bwd, contrastive_fwd, run
 from tests.cuda.mutations_additions import check_limits
-from tests.cuda.parity import check_parity, random_call, random_upstream, run
 from tests.cuda.test_contrastive import check_every_schedule, flavours
 from tests.cuda.test_contrastive_traffic import Backward, Expectation, Forward, WideBackward
+from tests.support.contrastive import random_call
 
 SOURCE = ("contrastive_additions.cu", "contrastive.cu")  # the second has the backward from the expectation
 EVERYTHING = "bias padding limit exempt"
@@ -27,7 +27,7 @@ EVERYTHING = "bias padding limit exempt"
     ],
 )
 def test_square_matches_float64(library, gpu, n, d, ids, additions, dtype, tf32):
-    call = random_call(n, d, dtype, ids=ids, positives=2, additions=additions, device=gpu.device)
+    call = random_call(n, None, d, dtype, ids=ids, positives=2, additions=additions, device=gpu.device)
     check_parity(library, call, tf32=tf32)
 
 
@@ -43,7 +43,7 @@ def test_square_matches_float64(library, gpu, n, d, ids, additions, dtype, tf32)
 )
 def test_rectangle_matches_float64(library, gpu, n, m, d, additions, dtype, tf32):
     call = random_call(
-        n, d, dtype, m=m, ids="only" in additions, both_directions=True, keep_diagonal=n == 65, positives=2,
+        n, m, d, dtype, ids="only" in additions, both_directions=True, keep_diagonal=n == 65, positives=2,
         additions=additions, device=gpu.device,
     )  # fmt: skip
     check_parity(library, call, tf32=tf32, splits=2)
@@ -55,7 +55,7 @@ def test_rectangle_matches_float64(library, gpu, n, m, d, additions, dtype, tf32
 )
 def test_expectation_matches_float64(library, gpu, n, m, d, additions, dtype, tf32):
     """It takes the biases in; its backward is the one without additions."""
-    call = random_call(n, d, dtype, m=m, ids="only" in additions, additions=additions, device=gpu.device)
+    call = random_call(n, m, d, dtype, ids="only" in additions, additions=additions, device=gpu.device)
     _, _, launches = check_parity(library, call, tf32=tf32, splits=2, expectation=True)
     if gpu.emulated:
         assert not any("contrastive_bwd_kernel" in launch.kernel for launch in launches)
@@ -65,7 +65,7 @@ def test_expectation_matches_float64(library, gpu, n, m, d, additions, dtype, tf
 @pytest.mark.parametrize("m", [None, 70])
 def test_wider_accumulators(library, gpu, m, dtype, d):
     call = random_call(
-        70, d, dtype, m=m, both_directions=m is not None, additions=EVERYTHING, device=gpu.device
+        70, m, d, dtype, both_directions=m is not None, additions=EVERYTHING, device=gpu.device
     )
     check_parity(library, call)
 
@@ -85,9 +85,9 @@ def test_blocks_of_wide_rows(library, gpu, m, dtype, tf32, d):
     """The gradient of a bias is summed by the walk that owns its rows, so that the columns' needs one of their own."""
     call = random_call(
         150,
+        m,
         d,
         dtype,
-        m=m,
         both_directions=m is not None,
         positives=2,
         additions=EVERYTHING,
@@ -97,7 +97,7 @@ def test_blocks_of_wide_rows(library, gpu, m, dtype, tf32, d):
     if gpu.emulated:
         assert sum("coefficients_kernel" in launch.kernel for launch in launches) == (4 if m is None else 8)
     if m is not None:
-        call = call._replace(column_bias=None, row_bias=None)
+        call = call.replace(column_bias=None, row_bias=None)
         _, _, launches = check_parity(library, call, tf32=tf32, blocks=(100, 1))
         if gpu.emulated:
             assert sum("coefficients_kernel" in launch.kernel for launch in launches) == 4
@@ -110,23 +110,23 @@ def test_every_combination_matches_float64(library, gpu, d, dtype, tf32):
     words = ("bias", "bias padding", "limit", "limit exempt", "only", EVERYTHING, EVERYTHING + " only")
     for i, (n, additions, square) in enumerate(itertools.product((3, 65, 130), words, (False, True))):
         call = random_call(
-            n, d, dtype, m=None if square else 133 - n, ids="only" in additions or i % 3 == 0,
+            n, None if square else 133 - n, d, dtype, ids="only" in additions or i % 3 == 0,
             both_directions=not square and i % 4 < 3, keep_diagonal=not square and i % 5 > 2, positives=i % 3,
             normalize=i % 7 > 0, temperature=0.1 if i % 7 else 5.0, additions=additions, seed=i, device=gpu.device,
         )  # fmt: skip
-        check_parity(library, call, tf32=tf32, seed=i, splits=i % 4)
+        check_parity(library, call, tf32=tf32, splits=i % 4)
 
 
 @pytest.mark.parametrize("scale", [0.0, -3.0, 1e4])
 @pytest.mark.parametrize("m", [None, 21])
 def test_any_scale(library, gpu, m, scale):
     call = random_call(
-        20, 8, torch.float32, m=m, both_directions=m is not None, additions="bias", device=gpu.device
+        20, m, 8, torch.float32, both_directions=m is not None, additions="bias", device=gpu.device
     )
     call.scale.fill_(scale)
     check_parity(library, call)
     limits = torch.full((20,), -1.0 if scale == 0 else 0.3 * scale, device=gpu.device)
-    check_parity(library, call._replace(row_limit=limits))
+    check_parity(library, call.replace(row_limit=limits))
 
 
 def test_limits_are_strict_and_nan_is_none(gpu, library):
@@ -141,10 +141,10 @@ def test_positives_and_exempt_columns_stay(library, gpu):
     columns[:, 0] = torch.arange(4)
     limits = torch.tensor([2.0, torch.nan, -torch.inf], device=gpu.device)
     exempt = torch.tensor([False, True, False, False], device=gpu.device)
-    call = random_call(3, 4, torch.float32, m=4, normalize=False, temperature=1.0, device=gpu.device)
-    call.positives.copy_(torch.tensor([[3], [3], [-2]]))
+    call = random_call(3, 4, 4, torch.float32, normalize=False, temperature=1.0, device=gpu.device)
+    call.positives.copy_(torch.tensor([3, 3, -2]))
     fwd, _ = contrastive_fwd(
-        library, call._replace(rows=rows, columns=columns, row_limit=limits, exempt=exempt)
+        library, call.replace(rows=rows, columns=columns, row_limit=limits, exempt=exempt)
     )
     logits = torch.arange(4.0, dtype=torch.float64)
     expected = torch.stack([logits.logsumexp(0), logits.logsumexp(0), logits[1:3].logsumexp(0)])
@@ -155,30 +155,28 @@ def test_positives_and_exempt_columns_stay(library, gpu):
 @pytest.mark.parametrize("m", [None, 7])
 def test_rows_without_any_column(library, gpu, m, d):
     """By padding alone, by a limit alone: a sum of -inf, and gradients of 0."""
-    call = random_call(
-        9, d, torch.float16, m=m, positives=0, both_directions=m is not None, device=gpu.device
-    )
+    call = random_call(9, m, d, torch.float16, positives=0, both_directions=m is not None, device=gpu.device)
     bias = torch.full((m or 9,), -torch.inf, device=gpu.device)
     row_bias = torch.full((9,), -torch.inf, device=gpu.device) if m else None
     limit = torch.full((9,), -100.0, device=gpu.device)
-    for emptied in (call._replace(column_bias=bias, row_bias=row_bias), call._replace(row_limit=limit)):
-        fwd, bwd, _ = run(library, emptied, random_upstream(call))
+    for emptied in (call.replace(column_bias=bias, row_bias=row_bias), call.replace(row_limit=limit)):
+        fwd, bwd, _ = run(library, emptied, call.upstream())
         assert torch.isneginf(fwd.lse).all()
         assert all((grad == 0).all() for grad in bwd if grad is not None)
 
 
 def test_nan_reaches_the_results(library, gpu):
-    call = random_call(6, 8, torch.float32, m=7, additions="bias limit", device=gpu.device)
+    call = random_call(6, 7, 8, torch.float32, additions="bias limit", device=gpu.device)
     call.rows[1, 2] = torch.nan
-    fwd, bwd, _ = run(library, call, random_upstream(call))
+    fwd, bwd, _ = run(library, call, call.upstream())
     assert fwd.lse.isnan().tolist() == [False, True, False, False, False, False]
     assert bwd.grad_rows[1].isnan().all() and bwd.grad_scale.isnan() and not bwd.grad_rows[0].isnan().any()
     call.column_bias[3] = torch.nan
     assert contrastive_fwd(library, call)[0].lse.isnan().any()
-    left_out = call._replace(
+    left_out = call.replace(
         column_bias=call.column_bias.clone(), row_limit=torch.full_like(call.row_limit, -100.0)
     )
-    fwd, _ = contrastive_fwd(library, left_out._replace(positives=torch.zeros_like(call.positives)))
+    fwd, _ = contrastive_fwd(library, left_out.replace(positives=torch.zeros_like(call.positives)))
     assert not fwd.lse[[0, 2, 3, 4, 5]].isnan().any()
 
 
@@ -186,9 +184,9 @@ def test_nan_reaches_the_results(library, gpu):
 def test_gradients_that_are_not_needed(library, gpu, d):
     """A bias' gradient alone, the vectors' alone, that of scale without any."""
     call = random_call(
-        20, d, torch.float16, m=33, both_directions=True, additions=EVERYTHING, device=gpu.device
+        20, 33, d, torch.float16, both_directions=True, additions=EVERYTHING, device=gpu.device
     )
-    upstream = random_upstream(call)
+    upstream = call.upstream()
     fwd, everything, _ = run(library, call, upstream)
     for rows, columns, biases in itertools.product((False, True), repeat=3):
         some, _ = contrastive_bwd(
@@ -214,15 +212,15 @@ def test_gradients_that_are_not_needed(library, gpu, d):
 
 @pytest.mark.parametrize("dtype, d", [(torch.bfloat16, 72), (torch.float32, 130)], ids=str)
 def test_every_schedule_gives_the_same_bits(library, gpu, dtype, d):
-    call = random_call(130, d, dtype, m=70, both_directions=True, additions=EVERYTHING, device=gpu.device)
+    call = random_call(130, 70, d, dtype, both_directions=True, additions=EVERYTHING, device=gpu.device)
     check_every_schedule(library, call, splits=2, blocks=(1, 1))
 
 
 def test_calls_can_be_captured(library, gpu):
     if not gpu.emulated:
         pytest.skip("tests/test_card.py captures the operators on a card")
-    call = random_call(20, 17, torch.float16, m=300, both_directions=True, additions=EVERYTHING)
-    _, _, launches = run(library, call, random_upstream(call), capturing=True, stream=7)
+    call = random_call(20, 300, 17, torch.float16, both_directions=True, additions=EVERYTHING)
+    _, _, launches = run(library, call, call.upstream(), capturing=True, stream=7)
     assert {launch.stream for launch in launches} == {7}
 
 
@@ -242,8 +240,8 @@ cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 def launches_of(library, case, additions, **options):
     n, m, d, dtype, tf32 = case
-    call = random_call(n, d, dtype, m=m, additions=additions)
-    _, _, launches = run(library, call, random_upstream(call), splits=1, tf32=tf32, **options)
+    call = random_call(n, m, d, dtype, additions=additions)
+    _, _, launches = run(library, call, call.upstream(), splits=1, tf32=tf32, **options)
     return launches
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.cuda.conftest import SOURCES
-from tests.cuda.contrastive_calls import BwdArgs, Common, FwdArgs, contrastive_fwd
+from tests.cuda.contrastive_calls import BwdArgs, Common, FwdArgs, check_parity, contrastive_fwd, run
 from tests.cuda.launching import DTYPE_CODES
-from tests.cuda.parity import check_parity, random_call, random_upstream, run
+from tests.support.contrastive import random_call
 
 CASES = [  # n, m, d, dtype, tf32
     (256, None, 128, torch.bfloat16, False),
@@ -35,8 +35,8 @@ UNIT_BYTES, STEP_BYTES, SECTOR = 16, 128, 32
 
 
 def launches_of(library, n, m, d, dtype, tf32, **options):
-    call = random_call(n, d, dtype, m=m, positives=1)
-    _, _, launches = run(library, call, random_upstream(call), **{"splits": 1, "tf32": tf32, **options})
+    call = random_call(n, m, d, dtype, positives=1)
+    _, _, launches = run(library, call, call.upstream(), **{"splits": 1, "tf32": tf32, **options})
     kernel = "expectation_kernel" if "expectation" in options else "fwd_kernel"
     forward = [launch for launch in launches if kernel in launch.kernel]
     backward = [launch for launch in launches if "contrastive_bwd_kernel" in launch.kernel]
@@ -239,8 +239,8 @@ def test_backward_does_what_its_header_says(library, case):
 def test_backward_of_wide_rows_does_what_its_headers_say(library, case):
     """Both gradients of a rectangle come from one unit of these kernels."""
     n, m, d, dtype, tf32 = case
-    call = random_call(n, d, dtype, m=m, positives=1)
-    _, _, launches = run(library, call, random_upstream(call), splits=1, tf32=tf32)
+    call = random_call(n, m, d, dtype, positives=1)
+    _, _, launches = run(library, call, call.upstream(), splits=1, tf32=tf32)
     (launch,) = [launch for launch in launches if "coefficients_kernel" in launch.kernel]
     paper = WideBackward(n, m or n, d, dtype, tf32, m is None)
     assert launch.counters.mma == paper.coefficient_mma()
@@ -302,7 +302,7 @@ def test_expectation_does_what_its_header_says(library, n, m, d, dtype, tf32):
 def test_narrow_columns_are_read_as_they_are(library, column_dtype):
     """Beside float32 rows: half the sectors of their walk, and everything else as with float32 columns."""
     n, m, d = 128, 96, 64
-    call = random_call(n, d, torch.float32, m=m, column_dtype=column_dtype)
+    call = random_call(n, m, d, torch.float32, column_dtype=column_dtype)
     _, launches = contrastive_fwd(library, call, expectation=True, splits=1)
     (launch,) = [launch for launch in launches if "expectation_kernel" in launch.kernel]
     paper = Expectation(n, m, d, torch.float32, False, False)
@@ -343,7 +343,7 @@ def test_scratch_of_moco_does_not_grow_with_the_queue(library, gpu, dtype, colum
 def test_moco_shape_fills_a_card(gpu, nvcc):
     """256 queries: every multiprocessor has a part of the queue."""
     library = gpu.cuda_library([SOURCES / "contrastive.cu"], multiprocessors=8)
-    call = random_call(256, 8, torch.bfloat16, m=1024, positives=0)
+    call = random_call(256, 1024, 8, torch.bfloat16, positives=0)
     _, launches = contrastive_fwd(library, call, expectation=True)
     (launch,) = [launch for launch in launches if "expectation_kernel" in launch.kernel]
     assert launch.grid == (2, 4, 1)
@@ -355,7 +355,7 @@ def test_both_directions_do_what_their_header_says(gpu, nvcc, d, dtype, tf32, mu
     """Each tile is visited once."""
     library = gpu.cuda_library([SOURCES / "contrastive.cu"], multiprocessors=multiprocessors)
     n, m = 384, 128
-    call = random_call(n, d, dtype, m=m, both_directions=True)
+    call = random_call(n, m, d, dtype, both_directions=True)
     _, launches = contrastive_fwd(library, call, splits=1, tf32=tf32)
     (launch,) = [launch for launch in launches if "fwd_kernel" in launch.kernel]
     paper = BothDirections(n, m, d, dtype, tf32, groups)
@@ -398,15 +398,15 @@ def test_scratch_of_both_directions_does_not_grow_with_rows_times_columns(librar
 
 
 def test_norms_read_the_operand_once(library):
-    call = random_call(64, 128, torch.bfloat16)
-    _, _, launches = run(library, call, random_upstream(call))
+    call = random_call(64, None, 128, torch.bfloat16)
+    _, _, launches = run(library, call, call.upstream())
     assert "prepare_rows_kernel" in launches[0].kernel
     assert launches[0].counters.global_load_sectors == 64 * 128 * 2 // SECTOR
 
 
 def test_few_rows_are_split_over_the_card(library, gpu):
     """1024 columns a part at least; the parts' results are merged and finished by the same launches."""
-    call = random_call(100, 8, torch.bfloat16, m=4096)
+    call = random_call(100, 4096, 8, torch.bfloat16)
     _, _, launches = check_parity(library, call)
     grids = {launch.grid for launch in launches if "wd_kernel" in launch.kernel}
     assert grids == {(1, 16, 1), (32, 1, 1)}
@@ -416,8 +416,8 @@ def test_few_rows_are_split_over_the_card(library, gpu):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_rows_are_finished_as_the_header_says(library, dtype, parts):
     n, d = 192, 48
-    call = random_call(n, d, dtype, positives=1)
-    _, _, launches = run(library, call, random_upstream(call), splits=parts)
+    call = random_call(n, None, d, dtype, positives=1)
+    _, _, launches = run(library, call, call.upstream(), splits=parts)
     (finish,) = [launch for launch in launches if "finish_rows_kernel" in launch.kernel]
     acc, terms = max(dtype.itemsize, 4), 3 if dtype == torch.float16 else 2
     operands = 2 * (parts * acc + dtype.itemsize) * n * d // SECTOR
@@ -429,8 +429,8 @@ def test_rows_are_finished_as_the_header_says(library, dtype, parts):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_expectation_is_merged_and_differentiated_as_the_headers_say(library, dtype, parts):
     n, m, d, count = 64, 192, 128, 2
-    call = random_call(n, d, dtype, m=m, positives=count)
-    _, _, launches = run(library, call, random_upstream(call), expectation=True, splits=parts)
+    call = random_call(n, m, d, dtype, positives=count)
+    _, _, launches = run(library, call, call.upstream(), expectation=True, splits=parts)
     (merge,) = [launch for launch in launches if "expectation_merge_kernel" in launch.kernel]
     (bwd,) = [launch for launch in launches if "expectation_bwd_kernel" in launch.kernel]
     acc, scales = max(dtype.itemsize, 4), 2 if dtype == torch.float16 else 1

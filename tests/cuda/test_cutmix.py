@@ -5,7 +5,7 @@ import torch
 
 from ssl_kernels.reference import cutmix as reference
 from tests.cuda.mixing_calls import aligned, counted, cutmix, cutmix_bwd, library_of
-from tests.mixing_cases import PERMUTATIONS, boxes_of, permutation_of
+from tests.support.mixing import PERMUTATIONS, boxes_of, permutation_of
 
 SECTOR = 32
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

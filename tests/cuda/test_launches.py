@@ -10,6 +10,8 @@ from tests.cuda import batch_hard_calls, contrastive_calls, mixing_calls, row_pa
 from tests.cuda import queue_push_calls as queue_calls
 from tests.cuda.launching import MultiplyMatrices
 from tests.gpu_emulation import STREAM
+from tests.support import sigmoid_pairs as pairs
+from tests.support.contrastive import Call
 
 ADDRESS = 1 << 20  # of tensors that no kernel reads, as none runs
 MOST_SAMPLES = 2**30 - 1
@@ -161,7 +163,7 @@ def test_rows_of_many_and_wide_rows(launched, rows, width, dtype):
 
 
 def _contrastive(library, d, **options):
-    call = contrastive_calls.Call(torch.ones(3, d), torch.ones(5, d), torch.tensor(1.0))
+    call = Call(torch.ones(3, d), torch.ones(5, d), torch.tensor(1.0))
     fwd, launches = contrastive_calls.contrastive_fwd(library, call, **options)
     limits = library.shared_limits()
     grad = torch.ones(3, dtype=torch.float64)
@@ -170,7 +172,7 @@ def _contrastive(library, d, **options):
 
 
 def _sigmoid_pairs(library, d, **options):
-    call = sigmoid_pairs_calls.random_call(3, 5, d, torch.float32)
+    call = pairs.random_call(3, 5, d, torch.float32)
     *_, launches = sigmoid_pairs_calls.total_with_gradients(library, call, **options)
     limits = library.shared_limits()
     _, more = sigmoid_pairs_calls.losses(library, call, **options)

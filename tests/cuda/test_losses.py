@@ -7,9 +7,11 @@ import torch
 
 from ssl_kernels.ops import batch_hard, contrastive, row_pairs, sigmoid_pairs
 from tests.cuda import batch_hard_calls, sigmoid_pairs_calls
-from tests.cuda.contrastive_calls import Call, Fwd, contrastive_bwd, contrastive_fwd
+from tests.cuda.contrastive_calls import Fwd, contrastive_bwd, contrastive_fwd
 from tests.cuda.row_pairs_calls import row_pairs_bwd, row_pairs_fwd
 from tests.losses.emulated import cases, check_edge, check_loss, check_moco, edges, run_on
+from tests.support import sigmoid_pairs as pairs
+from tests.support.contrastive import Call
 
 
 @pytest.fixture
@@ -93,7 +95,7 @@ def _call(rows, columns, scale, positives, *others):
 
 def sigmoid_forward(library, *args):
     """The operator `sigmoid_pairs_fwd` over the launchers."""
-    call, (total, keep, *needed) = sigmoid_pairs_calls.Call(*args[:7]), args[7:]
+    call, (total, keep, *needed) = pairs.Call(*args[:7]), args[7:]
     empty = call.scale.new_empty(0)
     if not (total and keep):
         return sigmoid_pairs_calls.losses(library, call, total=total)[0], *[empty] * 4
@@ -103,7 +105,7 @@ def sigmoid_forward(library, *args):
 
 def sigmoid_backward(library, grad_losses, *args):
     """The operator `sigmoid_pairs_bwd` over the launchers."""
-    call, needed = sigmoid_pairs_calls.Call(*args[:7]), args[7:]
+    call, needed = pairs.Call(*args[:7]), args[7:]
     grads, _ = sigmoid_pairs_calls.weighted_gradients(library, call, grad_losses.contiguous(), needed=needed)
     return tuple(call.scale.new_empty(0) if grad is None else grad for grad in grads)
 

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from ssl_kernels import backends
-from tests.cuda import parity, sigmoid_pairs_calls
+from tests.cuda import sigmoid_pairs_calls
+from tests.cuda.contrastive_calls import check_parity
 from tests.cuda.launching import DTYPE_CODES, MatrixProduct, MultiplyMatrices, accumulation_dtype
+from tests.support import sigmoid_pairs as pairs
+from tests.support.contrastive import random_call
 
 pytestmark = pytest.mark.skipif(backends.extension is None, reason="needs the C++ extension")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -144,9 +147,9 @@ def by_aten(device, stream):
 def test_wide_rows_by_aten(library_of, gpu, dtype):
     """Gradients of both sides in blocks, and the expectation, through the very calls that users' gradients take."""
     library = library_of("contrastive.cu")
-    call = parity.random_call(131, 264, dtype, m=135, both_directions=True, positives=1, device=gpu.device)
-    parity.check_parity(library, call, blocks=(1, 1), multiply=by_aten)
-    call = parity.random_call(20, 520, dtype, m=140, device=gpu.device)
-    parity.check_parity(library, call, blocks=(1, 1), expectation=True, multiply=by_aten)
-    call = sigmoid_pairs_calls.random_call(131, 135, 264, dtype, device=gpu.device)
+    call = random_call(131, 135, 264, dtype, both_directions=True, device=gpu.device)
+    check_parity(library, call, blocks=(1, 1), multiply=by_aten)
+    call = random_call(20, 140, 520, dtype, device=gpu.device)
+    check_parity(library, call, blocks=(1, 1), expectation=True, multiply=by_aten)
+    call = pairs.random_call(131, 135, 264, dtype, device=gpu.device)
     sigmoid_pairs_calls.check_parity(library_of("sigmoid_pairs.cu"), call, blocks=(1, 1), multiply=by_aten)

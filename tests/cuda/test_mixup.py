@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_kernels.reference import mixup as reference
 from tests.cuda.mixing_calls import aligned, counted, library_of, mixup, mixup_bwd
-from tests.mixing_cases import PERMUTATIONS, check_rounded_once, permutation_of, shares_of
+from tests.support.mixing import PERMUTATIONS, check_mixup, check_mixup_gradients, permutation_of, shares_of
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SECTOR = 32
@@ -28,15 +27,8 @@ def batch_of(count, features, dtype, device, *, seed=0, pad=0, offset=0):
 
 def check(library, x, lam, permutation, **options):
     """In place, out of place and backward of one batch against float64."""
-    acc = lam.dtype
-    x64, lam64 = x.double().cpu(), lam.double().cpu()
-    exact = reference.mixup(x64, lam64, permutation.cpu())
-    terms = x64.abs() + x64.abs()[permutation.cpu()]
     out, launches = mixup(library, x, lam, permutation, torch.full_like(x, torch.nan), **options)
-    check_rounded_once(out.cpu(), exact, terms, acc)
-    copied = (lam.cpu() == 1) | (permutation.cpu() == torch.arange(len(x)))
-    assert torch.equal(out.cpu()[copied], x.cpu()[copied])
-
+    check_mixup(out, x, lam, permutation)
     inplace = x.clone(memory_format=torch.preserve_format) if x.is_contiguous() else x
     mixup(library, inplace, lam, permutation, inplace, **options)
     assert torch.equal(inplace, out)
@@ -44,15 +36,8 @@ def check(library, x, lam, permutation, **options):
 
 
 def check_bwd(library, grad, x, lam, permutation, **options):
-    acc = lam.dtype
-    tensors = [tensor.double().cpu() for tensor in (grad, x, lam)]
-    exact_x, exact_lam = reference.mixup_bwd(*tensors, permutation.cpu())
-    inverse = reference.inverse_permutation(permutation.cpu())
-    terms = tensors[0].abs() + tensors[0].abs()[inverse]
     grad_x, grad_lam, _ = mixup_bwd(library, grad, x, lam, permutation, **options)
-    check_rounded_once(grad_x.cpu(), exact_x, terms, acc)
-    sums = (tensors[0].abs() * (tensors[1].abs() + tensors[1].abs()[permutation.cpu()])).sum(1)
-    assert ((grad_lam.double().cpu() - exact_lam).abs() <= 4 * torch.finfo(acc).eps * sums).all()
+    check_mixup_gradients(grad_x, grad_lam, grad, x, lam, permutation)
     without_lam, nothing, _ = mixup_bwd(library, grad, None, lam, permutation, **options)
     assert nothing is None and torch.equal(without_lam, grad_x)
     nothing, only_lam, _ = mixup_bwd(library, grad, x, lam, permutation, x_needs_grad=False, **options)

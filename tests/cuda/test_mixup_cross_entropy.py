@@ -1,9 +1,10 @@
 """CUDA kernels of `mixup_cross_entropy`, as nvcc compiled them, against float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from ssl_kernels.reference import mixup_cross_entropy as reference
 from tests.cuda.mixing_calls import (
     aligned,
     counted,
@@ -11,7 +12,7 @@ from tests.cuda.mixing_calls import (
     mixup_cross_entropy_bwd,
     mixup_cross_entropy_fwd,
 )
-from tests.mixing_cases import permutation_of, shares_of
+from tests.support.mixing import check_cross_entropy, cross_entropy_call
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SECTOR = 32
@@ -22,46 +23,16 @@ def library(gpu, nvcc):
     return library_of(gpu, "mixup_cross_entropy")
 
 
-def call_of(rows, classes, dtype, *, seed=0, spread=3.0, kind="random"):
-    """logits, target, permutation, lam and the gradient of the loss."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = (spread * torch.randn(rows, classes, generator=generator, dtype=torch.float64)).to(dtype)
-    target = torch.randint(classes, (rows,), generator=generator)
-    grad_loss = torch.randn(rows, generator=generator, dtype=torch.float64)
-    return logits, target, permutation_of(kind, rows), shares_of(rows, dtype), grad_loss
-
-
-def check(library, gpu, call, smoothing=0.0, *, weight=None, ignore_index=-100, direct=False, **options):
-    """Against the definition in float64; with `direct` the partners' classes are passed."""
-    logits, target, permutation, lam, grad_loss = call
-    leaf = logits.double().requires_grad_()
-    wide = None if weight is None else weight.double()
-    arguments = (leaf, target, permutation, lam.double(), wide, smoothing, ignore_index)
-    exact = reference.mixup_cross_entropy(*arguments)
-    (exact_grad,) = torch.autograd.grad(exact, leaf, grad_loss)
-    counted = reference.target_terms(target, permutation, lam.double(), wide, ignore_index, False).counted
-    acc = lam.dtype
-    partner = target[permutation] if direct else permutation
-    logits, target, partner, lam, grad_loss = (
-        tensor.to(gpu.device) for tensor in (logits, target, partner, lam, grad_loss)
-    )
-    options |= {"ignore_index": ignore_index, "partner_is_class": direct}
-    options["weight"] = None if weight is None else weight.to(gpu.device)
-    operands = (logits, target, partner, lam)
-    loss, lse, found_counted, launches = mixup_cross_entropy_fwd(library, *operands, smoothing, **options)
-    # Differences of logits enter, so that their size does not count, but in the mean that smoothing takes.
-    largest = 1 if weight is None else max(1, weight.abs().max().item())
-    size = 2 + smoothing * leaf.detach().abs().amax(1)
-    eps = torch.finfo(acc).eps
-    assert ((loss.cpu() - exact.detach()).abs() <= 4 * eps * size * largest).all()
-    assert ((found_counted.cpu() - counted).abs() <= eps * largest).all()
+def check(library, gpu, call, *, direct=False, **options):
+    """With `direct` the partners' classes are passed."""
+    partner = call.target[call.permutation] if direct else call.permutation
+    operands = [tensor.to(gpu.device) for tensor in (call.logits, call.target, partner, call.lam)]
+    options |= {"ignore_index": call.ignore_index, "partner_is_class": direct}
+    options["weight"] = None if call.weight is None else call.weight.to(gpu.device)
+    smoothing, grad_loss = call.label_smoothing, call.grad_loss.to(gpu.device)
+    loss, lse, counted, launches = mixup_cross_entropy_fwd(library, *operands, smoothing, **options)
     grad, more = mixup_cross_entropy_bwd(library, grad_loss, *operands, lse, smoothing, **options)
-    info = torch.finfo(grad.dtype)
-    stored = 0 if grad.dtype == acc else info.eps / 2
-    of_truth = torch.finfo(torch.float64).eps * leaf.shape[1] ** 0.5  # it sums over the classes
-    of_row = (8 * eps * largest + of_truth) * call[-1].abs()[:, None]
-    allowed = stored * exact_grad.abs() + of_row + info.smallest_normal * info.eps
-    assert ((grad.cpu().double() - exact_grad).abs() <= allowed).all()
+    check_cross_entropy(call, loss, grad, counted=counted)
     return launches + more
 
 
@@ -70,40 +41,41 @@ def check(library, gpu, call, smoothing=0.0, *, weight=None, ignore_index=-100, 
 def test_matches_float64(library, gpu, dtype, smoothing):
     """Rows of whole vectors, rows off 16 bytes, fewer classes than lanes, more than a batch of accesses."""
     for rows, classes in [(7, 64), (9, 37), (1, 1), (3, 1003)]:
-        check(library, gpu, call_of(rows, classes, dtype), smoothing)
+        check(library, gpu, cross_entropy_call(rows, classes, dtype, label_smoothing=smoothing))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_long_rows(library, gpu, dtype):
-    launches = check(library, gpu, call_of(2, 8200 // dtype.itemsize * 2 + 3, dtype), 0.1)
+    launches = check(
+        library, gpu, cross_entropy_call(2, 8200 // dtype.itemsize * 2 + 3, dtype, label_smoothing=0.1)
+    )
     if gpu.emulated:
         assert all(launch.grid[0] == 2 and launch.block[0] == 256 for launch in launches)
-    check(library, gpu, call_of(3, 5, dtype), 0.1, warps_per_row=8)
+    check(library, gpu, cross_entropy_call(3, 5, dtype, label_smoothing=0.1), warps_per_row=8)
 
 
 @pytest.mark.parametrize("kind", ["identity", "one cycle", "fixed points"])
 def test_permutations(library, gpu, kind):
-    check(library, gpu, call_of(9, 40, torch.float32, kind=kind))
+    check(library, gpu, cross_entropy_call(9, 40, torch.float32, kind=kind))
 
 
 def test_large_logits(library, gpu):
     """exp(z) would overflow; and float32 holds lse only to 1e-3 there."""
-    logits, *rest = call_of(5, 100, torch.float32, spread=10.0)
-    check(library, gpu, (logits + 2e4, *rest), 0.1)
-    check(library, gpu, (logits * 1e3, *rest), 0.1)
+    call = cross_entropy_call(5, 100, torch.float32, spread=10.0, label_smoothing=0.1)
+    check(library, gpu, replace(call, logits=call.logits + 2e4))
+    check(library, gpu, replace(call, logits=call.logits * 1e3))
 
 
 def test_rows_of_a_wider_tensor(library, gpu):
     """Gradient rows are aligned otherwise than those of the logits."""
-    logits, target, permutation, lam, grad_loss = call_of(6, 32, torch.float16)
-    wide = torch.full((6, 37), torch.nan, dtype=torch.float16)
-    wide[:, 3:35] = logits
-    logits = wide[:, 3:35]
-    check(library, gpu, (logits, target, permutation, lam, grad_loss))
+    call = cross_entropy_call(6, 32, torch.float16)
+    wide = torch.full((6, 37), torch.nan, dtype=torch.float16, device=gpu.device)
+    wide[:, 3:35] = call.logits
+    check(library, gpu, replace(call, logits=wide[:, 3:35]))
 
 
 def test_minus_infinity_leaves_a_class_out_and_nan_propagates(library, gpu):
-    logits, target, permutation, lam, grad_loss = call_of(4, 9, torch.float32)
+    logits, target, permutation, lam, grad_loss = cross_entropy_call(4, 9, torch.float32).operands
     target[:] = 2
     logits[0, 5] = -torch.inf
     logits[1, 3] = torch.nan
@@ -126,21 +98,19 @@ def test_weights_and_ignored_classes(library, gpu, dtype, weighted, smoothing):
         (9, 37, 3, True),
         (5, 1003, 2**40, False),
     ]:
-        call = call_of(rows, classes, dtype)
-        call[1][::3] = ignore_index
-        weight = None
+        call = cross_entropy_call(rows, classes, dtype, label_smoothing=smoothing, ignore_index=ignore_index)
+        call.target[::3] = ignore_index
         if weighted:
-            weight = torch.rand(classes, generator=torch.Generator().manual_seed(1)).to(call[3].dtype)
-            weight[classes // 2] = 0
-        options = {"weight": weight, "ignore_index": ignore_index, "direct": direct}
-        check(library, gpu, call, smoothing, **options)
-    check(library, gpu, call, smoothing, warps_per_row=8, **options)
+            call.weight = torch.rand(classes, generator=torch.Generator().manual_seed(1)).to(call.lam.dtype)
+            call.weight[classes // 2] = 0
+        check(library, gpu, call, direct=direct)
+    check(library, gpu, call, warps_per_row=8)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_nothing_comes_of_what_has_no_weight(library, gpu, smoothing):
     """Not of a row whose classes are to be ignored, whatever it holds, and not of -inf in a class of weight 0."""
-    logits, _, _, lam, grad_loss = call_of(4, 40, torch.float32)
+    logits, _, _, lam, grad_loss = cross_entropy_call(4, 40, torch.float32).operands
     logits[0], logits[1, 7], logits[2:, 5] = torch.nan, torch.inf, -torch.inf
     weight = torch.ones(40)
     weight[5] = 0
@@ -156,7 +126,7 @@ def test_nothing_comes_of_what_has_no_weight(library, gpu, smoothing):
 
 
 def test_targets_outside_the_classes_have_no_weight(library, gpu):
-    logits, _, _, lam, grad_loss = call_of(4, 9, torch.float32)
+    logits, _, _, lam, grad_loss = cross_entropy_call(4, 9, torch.float32).operands
     target = torch.tensor([9, -1, 2**40, 3], device=gpu.device)
     permutation = torch.tensor([4, -1, 2**40, 3], device=gpu.device)
     logits, lam, grad_loss = (tensor.to(gpu.device) for tensor in (logits, lam, grad_loss))
@@ -177,7 +147,7 @@ def test_targets_outside_the_classes_have_no_weight(library, gpu):
 @pytest.mark.parametrize("warps", [1, 8])
 def test_every_schedule_gives_the_same_bits_and_can_be_captured(library, gpu, warps):
     logits, target, permutation, lam, grad_loss = (
-        tensor.to(gpu.device) for tensor in call_of(6, 300, torch.bfloat16)
+        tensor.to(gpu.device) for tensor in cross_entropy_call(6, 300, torch.bfloat16).operands
     )
     results = []
     for options in ({}, {"seed": 1, "capturing": True, "stream": 7}, {"seed": 2, "warp_races": True}):
@@ -201,7 +171,7 @@ def test_logits_are_read_once_in_each_pass(library, gpu, dtype):
     """Sectors within 10 % of the minimum, in 16-byte accesses."""
     if not gpu.emulated:
         pytest.skip("a card has no such counters")
-    logits, target, permutation, lam, grad_loss = call_of(32, 1024, dtype)
+    logits, target, permutation, lam, grad_loss = cross_entropy_call(32, 1024, dtype).operands
     logits, grad = aligned(logits), aligned(torch.zeros_like(logits))
     minimum = logits.nbytes // SECTOR
     _, lse, _, launches = mixup_cross_entropy_fwd(library, logits, target, permutation, lam, 0.1)

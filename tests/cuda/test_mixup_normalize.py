@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from ssl_kernels.reference import mixup_normalize as reference
 from tests.cuda.mixing_calls import aligned, counted, library_of, mixup_normalize
-from tests.mixing_cases import PERMUTATIONS, check_rounded_once, permutation_of, shares_of
+from tests.support.mixing import PERMUTATIONS, check_mixup_normalize, permutation_of, shares_of, statistics
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SECTOR = 32
@@ -21,21 +20,12 @@ def images(shape, seed=0):
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
 
 
-def statistics(channels):
-    generator = torch.Generator().manual_seed(8)
-    return torch.rand(channels, generator=generator), torch.rand(channels, generator=generator) + 0.2
-
-
 def check(library, gpu, x, permutation, dtype, **options):
     lam = shares_of(len(x), dtype)
     mean, std = statistics(x.shape[1])
-    exact = reference.mixup_normalize(
-        x, lam.double(), permutation, mean.double(), std.double(), torch.float64
-    )
-    terms = (1 + mean / std + 1 / std).view(-1, 1, 1).expand_as(exact)
     on_device = [tensor.to(gpu.device) for tensor in (x, lam, permutation, mean, std)]
     out, launches = mixup_normalize(library, *on_device, dtype, **options)
-    check_rounded_once(out.cpu(), exact, terms, torch.float32)
+    check_mixup_normalize(out, x, lam, permutation, mean, std, dtype)
     assert out.stride() == x.stride()
     return out, launches
 

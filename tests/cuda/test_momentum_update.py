@@ -12,6 +12,7 @@ import torch
 from tests.cuda.launching import DTYPE_CODES
 from tests.cuda.test_machine_code import REGISTERS, cuobjdump, instructions, resource_report
 from tests.gpu_emulation import STREAM, nvcc_path
+from tests.support import momentum_update as support
 
 __all__ = ["cuobjdump"]
 SOURCE = "momentum_update.cu"
@@ -66,15 +67,8 @@ def update(library, triples, momentum, **options):
 
 
 def check(library, triples, momentum, **options):
-    exact = []
-    for master, shadow, source in triples:
-        average = torch.where(master.to(shadow.dtype) == shadow, master, shadow.float())
-        exact.append(torch.lerp(average.double(), source.double(), 1 - momentum).cpu())
-    launches = update(library, triples, momentum, **options)
-    for (master, shadow, _), truth in zip(triples, exact, strict=True):
-        torch.testing.assert_close(master.cpu().double(), truth, rtol=2e-7, atol=1.2e-7 * 4, equal_nan=True)
-        assert torch.equal(shadow.cpu().nan_to_num(9), master.cpu().to(shadow.dtype).nan_to_num(9))
-    return launches
+    parts = zip(*triples, strict=True)
+    return support.check(lambda: update(library, triples, momentum, **options), *parts, momentum)
 
 
 @pytest.mark.parametrize("shadow, source", list(itertools.product(HALF, (torch.float32, *HALF))), ids=str)

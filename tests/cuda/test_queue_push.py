@@ -6,9 +6,10 @@ import subprocess
 import pytest
 import torch
 
-from tests.cuda.queue_push_calls import Ring, keys_of
+from tests.cuda.queue_push_calls import ring_on
 from tests.cuda.test_machine_code import ARCHITECTURES, REGISTERS, ROOT, cuobjdump, resource_report
 from tests.gpu_emulation import nvcc_path
+from tests.support.queue_push import keys_of
 
 __all__ = ["cuobjdump"]
 SOURCE = "queue_push.cu"
@@ -17,7 +18,7 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.mark.parametrize("storage, key", list(itertools.product(DTYPES, DTYPES)), ids=str)
 def test_any_dtypes(library, gpu, storage, key):
-    ring = Ring(library, 7, 12, storage, gpu.device)
+    ring = ring_on(library, 7, 12, storage, gpu.device)
     for step, count in enumerate((3, 5, 1)):
         ring.push(keys_of(count, 12, key, gpu.device, step), True)
     ring.check()
@@ -27,22 +28,22 @@ def test_any_dtypes(library, gpu, storage, key):
 
 @pytest.mark.parametrize("size, count", [(1, 1), (1, 3), (5, 2), (5, 5), (5, 13), (100, 33), (10, 25)])
 def test_any_size_and_batch(library, gpu, size, count):
-    ring = Ring(library, size, 5, torch.float32, gpu.device)
+    ring = ring_on(library, size, 5, torch.float32, gpu.device)
     for step in range(4):
         ring.push(keys_of(count, 5, torch.float32, gpu.device, step), False)
-        ring.check(exact=True)
+        ring.check()
 
 
 @pytest.mark.parametrize("width", [1, 3, 4, 123, 128, 260])
 def test_any_width(library, gpu, width):
-    ring = Ring(library, 9, width, torch.bfloat16, gpu.device, position=7, filled=9)
+    ring = ring_on(library, 9, width, torch.bfloat16, gpu.device, position=7, filled=9)
     ring.push(keys_of(4, width, torch.float32, gpu.device), True)
     ring.check()
 
 
 def test_strides(library, gpu):
     """Transposed keys, keys at an odd offset, with gaps, one key repeated."""
-    ring = Ring(library, 40, 24, torch.float16, gpu.device)
+    ring = ring_on(library, 40, 24, torch.float16, gpu.device)
     keys = keys_of(10, 24, torch.float16, gpu.device)
     inside = torch.zeros(10, 31, dtype=torch.float16, device=gpu.device)[:, 5:29].copy_(keys)
     apart = torch.zeros(10, 48, dtype=torch.float16, device=gpu.device)[:, ::2].copy_(keys)
@@ -52,7 +53,7 @@ def test_strides(library, gpu):
 
 
 def test_zero_tiny_and_nan_keys(library, gpu):
-    ring = Ring(library, 4, 8, torch.float32, gpu.device)
+    ring = ring_on(library, 4, 8, torch.float32, gpu.device)
     keys = keys_of(4, 8, torch.float32, gpu.device)
     keys[0] = 0
     keys[1] = 3e-13  # shorter than the smallest norm
@@ -62,22 +63,22 @@ def test_zero_tiny_and_nan_keys(library, gpu):
 
 
 def test_no_keys_change_nothing(library, gpu):
-    ring = Ring(library, 4, 8, torch.float32, gpu.device, position=3, filled=3)
+    ring = ring_on(library, 4, 8, torch.float32, gpu.device, position=3, filled=3)
     assert not ring.push(torch.zeros(0, 8, device=gpu.device), True)
     ring.check()
 
 
 @pytest.mark.parametrize("position", [-3, 4, 2**62])
 def test_a_position_and_a_fill_count_out_of_range(library, gpu, position):
-    ring = Ring(library, 4, 8, torch.float32, gpu.device, position=position, filled=-5)
+    ring = ring_on(library, 4, 8, torch.float32, gpu.device, position=position, filled=-5)
     ring.push(keys_of(3, 8, torch.float32, gpu.device), False)
-    ring.check(exact=True)
+    ring.check()
 
 
 def test_every_schedule_gives_the_same_bits_and_can_be_captured(library, gpu):
     results = []
     for options in ({}, {"seed": 1, "warp_races": True}, {"seed": 2, "warp_races": True}):
-        ring = Ring(library, 20, 24, torch.bfloat16, gpu.device, position=15)
+        ring = ring_on(library, 20, 24, torch.bfloat16, gpu.device, position=15)
         if gpu.emulated:
             options = {**options, "capturing": True, "stream": 7}
         launches = ring.push(keys_of(60, 24, torch.float32, gpu.device), True, **options)
@@ -92,7 +93,7 @@ def test_kernel_moves_what_its_header_says(library, gpu, normalize):
     """Normalised keys are read twice, the second time from cache, which the counter does not tell from memory."""
     if not gpu.emulated:
         pytest.skip("a card has no such counters")
-    ring = Ring(library, 100, 128, torch.bfloat16, gpu.device, position=90)
+    ring = ring_on(library, 100, 128, torch.bfloat16, gpu.device, position=90)
     push, advance = ring.push(keys_of(64, 128, torch.float32, gpu.device), normalize)
     assert push.counters.global_load_sectors == (2 if normalize else 1) * 64 * 128 * 4 // 32 + 64
     assert push.shared == 0

@@ -13,7 +13,7 @@ from tests.cuda.row_pairs_calls import row_pairs_bwd, row_pairs_fwd
 from tests.cuda.test_machine_code import ARCHITECTURES, ROOT, cuobjdump, instructions, resource_report
 from tests.gpu_emulation import nvcc_path
 from tests.helpers import DTYPES
-from tests.ops.row_pairs_calls import Call, check_results, random_call
+from tests.support.row_pairs import Call, check_results, random_call
 
 __all__ = ["cuobjdump"]
 SOURCE = "row_pairs.cu"

@@ -9,11 +9,11 @@ import torch
 from tests.cuda.sigmoid_pairs_calls import (
     check_parity,
     losses,
-    random_call,
     total_with_gradients,
     weighted_gradients,
 )
 from tests.cuda.test_contrastive import DTYPES, WIDTHS, flavours
+from tests.support.sigmoid_pairs import random_call
 
 SOURCE = "sigmoid_pairs.cu"
 STEP_BYTES, SECTOR = 128, 32
@@ -47,7 +47,7 @@ def test_the_diagonal_counts_although_its_ids_are_equal(library, gpu):
     own = torch.arange(24, device=gpu.device)
     for sense in (False, True):
         marks = {"row_ids": own[:20], "column_ids": own, "equal_ids_are_positive": sense}
-        assert torch.equal(losses(library, call._replace(**marks))[0], plain)
+        assert torch.equal(losses(library, call.replace(**marks))[0], plain)
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_zero_and_very_different_rows(library, gpu, dtype):
 def test_strides(library, gpu):
     call = random_call(30, 33, 24, torch.float16, device=gpu.device)
     columns = torch.zeros(33, 31, dtype=torch.float16, device=gpu.device)[:, 5:29].copy_(call.columns)
-    check_parity(library, call._replace(rows=call.rows.T.contiguous().T, columns=columns))
+    check_parity(library, call.replace(rows=call.rows.T.contiguous().T, columns=columns))
 
 
 @pytest.mark.parametrize("scale, bias", [(0.0, -1.0), (-3.0, 5.0), (1000.0, -100.0)])

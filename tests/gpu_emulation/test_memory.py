@@ -1,4 +1,7 @@
-"""Loads, stores and atomics: values, widths, state spaces, 64-bit addresses; and every check of memory."""
+"""Loads, stores and atomics: values, widths, state spaces, 64-bit addresses; and every check of memory.
+
+One file, although a long one: the checks are held on the very accesses whose values are.
+"""
 
 import mmap
 

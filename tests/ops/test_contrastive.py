@@ -1,25 +1,18 @@
-"""`contrastive` on every backend of the CPU: its numbers, judged by float64 as tests/helpers.py says."""
+"""`contrastive` on every backend of the CPU: its numbers, judged by float64 as tests/support says."""
 
 import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.reference.contrastive import contrastive as reference
-from tests.helpers import (
-    BACKENDS,
-    DTYPES,
-    OPERATORS,
+from tests.helpers import BACKENDS, DTYPES, OPERATORS, random_rows
+from tests.support.contrastive import (
     check_against_float64,
-    check_results,
     on_backend,
     random_call,
-    random_rows,
     results_and_gradients,
-    term_sums,
 )
 
 TEMPERATURES = (1e-4, 5e-3, 0.05, 0.5, 1e3)
@@ -48,14 +41,14 @@ LARGE_SHAPES = [(257, None, 128), (641, None, 32), (1031, None, 48), (300, 1027,
 @pytest.mark.parametrize("n, m", [(3, None), (3, 4), (5, 2)])
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_reference_is_the_definition(n, m, with_ids):
-    call = random_call(n, m, 4, torch.float64, temperature=0.7, positives_per_row=2, spread=0.5)
+    call = random_call(n, m, 4, torch.float64, temperature=0.7, positives=2, spread=0.5)
     call.both_directions = m is not None
     call.keep_diagonal = with_ids and m is not None
     columns = n if m is None else m
     if with_ids:
         call.row_ids = torch.arange(n) % 2
         call.column_ids = None if m is None else torch.arange(m) % 2
-    lse, column_lse, positive_logits = reference(call.rows, call.columns, call.scale_tensor, **call.options)
+    lse, column_lse, positive_logits = reference(call.rows, call.columns, call.scale, **call.options)
 
     x, y = call.rows.tolist(), (call.rows if m is None else call.columns).tolist()
     dot = lambda a, b: sum(p * q for p, q in zip(a, b, strict=True))  # noqa: E731
@@ -92,7 +85,7 @@ def test_matches_float64(backend, dtype, n, m, d):
 @pytest.mark.parametrize("n, m, d", LARGE_SHAPES)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_matches_float64_at_large_sizes(backend, dtype, n, m, d, temperature):
-    options = {"both_directions": m is not None, "ids": 5, "positives_per_row": 3, "temperature": temperature}
+    options = {"both_directions": m is not None, "ids": 5, "positives": 3, "temperature": temperature}
     check_against_float64(backend, random_call(n, m, d, dtype, **options))
 
 
@@ -120,7 +113,7 @@ def test_matches_float64_at_every_temperature(backend, dtype, temperature, n, m)
 @pytest.mark.parametrize("m", [None, 50])
 def test_scale_may_be_any_number(backend, scale, m):
     call = random_call(71, m, 16)
-    call.scale = scale
+    call.scale.fill_(scale)
     check_against_float64(backend, call)
 
 
@@ -200,7 +193,7 @@ def test_one_row_has_no_other(backend):
 @pytest.mark.parametrize("m", [None, 266])
 @pytest.mark.parametrize("positives_per_row", [1, 2, 5])
 def test_many_positives(backend, m, positives_per_row):
-    check_against_float64(backend, random_call(270, m, 12, positives_per_row=positives_per_row))
+    check_against_float64(backend, random_call(270, m, 12, positives=positives_per_row))
 
 
 @every_backend
@@ -235,7 +228,7 @@ def test_one_column_of_positives_is_one_positive(backend):
 @every_backend
 @pytest.mark.parametrize("m", [None, 40])
 def test_without_positives(backend, m):
-    check_against_float64(backend, random_call(67, m, 12, positives_per_row=0, both_directions=m is not None))
+    check_against_float64(backend, random_call(67, m, 12, positives=0, both_directions=m is not None))
 
 
 @every_operator
@@ -261,7 +254,7 @@ def test_any_strides(backend, dtype):
 
 @every_backend
 def test_strided_positives_and_ids(backend):
-    call = random_call(70, 66, 8, positives_per_row=2, ids=4)
+    call = random_call(70, 66, 8, positives=2, ids=4)
     expected = results_and_gradients(on_backend(backend), call)
     call.positives = call.positives.T.contiguous().T
     call.row_ids = torch.stack((call.row_ids, call.row_ids + 1), 1)[:, 0]
@@ -294,7 +287,7 @@ def test_equal_rows(backend, temperature):
     call = random_call(270, None, 24, temperature=temperature)
     call.rows[:] = call.rows[0]
     check_against_float64(backend, call)
-    lse = contrastive(call.rows, None, call.scale_tensor, backend=backend).lse
+    lse = contrastive(call.rows, None, call.scale, backend=backend).lse
     torch.testing.assert_close(lse, torch.full_like(lse, 1 / temperature + math.log(269)), rtol=3e-7, atol=0)
 
 
@@ -313,11 +306,11 @@ def test_gradients_of_one_output_alone(backend, temperature, m):
 
 
 def _gradients_of(wanted, run, call):
-    operands = (call.rows, call.columns, call.scale_tensor)
+    operands = (call.rows, call.columns, call.scale)
     operands = [None if t is None else t.clone().requires_grad_() for t in operands]
     result = run(*operands, **call.options)[wanted]
     leaves = [t for t in operands if t is not None]
-    grads = torch.autograd.grad(result, leaves, call.cotangents()[wanted], allow_unused=True)
+    grads = torch.autograd.grad(result, leaves, call.upstream()[wanted], allow_unused=True)
     return [torch.zeros_like(t) if grad is None else grad for t, grad in zip(leaves, grads, strict=True)]
 
 
@@ -327,7 +320,7 @@ def _gradients_of(wanted, run, call):
 def test_gradients_only_where_asked(backend, m, temperature):
     call = random_call(270, m, 40, temperature=temperature)
     everything = results_and_gradients(on_backend(backend), call)
-    operands = {"grad_rows": call.rows, "grad_columns": call.columns, "grad_scale": call.scale_tensor}
+    operands = {"grad_rows": call.rows, "grad_columns": call.columns, "grad_scale": call.scale}
     operands = {name: operand for name, operand in operands.items() if operand is not None}
     for wanted in operands:
         given = {name: t.clone().requires_grad_(name == wanted) for name, t in operands.items()}
@@ -338,7 +331,7 @@ def test_gradients_only_where_asked(backend, m, temperature):
             backend=backend,
             **call.options,
         )
-        seeds = [seed for seed, out in zip(call.cotangents(), result, strict=True) if out.numel()]
+        seeds = [seed for seed in call.upstream() if seed is not None]
         torch.autograd.backward([out for out in result if out.numel()], seeds)
         for name, operand in given.items():
             assert (operand.grad is not None) == (name == wanted)
@@ -358,7 +351,7 @@ def test_nan_and_inf_propagate(backend, scale, poison, normalize, m):
     call = random_call(
         70, m, 8, normalize_rows=normalize, normalize_columns=normalize, both_directions=m is not None
     )
-    call.scale = scale
+    call.scale.fill_(scale)
     call.rows[66, 3] = poison
     expected = results_and_gradients(reference, call)
     found = results_and_gradients(on_backend(backend), call)
@@ -406,7 +399,7 @@ def test_small_loss_at_small_temperature_keeps_its_digits(backend):
 @every_backend
 @pytest.mark.parametrize("n, m", [(5, None), (4, 6), (66, None)])
 def test_gradcheck(backend, n, m):
-    call = random_call(n, m, 3, torch.float64, temperature=0.4, positives_per_row=2, ids=3, spread=0.3)
+    call = random_call(n, m, 3, torch.float64, temperature=0.4, positives=2, ids=3, spread=0.3)
     call.row_ids[0] = 17  # a row that keeps all its columns
     call.both_directions = call.keep_diagonal = m is not None
     for normalize in (True, False):
@@ -416,7 +409,7 @@ def test_gradcheck(backend, n, m):
             results = contrastive(rows, columns, scale, backend=backend, **options)
             return [torch.where(result == -torch.inf, 0, result) for result in results if result.numel()]
 
-        tensors = [call.rows, call.scale_tensor, *([] if m is None else [call.columns])]
+        tensors = [call.rows, call.scale, *([] if m is None else [call.columns])]
         assert torch.autograd.gradcheck(run, [t.clone().requires_grad_() for t in tensors], fast_mode=n > 5)
 
 
@@ -429,9 +422,7 @@ def test_reference_differentiates_twice():
         )
         return lse, positive_logits
 
-    assert torch.autograd.gradgradcheck(
-        run, [t.clone().requires_grad_() for t in (call.rows, call.scale_tensor)]
-    )
+    assert torch.autograd.gradgradcheck(run, [t.clone().requires_grad_() for t in (call.rows, call.scale)])
 
 
 @every_backend
@@ -439,85 +430,7 @@ def test_results_are_new_memory(backend):
     """Writing into a result changes no input, and backward does not read what the caller may overwrite."""
     call = random_call(66, None, 40)
     z = call.rows.clone().requires_grad_()
-    result = contrastive(z, None, call.scale_tensor, positives=call.positives, backend=backend)
+    result = contrastive(z, None, call.scale, positives=call.positives, backend=backend)
     expected = torch.autograd.grad(result.lse.sum(), z, retain_graph=True)[0]
     assert torch.equal(torch.autograd.grad(result.lse.sum(), z)[0], expected)
     assert torch.equal(z.detach(), call.rows)
-
-
-@st.composite
-def calls(draw):
-    n = draw(st.one_of(st.integers(1, 80), st.integers(257, 300)))
-    m = draw(st.one_of(st.none(), st.integers(1, 80), st.integers(257, 300)))
-    normalize = draw(st.booleans())
-    return random_call(
-        n,
-        m,
-        draw(st.integers(1, 40)),
-        draw(st.sampled_from(DTYPES)),
-        temperature=10 ** draw(st.floats(-3, 2)),
-        positives_per_row=draw(st.integers(0, 3)),
-        ids=draw(st.integers(0, 4)),
-        spread=draw(st.sampled_from([0.0, 0.3])),
-        seed=draw(st.integers(0, 1000)),
-        normalize_rows=normalize,
-        normalize_columns=normalize if m is None else draw(st.booleans()),
-        keep_diagonal=m is not None and draw(st.booleans()),
-        both_directions=m is not None and draw(st.booleans()),
-    )
-
-
-@given(call=calls())
-def test_any_call_matches_float64(call):
-    for backend in BACKENDS:
-        check_against_float64(backend, call)
-
-
-@given(n=st.integers(1, 70), seed=st.integers(0, 1000), temperature=st.floats(0.01, 10))
-def test_square_case_is_the_rectangular_one_without_its_diagonal(n, seed, temperature):
-    z, ids = random_rows(n, 9, torch.float64, seed=seed), torch.arange(n)
-    scale = torch.tensor(1 / temperature, dtype=torch.float64)
-    for backend in BACKENDS:
-        square = contrastive(z, None, scale, backend=backend)
-        both = contrastive(z, z, scale, row_ids=ids, column_ids=ids, both_directions=True, backend=backend)
-        torch.testing.assert_close(square.lse, both.lse)
-        torch.testing.assert_close(square.lse, both.column_lse)
-
-
-@given(
-    n=st.integers(1, 60),
-    cut=st.integers(1, 60),
-    seed=st.integers(0, 1000),
-    temperature=st.sampled_from([0.005, 0.1, 5.0]),
-)
-def test_shards_of_columns_merge_by_logaddexp(n, cut, seed, temperature):
-    x, y = random_rows(n, 9, torch.float64, seed=seed), random_rows(61, 9, torch.float64, seed=seed + 1)
-    scale = torch.tensor(1 / temperature, dtype=torch.float64)
-    for backend in BACKENDS:
-        whole, left, right = (
-            contrastive(x, part, scale, backend=backend).lse for part in (y, y[:cut], y[cut:])
-        )
-        torch.testing.assert_close(torch.logaddexp(left, right), whole)
-
-
-@given(seed=st.integers(0, 1000), m=st.integers(2, 70))
-def test_order_of_columns_does_not_matter(seed, m):
-    call = random_call(35, m, 9, torch.float64, seed=seed)
-    order = torch.randperm(m, generator=torch.Generator().manual_seed(seed))
-    for backend in BACKENDS:
-        lse = contrastive(call.rows, call.columns, call.scale_tensor, backend=backend).lse
-        permuted = contrastive(call.rows, call.columns[order], call.scale_tensor, backend=backend).lse
-        torch.testing.assert_close(lse, permuted)
-
-
-def test_a_wrong_number_is_noticed():
-    """The rule of tests/helpers.py rejects an error of 1e-5 in one number of any result."""
-    call = random_call(70, 66, 8, both_directions=True, spread=2.0)
-    right = results_and_gradients(on_backend("native"), call)
-    check_results(right, call)
-    sums = term_sums(call)
-    for name, tensor in right.items():
-        wrong = tensor.clone()
-        wrong.view(-1)[-1] += 1e-5 * sums[name].view(-1)[-1]
-        with pytest.raises(AssertionError, match=name):
-            check_results(right | {name: wrong}, call)

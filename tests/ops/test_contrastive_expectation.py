@@ -1,6 +1,5 @@
 """The expectation that `contrastive` keeps where the columns need no gradient: values, backward, what is saved."""
 
-import dataclasses
 import functools
 
 import pytest
@@ -11,18 +10,8 @@ from hypothesis import strategies as st
 
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.reference.contrastive import contrastive as reference
-from tests.helpers import (
-    FACTOR,
-    exact,
-    plain,
-    random_call,
-    random_rows,
-    relative_errors,
-    rounding_floor,
-    same_bits,
-    saved_bytes,
-    term_sums,
-)
+from tests.helpers import random_rows, same_bits, saved_bytes
+from tests.support.contrastive import check_results, exact, random_call, rounding_floor, term_sums
 
 OPERATORS = ("chunked", "native")
 every_operator = pytest.mark.parametrize("backend", OPERATORS)
@@ -41,13 +30,11 @@ def forward(backend, call, *, keep=True, columns_need_grad=False):
 
 def backward(backend, call, results, *, columns=True):
     lse, column_lse, _, row_rnorm, column_rnorm, kept = results
-    g, _, q = call.cotangents()
     rows, given_columns, *others = call.operands
     operands = (rows, given_columns if columns else None, *others)
     operator = getattr(torch.ops.ssl_kernels.contrastive_bwd, backend)
     saved = (lse, column_lse, row_rnorm, column_rnorm, kept)
-    q = None if call.positives is None else q
-    return operator(g, None, q, *operands, *saved, *call.flags, True, False)[:3]
+    return operator(*call.upstream(), *operands, *saved, *call.flags, True, False)[:3]
 
 
 def exact_expectation(call):
@@ -58,7 +45,7 @@ def exact_expectation(call):
     )
     rows.requires_grad_()
     options = call.options | {"normalize_rows": False}
-    lse = reference(rows, call.columns, call.scale_tensor, **options)[0]
+    lse = reference(rows, call.columns, call.scale, **options)[0]
     lse = lse.where(lse != -torch.inf, 0)
     return torch.autograd.grad(lse.sum(), rows)[0] / call.scale
 
@@ -70,23 +57,17 @@ def check_against_float64(backend, call):
     assert results[5].dtype == call.acc
     grad_rows, grad_columns, grad_scale = backward(backend, call, results)
     assert grad_columns.shape == (0,)
-    assert grad_rows.dtype == call.rows.dtype
     found = {"lse": results[0], "grad_rows": grad_rows, "grad_scale": grad_scale}
     if call.positives is not None:
         found["positive_logits"] = results[2]
-    same_dtype = dataclasses.replace(call, columns=call.columns.to(call.acc), rows=call.rows.to(call.acc))
-    truth, sums = exact(same_dtype), term_sums(same_dtype)
-    truth = {name: truth[name] for name in found}
-    errors, plain_errors = (relative_errors(each, truth, sums) for each in (found, plain(same_dtype)))
-    for name, error in errors.items():
-        assert error <= FACTOR * plain_errors[name] + rounding_floor(call, name, sums), name
-    length = same_dtype.columns.double().norm(dim=1).max().item()
+    check_results(found, call, backend, expectation=True)
+    length = call.columns.double().norm(dim=1).max().item()
     largest = 1.0 if call.normalize_columns else max(1.0, length)
     rounded = (
         torch.finfo(torch.bfloat16).eps / 2 if call.rows.dtype == torch.bfloat16 else 0
     )  # the exponentials
-    tolerance = (4 * rounding_floor(same_dtype, "grad_scale", sums) + rounded) * largest
-    torch.testing.assert_close(results[5].double(), exact_expectation(same_dtype), rtol=0, atol=tolerance)
+    tolerance = (4 * rounding_floor(call, "grad_scale", term_sums(call)) + rounded) * largest
+    torch.testing.assert_close(results[5].double(), exact_expectation(call), rtol=0, atol=tolerance)
 
 
 SHAPES = [(1, 1, 1), (3, 700, 8), (70, 66, 33), (256, 1030, 40), (300, 517, 16), (1030, 40, 7)]
@@ -141,7 +122,7 @@ def calls(draw):
         draw(st.integers(1, 40)),
         draw(st.sampled_from([torch.float64, torch.float32, torch.float16])),
         temperature=10 ** draw(st.floats(-3, 2)),
-        positives_per_row=draw(st.integers(0, 3)),
+        positives=draw(st.integers(0, 3)),
         ids=draw(st.integers(0, 4)),
         spread=draw(st.sampled_from([0.0, 0.3])),
         seed=draw(st.integers(0, 1000)),
@@ -161,7 +142,7 @@ def test_any_call_matches_float64(call):
 @pytest.mark.parametrize("scale", [0.0, -7.0, -200.0])
 def test_scale_of_zero_and_below(backend, scale):
     call = random_call(70, 530, 8)
-    call.scale = scale
+    call.scale.fill_(scale)
     results = forward(backend, call)
     grad_rows, _, grad_scale = backward(backend, call, results)
     truth = exact(call)
@@ -172,7 +153,7 @@ def test_scale_of_zero_and_below(backend, scale):
 
 @every_operator
 def test_rows_without_allowed_columns(backend):
-    call = random_call(66, 530, 8, positives_per_row=0)
+    call = random_call(66, 530, 8, positives=0)
     call.row_ids = torch.zeros(66, dtype=torch.int64)
     call.row_ids[40:] = 1
     call.column_ids = torch.zeros(530, dtype=torch.int64)
@@ -201,8 +182,8 @@ def test_columns_allowed_only_in_the_last_or_first_tile(backend):
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 @pytest.mark.parametrize("scale", [2.0, 100.0])
 def test_nan_and_inf_propagate(backend, poison, scale):
-    call = random_call(70, 530, 8, normalize_columns=False, positives_per_row=0)
-    call.scale = scale
+    call = random_call(70, 530, 8, normalize_columns=False, positives=0)
+    call.scale.fill_(scale)
     call.rows[66, 3] = poison
     lse, _, _, _, _, kept = results = forward(backend, call)
     assert not lse[66].isfinite()
@@ -213,7 +194,7 @@ def test_nan_and_inf_propagate(backend, poison, scale):
     assert not grad_rows[66].isfinite().any()
     assert grad_rows[:66].isfinite().all()
     assert not grad_scale.isfinite()
-    call = random_call(70, 530, 8, normalize_columns=False, positives_per_row=0)
+    call = random_call(70, 530, 8, normalize_columns=False, positives=0)
     call.columns[400, 2] = torch.nan
     lse, _, _, _, _, kept = forward(backend, call)
     assert lse.isnan().all()
@@ -223,10 +204,10 @@ def test_nan_and_inf_propagate(backend, poison, scale):
 @every_operator
 def test_overwritten_columns_do_not_matter_to_backward(backend):
     """Without positives backward reads the rows and the scale alone: the queue may be pushed to in between."""
-    call = random_call(66, 700, 8, positives_per_row=0)
+    call = random_call(66, 700, 8, positives=0)
     rows = call.rows.clone().requires_grad_()
     columns = call.columns.clone()
-    lse = contrastive(rows, columns, call.scale_tensor, backend=backend).lse
+    lse = contrastive(rows, columns, call.scale, backend=backend).lse
     (expected,) = torch.autograd.grad(lse.sum(), rows, retain_graph=True)
     columns.fill_(torch.nan)
     assert same_bits(torch.autograd.grad(lse.sum(), rows)[0], expected)
@@ -236,7 +217,7 @@ def test_overwritten_columns_do_not_matter_to_backward(backend):
 def test_overwritten_columns_are_noticed_where_positives_need_them(backend):
     call = random_call(66, 700, 8)
     rows, columns = call.rows.clone().requires_grad_(), call.columns.clone()
-    result = contrastive(rows, columns, call.scale_tensor, positives=call.positives, backend=backend)
+    result = contrastive(rows, columns, call.scale, positives=call.positives, backend=backend)
     columns.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (result.lse - result.positive_logits).sum().backward()
@@ -244,9 +225,9 @@ def test_overwritten_columns_are_noticed_where_positives_need_them(backend):
 
 @every_operator
 def test_what_is_saved_does_not_grow_with_the_columns(backend):
-    call = random_call(64, 5000, 16, positives_per_row=0)
+    call = random_call(64, 5000, 16, positives=0)
     rows = call.rows.clone().requires_grad_()
-    saved = saved_bytes(lambda: contrastive(rows, call.columns, call.scale_tensor, backend=backend))
+    saved = saved_bytes(lambda: contrastive(rows, call.columns, call.scale, backend=backend))
     assert saved <= 2 * rows.nbytes + 64 * 4 + 64 * 8 + 5000 * 4 + 64
 
 
@@ -260,7 +241,7 @@ def test_gradcheck(backend, positives_per_row, temperature):
         3,
         torch.float64,
         temperature=temperature,
-        positives_per_row=positives_per_row,
+        positives=positives_per_row,
         ids=3,
         spread=0.3,
     )
@@ -272,28 +253,25 @@ def test_gradcheck(backend, positives_per_row, temperature):
             results = contrastive(rows, call.columns, scale, backend=backend, **options)
             return [torch.where(result == -torch.inf, 0, result) for result in results if result.numel()]
 
-        assert torch.autograd.gradcheck(
-            run, [t.clone().requires_grad_() for t in (call.rows, call.scale_tensor)]
-        )
+        assert torch.autograd.gradcheck(run, [t.clone().requires_grad_() for t in (call.rows, call.scale)])
 
 
 @every_operator
 @pytest.mark.parametrize("positives_per_row", [0, 1])
 def test_opcheck(backend, positives_per_row):
-    call = random_call(7, 300, 40, torch.bfloat16, positives_per_row=positives_per_row)
+    call = random_call(7, 300, 40, torch.bfloat16, positives=positives_per_row)
     operator = torch.ops.ssl_kernels.contrastive_fwd
     torch.library.opcheck(getattr(operator, backend), (*call.operands, *call.flags, True, False))
     results = forward(backend, call)
     lse, column_lse, _, row_rnorm, column_rnorm, kept = results
-    g, _, q = call.cotangents()
     saved = (lse, column_lse, row_rnorm, column_rnorm, kept)
-    arguments = (g, None, q if positives_per_row else None, *call.operands, *saved, *call.flags, True, False)
+    arguments = (*call.upstream(), *call.operands, *saved, *call.flags, True, False)
     torch.library.opcheck(getattr(torch.ops.ssl_kernels.contrastive_bwd, backend), arguments)
 
 
 @every_operator
 def test_columns_may_be_left_out_of_backward_without_positives(backend):
-    call = random_call(66, 700, 8, positives_per_row=0)
+    call = random_call(66, 700, 8, positives=0)
     results = forward(backend, call)
     for first, second in zip(
         backward(backend, call, results), backward(backend, call, results, columns=False), strict=True
@@ -303,18 +281,18 @@ def test_columns_may_be_left_out_of_backward_without_positives(backend):
 
 @every_operator
 def test_other_cases_keep_no_expectation(backend):
-    call = random_call(66, 70, 8, positives_per_row=0)
+    call = random_call(66, 70, 8, positives=0)
     assert forward(backend, call, keep=False)[5].dim() == 1
     assert forward(backend, call, columns_need_grad=True)[5].dim() == 1
-    assert forward(backend, dataclasses.replace(call, both_directions=True))[5].dim() == 1
-    assert forward(backend, dataclasses.replace(call, columns=None))[5].dim() == 1
+    assert forward(backend, call.replace(both_directions=True))[5].dim() == 1
+    assert forward(backend, call.replace(columns=None))[5].dim() == 1
 
 
 @pytest.mark.filterwarnings("ignore")
 @every_operator
 def test_compiles_without_a_graph_break(backend):
     torch._dynamo.reset()
-    call = random_call(6, 300, 40, positives_per_row=0)
+    call = random_call(6, 300, 40, positives=0)
 
     def run(rows, columns, scale):
         return contrastive(rows, columns, scale, backend=backend).lse
@@ -323,7 +301,7 @@ def test_compiles_without_a_graph_break(backend):
     gradients = []
     for function in (run, compiled):
         rows = call.rows.clone().requires_grad_()
-        lse = function(rows, call.columns, call.scale_tensor)
+        lse = function(rows, call.columns, call.scale)
         gradients.append((lse.detach(), torch.autograd.grad(lse.sum(), rows)[0]))
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -352,7 +330,7 @@ def test_rising_and_falling_logits(backend):
 
 
 def test_native_backward_refuses_a_foreign_expectation():
-    call = random_call(6, 9, 3, positives_per_row=0)
+    call = random_call(6, 9, 3, positives=0)
     results = list(forward("native", call))
     for kept in (results[5][:5], results[5].double()):
         with pytest.raises(RuntimeError, match="kept must be what contrastive_fwd returned"):

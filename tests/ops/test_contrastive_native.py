@@ -7,21 +7,18 @@ import torch
 
 from ssl_kernels import _C
 from ssl_kernels.ops.contrastive import contrastive
-from tests.helpers import (
+from tests.helpers import random_rows, run_python, same_bits, saved_bytes
+from tests.ops.test_contrastive_operator import backward_arguments
+from tests.support.contrastive import (
     check_against_float64,
     check_results,
     exact,
     on_backend,
     random_call,
-    random_rows,
     relative_errors,
     results_and_gradients,
-    run_python,
-    same_bits,
-    saved_bytes,
     term_sums,
 )
-from tests.ops.test_contrastive_operator import backward_arguments
 
 forward = torch.ops.ssl_kernels.contrastive_fwd.native
 backward = torch.ops.ssl_kernels.contrastive_bwd.native
@@ -52,7 +49,7 @@ def test_rows_that_are_not_copied_give_the_same_bits_and_stay_as_they_are(n, m, 
 def test_kept_logits_change_no_result(n, m, temperature, dtype):
     """Not a bit: how much is kept depends on what else is alive in the process."""
     call = random_call(
-        n, m, 32, dtype, temperature=temperature, ids=3, both_directions=m is not None, positives_per_row=2
+        n, m, 32, dtype, temperature=temperature, ids=3, both_directions=m is not None, positives=2
     )
     kept, recomputed = (forward(*call.operands, *call.flags, keep, True) for keep in (True, False))
     assert room(kept) > 0
@@ -121,7 +118,7 @@ def test_forward_and_backward_may_differ_in_threads(set_threads, n, m, d):
     for before, after in ((1, 3), (3, 1)):
         set_threads(before)
         z = call.rows.clone().requires_grad_()
-        lse = contrastive(z, call.columns, call.scale_tensor, backend="native").lse
+        lse = contrastive(z, call.columns, call.scale, backend="native").lse
         (expected,) = torch.autograd.grad(lse.sum(), z, retain_graph=True)
         set_threads(after)
         (found,) = torch.autograd.grad(lse.sum(), z)
@@ -151,7 +148,7 @@ def test_two_threads_at_once():
 SAVE_RESULTS = """
 import sys, torch
 from ssl_kernels import _C
-from tests.helpers import on_backend, results_and_gradients
+from tests.support.contrastive import on_backend, results_and_gradients
 from tests.ops.test_contrastive_native import instruction_set_calls
 assert _C.build_info()["cpu_instruction_set"] == sys.argv[1]
 saved = []

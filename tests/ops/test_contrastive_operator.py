@@ -7,14 +7,11 @@ import torch
 
 import ssl_kernels
 from ssl_kernels.ops.contrastive import contrastive
-from tests.helpers import (
-    BACKENDS,
-    DTYPES,
-    OPERATORS,
+from tests.helpers import BACKENDS, DTYPES, OPERATORS, same_bits
+from tests.support.contrastive import (
     on_backend,
     random_call,
     results_and_gradients,
-    same_bits,
 )
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -31,17 +28,15 @@ def backward_operator(backend):
 
 def backward_arguments(call, results, rows_need_grad=True, columns_need_grad=True):
     lse, column_lse, _, row_rnorm, column_rnorm, kept = results
-    g, h, q = call.cotangents()
     saved = (lse, column_lse, row_rnorm, column_rnorm, kept)
-    grads = (g, h if call.both_directions else None, None if call.positives is None else q)
-    return (*grads, *call.operands, *saved, *call.flags, rows_need_grad, columns_need_grad)
+    return (*call.upstream(), *call.operands, *saved, *call.flags, rows_need_grad, columns_need_grad)
 
 
 @every_operator
 @pytest.mark.parametrize("m, options", [
     (None, {}),
-    (None, {"positives_per_row": 0, "ids": 2, "normalize_rows": False}),
-    (9, {"both_directions": True, "positives_per_row": 2}),
+    (None, {"positives": 0, "ids": 2, "normalize_rows": False}),
+    (9, {"both_directions": True, "positives": 2}),
     (9, {"ids": 3, "keep_diagonal": True, "normalize_columns": False}),
 ])  # fmt: skip
 def test_opcheck(backend, m, options):
@@ -91,7 +86,7 @@ def unusual_call(kind, n, m, d, **options):
         if m is not None:
             call.columns[2, 1] = -torch.inf
     elif kind == "overflowing":
-        call.scale = 3e38
+        call.scale.fill_(3e38)
     elif kind == "masked":
         call.row_ids = torch.zeros(n, dtype=torch.int64)
         call.column_ids = None if m is None else torch.zeros(m, dtype=torch.int64)
@@ -118,7 +113,7 @@ def test_zeros_are_no_gradient(backend, kind, normalize, m):
         if m is None and (both or columns_need_grad):
             continue
         options = {"normalize_rows": normalize, "normalize_columns": normalize, "both_directions": both}
-        call = unusual_call(kind, 9, m, d, positives_per_row=positives, **options)
+        call = unusual_call(kind, 9, m, d, positives=positives, **options)
         results = forward_operator(backend)(*call.operands, *call.flags, keep, columns_need_grad)
         arguments = backward_arguments(call, results, True, columns_need_grad)
         for unused in unused_outputs(call):
@@ -140,7 +135,7 @@ def test_an_output_that_is_unused_gives_no_gradient_when_compiled(backend):
     grads = []
     for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
         rows = call.rows.clone().requires_grad_()
-        function(rows, None, call.scale_tensor, **call.options).positive_logits.sum().backward()
+        function(rows, None, call.scale, **call.options).positive_logits.sum().backward()
         grads.append(rows.grad)
     torch.testing.assert_close(*grads, equal_nan=True)
     assert grads[0].isfinite().all()
@@ -178,7 +173,7 @@ def test_second_derivative_is_an_error(backend, m, twice):
     """By whatever the gradient depends on, even where that is all that takes a gradient."""
     call = random_call(6, m, 4)
     seed = torch.ones(6, dtype=torch.float64)
-    leaves = {"rows": call.rows, "columns": call.columns, "scale": call.scale_tensor, "cotangent": seed}
+    leaves = {"rows": call.rows, "columns": call.columns, "scale": call.scale, "cotangent": seed}
     leaf = leaves[twice] if leaves[twice] is not None else leaves["rows"]
     leaf.requires_grad_()
     first = leaf if twice != "cotangent" else leaves["rows"].requires_grad_()
@@ -195,7 +190,7 @@ def test_functions_of_the_gradient_need_no_second_derivative(backend):
     """create_graph alone changes no number: a gradient penalty that is only read works."""
     call = random_call(66, None, 8)
     z = call.rows.clone().requires_grad_()
-    lse = contrastive(z, None, call.scale_tensor, backend=backend).lse
+    lse = contrastive(z, None, call.scale, backend=backend).lse
     (with_graph,) = torch.autograd.grad(lse.sum(), z, create_graph=True)
     (without,) = torch.autograd.grad(lse.sum(), z)
     assert same_bits(with_graph.detach(), without)
@@ -217,7 +212,7 @@ def test_nothing_is_kept_without_a_gradient(backend, m):
     call = random_call(70, m, 64)
     with torch.no_grad():
         leaf = call.rows.clone().requires_grad_()
-        result = contrastive(leaf, call.columns, call.scale_tensor, backend=backend)
+        result = contrastive(leaf, call.columns, call.scale, backend=backend)
     assert not result.lse.requires_grad
     assert forward_operator(backend)(*call.operands, *call.flags, False, True)[5].numel() == 0
 
@@ -226,10 +221,10 @@ def test_nothing_is_kept_without_a_gradient(backend, m):
 @pytest.mark.parametrize("m", [None, 66])
 @pytest.mark.parametrize("index", [66, -67, 10**12])
 def test_positives_out_of_range_are_refused(backend, m, index):
-    call = random_call(66, m, 8, positives_per_row=2)
+    call = random_call(66, m, 8, positives=2)
     call.positives[64, 1] = index
     with pytest.raises((IndexError, RuntimeError), match=r"positives must be in|out of (bounds|range)"):
-        contrastive(call.rows, call.columns, call.scale_tensor, positives=call.positives, backend=backend)
+        contrastive(call.rows, call.columns, call.scale, positives=call.positives, backend=backend)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -273,7 +268,7 @@ def test_a_backend_that_cannot_run_is_named_with_the_reason():
     call = random_call(4, None, 3)
     message = r'^contrastive: backend "triton" cannot run this call: it runs on cuda, not on cpu$'
     with pytest.raises(ValueError, match=message):
-        contrastive(call.rows, None, call.scale_tensor, backend="triton")
+        contrastive(call.rows, None, call.scale, backend="triton")
     with pytest.raises(ValueError, match=r"^contrastive: backend must be .* or None, got 'cuda'$"):
-        contrastive(call.rows, None, call.scale_tensor, backend="cuda")
+        contrastive(call.rows, None, call.scale, backend="cuda")
     assert ssl_kernels.backends_for("contrastive", call.rows)["triton"] == "it runs on cuda, not on cpu"

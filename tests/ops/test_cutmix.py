@@ -7,16 +7,15 @@ from hypothesis import strategies as st
 
 import ssl_kernels
 from ssl_kernels import cutmix, cutmix_
-from tests.helpers import same_bits
-from tests.ops.mixing_calls import (
-    BACKENDS,
-    DTYPES,
+from tests.helpers import BACKENDS, DTYPES, OPERATORS, same_bits
+from tests.support.mixing import (
     LAYOUTS,
-    OPERATORS,
+    PERMUTATIONS,
+    boxes_of,
     calls,
     check_rounded_once,
     in_layout,
-    permutations,
+    permutation_of,
     random_batch,
     random_permutation,
     untouched_outside,
@@ -25,17 +24,6 @@ from tests.ops.mixing_calls import (
 PIXEL_DTYPES = (*DTYPES, torch.uint8, torch.int64, torch.bool, torch.int32, torch.int16)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_operator = pytest.mark.parametrize("backend", OPERATORS)
-
-
-def random_boxes(shape, seed=0):
-    """Some empty, some the whole image."""
-    generator = torch.Generator().manual_seed(seed + 11)
-    batch, height, width = shape[0], shape[-2], shape[-1]
-    y = torch.randint(height + 1, (batch, 2), generator=generator).sort(1).values
-    x = torch.randint(width + 1, (batch, 2), generator=generator).sort(1).values
-    boxes = torch.cat((y, x), 1)
-    boxes[torch.randint(5, (batch,), generator=generator) == 0] = torch.tensor([0, height, 0, width])
-    return boxes
 
 
 def definition(x, boxes, permutation):
@@ -67,7 +55,7 @@ def check(backend, x, boxes, permutation):
 def test_matches_the_definition(backend, call, dtype):
     shape, layout, seed = call
     x, memory = in_layout(random_batch(shape, dtype, seed), layout)
-    check(backend, x, random_boxes(shape, seed), random_permutation(shape[0], seed))
+    check(backend, x, boxes_of(shape[0], *shape[-2:], seed), random_permutation(shape[0], seed))
     if dtype != torch.bool:  # which has no value left for a canary
         assert untouched_outside(x, memory)
 
@@ -76,16 +64,17 @@ def test_matches_the_definition(backend, call, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_across_bands(backend, layout):
     x, memory = in_layout(random_batch((4, 3, 190, 201), torch.float32), layout)
-    check(backend, x, random_boxes(x.shape), torch.tensor([2, 3, 1, 0]))
+    check(backend, x, boxes_of(len(x), *x.shape[-2:]), torch.tensor([2, 3, 1, 0]))
     assert untouched_outside(x, memory)
 
 
 @every_backend
 @pytest.mark.parametrize("batch", [1, 2, 7, 64])
 def test_any_permutation(backend, batch):
-    for permutation in permutations(batch).values():
+    for kind in (*PERMUTATIONS, "pairs"):
+        permutation = permutation_of(kind, batch)
         x = random_batch((batch, 2, 9, 8), torch.float32)
-        check(backend, x, random_boxes(x.shape), permutation)
+        check(backend, x, boxes_of(len(x), *x.shape[-2:]), permutation)
 
 
 @every_backend
@@ -119,7 +108,7 @@ def test_gradient_matches_float64(backend, dtype, call, same_layout):
     grad = random_batch(shape, dtype, seed + 1)
     if same_layout:
         grad, _ = in_layout(grad, layout)
-    boxes, permutation = random_boxes(shape, seed), random_permutation(shape[0], seed)
+    boxes, permutation = boxes_of(shape[0], *shape[-2:], seed), random_permutation(shape[0], seed)
     (found,) = torch.autograd.grad(cutmix(x, boxes, permutation, backend=backend), x, grad)
     truth, sums = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     for i, partner in enumerate(permutation.tolist()):
@@ -129,13 +118,14 @@ def test_gradient_matches_float64(backend, dtype, call, same_layout):
         for sample, where in ((i, ~inside), (partner, inside)):
             truth[sample] += torch.where(where, grad[i].double(), 0)
             sums[sample] += torch.where(where, grad[i].double(), 0).abs()
-    check_rounded_once(found, truth, sums, dtype)
+    assert found.dtype == dtype
+    check_rounded_once(found, truth, sums)
 
 
 @every_backend
 def test_gradcheck(backend):
     x = random_batch((5, 2, 3, 4), torch.float64).requires_grad_()
-    boxes, permutation = random_boxes(x.shape), torch.tensor([2, 0, 1, 3, 4])
+    boxes, permutation = boxes_of(len(x), *x.shape[-2:]), torch.tensor([2, 0, 1, 3, 4])
 
     def run(x):
         return cutmix(x, boxes, permutation, backend=backend)
@@ -210,10 +200,10 @@ def test_in_place_is_noticed_by_autograd(backend):
 @every_operator
 def test_opcheck(backend):
     x = random_batch((5, 3, 4, 6), torch.float32)
-    boxes, permutation = random_boxes(x.shape), random_permutation(5)
+    boxes, permutation = boxes_of(len(x), *x.shape[-2:]), random_permutation(5)
     ops = torch.ops.ssl_kernels
     for batch in (x, x.contiguous(memory_format=torch.channels_last), x[..., ::2].bfloat16()):
-        inside = random_boxes(batch.shape)
+        inside = boxes_of(len(batch), *batch.shape[-2:])
         torch.library.opcheck(getattr(ops.cutmix_, backend), (batch.clone(), inside, permutation))
         torch.library.opcheck(getattr(ops.cutmix_fwd, backend), (batch, inside, permutation))
         torch.library.opcheck(getattr(ops.cutmix_bwd, backend), (batch, inside, permutation))
@@ -230,7 +220,7 @@ def test_compiles_without_a_graph_break(backend):
         return cutmix_(pasted.detach() * 1, boxes, permutation, backend=backend), pasted
 
     x = random_batch((6, 3, 5, 7), torch.float32).requires_grad_()
-    boxes, permutation = random_boxes(x.shape), random_permutation(6)
+    boxes, permutation = boxes_of(len(x), *x.shape[-2:]), random_permutation(6)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     results = []
     for function in (run, compiled):

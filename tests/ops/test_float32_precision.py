@@ -5,15 +5,13 @@ import torch
 from torch import backends
 
 from ssl_kernels import _C, siglip_loss
-from tests.helpers import (
+from tests.helpers import random_rows, run_python, same_bits
+from tests.support.contrastive import (
     exact,
     on_backend,
     random_call,
-    random_rows,
     relative_errors,
     results_and_gradients,
-    run_python,
-    same_bits,
     term_sums,
 )
 

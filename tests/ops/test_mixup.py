@@ -7,21 +7,21 @@ from hypothesis import strategies as st
 
 import ssl_kernels
 from ssl_kernels import _C, mixup, mixup_
-from tests.helpers import run_python, same_bits
-from tests.ops.mixing_calls import (
-    BACKENDS,
-    DTYPES,
+from tests.helpers import BACKENDS, DTYPES, OPERATORS, run_python, same_bits
+from tests.support.mixing import (
     LAYOUTS,
-    OPERATORS,
+    PERMUTATIONS,
     accumulation,
     calls,
+    check_mixup,
+    check_mixup_gradients,
     check_rounded_once,
     in_layout,
-    per_sample,
-    permutations,
+    mixup_definition,
+    permutation_of,
     random_batch,
-    random_lam,
     random_permutation,
+    shares_of,
     untouched_outside,
 )
 
@@ -30,25 +30,14 @@ every_operator = pytest.mark.parametrize("backend", OPERATORS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def definition(x, lam, permutation):
-    """(λ_i x_i + (1 − λ_i) x_p(i), the sum of its terms' absolute values), float64, sample by sample."""
-    mixed, sums = [], []
-    for i, partner in enumerate(permutation.tolist()):
-        own = lam[i].double() * x[i].double()
-        other = (1 - lam[i].double()) * x[partner].double()
-        mixed.append(own + other)
-        sums.append(own.abs() + other.abs())
-    return torch.stack(mixed), torch.stack(sums)
-
-
 def check(backend, x, lam, permutation):
     """In place and out of place."""
-    truth, sums = definition(x, lam, permutation)
+    before = x.clone()
     new = mixup(x, lam, permutation, backend=backend)
     assert backend == "reference" or new.stride() == torch.empty_like(x).stride()
-    check_rounded_once(new, truth, sums, x.dtype)
     assert mixup_(x, lam, permutation, backend=backend) is x
-    check_rounded_once(x, truth, sums, x.dtype)
+    for found in (new, x):
+        check_mixup(found, before, lam, permutation)
 
 
 @every_backend
@@ -56,7 +45,7 @@ def check(backend, x, lam, permutation):
 def test_matches_float64(backend, call, dtype):
     shape, layout, seed = call
     x, memory = in_layout(random_batch(shape, dtype, seed), layout)
-    check(backend, x, random_lam(shape[0], dtype, seed), random_permutation(shape[0], seed))
+    check(backend, x, shares_of(shape[0], dtype, seed), random_permutation(shape[0], seed))
     assert untouched_outside(x, memory)
 
 
@@ -66,15 +55,16 @@ def test_matches_float64(backend, call, dtype):
 def test_matches_float64_across_chunks(backend, dtype, layout):
     """More elements a sample than a chunk holds, and no whole number of vectors."""
     x, memory = in_layout(random_batch((5, 3, 67, 61), dtype), layout)
-    check(backend, x, random_lam(5, dtype), torch.tensor([3, 0, 2, 4, 1]))
+    check(backend, x, shares_of(5, dtype), torch.tensor([3, 0, 2, 4, 1]))
     assert untouched_outside(x, memory)
 
 
 @every_backend
 @pytest.mark.parametrize("batch", [1, 2, 7, 64, 301])
 def test_any_permutation(backend, batch):
-    for permutation in permutations(batch).values():
-        check(backend, random_batch((batch, 37), torch.float32), random_lam(batch), permutation)
+    for kind in (*PERMUTATIONS, "pairs"):
+        permutation = permutation_of(kind, batch)
+        check(backend, random_batch((batch, 37), torch.float32), shares_of(batch), permutation)
 
 
 @every_backend
@@ -115,7 +105,7 @@ def test_lam_is_a_number_or_one_a_sample(lam):
 def test_gradients_match_float64(backend, dtype, call, same_layout):
     shape, layout, seed = call
     x, _ = in_layout(random_batch(shape, dtype, seed), layout)
-    lam = random_lam(shape[0], dtype, seed).requires_grad_()
+    lam = shares_of(shape[0], dtype, seed).requires_grad_()
     permutation = random_permutation(shape[0], seed)
     grad = random_batch(shape, dtype, seed + 1)
     if same_layout:
@@ -123,15 +113,7 @@ def test_gradients_match_float64(backend, dtype, call, same_layout):
     mixed = mixup(x.requires_grad_(), lam, permutation, backend=backend)
     grad_x, grad_lam = torch.autograd.grad(mixed, (x, lam), grad)
 
-    x, lam, grad = x.detach().double(), lam.detach().double(), grad.double()
-    own, other = per_sample(lam, x) * grad, per_sample(1 - lam, x) * grad
-    inverse = permutation.argsort()
-    check_rounded_once(grad_x, own + other[inverse], own.abs() + other[inverse].abs(), dtype)
-    terms = (grad * (x - x[permutation])).reshape(shape[0], -1)
-    sums = (grad.abs() * (x.abs() + x[permutation].abs())).reshape(shape[0], -1).sum(1)
-    assert grad_lam.dtype == accumulation(dtype)
-    eps = torch.finfo(grad_lam.dtype).eps
-    assert ((grad_lam.double() - terms.sum(1)).abs() <= 8 * eps * sums).all()
+    check_mixup_gradients(grad_x, grad_lam, grad, x, lam, permutation)
 
 
 @every_backend
@@ -163,7 +145,7 @@ def test_gradient_of_lam_at_its_ends(backend):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_same_bits_for_any_number_of_threads(set_threads, threads):
     x, grad = random_batch((9, 3, 50, 70), torch.float32), random_batch((9, 3, 50, 70), torch.float32, 1)
-    lam, permutation = random_lam(9), random_permutation(9)
+    lam, permutation = shares_of(9), random_permutation(9)
     run = torch.ops.ssl_kernels.mixup_bwd.native
     set_threads(3)
     expected = (mixup(x, lam, permutation), *run(grad, x, lam, permutation, True))
@@ -184,8 +166,10 @@ torch.save(instruction_set_results(), sys.argv[2])
 def instruction_set_results():
     results = []
     for dtype in DTYPES:
-        x, lam = random_batch((5, 301), dtype), random_lam(5, dtype).clamp(0.1, 0.9)
-        results.append((mixup(x, lam, random_permutation(5)), *definition(x, lam, random_permutation(5))))
+        x, lam = random_batch((5, 301), dtype), shares_of(5, dtype).clamp(0.1, 0.9)
+        results.append(
+            (mixup(x, lam, random_permutation(5)), *mixup_definition(x, lam, random_permutation(5)))
+        )
         logits = 5 * random_batch((7, 133), dtype)
         results.append((ssl_kernels.mixup_cross_entropy(
             logits, torch.arange(7), random_permutation(7), 0.3, reduction="none", label_smoothing=0.1
@@ -204,7 +188,7 @@ def test_instruction_sets_agree(tmp_path):
         run_python(SAVE_RESULTS, name, str(tmp_path / name), SSL_KERNELS_CPU=name)
         for found, expected in zip(torch.load(tmp_path / name), instruction_set_results(), strict=True):
             if len(found) == 3:
-                check_rounded_once(*found, found[0].dtype)
+                check_rounded_once(*found)
             else:
                 torch.testing.assert_close(found[0], expected[0], rtol=1e-2, atol=1e-5)
 
@@ -332,7 +316,7 @@ def test_overlapping_batch_is_refused():
 
 @every_operator
 def test_opcheck(backend):
-    x, lam, permutation = random_batch((5, 3, 4, 6), torch.float32), random_lam(5), random_permutation(5)
+    x, lam, permutation = random_batch((5, 3, 4, 6), torch.float32), shares_of(5), random_permutation(5)
     images = x.contiguous(memory_format=torch.channels_last)
     ops = torch.ops.ssl_kernels
     for batch in (x, images, x.bfloat16()):
@@ -357,7 +341,7 @@ def test_compiles_without_a_graph_break(backend, dynamic):
     compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for batch in (6, 11) if dynamic else (6,):
         x = random_batch((batch, 3, 5), torch.float32).requires_grad_()
-        lam, permutation = random_lam(batch).requires_grad_(), random_permutation(batch)
+        lam, permutation = shares_of(batch).requires_grad_(), random_permutation(batch)
         results = []
         for function in (run, compiled):
             again, mixed = function(x, lam, permutation)
@@ -377,5 +361,5 @@ def test_backends_are_listed():
 def test_native_matches_float64_in_a_long_sweep(call, dtype):
     shape, layout, seed = call
     x, memory = in_layout(random_batch(shape, dtype, seed), layout)
-    check("native", x, random_lam(shape[0], dtype, seed), random_permutation(shape[0], seed))
+    check("native", x, shares_of(shape[0], dtype, seed), random_permutation(shape[0], seed))
     assert untouched_outside(x, memory)

@@ -8,16 +8,15 @@ from hypothesis import strategies as st
 
 import ssl_kernels
 from ssl_kernels import mixup_cross_entropy
-from tests.helpers import saved_bytes
-from tests.ops.mixing_calls import (
-    BACKENDS,
-    DTYPES,
-    OPERATORS,
+from tests.helpers import BACKENDS, DTYPES, OPERATORS, saved_bytes
+from tests.support.mixing import (
+    CrossEntropyCall,
     accumulation,
+    check_cross_entropy,
     in_layout,
     random_batch,
-    random_lam,
     random_permutation,
+    shares_of,
 )
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -31,34 +30,16 @@ def dense_target(target, permutation, lam, classes):
     return share * one_hot + (1 - share) * one_hot[permutation]
 
 
-def truth(logits, target, permutation, lam, label_smoothing):
-    """(losses, gradient by logits and by lam of their weighted sum), float64."""
-    z, lam = logits.detach().double().requires_grad_(), lam.detach().double().requires_grad_()
-    dense = dense_target(target, permutation, lam, z.shape[1])
-    losses = F.cross_entropy(z, dense, reduction="none", label_smoothing=label_smoothing)
-    return (losses.detach(), *torch.autograd.grad(losses, (z, lam), row_weights(len(z))))
-
-
-def row_weights(n):
-    return torch.linspace(-1, 2, n, dtype=torch.float64)
-
-
 def check(backend, logits, target, permutation, lam, label_smoothing):
-    losses, grad_logits, grad_lam = truth(logits, target, permutation, lam, label_smoothing)
-    z, lam = logits.detach().requires_grad_(), lam.detach().requires_grad_()
+    grad_loss = torch.linspace(-1, 2, len(logits), dtype=torch.float64)
+    call = CrossEntropyCall(logits, target, permutation, lam, grad_loss, label_smoothing)
+    leaves = logits.detach().requires_grad_(), lam.detach().requires_grad_()
     found = mixup_cross_entropy(
-        z, target, permutation, lam, label_smoothing=label_smoothing, reduction="none", backend=backend
-    )
-    to_z, to_lam = torch.autograd.grad(found, (z, lam), row_weights(len(z)).to(found.dtype))
-    acc = accumulation(logits.dtype)
-    assert (found.dtype, to_z.dtype, to_lam.dtype) == (acc, logits.dtype, acc)
-    eps = torch.finfo(acc).eps
-    largest = 1 + logits.double().abs().amax(1)
-    assert ((found.double() - losses).abs() <= 8 * eps * largest).all()
-    assert ((to_lam.double() - grad_lam).abs() <= 8 * eps * largest * row_weights(len(z)).abs()).all()
-    stored = 0 if logits.dtype == acc else torch.finfo(logits.dtype).eps / 2 * 1.001
-    allowed = stored * grad_logits.abs() + 8 * eps * (largest * row_weights(len(z)).abs())[:, None]
-    assert ((to_z.double() - grad_logits).abs() <= allowed + torch.finfo(logits.dtype).tiny).all()
+        leaves[0], target, permutation, leaves[1], label_smoothing=label_smoothing, reduction="none", backend=backend
+    )  # fmt: skip
+    assert found.dtype == accumulation(logits.dtype)
+    grads = torch.autograd.grad(found, leaves, grad_loss.to(found.dtype))
+    check_cross_entropy(call, found, *grads, plain=True)
 
 
 @every_backend
@@ -74,7 +55,7 @@ def check(backend, logits, target, permutation, lam, label_smoothing):
 def test_matches_float64(backend, n, classes, dtype, layout, label_smoothing, scale, seed):
     logits, _ = in_layout(scale * random_batch((n, classes), dtype, seed), layout)
     target = torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed))
-    lam, permutation = random_lam(n, dtype, seed), random_permutation(n, seed)
+    lam, permutation = shares_of(n, dtype, seed), random_permutation(n, seed)
     check(backend, logits, target, permutation, lam, label_smoothing)
 
 
@@ -84,7 +65,7 @@ def test_matches_float64(backend, n, classes, dtype, layout, label_smoothing, sc
 def test_matches_float64_at_usual_sizes(backend, dtype, n, classes):
     logits = 3 * random_batch((n, classes), dtype)
     target = torch.arange(n) % classes
-    check(backend, logits, target, random_permutation(n), random_lam(n, dtype), 0.1)
+    check(backend, logits, target, random_permutation(n), shares_of(n, dtype), 0.1)
 
 
 @every_backend
@@ -144,7 +125,7 @@ def test_nan_stays_in_its_row(backend):
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
 def test_large_logits(backend, offset):
     logits = random_batch((6, 50), torch.float32) * 100 + offset
-    check(backend, logits, torch.arange(6), random_permutation(6), random_lam(6), 0.1)
+    check(backend, logits, torch.arange(6), random_permutation(6), shares_of(6), 0.1)
 
 
 def test_no_dense_target_is_saved():
@@ -318,7 +299,7 @@ def test_the_ignored_class_of_a_narrow_dtype():
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_logits_of_pixels(backend, layout):
     logits, _ = in_layout(random_batch((4, 6, 5, 3), torch.float32), layout)
-    target, lam = classes_of((4, 5, 3), 6, 255), random_lam(4)
+    target, lam = classes_of((4, 5, 3), 6, 255), shares_of(4)
     permutation, weight = random_permutation(4), torch.rand(6)
     logits.requires_grad_()
     for reduction in ("mean", "sum", "none"):
@@ -337,7 +318,7 @@ def test_parts_of_a_batch_add_up_to_it(backend, weighted):
     """Gradient accumulation: partners lie outside of the part, so that their classes are passed."""
     model = torch.nn.Linear(7, 5)
     x, target = random_batch((12, 7), torch.float32), torch.arange(12) % 5
-    permutation, lam = random_permutation(12), random_lam(12)
+    permutation, lam = random_permutation(12), shares_of(12)
     weight = torch.tensor([0.5, 2.0, 1.0, 0.1, 3.0]) if weighted else None
     if weighted:
         target[3:6] = -100
@@ -449,7 +430,7 @@ def test_bad_input_raises(backend, wrong, error, message):
 @every_operator
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_opcheck(backend, reduction):
-    target, permutation, lam = torch.tensor([0, 1, 2, -100, 4]), random_permutation(5), random_lam(5)
+    target, permutation, lam = torch.tensor([0, 1, 2, -100, 4]), random_permutation(5), shares_of(5)
     ops = torch.ops.ssl_kernels
     forward, backward = (getattr(getattr(ops, f"mixup_cross_entropy_{d}"), backend) for d in ("fwd", "bwd"))
     for logits in (random_batch((5, 9), torch.float32), random_batch((9, 5), torch.bfloat16).T):
@@ -475,7 +456,7 @@ def test_compiles_without_a_graph_break(backend):
         return mixup_cross_entropy(logits, target.to(torch.uint8), lam=lam, label_smoothing=0.1, **options)
 
     weight = torch.rand(9)
-    logits, lam = random_batch((6, 9), torch.float32).requires_grad_(), random_lam(6).requires_grad_()
+    logits, lam = random_batch((6, 9), torch.float32).requires_grad_(), shares_of(6).requires_grad_()
     for plain in (run, weighted):
         results = []
         for function in (plain, torch.compile(plain, fullgraph=True, backend="aot_eager")):

@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 
 import ssl_kernels
 from ssl_kernels import mixup_normalize
-from tests.ops.mixing_calls import (
-    BACKENDS,
+from tests.helpers import BACKENDS, OPERATORS
+from tests.support.mixing import (
     LAYOUTS,
-    OPERATORS,
-    check_rounded_once,
+    check_mixup_normalize,
     in_layout,
     random_batch,
-    random_lam,
     random_permutation,
+    shares_of,
+    statistics,
 )
 
 RESULT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,20 +23,11 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_operator = pytest.mark.parametrize("backend", OPERATORS)
 
 
-def statistics(channels):
-    generator = torch.Generator().manual_seed(channels)
-    mean = torch.rand(channels, generator=generator, dtype=torch.float64).float()
-    return mean, 0.1 + torch.rand(channels, generator=generator, dtype=torch.float64).float()
-
-
 def check(backend, x, lam, permutation, dtype):
     mean, std = statistics(x.shape[1])
     found = mixup_normalize(x, lam, permutation, mean, std, dtype, backend=backend)
     assert found.stride() == torch.empty_like(x, dtype=dtype).stride()
-    share = lam.double().view(-1, 1, 1, 1)
-    mean, std = mean.double().view(1, -1, 1, 1), std.double().view(1, -1, 1, 1)
-    mixed = (share * x + (1 - share) * x[permutation]) / 255
-    check_rounded_once(found, (mixed - mean) / std, 2 * (mixed + mean) / std, dtype)
+    check_mixup_normalize(found, x, lam, permutation, mean, std, dtype)
 
 
 @every_backend
@@ -48,7 +39,7 @@ def check(backend, x, lam, permutation, dtype):
 )
 def test_matches_float64(backend, shape, layout, dtype, seed):
     x, _ = in_layout(random_batch(shape, torch.uint8, seed) * 2, layout)
-    check(backend, x, random_lam(shape[0], seed=seed), random_permutation(shape[0], seed), dtype)
+    check(backend, x, shares_of(shape[0], seed=seed), random_permutation(shape[0], seed), dtype)
 
 
 @every_operator
@@ -56,7 +47,7 @@ def test_matches_float64(backend, shape, layout, dtype, seed):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "rotated", "every_other_sample"])
 def test_matches_float64_across_chunks(backend, dtype, layout):
     x, _ = in_layout(random_batch((3, 3, 91, 73), torch.uint8), layout)
-    check(backend, x, random_lam(3), torch.tensor([1, 2, 0]), dtype)
+    check(backend, x, shares_of(3), torch.tensor([1, 2, 0]), dtype)
 
 
 @every_backend
@@ -64,7 +55,7 @@ def test_matches_float64_across_chunks(backend, dtype, layout):
 def test_any_number_of_channels(backend, channels):
     for layout in ("contiguous", "channels_last"):
         x, _ = in_layout(random_batch((4, channels, 7, 6), torch.uint8), layout)
-        check(backend, x, random_lam(4), random_permutation(4), torch.float32)
+        check(backend, x, shares_of(4), random_permutation(4), torch.float32)
 
 
 @every_backend
@@ -135,7 +126,7 @@ def test_opcheck(backend):
     operator = getattr(torch.ops.ssl_kernels.mixup_normalize, backend)
     for images in (x, x.contiguous(memory_format=torch.channels_last), x[::2, :, ::2]):
         batch = len(images)
-        arguments = (images, random_lam(batch), random_permutation(batch), *statistics(3), torch.bfloat16)
+        arguments = (images, shares_of(batch), random_permutation(batch), *statistics(3), torch.bfloat16)
         torch.library.opcheck(operator, arguments)
 
 

@@ -6,10 +6,9 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssl_kernels.ops.momentum_update import momentum_update_
-from tests.helpers import random_rows, same_bits
+from tests.helpers import BACKENDS, OPERATORS, random_rows, same_bits
+from tests.support.momentum_update import check, triples
 
-BACKENDS = ("reference", "chunked", "native")
-OPERATORS = ("chunked", "native")
 HALF = (torch.float16, torch.bfloat16)
 SOURCES = (torch.float32, *HALF)
 SHAPES = ((), (1,), (7,), (0, 3), (5, 33), (16, 16), (3, 11, 1), (64, 1041))
@@ -17,30 +16,18 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_operator = pytest.mark.parametrize("backend", OPERATORS)
 
 
-def triples(shadow_dtype, source_dtype, shapes=SHAPES):
-    """Masters with shadows rounded from them, and sources."""
-    generator = torch.Generator().manual_seed(1)
-    masters = [torch.randn(shape, generator=generator) for shape in shapes]
-    sources = [torch.randn(shape, generator=generator).to(source_dtype) for shape in shapes]
-    return masters, [master.to(shadow_dtype) for master in masters], sources
-
-
 @every_backend
 @pytest.mark.parametrize("shadow_dtype", HALF, ids=str)
 @pytest.mark.parametrize("source_dtype", SOURCES, ids=str)
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.5, 0.51, 0.999, 1.0])
 def test_is_the_average_in_float64_rounded(backend, shadow_dtype, source_dtype, momentum):
-    masters, shadows, sources = triples(shadow_dtype, source_dtype)
-    truth = [
-        momentum * master.double() + (1 - momentum) * source.double()
-        for master, source in zip(masters, sources, strict=True)
-    ]
-    momentum_update_(masters, shadows, sources, momentum, backend=backend)
-    for master, shadow, exact in zip(masters, shadows, truth, strict=True):
-        torch.testing.assert_close(master.double(), exact, rtol=2e-7, atol=5e-7)
-        assert same_bits(shadow, master.to(shadow_dtype))
+    given = triples(shadow_dtype, source_dtype, SHAPES)
+    masters, _, sources = given
+    check(lambda: momentum_update_(*given, momentum, backend=backend), *given, momentum)
     if momentum == 1 or (momentum == 0 and backend != "reference"):
-        expected = triples(shadow_dtype, source_dtype)[0] if momentum == 1 else [s.float() for s in sources]
+        expected = (
+            triples(shadow_dtype, source_dtype, SHAPES)[0] if momentum == 1 else [s.float() for s in sources]
+        )
         assert all(map(torch.equal, masters, expected))
 
 
@@ -48,7 +35,7 @@ def test_is_the_average_in_float64_rounded(backend, shadow_dtype, source_dtype, 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_moves_as_lerp_does_in_float32(backend, dtype):
     """No further from the truth than torch's own: errors of a step at m = 0.999 are those of the last bit."""
-    masters, shadows, sources = triples(dtype, torch.float32)
+    masters, shadows, sources = triples(dtype, torch.float32, SHAPES)
     old = [master.clone() for master in masters]
     momentum_update_(masters, shadows, sources, 0.999, backend=backend)
     for before, master, source in zip(old, masters, sources, strict=True):
@@ -192,7 +179,7 @@ def test_a_momentum_that_changes_is_compiled_twice(backend):
 
 @every_backend
 def test_momentum_as_a_tensor(backend):
-    one, other = (triples(torch.bfloat16, torch.float32) for _ in range(2))
+    one, other = (triples(torch.bfloat16, torch.float32, SHAPES) for _ in range(2))
     momentum_update_(*one, 0.9, backend=backend)
     momentum_update_(*other, torch.tensor(0.9, dtype=torch.float64), backend=backend)
     assert all(map(same_bits, one[0] + one[1], other[0] + other[1]))

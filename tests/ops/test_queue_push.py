@@ -11,10 +11,9 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssl_kernels.ops.queue_push import queue_push_
-from tests.helpers import DTYPES, random_rows, same_bits
+from tests.helpers import BACKENDS, DTYPES, OPERATORS, random_rows, same_bits
+from tests.support.queue_push import Ring
 
-BACKENDS = ("reference", "chunked", "native")
-OPERATORS = ("chunked", "native")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_operator = pytest.mark.parametrize("backend", OPERATORS)
 
@@ -23,62 +22,41 @@ def empty_ring(size, dim, dtype=torch.float32):
     return torch.zeros(size, dim, dtype=dtype), torch.tensor(0), torch.tensor(0)
 
 
-class SimulatedRing:
-    """A ring of numbers in a Python list."""
+def ring_on(backend, size, width, dtype=torch.float32):
+    def push(storage, keys, position, filled, normalize):
+        queue_push_(storage, keys, position, filled, normalize=normalize, backend=backend)
 
-    def __init__(self, size):
-        self.rows, self.position, self.filled = [0] * size, 0, 0
-
-    def push(self, keys):
-        for key in keys:
-            self.rows[self.position] = key
-            self.position = (self.position + 1) % len(self.rows)
-            self.filled = min(len(self.rows), self.filled + 1)
+    return Ring(push, size, width, dtype)
 
 
 @every_backend
 def test_is_the_ring_simulated_in_python(backend):
     """Every (size, batch, steps) up to sizes of several turns, batches larger than the ring and empty ones."""
     for size, batch in itertools.product((1, 2, 3, 5, 8), (0, 1, 2, 3, 4, 7, 8, 9, 17)):
-        storage, position, filled = empty_ring(size, 2)
-        ring = SimulatedRing(size)
+        ring = ring_on(backend, size, 2)
         for step in range(6):
-            numbers = list(range(100 * step + 1, 100 * step + 1 + batch))
-            ring.push(numbers)
-            keys = torch.tensor(numbers, dtype=torch.float32)[:, None].expand(-1, 2)
-            queue_push_(storage, keys, position, filled, normalize=False, backend=backend)
-            assert storage[:, 1].tolist() == ring.rows, (size, batch, step)
-            assert (position.item(), filled.item()) == (ring.position, ring.filled), (size, batch, step)
+            numbers = torch.arange(100.0 * step + 1, 100 * step + 1 + batch)
+            ring.push(numbers[:, None].expand(-1, 2), False)
+            ring.check()
 
 
 @given(size=st.integers(1, 40), batches=st.lists(st.integers(0, 90), max_size=8), seed=st.integers(0, 100))
 def test_any_batches_are_the_ring_simulated_in_python(size, batches, seed):
     keys = torch.randperm(sum(batches) + 1, generator=torch.Generator().manual_seed(seed)).float()[1:]
     for backend in BACKENDS:
-        storage, position, filled = empty_ring(size, 1)
-        ring = SimulatedRing(size)
+        ring = ring_on(backend, size, 1)
         for part in keys.split(batches) if batches else ():
-            ring.push(part.tolist())
-            queue_push_(storage, part[:, None], position, filled, normalize=False, backend=backend)
-        assert storage[:, 0].tolist() == ring.rows
-        assert (position.item(), filled.item()) == (ring.position, ring.filled)
+            ring.push(part[:, None], False)
+        ring.check()
 
 
 @every_operator
 @pytest.mark.parametrize("storage_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("key_dtype", DTYPES, ids=str)
 def test_normalises_and_rounds_once(backend, storage_dtype, key_dtype):
-    keys = random_rows(300, 33, key_dtype, spread=2.0)
-    storage, position, filled = empty_ring(450, 33, storage_dtype)
-    queue_push_(storage, keys, position, filled, backend=backend)
-    assert storage.dtype == storage_dtype
-    truth = F.normalize(keys.double(), dim=1)
-    eps = max(torch.finfo(storage_dtype).eps / 2, 2 * torch.finfo(torch.float32).eps)
-    if torch.float64 == storage_dtype == key_dtype:
-        eps = 4 * torch.finfo(torch.float64).eps
-    tiny = torch.finfo(storage_dtype).smallest_normal * torch.finfo(storage_dtype).eps
-    assert ((storage[:300].double() - truth).abs() <= 1.01 * eps * truth.abs() + tiny).all()
-    assert (storage[300:] == 0).all()
+    ring = ring_on(backend, 450, 33, storage_dtype)
+    ring.push(random_rows(300, 33, key_dtype, spread=2.0), True)
+    ring.check()
 
 
 @every_operator

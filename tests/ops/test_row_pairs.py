@@ -13,7 +13,7 @@ from ssl_kernels.ops.row_pairs import MEASURES, row_pairs
 from ssl_kernels.recipes.memory import peak_memory
 from ssl_kernels.reference.row_pairs import row_pairs as reference
 from tests.helpers import BACKENDS, DTYPES, OPERATORS, random_rows, run_python, same_bits, saved_bytes
-from tests.ops.row_pairs_calls import Call, check_results, errors, random_call, results, term_sums
+from tests.support.row_pairs import Call, check_results, errors, random_call, results, term_sums
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_operator = pytest.mark.parametrize("backend", OPERATORS)

@@ -1,21 +1,27 @@
 """`sigmoid_pairs` on every backend of the CPU: its numbers judged by float64, and its operators."""
 
-import dataclasses
 import itertools
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 
 from ssl_kernels.ops.sigmoid_pairs import sigmoid_pairs
 from ssl_kernels.reference.sigmoid_pairs import sigmoid_pairs as reference
-from tests.helpers import BACKENDS, DTYPES, OPERATORS, random_rows, run_python, same_bits
+from tests.helpers import BACKENDS, DTYPES, OPERATORS, run_python, same_bits
+from tests.support.sigmoid_pairs import (
+    NAMES,
+    check_against_float64,
+    check_results,
+    leaves_of,
+    on_backend,
+    random_call,
+    results,
+)
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_operator = pytest.mark.parametrize("backend", OPERATORS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-NAMES = ("losses", "grad_rows", "grad_columns", "grad_scale", "grad_bias")
 
 # Rows, columns, width, diagonal. The CPU kernel makes one tile up to 256 rows and columns, blocks of 64 to 256 beyond.
 SHAPES = [
@@ -28,133 +34,6 @@ SHAPES = [
     (300, 520, 31, -290),
     (300, 520, 16, 500),
 ]
-
-
-@dataclass
-class Call:
-    """The operands of one call, and the gradient that comes back into it."""
-
-    rows: torch.Tensor
-    columns: torch.Tensor
-    scale: float = 10.0
-    bias: float = -8.0
-    diagonal: int = 0
-    normalize_rows: bool = True
-    normalize_columns: bool = True
-    total: bool = False
-    row_ids: torch.Tensor | None = None
-    column_ids: torch.Tensor | None = None
-    equal_ids_are_positive: bool = False
-
-    @property
-    def acc(self):
-        return torch.float64 if self.rows.dtype == torch.float64 else torch.float32
-
-    @property
-    def cotangent(self):
-        if self.total:
-            return torch.tensor(-0.7, dtype=torch.float64)
-        return random_rows(len(self.rows), 1, torch.float64, seed=3)[:, 0]
-
-    @property
-    def options(self):
-        names = ("diagonal", "normalize_rows", "normalize_columns", "total")
-        names += ("row_ids", "column_ids", "equal_ids_are_positive")
-        return {name: getattr(self, name) for name in names}
-
-    def in_dtype(self, dtype):
-        return dataclasses.replace(self, rows=self.rows.to(dtype), columns=self.columns.to(dtype))
-
-
-def random_call(n, m, d, dtype=torch.float32, *, spread=0.0, ids=None, **options):
-    """`ids`: whether equal ones are "positive" or "left out", or None."""
-    if ids is not None:
-        generator = torch.Generator().manual_seed(n + m)
-        sides = (("row_ids", n), ("column_ids", m))
-        options |= {name: torch.randint(7, (count,), generator=generator) for name, count in sides}
-        options["equal_ids_are_positive"] = ids == "positive"
-    rows, columns = random_rows(n, d, dtype, spread=spread), random_rows(m, d, dtype, seed=5, spread=spread)
-    return Call(rows, columns, **options)
-
-
-def on_backend(backend):
-    return lambda *operands, **options: sigmoid_pairs(*operands, backend=backend, **options)
-
-
-def leaves_of(call):
-    scalars = [torch.tensor(value, dtype=call.acc) for value in (call.scale, call.bias)]
-    return [leaf.detach().clone().requires_grad_() for leaf in (call.rows, call.columns, *scalars)]
-
-
-def results(run, call):
-    """Losses and gradients by name."""
-    leaves = leaves_of(call)
-    losses = run(*leaves, **call.options)
-    grads = torch.autograd.grad(losses, leaves, call.cotangent.to(losses.dtype))
-    return dict(zip(NAMES, (losses.detach(), *grads), strict=True))
-
-
-def term_sums(call):
-    """For each result the sum of the absolute values of what its rounding errors are made of, float64."""
-    call = call.in_dtype(torch.float64)
-    g = call.cotangent.abs().expand(len(call.rows))[:, None]
-    x, y = (
-        rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12) if normalize else rows
-        for rows, normalize in ((call.rows, call.normalize_rows), (call.columns, call.normalize_columns))
-    )
-    lengths = x.norm(dim=1)[:, None] * y.norm(dim=1)
-    logits = call.scale * (x @ y.T) + call.bias
-    positive = torch.arange(len(y)) == torch.arange(len(x))[:, None] + call.diagonal
-    if call.row_ids is not None:
-        equal = call.row_ids[:, None] == call.column_ids
-        positive, left_out = (
-            (equal, ~equal & equal) if call.equal_ids_are_positive else (positive, equal & ~positive)
-        )
-        logits = logits.masked_fill(left_out, -torch.inf)
-    logits = torch.where(positive, -logits, logits)
-    sizes = 1 + abs(call.scale) * lengths + abs(call.bias)  # a logit is off by the rounding of these
-    coefficients = g * torch.sigmoid(logits) * sizes
-    losses = (-torch.nn.functional.logsigmoid(-logits) + torch.sigmoid(logits) * sizes).sum(1)
-    x_rnorm, y_rnorm = (
-        1 / rows.norm(dim=1).clamp_min(1e-12) if normalize else torch.ones(len(rows), dtype=torch.float64)
-        for rows, normalize in ((call.rows, call.normalize_rows), (call.columns, call.normalize_columns))
-    )
-    return {
-        "losses": losses.sum() if call.total else losses,
-        "grad_rows": (abs(call.scale) * x_rnorm * (coefficients @ y.norm(dim=1)))[:, None],
-        "grad_columns": (abs(call.scale) * y_rnorm * (coefficients.T @ x.norm(dim=1)))[:, None],
-        "grad_scale": (coefficients * lengths).sum(),
-        "grad_bias": coefficients.sum(),
-    }
-
-
-def errors(found, truth, sums):
-    """In units of `sums`, and of what underflow leaves in a result's dtype and in float32's exponential."""
-    info = torch.finfo(torch.float32)
-    found_errors = {}
-    for name, value in truth.items():
-        unit = sums[name] + torch.finfo(found[name].dtype).tiny + info.tiny / info.eps
-        found_errors[name] = ((found[name].double() - value).abs() / unit).max().item()
-    return found_errors
-
-
-def check_against_float64(backend, call):
-    """About as accurate as plain PyTorch in the accumulation dtype, and of the contract's shapes and dtypes."""
-    check_results(results(on_backend(backend), call), call, backend)
-
-
-def check_results(found, call, backend):
-    """The same for results that are there."""
-    truth, sums = results(reference, call.in_dtype(torch.float64)), term_sums(call)
-    plain = errors(results(reference, call.in_dtype(call.acc)), truth, sums)
-    stored = torch.finfo(call.rows.dtype).eps / 2 if call.rows.dtype != call.acc else 0
-    for name, error in errors(found, truth, sums).items():
-        by_operand = name in ("grad_rows", "grad_columns")
-        assert found[name].shape == truth[name].shape
-        dtype = torch.float64 if name == "losses" else call.rows.dtype if by_operand else call.acc
-        assert found[name].dtype == dtype
-        allowed = 3 * plain[name] + 4 * torch.finfo(call.acc).eps + stored * by_operand
-        assert error <= allowed, f"{backend} {name}: error {error:.2e}, plain PyTorch {plain[name]:.2e}"
 
 
 @pytest.mark.parametrize("diagonal", [-5, -2, 0, 1, 3, 9])
@@ -248,7 +127,7 @@ def test_of_equal_ids_the_diagonal_alone_stays(backend, total):
     """All ids alike: the positive pair and nothing else; and NaN of what is left out reaches no loss."""
     call = random_call(70, 66, 8, torch.float64, total=total)
     same = {"row_ids": torch.zeros(70, dtype=torch.long), "column_ids": torch.zeros(66, dtype=torch.long)}
-    found = results(on_backend(backend), dataclasses.replace(call, **same))["losses"]
+    found = results(on_backend(backend), call.replace(**same))["losses"]
     x, y = (torch.nn.functional.normalize(rows, dim=1) for rows in (call.rows[:66], call.columns))
     expected = torch.zeros(70, dtype=torch.float64)
     expected[:66] = torch.nn.functional.softplus(8 - 10 * (x * y).sum(1))
@@ -307,7 +186,7 @@ def test_any_strides(backend):
     wide = torch.randn(40, 2, 9)
     wide[:, 1, 3:] = call.rows
     for rows in (wide[:, 1, 3:], call.rows.T.contiguous().T, call.rows[:1].expand(40, 6)):
-        check_against_float64(backend, dataclasses.replace(call, rows=rows))
+        check_against_float64(backend, call.replace(rows=rows))
 
 
 @every_backend
@@ -331,7 +210,8 @@ def test_any_number_of_threads(threads, set_threads):
 SAVE_RESULTS = """
 import sys, torch
 from ssl_kernels import _C
-from tests.ops.test_sigmoid_pairs import instruction_set_calls, on_backend, results
+from tests.ops.test_sigmoid_pairs import instruction_set_calls
+from tests.support.sigmoid_pairs import on_backend, results
 assert _C.build_info()["cpu_instruction_set"] == sys.argv[1]
 torch.save([results(on_backend("native"), call) for call in instruction_set_calls()], sys.argv[2])
 """
@@ -365,21 +245,15 @@ def backward_operator(backend):
     return getattr(torch.ops.ssl_kernels.sigmoid_pairs_bwd, backend)
 
 
-def operands(call):
-    rows, columns, scale, bias = (leaf.detach() for leaf in leaves_of(call))
-    return rows, columns, scale, bias, call.diagonal, call.normalize_rows, call.normalize_columns
-
-
 @every_operator
 @pytest.mark.parametrize("ids", ["left out", "positive"])
 def test_opcheck_with_ids(backend, ids):
     call = random_call(7, 9, 5, torch.bfloat16, ids=ids)
-    marks = (call.row_ids, call.column_ids, call.equal_ids_are_positive)
     tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
     for total in (False, True):
-        arguments = (*operands(call), total, True, True, True, *marks)
+        arguments = (*call.operands, total, True, True, True, *call.marks)
         torch.library.opcheck(forward_operator(backend), arguments, test_utils=tests)
-    arguments = (call.cotangent, *operands(call), True, True, *marks)
+    arguments = (call.cotangent, *call.operands, True, True, *call.marks)
     torch.library.opcheck(backward_operator(backend), arguments, test_utils=tests)
 
 
@@ -392,17 +266,17 @@ def test_opcheck(backend):
         (False, True, (True, True)),
         (True, False, (True, True)),
     ]:
-        torch.library.opcheck(forward_operator(backend), (*operands(call), total, keep, *needs))
+        torch.library.opcheck(forward_operator(backend), (*call.operands, total, keep, *needs))
     for needs in ((True, True), (False, False)):
-        torch.library.opcheck(backward_operator(backend), (call.cotangent, *operands(call), *needs))
+        torch.library.opcheck(backward_operator(backend), (call.cotangent, *call.operands, *needs))
 
 
 @every_operator
 def test_nothing_is_made_without_a_gradient(backend):
     for total, keep in ((True, False), (False, True), (False, False)):
-        made = forward_operator(backend)(*operands(random_call(5, 6, 3)), total, keep, True, True)[1:]
+        made = forward_operator(backend)(*random_call(5, 6, 3).operands, total, keep, True, True)[1:]
         assert [grad.numel() for grad in made] == [0, 0, 0, 0]
-    made = forward_operator(backend)(*operands(random_call(5, 6, 3)), True, True, False, True)[1:]
+    made = forward_operator(backend)(*random_call(5, 6, 3).operands, True, True, False, True)[1:]
     assert [grad.numel() for grad in made] == [0, 18, 1, 1]
 
 

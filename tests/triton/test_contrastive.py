@@ -8,88 +8,88 @@ import pytest
 import torch
 
 from ssl_kernels.triton import contrastive as kernels
-from tests.triton.cases import DTYPES, Call, Case, check
+from tests.helpers import DTYPES
+from tests.support.contrastive import random_call
+from tests.triton.contrastive_calls import backward, case, check, forward, run
 
 SAMPLE = [
-    Case(127, None, 64, torch.bfloat16),
-    Case(130, None, 17, torch.float16, temperature=0.005, ids=True),
-    Case(128, 63, 123, torch.bfloat16, both_directions=True, ids=True, keep_diagonal=True),
-    Case(3, 64, 257, torch.bfloat16, both_directions=True, temperature=10.0),
-    Case(65, 3, 128, torch.float16, positives=2, normalize=False, temperature=10.0),
-    Case(65, None, 257, torch.float16, positives=2),
-    Case(63, None, 3, torch.float32, temperature=0.005),
-    Case(64, 127, 64, torch.float32, both_directions=True, ids=True),
-    Case(2, None, 1, torch.float64, positives=0),
-    Case(65, 31, 17, torch.float64, both_directions=True, temperature=0.005, ids=True),
-    Case(65, 128, 128, torch.bfloat16, expectation=True, ids=True, keep_diagonal=True),
-    Case(127, 65, 17, torch.float16, expectation=True, positives=2, temperature=0.005),
-    Case(3, 63, 64, torch.bfloat16, expectation=True, normalize=False, temperature=10.0),
-    Case(64, 32, 64, torch.float32, expectation=True),
-    Case(31, 65, 130, torch.float32, expectation=True, ids=True, temperature=0.005),
-    Case(17, 31, 100, torch.float64, expectation=True, positives=2),
-    Case(63, 33, 200, torch.bfloat16, expectation=True, normalize=False, temperature=10.0),
-    Case(17, 33, 257, torch.float32, expectation=True),  # too wide to keep it
+    case(127, None, 64, torch.bfloat16),
+    case(130, None, 17, torch.float16, temperature=0.005, ids=True),
+    case(128, 63, 123, torch.bfloat16, both_directions=True, ids=True, keep_diagonal=True),
+    case(3, 64, 257, torch.bfloat16, both_directions=True, temperature=10.0),
+    case(65, 3, 128, torch.float16, positives=2, normalize=False, temperature=10.0),
+    case(65, None, 257, torch.float16, positives=2),
+    case(63, None, 3, torch.float32, temperature=0.005),
+    case(64, 127, 64, torch.float32, both_directions=True, ids=True),
+    case(2, None, 1, torch.float64, positives=0),
+    case(65, 31, 17, torch.float64, both_directions=True, temperature=0.005, ids=True),
+    case(65, 128, 128, torch.bfloat16, expectation=True, ids=True, keep_diagonal=True),
+    case(127, 65, 17, torch.float16, expectation=True, positives=2, temperature=0.005),
+    case(3, 63, 64, torch.bfloat16, expectation=True, normalize=False, temperature=10.0),
+    case(64, 32, 64, torch.float32, expectation=True),
+    case(31, 65, 130, torch.float32, expectation=True, ids=True, temperature=0.005),
+    case(17, 31, 100, torch.float64, expectation=True, positives=2),
+    case(63, 33, 200, torch.bfloat16, expectation=True, normalize=False, temperature=10.0),
+    case(17, 33, 257, torch.float32, expectation=True),  # too wide to keep it
 ]
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
 def test_matches_float64(gpu, case):
-    call = Call(case, gpu.device)
     with gpu.triton():
-        check(call)
+        case.check(gpu.device)
 
 
 ADDITIONS = [
-    Case(63, None, 64, torch.bfloat16, positives=2, additions="bias padding limit exempt"),
-    Case(33, None, 17, torch.float32, ids=True, additions="bias limit"),
-    Case(64, 127, 40, torch.bfloat16, both_directions=True, ids=True, keep_diagonal=True, additions="bias limit only"),
-    Case(65, 33, 257, torch.float16, both_directions=True, additions="bias padding limit exempt"),
-    Case(32, 63, 17, torch.float32, both_directions=True, positives=2, additions="bias limit exempt"),
-    Case(16, 31, 17, torch.float64, both_directions=True, positives=0, additions="bias padding limit"),
-    Case(3, 1100, 16, torch.bfloat16, both_directions=True, additions="bias"),
-    Case(65, 128, 64, torch.bfloat16, expectation=True, additions="bias padding limit exempt"),
-    Case(65, 130, 64, torch.bfloat16, expectation=True, ids=True, additions="only"),
+    case(63, None, 64, torch.bfloat16, positives=2, additions="bias padding limit exempt"),
+    case(33, None, 17, torch.float32, ids=True, additions="bias limit"),
+    case(64, 127, 40, torch.bfloat16, both_directions=True, ids=True, keep_diagonal=True, additions="bias limit only"),
+    case(65, 33, 257, torch.float16, both_directions=True, additions="bias padding limit exempt"),
+    case(32, 63, 17, torch.float32, both_directions=True, positives=2, additions="bias limit exempt"),
+    case(16, 31, 17, torch.float64, both_directions=True, positives=0, additions="bias padding limit"),
+    case(3, 1100, 16, torch.bfloat16, both_directions=True, additions="bias"),
+    case(65, 128, 64, torch.bfloat16, expectation=True, additions="bias padding limit exempt"),
+    case(65, 130, 64, torch.bfloat16, expectation=True, ids=True, additions="only"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ADDITIONS, ids=str)
 def test_additions_match_float64(gpu, case):
-    call = Call(case, gpu.device)
     with gpu.triton():
-        check(call)
+        case.check(gpu.device)
 
 
 @pytest.mark.parametrize("d", [17, 257])
 def test_gradients_of_biases_alone(gpu, d):
     """The same whether the vectors get theirs or not, and 0 where nothing of the sums they are in has one."""
-    call = Call(
-        Case(33, 65, d, torch.bfloat16, both_directions=True, additions="bias padding limit"), gpu.device
+    call = random_call(
+        33, 65, d, torch.bfloat16, both_directions=True, additions="bias padding limit", device=gpu.device
     )
     with gpu.triton():
-        results = call.forward()
-        every = call.backward(results)
+        results = forward(call)
+        every = backward(call, results)
         for wanted in [(True, False), (False, True)]:
-            *vectors, _, by_columns, by_rows = call.backward(results, False, False, wanted)
+            *vectors, _, by_columns, by_rows = backward(
+                call, results, rows=False, columns=False, biases=wanted
+            )
             assert [x.shape for x in vectors] == [(0,), (0,)]
             for bias, needed, expected in zip((by_columns, by_rows), wanted, every[3:], strict=True):
                 expected = expected if needed else expected[:0]
                 torch.testing.assert_close(bias, expected, rtol=1e-4, atol=1e-6)
-        call.grad_lse = None
-        *_, by_columns, by_rows = call.backward(results)
+        *_, by_columns, by_rows = backward(call, results, call.upstream()._replace(lse=None))
     assert (by_columns == 0).all() and by_rows.abs().max() > 0
 
 
 def test_rows_whose_columns_are_all_padding_or_above_the_limit(gpu):
-    case = Case(5, 6, 17, torch.bfloat16, positives=0, additions="bias limit")
-    call = Call(case, gpu.device)
+    call = random_call(5, 6, 17, torch.bfloat16, positives=0, additions="bias limit", device=gpu.device)
     call.row_limit[:] = torch.inf
     call.row_limit[0] = -torch.inf
     for everything in (False, True):
         if everything:
             call.column_bias[:] = -torch.inf
         with gpu.triton():
-            results = call.forward()
-            grads = call.backward(results)
+            results = forward(call)
+            grads = backward(call, results)
         empty = slice(None) if everything else slice(1)
         assert (results[0][empty] == -torch.inf).all()
         assert (grads[0][empty] == 0).all() and all(grad.isfinite().all() for grad in grads)
@@ -97,11 +97,11 @@ def test_rows_whose_columns_are_all_padding_or_above_the_limit(gpu):
 
 
 def test_not_a_number_passes_every_limit(gpu):
-    call = Call(Case(5, 6, 17, torch.bfloat16, positives=0, additions="limit"), gpu.device)
+    call = random_call(5, 6, 17, torch.bfloat16, positives=0, additions="limit", device=gpu.device)
     call.columns[2] = torch.nan
     call.row_limit[:] = -torch.inf
     with gpu.triton():
-        lse = call.forward()[0]
+        lse = forward(call)[0]
     assert lse.isnan().all()
 
 
@@ -114,18 +114,13 @@ def test_matches_float64_everywhere(gpu, dtype, d, square):
     for n, temperature, ids in itertools.product(sizes, [0.005, 0.1, 10.0], [False, True]):
         m = None if square else sizes[sizes.index(n) - 1]
         options = {} if square else {"both_directions": n != 3, "keep_diagonal": ids and n != 65}
-        case = Case(n, m, d, dtype, temperature, ids=ids, seed=n, **options)
-        call = Call(case, gpu.device)
         with gpu.triton(seed=n):
-            try:
-                check(call)
-            except AssertionError as error:
-                raise AssertionError(f"{case}: {error}") from None
+            case(n, m, d, dtype, temperature=temperature, ids=ids, seed=n, **options).check(gpu.device)
 
 
 @pytest.mark.parametrize("data", ["zero rows", "equal rows", "uneven norms"])
 def test_unusual_rows(gpu, data):
-    call = Call(Case(65, None, 17, torch.float16, data=data), gpu.device)
+    call = random_call(65, None, 17, torch.float16, data=data, device=gpu.device)
     with gpu.triton():
         check(call)
 
@@ -136,17 +131,17 @@ def test_unusual_rows(gpu, data):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unusual_rows_in_every_dtype(gpu, dtype, d, data):
     for m in (None, 65):
-        call = Call(Case(65, m, d, dtype, data=data, both_directions=m is not None), gpu.device)
+        call = random_call(65, m, d, dtype, data=data, both_directions=m is not None, device=gpu.device)
         with gpu.triton():
             check(call)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_expectation_is_split_and_spares_the_second_walk(gpu, dtype):
-    call = Call(Case(3, 1100, 40, dtype, expectation=True), gpu.device)
+    call = random_call(3, 1100, 40, dtype, device=gpu.device)
     with gpu.triton() as launches:
-        results = call.triton()
-    check(call, results)
+        found = run(call, expectation=True)
+    check(call, True, found)
     if gpu.emulated:
         kernels_run = [launch.kernel for launch in launches]
         (forward,) = (launch for launch in launches if launch.kernel == "contrastive_fwd_kernel")
@@ -158,13 +153,13 @@ def test_expectation_is_split_and_spares_the_second_walk(gpu, dtype):
 @pytest.mark.parametrize("d", [17, 256])
 def test_narrow_columns_are_those_widened(gpu, columns, d):
     """A bfloat16 queue beside float32 queries, in the forward that keeps the expectation and without."""
-    call = Call(Case(5, 70, d, torch.float32, expectation=True, positives=2), gpu.device)
+    call = random_call(5, 70, d, torch.float32, positives=2, device=gpu.device)
     call.columns = call.columns.to(columns)
     results = []
     for _ in range(2):
         with gpu.triton():
-            forward = kernels.contrastive_fwd(*call.operands, *call.flags, False, False)
-            results.append([*call.triton(), *forward[:3]])
+            alone = kernels.contrastive_fwd(*call.operands, *call.flags, False, False)
+            results.append([*run(call, expectation=True).values(), *alone[:3]])
         call.columns = call.columns.float()
     for narrow, wide in zip(*results, strict=True):
         torch.testing.assert_close(narrow, wide, rtol=1e-5, atol=1e-6)
@@ -172,56 +167,69 @@ def test_narrow_columns_are_those_widened(gpu, columns, d):
 
 def test_expectation_without_columns(gpu):
     """What autograd saves when no positives are asked for: the columns are not read again."""
-    call = Call(Case(5, 70, 17, torch.bfloat16, expectation=True, positives=0), gpu.device)
+    call = random_call(5, 70, 17, torch.bfloat16, positives=0, device=gpu.device)
     call.row_ids = torch.tensor([7, 1, 2, 3, 4], device=gpu.device)
     call.column_ids = torch.full((70,), 7, device=gpu.device)
     with gpu.triton():
-        results = call.forward()
-        expected = call.backward(results, True, False)
+        results = forward(call, expectation=True)
+        expected = backward(call, results, columns=False)
+        upstream = call.upstream()
         call.columns = call.row_ids = call.column_ids = None
-        got = call.backward(results, True, False)
+        got = backward(call, results, upstream, columns=False)
     assert (results[5][0] == 0).all() and results[0][0] == -torch.inf
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("layout", ["transposed", "strided"])
 def test_any_strides(gpu, layout):
-    call = Call(Case(65, 33, 17, torch.bfloat16, both_directions=True, layout=layout), gpu.device)
+    def lay(rows):
+        if layout == "transposed":
+            return rows.T.contiguous().T
+        padded = torch.full(
+            (2 * len(rows), rows.shape[1] + 3), torch.nan, dtype=rows.dtype, device=gpu.device
+        )
+        padded[::2, : rows.shape[1]] = rows
+        return padded[::2, : rows.shape[1]]
+
+    call = random_call(65, 33, 17, torch.bfloat16, both_directions=True, device=gpu.device)
+    call = call.replace(rows=lay(call.rows), columns=lay(call.columns))
     with gpu.triton():
         check(call)
 
 
 @pytest.mark.parametrize("d, m", [(17, None), (257, None), (40, 130)])
 def test_every_schedule_gives_the_same_bits(gpu, d, m):
-    call = Call(Case(65, m, d, torch.bfloat16, expectation=m is not None), gpu.device)
+    call = random_call(65, m, d, torch.bfloat16, device=gpu.device)
     schedules = [{"seed": 0}, {"seed": 1}, {"seed": 2, "warp_races": True}]
     results = []
     for schedule in schedules:
         with gpu.triton(**schedule):
-            results.append(call.triton())
+            results.append(run(call, expectation=m is not None))
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
 def test_rows_with_nothing_allowed(gpu):
-    call = Call(Case(5, 6, 17, torch.bfloat16, positives=0), gpu.device)
+    call = random_call(5, 6, 17, torch.bfloat16, positives=0, device=gpu.device)
     call.row_ids = torch.tensor([7, 1, 2, 3, 4], device=gpu.device)
     call.column_ids = torch.full((6,), 7, device=gpu.device)
     with gpu.triton():
-        results = call.forward()
-        grad_rows, _, grad_scale = call.backward(results)
+        results = forward(call)
+        grad_rows, _, grad_scale, *_ = backward(call, results)
     assert results[0][0] == -torch.inf and results[0][1:].isfinite().all()
     assert (grad_rows[0] == 0).all() and grad_rows[1:].isfinite().all() and grad_scale.isfinite()
 
 
 @pytest.mark.parametrize("d", [17, 257])
 def test_only_what_is_needed_is_returned(gpu, d):
-    call = Call(Case(65, 33, d, torch.bfloat16), gpu.device)
+    call = random_call(65, 33, d, torch.bfloat16, device=gpu.device)
     with gpu.triton():
-        results = call.forward()
-        both = call.backward(results)
+        results = forward(call)
+        both = backward(call, results)
         for rows_need_grad, columns_need_grad in [(True, False), (False, True), (False, False)]:
-            grad_rows, grad_columns, grad_scale = call.backward(results, rows_need_grad, columns_need_grad)
+            grad_rows, grad_columns, grad_scale, *_ = backward(
+                call, results, rows=rows_need_grad, columns=columns_need_grad
+            )
             assert torch.equal(grad_rows, both[0] if rows_need_grad else both[0].new_empty(0))
             if columns_need_grad:
                 # The panels of a wide D are then cut along the columns: another order of sums.
@@ -232,19 +240,18 @@ def test_only_what_is_needed_is_returned(gpu, d):
 
 
 def test_a_missing_gradient_counts_as_zero(gpu):
-    call = Call(Case(65, None, 17, torch.float16), gpu.device)
+    call = random_call(65, None, 17, torch.float16, device=gpu.device)
     with gpu.triton():
-        results = call.forward()
-        call.grad_lse = torch.zeros_like(call.grad_lse)
-        zero = call.backward(results)
-        call.grad_lse = None
-        missing = call.backward(results)
+        results = forward(call)
+        upstream = call.upstream()
+        zero = backward(call, results, upstream._replace(lse=torch.zeros_like(upstream.lse)))
+        missing = backward(call, results, upstream._replace(lse=None))
     assert torch.equal(zero[0], missing[0]) and zero[0].abs().max() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_few_rows_split_the_walk_over_columns(gpu, dtype):
-    call = Call(Case(3, 1100, 16, dtype, both_directions=True), gpu.device)
+    call = random_call(3, 1100, 16, dtype, both_directions=True, device=gpu.device)
     with gpu.triton() as launches:
         check(call)
     if gpu.emulated:
@@ -255,7 +262,7 @@ def test_few_rows_split_the_walk_over_columns(gpu, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_little_scratch_gives_the_same_result(gpu, dtype, monkeypatch):
-    call = Call(Case(300, 70, 300, dtype, both_directions=True), gpu.device)
+    call = random_call(300, 70, 300, dtype, both_directions=True, device=gpu.device)
     monkeypatch.setattr(kernels.panels, "SCRATCH_BYTES", 600)
     with gpu.triton() as launches:
         check(call)
@@ -266,44 +273,43 @@ def test_little_scratch_gives_the_same_result(gpu, dtype, monkeypatch):
 
 
 def test_positives_may_be_flat_and_count_from_the_end(gpu):
-    call = Call(Case(65, 33, 17, torch.bfloat16), gpu.device)
+    call = random_call(65, 33, 17, torch.bfloat16, device=gpu.device)
     with gpu.triton():
-        expected = call.triton()
-        call.positives = call.positives[:, 0] - 33
-        call.grad_positive_logits = call.grad_positive_logits[:, 0]
-        results = call.triton()
-    assert results[2].shape == (65,)
-    expected[2] = expected[2][:, 0]
-    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+        flat = run(call)
+        call.positives = call.positives[:, None] % 33
+        expected = run(call)
+    assert flat["positive_logits"].shape == (65,) and call.positives.min() >= 0
+    expected["positive_logits"] = expected["positive_logits"][:, 0]
+    assert all(torch.equal(flat[name], expected[name]) for name in expected)
 
 
 def test_smallest_temperature(gpu):
     """A positive that is the row itself at T = 1e-4: the loss is 0, not the rounding of 1e4."""
-    call = Call(Case(33, 33, 64, torch.float32, temperature=1e-4), gpu.device)
+    call = random_call(33, 33, 64, torch.float32, temperature=1e-4, device=gpu.device)
     call.columns = call.rows.clone()
-    call.positives = torch.arange(33, device=gpu.device)[:, None]
+    call.positives = torch.arange(33, device=gpu.device)
     with gpu.triton():
-        lse, _, positive_logits, *_ = call.forward()
-    assert torch.equal(lse, positive_logits[:, 0])
+        lse, _, positive_logits, *_ = forward(call)
+    assert torch.equal(lse, positive_logits)
 
 
 def test_float16_keeps_small_gradients(gpu):
     """Softmax weights of a mean over many rows lie below float16's smallest number."""
-    call = Call(Case(65, None, 64, torch.float16), gpu.device)
+    call = random_call(65, None, 64, torch.float16, device=gpu.device)
     call.rows = call.rows / 8
     with gpu.triton():
-        results = call.forward()
-        *_, grad_scale = call.backward(results)
-        call.grad_lse, call.grad_positive_logits = call.grad_lse * 2**-30, call.grad_positive_logits * 2**-30
-        *_, small_grad_scale = call.backward(results)
+        results = forward(call)
+        grad_scale = backward(call, results)[2]
+        lse, _, positive_logits = call.upstream()
+        small_grad_scale = backward(call, results, (lse * 2**-30, None, positive_logits * 2**-30))[2]
     assert small_grad_scale * 2**30 == grad_scale != 0
 
 
 def test_nan_reaches_its_row(gpu):
-    call = Call(Case(65, 33, 17, torch.float32, positives=0), gpu.device)
+    call = random_call(65, 33, 17, torch.float32, positives=0, device=gpu.device)
     call.rows[3, 2] = torch.nan
     with gpu.triton():
-        lse = call.forward()[0]
+        lse = forward(call)[0]
     assert lse[3].isnan() and lse.isnan().sum() == 1
 
 
@@ -321,13 +327,13 @@ def test_unsupported_calls_say_why(gpu):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="capture needs a card")
 def test_capture_in_a_cuda_graph():
-    call = Call(Case(65, 130, 64, torch.bfloat16, both_directions=True), "cuda")
-    expected = call.triton()
+    call = random_call(65, 130, 64, torch.bfloat16, both_directions=True, device="cuda")
+    expected = run(call)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = call.triton()
+        captured = run(call)
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    assert all(torch.equal(captured[name], expected[name]) for name in expected)
 
 
 def test_tables_need_no_triton():

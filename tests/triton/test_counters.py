@@ -8,22 +8,22 @@ from ssl_kernels.triton import panels
 from ssl_kernels.triton.launch import find_tile
 from ssl_kernels.triton.panels import wide_product
 from ssl_kernels.triton.sigmoid_pairs import sigmoid_pairs_fwd
-from tests.cuda.sigmoid_pairs_calls import random_call
-from tests.triton.cases import Call, Case
+from tests.support.sigmoid_pairs import random_call as random_pairs
+from tests.triton.contrastive_calls import case, forward, run
 
 
 def _launches(gpu, case):
-    call = Call(case, gpu.device)
+    call = case.call(gpu.device)
     with gpu.triton() as launches:
-        call.triton()
+        run(call, case.expectation)
     _needs_counters(gpu)
     return {launch.kernel: launch.counters for launch in launches}
 
 
 def _forward_and_splits(gpu, case):
-    call = Call(case, gpu.device)
+    call = case.call(gpu.device)
     with gpu.triton() as launches:
-        call.forward()
+        forward(call)
     _needs_counters(gpu)
     (launch,) = (launch for launch in launches if launch.kernel == "contrastive_fwd_kernel")
     return launch.counters, launch.grid[1]
@@ -40,7 +40,7 @@ def _padded(size, block):
 
 @pytest.mark.parametrize("n, d", [(300, 64), (256, 128)])
 def test_square_case_multiplies_one_unit_forward_and_two_backward(gpu, n, d):
-    counters = _launches(gpu, Case(n, None, d, torch.bfloat16))
+    counters = _launches(gpu, case(n, None, d, torch.bfloat16))
     for kernel, stem, units in (("forward", "fwd", 1), ("backward", "bwd", 2)):
         tile = find_tile(kernel, gpu.arch, "half", d)
         flops = _padded(n, tile.block_n) * _padded(n, tile.block_m) * d
@@ -56,7 +56,7 @@ def test_square_case_multiplies_one_unit_forward_and_two_backward(gpu, n, d):
 
 def test_expectation_multiplies_two_units(gpu):
     n, m, d = 256, 512, 128
-    counters = _launches(gpu, Case(n, m, d, torch.bfloat16, expectation=True))
+    counters = _launches(gpu, case(n, m, d, torch.bfloat16, expectation=True))
     tile = find_tile("expectation", gpu.arch, "half", d)
     flops = _padded(n, tile.block_n) * _padded(m, tile.block_m) * d
     if gpu.arch == 80:
@@ -70,7 +70,7 @@ def test_both_directions_multiply_one_unit_forward(gpu):
     """Each tile is visited once; its column sums are 8 bytes per column and row block."""
     n, m, d = 256, 512, 128
     counters, splits = _forward_and_splits(
-        gpu, Case(n, m, d, torch.bfloat16, both_directions=True, positives=0)
+        gpu, case(n, m, d, torch.bfloat16, both_directions=True, positives=0)
     )
     tile = find_tile("forward", gpu.arch, "half", d)
     flops = _padded(n, tile.block_n) * _padded(m, tile.block_m) * d
@@ -90,11 +90,11 @@ def test_wide_rows_multiply_one_unit_and_leave_the_rest_to_torch(gpu, operation,
 
     monkeypatch.setattr(panels, "wide_product", counting)
     if operation == "contrastive":
-        counters = _launches(gpu, Case(n, m, d, torch.bfloat16, both_directions=True))
+        counters = _launches(gpu, case(n, m, d, torch.bfloat16, both_directions=True))
     else:
-        call = random_call(n, m, d, torch.bfloat16, device=gpu.device)
+        call = random_pairs(n, m, d, torch.bfloat16, device=gpu.device)
         with gpu.triton() as launches:
-            sigmoid_pairs_fwd(*call[:7], True, True, True, True)
+            sigmoid_pairs_fwd(*call.operands, True, True, True, True)
         _needs_counters(gpu)
         counters = {launch.kernel: launch.counters for launch in launches}
     tile = find_tile("coefficient", gpu.arch, "half", d)
@@ -108,7 +108,7 @@ def test_wide_rows_multiply_one_unit_and_leave_the_rest_to_torch(gpu, operation,
 def test_forward_traffic_is_as_stated(gpu, normalize):
     n, d = 512, 64
     counters, splits = _forward_and_splits(
-        gpu, Case(n, None, d, torch.bfloat16, normalize=normalize, positives=0)
+        gpu, case(n, None, d, torch.bfloat16, normalize=normalize, positives=0)
     )
     tile = find_tile("forward", gpu.arch, "half", d)
     blocks = n // tile.block_n
@@ -122,9 +122,9 @@ def test_forward_traffic_is_as_stated(gpu, normalize):
 @pytest.mark.parametrize("normalize", [False, True], ids=["raw", "normalized"])
 def test_backward_traffic_is_as_stated(gpu, normalize):
     n, d = 512, 64
-    call = Call(Case(n, None, d, torch.bfloat16, normalize=normalize), gpu.device)
+    call = case(n, None, d, torch.bfloat16, normalize=normalize).call(gpu.device)
     with gpu.triton() as launches:
-        call.triton()
+        run(call)
     _needs_counters(gpu)
     (launch,) = (launch for launch in launches if launch.kernel == "contrastive_bwd_kernel")
     blocks, splits = launch.grid[:2]

@@ -6,8 +6,8 @@ import torch
 from ssl_kernels.reference import cutmix as reference
 from ssl_kernels.triton import cutmix as kernels
 from tests.cuda.mixing_calls import aligned, counted
-from tests.mixing_cases import PERMUTATIONS, boxes_of, permutation_of
-from tests.triton.cases import DTYPES
+from tests.helpers import DTYPES
+from tests.support.mixing import PERMUTATIONS, boxes_of, permutation_of
 
 SECTOR = 32
 

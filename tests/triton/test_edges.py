@@ -9,9 +9,9 @@ from ssl_kernels.reference.batch_hard import batch_hard as hardest_by_definition
 from ssl_kernels.reference.contrastive import contrastive as contrastive_by_definition
 from ssl_kernels.triton.launch import tile_for
 from tests.cuda.edges import short_rows
-from tests.cuda.queue_push_calls import keys_of
 from tests.gpu_emulation import PtxError, emulated_triton
-from tests.ops.row_pairs_calls import Call, check_results
+from tests.support.queue_push import keys_of
+from tests.support.row_pairs import Call, check_results
 from tests.triton.mutation import load
 
 FLAGS = (True, True, False)

@@ -6,8 +6,8 @@ import importlib.util
 import pytest
 import torch
 
+from tests.helpers import DTYPES
 from tests.layouts import check, operators
-from tests.triton.cases import DTYPES
 
 
 def operation_of(name):

@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ssl_kernels.triton import cutmix, mixup, mixup_cross_entropy, mixup_normalize
-from tests.triton.cases import DTYPES
+from tests.helpers import DTYPES
 from tests.triton.compiled import TRITON_NAMES, resources
 
 ARCHITECTURES = (80, 90, 100)

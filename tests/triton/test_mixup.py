@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from ssl_kernels.reference import mixup as reference
 from ssl_kernels.triton import mixup as kernels
 from ssl_kernels.triton import permutation_walk
 from tests.cuda.mixing_calls import aligned, counted
-from tests.mixing_cases import PERMUTATIONS, check_rounded_once, permutation_of, shares_of
-from tests.triton.cases import DTYPES
+from tests.helpers import DTYPES
+from tests.support.mixing import PERMUTATIONS, check_mixup, check_mixup_gradients, permutation_of, shares_of
 
 SECTOR = 32
 SAMPLE = [("random", torch.bfloat16), ("one cycle", torch.float32), ("fixed points", torch.float16)]
@@ -20,33 +19,23 @@ def randn(*shape, dtype, seed=0):
 
 
 def check(gpu, x, lam, permutation, **options):
-    acc = lam.dtype
-    exact = reference.mixup(x.double(), lam.double(), permutation)
-    terms = x.double().abs() + x.double().abs()[permutation]
     on_device = [tensor.to(gpu.device) for tensor in (lam, permutation)]
     with gpu.triton(**options) as launches:
         out = kernels.mixup_fwd(x.to(gpu.device), *on_device)
         in_place = torch.empty_like(x, device=gpu.device).copy_(x)
         kernels.mixup_(in_place, *on_device)
-    check_rounded_once(out.cpu(), exact, terms, acc)
-    copied = (lam == 1) | (permutation == torch.arange(len(x)))
-    assert torch.equal(out.cpu()[copied], x[copied])
+    check_mixup(out, x, lam, permutation)
     assert torch.equal(in_place, out)
     return launches
 
 
 def check_bwd(gpu, grad, x, lam, permutation, **options):
-    exact_x, exact_lam = reference.mixup_bwd(grad.double(), x.double(), lam.double(), permutation)
-    inverse = reference.inverse_permutation(permutation)
     on_device = [tensor.to(gpu.device) for tensor in (grad, x, lam, permutation)]
     with gpu.triton(**options):
         grad_x, grad_lam = kernels.mixup_bwd(*on_device, True)
         without_lam, nothing = kernels.mixup_bwd(on_device[0], None, *on_device[2:], True)
         no_grad_x, only_lam = kernels.mixup_bwd(*on_device, False)
-    terms = grad.double().abs() + grad.double().abs()[inverse]
-    check_rounded_once(grad_x.cpu(), exact_x, terms, lam.dtype)
-    sums = (grad.double().abs() * (x.double().abs() + x.double().abs()[permutation])).flatten(1).sum(1)
-    assert ((grad_lam.double().cpu() - exact_lam).abs() <= 4 * torch.finfo(lam.dtype).eps * sums).all()
+    check_mixup_gradients(grad_x, grad_lam, grad, x, lam, permutation)
     assert torch.equal(without_lam, grad_x) and torch.equal(only_lam, grad_lam)
     assert nothing.shape == no_grad_x.shape == (0,)
 

@@ -1,24 +1,17 @@
 """The Triton kernels of `mixup_cross_entropy`, as compiled code, against float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ssl_kernels.reference import mixup_cross_entropy as reference
 from ssl_kernels.triton import mixup_cross_entropy as kernels
 from tests.cuda.mixing_calls import aligned, counted
-from tests.mixing_cases import permutation_of, shares_of
-from tests.triton.cases import DTYPES
+from tests.helpers import DTYPES
+from tests.support.mixing import check_cross_entropy, cross_entropy_call
 
 SECTOR = 32
-
-
-def call_of(rows, classes, dtype, *, seed=0, spread=3.0):
-    """logits, target, permutation, lam and the gradient of the loss."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = (spread * torch.randn(rows, classes, generator=generator, dtype=torch.float64)).to(dtype)
-    target = torch.randint(classes, (rows,), generator=generator)
-    grad_loss = torch.randn(rows, generator=generator, dtype=torch.float64)
-    return logits, target, permutation_of("random", rows), shares_of(rows, dtype), grad_loss
 
 
 def run(operands, upstream, smoothing, weight=None, ignore_index=-100, direct=False):
@@ -28,56 +21,42 @@ def run(operands, upstream, smoothing, weight=None, ignore_index=-100, direct=Fa
     return loss, kernels.mixup_cross_entropy_bwd(upstream, *operands, weight, lse, *options)
 
 
-def check(gpu, call, smoothing=0.0, weight=None, ignore_index=-100, direct=False, **options):
-    """Against the definition in float64; with `direct` the partners' classes are passed."""
-    logits, target, permutation, lam, grad_loss = call
-    leaf = logits.double().requires_grad_()
-    wide = None if weight is None else weight.double()
-    exact = reference.mixup_cross_entropy(
-        leaf, target, permutation, lam.double(), wide, smoothing, ignore_index
+def check(gpu, call, direct=False, **options):
+    """With `direct` the partners' classes are passed."""
+    partner = call.target[call.permutation] if direct else call.permutation
+    *operands, upstream = (
+        tensor.to(gpu.device) for tensor in (call.logits, call.target, partner, call.lam, call.grad_loss)
     )
-    (exact_grad,) = torch.autograd.grad(exact, leaf, grad_loss)
-    partner = target[permutation] if direct else permutation
-    *operands, upstream = (tensor.to(gpu.device) for tensor in (logits, target, partner, lam, grad_loss))
-    with gpu.triton(**options) as launches:
-        weights = None if weight is None else weight.to(gpu.device)
-        loss, grad = run(operands, upstream, smoothing, weights, ignore_index, direct)
-    # Differences of logits enter, so that their size does not count, but in the mean that smoothing takes.
-    largest = 1 if weight is None else max(1, weight.abs().max().item())
-    size = largest * (2 + smoothing * leaf.detach().abs().amax(1))
-    eps = torch.finfo(lam.dtype).eps
-    assert loss.dtype == lam.dtype
-    assert ((loss.cpu().double() - exact.detach()).abs() <= 4 * eps * size + eps * exact.detach()).all()
-    info = torch.finfo(grad.dtype)
-    stored = 0 if grad.dtype == lam.dtype else info.eps / 2
-    of_truth = torch.finfo(torch.float64).eps * logits.shape[1] ** 0.5  # it sums over the classes
-    allowed = stored * exact_grad.abs() + (8 * eps * largest + of_truth) * grad_loss.abs()[:, None]
-    assert ((grad.cpu().double() - exact_grad).abs() <= allowed + info.smallest_normal * info.eps).all()
-    return launches
+    weight = None if call.weight is None else call.weight.to(gpu.device)
+    with gpu.triton(**options):
+        loss, grad = run(operands, upstream, call.label_smoothing, weight, call.ignore_index, direct)
+    assert loss.dtype == call.lam.dtype
+    check_cross_entropy(call, loss, grad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_float64(gpu, dtype):
-    check(gpu, call_of(5, 37, dtype), 0.1)
-    check(gpu, call_of(3, 64, dtype))
+    check(gpu, cross_entropy_call(5, 37, dtype, label_smoothing=0.1))
+    check(gpu, cross_entropy_call(3, 64, dtype))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_float64_everywhere(gpu, dtype):
     for rows, classes, smoothing in [(1, 1, 0.0), (9, 1003, 0.3), (2, 9000, 1.0)]:
-        check(gpu, call_of(rows, classes, dtype), smoothing, seed=rows)
+        check(gpu, cross_entropy_call(rows, classes, dtype, label_smoothing=smoothing), seed=rows)
 
 
 def test_rows_longer_than_a_block(gpu, monkeypatch):
     monkeypatch.setattr(kernels, "LONGEST_BLOCK", 32)
-    check(gpu, call_of(3, 75, torch.float32), 0.1, seed=2, warp_races=True)
+    call = cross_entropy_call(3, 75, torch.float32, label_smoothing=0.1)
+    check(gpu, call, seed=2, warp_races=True)
 
 
 def test_large_logits_and_strides(gpu):
-    logits, *rest = call_of(5, 100, torch.float32, spread=10.0)
-    check(gpu, (logits + 2e4, *rest), 0.1)
-    check(gpu, (logits.T.contiguous().T, *rest), 0.1)
+    call = cross_entropy_call(5, 100, torch.float32, spread=10.0, label_smoothing=0.1)
+    check(gpu, replace(call, logits=call.logits + 2e4))
+    check(gpu, replace(call, logits=call.logits.T.contiguous().T))
 
 
 @pytest.mark.parametrize(
@@ -87,18 +66,17 @@ def test_large_logits_and_strides(gpu):
 )
 def test_weights_and_ignored_classes(gpu, dtype, weighted, direct):
     """Rows of which both terms count, one or none, and a class of weight 0."""
-    call = call_of(9, 37, dtype)
-    call[1][::3] = 255
-    weight = None
+    call = cross_entropy_call(9, 37, dtype, ignore_index=255)
+    call.target[::3] = 255
     if weighted:
-        weight = torch.rand(37, generator=torch.Generator().manual_seed(1))
-        weight[18] = 0
+        call.weight = torch.rand(37, generator=torch.Generator().manual_seed(1))
+        call.weight[18] = 0
     for smoothing in (0.0, 0.1):
-        check(gpu, call, smoothing, weight, 255, direct)
+        check(gpu, replace(call, label_smoothing=smoothing), direct)
 
 
 def test_the_denominator_of_the_mean(gpu):
-    logits, target, permutation, lam, _ = call_of(6, 9, torch.float32)
+    logits, target, permutation, lam, _ = cross_entropy_call(6, 9, torch.float32).operands
     target[2] = -100
     weight = torch.linspace(0.5, 2, 9)
     counted = reference.target_terms(target, permutation, lam, weight, -100, False).counted
@@ -112,7 +90,7 @@ def test_the_denominator_of_the_mean(gpu):
 
 def test_nothing_comes_of_what_has_no_weight(gpu):
     """Not of a row whose classes are to be ignored or out of range, and not of -inf in a class of weight 0."""
-    logits, _, _, lam, upstream = call_of(6, 9, torch.float32)
+    logits, _, _, lam, upstream = cross_entropy_call(6, 9, torch.float32).operands
     logits[0], logits[1, 7], logits[4:, 5] = torch.nan, torch.inf, -torch.inf
     weight = torch.ones(9)
     weight[5] = 0
@@ -134,7 +112,7 @@ def test_nothing_comes_of_what_has_no_weight(gpu):
 def test_logits_are_read_once_in_each_pass(gpu):
     if not gpu.emulated:
         pytest.skip("a card has no such counters")
-    logits, target, permutation, lam, grad_loss = call_of(8, 1024, torch.float32)
+    logits, target, permutation, lam, grad_loss = cross_entropy_call(8, 1024, torch.float32).operands
     logits = aligned(logits)
     with gpu.triton() as launches:
         run((logits, target, permutation, lam), grad_loss, 0.1)

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from ssl_kernels.reference import mixup_normalize as reference
 from ssl_kernels.triton import mixup_normalize as kernels
 from tests.cuda.mixing_calls import aligned, counted
-from tests.mixing_cases import check_rounded_once, permutation_of, shares_of
+from tests.support.mixing import check_mixup_normalize, permutation_of, shares_of, statistics
 
 SECTOR = 32
 
@@ -17,17 +16,12 @@ def images(shape, seed=0):
 
 def check(gpu, x, permutation, dtype, **options):
     lam = shares_of(len(x), dtype)
-    generator = torch.Generator().manual_seed(8)
-    mean, std = torch.rand(x.shape[1], generator=generator), torch.rand(x.shape[1], generator=generator) + 0.2
-    exact = reference.mixup_normalize(
-        x, lam.double(), permutation, mean.double(), std.double(), torch.float64
-    )
-    terms = (1 + mean / std + 1 / std).view(-1, 1, 1).expand_as(exact)
+    mean, std = statistics(x.shape[1])
     on_device = [tensor.to(gpu.device) for tensor in (lam, permutation, mean, std)]
     images_on_device = torch.empty_like(x, device=gpu.device).copy_(x)
     with gpu.triton(**options) as launches:
         out = kernels.mixup_normalize(images_on_device, *on_device, dtype)
-    check_rounded_once(out.cpu(), exact, terms, torch.float32)
+    check_mixup_normalize(out, x, lam, permutation, mean, std, dtype)
     assert out.stride() == torch.empty_like(x).stride()
     return launches
 

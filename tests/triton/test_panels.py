@@ -6,10 +6,11 @@ import importlib
 import pytest
 import torch
 
-from tests.cuda.sigmoid_pairs_calls import plain, random_call
 from tests.gpu_emulation import PtxError, emulated_triton
-from tests.triton import cases
-from tests.triton.cases import Call, Case
+from tests.support.contrastive import random_call
+from tests.support.sigmoid_pairs import exact
+from tests.support.sigmoid_pairs import random_call as random_pairs
+from tests.triton.contrastive_calls import backward, check, forward
 from tests.triton.mutation import load
 
 EVERYTHING = "bias padding limit exempt"
@@ -18,23 +19,27 @@ EVERYTHING = "bias padding limit exempt"
 def check_contrastive(kernels):
     """One block of rows a panel, the last of them short, and all rows in one panel."""
     double, half = torch.float64, torch.float16
-    for case, scratch in (
-        (Case(70, 37, 20, double, positives=2, ids=True, both_directions=True, additions=EVERYTHING), 1),
-        (Case(70, 48, 20, double, both_directions=True, normalize=False, additions="bias"), 1 << 20),
-        (Case(35, None, 20, double, positives=2, additions=EVERYTHING), 1),
-        (Case(130, 80, 136, half, both_directions=True, data="uneven norms", additions="bias"), 1),
+    for call, scratch in (
+        (
+            random_call(
+                70, 37, 20, double, positives=2, ids=True, both_directions=True, additions=EVERYTHING
+            ),
+            1,
+        ),
+        (random_call(70, 48, 20, double, both_directions=True, normalize=False, additions="bias"), 1 << 20),
+        (random_call(35, None, 20, double, positives=2, additions=EVERYTHING), 1),
+        (random_call(130, 80, 136, half, both_directions=True, data="uneven norms", additions="bias"), 1),
     ):
         kernels.panels.SCRATCH_BYTES = scratch
-        call = Call(case, "cpu", kernels)
-        cases.check(call)
+        check(call, kernels=kernels)
         # The other side first: a panel has columns of the operator.
-        results = call.forward()
-        both = call.backward(results)
-        if not isinstance(call.columns, torch.Tensor):
+        results = forward(call, kernels=kernels)
+        both = backward(call, results, kernels=kernels)
+        if call.square:
             continue
-        other = call.backward(results, False, True, (True, False))
+        other = backward(call, results, rows=False, biases=(True, False), kernels=kernels)
         expected = [both[0][:0, 0], *both[1:4], both[4][:0]]
-        rtol = 1e-9 if case.dtype == double else 2e-2
+        rtol = 1e-9 if call.rows.dtype == double else 2e-2
         for ours, right in zip(other, expected, strict=True):
             size = right.abs().max().item() if right.numel() else 1
             torch.testing.assert_close(ours, right, rtol=rtol, atol=rtol * size)
@@ -44,13 +49,12 @@ def check_contrastive(kernels):
 
 def _small_weights(kernels):
     """Gradients of a mean over many rows, below float16's smallest number, are those of a sum, scaled."""
-    call = Call(Case(33, 40, 136, torch.float16, both_directions=True, additions="bias"), "cpu", kernels)
+    call = random_call(33, 40, 136, torch.float16, both_directions=True, additions="bias")
     call.rows, call.columns = call.rows / 8, call.columns / 8
-    results = call.forward()
-    *_, scale, by_columns, by_rows = call.backward(results)
-    for name in ("grad_lse", "grad_column_lse", "grad_positive_logits"):
-        setattr(call, name, getattr(call, name) * 2**-30)
-    *_, small_scale, small_by_columns, small_by_rows = call.backward(results)
+    results = forward(call, kernels=kernels)
+    *_, scale, by_columns, by_rows = backward(call, results, kernels=kernels)
+    small = [grad * 2**-30 for grad in call.upstream()]
+    *_, small_scale, small_by_columns, small_by_rows = backward(call, results, small, kernels=kernels)
     assert small_scale * 2**30 == scale != 0
     assert torch.equal(small_by_columns * 2**30, by_columns) and by_columns.abs().max() > 0
     assert torch.equal(small_by_rows * 2**30, by_rows) and by_rows.abs().max() > 0
@@ -58,19 +62,21 @@ def _small_weights(kernels):
 
 def _large_biases(kernels):
     """Rows past the end have no exponential to overflow."""
-    call = Call(Case(33, 40, 20, torch.float64, both_directions=True, additions="bias"), "cpu", kernels)
+    call = random_call(33, 40, 20, torch.float64, both_directions=True, additions="bias")
     call.column_bias[3:5], call.row_bias[5:7] = 900.0, 900.0
-    for ours, right in zip(call.triton(), call.autograd(torch.float64), strict=True):
-        torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-12)
+    check(call, kernels=kernels)
 
 
 def check_sigmoid_pairs(kernels):
     double, half = torch.float64, torch.float16
     for call, scratch in (
-        (random_call(70, 37, 20, double, scale=2.0, bias=-1.0, diagonal=3, ids="left out"), 1),
-        (random_call(35, 20, 20, double, scale=2.0, bias=-1.0, ids="positive"), 1),
-        (random_call(40, 48, 20, double, scale=0.5, bias=0.5, diagonal=-7, normalize_columns=False), 1 << 20),
-        (random_call(130, 80, 136, half, scale=10.0, bias=-5.0, diagonal=2), 1),
+        (random_pairs(70, 37, 20, double, scale=2.0, bias=-1.0, diagonal=3, ids="left out"), 1),
+        (random_pairs(35, 20, 20, double, scale=2.0, bias=-1.0, ids="positive"), 1),
+        (
+            random_pairs(40, 48, 20, double, scale=0.5, bias=0.5, diagonal=-7, normalize_columns=False),
+            1 << 20,
+        ),
+        (random_pairs(130, 80, 136, half, scale=10.0, bias=-5.0, diagonal=2), 1),
     ):
         kernels.panels.SCRATCH_BYTES = scratch
         n = len(call.rows)
@@ -79,19 +85,23 @@ def check_sigmoid_pairs(kernels):
         if call.normalize_rows and call.normalize_columns:
             rows = (call.rows.double() * lengths[:n]).to(call.rows.dtype)
             columns = (call.columns.double() * lengths[n:]).to(call.rows.dtype)
-            call = call._replace(rows=rows, columns=columns)
+            call = call.replace(rows=rows, columns=columns)
         ones = torch.ones(n, dtype=double)
         weights = torch.linspace(0.1, 1, n, dtype=double) * 2.0**-30
         rtol = 1e-11 if call.rows.dtype == double else 2e-2
-        truth, exact = plain(call, ones, double)
-        operands, ids = call[:7], call[7:]
+        truth = exact(call.replace(grad_losses=ones))
+        weighted = exact(call.replace(grad_losses=weights))
+        operands, ids = call.operands, call.marks
         losses = kernels.sigmoid_pairs_fwd(*operands, False, True, True, True, *ids)[0]
-        torch.testing.assert_close(losses, truth, rtol=1e-5 if rtol > 1e-3 else 1e-12, atol=0)
-        for given, right in ((None, exact), (weights, plain(call, weights, double)[1])):
+        torch.testing.assert_close(losses, truth["losses"], rtol=1e-5 if rtol > 1e-3 else 1e-12, atol=0)
+        for given, right in ((None, truth), (weights, weighted)):
+            _, *right = right.values()
             for needs in ((True, True), (False, True)):
                 if given is None:
                     total, *grads = kernels.sigmoid_pairs_fwd(*operands, True, True, *needs, *ids)
-                    torch.testing.assert_close(total, truth.sum(), rtol=max(1e-12, rtol / 1e3), atol=0)
+                    torch.testing.assert_close(
+                        total, truth["losses"].sum(), rtol=max(1e-12, rtol / 1e3), atol=0
+                    )
                 else:
                     grads = kernels.sigmoid_pairs_bwd(given, *operands, *needs, *ids)
                 expected = [g if need else g[:0, 0] for g, need in zip(right[:2], needs, strict=True)]

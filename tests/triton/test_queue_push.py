@@ -2,28 +2,16 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from ssl_kernels.triton.queue_push import queue_push_
+from tests.support.queue_push import Ring, keys_of
 
 
 def check(gpu, size, width, counts, storage_dtype, key_dtype, normalize, position=0):
-    generator = torch.Generator().manual_seed(1)
-    storage = torch.full((size, width), torch.nan, dtype=storage_dtype, device=gpu.device)
-    expected = storage.cpu().clone()
-    place, filled = (torch.tensor(value, device=gpu.device) for value in (position, 0))
-    acc = torch.float64 if key_dtype == torch.float64 else torch.float32
-    start, total = position, 0
-    for count in counts:
-        keys = torch.randn(count, width, generator=generator, dtype=torch.float64).to(key_dtype)
-        wide = F.normalize(keys.to(acc), dim=1) if normalize else keys.to(acc)
-        for b in range(count):
-            expected[(start + b) % size] = wide[b].to(storage_dtype)
-        start, total = (start + count) % size, min(size, total + count)
-        queue_push_(storage, keys.to(gpu.device), place, filled, normalize)
-        assert (int(place), int(filled)) == (start, total)
-    eps = max(torch.finfo(storage_dtype).eps, 3e-7) if normalize else 0
-    torch.testing.assert_close(storage.cpu(), expected, rtol=eps, atol=0, equal_nan=True)
+    ring = Ring(queue_push_, size, width, storage_dtype, gpu.device, position=position)
+    for step, count in enumerate(counts):
+        ring.push(keys_of(count, width, key_dtype, gpu.device, step), normalize)
+    ring.check()
 
 
 @pytest.mark.parametrize(

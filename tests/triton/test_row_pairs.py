@@ -9,7 +9,7 @@ import torch
 from ssl_kernels.ops.library import accumulation_dtype
 from ssl_kernels.triton.row_pairs import row_pairs_bwd, row_pairs_fwd
 from tests.helpers import DTYPES
-from tests.ops.row_pairs_calls import Call, check_results, random_call
+from tests.support.row_pairs import Call, check_results, random_call
 
 MEASURES = ("product", "distance")
 

@@ -5,31 +5,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_kernels.triton import panels
+from ssl_kernels.triton import sigmoid_pairs as kernels
 from ssl_kernels.triton.panels import wide_product
-from ssl_kernels.triton.sigmoid_pairs import sigmoid_pairs_bwd, sigmoid_pairs_fwd, unsupported
-from tests.cuda.sigmoid_pairs_calls import plain, random_call
-
-NAMES = ("rows", "columns", "scale", "bias")
+from ssl_kernels.triton.sigmoid_pairs import sigmoid_pairs_fwd, unsupported
+from tests.support.sigmoid_pairs import NAMES, check_results, random_call
 
 
-def check(call, *, rtol):
-    """Losses, total, its gradients and weighted ones, each within rtol of the largest."""
-    ones = torch.ones(len(call.rows), dtype=torch.float64, device=call.rows.device)
-    weights = torch.linspace(0.1, 1, len(ones), dtype=torch.float64, device=ones.device) * 1e-3
-    operands, normalize, ids = call[:5], call[5:7], call[7:]
-    truth, exact = plain(call, ones, torch.float64)
-    losses, *nothing = sigmoid_pairs_fwd(*operands, *normalize, False, True, True, True, *ids)
+def check(call, kernels=kernels):
+    """Losses and weighted gradients, and the sum of the losses with the gradients that are kept beside it."""
+    losses, *nothing = kernels.sigmoid_pairs_fwd(*call.operands, False, True, True, True, *call.marks)
     assert all(tensor.shape == (0,) for tensor in nothing)
-    total, *grads = sigmoid_pairs_fwd(*operands, *normalize, True, True, True, True, *ids)
-    close = 1e-12 if call.rows.dtype == torch.float64 else 2e-5
-    torch.testing.assert_close(losses.cpu(), truth, rtol=close, atol=1e-9)
-    torch.testing.assert_close(total.cpu(), truth.sum(), rtol=close, atol=1e-9)
-    weighted = sigmoid_pairs_bwd(weights, *operands, *normalize, True, True, *ids)
-    _, exact_weighted = plain(call, weights, torch.float64)
-    for ours, right in ((grads, exact), (weighted, exact_weighted)):
-        for name, got, expected in zip(NAMES, ours, right, strict=True):
-            error = (got.double().cpu() - expected).abs().max() / expected.abs().max()
-            assert error <= rtol, (name, error)
+    grads = kernels.sigmoid_pairs_bwd(call.cotangent, *call.operands, True, True, *call.marks)
+    check_results(dict(zip(NAMES, (losses, *grads), strict=True)), call, "triton", rounds_coefficients=True)
+    whole = call.replace(total=True)
+    total, *grads = kernels.sigmoid_pairs_fwd(*call.operands, True, True, True, True, *call.marks)
+    grads = [(grad * whole.cotangent).to(grad.dtype) for grad in grads]  # kept in the accumulation dtype
+    found = (total, *(grad.to(call.rows.dtype) for grad in grads[:2]), *grads[2:])
+    check_results(dict(zip(NAMES, found, strict=True)), whole, "triton", rounds_coefficients=True)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +48,7 @@ def test_matches_float64(gpu, n, m, d, dtype, scale, bias, diagonal, normalize):
         normalize_columns=normalize, device=gpu.device,
     )  # fmt: skip
     with gpu.triton():
-        check(call, rtol=max(8 * torch.finfo(dtype).eps, 1e-13))
+        check(call)
 
 
 @pytest.mark.parametrize("ids", ["left out", "positive"])
@@ -73,15 +65,15 @@ def test_matches_float64(gpu, n, m, d, dtype, scale, bias, diagonal, normalize):
 def test_ids_match_float64(gpu, n, m, d, dtype, diagonal, ids):
     call = random_call(n, m, d, dtype, bias=-3.0, diagonal=diagonal, ids=ids, device=gpu.device)
     with gpu.triton():
-        check(call, rtol=max(8 * torch.finfo(dtype).eps, 1e-13))
+        check(call)
 
 
 def test_gradients_that_are_not_needed(gpu):
     call = random_call(20, 33, 24, torch.bfloat16, device=gpu.device)
     with gpu.triton():
-        total, rows, columns, scale, bias = sigmoid_pairs_fwd(*call[:7], True, True, True, True)
+        total, rows, columns, scale, bias = sigmoid_pairs_fwd(*call.operands, True, True, True, True)
         for needs in ((True, False), (False, True), (False, False)):
-            again = sigmoid_pairs_fwd(*call[:7], True, True, *needs)
+            again = sigmoid_pairs_fwd(*call.operands, True, True, *needs)
             assert torch.equal(again[1], rows if needs[0] else rows.new_empty(0))
             assert torch.equal(again[2], columns if needs[1] else rows.new_empty(0))
             for ours, right in zip((again[0], *again[3:]), (total, scale, bias), strict=True):
@@ -93,11 +85,11 @@ def test_panels_add_up(gpu, dtype, monkeypatch):
     """Scratch for one block of rows at a time gives the same gradients as scratch for all, in three panels."""
     call = random_call(300, 90, 136, dtype, scale=5.0, bias=-3.0, device=gpu.device)
     with gpu.triton():
-        whole = sigmoid_pairs_fwd(*call[:7], True, True, True, True)
-        losses = sigmoid_pairs_fwd(*call[:7], False, True, True, True)[0]
+        whole = sigmoid_pairs_fwd(*call.operands, True, True, True, True)
+        losses = sigmoid_pairs_fwd(*call.operands, False, True, True, True)[0]
         monkeypatch.setattr(panels, "SCRATCH_BYTES", 1)
-        parts = sigmoid_pairs_fwd(*call[:7], True, True, True, True)
-        assert torch.equal(sigmoid_pairs_fwd(*call[:7], False, True, True, True)[0], losses)
+        parts = sigmoid_pairs_fwd(*call.operands, True, True, True, True)
+        assert torch.equal(sigmoid_pairs_fwd(*call.operands, False, True, True, True)[0], losses)
     for ours, right in zip(parts, whole, strict=True):
         torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-6)
 

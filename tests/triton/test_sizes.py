@@ -7,18 +7,17 @@ import torch
 
 from ssl_kernels.triton import contrastive, momentum_update
 from ssl_kernels.triton.launch import tile_for
-from tests.cuda.sigmoid_pairs_calls import random_call as random_pairs
-from tests.mixing_cases import permutation_of
-from tests.ops.row_pairs_calls import random_call as random_rows
+from tests.support.mixing import permutation_of
+from tests.support.row_pairs import random_call as random_rows
+from tests.support.sigmoid_pairs import random_call as random_pairs
 from tests.triton import test_mixup_normalize, test_queue_push, test_row_pairs, test_sigmoid_pairs
-from tests.triton.cases import Call, Case, check
+from tests.triton.contrastive_calls import case
 
 BESIDE = (-1, 0, 1)
 # A width that keeps the gradient on chip where the dtype has tiles for that, one that goes through panels, and those
 # beside the blocks of the kernels over rows.
 WIDTHS = (8, 136)
-# By dtype, the largest error of sigmoid_pairs.
-DTYPES = {torch.float16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-13}
+DTYPES = (torch.float16, torch.float32, torch.float64)
 pytestmark = pytest.mark.slow
 
 
@@ -48,14 +47,11 @@ def test_contrastive_at_sizes(gpu, dtype, d):
         for n, m in sizes_of(d, dtype):
             # Near 0 logits: one entry too many or too few is one in as many as there are.
             options = {"temperature": 10.0, "positives": 1}
-            cases = [Case(n, m, d, dtype, both_directions=True, **options)]
-            cases += [Case(n, None, d, dtype, **options)] if m == sizes_of(d, dtype)[0][1] else []
-            cases += [Case(n, m, d, dtype, expectation=True, **options)]
-            for case in cases:
-                try:
-                    check(Call(case, gpu.device))
-                except AssertionError as error:
-                    raise AssertionError(f"{case}: {error}") from None
+            cases = [case(n, m, d, dtype, both_directions=True, **options)]
+            cases += [case(n, None, d, dtype, **options)] if m == sizes_of(d, dtype)[0][1] else []
+            cases += [case(n, m, d, dtype, expectation=True, **options)]
+            for each in cases:
+                each.check(gpu.device)
 
 
 @pytest.mark.parametrize("d", WIDTHS)
@@ -66,10 +62,10 @@ def test_panels(gpu, dtype, d, monkeypatch):
     with gpu.triton():
         block = tile_for("coefficient", torch.empty(1, d, dtype=dtype)).block_n
         for beside in BESIDE:
-            case = Case(2 * block + beside, 33, d, dtype, temperature=10.0, both_directions=True)
-            check(Call(case, gpu.device))
-            pairs = random_pairs(2 * block + beside, 33, d, dtype, scale=0.5, bias=-0.5, device=gpu.device)
-            test_sigmoid_pairs.check(pairs, rtol=DTYPES[dtype])
+            n = 2 * block + beside
+            case(n, 33, d, dtype, temperature=10.0, both_directions=True).check(gpu.device)
+            pairs = random_pairs(n, 33, d, dtype, scale=0.5, bias=-0.5, device=gpu.device)
+            test_sigmoid_pairs.check(pairs)
 
 
 @pytest.mark.parametrize("d", WIDTHS)
@@ -78,7 +74,7 @@ def test_sigmoid_pairs_at_sizes(gpu, dtype, d):
     with gpu.triton():
         for n, m in sizes_of(d, dtype):
             pairs = random_pairs(n, m, d, dtype, scale=0.5, bias=-0.5, diagonal=1, device=gpu.device)
-            test_sigmoid_pairs.check(pairs, rtol=DTYPES[dtype])
+            test_sigmoid_pairs.check(pairs)
 
 
 @pytest.mark.parametrize("d", [15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 512, 513])
@@ -86,9 +82,9 @@ def test_widths(gpu, d):
     """Of the tiles of half precision, and of the kernels over rows."""
     with gpu.triton():
         for options in ({"both_directions": True}, {"expectation": True}):
-            check(Call(Case(17, 15, d, torch.bfloat16, temperature=10.0, **options), gpu.device))
+            case(17, 15, d, torch.bfloat16, temperature=10.0, **options).check(gpu.device)
         pairs = random_pairs(15, 17, d, torch.bfloat16, scale=0.5, bias=-0.5, device=gpu.device)
-        test_sigmoid_pairs.check(pairs, rtol=8 * torch.finfo(torch.bfloat16).eps)
+        test_sigmoid_pairs.check(pairs)
 
 
 def test_splits(gpu):
@@ -98,9 +94,9 @@ def test_splits(gpu):
         for beside in BESIDE:
             m = 9 * tile.block_m + beside
             for options in ({"both_directions": True}, {"expectation": True}):
-                check(Call(Case(3, m, 8, torch.bfloat16, temperature=10.0, **options), gpu.device))
+                case(3, m, 8, torch.bfloat16, temperature=10.0, **options).check(gpu.device)
             pairs = random_pairs(3, m, 8, torch.bfloat16, scale=0.5, bias=-0.5, device=gpu.device)
-            test_sigmoid_pairs.check(pairs, rtol=8 * torch.finfo(torch.bfloat16).eps)
+            test_sigmoid_pairs.check(pairs)
 
 
 @pytest.mark.parametrize("d", [511, 512, 513, 2047, 2048, 2049, 4095, 4096, 4097])
