@@ -75,10 +75,12 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("other")
-    parser.add_argument("cases", nargs="*")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("other", help="folder of the other checkout, with its extension built")
+    parser.add_argument(
+        "cases", nargs="*", help="words of a case or its dtype, such as clip or bfloat16; all without any"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=6, help="per case (%(default)s)")
     arguments = parser.parse_intermixed_args()
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

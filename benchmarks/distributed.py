@@ -170,12 +170,12 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, help="over gloo (%(default)s)")
     parser.add_argument(
         "--batch-size", type=int, default=4096, help="pairs of the global batch (%(default)s)"
     )
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--dim", type=int, default=128, help="width of the rows (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, help="of each strategy (%(default)s)")
     parser.add_argument("--only", nargs="+", help="names of the table to measure")
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file for the results")
     options = parser.parse_args(arguments)

@@ -71,10 +71,10 @@ def main(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--batch-size", type=int, default=8192, help="images (%(default)s)")
-    parser.add_argument("--mini-batch-size", type=int, default=128)
+    parser.add_argument("--mini-batch-size", type=int, default=128, help="images at once (%(default)s)")
     parser.add_argument("--plain-batch-size", type=int, default=256, help="images of a plain step")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="steps of each (%(default)s)")
     options = parser.parse_args(arguments)
     print(
         f"{options.batch_size} images of {SIDE} x {SIDE}, mini-batches of {options.mini_batch_size},"

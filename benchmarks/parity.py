@@ -296,8 +296,8 @@ def main(argv=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40, help="of each training (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each loss (%(default)s)")
     parser.add_argument("--docs", type=pathlib.Path, default=DOCS, help="folder (%(default)s)")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)

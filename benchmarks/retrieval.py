@@ -77,10 +77,10 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--pairs", type=int, default=2048)
-    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--threads", type=int, default=2, help="of torch (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="of each loss (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=2048, help="queries with a document each (%(default)s)")
+    parser.add_argument("--width", type=int, default=384, help="of the embeddings (%(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     pairs, width = arguments.pairs, arguments.width

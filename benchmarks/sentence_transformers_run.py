@@ -154,8 +154,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=50, help="of each training (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="pairs per step (%(default)s)")
     arguments = parser.parse_args()
     (theirs, their_time), (ours, our_time) = compare(arguments.steps, arguments.batch_size)
     difference = max(abs(a - b) for a, b in zip(theirs, ours, strict=True))

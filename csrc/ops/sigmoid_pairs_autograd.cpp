@@ -1,6 +1,6 @@
 // Differentiates `sigmoid_pairs_fwd.native`: by the gradients that the forward made of a total, else by
-// `sigmoid_pairs_bwd.native`. In C++ for the sake of small batches; the other backends' Function is in
-// ssl_kernels/ops/sigmoid_pairs.py.
+// `sigmoid_pairs_bwd.native`. In C++ for the sake of small batches; the other backends' node is
+// in ssl_kernels/ops/operation.py.
 #include <ATen/ops/mul.h>
 #include <torch/library.h>
 

@@ -8,7 +8,6 @@ from ssl_kernels import losses
 from ssl_kernels.losses import _softmax
 from tests.losses.cases import CASES
 
-
 REACHED = ("contrastive", "class_contrastive", "one_node", "row_pairs", "row_pairs_loss", "paired_logits")
 
 

@@ -51,3 +51,12 @@ def test_waiting_is_read_from_the_system():
     watch = Watch()
     sum(range(10**5))
     assert 0 <= watch.read().waiting <= 1
+
+
+def test_waiting_is_summed_over_the_threads(tmp_path, monkeypatch):
+    """The second number of each thread's file, in nanoseconds; of a thread that has ended there is none."""
+    for thread, text in (("1", "5 2000000000 3"), ("2", "1 500000000 1"), ("3", "")):
+        (tmp_path / thread).mkdir()
+        (tmp_path / thread / "schedstat").write_text(text)
+    monkeypatch.setattr(contention.pathlib, "Path", lambda _: tmp_path)
+    assert contention._seconds_waited() == 2.5

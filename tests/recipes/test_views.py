@@ -115,3 +115,25 @@ def test_parts_of_a_batch_are_all_of_it():
     assert [len(part.labels) for part in parts] == [2, 3, 3]
     for view in range(2):
         assert torch.equal(torch.cat([part.views[view] for part in parts]), batch.views[view])
+
+
+@both_kinds
+def test_a_subset_is_one_view_of_each_of_its_images(kind):
+    rows, labels = torch.tensor([3, 17, 5, 9]), torch.arange(len(IMAGES))
+
+    class Labelled(LabelledImages):
+        targets = labels.tolist()
+
+        def __getitem__(self, index):
+            return IMAGES[index], self.targets[index]
+
+    source = (IMAGES, labels) if kind is BatchViews else (Labelled(),)
+    views = kind(*source, Augmentation(v2.Identity(), 2, v2.Identity(), 1), 8, 0)
+    assert torch.equal(views.labels, labels)
+    part = views.subset(rows, 2, 1)
+    assert torch.equal(part.labels, rows) and len(part) == 2
+    shown = list(part.epoch(0))
+    for batch in shown:
+        (view,) = batch.views
+        assert not batch.crops and torch.equal(view, IMAGES[batch.labels])
+    assert sorted(torch.cat([batch.labels for batch in shown]).tolist()) == sorted(rows.tolist())
