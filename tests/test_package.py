@@ -61,6 +61,16 @@ def test_lines_of_cpp_have_at_most_110_columns():
     assert not [line for line in lines if len(line[1]) > 110]
 
 
+def test_a_long_file_says_why_it_is_one():
+    folders = ("csrc", "ssl_kernels", "tests", "benchmarks", "examples")
+    suffixes = (".py", ".cpp", ".h", ".inc", ".cu", ".cuh")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
+    assert len(sources) > 500
+    for path in sources:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 500 or "although a long" in " ".join(lines[:30]), path
+
+
 def test_version_is_that_of_the_metadata():
     with open(ROOT / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)

@@ -1,5 +1,6 @@
 // The sequences of launches behind contrastive.h, for the engines of one file: contrastive.cu, or
-// contrastive_additions.cu with those that take additions.
+// contrastive_additions.cu with those that take additions. One file, although a long one: forward,
+// expectation and backward share how the operands of a call are prepared.
 #pragma once
 
 #include "coefficient_blocks.cuh"

@@ -18,6 +18,7 @@ from ssl_kernels.check import limits_between
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.reference.contrastive import contrastive as reference
 from tests.helpers import FACTOR, random_rows
+from tests.support.call import Tensors
 
 RESULTS = ("lse", "column_lse", "positive_logits")
 # By the operand that each is the gradient of; results and gradients without entries are left out everywhere.
@@ -33,7 +34,7 @@ class Upstream(NamedTuple):
 
 
 @dataclass
-class Call:
+class Call(Tensors):
     """The operands and flags of one call of `contrastive`; None as the operators take it."""
 
     rows: torch.Tensor
@@ -105,14 +106,6 @@ class Call:
             grad(1, (m,)) if self.both_directions else None,
             None if self.positives is None else grad(-1, self.positives.shape),
         )
-
-    def replace(self, **changes):
-        return dataclasses.replace(self, **changes)
-
-    def map(self, change):
-        """The call with change(tensor) of each tensor."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return self.replace(**{k: change(v) for k, v in values.items() if isinstance(v, torch.Tensor)})
 
     def in_dtype(self, dtype):
         return self.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)

@@ -3,7 +3,6 @@
 An error is counted in units of what the rounding errors of a number are made of (`term_sums`).
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +11,14 @@ import torch.nn.functional as F
 from ssl_kernels.ops.sigmoid_pairs import sigmoid_pairs
 from ssl_kernels.reference.sigmoid_pairs import sigmoid_pairs as reference
 from tests.helpers import FACTOR, random_rows
+from tests.support.call import Tensors
 
 LEAVES = ("rows", "columns", "scale", "bias")
 NAMES = ("losses", "grad_rows", "grad_columns", "grad_scale", "grad_bias")
 
 
 @dataclass
-class Call:
+class Call(Tensors):
     """The operands of one call, and the gradient that comes back into it."""
 
     rows: torch.Tensor
@@ -62,14 +62,6 @@ class Call:
     @property
     def marks(self):
         return (self.row_ids, self.column_ids, self.equal_ids_are_positive)
-
-    def replace(self, **changes):
-        return dataclasses.replace(self, **changes)
-
-    def map(self, change):
-        """The call with change(tensor) of each tensor."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return self.replace(**{k: change(v) for k, v in values.items() if isinstance(v, torch.Tensor)})
 
     def in_dtype(self, dtype):
         acc = torch.promote_types(dtype, torch.float32)

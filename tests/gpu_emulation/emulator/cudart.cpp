@@ -1,6 +1,7 @@
 // Stand-in for libcudart, linked statically into a library whose kernels nvcc compiled to PTX: its launchers
 // run unchanged, and the PTX in its fat binary is executed by the emulator. Device memory is host memory. A
-// runtime call that is not here leaves the link with an undefined symbol, by name.
+// runtime call that is not here leaves the link with an undefined symbol, by name. One file, although a long
+// one: the stand-in is one library's interface, whose calls share its state.
 //
 // Signatures: CUDA Runtime API (cuda_runtime_api.h, included below, checks them) and, for __cuda*, the
 // registration and launch stubs that nvcc writes (crt/host_runtime.h).

@@ -1,3 +1,5 @@
+// From what the parser read to instructions with their operands in place. One file, although a long one: each step
+// looks into the tables that the step before it made.
 #include "decoder.h"
 
 #include <algorithm>
