@@ -55,7 +55,7 @@ def gather_rows(rows: torch.Tensor, *, group: Any = None, check: bool = True) ->
         TypeError, ValueError: rows is no tensor, or has no dimension. With check the other ranks raise as well.
         ValueError: The ranks differ: raised on every rank.
     """
-    return _gather("gather_rows", "rows", rows, group, check)
+    return _gather("gather_rows", "rows", rows, group, check, _check_rows)
 
 
 @torch.no_grad()
@@ -82,21 +82,27 @@ def gather_keys(
         TypeError, ValueError: keys is no (B, D) floating tensor. With check the other ranks raise as well.
         ValueError: The ranks differ: raised on every rank.
     """
-    return _gather("gather_keys", "keys", keys, group, check, queue)
+    return _gather("gather_keys", "keys", keys, group, check, _check_keys, queue)
 
 
-def _gather(op, name, rows, group, check, queue=None):
+def _check_rows(op, name, rows):
+    if not isinstance(rows, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(rows).__name__}")
+    if not rows.dim():
+        raise ValueError(f"{op}: {name} must have shape (B, ...), got ()")
+
+
+def _check_keys(op, name, keys):
+    check_dtype(op, name, keys)
+    if keys.dim() != 2:
+        raise ValueError(f"{op}: {name} must have shape (B, D), got {tuple(keys.shape)}")
+
+
+def _gather(op, name, rows, group, check, check_own, queue=None):
     group, ranks = groups.ranks_of(op, group)
     compiling = torch.compiler.is_compiling()
     with checks.refusing(op, group, ranks, check and not compiling):
-        if op == "gather_keys":
-            check_dtype(op, name, rows)
-            if rows.dim() != 2:
-                raise ValueError(f"{op}: {name} must have shape (B, D), got {tuple(rows.shape)}")
-        elif not isinstance(rows, torch.Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(rows).__name__}")
-        elif not rows.dim():
-            raise ValueError(f"{op}: {name} must have shape (B, ...), got ()")
+        check_own(op, name, rows)
         checks.check_device_of_group(op, name, rows, group)
     if compiling:
         sizes = [rows.shape[0]] * ranks.world
