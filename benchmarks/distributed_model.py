@@ -79,7 +79,8 @@ class Machine:
 def nt_xent_seconds(strategy, world, batch, dim, machine, itemsize=2, acc=4):
     """(seconds, load) of NT-Xent forward and backward: 2B rows, 2 units of work divided by W whatever the strategy.
 
-    A gather is waited for; a ring computes while the next block travels, and the longer of the two counts.
+    A gather is waited for, though its own rows' products overlap with it; a ring computes while the next block
+    travels, and the longer of the two counts.
     """
     rows = 2 * batch // world
     compute = 2 * 2 * (2 * batch) ** 2 * dim / world / machine.operations
@@ -115,8 +116,9 @@ def table(machine=None):
         f" {machine.operations / 1e12:.0f} TFLOP/s a GPU,",
         f"{machine.bandwidth / 1e9:.0f} GB/s a GPU over the network, {machine.latency * 1e6:.0f} µs a transfer"
         " (log2 W of them a collective), no other traffic, no faster links",
-        "inside a node; a gather does not overlap with its products, a ring does. tests/distributed/test_traffic.py",
-        "counts the bytes; no time here was measured.",
+        "inside a node; a gather is waited for (that it overlaps with the own rows' products, a W-th of all, is not",
+        "counted), a ring computes meanwhile. tests/distributed/test_traffic.py counts the bytes; no time here was",
+        "measured.",
         "",
         "A cell: bytes per rank sends / milliseconds / bytes per rank holds beyond inputs and gradients.",
         "",

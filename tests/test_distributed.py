@@ -6,6 +6,7 @@ from torch import distributed as dist
 from torch import multiprocessing
 
 import ssl_kernels
+from ssl_kernels.adapters import _gather
 from ssl_kernels.distributed import gather_keys, gather_rows
 from ssl_kernels.nn import MoCoQueue
 from tests.helpers import random_rows, same_bits
@@ -41,6 +42,18 @@ def with_a_gradient(rank):
                 found.sum().backward()
     (narrow,) = torch.autograd.grad((gather_rows(mine.bfloat16()) * 3).sum(), mine)
     assert (narrow == 3 * WORLD).all()
+
+    for gather in (
+        gather_rows,
+        _gather.gather_rows,
+    ):  # what it gets for a gradient is another tensor's as well
+        own, beside = (
+            random_rows(2, 4, seed=rank).requires_grad_(),
+            random_rows(4, 4, seed=2).requires_grad_(),
+        )
+        loss = ((gather(own) + beside) * (rank + 1)).sum()
+        found = torch.autograd.grad(loss, (own, beside))
+        assert (found[0] == 3).all() and (found[1] == rank + 1).all()
 
     even = random_rows(3, 4, seed=rank).view(3, 2, 2).requires_grad_()
     compiled = torch.compile(gather_rows, fullgraph=True, backend="aot_eager")

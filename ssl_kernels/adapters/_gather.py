@@ -24,7 +24,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # it may be another tensor's gradient too
         dist.all_reduce(grad)
         return grad.chunk(world_size())[rank()]
 

@@ -59,7 +59,8 @@ class Call:
             For each of `extra` the counts of all ranks.
         """
         counts = [rows.shape[0], *extra]
-        self.like, self.backend = rows, self._backend(rows, backend, operation)
+        with self.checking():
+            self.like, self.backend = rows, self._backend(rows, backend, operation)
         world = self.ranks.world
         if torch.compiler.is_compiling():
             known = self.rows_per_rank

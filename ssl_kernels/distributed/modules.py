@@ -1,5 +1,6 @@
 """The losses over a process group as modules."""
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -54,6 +55,16 @@ class _OverRanks:
         named = {name: value for name, value in given.items() if name not in self._names}
         own = self.options_with(**{name: given[name] for name in given.keys() & set(self._names)})
         return type(self).function(**named, **own, **self.over)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy over the same process group, which is the process's own and refuses to be copied."""
+        group = self.over["group"]
+        if group is not None:
+            memo[id(group)] = group
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def extra_repr(self):
         strategy = self.over["strategy"]

@@ -80,6 +80,15 @@ MUTATIONS = [
         'return _wait(_collective("all_reduce")(',
         'return (_collective("all_reduce")(',
     ),
+    Mutation("wait: greatest log-sum-exp", GROUPS, "top = _wait(reduce(", "top = (reduce("),
+    Mutation("wait: sum of exponentials", GROUPS, "shift + _wait(reduce(", "shift + (reduce("),
+    Mutation(
+        "max: greatest log-sum-exp",
+        GROUPS,
+        '(lse.contiguous(), "max", name)',
+        '(lse.contiguous(), "min", name)',
+    ),
+    Mutation("sum: exponentials", GROUPS, '.exp(), "sum", name)', '.exp(), "max", name)'),
     Mutation(
         "offset: order of an even gather",
         GROUPS,

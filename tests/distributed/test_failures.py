@@ -154,6 +154,7 @@ def refusing(rank, world):
         message_of(loss, x, x, rows_per_rank=[2, 2 + rank]),
         message_of(loss, x, x, strategy="tree" if rank else "ring"),
         too_long(rank, world),
+        message_of(loss, x, x, backend="reference" if rank else None),
     ]
 
 
@@ -194,4 +195,5 @@ def test_bad_arguments_in_words():
         assert found[12][1].endswith("the counts of 2 ranks, each at least 0, got [3, -1]")
         assert found[13][1].endswith("the same on every rank, got [2, 2] on rank 0, [2, 3] on rank 1")
         assert "strategy must be" in found[14][1]
+        assert "backend must be" in found[16][1]
         assert found[15] == ([0, 1], "f: input must be the same on every rank, got ")

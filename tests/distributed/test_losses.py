@@ -70,10 +70,15 @@ def several_texts(loss, scalars, rank, images, texts, strategy, options):
 
 
 def reduced(rank, world):
-    """What a gather returns gradients by on GPUs; on the CPU it is an all-to-all."""
+    """What a gather returns gradients by on GPUs (on the CPU it is an all-to-all), and log-sum-exps over ranks."""
+    name = dist.group.WORLD.group_name
+    everyones = torch.stack(
+        [torch.tensor([r, -torch.inf, 1000.0 * r, r or -torch.inf]) for r in range(world)]
+    )
+    torch.testing.assert_close(groups.all_reduce_lse(everyones[rank], name), everyones.logsumexp(0))
     for sizes in SPLITS[world]:
         x = [random_rows(sum(sizes), 3, seed=seed) for seed in range(world)]
-        started = groups.start_reduce_scatter(x[rank], sizes, dist.group.WORLD.group_name)
+        started = groups.start_reduce_scatter(x[rank], sizes, name)
         torch.testing.assert_close(groups.wait(started)[: sizes[rank]], sum(x).split(sizes)[rank])
 
 

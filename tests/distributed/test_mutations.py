@@ -14,6 +14,7 @@ from tests.helpers import random_rows, same_bits
 
 CASES = [
     Case("nt_xent_loss", 2, (0.3,), views=2),
+    Case("info_nce_loss", 2, (0.2,)),
     Case("clip_loss", 2, (5.0,), ("row_weights",), options={"label_smoothing": 0.1}),
     Case("siglip_loss", 2, (5.0, -2.0)),
     Case("sup_con_loss", 1, (0.2,), ("labels",)),
@@ -68,7 +69,7 @@ NOTICED_BY = {
     mutations.KEYS: {3: [keys_gathered]},
     mutations.CHECKS: {3: [compiled]},
     mutations.OVER: {1: [ring_of_one]},
-    mutations.GROUPS: {3: [reduced, compared], 4: [compared]},
+    mutations.GROUPS: {3: [reduced, compared, divided, test_queue.shuffled], 4: [compared]},
     mutations.PAIRS: {3: [compared, divided], 4: [compared]},
 }
 OTHERS = {4: [compared], 3: [compared]}

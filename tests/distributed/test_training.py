@@ -1,5 +1,6 @@
 """Losses where they are used: under DistributedDataParallel and fully_shard, in sub-groups, compiled, in autocast."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -94,6 +95,11 @@ def in_sub_groups(rank, world):
                 torch.testing.assert_close(loss / 2, expected[0], **TIGHT)
                 for name, gradient in cases.gradients(model).items():
                     torch.testing.assert_close(gradient, expected[1][name], **TIGHT)
+    x = random_rows(4, 3)
+    module = distributed.NTXentLoss(0.2, group=groups[which])
+    twin = copy.deepcopy(nn.ModuleList([module]))[0]  # in a model, as averages of weights copy it
+    assert twin is not module
+    assert same_bits(module(x, x).detach(), twin(x, x).detach())
     try:
         distributed.nt_xent_loss(random_rows(2, 3), random_rows(2, 3), group=groups[1 - which])
     except ValueError as error:
