@@ -1,5 +1,7 @@
 """The losses in plain PyTorch as their users write them: what ours are compared with."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -135,3 +137,138 @@ def plain_mae_loss(prediction, target):
     mean, variance = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
     target = (target - mean) / (variance + 1e-6) ** 0.5
     return (prediction - target).square().mean(-1).mean()
+
+
+def plain_dino_of_features_loss(student, teacher, prototypes, teacher_prototypes):
+    """As its authors' head and loss form it: unit features times unit prototypes, and a log-softmax for each pair."""
+    student, prototypes = F.normalize(student, dim=-1), F.normalize(prototypes, dim=1)
+    with torch.no_grad():
+        codes = F.normalize(teacher, dim=-1) @ F.normalize(teacher_prototypes, dim=1).T
+    return plain_dino_loss(student @ prototypes.T, codes)
+
+
+def plain_moco_loss(query, key, queue, temperature=0.07):
+    """As its authors' code forms it: the positive's column beside the queue's, one cross-entropy."""
+    query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
+    logits = torch.cat(((query * key).sum(1, keepdim=True), query @ queue.T), dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=query.device))
+
+
+def plain_debiased_nt_xent_loss(z0, z1, temperature=0.5, positive_prior=0.1):
+    """As its authors' code forms it: exponentials of all pairs, those of a sample's own views left out."""
+    rows = F.normalize(torch.cat((z0, z1)), dim=1)
+    others = ~torch.eye(len(z0), dtype=torch.bool, device=z0.device).repeat(2, 2)
+    exponentials = torch.exp(rows @ rows.T / temperature) * others
+    positive = torch.exp((rows[: len(z0)] * rows[len(z0) :]).sum(1) / temperature).repeat(2)
+    negatives = 2 * len(z0) - 2
+    expected = (exponentials.sum(1) - negatives * positive_prior * positive) / (1 - positive_prior)
+    expected = expected.clamp(min=negatives * math.exp(-1 / temperature))
+    return -torch.log(positive / (positive + expected)).mean()
+
+
+def plain_similarity_cross_entropy(query, keys, target, scale=20.0):
+    return F.cross_entropy(scale * F.normalize(query, dim=1) @ F.normalize(keys, dim=1).T, target)
+
+
+def plain_multiple_negatives_ranking_loss(anchor, positive, *hard_negatives, scale=20.0):
+    """As sentence-transformers forms it, of queries against documents."""
+    documents = F.normalize(torch.cat((positive, *hard_negatives)), dim=1)
+    own = torch.arange(len(anchor), device=anchor.device)
+    return F.cross_entropy(scale * F.normalize(anchor, dim=1) @ documents.T, own)
+
+
+def plain_ranking_in_all_directions(anchor, positive, scale=20.0):
+    """As sentence-transformers forms it with all four directions at once."""
+    query, document = F.normalize(anchor, dim=1), F.normalize(positive, dim=1)
+    itself = torch.eye(len(query), dtype=torch.bool, device=query.device)
+    across = scale * query @ document.T
+    logits = torch.cat(
+        (
+            across,
+            across.T,
+            (scale * query @ query.T).masked_fill(itself, -torch.inf),
+            (scale * document @ document.T).masked_fill(itself, -torch.inf),
+        ),
+        dim=1,
+    )
+    return (logits.logsumexp(1) - across.diagonal()).mean()
+
+
+def plain_sampled_softmax_loss(query, item, candidates, log_q, temperature=0.05):
+    columns = F.normalize(torch.cat((item, candidates)), dim=1)
+    logits = F.normalize(query, dim=1) @ columns.T / temperature - log_q
+    return F.cross_entropy(logits, torch.arange(len(query), device=query.device))
+
+
+def plain_mil_nce_loss(query, keys, temperature=0.07):
+    """As its authors' code forms it, with the own pairs in the sum once."""
+    n, positives, _ = keys.shape
+    columns = F.normalize(keys, dim=-1).flatten(0, 1)
+    logits = (F.normalize(query, dim=1) @ columns.T / temperature).view(n, n, positives)
+    own = torch.eye(n, dtype=torch.bool, device=query.device)
+    nominator = torch.logsumexp(logits.diagonal(), dim=0)
+    by_key = logits.transpose(0, 1).masked_fill(own[:, :, None], -torch.inf)
+    return (torch.logsumexp(torch.cat((logits, by_key), dim=1).flatten(1), dim=1) - nominator).mean()
+
+
+def plain_distillation_loss(query, keys, teacher_query, teacher_keys, temperature=0.07):
+    logits = F.normalize(query, dim=1) @ F.normalize(keys, dim=1).T / temperature
+    with torch.no_grad():
+        wanted = F.normalize(teacher_query, dim=1) @ F.normalize(teacher_keys, dim=1).T / temperature
+        wanted = F.log_softmax(wanted, dim=1)
+    return F.kl_div(F.log_softmax(logits, dim=1), wanted, reduction="batchmean", log_target=True)
+
+
+def plain_uniformity_loss(embeddings, t=2.0):
+    """Its authors' formula over the matrix of products; their `torch.pdist` has no faster gradient."""
+    x = F.normalize(embeddings, dim=1)
+    n = len(x)
+    itself = torch.eye(n, dtype=torch.bool, device=x.device)
+    exponents = (2 * t * (x @ x.T) - 2 * t).masked_fill(itself, -torch.inf)
+    return torch.logsumexp(exponents.flatten(), dim=0) - math.log(n * (n - 1))
+
+
+def plain_alignment_loss(x, y, alpha=2):
+    """As its authors' code forms it."""
+    return (F.normalize(x, dim=1) - F.normalize(y, dim=1)).norm(dim=1).pow(alpha).mean()
+
+
+def plain_koleo_loss(embeddings):
+    """As DINOv2 forms it."""
+    x = F.normalize(embeddings, dim=1)
+    with torch.no_grad():
+        nearest = (x @ x.T).fill_diagonal_(-1).argmax(dim=1)
+    return -torch.log(F.pairwise_distance(x, x[nearest], eps=0) + 1e-8).mean()
+
+
+def plain_semi_hard_triplet_loss(embeddings, rows_of_a_label, margin=0.2):
+    """Semi-hard triplets from the dense matrix of distances, of rows that lie label by label, equally many of each."""
+    x = F.normalize(embeddings, dim=1)
+    squares = x.square().sum(1)
+    squared = (squares[:, None] + squares - 2 * x @ x.T).clamp(min=0)
+    zero = squared == 0
+    distances = (squared + zero * 1e-16).sqrt() * ~zero
+    row = torch.arange(len(x), device=x.device)
+    label = row // rows_of_a_label
+    negatives = distances.masked_fill(label[:, None] == label, torch.inf)
+    farthest = distances.masked_fill(label[:, None] == label, -torch.inf).max(1).values
+    total = 0
+    for shift in range(1, rows_of_a_label):
+        partner = label * rows_of_a_label + (row + shift) % rows_of_a_label
+        positive = distances.gather(1, partner[:, None])
+        nearest = negatives.masked_fill(negatives <= positive, torch.inf).min(1).values
+        nearest = torch.where(nearest.isinf(), farthest, nearest)
+        total = total + F.relu(positive[:, 0] - nearest + margin).mean()
+    return total / (rows_of_a_label - 1)
+
+
+def plain_soft_margin_triplet_loss(embeddings, labels):
+    """Batch-hard triplets, the softplus of their gaps."""
+    x = F.normalize(embeddings, dim=1)
+    squares = x.square().sum(1)
+    squared = (squares[:, None] + squares - 2 * x @ x.T).clamp(min=0)
+    zero = squared == 0
+    distances = (squared + zero * 1e-16).sqrt() * ~zero
+    same = labels[:, None] == labels
+    farthest = (distances * same).max(1).values
+    return F.softplus(farthest - distances.masked_fill(same, torch.inf).min(1).values).mean()

@@ -367,13 +367,12 @@ def _cluster_cross_entropy(data, operator, run, backward):
     common = {
         "rows": data.floats(views * n, 16), "prototypes": data.floats(k, 16), "scale": data.number(8.0),
         "teacher_rows": data.floats(2 * n, 8, dtype=data.acc), "teacher_columns": data.floats(k, 8, dtype=data.acc),
-        "biases": data.floats(2, k, dtype=data.acc), "products": None, "weights": data.shares(n, dtype=torch.float64),
+        "biases": data.floats(2, k, dtype=data.acc), "weights": data.shares(n, dtype=torch.float64),
         "views": views, "pairs": [0, 1, 0, 2, 1, 0, 1, 2], "normalize_rows": True, "normalize_columns": True,
-        "rows_need_grad": True, "prototypes_need_grad": True,
+        "less_entropy": False, "rows_need_grad": True, "prototypes_need_grad": True,
     }  # fmt: skip
     yield common
-    known = {"teacher_rows": data.floats(2 * n, k, dtype=data.acc), "teacher_columns": None}
-    yield common | known | {"products": data.floats(views * n, k, dtype=data.acc)}
+    yield common | {"less_entropy": True}
 
 
 def _view_cross_entropy(data, operator, run, backward):

@@ -16,81 +16,15 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
-#include "mixing_math.h"
+#include "cluster_views.h"
 #include "rows.h"
 
 namespace ssl_kernels::cpu {
 namespace {
 
 using at::Tensor;
-
-// Which of the teacher's views each view of the student meets.
-class Targets {
- public:
-  Targets(int64_t views, at::IntArrayRef pairs) : of_view_(views, -1), counts_(views, 0) {
-    std::vector<std::vector<int64_t>> teachers(views);
-    for (size_t i = 0; i + 1 < pairs.size(); i += 2) teachers[pairs[i + 1]].push_back(pairs[i]);
-    for (int64_t v = 0; v < views; ++v) {
-      counts_[v] = static_cast<int64_t>(teachers[v].size());
-      if (teachers[v].empty()) continue;
-      const auto place = std::find(sets_.begin(), sets_.end(), teachers[v]);
-      of_view_[v] = place - sets_.begin();
-      if (place == sets_.end()) sets_.push_back(teachers[v]);
-    }
-  }
-
-  int64_t views() const { return static_cast<int64_t>(counts_.size()); }
-  int64_t count(int64_t view) const { return counts_[view]; }
-  int64_t sets() const { return static_cast<int64_t>(sets_.size()); }
-
-  // rows[set] = the sum of the probabilities codes[a] of its teachers, in `scratch` where there are several.
-  template <class T>
-  void add_up(std::vector<const T*>& rows, const std::vector<T*>& codes, T* scratch, int64_t k) const {
-    for (size_t set = 0; set < sets_.size(); ++set) {
-      const auto& teachers = sets_[set];
-      if (teachers.size() == 1) {
-        rows[set] = codes[teachers[0]];
-        continue;
-      }
-      T* const sum = scratch + set * k;
-      std::copy_n(codes[teachers[0]], k, sum);
-      for (size_t i = 1; i < teachers.size(); ++i)
-        tile_math<T>().add_scaled(sum, codes[teachers[i]], T(1), k);
-      rows[set] = sum;
-    }
-  }
-
-  int64_t set_of(int64_t view) const { return of_view_[view]; }
-
- private:
-  std::vector<int64_t> of_view_, counts_;
-  std::vector<std::vector<int64_t>> sets_;
-};
-
-template <class T>
-void softmax(T* z, const T* bias, int64_t k) {
-  if (bias) tile_math<T>().add_scaled(z, bias, T(1), k);
-  const auto& math = cross_entropy_math<T>();
-  const auto sums = math.sums(z, k, z);
-  math.gradient(z, z, sums.top, static_cast<T>(1 / sums.exp_total), T(0), k);
-}
-
-// The loss of one view; with `differentiate` z becomes weight * (count * softmax(z) - target).
-template <class T>
-double view_loss(T* z, const T* target, int64_t count, int64_t k, bool differentiate, T weight = 1) {
-  const auto& math = cross_entropy_math<T>();
-  const auto sums = math.sums(z, k, z);
-  const double lse = static_cast<double>(sums.top) + std::log(sums.exp_total);
-  const double loss = static_cast<double>(count) * lse - tile_math<T>().dot(target, z, k);
-  if (differentiate)
-    math.weighted_gradient(z, z, sums.top,
-                           static_cast<T>(weight * static_cast<double>(count) / sums.exp_total), weight,
-                           target, k);
-  return loss;
-}
 
 // A row of any storage type that accumulates in T.
 template <class T>
@@ -148,7 +82,7 @@ void each_sample(const ViewLogits& views, const Targets& targets, const Visit& v
 }  // namespace
 
 Tensor cluster_rows_(const Tensor& logits, const Tensor& codes, const std::optional<Tensor>& biases,
-                     at::IntArrayRef pairs, bool differentiate) {
+                     at::IntArrayRef pairs, bool differentiate, bool less_entropy) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const int64_t views = logits.size(0), n = logits.size(1), k = logits.size(2), teachers = codes.size(0);
   const Targets targets(views, pairs);
@@ -159,16 +93,17 @@ Tensor cluster_rows_(const Tensor& logits, const Tensor& codes, const std::optio
     const scalar_t* bias = biases ? biases->const_data_ptr<scalar_t>() : nullptr;
     const int64_t bias_stride = biases && biases->size(0) > 1 ? k : 0;
     at::parallel_for(0, n, rows_per_task(k * (views + teachers)), [&](int64_t begin, int64_t end) {
-      std::vector<scalar_t> scratch(targets.sets() * k);
+      std::vector<scalar_t> scratch((targets.sets() + 1) * k);
+      scalar_t* const taken = less_entropy ? scratch.data() + targets.sets() * k : nullptr;
       std::vector<scalar_t*> rows(teachers);
       std::vector<const scalar_t*> sums(targets.sets());
       for (int64_t i = begin; i < end; ++i) {
+        double total = 0;
         for (int64_t a = 0; a < teachers; ++a) {
           rows[a] = t + (a * n + i) * k;
-          softmax(rows[a], bias ? bias + a * bias_stride : nullptr, k);
+          total += softmax(rows[a], bias ? bias + a * bias_stride : nullptr, k, taken) * targets.met(a);
         }
         targets.add_up(sums, rows, scratch.data(), k);
-        double total = 0;
         for (int64_t v = 0; v < views; ++v) {
           scalar_t* const row = z + (v * n + i) * k;
           if (targets.count(v))

@@ -11,9 +11,10 @@ namespace ssl_kernels::cpu {
 
 // (N,) float64 sums over the pairs, of logits (V, N, K) and those of the teacher, codes (A, N, K), which
 // become its probabilities; with `differentiate` the logits become the gradient by them. biases: (A, K) or
-// (1, K).
+// (1, K). less_entropy: less the entropies of the teacher's probabilities, which makes the sums divergences.
 at::Tensor cluster_rows_(const at::Tensor& logits, const at::Tensor& codes,
-                         const std::optional<at::Tensor>& biases, at::IntArrayRef pairs, bool differentiate);
+                         const std::optional<at::Tensor>& biases, at::IntArrayRef pairs, bool differentiate,
+                         bool less_entropy);
 
 // The logits of views as their users have them: V and A tensors (N, K), scale * student and steepness *
 // teacher + bias.

@@ -112,6 +112,15 @@ const PatchMath<T>& patch_math() {
   return portable::kPatchMath<T>;
 }
 
+template <class T>
+const ColumnMath<T>& column_math() {
+#ifdef SSL_KERNELS_X86
+  if (isa() >= Isa::kAvx512) return avx512::kColumnMath<T>;
+  if (isa() == Isa::kAvx2) return avx2::kColumnMath<T>;
+#endif
+  return portable::kColumnMath<T>;
+}
+
 template <class H, class S>
 MomentumMath<H, S> momentum_math() {
 #ifdef SSL_KERNELS_X86
@@ -134,6 +143,8 @@ template const CrossEntropyMath<c10::BFloat16>& cross_entropy_math();
 template const CrossEntropyMath<c10::Half>& cross_entropy_math();
 template const PatchMath<float>& patch_math();
 template const PatchMath<double>& patch_math();
+template const ColumnMath<float>& column_math();
+template const ColumnMath<double>& column_math();
 template MomentumMath<c10::Half, float> momentum_math();
 template MomentumMath<c10::Half, c10::Half> momentum_math();
 template MomentumMath<c10::Half, c10::BFloat16> momentum_math();

@@ -1,5 +1,5 @@
-// Elementwise work of the mixing operations, of momentum_update_ and of patch_errors on runs of consecutive
-// elements, in a version for each instruction set.
+// Elementwise work of the mixing operations, of momentum_update_, patch_errors and losses against prototypes
+// on runs of consecutive elements, in a version for each instruction set.
 //
 // S is the storage type, T what is computed in (float, double for double); every result is rounded once, to
 // nearest even. The loops live in mixing_math.inc and are compiled three times; the functions below pick at
@@ -86,6 +86,24 @@ struct PatchMath {
   void (*gradient)(T* out, const T* x, const T* t, T mean, T rstd, T a, int64_t n);
 };
 
+template <class T>
+struct Range {
+  T least, most;  // both NaN where a number is infinite or NaN
+};
+
+// Rows whose columns have a number each.
+template <class T>
+struct ColumnMath {
+  // x_i <- x_i w_i, and their range
+  Range<T> (*weigh)(T* x, const T* w, int64_t n);
+
+  // out_i = a x_i w_i; out may be x.
+  void (*weighted)(T* out, const T* x, const T* w, T a, int64_t n);
+
+  // total_i += x_i y_i
+  void (*add_products)(T* total, const T* x, const T* y, int64_t n);
+};
+
 // shadow_i = round(master_i), master_i = average + weight (source_i - average) with average = master_i where
 // shadow_i was rounded from it, else shadow_i. From the nearer end: source_i + (weight - 1) (source_i -
 // average) for weight >= 1/2.
@@ -103,6 +121,9 @@ const CrossEntropyMath<S>& cross_entropy_math();
 
 template <class T>
 const PatchMath<T>& patch_math();
+
+template <class T>
+const ColumnMath<T>& column_math();
 
 template <class H, class S>
 MomentumMath<H, S> momentum_math();

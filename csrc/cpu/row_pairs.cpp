@@ -10,6 +10,8 @@
 // Traffic: the forward reads each operand once and writes 1 + 4 k numbers per row, the backward reads the
 //   operands once and writes the gradients that are needed once.
 // Memory: at most 3 rows of acc_t a thread.
+// A reduced loss of the values (`pair_loss`) knows the weight of each row at once: its gradients are made in
+//   the forward, while the row is there, and the operands read once.
 // Numerics: in acc_t, sums of squares that leave its range again in double. A product of normalised rows is
 //   <x, y_k> r_x r_k, one pass for all three sums; for a distance x^ and y^_k are rounded before they are
 //   subtracted, so equal rows have the distance 0. Gradients are rounded once.
@@ -22,6 +24,7 @@
 #include <vector>
 
 #include "../ops/row_pairs.h"
+#include "row_pairs.h"
 #include "rows.h"
 
 namespace ssl_kernels::cpu {
@@ -48,119 +51,198 @@ struct Operand {
   int64_t stride;
 };
 
-template <class scalar_t>
-std::vector<Operand<scalar_t>> operands_of(const Tensor& x, const Tensor& y, const OptionalTensor& z) {
-  std::vector<Operand<scalar_t>> operands{Operand<scalar_t>(x), Operand<scalar_t>(y)};
-  if (z) operands.emplace_back(*z);
-  return operands;
-}
+// The pairs of a row with one other or two.
+template <class scalar_t, class acc_t>
+class Pairs {
+ public:
+  Pairs(const Tensor& x, const Tensor& y, const OptionalTensor& z, bool normalize, bool distance)
+      : operands_{Operand<scalar_t>(x), Operand<scalar_t>(y)},
+        d_(x.size(1)),
+        normalize_(normalize),
+        distance_(distance) {
+    if (z) operands_.emplace_back(*z);
+  }
+
+  int64_t count() const { return static_cast<int64_t>(operands_.size()) - 1; }
+
+  // Rows of `scratch` that `measure` and `differentiate` take.
+  int64_t scratch_size() const { return (count() + 1) * d_; }
+
+  // The value of row i, and what its gradient needs beside the rows. Of a distance the rows as used are left
+  // in `scratch`.
+  double measure(int64_t i, acc_t* scratch, Saved<acc_t>* saved) const {
+    Saved<double> pairs[2];
+    if (!distance_)
+      multiply(i, scratch, pairs);
+    else
+      subtract(i, scratch, pairs);
+    for (int64_t k = 0; k < count(); ++k)
+      saved[k] = {static_cast<acc_t>(pairs[k].x_rnorm), static_cast<acc_t>(pairs[k].y_rnorm),
+                  static_cast<acc_t>(pairs[k].measure), static_cast<acc_t>(pairs[k].projection)};
+    return count() == 1 ? pairs[0].measure : pairs[0].measure - pairs[1].measure;
+  }
+
+  // The gradients by what has an `out`, of g times the value of row i. has_rows: `scratch` is as `measure`
+  // left it for a distance.
+  void differentiate(int64_t i, acc_t* scratch, const Saved<acc_t>* saved, double g, scalar_t* const* out,
+                     bool has_rows) const {
+    const auto& convert = row_conversion<scalar_t, acc_t>();
+    const acc_t clamped = static_cast<acc_t>(1 / kNormEpsilon);
+    if (!has_rows) convert.load_scaled(scratch, operands_[0].row(i), saved->x_rnorm, d_);
+    PairGradient<acc_t> by_x{
+        scratch, {}, {}, 0, saved->x_rnorm, distance_, normalize_ && saved->x_rnorm != clamped};
+    double along = 0;
+    for (int64_t k = 0; k < count(); ++k) {
+      const auto [x_rnorm, y_rnorm, measure, projection] = saved[k];
+      double weight = k ? -g : g;
+      if (distance_) weight = measure == 0 ? 0 : weight / measure;
+      along += weight * projection;
+      acc_t* const other = scratch + (1 + k) * d_;
+      if (!has_rows) convert.load_scaled(other, operands_[1 + k].row(i), y_rnorm, d_);
+      by_x.y[k] = other;
+      by_x.weight[k] = static_cast<acc_t>(weight);
+      if (!out[1 + k]) continue;
+      // The measure is symmetric: <y^ - x^, y^> = m^2 - <x^ - y^, x^>.
+      const acc_t onto_other = distance_ ? measure * measure - projection : projection;
+      convert.pair_gradient(out[1 + k] + i * d_,
+                            {other, {scratch}, {1}, onto_other, by_x.weight[k] * y_rnorm, distance_,
+                             normalize_ && y_rnorm != clamped},
+                            d_);
+    }
+    by_x.along = static_cast<acc_t>(along);
+    if (out[0]) convert.pair_gradient(out[0] + i * d_, by_x, d_);
+  }
+
+ private:
+  double rnorm_of(double squares) const {
+    return normalize_ ? reciprocal_norm<acc_t>(std::sqrt(squares)) : 1;
+  }
+
+  // The product of unit rows without what rounding left beyond ±1. NaN stays.
+  double cosine(double product) const {
+    return normalize_ && std::abs(product) > 1 ? std::copysign(1., product) : product;
+  }
+
+  void multiply(int64_t i, acc_t* scratch, Saved<double>* pairs) const {
+    const auto longer_than_eps = [](double squares) { return std::max(std::sqrt(squares), kNormEpsilon); };
+    std::optional<double> x_rnorm;  // set once `scratch` has the row
+    for (int64_t k = 0; k < count(); ++k) {
+      const scalar_t *x_row = operands_[0].row(i), *y_row = operands_[1 + k].row(i);
+      Saved<double>& pair = pairs[k];
+      if (const auto sums = row_conversion<scalar_t, acc_t>().products(x_row, y_row, d_)) {
+        pair.x_rnorm = rnorm_of(sums->xx);
+        pair.y_rnorm = rnorm_of(sums->yy);
+        pair.projection = sums->xy;
+        if (normalize_) pair.projection /= longer_than_eps(sums->xx) * longer_than_eps(sums->yy);
+      } else {
+        acc_t* const other = scratch + d_;
+        if (!x_rnorm) x_rnorm = load_row<scalar_t, acc_t>(scratch, x_row, d_, normalize_).rnorm;
+        pair.x_rnorm = *x_rnorm;
+        pair.y_rnorm = load_row<scalar_t, acc_t>(other, y_row, d_, normalize_).rnorm;
+        pair.projection = tile_math<acc_t>().dot(other, scratch, d_);
+      }
+      pair.measure = cosine(pair.projection);
+    }
+  }
+
+  void subtract(int64_t i, acc_t* scratch, Saved<double>* pairs) const {
+    const auto& convert = row_conversion<scalar_t, acc_t>();
+    const scalar_t* rows[] = {operands_[0].row(i), operands_[1].row(i), operands_.back().row(i)};
+    double rnorm[3];
+    if (const auto squares = convert.squares(rows[0], rows[1], rows[2], d_)) {
+      for (int64_t k = 0; k <= count(); ++k) {
+        rnorm[k] = rnorm_of((*squares)[k]);
+        convert.load_scaled(scratch + k * d_, rows[k], static_cast<acc_t>(rnorm[k]), d_);
+      }
+    } else {
+      for (int64_t k = 0; k <= count(); ++k)
+        rnorm[k] = load_row<scalar_t, acc_t>(scratch + k * d_, rows[k], d_, normalize_).rnorm;
+    }
+    const auto& math = tile_math<acc_t>();
+    std::array<DifferenceSums, 2> sums;
+    if (count() == 2)
+      sums = math.two_difference_sums(scratch, scratch + d_, scratch + 2 * d_, d_);
+    else
+      sums[0] = math.difference_sums(scratch, scratch + d_, d_);
+    for (int64_t k = 0; k < count(); ++k)
+      pairs[k] = {rnorm[0], rnorm[1 + k], std::sqrt(sums[k].squares), sums[k].along};
+  }
+
+  std::vector<Operand<scalar_t>> operands_;
+  int64_t d_;
+  bool normalize_, distance_;
+};
 
 template <class scalar_t, class acc_t>
-std::tuple<Tensor, Tensor> measure_pairs(const Tensor& x, const Tensor& y, const OptionalTensor& z,
-                                         bool normalize, bool distance) {
-  const auto operands = operands_of<scalar_t>(x, y, z);
-  const int64_t n = x.size(0), d = x.size(1), pairs = static_cast<int64_t>(operands.size()) - 1;
+std::tuple<Tensor, Tensor> measure_pairs(const Tensor& x, const Pairs<scalar_t, acc_t>& pairs) {
+  const int64_t n = x.size(0), d = x.size(1), count = pairs.count();
   const Tensor values = pooled({n}, x.options().dtype(at::kDouble));
-  const Tensor saved = pooled({n, pairs, 4}, x.options().dtype(c10::CppTypeToScalarType<acc_t>::value));
+  const Tensor saved = pooled({n, count, 4}, x.options().dtype(c10::CppTypeToScalarType<acc_t>::value));
   double* value = values.mutable_data_ptr<double>();
   auto* keep = reinterpret_cast<Saved<acc_t>*>(saved.template mutable_data_ptr<acc_t>());
-  const auto& math = tile_math<acc_t>();
-  const auto& convert = row_conversion<scalar_t, acc_t>();
-  const auto rnorm_of = [&](double squares) {
-    return normalize ? reciprocal_norm<acc_t>(std::sqrt(squares)) : 1;
-  };
-  const auto longer_than_eps = [](double squares) { return std::max(std::sqrt(squares), kNormEpsilon); };
-  // The product of unit rows without what rounding left beyond ±1. NaN stays.
-  const auto cosine = [&](double product) {
-    return normalize && std::abs(product) > 1 ? std::copysign(1., product) : product;
-  };
   at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
-    std::vector<acc_t> scratch(2 * d);
-    acc_t *unit = scratch.data(), *other = unit + d;
-    for (int64_t i = begin; i < end; ++i) {
-      std::optional<double> x_rnorm;  // set once `unit` is loaded
-      double sum = 0;
-      for (int64_t k = 0; k < pairs; ++k) {
-        const scalar_t *x_row = operands[0].row(i), *y_row = operands[1 + k].row(i);
-        Saved<double> pair;
-        if (const auto sums = distance ? std::nullopt : convert.products(x_row, y_row, d)) {
-          pair.x_rnorm = rnorm_of(sums->xx);
-          pair.y_rnorm = rnorm_of(sums->yy);
-          pair.projection = sums->xy;
-          if (normalize) pair.projection /= longer_than_eps(sums->xx) * longer_than_eps(sums->yy);
-          pair.measure = cosine(pair.projection);
-        } else {
-          if (!x_rnorm) x_rnorm = load_row<scalar_t, acc_t>(unit, x_row, d, normalize).rnorm;
-          pair.x_rnorm = *x_rnorm;
-          pair.y_rnorm = load_row<scalar_t, acc_t>(other, y_row, d, normalize).rnorm;
-          if (distance) {
-            const auto [squares, along] = math.difference_sums(unit, other, d);
-            pair.measure = std::sqrt(squares);
-            pair.projection = along;
-          } else {
-            pair.projection = math.dot(other, unit, d);
-            pair.measure = cosine(pair.projection);
-          }
-        }
-        keep[i * pairs + k] = {static_cast<acc_t>(pair.x_rnorm), static_cast<acc_t>(pair.y_rnorm),
-                               static_cast<acc_t>(pair.measure), static_cast<acc_t>(pair.projection)};
-        sum += k ? -pair.measure : pair.measure;
-      }
-      value[i] = sum;
-    }
+    std::vector<acc_t> scratch(pairs.scratch_size());
+    for (int64_t i = begin; i < end; ++i) value[i] = pairs.measure(i, scratch.data(), keep + i * count);
   });
   return {values, saved};
 }
 
-template <class scalar_t, class acc_t>
-std::tuple<Tensor, Tensor, Tensor> differentiate(const Tensor& grad_values, const Tensor& x, const Tensor& y,
-                                                 const OptionalTensor& z, const Tensor& saved, bool normalize,
-                                                 bool distance, std::array<bool, 3> needs_grad) {
-  const auto operands = operands_of<scalar_t>(x, y, z);
-  const int64_t n = x.size(0), d = x.size(1), pairs = static_cast<int64_t>(operands.size()) - 1;
-  Tensor grads[3];
-  scalar_t* out[3] = {};
-  for (int64_t k = 0; k < 3; ++k) {
-    const bool wanted = k <= pairs && needs_grad[k];
-    grads[k] = pooled(wanted ? x.sizes() : at::IntArrayRef({0}), x.options());
-    if (wanted) out[k] = grads[k].mutable_data_ptr<scalar_t>();
+// Gradients of the operands that need one, not written yet, else (0,).
+struct Gradients {
+  Gradients(const Tensor& x, int64_t operands, std::array<bool, 3> needs_grad) {
+    for (int64_t k = 0; k < 3; ++k)
+      tensors[k] = pooled(k < operands && needs_grad[k] ? x.sizes() : at::IntArrayRef({0}), x.options());
   }
+  template <class scalar_t>
+  std::array<scalar_t*, 3> out() const {
+    std::array<scalar_t*, 3> to;
+    for (int64_t k = 0; k < 3; ++k)
+      to[k] = tensors[k].numel() ? tensors[k].mutable_data_ptr<scalar_t>() : nullptr;
+    return to;
+  }
+  Tensor tensors[3];
+};
+
+template <class scalar_t, class acc_t>
+std::tuple<Tensor, Tensor, Tensor> differentiate(const Tensor& grad_values, const Tensor& x,
+                                                 const Pairs<scalar_t, acc_t>& pairs, const Tensor& saved,
+                                                 std::array<bool, 3> needs_grad) {
+  const int64_t n = x.size(0), count = pairs.count();
+  const Gradients grads(x, count + 1, needs_grad);
+  const auto out = grads.out<scalar_t>();
   const Tensor upstream = grad_values.contiguous();
   const double* g = upstream.const_data_ptr<double>();
   const auto* kept = reinterpret_cast<const Saved<acc_t>*>(saved.template const_data_ptr<acc_t>());
-  const auto& convert = row_conversion<scalar_t, acc_t>();
-  const acc_t clamped = static_cast<acc_t>(1 / kNormEpsilon);
-  at::parallel_for(0, n, rows_per_task(d), [&](int64_t begin, int64_t end) {
-    std::vector<acc_t> scratch(3 * d);
-    acc_t* const unit = scratch.data();
-    for (int64_t i = begin; i < end; ++i) {
-      const Saved<acc_t>* pair = kept + i * pairs;
-      convert.load_scaled(unit, operands[0].row(i), pair->x_rnorm, d);
-      PairGradient<acc_t> by_x{
-          unit, {}, {}, 0, pair->x_rnorm, distance, normalize && pair->x_rnorm != clamped};
-      double along = 0;
-      for (int64_t k = 0; k < pairs; ++k) {
-        const auto [x_rnorm, y_rnorm, measure, projection] = pair[k];
-        double weight = k ? -g[i] : g[i];
-        if (distance) weight = measure == 0 ? 0 : weight / measure;
-        along += weight * projection;
-        acc_t* const other = unit + (1 + k) * d;
-        convert.load_scaled(other, operands[1 + k].row(i), y_rnorm, d);
-        by_x.y[k] = other;
-        by_x.weight[k] = static_cast<acc_t>(weight);
-        if (!out[1 + k]) continue;
-        // The measure is symmetric: <y^ - x^, y^> = m^2 - <x^ - y^, x^>.
-        const acc_t onto_other = distance ? measure * measure - projection : projection;
-        convert.pair_gradient(out[1 + k] + i * d,
-                              {other, {unit}, {1}, onto_other, by_x.weight[k] * y_rnorm, distance,
-                               normalize && y_rnorm != clamped},
-                              d);
-      }
-      by_x.along = static_cast<acc_t>(along);
-      if (out[0]) convert.pair_gradient(out[0] + i * d, by_x, d);
-    }
+  at::parallel_for(0, n, rows_per_task(x.size(1)), [&](int64_t begin, int64_t end) {
+    std::vector<acc_t> scratch(pairs.scratch_size());
+    for (int64_t i = begin; i < end; ++i)
+      pairs.differentiate(i, scratch.data(), kept + i * count, g[i], out.data(), /*has_rows=*/false);
   });
-  return {grads[0], grads[1], grads[2]};
+  return {grads.tensors[0], grads.tensors[1], grads.tensors[2]};
+}
+
+// The loss of a value and its derivative.
+struct LossOfValue {
+  double loss, slope;
+};
+
+LossOfValue loss_of(PairRule rule, double value, double constant) {
+  switch (rule) {
+    case PairRule::kHinge: {
+      const double above = value + constant;
+      return above <= 0 ? LossOfValue{0, 0} : LossOfValue{above, 1};  // NaN stays
+    }
+    case PairRule::kCosine:
+      return {2 - 2 * value, -2};
+    case PairRule::kLogarithm:
+      return {-std::log(value + constant), -1 / (value + constant)};
+    case PairRule::kPower: {
+      if (value == 0) return {0, 0};
+      const double power = constant == 2 ? value * value : std::pow(value, constant);
+      return {power, constant * power / value};
+    }
+  }
+  TORCH_INTERNAL_ASSERT(false);
 }
 
 // values, saved
@@ -169,7 +251,7 @@ std::tuple<Tensor, Tensor> row_pairs_fwd(const Tensor& x, const Tensor& y, const
   check_row_pairs(x, y, z, measure);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return SSL_KERNELS_DISPATCH(x.scalar_type(), "row_pairs", [&] {
-    return measure_pairs<scalar_t, acc_t>(x, y, z, normalize, measure == "distance");
+    return measure_pairs<scalar_t, acc_t>(x, {x, y, z, normalize, measure == "distance"});
   });
 }
 
@@ -182,10 +264,39 @@ std::tuple<Tensor, Tensor, Tensor> row_pairs_bwd(const Tensor& grad_values, cons
   check_row_pairs_grad(grad_values, saved, x, z);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return SSL_KERNELS_DISPATCH(x.scalar_type(), "row_pairs", [&] {
-    return differentiate<scalar_t, acc_t>(grad_values, x, y, z, saved.contiguous(), normalize,
-                                          measure == "distance", {x_needs_grad, y_needs_grad, z_needs_grad});
+    return differentiate<scalar_t, acc_t>(grad_values, x, {x, y, z, normalize, measure == "distance"},
+                                          saved.contiguous(), {x_needs_grad, y_needs_grad, z_needs_grad});
   });
 }
+
+}  // namespace
+
+PairLoss pair_loss(const Tensor& x, const Tensor& y, const OptionalTensor& z, bool normalize, bool distance,
+                   PairRule rule, double constant, double share, std::array<bool, 3> needs_grad) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const int64_t n = x.size(0);
+  std::vector<double> losses(n);
+  const Gradients grads(x, z ? 3 : 2, needs_grad);
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "pair_loss", [&] {
+    const Pairs<scalar_t, scalar_t> pairs(x, y, z, normalize, distance);
+    const auto out = grads.out<scalar_t>();
+    const bool differentiate = out[0] || out[1] || out[2];
+    at::parallel_for(0, n, rows_per_task(x.size(1)), [&](int64_t begin, int64_t end) {
+      std::vector<scalar_t> scratch(pairs.scratch_size());
+      Saved<scalar_t> saved[2];
+      for (int64_t i = begin; i < end; ++i) {
+        const auto [loss, slope] = loss_of(rule, pairs.measure(i, scratch.data(), saved), constant);
+        losses[i] = loss;
+        if (differentiate) pairs.differentiate(i, scratch.data(), saved, share * slope, out.data(), distance);
+      }
+    });
+  });
+  double sum = 0;
+  for (const double loss : losses) sum += loss;
+  return {sum * share, {grads.tensors[0], grads.tensors[1], grads.tensors[2]}};
+}
+
+namespace {
 
 TORCH_LIBRARY_IMPL(ssl_kernels, CPU, library) {
   library.impl("row_pairs_fwd.native", &row_pairs_fwd);

@@ -6,6 +6,7 @@
 // The loops live in tile_math.inc and are compiled three times; tile_math<T>() picks at run time.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -153,6 +154,9 @@ struct TileMath {
 
   // The sum of squares also where it leaves the range of T.
   DifferenceSums (*difference_sums)(const T* x, const T* y, int64_t n);
+
+  // The same of x with y and of x with z, in one pass.
+  std::array<DifferenceSums, 2> (*two_difference_sums)(const T* x, const T* y, const T* z, int64_t n);
 };
 
 // Rows of storage type S as rows of T, and back (round to nearest even).
@@ -165,6 +169,8 @@ struct RowConversion {
   void (*store)(S* out, const T* x, int64_t n);
   // Nothing where a sum of squares leaves the range of T.
   std::optional<ProductSums> (*products)(const S* x, const S* y, int64_t n);
+  // Sums of squares of three rows; likewise.
+  std::optional<std::array<double, 3>> (*squares)(const S* x, const S* y, const S* z, int64_t n);
   // out <- a gradient of row_pairs, rounded once: see PairGradient.
   void (*pair_gradient)(S* out, const PairGradient<T>& gradient, int64_t n);
 };

@@ -6,8 +6,10 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/clone.h>
+#include <ATen/ops/mul.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 
 #include <initializer_list>
 #include <optional>
@@ -55,6 +57,12 @@ struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
                 ": backend \"native\" has no second derivative; backend=\"reference\" has one");
   }
 };
+
+// A gradient that the forward made of a loss, times that of the loss: in place if nobody asks for it again.
+inline at::Tensor made_weighted(const at::Tensor& made, double grad) {
+  if (torch::autograd::get_current_graph_task_keep_graph()) return made.mul(grad);
+  return grad == 1 ? made : made.mul_(grad);
+}
 
 // The gradients, which refuse to be differentiated by any of the defined ones among `origins`.
 inline torch::autograd::variable_list without_second_derivative(

@@ -32,7 +32,7 @@ void check_pairs(at::IntArrayRef pairs, int64_t teachers, int64_t views) {
 }
 
 Tensor cluster_rows_(Tensor& logits, Tensor& codes, const std::optional<Tensor>& biases,
-                     at::IntArrayRef pairs, bool differentiate) {
+                     at::IntArrayRef pairs, bool differentiate, bool less_entropy) {
   TORCH_CHECK(logits.dim() == 3 && codes.dim() == 3 && logits.size(1) == codes.size(1) &&
                   logits.size(2) == codes.size(2),
               "cluster_rows_: logits and codes must have shapes (V, N, K) and (A, N, K), got ",
@@ -48,7 +48,7 @@ Tensor cluster_rows_(Tensor& logits, Tensor& codes, const std::optional<Tensor>&
                 "cluster_rows_: biases must have shape (A, K) or (1, K) and the dtype of logits, got ",
                 biases->sizes());
   check_pairs(pairs, codes.size(0), logits.size(0));
-  return cpu::cluster_rows_(logits, codes, biases, pairs, differentiate);
+  return cpu::cluster_rows_(logits, codes, biases, pairs, differentiate, less_entropy);
 }
 
 cpu::ViewLogits checked(at::TensorList student, at::TensorList teacher, double scale, double steepness,

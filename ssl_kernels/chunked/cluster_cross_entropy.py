@@ -27,12 +27,12 @@ def in_blocks(
     teacher_rows,
     teacher_columns,
     biases,
-    products,
     weights,
     views,
     pairs,
     normalize_rows,
     normalize_columns,
+    less_entropy,
     rows_need_grad,
     prototypes_need_grad,
 ):
@@ -59,15 +59,9 @@ def in_blocks(
             for place, many in zip(places, (by_view, teachers), strict=True)
         )
         by_block = logits.view(views, count, k), codes.view(-1, count, k)
-        if teacher_columns is None:
-            by_block[1].copy_(teachers[:, block])
-        else:
-            torch.mm(teachers[:, block].reshape(-1, teachers.shape[2]), teacher_columns.T, out=codes)
-        if products is None:
-            torch.mm(scale * part, columns.T, out=logits)
-        else:
-            torch.mul(products.view(views, n, k)[:, block], scale, out=by_block[0])
-        of_block = run_rows(*by_block, biases, pairs, weights is not None)
+        torch.mm(teachers[:, block].reshape(-1, teachers.shape[2]), teacher_columns.T, out=codes)
+        torch.mm(scale * part, columns.T, out=logits)
+        of_block = run_rows(*by_block, biases, pairs, weights is not None, less_entropy)
         losses[block] = of_block.mul_(share).clamp_min_(0)  # below it by rounding alone
         if weights is None:
             continue
@@ -85,7 +79,7 @@ def in_blocks(
     return losses, grad_rows.to(rows.dtype), grad_columns.to(prototypes.dtype), grad_scale.to(unit.dtype)
 
 
-def cluster_rows_(logits, codes, biases, pairs, differentiate):
+def cluster_rows_(logits, codes, biases, pairs, differentiate, less_entropy):
     """(N,) float64 sums over the pairs (a, v) of lse(logits_v) − <softmax(codes_a + bias), logits_v>.
 
     The codes become the probabilities, and with `differentiate` the logits the gradient by them; else what comes.
@@ -95,13 +89,20 @@ def cluster_rows_(logits, codes, biases, pairs, differentiate):
         codes: (A, N, K), logits of the teacher's views.
         biases: (A, K), (1, K) or None.
         pairs: a, v, a, v, and so on.
+        less_entropy: Whether the entropies of the softmax of the codes are taken off.
     """
     if biases is not None:
         codes += biases[:, None]
-    softmax_(codes)
+    total = 0
+    if less_entropy:
+        logarithms = torch.log_softmax(codes, 2)
+        torch.exp(logarithms, out=codes)
+        minus_entropies = (codes * logarithms.masked_fill_(codes == 0, 0)).sum(2, dtype=torch.float64)
+        total = sum(minus_entropies[a] for a in pairs[::2])
+    else:
+        softmax_(codes)
     of_view = teachers_of_views(pairs)
     targets = {of: summed_codes(codes, of) for of in set(of_view.values())}
-    total = 0
     # The largest probability is exp(largest logit − lse), which gives the lse without a pass of its own.
     top = logits.amax(2).double()
     for view, of in of_view.items():

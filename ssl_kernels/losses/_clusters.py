@@ -14,7 +14,15 @@ from typing import NamedTuple
 import torch
 
 from ssl_kernels.checks import check_embeddings, check_same_rows
-from ssl_kernels.losses._shared import not_below_zero, reduce, rows_for_several, stacked, unit_rows
+from ssl_kernels.chunked.rows import LOGITS_PER_BLOCK
+from ssl_kernels.losses._shared import (
+    may_be_one_node,
+    not_below_zero,
+    reduce,
+    rows_for_several,
+    stacked,
+    unit_rows,
+)
 from ssl_kernels.ops.cluster_cross_entropy import cluster_cross_entropy
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
@@ -49,8 +57,6 @@ class Teacher(NamedTuple):
     rows: list  # A tensors (N, T)
     columns: torch.Tensor  # (K, T)
     biases: torch.Tensor | None  # (A, K), one for each of rows, (1, K) for all, or None
-    logits: torch.Tensor | None = None  # (A · N, K) without bias, where they are known
-    products: torch.Tensor | None = None  # and then the student's <x̂, ŷ>, (V · N, K), without a gradient
 
 
 class Prototypes(NamedTuple):
@@ -88,7 +94,64 @@ def runs_in_blocks(chosen, x):
     return chosen == "chunked" or (chosen == "native" and not x.is_cuda)
 
 
-def swapped_cross_entropy(student, prototypes, teacher, pairs, weights, *, backend, chosen, caller):
+def as_one_node(
+    student,
+    prototypes,
+    pairs,
+    weights,
+    *,
+    chosen,
+    caller,
+    less_entropy=False,
+    assign=(),
+    steepness,
+    **teacher,
+):
+    """`swapped_cross_entropy` of samples added up by weights by `cluster_loss.native` (csrc/ops/cluster_loss.cpp), or
+    None where it does not stand for that: of so few logits that they may all be there at once.
+
+    Args:
+        student: V tensors (N, D), or one (V, N, D).
+        prototypes: `Prototypes`, whose switches hold for the teacher too.
+        assign: Of SwAV the views whose codes the teacher's views are.
+        steepness: 0-d, 1 / temperature of the teacher.
+        teacher: `views`, `columns` and `bias` of another teacher, none of them made unit or steep; or of SwAV
+            `iterations` and `group`.
+    """
+    if chosen != "native" or weights is None or not may_be_one_node(*student, *prototypes[:2], weights):
+        return None
+    columns, scale, normalize_rows, normalize_columns = prototypes
+    views, n = (len(student), student[0].shape[0]) if student[0].dim() == 2 else student[0].shape[:2]
+    if views * n * columns.shape[0] > LOGITS_PER_BLOCK:
+        return None
+    acc, bias, of_teacher = scale.dtype, teacher.get("bias"), []
+    if "views" in teacher:
+        of_teacher = [x.detach().to(acc) for x in (*teacher["views"], teacher["columns"])]
+        bias = None if bias is None else (bias.to(acc) * -steepness).contiguous()
+    if not may_be_one_node(steepness, *of_teacher) or not (bias is None or may_be_one_node(bias)):
+        return None
+    return torch.ops.ssl_kernels.cluster_loss.native(
+        student,
+        columns,
+        scale,
+        weights,
+        of_teacher,
+        bias,
+        steepness.item(),
+        teacher.get("iterations", 0),
+        assign,
+        [number for pair in pairs for number in pair],
+        normalize_rows,
+        normalize_columns,
+        less_entropy,
+        teacher.get("group", ""),
+        caller,
+    )
+
+
+def swapped_cross_entropy(
+    student, prototypes, teacher, pairs, weights, *, backend, chosen, caller, less_entropy=False
+):
     """Mean over the pairs of the cross-entropies of samples, (N,) float64, or their sum by weights.
 
     Args:
@@ -97,20 +160,20 @@ def swapped_cross_entropy(student, prototypes, teacher, pairs, weights, *, backe
         pairs: (a, v): view v of the student is to have the probabilities of the teacher's view a.
         weights: (N,) float64, or None.
         backend, chosen: What the caller asked for, and the backend that runs the call.
+        less_entropy: Divergences in place of cross-entropies, of a call that runs in blocks.
     """
     if runs_in_blocks(chosen, student[0]):
-        known = teacher.logits is not None
-        of_teacher = (teacher.logits, None) if known else (torch.cat(teacher.rows), teacher.columns)
         return cluster_cross_entropy(
             stacked(*student),
             prototypes.columns,
             prototypes.scale,
-            (*of_teacher, teacher.biases, teacher.products),
+            (torch.cat(teacher.rows), teacher.columns, teacher.biases),
             pairs,
             weights,
             views=len(student),
             normalize_rows=prototypes.normalize_rows,
             normalize_columns=prototypes.normalize_columns,
+            less_entropy=less_entropy,
             caller=caller,
             chosen=chosen,
         )
@@ -161,7 +224,7 @@ def streamed(student, prototypes, teacher, pairs, *, backend, chosen, caller):
 
 def _with_bias(teacher):
     """(rows, columns) of the teacher with the bias as a product of features more: of 1 and the bias."""
-    rows, columns, biases = teacher[:3]
+    rows, columns, biases = teacher
     if biases is None:
         return torch.cat(rows), columns
     places = torch.eye(len(biases), dtype=columns.dtype, device=columns.device)

@@ -11,7 +11,7 @@ import torch
 from ssl_kernels.backends import choose_backend
 from ssl_kernels.checks import values_are_readable
 from ssl_kernels.constants import NORM_EPS
-from ssl_kernels.losses._shared import as_operand, may_be_one_node, reduce, unit_rows
+from ssl_kernels.losses._shared import as_operand, may_be_one_node, native_pair_loss, reduce, unit_rows
 from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func, savable
 from ssl_kernels.ops.row_pairs import row_pairs
 from ssl_kernels.reference.products import product
@@ -45,6 +45,14 @@ def row_pairs_loss(
         offset: A number, or a tensor of one element, which gets its gradient.
         reduction, row_weights: As in `reduce`.
     """
+    rule = (
+        "hinge" if hinge and factor == 1 else "cosine" if not hinge and factor == -2 and offset == 2 else None
+    )
+    if row_weights is None and rule is not None:
+        options = {"normalize": normalize, "measure": measure, "reduction": reduction, "caller": caller}
+        loss = native_pair_loss(rule, offset, x, y, z, backend=backend, **options)
+        if loss is not None:
+            return loss
     plain = row_weights is None and not isinstance(offset, torch.Tensor) and values_are_readable(x, y)
     if plain and may_be_one_node() and choose_backend("row_pairs", backend, caller, x, y) == "native":
         return torch.ops.ssl_kernels.row_pairs_loss.native(

@@ -4,7 +4,7 @@ import torch
 
 from ssl_kernels.checks import check_embeddings, check_reduction, check_same_rows, check_scalar
 from ssl_kernels.losses._module import Loss
-from ssl_kernels.losses._shared import as_scalar, reduce, widest_under_autocast
+from ssl_kernels.losses._shared import as_scalar, native_pair_loss, reduce, widest_under_autocast
 from ssl_kernels.ops.row_pairs import row_pairs
 
 OP = "alignment_loss"
@@ -47,7 +47,11 @@ def alignment_loss(
     check_same_rows(OP, x=x, y=y)
     check_scalar(OP, "alpha", alpha, x, positive=True)
     check_reduction(OP, reduction)
-    distance = row_pairs(x, y, normalize=normalize, measure="distance", backend=backend, caller=OP)
+    options = {"normalize": normalize, "measure": "distance", "backend": backend, "caller": OP}
+    loss = native_pair_loss("power", alpha, x, y, reduction=reduction, **options)
+    if loss is not None:
+        return loss
+    distance = row_pairs(x, y, **options)
     apart = distance != 0
     loss = (distance.where(apart, 1) ** _exponent(alpha, x)).where(apart, 0)
     return reduce(loss, reduction, x)

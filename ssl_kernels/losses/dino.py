@@ -23,6 +23,7 @@ from ssl_kernels.checks import (
 from ssl_kernels.losses._clusters import (
     Prototypes,
     Teacher,
+    as_one_node,
     reduced,
     sample_weights,
     swapped_cross_entropy,
@@ -138,6 +139,22 @@ def dino_loss(
         students, teachers, places = _masked_tokens(students, teachers, mask)
         pairs = [(0, 0)]
     scale, steepness = inverse(temperature, like), inverse(teacher_temperature, like).detach()
+    if mask is None and prototypes is not None and centering == "center":
+        weights = sample_weights(reduction, row_weights, n, like)
+        loss = as_one_node(
+            students,
+            Prototypes(prototypes, scale, normalize, normalize_prototypes),
+            pairs,
+            weights,
+            chosen=chosen,
+            caller=OP,
+            steepness=steepness,
+            views=teachers,
+            columns=teacher_prototypes,
+            bias=center,
+        )
+        if loss is not None:
+            return reduced(loss, weights, like, row_weights)
     with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         acc = accumulation_dtype(like)
         teachers = [view.detach() for view in teachers]

@@ -11,6 +11,15 @@ from ssl_kernels.checks import (
     check_same_rows,
     check_scalar,
 )
+from ssl_kernels.losses._clusters import (
+    Prototypes,
+    Teacher,
+    as_one_node,
+    reduced,
+    runs_in_blocks,
+    sample_weights,
+    swapped_cross_entropy,
+)
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._rows import row_dots
 from ssl_kernels.losses._shared import (
@@ -22,7 +31,7 @@ from ssl_kernels.losses._shared import (
     widest_under_autocast,
 )
 from ssl_kernels.ops.contrastive import contrastive
-from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
+from ssl_kernels.ops.library import refuse_torch_func
 from ssl_kernels.ops.teacher_dots import teacher_dots
 from ssl_kernels.reference.products import product
 
@@ -94,13 +103,20 @@ def distillation_loss(
     chosen = choose_backend("contrastive", backend, OP, query, keys)
     if chosen != "reference":
         refuse_torch_func(OP, chosen)
-    query, keys = (rows_for_several(rows, backend, OP) for rows in (query, keys))
     scale = inverse(temperature, query)
-    acc = accumulation_dtype(query)
-    with torch.no_grad():
-        steepness = inverse(teacher_temperature, query).detach()
-        teacher_rows = steepness * unit_rows(teacher_query.detach().to(acc), normalize)
-        teacher_columns = unit_rows(teacher_keys.detach().to(acc), normalize)
+    steepness = inverse(teacher_temperature, query).detach()
+    if runs_in_blocks(chosen, query):
+        weights = sample_weights(reduction, row_weights, query.shape[0], query)
+        pupil, pairs = Prototypes(keys, scale, normalize, normalize), [(0, 0)]
+        options = {"chosen": chosen, "caller": OP, "less_entropy": True}
+        of_teacher = {"views": [teacher_query], "columns": teacher_keys, "steepness": steepness}
+        loss = as_one_node([query], pupil, pairs, weights, **options, **of_teacher)
+        if loss is None:
+            teacher = _teacher(teacher_query, teacher_keys, steepness, normalize)
+            loss = swapped_cross_entropy([query], pupil, teacher, pairs, weights, backend=backend, **options)
+        return reduced(loss, weights, query, row_weights)
+    query, keys = (rows_for_several(rows, backend, OP) for rows in (query, keys))
+    (teacher_rows,), teacher_columns, _ = _teacher(teacher_query, teacher_keys, steepness, normalize)
     rows, columns = unit_rows(query, normalize), unit_rows(keys, normalize)
     lse = contrastive(
         query,
@@ -125,6 +141,12 @@ def distillation_loss(
 
 
 distillation_loss.operation = "contrastive"
+
+
+@torch.no_grad()
+def _teacher(query, keys, steepness, normalize):
+    query, keys = (unit_rows(x.detach().to(steepness.dtype), normalize) for x in (query, keys))
+    return Teacher([steepness * query], keys, None)
 
 
 class DistillationLoss(Loss):

@@ -14,18 +14,17 @@ from ssl_kernels.checks import (
     check_scalar,
     is_whole,
 )
-from ssl_kernels.chunked.rows import LOGITS_PER_BLOCK
 from ssl_kernels.losses._clusters import (
     Prototypes,
     Teacher,
+    as_one_node,
     reduced,
-    runs_in_blocks,
     sample_weights,
     swapped_cross_entropy,
     views_of,
 )
 from ssl_kernels.losses._module import Loss
-from ssl_kernels.losses._shared import inverse, stacked, unit_rows, widest_under_autocast
+from ssl_kernels.losses._shared import inverse, unit_rows, widest_under_autocast
 from ssl_kernels.losses.sinkhorn import check_iterations, group_name
 from ssl_kernels.ops.column_potentials import column_potentials
 from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func
@@ -104,28 +103,35 @@ def swav_loss(
     chosen = choose_backend("contrastive", backend, OP, views[0], prototypes)
     if chosen != "reference":
         refuse_torch_func(OP, chosen)
+    weights = sample_weights(reduction, row_weights, views[0].shape[0], prototypes)
+    scale, steepness = inverse(temperature, prototypes), inverse(epsilon, prototypes).detach()
+    student = Prototypes(prototypes, scale, normalize, normalize_prototypes)
+    pairs = [(k, v) for k, a in enumerate(assign) for v in range(len(views)) if v != a]
+    if all(q is None for q in queues):
+        is_whole = isinstance(features, torch.Tensor) and features.dtype == prototypes.dtype
+        options = {"assign": assign, "iterations": iterations, "group": name, "steepness": steepness}
+        loss = as_one_node(
+            [features] if is_whole else views, student, pairs, weights, chosen=chosen, caller=OP, **options
+        )
+        if loss is not None:
+            return reduced(loss, weights, prototypes, row_weights)
     acc = accumulation_dtype(prototypes)
     with torch.no_grad(), torch.autocast(prototypes.device.type, enabled=False):
-        steepness = inverse(epsilon, prototypes).detach()
         columns = unit_rows(prototypes.detach(), normalize_prototypes)
-        if _fits_in_a_block(chosen, views, columns, queues):
-            teacher = _teacher_of_products(views, columns, assign, steepness, normalize, iterations, name)
-        else:
-            rows = [steepness * unit_rows(views[a].detach(), normalize) for a in assign]
-            biases = []
-            for own, earlier in zip(rows, queues, strict=True):
-                all_rows = own if earlier is None else torch.cat((own, steepness * earlier.detach().to(acc)))
-                if chosen == "reference" and not name:
-                    biases.append(potentials(product(all_rows, columns.T), iterations))
-                else:
-                    biases.append(column_potentials(all_rows, columns, iterations=iterations, group=name))
-            teacher = Teacher(rows, columns, torch.stack(biases))
-    weights = sample_weights(reduction, row_weights, views[0].shape[0], prototypes)
+        rows = [steepness * unit_rows(views[a].detach(), normalize) for a in assign]
+        biases = []
+        for own, earlier in zip(rows, queues, strict=True):
+            all_rows = own if earlier is None else torch.cat((own, steepness * earlier.detach().to(acc)))
+            if chosen == "reference" and not name:
+                biases.append(potentials(product(all_rows, columns.T), iterations))
+            else:
+                biases.append(column_potentials(all_rows, columns, iterations=iterations, group=name))
+        teacher = Teacher(rows, columns, torch.stack(biases))
     loss = swapped_cross_entropy(
         views,
-        Prototypes(prototypes, inverse(temperature, prototypes), normalize, normalize_prototypes),
+        student,
         teacher,
-        [(k, v) for k, a in enumerate(assign) for v in range(len(views)) if v != a],
+        pairs,
         weights,
         backend=backend,
         chosen=chosen,
@@ -135,27 +141,6 @@ def swav_loss(
 
 
 swav_loss.operation = "contrastive"
-
-
-def _fits_in_a_block(chosen, views, columns, queues):
-    """Whether the logits of all crops are so few that one product serves codes, loss and gradients."""
-    if (
-        torch.compiler.is_compiling()
-        or not runs_in_blocks(chosen, views[0])
-        or not all(q is None for q in queues)
-    ):
-        return False
-    return len(views) * views[0].shape[0] * columns.shape[0] <= LOGITS_PER_BLOCK
-
-
-def _teacher_of_products(views, columns, assign, steepness, normalize, iterations, name):
-    n, k = views[0].shape[0], columns.shape[0]
-    unit = unit_rows(stacked(*(view.detach() for view in views)), normalize)
-    products = unit @ columns.T
-    rows = [steepness * unit[a * n : (a + 1) * n] for a in assign]
-    logits = steepness * products.view(len(views), n, k)[list(assign)]
-    biases = [column_potentials(own, iterations=iterations, group=name) for own in logits]
-    return Teacher(rows, columns, torch.stack(biases), logits.view(-1, k), products)
 
 
 def _checked_crops(assign, views):

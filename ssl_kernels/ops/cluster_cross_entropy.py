@@ -19,9 +19,7 @@ from ssl_kernels.ops.library import all_savable, library
 from ssl_kernels.ops.operation import Operation, has_cpu_kernel, once, overload_of
 
 
-def _fake(
-    rows, prototypes, scale, rows_of_teacher, columns_of_teacher, biases, products, weights, views, *options
-):
+def _fake(rows, prototypes, scale, rows_of_teacher, columns_of_teacher, biases, weights, views, *options):
     needs = options[-2:]
     grads = (
         x.new_empty(x.shape if need else (0,)) for x, need in zip((rows, prototypes), needs, strict=True)
@@ -40,9 +38,9 @@ def _native(*args):
     chunked,
     {
         "": (
-            "(Tensor rows, Tensor prototypes, Tensor scale, Tensor teacher_rows, Tensor? teacher_columns,"
-            " Tensor? biases, Tensor? products, Tensor? weights, int views, int[] pairs, bool normalize_rows,"
-            " bool normalize_columns, bool rows_need_grad, bool prototypes_need_grad)"
+            "(Tensor rows, Tensor prototypes, Tensor scale, Tensor teacher_rows, Tensor teacher_columns,"
+            " Tensor? biases, Tensor? weights, int views, int[] pairs, bool normalize_rows,"
+            " bool normalize_columns, bool less_entropy, bool rows_need_grad, bool prototypes_need_grad)"
             " -> (Tensor losses, Tensor grad_rows, Tensor grad_prototypes, Tensor grad_scale)",
             _fake,
         )
@@ -50,8 +48,8 @@ def _native(*args):
     chosen_by="contrastive",
 ).operators
 library.define(
-    "cluster_rows_.native(Tensor(a!) logits, Tensor(b!) codes, Tensor? biases, int[] pairs, bool differentiate)"
-    " -> Tensor"
+    "cluster_rows_.native(Tensor(a!) logits, Tensor(b!) codes, Tensor? biases, int[] pairs, bool differentiate,"
+    " bool less_entropy) -> Tensor"
 )
 library.impl("cluster_cross_entropy.native", _native, "CPU")
 _HAS_KERNEL = has_cpu_kernel("cluster_rows_.native")
@@ -79,7 +77,7 @@ class _Rows(torch.autograd.Function):
 
         made = once(ctx.caller, ctx.chosen, make, grad, *operands[:3])
         grads = (each if need else None for each, need in zip(made, needs, strict=True))
-        return None, None, None, *grads, None, None, None, None
+        return None, None, None, *grads, None, None, None
 
 
 class _Weighted(torch.autograd.Function):
@@ -97,13 +95,12 @@ class _Weighted(torch.autograd.Function):
         teacher_rows,
         columns,
         biases,
-        products,
         weights,
     ):
         needs = ctx.needs_input_grad[3:6]
         wanted = weights if any(needs) else None
         losses, *grads = _run[overload_of(chosen, rows, _HAS_KERNEL)](
-            rows, prototypes, scale, teacher_rows, columns, biases, products, wanted, *options, *needs[:2]
+            rows, prototypes, scale, teacher_rows, columns, biases, wanted, *options, *needs[:2]
         )
         ctx.save_for_backward(*all_savable(rows, prototypes, scale, losses, *grads))
         ctx.caller, ctx.chosen = caller, chosen
@@ -112,7 +109,7 @@ class _Weighted(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         *operands, losses, by_rows, by_prototypes, by_scale = ctx.saved_tensors
-        needs = (*ctx.needs_input_grad[3:6], ctx.needs_input_grad[10])
+        needs = (*ctx.needs_input_grad[3:6], ctx.needs_input_grad[9])
 
         def make():
             by_operands = (grad.to(by_scale.dtype) * each for each in (by_rows, by_prototypes, by_scale))
@@ -120,7 +117,7 @@ class _Weighted(torch.autograd.Function):
 
         made = once(ctx.caller, ctx.chosen, make, grad, *operands)
         *grads, by_weights = (each if need else None for each, need in zip(made, needs, strict=True))
-        return None, None, None, *grads, None, None, None, None, by_weights
+        return None, None, None, *grads, None, None, None, by_weights
 
 
 def cluster_cross_entropy(
@@ -134,6 +131,7 @@ def cluster_cross_entropy(
     views,
     normalize_rows,
     normalize_columns,
+    less_entropy=False,
     caller,
     chosen,
 ):
@@ -143,13 +141,14 @@ def cluster_cross_entropy(
         rows: (V · N, D), view by view. Gets its gradient, as prototypes, scale and weights do.
         prototypes: (K, D).
         scale: 0-d, in the accumulation dtype of rows.
-        teacher: (rows, columns, biases, products), of the dtype of scale: the teacher's rows (A · N, T) and columns
-            (K, T), or its logits (A · N, K) and None; (A, K), (1, K) or None; and the student's <x̂, ŷ>, (V · N, K),
-            where these have been multiplied already, or None.
+        teacher: (rows, columns, biases), of the dtype of scale: the teacher's rows (A · N, T), columns (K, T), and
+            (A, K), (1, K) or None.
         pairs: (a, v): view v is to have the probabilities of the teacher's view a.
         normalize_rows, normalize_columns: L2-normalise first, as F.normalize does.
+        less_entropy: Whether the entropies of the teacher's probabilities are taken off: divergences.
     """
-    options = views, tuple(number for pair in pairs for number in pair), normalize_rows, normalize_columns
+    flat = tuple(number for pair in pairs for number in pair)
+    options = views, flat, normalize_rows, normalize_columns, less_entropy
     if weights is None:
         return _Rows.apply(caller, chosen, options, rows, prototypes, scale, *teacher)
     return _Weighted.apply(caller, chosen, options, rows, prototypes, scale, *teacher, weights)

@@ -8,7 +8,16 @@ from ssl_kernels import losses
 from ssl_kernels.losses import _softmax
 from tests.losses.cases import CASES
 
-REACHED = ("contrastive", "class_contrastive", "one_node", "row_pairs", "row_pairs_loss", "paired_logits")
+REACHED = (
+    "contrastive",
+    "class_contrastive",
+    "one_node",
+    "row_pairs",
+    "row_pairs_loss",
+    "paired_logits",
+    "native_pair_loss",
+    "as_one_node",
+)
 
 
 @pytest.fixture

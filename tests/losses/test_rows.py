@@ -79,12 +79,13 @@ def test_a_hinge_at_zero_has_no_gradient_and_nan_stays(backend):
 
 def test_is_one_node_where_that_can_be():
     x, y = rows(0, 1)
-    assert "RowPairsLoss" in byol_loss(x, y).grad_fn.name()
-    assert "RowPairsLoss" not in byol_loss(x, y, backend="chunked").grad_fn.name()
-    assert "RowPairsLoss" not in byol_loss(x, y, row_weights=weights()).grad_fn.name()
+    assert "PairLoss" in byol_loss(x, y).grad_fn.name()
+    assert "RowPairsLoss" in byol_loss(x, y, reduction="none").grad_fn.name()
+    assert "PairLoss" not in byol_loss(x, y, backend="chunked").grad_fn.name()
+    assert "PairLoss" not in byol_loss(x, y, row_weights=weights()).grad_fn.name()
     with Passing():
         composed = byol_loss(x, y)
-    assert "RowPairsLoss" not in composed.grad_fn.name()
+    assert "PairLoss" not in composed.grad_fn.name()
     torch.testing.assert_close(composed, byol_loss(x, y))
     (gradient,) = torch.autograd.grad(byol_loss(x, y), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r'backend "native" has no second derivative'):

@@ -1,0 +1,89 @@
+import argparse
+import re
+
+import pytest
+import torch
+
+import ssl_kernels
+from benchmarks import bench_compile, compile_page, harness, machine
+from benchmarks.harness import Implementation
+
+
+@pytest.fixture(autouse=True)
+def keep_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def few_others(monkeypatch):
+    monkeypatch.setattr(bench_compile, "QUEUE", 31)
+    monkeypatch.setattr(bench_compile, "PROTOTYPES", 30)
+
+
+def workload(loss, batch_size=12):
+    """In float64, without torch.compile, which takes seconds."""
+    made = loss(batch_size, 1, None, torch.float64, "cpu")
+    made.implementations[0].function = loss.plain
+    return made
+
+
+@pytest.mark.parametrize("loss", bench_compile.LOSSES, ids=lambda loss: loss.name)
+def test_ours_is_the_plain_formulation(loss):
+    made = workload(loss)
+    made.implementations.append(Implementation("other", lambda *inputs: 1.01 * loss.plain(*inputs)))
+    assert harness.admit(made).faults == ["other"]
+
+
+def test_every_loss_is_compared():
+    named = {re.split(r"[ ,(]", loss.name)[0] for loss in bench_compile.LOSSES}
+    assert {name.removesuffix("_loss") for name in ssl_kernels.losses.__all__} <= named
+
+
+def test_sizes_and_threads_asked_for():
+    options = argparse.Namespace(
+        batch_sizes=[8, 2], quick=False, threads=None, dim=4, dtype=torch.float64, device="cpu"
+    )
+    made = [make() for make in bench_compile.workloads(options)]
+    cases = {(one.loss, one.sizes["N"]) for one in made}
+    assert len(cases) == len(made)
+    assert {("clip, 1 thread", 2), ("clip, 2 threads", 8), ("koleo, 2 threads", 2)} <= cases
+    assert ("triplet, batch-hard, 1 thread", 2) not in cases  # it has no triplet
+
+
+def test_the_page_shows_ratios_and_names_what_is_slower():
+    def case(loss, n, ours, theirs):
+        def step(seconds):
+            return {"step_seconds": {"median": seconds}}
+
+        return {
+            "loss": loss,
+            "sizes": {"N": n, "D": 4},
+            "operations": 10**6,
+            "product": {"operations_per_second": 1e9},
+            "implementations": {
+                "torch.compile": step(theirs),
+                "ssl_kernels": step(ours) | {"ratio_to": {"torch.compile": {"median": theirs / ours}}},
+            },
+        }
+
+    refused = case("clip, 1 thread", 8, 1, 1)
+    del refused["implementations"]["ssl_kernels"]
+    record = {
+        "machine": machine.describe_machine("cpu"),
+        "cases": [
+            case("clip, 1 thread", 2, 2e-3, 4e-3),
+            refused,
+            case("clip, 2 threads", 64, 4e-3, 2e-3),
+            case("swav, 9 prototypes, 1 thread", 64, 1e-3, 3e-3),
+        ],
+    }
+    lines = compile_page.section(record).splitlines()
+    cells = [[each.strip() for each in line.strip("|").split("|")] for line in lines[:4]]
+    assert cells[0] == ["1 thread / 2 threads", "N = 2", "N = 64"]
+    assert cells[2] == ["clip, D = 4", "2.00", "– / 0.50"]
+    assert cells[3] == ["swav, 9 prototypes, D = 4", "–", "3.00"]
+    assert "- clip, N = 64, 2 threads: 4 ms, torch.compile 2, products of that size 1." in lines
+    page = compile_page.with_section(f"before\n{compile_page.BEGIN}old\n{compile_page.END}after\n", "new\n")
+    assert page == f"before\n{compile_page.BEGIN}new\n{compile_page.END}after\n"
