@@ -45,6 +45,11 @@ def program():
     return "ssl-kernels" if installed else "python -m ssl_kernels"
 
 
+def last_line(error):
+    """What an exception says, without what a process of torch's puts before: its traceback, and the error's name."""
+    return str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+
+
 def usable_device(name):
     """The device called `name`, which can compute here.
 

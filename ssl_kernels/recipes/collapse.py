@@ -27,12 +27,18 @@ class Health:
 EMBEDDINGS = Health(spread=0.02, rank=1.5)  # the least of healthy embeddings
 BY_CLASS = Health(spread=0.02, rank=0.0)  # of which two need one direction alone
 ANYTHING = Health(spread=0.0, rank=0.0)
+FEWEST = 8  # embeddings whose rank is judged
+
+
+def for_so_many(least, count):
+    """The `least` of a method for so many embeddings: a few vary in few directions for that reason alone."""
+    return least if count >= FEWEST else dataclasses.replace(least, rank=0.0)
 
 
 def measure_health(embeddings):
     """`Health` of (N, D) embeddings."""
     rows = F.normalize(embeddings.detach().double(), dim=1)
-    spread = 1 - rows.mean(0).square().sum()
+    spread = rows.square().sum(1).mean() - rows.mean(0).square().sum()  # rows of zeros are no further apart
     return Health(float(spread), effective_rank(covariance_spectrum(rows)))
 
 
@@ -51,16 +57,26 @@ def effective_rank(spectrum):
 
 
 class Watch:
-    """Keeps what a module returned last.
+    """Keeps what a module returned last, and of a batch in parts what it returned last in each.
 
     Args:
         module: Whose outputs (..., D) are looked at.
     """
 
     def __init__(self, module):
-        self.embeddings = None
+        self._parts = []
         module.register_forward_hook(self._note)
 
+    def begin_step(self):
+        self._parts = []
+
+    def begin_part(self):
+        self._parts.append(None)
+
+    def embeddings(self):
+        """Those of the last step, (N, D)."""
+        return torch.cat(self._parts)
+
     def _note(self, module, inputs, output):
-        if module.training:
-            self.embeddings = output.detach().flatten(0, -2)
+        if module.training and self._parts:
+            self._parts[-1] = output.detach().flatten(0, -2)

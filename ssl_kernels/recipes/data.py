@@ -175,12 +175,14 @@ def _folder(root):
     root = pathlib.Path(root)
     try:
         if (root / "train").is_dir() and (root / "val").is_dir():
-            training, held_out = datasets.ImageFolder(root / "train"), datasets.ImageFolder(root / "val")
+            training, held_out = (
+                datasets.ImageFolder(root / part, loader=read_image) for part in ("train", "val")
+            )
             if training.classes != held_out.classes:
                 raise ValueError(f"--root must have the same classes in train and val, got {root}")
             _check_classes(training.classes, root)
             return training, held_out, len(training.classes)
-        images = datasets.ImageFolder(root)
+        images = datasets.ImageFolder(root, loader=read_image)
     except FileNotFoundError as error:
         raise ValueError(f"--root must hold one folder of images a class, got {root} ({error})") from error
     _check_classes(images.classes, root)
@@ -193,6 +195,18 @@ def _folder(root):
         range(len(images)), test_size=held_out_images, stratify=images.targets, random_state=0
     )
     return Subset(images, training), Subset(images, held_out), classes
+
+
+def read_image(path):
+    """As torchvision reads it, in RGB.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    try:
+        return datasets.folder.default_loader(path)
+    except Exception as error:  # of many kinds, as files may be broken in many ways
+        raise OSError(f"--root must hold images that can be read, got {path} ({error})") from error
 
 
 def _check_classes(classes, root):

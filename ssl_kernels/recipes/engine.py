@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ssl_kernels.recipes.checkpoints import History, check_settings, encode, read_checkpoint
-from ssl_kernels.recipes.collapse import Health, Watch, measure_health
+from ssl_kernels.recipes.collapse import Health, Watch, for_so_many, measure_health
 from ssl_kernels.recipes.files import write_whole
 from ssl_kernels.recipes.logs import write_csv
 from ssl_kernels.recipes.optimizers import make_optimizer, make_schedule
@@ -154,7 +154,9 @@ class Training:
         """Change the parameters; returns the loss before."""
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
+        self._watch.begin_step()
         for part in batch.parts(self.settings.accumulate):
+            self._watch.begin_part()
             narrow = self.settings.precision == "bfloat16"
             with torch.autocast(self.device.type, torch.bfloat16, enabled=narrow):
                 loss = self._forward(part)
@@ -167,9 +169,10 @@ class Training:
         return total
 
     def _look_at_embeddings(self):
-        health = measure_health(self._watch.embeddings)
+        embeddings = self._watch.embeddings()
+        health = measure_health(embeddings)
         before = zip(self.history.spreads[-1:], self.history.ranks[-1:], strict=True)
-        least = self.method.least_health
+        least = for_so_many(self.method.least_health, len(embeddings))
         was_collapsed = any(Health(*values).complaint(least) for values in before)
         self.history.spreads.append(health.spread)
         self.history.ranks.append(health.rank)

@@ -10,7 +10,7 @@ import pathlib
 
 import torch
 
-from ssl_kernels.cli import INTERRUPTED
+from ssl_kernels.cli import INTERRUPTED, last_line
 from ssl_kernels.recipes import arguments
 from ssl_kernels.recipes.pretrain import check_packages, choose_device
 
@@ -66,7 +66,7 @@ def run(args, parser):
         found = judge(method.encoder, settings, shape, images, args, device)
         write_whole(args.out / FILE, (json.dumps(found, indent=1) + "\n").encode())
     except (ValueError, OSError, Diverged) as error:
-        parser.error(str(error).strip().splitlines()[-1])
+        parser.error(last_line(error))
     except KeyboardInterrupt:
         parser.exit(INTERRUPTED, f"{parser.prog}: interrupted\n")
     print(format_table(found))

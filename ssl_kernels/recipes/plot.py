@@ -11,6 +11,7 @@ import pathlib
 import torch
 import torch.nn.functional as F
 
+from ssl_kernels.cli import last_line
 from ssl_kernels.recipes import arguments
 from ssl_kernels.recipes.pretrain import check_packages, choose_device
 
@@ -33,7 +34,7 @@ def add_arguments(parser):
 def run(args, parser):
     check_packages(parser)
     from ssl_kernels.recipes import drawing
-    from ssl_kernels.recipes.collapse import covariance_spectrum, measure_health
+    from ssl_kernels.recipes.collapse import covariance_spectrum, for_so_many, measure_health
     from ssl_kernels.recipes.evaluation import extract_features
     from ssl_kernels.recipes.files import check_folder
     from ssl_kernels.recipes.trained import load_images, load_trained
@@ -53,9 +54,9 @@ def run(args, parser):
         rows = torch.cat([view0, view1])
         drawing.draw_spectrum(covariance_spectrum(F.normalize(rows, dim=1)), spectrum)
     except (ValueError, OSError) as error:
-        parser.error(str(error).strip().splitlines()[-1])
+        parser.error(last_line(error))
     health = measure_health(rows)
-    complaint = health.complaint(method.least_health)
+    complaint = health.complaint(for_so_many(method.least_health, len(rows)))
     if complaint:
         log.warning("%s: collapse: %s", settings.method, complaint)
     print(f"spread {health.spread:.3f}, effective rank {health.rank:.1f} of {rows.shape[1]}")

@@ -9,6 +9,7 @@ methods: METHODS
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import inspect
@@ -18,7 +19,7 @@ import time
 import torch
 
 import ssl_kernels
-from ssl_kernels.cli import INTERRUPTED, usable_device
+from ssl_kernels.cli import INTERRUPTED, last_line, usable_device
 from ssl_kernels.recipes import arguments, presets
 from ssl_kernels.recipes.methods import METHODS
 
@@ -159,6 +160,8 @@ def run(args, parser):
     machine = report.describe_machine(device)
     if is_first:
         print(f"{machine}\n{settings}", flush=True)
+        if args.resume and not any(training.history.losses for training in trainings.values()):
+            print(f"nothing to go on from in {args.out}: the training begins", flush=True)
     try:
         if not is_first:
             engine.train(list(trainings.values()), images.views)
@@ -166,14 +169,14 @@ def run(args, parser):
         runs, contention = experiment.run_experiment(images, trainings, settings, device=device)
         labels = torch.cat([batch_labels for _, batch_labels in images.test])
         text = report.write_report(runs, labels, settings, machine, contention, args.out)
+        close_boards(trainings)
     except (OSError, engine.Diverged) as error:
-        parser.error(str(error).strip().splitlines()[-1])  # a worker process puts its traceback before
+        parser.error(last_line(error))
     except KeyboardInterrupt:
         parser.exit(INTERRUPTED, f"{parser.prog}: interrupted; --resume goes on from what is in {args.out}\n")
     finally:
-        for training in trainings.values():
-            if training.board is not None:
-                training.board.close()
+        with contextlib.suppress(OSError):  # what a full disk leads to has been told
+            close_boards(trainings)
         ranks.leave()
     print(text)
     print(f"{time.perf_counter() - start:.0f} s in all")
@@ -208,7 +211,7 @@ def run_processes(args, parser):
         print(f"{report.describe_machine(torch.device('cpu'))}\n{settings}", flush=True)
         print(processes.compare_with_one(args.processes, settings, images))
     except (ValueError, OSError, engine.Diverged) as error:
-        parser.error(str(error).strip().splitlines()[-1])
+        parser.error(last_line(error))
     print(f"{time.perf_counter() - start:.0f} s in all")
     return 0
 
@@ -306,6 +309,12 @@ def open_boards(trainings, out):
             raise ValueError(
                 "--tensorboard must have tensorboard installed: pip install tensorboard"
             ) from error
+
+
+def close_boards(trainings):
+    for training in trainings.values():
+        if training.board is not None:
+            training.board.close()
 
 
 def check_packages(parser):

@@ -6,6 +6,7 @@ from ssl_kernels.recipes.collapse import (
     EMBEDDINGS,
     covariance_spectrum,
     effective_rank,
+    for_so_many,
     measure_health,
 )
 
@@ -32,10 +33,11 @@ def test_spectrum_is_that_of_the_covariance():
     "rows, words",
     [
         (torch.ones(8, 4), "all embeddings point the same way: their mean cosine is 1.0000"),
+        (torch.zeros(8, 4), "all embeddings point the same way"),
         (torch.ones(8, 4) + 1e-3 * torch.eye(8, 4), "all embeddings point the same way"),
-        (torch.tensor([1.0, -1, 1, -1])[:, None] * torch.ones(3), "their effective rank is 1.00"),
+        (torch.tensor([1.0, -1])[:, None].repeat(4, 3), "their effective rank is 1.00"),
     ],
-    ids=["equal", "nearly equal", "one direction"],
+    ids=["equal", "zero", "nearly equal", "one direction"],
 )
 def test_collapse_is_described(rows, words):
     assert words in measure_health(rows).complaint(EMBEDDINGS)
@@ -45,6 +47,15 @@ def test_spread_rows_are_healthy():
     assert measure_health(torch.eye(8)).complaint(EMBEDDINGS) == ""
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_rows_have_few_directions(count):
+    """Two images vary in one direction, however well they are told apart."""
+    rows = torch.eye(count, 6).repeat(2, 1)
+    complaint = measure_health(rows).complaint(for_so_many(EMBEDDINGS, len(rows)))
+    assert complaint.startswith("all embeddings point the same way" if count == 1 else "")
+    assert bool(complaint) == (count == 1)
+
+
 def test_one_direction_is_enough_for_two_classes():
-    rows = torch.tensor([1.0, -1, 1, -1])[:, None] * torch.ones(3)
+    rows = torch.tensor([1.0, -1])[:, None].repeat(4, 3)
     assert measure_health(rows).complaint(BY_CLASS) == ""

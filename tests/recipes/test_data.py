@@ -113,6 +113,16 @@ def test_folder_with_too_few_images_to_split(tmp_path):
         load_data("folder", 1, 0, root=tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b"no image", "half"], ids=str)
+def test_a_broken_image_is_named(content, tmp_path):
+    write_folder(tmp_path)
+    broken = tmp_path / "grey" / "5.png"
+    broken.write_bytes(broken.read_bytes()[:1000] if content == "half" else content)
+    data = load_data("folder", 4, seed=0, root=tmp_path, image_size=16)
+    with pytest.raises(OSError, match=f"^--root must hold images that can be read, got {broken} "):
+        all_images([*data.train, *data.test])
+
+
 def test_folder_with_other_classes_in_val(tmp_path):
     write_folder(tmp_path / "train")
     write_folder(tmp_path / "val")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +82,16 @@ def test_folder(tmp_path, capsys):
     (ours,) = trained_runs(out)
     assert ours["name"] == "ssl_kernels (chunked)"
     assert len(ours["losses"]) == 3
+
+
+def test_a_broken_image_ends_a_run_in_a_line(tmp_path, capsys):
+    """Which a process that loads images met."""
+    write_folder(tmp_path / "images")
+    for broken in (tmp_path / "images").glob("*/3.png"):
+        broken.write_bytes(broken.read_bytes()[:1000])
+    options = ["--data", "folder", "--root", tmp_path / "images", "--image-size", 32, "--batch-size", 6]
+    message = refused(capsys, *options, "--workers", 1, "--out", tmp_path / "out")
+    assert f"error: --root must hold images that can be read, got {tmp_path / 'images'}/" in message
 
 
 def test_cifar10(tmp_path, monkeypatch):
@@ -310,6 +321,12 @@ def test_a_checkpoint_that_is_a_folder(short_run, tmp_path, capsys, no_work):
     assert f"--resume: {tmp_path / 'ssl_kernels.pt'} must be a file that can be read (Is a dir" in message
 
 
+def test_resume_says_that_there_is_nothing_to_go_on_from(tmp_path, capsys, no_work):
+    with pytest.raises(AssertionError, match="the work began"):
+        pretrain("--out", tmp_path, "--resume")
+    assert f"nothing to go on from in {tmp_path}: the training begins\n" in capsys.readouterr().out
+
+
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
     short_run, tmp_path, capsys, monkeypatch, no_judging
 ):
@@ -475,6 +492,35 @@ def test_tensorboard_is_told_every_step(short_run, tmp_path, monkeypatch, no_jud
         "rank of the embeddings",
     }
     assert writer.is_closed
+
+
+@pytest.mark.parametrize("when", ["add_scalar", "close"])
+def test_tensorboard_on_a_full_disk(when, short_run, tmp_path, capsys, monkeypatch, no_judging):
+    """Its thread meets it, and says nothing itself; the writer raises it from then on, when it is closed too."""
+
+    class Thread(threading.Thread):
+        __module__ = "tensorboard.summary.writer.event_file_writer"
+
+        def run(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fail(*_):
+        if not thread.ident:
+            thread.start()
+            thread.join()
+        thread.run()
+
+    (options, *_), thread = short_run, Thread()
+    monkeypatch.setattr(Writer, "close", fail)
+    monkeypatch.setattr(Writer, when, fail)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    hook = threading.excepthook
+    message = refused(capsys, *options, "--out", tmp_path, "--tensorboard")
+    assert (
+        f"error: [Errno 28] No space left on device: '{tmp_path / 'tensorboard' / 'ssl_kernels'}'" in message
+    )
+    assert threading.excepthook == hook
+    assert (tmp_path / "ssl_kernels.pt").exists() == (when == "close")
 
 
 def test_tensorboard_that_is_not_installed(tmp_path, capsys, monkeypatch, no_work):
