@@ -1,16 +1,20 @@
 """Semi-hard triplets: for each pair of one label the nearest negative that is farther away than the positive.
 
-Distances are made for a block of rows at a time, in forward and again in backward. The gradient of a block comes
-from its matrix of coefficients by two products, whatever the number of triplets.
+Distances are made for a block of rows at a time. Of a sum of all losses the gradient is made with them, where one is
+asked for; of each anchor's loss in backward, from distances that are made again. The gradient of a block comes from its
+matrix of coefficients by two products, whatever the number of triplets.
 """
 
 import torch
 
-from ssl_kernels.chunked.rows import LOGITS_PER_BLOCK, input_gradient, unit_rows
+from ssl_kernels.checks import values_are_readable
+from ssl_kernels.chunked.rows import input_gradient, unit_rows
 from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func, savable
 
+PAIRS_PER_BLOCK = 1 << 20  # 8 MB in float64
 
-def semi_hard_losses(embeddings, labels, margin, distance, normalize, chosen):
+
+def semi_hard_losses(embeddings, labels, margin, distance, normalize, chosen, *, summed):
     """Sum of the losses of each anchor's triplets, (N,) float64, and how many triplets there are.
 
     Args:
@@ -19,40 +23,49 @@ def semi_hard_losses(embeddings, labels, margin, distance, normalize, chosen):
         distance: "euclidean" or "cosine".
         normalize: L2-normalise the rows first.
         chosen: The backend: the reference keeps all distances, and differentiates twice.
+        summed: Over the anchors too, to a scalar.
     """
     with torch.autocast(embeddings.device.type, enabled=False):
         if chosen == "reference":
             x, _ = unit_rows(embeddings, normalize)
-            gaps, there = _gaps(_differentiable_distances(x, distance), labels, slice(0, len(x)))
+            everything = slice(0, len(x))
+            gaps, there, _ = _gaps(
+                _differentiable_distances(x, distance), labels, _grouped(labels), everything
+            )
             losses = _losses(gaps.double(), there, margin)[0].sum(1)
-            return losses, there.sum()
+            return losses.sum() if summed else losses, there.sum()
         refuse_torch_func("triplet_loss", chosen)
         soft = isinstance(margin, str)
         if not isinstance(margin, torch.Tensor):
             margin = embeddings.new_full((), 0.0 if soft else margin, dtype=accumulation_dtype(embeddings))
-        return _SemiHard.apply(embeddings, labels, margin, soft, distance, normalize)
+        return _SemiHard.apply(embeddings, labels, margin, soft, distance, normalize, summed)
 
 
 class _SemiHard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, embeddings, labels, margin, soft, distance, normalize):
-        x, _ = unit_rows(embeddings, normalize)
-        losses = x.new_empty(len(x), dtype=torch.float64)
-        count = labels.new_zeros(())
-        for block in _blocks(x):
-            gaps, there = _gaps(_distances(x, block, distance), labels, block)
-            losses[block] = _losses(gaps.double(), there, "soft" if soft else margin)[0].sum(1)
-            count = count + there.sum()
-        ctx.save_for_backward(*map(savable, (embeddings, labels, margin)))
+    def forward(ctx, embeddings, labels, margin, soft, distance, normalize, summed):
+        args = embeddings, labels, margin, soft, distance, normalize
+        with_gradients = summed and (ctx.needs_input_grad[0] or ctx.needs_input_grad[2])
+        one = embeddings.new_ones((), dtype=torch.float64).expand(len(embeddings)) if with_gradients else None
+        losses, count, *gradients = _stream(one, *args)
+        ctx.save_for_backward(*map(savable, (embeddings, labels, margin)), *gradients)
         ctx.options = soft, distance, normalize
         ctx.mark_non_differentiable(count)
-        return losses, count
+        return losses.sum() if summed else losses, count
 
     @staticmethod
     def backward(ctx, grad, _):
+        embeddings, labels, margin, *of_sum = ctx.saved_tensors
+        args = embeddings, labels, margin, *ctx.options
+        grad_rows = grad.expand(len(embeddings))
         if torch.is_grad_enabled():
-            return (*_Raises.apply(grad, *ctx.saved_tensors, *ctx.options), *[None] * 3)
-        return (*_gradients(grad, *ctx.saved_tensors, *ctx.options), *[None] * 3)
+            by_x, by_margin = _Raises.apply(grad_rows, *args)
+        elif of_sum:
+            by_x, by_margin = (each * grad for each in of_sum)
+        else:
+            _, _, by_x, by_margin = _stream(grad_rows, *args)
+        by_margin = None if ctx.options[0] else by_margin.to(margin.dtype).reshape(margin.shape)
+        return by_x.to(embeddings.dtype), None, by_margin, *[None] * 4
 
 
 class _Raises(torch.autograd.Function):
@@ -60,47 +73,57 @@ class _Raises(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        return _gradients(*args)
+        return tuple(_stream(*args)[2:])
 
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError('triplet_loss: "semi_hard" has no second derivative; backend="reference" has one')
 
 
-def _gradients(grad, embeddings, labels, margin, soft, distance, normalize):
-    """By the embeddings, none for labels, by the margin."""
+def _stream(grad, embeddings, labels, margin, soft, distance, normalize):
+    """[losses, triplets], and with grad, that of each anchor's loss, the gradients by the rows, in the accumulation
+    dtype, and by the margin."""
     with torch.autocast(embeddings.device.type, enabled=False):
-        return _gradients_without_autocast(grad, embeddings, labels, margin, soft, distance, normalize)
+        x, rnorm = unit_rows(embeddings, normalize)
+        losses = x.new_empty(len(x), dtype=torch.float64)
+        count = labels.new_zeros(())
+        grad_x, grad_margin = torch.zeros_like(x), losses.new_zeros(())
+        groups = _grouped(labels)
+        for block in _blocks(x):
+            distances = _distances(x, block, distance)
+            gaps, there, pairs = _gaps(distances, labels, groups, block)
+            values, slopes = _losses(gaps.double(), there, "soft" if soft else margin)
+            losses[block] = values.sum(1)
+            count = count + there.sum()
+            if grad is not None:
+                slopes = slopes * grad[block, None]
+                grad_margin = grad_margin + slopes.sum()
+                _add_gradient(grad_x, x, block, distances, distance, pairs, slopes.to(x.dtype))
+        if grad is None:
+            return [losses, count]
+        return [losses, count, input_gradient(grad_x, x, rnorm), grad_margin]
 
 
-def _gradients_without_autocast(grad, embeddings, labels, margin, soft, distance, normalize):
-    x, rnorm = unit_rows(embeddings, normalize)
-    grad_x = torch.zeros_like(x)
-    grad_margin = grad.new_zeros(())
-    for block in _blocks(x):
-        distances = _distances(x, block, distance)
-        gaps, there, chosen = _gaps(distances, labels, block, with_choice=True)
-        weights = _losses(gaps.double(), there, "soft" if soft else margin)[1] * grad[block, None]
-        grad_margin = grad_margin + weights.sum()
-        weights = weights.to(x.dtype)
-        # By the distances: weights of the positives, less those of the negatives that they chose.
-        rows = torch.arange(len(weights), device=x.device)[:, None].expand_as(chosen)
-        coefficients = weights.clone()
-        # index_put_ sorts on CUDA where scatter_add_ would use atomics.
-        coefficients.index_put_((rows, chosen), -weights, accumulate=True)
-        if distance == "cosine":
-            grad_x[block] -= coefficients @ x
-            grad_x -= coefficients.T @ x[block]
-        else:
-            coefficients = (coefficients / distances).masked_fill(distances == 0, 0)
-            grad_x[block] += coefficients.sum(1, keepdim=True) * x[block] - coefficients @ x
-            grad_x += coefficients.sum(0)[:, None] * x - coefficients.T @ x[block]
-    grad_margin = grad_margin.to(margin.dtype).reshape(margin.shape)
-    return input_gradient(grad_x, x, rnorm).to(embeddings.dtype), None, None if soft else grad_margin
+def _add_gradient(grad_x, x, block, distances, distance, pairs, slopes):
+    """By the distances: slopes of the positives, less those of the negatives that they chose."""
+    coefficients = torch.zeros_like(distances)
+    for columns, values in zip(pairs, (slopes, -slopes), strict=True):
+        if x.is_cpu:
+            coefficients.scatter_add_(1, columns, values)
+        else:  # index_put_ sorts where scatter_add_ would use atomics
+            rows = torch.arange(len(columns), device=x.device)[:, None].expand_as(columns)
+            coefficients.index_put_((rows, columns), values, accumulate=True)
+    if distance == "cosine":
+        grad_x[block] -= coefficients @ x
+        grad_x -= coefficients.T @ x[block]
+    else:
+        coefficients = (coefficients / distances).masked_fill(distances == 0, 0)
+        grad_x[block] += coefficients.sum(1, keepdim=True) * x[block] - coefficients @ x
+        grad_x += coefficients.sum(0)[:, None] * x - coefficients.T @ x[block]
 
 
 def _blocks(x):
-    size = max(1, LOGITS_PER_BLOCK // len(x))
+    size = max(1, PAIRS_PER_BLOCK // len(x))
     return [slice(start, min(start + size, len(x))) for start in range(0, len(x), size)]
 
 
@@ -108,6 +131,14 @@ def _distances(x, block, distance):
     """(block, N)."""
     if distance == "cosine":
         return 1 - x[block] @ x.T
+    if x.dtype == torch.float32 and x.is_cpu:
+        # In float64 a product is faster than differences in float32, and loses nothing of them. Nearer than that rows
+        # are equal, as far as float32 tells them apart.
+        wide = x.double()
+        lengths = wide.square().sum(1)
+        both = lengths[block, None] + lengths
+        squares = torch.addmm(both, wide[block], wide.T, alpha=-2)
+        return squares.masked_fill(squares < 1e-14 * both, 0).sqrt().float()
     return torch.cdist(x[block], x, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -120,20 +151,31 @@ def _differentiable_distances(x, distance):
     return squares.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
 
-def _gaps(distances, labels, block, with_choice=False):
-    """d(i, p) − d(i, n) of row i and column p, with n the semi-hard negative, and where there is such a triplet."""
-    n = len(labels)
-    same = labels[block, None] == labels
-    other = ~same
-    itself = torch.arange(n, device=labels.device)[block, None] == torch.arange(n, device=labels.device)
+def _grouped(labels):
+    """(labels in order, the rows they belong to, most rows of one label): where it cannot be told, all."""
+    ordered, rows = labels.sort(stable=True)
+    if not values_are_readable(labels):
+        return ordered, rows, len(labels)
+    return ordered, rows, int(torch.unique_consecutive(ordered, return_counts=True)[1].max())
+
+
+def _gaps(distances, labels, groups, block):
+    """d(i, p) − d(i, n) of row i of the block and each of the rows p of its label, n the semi-hard negative; where
+    there is such a triplet; and the columns of p and n. All (block, most rows of one label)."""
+    n, own = len(labels), labels[block, None]
+    ordered_labels, rows, most = groups
+    first, end = (torch.searchsorted(ordered_labels, own, right=right) for right in (False, True))
+    places = torch.arange(most, device=labels.device)
+    positive = rows[(first + places).clamp_max(n - 1)]
+    negatives = n - (end - first)
+    itself = torch.arange(n, device=labels.device)[block, None]
+    there = (places < end - first) & (positive != itself) & (negatives > 0)
+    to_positive = distances.gather(1, positive)
     with torch.no_grad():
-        ordered, order = distances.masked_fill(same, torch.inf).sort(dim=1)
-        negatives = other.sum(1, keepdim=True)
-        place = torch.searchsorted(ordered, distances.contiguous(), right=True)
-        chosen = order.gather(1, torch.minimum(place, negatives - 1).clamp_min(0))
-        there = same & ~itself & (negatives > 0)
-    gaps = (distances - distances.gather(1, chosen)).where(there, 0)
-    return (gaps, there, chosen) if with_choice else (gaps, there)
+        ordered, order = distances.masked_fill(own == labels, torch.inf).sort(dim=1)
+        farther = torch.searchsorted(ordered, to_positive.contiguous(), right=True)
+        negative = order.gather(1, torch.minimum(farther, negatives - 1).clamp_min(0))
+    return (to_positive - distances.gather(1, negative)).where(there, 0), there, (positive, negative)
 
 
 def _losses(gaps, there, margin):

@@ -79,9 +79,12 @@ def triplet_loss(
     check_reduction(op, reduction)
     chosen = choose_backend("batch_hard", backend, op, embeddings, labels)
     if mining == "semi_hard":
-        losses, triplets = semi_hard_losses(embeddings, labels, margin, distance, normalize, chosen)
+        summed = reduction != "none"
+        losses, triplets = semi_hard_losses(
+            embeddings, labels, margin, distance, normalize, chosen, summed=summed
+        )
         if reduction == "mean":
-            return (losses.sum() / triplets.clamp_min(1)).to(accumulation_dtype(embeddings))
+            return (losses / triplets.clamp_min(1)).to(accumulation_dtype(embeddings))
         return reduce(losses, reduction, embeddings)
     if chosen == "native" and values_are_readable(embeddings, labels, *_tensors(margin)):
         soft = isinstance(margin, str)

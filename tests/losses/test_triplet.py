@@ -8,6 +8,7 @@ from torch import nn
 
 import ssl_kernels
 from ssl_kernels import triplet_loss
+from ssl_kernels.losses import _semi_hard
 from ssl_kernels.recipes.memory import peak_memory
 from tests.helpers import BACKENDS, DTYPES, OPERATORS, random_rows, same_bits, saved_bytes
 from tests.losses import definitions
@@ -217,6 +218,43 @@ def test_memory_is_far_from_the_matrix_of_distances(backend):
     assert saved_bytes(triplet_loss, x, labels, backend=backend) < 10 * x.nbytes
     if backend == "native":
         assert peak_memory(lambda: triplet_loss(x, labels, backend=backend).backward()) < 16 * x.nbytes
+
+
+@every_distance
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_semi_hard_in_blocks_is_the_reference(distance, reduction, monkeypatch):
+    """A sum makes its gradients in forward, each anchor's loss in backward; 7 classes of 1 to 12 rows, two rows equal
+    and two nearly."""
+    monkeypatch.setattr(_semi_hard, "PAIRS_PER_BLOCK", 100)
+    x, labels = random_rows(33, 6, torch.float64), labels_of(33, 7)
+    x[3], x[5] = x[4], x[6] + 1e-4
+    weights = random_rows(33, 1, torch.float64)[:, 0] if reduction == "none" else torch.tensor(0.7).double()
+    found = []
+    for dtype, backend in (
+        (torch.float32, "chunked"),
+        (torch.float64, "chunked"),
+        (torch.float64, "reference"),
+    ):
+        rows, margin = x.to(dtype).requires_grad_(), torch.tensor(0.3, dtype=dtype, requires_grad=True)
+        options = {"mining": "semi_hard", "distance": distance, "reduction": reduction, "backend": backend}
+        loss = triplet_loss(rows, labels, margin, **options)
+        gradients = torch.autograd.grad(loss, (rows, margin), weights.to(loss.dtype), retain_graph=True)
+        again = torch.autograd.grad(loss, (rows, margin), weights.to(loss.dtype))
+        torch.testing.assert_close(again, gradients, rtol=0, atol=0)
+        found.append([each.double() for each in (loss, *gradients)])
+    torch.testing.assert_close(found[1], found[2], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_semi_hard_refuses_a_second_derivative(reduction):
+    x = random_rows(9, 4).requires_grad_()
+    loss = triplet_loss(x, labels_of(9, 3), mining="semi_hard", reduction=reduction).sum()
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(
+        RuntimeError, match='"semi_hard" has no second derivative; backend="reference" has one'
+    ):
+        gradient.sum().backward()
 
 
 def test_module_is_the_function():
