@@ -24,7 +24,7 @@ from ssl_kernels.recipes.methods import METHODS, find_method, options_of
 SEEDS = (0, 1, 2)
 EPOCHS = {"digits": 100, "mnist5k": 8}
 BATCH_SIZE = 256
-PARTS = {"finetuned_1": 0.01, "finetuned_10": 0.1}  # of the labels
+PARTS = {"finetuned_1": 0.01, "finetuned_3": 0.03, "finetuned_10": 0.1}  # of the labels
 NOISE = 0.3
 FINETUNED = ("simclr", "byol")
 MIXED = ("supervised", "mixup", "cutmix", "manifold-mixup")

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import plain_losses
-from benchmarks.peers import plain_triplet_loss
 from ssl_kernels.recipes.baseline import plain_moco_loss, plain_nt_xent_loss
 
 
@@ -41,8 +40,18 @@ def _mae(prediction, target, mask):
 
 
 def _triplet(embeddings, labels, margin, *, mining):
-    assert mining == "batch_hard"
-    return plain_triplet_loss(embeddings, labels, margin)
+    """For each pair of one label the nearest negative that is farther away, else the farthest: all pairs sorted."""
+    assert mining == "semi_hard"
+    x = F.normalize(embeddings, dim=1)
+    distances = torch.cdist(x, x)
+    same = labels[:, None] == labels
+    with torch.no_grad():
+        ordered, order = distances.masked_fill(same, torch.inf).sort(1)
+        farthest = (~same).sum(1, keepdim=True) - 1
+        place = torch.searchsorted(ordered, distances.contiguous(), right=True)
+        negative = order.gather(1, torch.minimum(place, farthest))
+    gaps = F.relu(distances - distances.gather(1, negative) + margin)
+    return gaps[same & ~torch.eye(len(x), dtype=torch.bool)].mean()
 
 
 def _mixed_cross_entropy(logits, labels, permutation, lam):

@@ -57,10 +57,13 @@ def transfer(lines):
     """SimCLR's encoder of either image set, judged on either."""
     kinds = ("knn", "linear", "few", *recipes.PARTS)
     rows = [
-        ["digits, untrained", *cells(lines, "untrained", "convolutional network", kinds)],
+        [
+            "digits, untrained (fine-tuned: from scratch)",
+            *cells(lines, "untrained", "convolutional network", kinds),
+        ],
         ["digits, trained on digits", *cells(lines, "ours", "simclr", kinds)],
         ["digits, trained on mnist5k", *cells(lines, "on digits", "from mnist5k", kinds)],
-        ["mnist5k, untrained", *cells(lines, "on mnist5k", "untrained", kinds)],
+        ["mnist5k, untrained (fine-tuned: from scratch)", *cells(lines, "on mnist5k", "untrained", kinds)],
         ["mnist5k, trained on mnist5k", *cells(lines, "on mnist5k", "from mnist5k", kinds)],
         ["mnist5k, trained on digits", *cells(lines, "on mnist5k", "from digits", kinds)],
     ]

@@ -9,7 +9,7 @@ import torch
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ssl_kernels import distributed
+from ssl_kernels import distributed, triplet_loss
 from ssl_kernels.distributed.groups import all_reduce
 
 
@@ -63,6 +63,12 @@ def leave():
 def over_ranks(loss):
     """The loss over the rows of all ranks, where it takes a group or `ssl_kernels.distributed` has it; else `loss`
     itself, which every rank takes over its own rows."""
+    if loss is triplet_loss:
+        # Over ranks it mines batch-hard alone; every rank takes all rows to itself instead.
+        def of_all_rows(embeddings, labels, *args, **options):
+            return loss(*map(distributed.gather_rows, (embeddings, labels)), *args, **options)
+
+        return functools.wraps(loss)(of_all_rows)
     if "group" in inspect.signature(loss).parameters:
         # Asks for the group at each call: what holds a group cannot be copied.
         return functools.wraps(loss)(lambda *args, **options: loss(*args, group=dist.group.WORLD, **options))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from ssl_kernels import swav_loss
+from ssl_kernels import swav_loss, triplet_loss
 from ssl_kernels.cli import main
 from ssl_kernels.recipes import data, engine, experiment, processes
 from ssl_kernels.recipes.ranks import over_ranks
@@ -31,10 +31,13 @@ def test_losses_and_weights_follow_the_run_of_one_process():
 def test_a_loss_over_a_group_can_be_copied():
     """The trial of a method before the work is of a copy, and a process group cannot be copied."""
     features, prototypes = random_rows(8, 4).view(2, 4, 4), random_rows(6, 4, seed=1)
+    rows, labels = random_rows(8, 4), torch.arange(8) % 3
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         loss = copy.deepcopy(over_ranks(swav_loss))
         assert loss(features, prototypes) == swav_loss(features, prototypes, group=dist.group.WORLD)
+        mined = copy.deepcopy(over_ranks(triplet_loss))(rows, labels, mining="semi_hard")
+        assert mined == triplet_loss(rows, labels, mining="semi_hard") != triplet_loss(rows, labels)
     finally:
         dist.destroy_process_group()
 

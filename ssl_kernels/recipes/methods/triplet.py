@@ -1,6 +1,9 @@
-"""Metric learning by triplets: each row against the farthest of its label and the nearest of another.
+"""Metric learning by triplets: rows of one label are to lie nearer to each other than to rows of another.
 
-Source: Hermans et al., arXiv:1703.07737; Schroff et al., FaceNet, arXiv:1503.03832, whose mining is "semi_hard".
+Mining "semi_hard" holds each pair of one label against the nearest row of another label that is farther away than the
+pair; "batch_hard" the farthest of a label against the nearest of another, which collapses easily.
+
+Source: Schroff et al., FaceNet, arXiv:1503.03832 (semi-hard); Hermans et al., arXiv:1703.07737 (batch-hard).
 """
 
 import torch
@@ -16,7 +19,7 @@ class Triplet(Method):
     uses_labels = True
     least_health = BY_CLASS
 
-    def __init__(self, encoder, data, *, margin=0.2, mining="batch_hard", width=128):
+    def __init__(self, encoder, data, *, margin=0.2, mining="semi_hard", width=128):
         super().__init__()
         self.online = Embedder(encoder, mlp(encoder.out_features, width))
         self.margin, self.mining = margin, mining
