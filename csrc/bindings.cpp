@@ -5,6 +5,7 @@
 
 #include <utility>
 
+#include "cpu/contrastive_gradients.h"
 #include "cpu/kept_limit.h"
 #include "cpu/permutation.h"
 #include "cpu/pool.h"
@@ -58,6 +59,11 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "keep_at_most", [](int64_t bytes) { return std::exchange(ssl_kernels::cpu::kept_at_most(), bytes); },
       "Set the most bytes of logits that a call in this thread keeps for backward; what it was before.");
+  module.def(
+      "make_gradients_from",
+      [](int64_t pairs) { return std::exchange(ssl_kernels::cpu::fewest_pairs(), pairs); },
+      "Set the fewest pairs of rows and columns of a call in this thread that makes its gradients in "
+      "forward; what it was before.");
   module.def("allow_tf32", &ssl_kernels::allow_tf32,
              "Whether the float32 products of the CUDA kernels round their operands to TF32 now.");
   module.def(

@@ -102,6 +102,23 @@ class Additions {
     }
   }
 
+  // The same of the transposed tile, columns j by rows i, where columns are given: for the sums of rows.
+  void limit_transposed(const Pairs& pairs, acc_t* s, int64_t ld, Block i, Block j) const {
+    if (row_limit_.empty()) return;
+    std::vector<std::pair<int64_t, acc_t>> stay;
+    pairs.for_each_positive(i, j, [&](int64_t, int64_t row, int64_t column) {
+      const int64_t place = (column - j.begin) * ld + row - i.begin;
+      stay.emplace_back(place, s[place]);
+    });
+    tile_math<acc_t>().mask_above(s, ld, j.size, i.size, floor_.data() + j.begin,
+                                  row_limit_.data() + i.begin);
+    for (const auto& [place, value] : stay) s[place] = value;
+  }
+  void add_transposed(acc_t* s, int64_t ld, Block i, Block j) const {
+    if (!column_bias_.empty())
+      tile_math<acc_t>().add_to_rows(s, ld, j.size, i.size, column_bias_.data() + j.begin);
+  }
+
   // In units of the tiles; 0 without a bias.
   double column_bias(int64_t j) const { return column_bias_.empty() ? 0 : column_bias_[j]; }
   double row_bias(int64_t i) const { return row_bias_.empty() ? 0 : row_bias_[i]; }

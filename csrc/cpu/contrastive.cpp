@@ -21,6 +21,7 @@
 //   kFixedShift, that bound is the shift of every row and column: tiles hold dot products v, scale enters
 //   with the exponent, 2^(factor * v - shift), and of kept tiles these exponentials are kept. Above it tiles
 //   hold s * log2 e, and rows and columns get running maxima, whose entries then count exactly 1.
+// Calls in one direction whose rows weigh alike are made otherwise where that pays: contrastive_gradients.h.
 // One file, although a long one: forward and backward are walks over the tiles of one `Problem`, and what one
 //   keeps the other reads.
 #include "contrastive.h"
@@ -35,6 +36,7 @@
 #include "additions.h"
 #include "classes.h"
 #include "contrastive_expectation.h"
+#include "contrastive_gradients.h"
 #include "kept_limit.h"
 #include "pairs.h"
 #include "pool.h"
@@ -633,6 +635,8 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
 
 ContrastiveFwd contrastive_fwd(const ContrastiveArgs& args) {
   if (streams_columns(args)) return contrastive_expectation_fwd(args);
+  if (makes_gradients(args))
+    if (auto made = contrastive_gradients_fwd(args)) return *std::move(made);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return SSL_KERNELS_DISPATCH(args.rows.scalar_type(), "contrastive_fwd",
                               [&] { return forward<scalar_t, acc_t>(args); });
@@ -640,9 +644,17 @@ ContrastiveFwd contrastive_fwd(const ContrastiveArgs& args) {
 
 ContrastiveBwd contrastive_bwd(const ContrastiveArgs& args, const ContrastiveSaved& saved) {
   if (holds_expectation(saved.kept)) return contrastive_expectation_bwd(args, saved);
+  if (auto made = contrastive_gradients_bwd(args, saved)) return *std::move(made);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return SSL_KERNELS_DISPATCH(args.rows.scalar_type(), "contrastive_bwd",
-                              [&] { return backward<scalar_t, acc_t>(args, saved); });
+  return SSL_KERNELS_DISPATCH(args.rows.scalar_type(), "contrastive_bwd", [&] {
+    if (!comes_from_gradients(saved.kept)) return backward<scalar_t, acc_t>(args, saved);
+    const at::Tensor lse = std::get<0>(forward<scalar_t, acc_t>(args));
+    return backward<scalar_t, acc_t>(
+        args, {saved.grad_lse, saved.grad_column_lse, saved.grad_positive_logits, lse, saved.column_lse,
+               saved.row_rnorm, saved.column_rnorm, saved.kept, saved.rows_need_grad, saved.columns_need_grad,
+               saved.class_weight, saved.column_bias_needs_grad, saved.row_bias_needs_grad,
+               saved.scale_needs_grad});
+  });
 }
 
 ClassContrastiveFwd class_contrastive_fwd(const at::Tensor& rows, const at::Tensor& scale,

@@ -47,6 +47,8 @@ struct ContrastiveArgs {
   // its partner's own; where it is left out, it is in no sum.
   int64_t partner = -1;
   bool leaves_partner_out = false;
+  // Whether all rows' lse are expected to get the same gradient, and rows and columns to need theirs.
+  bool equal_weights = false;
 
   bool has_positives() const { return partner >= 0 || positives.has_value(); }
   int64_t row_count() const { return rows.size(0) + (more_rows ? more_rows->size(0) : 0); }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "contrastive.h"
@@ -60,6 +61,23 @@ class Pairs {
       });
   }
 
+  // The same of the transposed tile, columns j by rows i, where columns are given.
+  template <class acc_t>
+  void mask_transposed(acc_t* s, int64_t ld, Block i, Block j) const {
+    if (!row_ids_.defined()) return;
+    std::vector<std::pair<int64_t, acc_t>> diagonal;
+    const int64_t first = std::max(i.begin, j.begin), last = std::min(i.begin + i.size, j.begin + j.size);
+    for (int64_t k = first; keep_diagonal_ && k < last; ++k) {
+      const int64_t place = (k - j.begin) * ld + k - i.begin;
+      diagonal.emplace_back(place, s[place]);
+    }
+    const auto& math = tile_math<acc_t>();
+    (only_equal_ ? math.mask_unequal_ids : math.mask_equal_ids)(
+        s, ld, j.size, i.size, column_ids_.const_data_ptr<int64_t>() + j.begin,
+        row_ids_.const_data_ptr<int64_t>() + i.begin);
+    for (const auto& [place, value] : diagonal) s[place] = value;
+  }
+
   // Whether a pair takes part in the sums.
   bool allowed(int64_t row, int64_t column) const {
     if (row == column && (square_ || keep_diagonal_)) return !square_;
@@ -87,6 +105,8 @@ class Pairs {
         if (column >= j.begin && column < j.begin + j.size) visit(k, row, column);
       }
   }
+
+  int64_t positives_per_row() const { return positives_per_row_; }
 
  private:
   int64_t partner_of(int64_t row) const { return row + partner_ < m_ ? row + partner_ : row + partner_ - m_; }

@@ -157,6 +157,13 @@ struct TileMath {
 
   // The same of x with y and of x with z, in one pass.
   std::array<DifferenceSums, 2> (*two_difference_sums)(const T* x, const T* y, const T* z, int64_t n);
+
+  // softmax_rows of columns, of which there are at most 64: top[j] rises to the maximum of column j,
+  // s_ij <- 2^(s_ij - top[j]) and col_sum[j] is their sum.
+  void (*softmax_columns)(T* s, int64_t ld, int64_t m, int64_t n, T* top, T* col_sum);
+
+  // v_ij <- factor[j] * v_ij
+  void (*scale_columns)(T* v, int64_t ld, int64_t m, int64_t n, const T* factor);
 };
 
 // Rows of storage type S as rows of T, and back (round to nearest even).

@@ -27,7 +27,7 @@ cpu::ContrastiveFwd forward_on_cpu(const Tensor& rows, const OptionalTensor& col
                                    bool normalize_columns, bool keep_diagonal, bool both_directions,
                                    bool keep, bool columns_need_grad, const OptionalTensor& column_bias,
                                    const OptionalTensor& row_bias, const OptionalTensor& row_limit,
-                                   const OptionalTensor& exempt, bool only_equal_ids) {
+                                   const OptionalTensor& exempt, bool only_equal_ids, bool equal_weights) {
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
   check_additions(rows, columns, scale, row_ids, both_directions, column_bias, row_bias, row_limit, exempt,
                   only_equal_ids);
@@ -35,6 +35,7 @@ cpu::ContrastiveFwd forward_on_cpu(const Tensor& rows, const OptionalTensor& col
                             normalize_columns, keep_diagonal, both_directions, keep, columns_need_grad};
   args.additions = {pointer_to(column_bias), pointer_to(row_bias), pointer_to(row_limit), pointer_to(exempt),
                     only_equal_ids};
+  args.equal_weights = equal_weights;
   return cpu::contrastive_fwd(args);
 }
 
@@ -77,14 +78,15 @@ struct Contrastive : Function<Contrastive> {
                                bool normalize_rows, bool normalize_columns, bool keep_diagonal,
                                bool both_directions, const OptionalTensor& column_bias,
                                const OptionalTensor& row_bias, const OptionalTensor& row_limit,
-                               const OptionalTensor& exempt, bool only_equal_ids) {
+                               const OptionalTensor& exempt, bool only_equal_ids, bool equal_weights) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const bool columns_need_grad =
         (columns && columns->requires_grad()) || (column_bias && column_bias->requires_grad());
+    const bool both_need_grad = rows.requires_grad() && columns && columns->requires_grad();
     auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept] = contrastive_forward_op().call(
         rows, columns, scale, positives, row_ids, column_ids, normalize_rows, normalize_columns,
         keep_diagonal, both_directions, /*keep=*/true, columns_need_grad, column_bias, row_bias, row_limit,
-        exempt, only_equal_ids);
+        exempt, only_equal_ids, equal_weights && both_need_grad);
     // With the expectation kept, and no positives to look up, backward reads rows and scale alone.
     variable_list saved;
     if (holds_expectation(kept) && !positives)
@@ -147,7 +149,7 @@ struct Contrastive : Function<Contrastive> {
     if (results.size() > 3)
       dependencies.insert(dependencies.end(), {or_undefined(column_bias), or_undefined(row_bias)});
     results = without_second_derivative("contrastive", results, dependencies);
-    variable_list by_input(15);
+    variable_list by_input(16);
     if (rows_need_grad) by_input[0] = results[0];
     if (columns_need_grad) by_input[1] = results[1];
     if (scale_needs_grad) by_input[2] = results[2];
@@ -162,7 +164,7 @@ ContrastiveForwardResults differentiable_forward(
     const OptionalTensor& row_ids, const OptionalTensor& column_ids, bool normalize_rows,
     bool normalize_columns, bool keep_diagonal, bool both_directions, bool keep, bool columns_need_grad,
     const OptionalTensor& column_bias, const OptionalTensor& row_bias, const OptionalTensor& row_limit,
-    const OptionalTensor& exempt, bool only_equal_ids) {
+    const OptionalTensor& exempt, bool only_equal_ids, bool equal_weights) {
   refuse_forward_mode("contrastive", {&rows, columns ? &*columns : nullptr, &scale});
   if (column_bias || row_bias)
     refuse_forward_mode("contrastive",
@@ -176,12 +178,12 @@ ContrastiveForwardResults differentiable_forward(
     return contrastive_forward_op().call(rows, columns, scale, positives, row_ids, column_ids, normalize_rows,
                                          normalize_columns, keep_diagonal, both_directions, keep,
                                          columns_need_grad, column_bias, row_bias, row_limit, exempt,
-                                         only_equal_ids);
+                                         only_equal_ids, equal_weights);
   }
   refuse_torch_func("contrastive");
   const variable_list results = Contrastive::apply(
       rows, columns, scale, positives, row_ids, column_ids, normalize_rows, normalize_columns, keep_diagonal,
-      both_directions, column_bias, row_bias, row_limit, exempt, only_equal_ids);
+      both_directions, column_bias, row_bias, row_limit, exempt, only_equal_ids, equal_weights);
   return {results[0], results[1], results[2], results[3], results[4], results[5]};
 }
 

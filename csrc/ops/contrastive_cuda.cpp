@@ -81,7 +81,8 @@ Fwd contrastive_fwd(const at::Tensor& rows, const OptionalTensor& columns, const
                     const OptionalTensor& column_ids, bool normalize_rows, bool normalize_columns,
                     bool keep_diagonal, bool both_directions, bool keep, bool columns_need_grad,
                     const OptionalTensor& column_bias, const OptionalTensor& row_bias,
-                    const OptionalTensor& row_limit, const OptionalTensor& exempt, bool only_equal_ids) {
+                    const OptionalTensor& row_limit, const OptionalTensor& exempt, bool only_equal_ids,
+                    bool /*equal_weights*/) {
   check_contrastive(rows, columns, scale, positives, row_ids, column_ids);
   check_additions(rows, columns, scale, row_ids, both_directions, column_bias, row_bias, row_limit, exempt,
                   only_equal_ids);

@@ -75,6 +75,9 @@ struct Call {
            !c10::impl::dispatch_mode_enabled();
   }
 
+  // Every row's lse gets the same gradient, of which both gradients may be made in forward.
+  bool weighs_equally(bool columns_need_grad) const { return columns_need_grad && rows.requires_grad(); }
+
   // (N, 2) of the mixed loss. The kernel that streams columns looks its own up in a tensor too.
   OptionalTensor listed_positives(bool keep, bool columns_need_grad) const {
     if (partner) return with_partner();
@@ -102,6 +105,7 @@ struct Call {
                               keep,
                               columns_need_grad,
                               options.are_views ? &*others : nullptr};
+    args.equal_weights = weighs_equally(columns_need_grad);
     if (positives) return args;
     args.partner = options.are_views ? rows.size(0) : 0;
     args.leaves_partner_out = options.leaves_partner_out;
@@ -223,7 +227,7 @@ std::pair<Tensor, int64_t> forward(const Call& call, bool columns_need_grad, Sav
     return contrastive_forward_op().call(
         *rows, columns, call.scale, positives, row_ids, column_ids, normalize, normalize,
         /*keep_diagonal=*/!are_views, both_directions, keep, columns_need_grad, std::nullopt, std::nullopt,
-        std::nullopt, std::nullopt, /*only_equal_ids=*/false);
+        std::nullopt, std::nullopt, /*only_equal_ids=*/false, call.weighs_equally(columns_need_grad));
   };
   const OptionalTensor positives = call.listed_positives(keep, columns_need_grad);
   const auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept] =

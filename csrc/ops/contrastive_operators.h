@@ -16,7 +16,7 @@ using ContrastiveForwardOp = ContrastiveForwardResults(
     const OptionalTensor& positives, const OptionalTensor& row_ids, const OptionalTensor& column_ids,
     bool normalize_rows, bool normalize_columns, bool keep_diagonal, bool both_directions, bool keep,
     bool columns_need_grad, const OptionalTensor& column_bias, const OptionalTensor& row_bias,
-    const OptionalTensor& row_limit, const OptionalTensor& exempt, bool only_equal_ids);
+    const OptionalTensor& row_limit, const OptionalTensor& exempt, bool only_equal_ids, bool equal_weights);
 using ContrastiveBackwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
     const OptionalTensor& grad_lse, const OptionalTensor& grad_column_lse,
     const OptionalTensor& grad_positive_logits, const at::Tensor& rows, const OptionalTensor& columns,

@@ -43,6 +43,7 @@ def in_batch_neg_loss(
         positives=torch.arange(0, len(p_reps), len(p_reps) // len(q_reps), device=q_reps.device),
         normalize_rows=False,
         normalize_columns=False,
+        equal_weights=True,
         caller="in_batch_neg_loss",
     )
     return mean(lse - positive, q_reps)

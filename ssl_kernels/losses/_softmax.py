@@ -92,6 +92,7 @@ def pairs_loss(
         normalize_columns=normalize,
         keep_diagonal=True,
         both_directions=both_directions,
+        equal_weights=is_total,
         backend=backend,
         caller=caller,
     )

@@ -122,7 +122,7 @@ def imix_loss(
     if negative_keys is not None:
         query = rows_for_several(query, backend, OP)
     positives = torch.stack((index, permutation.long()), 1)  # (N, 2)
-    lse, _, logits = contrastive(query, key, scale, positives=positives, **options)
+    lse, _, logits = contrastive(query, key, scale, positives=positives, equal_weights=is_total, **options)
     if negative_keys is not None:
         lse = torch.logaddexp(lse, contrastive(query, negative_keys, scale, **options).lse)
     if takes_row_losses(backend, OP, query, lse, *by_tensor):

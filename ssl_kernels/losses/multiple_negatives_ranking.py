@@ -138,6 +138,7 @@ def multiple_negatives_ranking_loss(
             rows_for_several(rows, backend, OP) for rows in (anchor, positive, *hard_negatives)
         )
     call = _Call(anchor, positive, hard_negatives, scale, groups, ids is not None, normalize, backend)
+    call.equal_weights = len(directions) == 1 and not apart and row_weights is None and reduction != "none"
     if margin is not None:
         call.limit_by(margin, margin_mode)
     if square:
@@ -166,6 +167,7 @@ class _Call:
         self.scale, self.groups, self.has_ids = scale, groups, has_ids
         self.own = torch.arange(queries.shape[0], device=queries.device)
         self.normalize, self.backend = normalize, backend
+        self.equal_weights = False  # whether each query's sum of documents gets the same gradient
         self.documents = None  # all positives and hard negatives, where they are the columns of one sum
         self.limit = self.curated = None  # of cosines, per row; which documents are left out by none
 
@@ -233,10 +235,8 @@ class _Call:
             options = (
                 ids | {"positives": own, "keep_diagonal": self.has_ids} | self.limits(scale, self.curated)
             )
-            both_directions = {"both_directions": both}
-            lse, doc_lse, logit = self.contrastive(
-                self.queries, self.documents, scale, **options, **both_directions
-            )
+            options |= {"both_directions": both, "equal_weights": self.equal_weights}
+            lse, doc_lse, logit = self.contrastive(self.queries, self.documents, scale, **options)
             terms["query_to_doc"] = lse
             if both:
                 terms["doc_to_query"] = doc_lse

@@ -149,7 +149,15 @@ def sampled_softmax_loss(
         loss = minus_log_sigmoid(logit - contrastive(query, columns, scale, **ids, **added, **options).lse)
     else:
         lse, _, logit = contrastive(
-            query, columns, scale, positives=own, keep_diagonal=True, **ids, **added, **options
+            query,
+            columns,
+            scale,
+            positives=own,
+            keep_diagonal=True,
+            equal_weights=row_weights is None and reduction != "none",
+            **ids,
+            **added,
+            **options,
         )
         loss = lse - logit if bias is None else not_below_zero(lse - (logit + bias[:n].double()))
     return reduce(loss, reduction, query, row_weights)

@@ -105,6 +105,7 @@ def similarity_cross_entropy(
         positives=index,
         normalize_rows=normalize,
         normalize_columns=normalize,
+        equal_weights=_weigh_equally(counts, weight, target_weights, reduction),
         backend=backend,
         caller=OP,
         **additions,
@@ -133,6 +134,18 @@ def similarity_cross_entropy(
 
 
 similarity_cross_entropy.operation = "contrastive"
+
+
+def _weigh_equally(counts, weight, target_weights, reduction):
+    """Whether the log-sum-exp of every row gets the same gradient. False where looking at the targets would wait."""
+    if (
+        reduction == "none"
+        or weight is not None
+        or target_weights is not None
+        or not values_are_readable(counts)
+    ):
+        return False
+    return bool((counts.any(1) if counts.dim() == 2 else counts).all())
 
 
 def _mean_loss_of_columns(lse, query, keys, scale, weight, column_bias, normalize):

@@ -48,6 +48,7 @@ def _fwd_fake(
     keep,
     columns_need_grad,
     *_,
+    **__,
 ):
     n = rows.shape[0]
     m = n if columns is None else columns.shape[0]
@@ -176,8 +177,9 @@ _operation = Operation(
     chunked,
     {
         "_fwd": (
-            f"({_OPERANDS}, {_FLAGS}, bool keep, bool columns_need_grad, {_ADDITIONS}) -> (Tensor lse,"
-            " Tensor column_lse, Tensor positive_logits, Tensor row_rnorm, Tensor column_rnorm, Tensor kept)",
+            f"({_OPERANDS}, {_FLAGS}, bool keep, bool columns_need_grad, {_ADDITIONS},"
+            " bool equal_weights=False) -> (Tensor lse, Tensor column_lse, Tensor positive_logits, Tensor row_rnorm,"
+            " Tensor column_rnorm, Tensor kept)",
             {overload: partial(_fwd_fake, overload) for overload in OVERLOADS},
         ),
         "_bwd": (
@@ -237,6 +239,7 @@ def contrastive(
     row_limit=None,
     exempt=None,
     only_equal_ids=False,
+    equal_weights=False,
     backend=None,
     caller="contrastive",
 ):
@@ -263,6 +266,8 @@ def contrastive(
             for positives of their row and exempt columns.
         exempt: (M,) bool, or None: columns that no limit leaves out. With row_limit only.
         only_equal_ids: Pairs of equal ids are those that stay.
+        equal_weights: Every row's lse is expected to get the same gradient, as in a mean: the CPU kernel may make the
+            gradients in forward. They are right either way.
         backend: One of `backends.BACKENDS`, or None.
         caller: Named in error messages.
 
@@ -288,7 +293,8 @@ def contrastive(
             return Contrastive(*[result.double() for result in results])
     operands = (rows, columns, scale, positives, row_ids, column_ids)
     if chosen == "native":  # differentiates itself: csrc/ops/contrastive.cpp
-        return Contrastive(*_fwd[chosen](*operands, *flags, False, False, *additions)[:3])
+        hint = {"equal_weights": True} if equal_weights else {}
+        return Contrastive(*_fwd[chosen](*operands, *flags, False, False, *additions, **hint)[:3])
     if has_additions:
         operands, flags = (*operands, *additions[:-1]), (*flags, only_equal_ids)
     return Contrastive(*_operation.differentiate(chosen, operands, flags))
