@@ -41,8 +41,8 @@ def slower(loss, threads, size, case):
         case["implementations"][name]["step_seconds"]["median"] for name in ("ssl_kernels", "torch.compile")
     )
     said = f"{loss}, N = {size}, {threads}: {milliseconds(ours)} ms, torch.compile {milliseconds(theirs)}"
-    if case["operations"]:
-        least = case["operations"] / case["product"]["operations_per_second"]
+    least = case["operations"] / case["product"]["operations_per_second"] if case["operations"] else 0
+    if least >= 1e-6:
         said += f", products of that size {milliseconds(least)}"
     return said
 

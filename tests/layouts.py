@@ -293,6 +293,7 @@ def _contrastive(data, operator, run, backward):
         common |= {"positives": data.integers(n if other is None else m, *shape)}
         common |= {"keep_diagonal": other is not None, "both_directions": both, **additions}
         forward = {**common, "keep": True, "columns_need_grad": columns_need_grad}
+        forward |= {"equal_weights": columns_need_grad}
         if not backward:
             yield forward
             continue

@@ -28,6 +28,7 @@ Rule rule_of(const c10::string_view name) {
   if (name == "beside") return beside;
   if (name == "debiased") return debiased;
   if (name == "difference") return difference;
+  if (name == "softmax") return softmax;
   TORCH_CHECK(name == "mixed", "row_losses: unknown rule ", name);
   return mixed;
 }
@@ -161,8 +162,9 @@ Tensor row_losses(c10::string_view name, at::TensorList inputs, at::ArrayRef<dou
     values += input.dim() > 1 ? static_cast<int>(input.size(1)) : 1;
     refuse_forward_mode("row_losses", {&input});
   }
-  TORCH_CHECK(values == (name == "mixed" ? 4 : name == "difference" ? 2 : 3) &&
-                  constants.size() == (name == "debiased" ? 3 : 0),
+  const bool fits = name == "softmax" ? values == 2 || values == 3
+                                      : values == (name == "mixed" ? 4 : name == "difference" ? 2 : 3);
+  TORCH_CHECK(fits && constants.size() == (name == "debiased" ? 3 : 0),
               "row_losses: rule ", name, " does not take ", values, " values and ", constants.size(),
               " constants");
   bool differentiate = false;

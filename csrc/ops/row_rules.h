@@ -7,6 +7,7 @@
 //                                        where x = c_1 + p - lse < 0, else c_0 - scale
 //   mixed       lse, s_own, s_partner, l l (lse - s_own) + (1 - l) (lse - s_partner)
 //   difference  a, b                     softplus(a) - softplus(b)
+//   softmax     lse, s, and a bias b     max(0, lse - s - b), 0 where lse is -inf: all columns are left out
 //
 // Their derivatives stand beside them. A logit or a sum of +inf gives NaN, as the softmax over it would have
 // it.
@@ -71,6 +72,14 @@ inline double mixed(const Values& in, const double*, Values* partial) {
 inline double difference(const Values& in, const double*, Values* partial) {
   if (partial) *partial = {sigmoid(in[0]), -sigmoid(in[1]), 0, 0};
   return softplus(in[0]) - softplus(in[1]);
+}
+
+// Below 0 by rounding alone, which changes no derivative.
+inline double softmax(const Values& in, const double*, Values* partial) {
+  const bool empty = in[0] == -std::numeric_limits<double>::infinity();
+  if (partial) *partial = empty ? Values{} : Values{1, -1, -1, 0};
+  const double loss = empty ? 0 : in[0] - (in[1] + in[2]);
+  return loss < 0 ? 0 : loss;  // NaN stays
 }
 
 }  // namespace ssl_kernels::row_rules

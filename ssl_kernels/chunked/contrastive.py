@@ -137,6 +137,7 @@ def contrastive_fwd(
     row_limit=None,
     exempt=None,
     only_equal_ids=False,
+    equal_weights=False,  # for the kernel of the CPU
 ):
     blocks = Blocks(
         rows,

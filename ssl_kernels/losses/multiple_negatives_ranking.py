@@ -20,9 +20,11 @@ from ssl_kernels.losses._shared import (
     as_operand,
     as_scalar,
     infinite_as_nan,
+    native_row_losses,
     reduce,
     rows_for_several,
     stacked,
+    takes_row_losses,
     widest_under_autocast,
 )
 from ssl_kernels.losses._softmax import pairs_loss
@@ -153,6 +155,8 @@ def multiple_negatives_ranking_loss(
             log_z = sum(terms) / len(terms)
     if apart:
         log_z = infinite_as_nan(log_z)
+    elif takes_row_losses(backend, OP, anchor, log_z, logit):
+        return native_row_losses("softmax", (log_z, logit), reduction, anchor, row_weights)
     return reduce(log_z - logit, reduction, anchor, row_weights)
 
 

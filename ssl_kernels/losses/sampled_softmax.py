@@ -19,10 +19,12 @@ from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import (
     inverse,
     minus_log_sigmoid,
+    native_row_losses,
     not_below_zero,
     reduce,
     rows_for_several,
     stacked,
+    takes_row_losses,
     unit_rows,
     widest_under_autocast,
 )
@@ -159,6 +161,9 @@ def sampled_softmax_loss(
             **added,
             **options,
         )
+        terms = (lse, logit) if bias is None else (lse, logit, bias[:n])
+        if takes_row_losses(backend, OP, query, *terms):
+            return native_row_losses("softmax", terms, reduction, query, row_weights)
         loss = lse - logit if bias is None else not_below_zero(lse - (logit + bias[:n].double()))
     return reduce(loss, reduction, query, row_weights)
 

@@ -18,9 +18,11 @@ from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._rows import row_dots
 from ssl_kernels.losses._shared import (
     as_scalar,
+    native_row_losses,
     not_below_zero,
     reduce,
     rows_for_several,
+    takes_row_losses,
     unit_rows,
     widest_under_autocast,
 )
@@ -98,6 +100,7 @@ def similarity_cross_entropy(
 
     scale = as_scalar(scale, query)
     additions = {} if column_bias is None else {"column_bias": column_bias}
+    weigh_alike = _weigh_alike(counts, weight, target_weights)
     lse, _, logits = contrastive(
         query,
         keys,
@@ -105,15 +108,18 @@ def similarity_cross_entropy(
         positives=index,
         normalize_rows=normalize,
         normalize_columns=normalize,
-        equal_weights=_weigh_equally(counts, weight, target_weights, reduction),
+        equal_weights=weigh_alike and reduction != "none",
         backend=backend,
         caller=OP,
         **additions,
     )
+    several = index.dim() == 2
+    terms = (lse, logits) if column_bias is None else (lse, logits, column_bias[index])
+    if weigh_alike and not (several or label_smoothing) and takes_row_losses(backend, OP, query, *terms):
+        return native_row_losses("softmax", terms, reduction, query)
     if column_bias is not None:
         logits = logits + column_bias.double()[index]
     empty = lse == -torch.inf  # rows whose columns are all left out
-    several = index.dim() == 2
     left_out = empty[:, None] if several else empty
     lse = lse.masked_fill(empty, 0)
     losses = not_below_zero((lse[:, None] if several else lse) - logits)
@@ -136,14 +142,9 @@ def similarity_cross_entropy(
 similarity_cross_entropy.operation = "contrastive"
 
 
-def _weigh_equally(counts, weight, target_weights, reduction):
-    """Whether the log-sum-exp of every row gets the same gradient. False where looking at the targets would wait."""
-    if (
-        reduction == "none"
-        or weight is not None
-        or target_weights is not None
-        or not values_are_readable(counts)
-    ):
+def _weigh_alike(counts, weight, target_weights):
+    """Whether every row counts as much as any other. False where looking at the targets would wait."""
+    if weight is not None or target_weights is not None or not values_are_readable(counts):
         return False
     return bool((counts.any(1) if counts.dim() == 2 else counts).all())
 
@@ -173,6 +174,10 @@ def _checked_target(query, columns, target, ignore_index):
     target = target.long()
     counts = target != ignore_index
     if values_are_readable(target):
+        if not 0 <= ignore_index < columns:
+            least, most = target.aminmax()
+            if least >= 0 and most < columns:  # every target counts
+                return target.clone(), torch.ones_like(target, dtype=torch.bool)
         bad = target[counts & ((target < 0) | (target >= columns))]
         if len(bad):
             raise ValueError(

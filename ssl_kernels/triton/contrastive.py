@@ -72,6 +72,7 @@ def contrastive_fwd(
     row_limit=None,
     exempt=None,
     only_equal_ids=False,
+    equal_weights=False,  # for the kernel of the CPU
 ):
     """`contrastive_fwd` of docs/contrastive.md."""
     square = columns is None

@@ -1,3 +1,8 @@
+"""The command `pretrain`, from its options to the files that it leaves.
+
+One file, although a long one: every test runs the command, in the same way.
+"""
+
 import errno
 import importlib.util
 import io
