@@ -45,6 +45,7 @@ def row_pairs_loss(
         offset: A number, or a tensor of one element, which gets its gradient.
         reduction, row_weights: As in `reduce`.
     """
+    # In the forward where its kernel has a rule for the loss: rows are then read once.
     rule = (
         "hinge" if hinge and factor == 1 else "cosine" if not hinge and factor == -2 and offset == 2 else None
     )

@@ -82,7 +82,7 @@ def swav_loss(
     Raises:
         TypeError: Features or prototypes that are no floating tensors, or dtypes that differ outside autocast.
         ValueError: Shapes that do not fit, fewer than 2 crops, mixed devices, a temperature or epsilon not > 0, crops
-            in `assign` that are none, an unknown reduction or backend, or a backend that cannot run this call.
+            in `assign` that do not exist, an unknown reduction or backend, or a backend that cannot run this call.
         RuntimeError: A second derivative is asked of a backend other than "reference".
 
     Source: Caron et al., SwAV, arXiv:2006.09882, eq. 2 and 6.
