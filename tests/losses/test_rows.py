@@ -90,3 +90,16 @@ def test_is_one_node_where_that_can_be():
     (gradient,) = torch.autograd.grad(byol_loss(x, y), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r'backend "native" has no second derivative'):
         gradient.sum().backward()
+
+
+def test_the_rule_of_a_softmax_is_not_below_zero_and_leaves_out_empty_sums():
+    """Rounding may leave a sum below the logit in it; the derivative is that of the difference all the same."""
+    lse, logit, bias = (
+        torch.tensor(each, dtype=torch.float64, requires_grad=True)
+        for each in ([1.0, 2.0, -torch.inf, torch.nan], [1.5, 0.5, -torch.inf, 0.0], [0.25, 0.5, 0.0, 0.0])
+    )
+    found = torch.ops.ssl_kernels.row_losses.native("softmax", [lse, logit, bias], [], "none", True)
+    assert found.tolist()[:3] == [0.0, 1.0, 0.0] and found[3].isnan()
+    found.backward(torch.tensor([2.0, 3.0, 5.0, 7.0], dtype=torch.float64))
+    assert lse.grad.tolist()[:3] == [2.0, 3.0, 0.0]
+    assert logit.grad.tolist()[:3] == bias.grad.tolist()[:3] == [-2.0, -3.0, 0.0]
