@@ -5,8 +5,8 @@
 //   loss_i = factor v_i + offset,   with a hinge max(0, that), of which the derivative at 0 is 0
 //
 // for each row, added up or averaged. ssl_kernels/losses/_rows.py has the same composed of torch's operators,
-// and says which reduced losses of float32 and float64 rows are the node of pair_loss.cpp instead, which makes
-// the gradients in the forward.
+// and says which reduced losses of float32 and float64 rows are the node of pair_loss.cpp instead, which
+// makes the gradients in the forward.
 #include <ATen/ops/scalar_tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
