@@ -53,26 +53,39 @@ def threads_of(record):
     return f"{count} thread{'s' * (count != 1)}"
 
 
-def below(record):
-    """A sentence on the cases under `TIMES`, and on those under 1 of any size."""
-    slow, slower = [], []
-    for case in record["cases"]:
-        _, ours, ratio, most = times(case)
-        if ratio is None:
+def below(records):
+    """Tables of the cases of `FROM_ROWS` rows that are under `TIMES`, and of those of any size under 1."""
+    lines = []
+    for heading, limit, sizes in (
+        (f"Under {TIMES:.3g} times, of {FROM_ROWS} rows", TIMES, (FROM_ROWS,)),
+        ("Slower than the original", 1, None),
+    ):
+        rows = []
+        for cases in zip(*(record["cases"] for record in records), strict=True):
+            ratios = [times(case)[2] for case in cases]
+            if sizes and cases[0]["sizes"]["B"] not in sizes:
+                continue
+            if any(ratio is not None and ratio < limit for ratio in ratios):
+                rows.append(
+                    [label(cases[0]), size(cases[0]), *(cell for case in cases for cell in bound(case))]
+                )
+        if not rows:
+            lines += [f"{heading}: none.", ""]
             continue
-        shown = f"{label(case)} {ratio:.3g}"
-        if ratio < 1:
-            slower.append(f"{shown} ({size(case)})")
-        if ratio < TIMES and case["sizes"]["B"] == FROM_ROWS:
-            if most is not None:
-                least = case["operations"] / case["product"]["operations_per_second"]
-                shown += f" (products alone {most:.3g}, {100 * least / ours:.0f} % of the adapter's time)"
-            slow.append(shown)
-    lines = [
-        f"Under {TIMES:.3g} times of {FROM_ROWS} rows, {threads_of(record)}: {'; '.join(slow) or 'none'}."
-    ]
-    lines.append(f"Slower than the original, {threads_of(record)}: {'; '.join(slower) or 'none'}.")
+        header = ["class", "size"]
+        for record in records:
+            header += [f"{threads_of(record)}: ×", "× of products", "products' share of the adapter's time"]
+        lines += [f"{heading}:", "", markdown_table(header, rows), ""]
     return lines
+
+
+def bound(case):
+    """How many times as fast as the original, how many times products alone would be, and their share of the time."""
+    *_, ratio, most = cells(case)
+    if not case["operations"]:
+        return [ratio, most, ""]
+    least = case["operations"] / case["product"]["operations_per_second"]
+    return [ratio, most, f"{100 * least / times(case)[1]:.0f} %"]
 
 
 def section(records):
@@ -86,10 +99,7 @@ def section(records):
         if len({(case["loss"], size(case)) for case in cases}) != 1:
             raise ValueError(f"the results must have the same cases, got {[case['loss'] for case in cases]}")
         lines.append([label(cases[0]), size(cases[0]), *(cell for case in cases for cell in cells(case))])
-    lines = [markdown_table(header, lines), ""]
-    for record in records:
-        for sentence in below(record):
-            lines += [sentence, ""]
+    lines = [markdown_table(header, lines), "", *below(records)]
     left_out = {
         (label(case), case["sizes"]["B"], name): reason
         for record in records

@@ -60,13 +60,17 @@ def test_the_page_shows_a_result():
     header, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], lines[2]))
     assert header[2::4] == ["1 thread: original, ms", "2 threads: original, ms"]
     assert row == [name, "B = 256, D = 4", *["8", "2", "4", "8"] * 2]
-    assert "Under 3 times of 256 rows, 2 threads: none." in lines
+    assert "Under 3 times, of 256 rows: none." in lines
 
     entry["ratio_to"]["original"]["median"] = 0.5
     lines = adapters_page.section(records).splitlines()
-    bound = "products alone 8, 50 % of the adapter's time"
-    assert f"Under 3 times of 256 rows, 1 thread: {name} 0.5 ({bound})." in lines
-    assert f"Slower than the original, 1 thread: {name} 0.5 (B = 256, D = 4)." in lines
+    for heading in ("Under 3 times, of 256 rows:", "Slower than the original:"):
+        row = lines[lines.index(heading) + 4]
+        assert [cell.strip() for cell in row.strip("|").split("|")] == [
+            name,
+            "B = 256, D = 4",
+            *["0.5", "8", "50 %"] * 2,
+        ]
 
     del case["implementations"]["original"], entry["ratio_to"]["original"]
     assert adapters_page.cells(case) == ["–", "2", "–", ""]
