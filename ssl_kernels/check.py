@@ -72,12 +72,12 @@ def worst_errors(op, backend, device, dtype):
     """((value, gradient) of the backend, the same of "reference")."""
     worst = {backend: [0.0, 0.0], "reference": [0.0, 0.0]}
     for seed, (n, d) in enumerate(SHAPES):
-        for call, inputs in CALLS[op](n, d, dtype, torch.Generator().manual_seed(seed)):
-            inputs = [tensor.to(device) for tensor in inputs]
-            wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
-            truth = value_and_gradients(call, "reference", wide)
+        for function, *operands in CALLS[op](n, d, dtype, torch.Generator().manual_seed(seed)):
+            inputs, options = on_tensors(lambda tensor: tensor.to(device), *operands)
+            wide = on_tensors(lambda x: x.double() if x.is_floating_point() else x, inputs, options)
+            truth = value_and_gradients("reference", function, *wide)
             for name, errors in worst.items():
-                found = value_and_gradients(call, name, inputs)
+                found = value_and_gradients(name, function, inputs, options)
                 errors[:] = [
                     max(error, relative_error(got, true))
                     for error, got, true in zip(errors, found, truth, strict=True)
@@ -85,10 +85,16 @@ def worst_errors(op, backend, device, dtype):
     return worst[backend], worst["reference"]
 
 
-def value_and_gradients(call, backend, inputs):
+def on_tensors(change, inputs, options):
+    """Both with change(tensor) in place of each tensor."""
+    changed = {k: change(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    return [change(tensor) for tensor in inputs], changed
+
+
+def value_and_gradients(backend, function, inputs, options):
     """([result], gradients of the floating inputs that the result depends on), by the sum of the result's squares."""
     leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
-    result = call(backend, *leaves)
+    result = function(*leaves, **options, backend=backend)
     if not result.requires_grad:
         return [result], []
     grads = torch.autograd.grad(
@@ -106,44 +112,29 @@ def relative_error(got, truth):
     return max((float("inf") if error != error else error for error in errors), default=0.0)
 
 
-# For each operation a function (n, d, dtype, generator) that yields (call(backend, *inputs), inputs).
+# For each operation a function (n, d, dtype, generator) that yields calls (function, inputs, options). The call is
+# function(*inputs, **options, backend=...), and the floating inputs are what it is differentiated by.
 
 
 def contrastive_calls(n, d, dtype, generator):
     z0, z1, others = rows_of(3, n, d, dtype, generator)
+    queue = F.normalize(others, dim=1)
     for temperature in TEMPERATURES if d <= 128 else TEMPERATURES[1:2]:
-        yield (
-            lambda backend, z0, z1, t=temperature: ssl_kernels.nt_xent_loss(z0, z1, t, backend=backend),
-            (z0, z1),
-        )
-        yield (
-            lambda backend, q, k, negatives, t=temperature: ssl_kernels.info_nce_loss(
-                q, k, negatives, t, backend=backend
-            ),
-            (z0, z1, others[: n // 2]),
-        )
-        yield (
-            lambda backend, q, k, t=temperature: ssl_kernels.clip_loss(q, k, 1 / t, backend=backend),
-            (z0, z1),
-        )
-        yield (
-            lambda backend, q, k, queue, t=temperature: ssl_kernels.moco_loss(
-                q, k, queue.detach(), t, backend=backend
-            ),
-            (z0, z1, F.normalize(others, dim=1)),
-        )
-    if dtype == torch.float32:  # a queue in half the memory, where the backend takes it
-        yield (
-            lambda backend, q, k, queue: ssl_kernels.moco_loss(
-                q,
-                k,
-                queue.detach().to(q.dtype) if backend == "triton" and d > 256 else queue.detach(),
-                0.1,
-                backend=backend,
-            ),
-            (z0, z1, F.normalize(others, dim=1).bfloat16()),
-        )
+        at = {"temperature": temperature}
+        yield ssl_kernels.nt_xent_loss, (z0, z1), at
+        yield ssl_kernels.info_nce_loss, (z0, z1, others[: n // 2]), at
+        yield ssl_kernels.clip_loss, (z0, z1), {"logit_scale": 1 / temperature}
+        yield ssl_kernels.moco_loss, (z0, z1), at | {"queue": queue}
+    if dtype == torch.float32:
+        yield moco_with_narrow_queue, (z0, z1), {"queue": queue.bfloat16()}
     yield from calls_with_additions(z0, z1, generator)
+
+
+def moco_with_narrow_queue(query, key, *, queue, backend):
+    """A queue in half the memory, where the backend takes it."""
+    if backend == "triton" and query.shape[1] > 256:
+        queue = queue.to(query.dtype)
+    return ssl_kernels.moco_loss(query, key, queue, 0.1, backend=backend)
 
 
 def calls_with_additions(rows, columns, generator):
@@ -155,83 +146,64 @@ def calls_with_additions(rows, columns, generator):
     exempt = torch.rand(n, generator=generator) < 0.3
     ids = torch.randint(3 * n, (n,), generator=generator)
     unit, unit_columns = (F.normalize(x.double(), dim=1) for x in (rows, columns))
+    limit, square_limit = (limits_between(10 * unit @ other.T).to(acc) for other in (unit_columns, unit))
+    yield (
+        both_directions_with_additions,
+        (rows, columns, biases),
+        {"limit": limit, "exempt": exempt, "ids": ids},
+    )
+    yield square_with_additions, (rows, biases), {"limit": square_limit, "ids": ids}
 
-    def both_directions(backend, rows, columns, biases, limit, exempt, ids):
-        positives = torch.arange(n, device=rows.device)
-        lse, column_lse, logits = contrastive(
-            rows, columns, biases.new_tensor(10.0), positives=positives, row_ids=ids, column_ids=ids,
-            keep_diagonal=True, both_directions=True, column_bias=biases[0], row_bias=biases[1],
-            row_limit=limit.detach(), exempt=exempt, backend=backend,
-        )  # fmt: skip
-        return lse.logaddexp(column_lse) - logits
 
-    def square(backend, rows, biases, limit, ids):
-        lse, *_ = contrastive(
-            rows, None, biases.new_tensor(10.0), row_ids=ids % 2, only_equal_ids=True, column_bias=biases[0],
-            row_limit=limit.detach(), backend=backend,
-        )  # fmt: skip
-        return lse
+def both_directions_with_additions(rows, columns, biases, *, limit, exempt, ids, backend):
+    lse, column_lse, logits = contrastive(
+        rows, columns, biases.new_tensor(10.0), positives=torch.arange(len(rows), device=rows.device),
+        row_ids=ids, column_ids=ids, keep_diagonal=True, both_directions=True, column_bias=biases[0],
+        row_bias=biases[1], row_limit=limit, exempt=exempt, backend=backend,
+    )  # fmt: skip
+    return lse.logaddexp(column_lse) - logits
 
-    limit = limits_between(10 * unit @ unit_columns.T).to(acc)
-    yield both_directions, (rows, columns, biases, limit, exempt, ids)
-    yield square, (rows, biases, limits_between(10 * unit @ unit.T).to(acc), ids)
+
+def square_with_additions(rows, biases, *, limit, ids, backend):
+    lse, *_ = contrastive(
+        rows, None, biases.new_tensor(10.0), row_ids=ids % 2, only_equal_ids=True, column_bias=biases[0],
+        row_limit=limit, backend=backend,
+    )  # fmt: skip
+    return lse
 
 
 def sigmoid_pairs_calls(n, d, dtype, generator):
-    rows, columns = rows_of(2, n, d, dtype, generator)
+    rows = rows_of(2, n, d, dtype, generator)
     for scale in (1.0, 10.0):
-        yield (
-            lambda backend, rows, columns, s=scale: ssl_kernels.siglip_loss(
-                rows, columns, s, -s, backend=backend
-            ),
-            (rows, columns),
-        )
+        yield ssl_kernels.siglip_loss, rows, {"logit_scale": scale, "logit_bias": -scale}
     ids = torch.randint(n // 2, (n,), generator=generator)
     for marks in ("ids", "image_index"):
-        yield (
-            lambda backend, rows, columns, ids, name=marks: ssl_kernels.siglip_loss(
-                rows, columns, 5.0, -2.0, **{name: ids}, backend=backend
-            ),
-            (rows, columns, ids),
-        )
+        yield ssl_kernels.siglip_loss, rows, {"logit_scale": 5.0, "logit_bias": -2.0, marks: ids}
 
 
 def batch_hard_calls(n, d, dtype, generator):
-    (rows,) = rows_of(1, n, d, dtype, generator)
+    rows = rows_of(1, n, d, dtype, generator)
     labels = torch.randint(n // 4, (n,), generator=generator)
     for distance in ("euclidean", "cosine"):
-        yield (
-            lambda backend, rows, labels, by=distance: ssl_kernels.triplet_loss(
-                rows, labels, distance=by, backend=backend
-            ),
-            (rows, labels),
-        )
+        yield ssl_kernels.triplet_loss, rows, {"labels": labels, "distance": distance}
 
 
 def row_pairs_calls(n, d, dtype, generator):
     rows = rows_of(3, n, d, dtype, generator)
-    yield lambda backend, p, t: ssl_kernels.byol_loss(p, t, backend=backend), rows[:2]
+    yield ssl_kernels.byol_loss, rows[:2], {}
     for distance, normalize in itertools.product(("euclidean", "cosine"), (True, False)):
-        yield (
-            lambda backend, *rows, by=distance, unit=normalize: ssl_kernels.triplet_margin_loss(
-                *rows, 1.5, distance=by, normalize=unit, backend=backend
-            ),
-            rows,
-        )
+        options = {"margin": 1.5, "distance": distance, "normalize": normalize}
+        yield ssl_kernels.triplet_margin_loss, rows, options
 
 
 def mixup_calls(n, d, dtype, generator):
-    (x,) = rows_of(1, n, d, dtype, generator)
-    lam, permutation = draw(n, generator)
+    x = rows_of(1, n, d, dtype, generator)
+    yield ssl_kernels.mixup, x, draw(n, generator)
+    yield mixup_in_place, x, draw(n, generator)
 
-    def in_place(backend, x, permutation):
-        return ssl_kernels.mixup_(x.detach().clone(), lam.to(x.device), permutation, backend=backend)
 
-    yield (
-        lambda backend, x, p: ssl_kernels.mixup(x, lam.to(x.device), p, backend=backend),
-        (x, permutation),
-    )
-    yield in_place, (x, permutation)
+def mixup_in_place(x, *, lam, permutation, backend):
+    return ssl_kernels.mixup_(x.detach().clone(), lam, permutation, backend=backend)
 
 
 def cutmix_calls(n, d, dtype, generator):
@@ -239,62 +211,53 @@ def cutmix_calls(n, d, dtype, generator):
     low, high = torch.randint(0, d + 1, (2, n), generator=generator).sort(0).values
     boxes = torch.stack((torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.int64), low, high), 1)
     yield (
-        lambda backend, x, p, boxes: ssl_kernels.cutmix(x[:, None], boxes, p, backend=backend),
-        (x, draw(n, generator)[1], boxes),
+        ssl_kernels.cutmix,
+        (x[:, None],),
+        {"boxes": boxes, "permutation": draw(n, generator)["permutation"]},
     )
 
 
 def mixup_normalize_calls(n, d, dtype, generator):
     images = torch.randint(0, 256, (n, 3, 4, d), dtype=torch.uint8, generator=generator)
-    lam, permutation = draw(n, generator)
-    yield (
-        lambda backend, x, p: ssl_kernels.mixup_normalize(
-            x, lam.to(x.device), p, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), dtype, backend=backend
-        ),
-        (images, permutation),
-    )
+    scaling = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "dtype": dtype}
+    yield ssl_kernels.mixup_normalize, (images,), draw(n, generator) | scaling
 
 
 def mixup_cross_entropy_calls(n, d, dtype, generator):
-    (logits,) = rows_of(1, n, d, dtype, generator)
-    lam, permutation = draw(n, generator)
-    yield (
-        lambda backend, logits, target, p: ssl_kernels.mixup_cross_entropy(
-            logits, target, p, lam.to(logits.device), label_smoothing=0.1, backend=backend
-        ),
-        (logits, torch.randint(d, (n,), generator=generator), permutation),
-    )
+    logits = rows_of(1, n, d, dtype, generator)
+    target = torch.randint(d, (n,), generator=generator)
+    options = {"target": target, "label_smoothing": 0.1}
+    yield ssl_kernels.mixup_cross_entropy, logits, draw(n, generator) | options
 
 
 def queue_push_calls(n, d, dtype, generator):
-    storage, keys = rows_of(2, n, d, dtype, generator)
+    yield pushed_twice, rows_of(2, n, d, dtype, generator), {}
 
-    def push(backend, storage, keys):
-        storage = storage.detach().clone()
-        counters = torch.zeros((2,), dtype=torch.int64, device=storage.device)
-        queue_push_(storage, keys.detach()[: n // 3], counters[0], counters[1], backend=backend)
-        queue_push_(storage, keys.detach()[n // 3 :], counters[0], counters[1], backend=backend)
-        return storage
 
-    yield push, (storage, keys)
+def pushed_twice(storage, keys, *, backend):
+    """The ring after a push of a third of the keys and one of the others."""
+    storage, third = storage.detach().clone(), len(keys) // 3
+    position, filled = torch.zeros((2,), dtype=torch.int64, device=storage.device)
+    for part in (keys.detach()[:third], keys.detach()[third:]):
+        queue_push_(storage, part, position, filled, backend=backend)
+    return storage
 
 
 def momentum_update_calls(n, d, dtype, generator):
-    start, *sources = rows_of(3, n, d, dtype, generator)
+    yield updated_average, rows_of(3, n, d, dtype, generator), {}
 
-    def update(backend, start, *sources):
-        """The master, and how far the shadow is from it rounded."""
-        if start.dtype == torch.float64:  # the truth: masters are float32
-            for source in sources:
-                start = 0.9 * start + 0.1 * source
-            return torch.cat((start, torch.zeros_like(start))).detach()
-        master = start.detach().float()
-        shadow = master.to(torch.float16 if start.dtype == torch.float16 else torch.bfloat16)
+
+def updated_average(start, *sources, backend):
+    """The master, and how far the shadow is from it rounded."""
+    if start.dtype == torch.float64:  # the truth: masters are float32
         for source in sources:
-            momentum_update_([master], [shadow], [source.detach()], 0.9, backend=backend)
-        return torch.cat((master, shadow.float() - master.to(shadow.dtype).float()))
-
-    yield update, (start, *sources)
+            start = 0.9 * start + 0.1 * source
+        return torch.cat((start, torch.zeros_like(start))).detach()
+    master = start.detach().float()
+    shadow = master.to(torch.float16 if start.dtype == torch.float16 else torch.bfloat16)
+    for source in sources:
+        momentum_update_([master], [shadow], [source.detach()], 0.9, backend=backend)
+    return torch.cat((master, shadow.float() - master.to(shadow.dtype).float()))
 
 
 CALLS = {
@@ -325,4 +288,7 @@ def limits_between(logits):
 
 def draw(n, generator):
     """λ (n,) and a permutation."""
-    return torch.rand(n, generator=generator), torch.randperm(n, generator=generator)
+    return {
+        "lam": torch.rand(n, generator=generator),
+        "permutation": torch.randperm(n, generator=generator),
+    }

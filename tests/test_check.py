@@ -22,8 +22,8 @@ def test_kernels_of_this_machine_pass(op, capsys):
 
 @pytest.mark.parametrize("wrong", ["value", "gradient", "nan"])
 def test_a_wrong_kernel_fails(wrong, monkeypatch, capsys):
-    def found(call, backend, inputs, right=check.value_and_gradients):
-        values, gradients = right(call, backend, inputs)
+    def found(backend, function, inputs, options, right=check.value_and_gradients):
+        values, gradients = right(backend, function, inputs, options)
         if backend == "chunked" and inputs[0].dtype == torch.float32:
             spoilt = gradients if wrong == "gradient" else values
             spoilt[0] = spoilt[0] * (float("nan") if wrong == "nan" else 1.001)
@@ -68,4 +68,5 @@ def test_every_tile_shape_of_the_gpu_kernels_is_checked():
             needed = [limit for limit, _ in entries if limit is not None and limit >= 128]
             assert all(any(width > limit for width in widths) for limit in needed), kernel
     calls = check.CALLS["contrastive"](8, 16, torch.float32, torch.Generator())
-    assert any(inputs[-1].dtype == torch.bfloat16 for _, inputs in calls)
+    queues = [options["queue"] for *_, options in calls if "queue" in options]
+    assert any(queue.dtype == torch.bfloat16 for queue in queues)
