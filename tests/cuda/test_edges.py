@@ -6,6 +6,9 @@ import torch
 from tests.cuda import edges
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+IN_EVERY_DTYPE = ("queue_push", "row_pairs")
+PAIRWISE = ("contrastive", "sigmoid_pairs", "batch_hard")
+ELSEWHERE = ("contrastive_additions",)  # in test_contrastive_additions.py
 
 
 @pytest.fixture
@@ -14,14 +17,12 @@ def on_the_host(gpu):
         pytest.skip("its tensors lie in memory of the host")
 
 
-@pytest.mark.parametrize(
-    "operation", ["momentum_update", "mixup", "cutmix", "mixup_normalize", "mixup_cross_entropy"]
-)
+@pytest.mark.parametrize("operation", sorted({*edges.CHECKS} - {*IN_EVERY_DTYPE, *PAIRWISE, *ELSEWHERE}))
 def test_edges(on_the_host, library_of, operation):
     edges.CHECKS[operation](library_of(f"{operation}.cu"))
 
 
-@pytest.mark.parametrize("operation", ["queue_push", "row_pairs"])
+@pytest.mark.parametrize("operation", IN_EVERY_DTYPE)
 def test_edges_in_every_dtype(on_the_host, library_of, operation):
     edges.CHECKS[operation](library_of(f"{operation}.cu"), DTYPES)
 
@@ -34,6 +35,6 @@ def test_edges_in_every_dtype(on_the_host, library_of, operation):
     ],
     ids=["some", "all"],
 )
-@pytest.mark.parametrize("operation", ["contrastive", "sigmoid_pairs", "batch_hard"])
+@pytest.mark.parametrize("operation", PAIRWISE)
 def test_edges_of_pairwise_losses(on_the_host, library_of, operation, sizes):
     edges.CHECKS[operation](library_of(f"{operation}.cu"), *sizes)

@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import ssl_kernels
 from ssl_kernels import losses
+from ssl_kernels.losses._module import Loss
 from ssl_kernels.recipes.memory import peak_memory
 from tests.helpers import BACKENDS, DTYPES, OPERATORS, random_rows, same_bits, saved_bytes
 from tests.losses.cases import CASES, call, on_backends, value_and_gradients
@@ -287,7 +289,7 @@ def test_memory_of_a_step_in_plain_pytorch(case):
 
 @every_loss_and_operator
 def test_saved_memory_is_linear_in_the_batch(case, backend):
-    """Embeddings, their normalised rows where terms are made from them, a few numbers a row."""
+    """Embeddings, their normalised rows where terms are made from them, a few numbers per row."""
     arguments = case.arguments(1500, 16, torch.float32)
     inputs = sum(leaf.nbytes for leaf in arguments.values() if isinstance(leaf, torch.Tensor))
     assert saved_bytes(case.ours(backend), **arguments) < 10 * inputs
@@ -296,23 +298,18 @@ def test_saved_memory_is_linear_in_the_batch(case, backend):
 # Modules
 
 
-MODULES = {
-    "info_nce_loss": ssl_kernels.nn.InfoNCELoss,
-    "clip_loss": ssl_kernels.nn.CLIPLoss,
-    "sup_con_loss": ssl_kernels.nn.SupConLoss,
-    "dcl_loss": ssl_kernels.nn.DCLLoss,
-    "debiased_nt_xent_loss": ssl_kernels.nn.DebiasedNTXentLoss,
-    "nt_xent_loss": ssl_kernels.nn.NTXentLoss,
-    "imix_loss": ssl_kernels.nn.IMixLoss,
-    "triplet_margin_loss": ssl_kernels.nn.TripletMarginLoss,
-    "byol_loss": ssl_kernels.nn.BYOLLoss,
-    "alignment_loss": ssl_kernels.nn.AlignmentLoss,
-    "distillation_loss": ssl_kernels.nn.DistillationLoss,
-    "mil_nce_loss": ssl_kernels.nn.MILNCELoss,
-    "multiple_negatives_ranking_loss": ssl_kernels.nn.MultipleNegativesRankingLoss,
-    "sampled_softmax_loss": ssl_kernels.nn.SampledSoftmaxLoss,
-    "similarity_cross_entropy": ssl_kernels.nn.SimilarityCrossEntropyLoss,
-}
+def module_of(function):
+    """The nn.Module that stands beside a loss in its file."""
+    named = vars(sys.modules[function.__module__])
+    (made,) = [
+        each
+        for each in named.values()
+        if isinstance(each, type) and issubclass(each, Loss) and each is not Loss
+    ]
+    return made
+
+
+MODULES = {name: module_of(getattr(losses, name)) for name in losses.__all__}
 
 
 @every_case
