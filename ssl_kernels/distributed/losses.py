@@ -8,7 +8,7 @@ from ssl_kernels.distributed.checks import check_rows
 from ssl_kernels.distributed.over_ranks import over_ranks
 from ssl_kernels.distributed.positive_logits import positive_logits
 from ssl_kernels.losses import info_nce as _info_nce
-from ssl_kernels.losses._labels import as_ids, as_index
+from ssl_kernels.losses._labels import as_ids, checked_duplicates
 from ssl_kernels.losses._rows import paired_logits, row_dots
 from ssl_kernels.losses._shared import (
     as_scalar,
@@ -80,7 +80,7 @@ def nt_xent_loss(
 def _negatives_and_positive(call, views, scale, normalize):
     """As in dcl.py: log Σ exp over all views but a sample's own two, and the logit of its other view."""
     if call.total < 2:
-        raise ValueError(f"{call.op}: the ranks must have at least 2 rows of z0 together, got {call.total}")
+        raise ValueError(f"{call.op}: the ranks must together have at least 2 rows of z0, got {call.total}")
     sample = torch.arange(views.shape[0] // 2, device=views.device).repeat(2)
     lse, _, positive = pairs.log_sums(
         views,
@@ -251,14 +251,9 @@ def clip_loss(
         check_fraction(op, "label_smoothing", label_smoothing)
         n = text_features.shape[0]
         call.check_common(reduction, row_weights, n, image_features)
-        if image_index is not None:
-            if ids is not None:
-                raise ValueError(f"{op}: ids must be None with image_index")
-            image_index = as_index(op, "image_index", image_index, n, image_features)
-        if ids is not None:
-            ids = as_ids(op, "ids", ids, (n,), image_features)
-            if label_smoothing:
-                raise ValueError(f"{op}: label_smoothing must be 0 with ids, got {label_smoothing}")
+        ids, image_index = checked_duplicates(op, ids, image_index, image_features, text_features)
+        if ids is not None and label_smoothing:
+            raise ValueError(f"{op}: label_smoothing must be 0 with ids, got {label_smoothing}")
     counts = call.meet(
         text_features,
         {
@@ -323,12 +318,7 @@ def siglip_loss(
             check_same_rows(op, image_features=image_features, text_features=text_features)
         check_scalar(op, "logit_scale", logit_scale, image_features, positive=False)
         check_scalar(op, "logit_bias", logit_bias, image_features, positive=False)
-        if image_index is not None:
-            if ids is not None:
-                raise ValueError(f"{op}: ids must be None with image_index")
-            image_index = as_index(op, "image_index", image_index, text_features.shape[0], image_features)
-        if ids is not None:
-            ids = as_ids(op, "ids", ids, image_features.shape[:1], image_features)
+        ids, image_index = checked_duplicates(op, ids, image_index, image_features, text_features)
         call.check_common(reduction, None, 0, image_features)
     counts = call.meet(
         text_features,

@@ -24,6 +24,17 @@ def as_ids(op, name, value, shape, like):
     return value.long()
 
 
+def checked_duplicates(op, ids, image_index, image_features, text_features):
+    """(ids, image_index) of texts and their images, of which at most one may be given, as int64 or None."""
+    if image_index is None:
+        ids = None if ids is None else as_ids(op, "ids", ids, image_features.shape[:1], image_features)
+    elif ids is not None:
+        raise ValueError(f"{op}: ids must be None with image_index")
+    else:
+        image_index = as_index(op, "image_index", image_index, text_features.shape[0], image_features)
+    return ids, image_index
+
+
 def as_index(op, name, value, count, like):
     """`value` as (count,) int64 rows of `like`, looked at where that waits for no device.
 
@@ -58,7 +69,7 @@ def ranks(ordered):
 
 
 def bit_sets(op, name, members):
-    """(N, C) of 0 and 1 as (N, W) int64, one bit a column."""
+    """(N, C) of 0 and 1 as (N, W) int64, one bit per column."""
     if members.is_floating_point() or members.is_complex():
         raise TypeError(f"{op}: {name} must be integers or bool, got {short(members.dtype)}")
     if values_are_readable(members) and members.dtype != torch.bool:

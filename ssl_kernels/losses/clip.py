@@ -10,7 +10,7 @@ from ssl_kernels.checks import (
     check_same_rows,
     check_scalar,
 )
-from ssl_kernels.losses._labels import as_ids, as_index
+from ssl_kernels.losses._labels import checked_duplicates
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._rows import row_dots
 from ssl_kernels.losses._shared import (
@@ -65,7 +65,7 @@ def clip_loss(
             of an image are its positives. Not with ids.
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12); rows that are unit already stay.
         reduction: "mean" over the pairs, "sum", or "none".
-        row_weights: (N,) floating, a weight a pair, or None. "none" and "sum" take weight · loss, "mean" divides
+        row_weights: (N,) floating, a weight per pair, or None. "none" and "sum" take weight · loss, "mean" divides
             their sum by that of the weights.
         backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`).
 
@@ -90,14 +90,9 @@ def clip_loss(
     check_reduction(OP, reduction)
     n = text_features.shape[0]
     check_row_weights(OP, "row_weights", row_weights, n, image_features)
-    if image_index is not None:
-        if ids is not None:
-            raise ValueError(f"{OP}: ids must be None with image_index")
-        image_index = as_index(OP, "image_index", image_index, n, image_features)
-    if ids is not None:
-        ids = as_ids(OP, "ids", ids, (n,), image_features)
-        if label_smoothing:
-            raise ValueError(f"{OP}: label_smoothing must be 0 with ids, got {label_smoothing}")
+    ids, image_index = checked_duplicates(OP, ids, image_index, image_features, text_features)
+    if ids is not None and label_smoothing:
+        raise ValueError(f"{OP}: label_smoothing must be 0 with ids, got {label_smoothing}")
     if label_smoothing:
         image_features, text_features = (
             rows_for_several(rows, backend, OP) for rows in (image_features, text_features)

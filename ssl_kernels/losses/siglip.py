@@ -3,7 +3,7 @@
 import torch
 
 from ssl_kernels.checks import check_embeddings, check_reduction, check_same_rows, check_scalar
-from ssl_kernels.losses._labels import as_ids, as_index
+from ssl_kernels.losses._labels import checked_duplicates
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import as_scalar, reduce, widest_under_autocast
 from ssl_kernels.ops.library import accumulation_dtype
@@ -67,20 +67,12 @@ def siglip_loss(
     check_scalar(op, "logit_scale", logit_scale, image_features, positive=False)
     check_scalar(op, "logit_bias", logit_bias, image_features, positive=False)
     check_reduction(op, reduction)
-    rows, columns, marks = image_features, text_features, {}
+    ids, image_index = checked_duplicates(op, ids, image_index, image_features, text_features)
+    rows, columns, marks = image_features, text_features, {"row_ids": ids, "column_ids": ids}
     if image_index is not None:
-        if ids is not None:
-            raise ValueError(f"{op}: ids must be None with image_index")
         rows, columns = text_features, image_features
         images = torch.arange(columns.shape[0], device=columns.device)
-        marks = {
-            "row_ids": as_index(op, "image_index", image_index, rows.shape[0], columns),
-            "column_ids": images,
-            "equal_ids_are_positive": True,
-        }
-    elif ids is not None:
-        ids = as_ids(op, "ids", ids, rows.shape[:1], rows)
-        marks = {"row_ids": ids, "column_ids": ids}
+        marks = {"row_ids": image_index, "column_ids": images, "equal_ids_are_positive": True}
     losses = sigmoid_pairs(
         rows,
         columns,
