@@ -5,5 +5,5 @@ machine     the machine and the versions a number belongs to
 peers       the implementations compared with
 results     what is stored, and its tables
 figures     the curves
-bench_*     one file an operation: its workloads
+bench_*     one file per operation: its workloads
 """

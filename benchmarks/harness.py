@@ -154,7 +154,7 @@ class StepTimer:
 
     def __init__(self, function, inputs, clock, sample_seconds):
         self.function, self.inputs, self.clock = function, inputs, clock
-        self.forwards, self.steps = [], []  # seconds, a number a sample
+        self.forwards, self.steps = [], []  # seconds, a number per sample
         self.calls = 1
         _, step = self._sample()
         if step < sample_seconds:  # short enough to be doubled by an interruption

@@ -126,7 +126,7 @@ class Originals:
     def __init__(self, library):
         originals = getattr(adapters, library).ORIGINALS
         if not originals:
-            raise ImportError(f"{library} is no package")
+            raise ImportError(f"{library} is not a package")
         for name, module in originals.items():
             setattr(self, name, getattr(_module(library, module), name))
 

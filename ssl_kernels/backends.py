@@ -199,7 +199,7 @@ class use_backend:
         self._take_call_back()
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(
-                f"use_backend: it must decorate a function that is no generator, got {function.__qualname__}"
+                f"use_backend: it must decorate a function that is not a generator, got {function.__qualname__}"
             )
         name = self.name
         if inspect.iscoroutinefunction(function):

@@ -48,7 +48,7 @@ def grad_cache(
             gradient is run once. What one returns is a tensor, or tuples, lists and dicts of tensors, with a row for
             each of the mini-batch; tensors without dimensions, as a learned scale, are taken from its last mini-batch.
         inputs: For each encoder: a tensor, a tuple or list of arguments, or a dict of keyword arguments. All tensors in
-            them of one dimension or more have one row a sample; the rest is passed as it is.
+            them of one dimension or more have one row per sample; the rest is passed as it is.
         mini_batch_size: Rows a mini-batch, or one number for each encoder.
         scaler: A GradScaler, whose factor the gradients get, or None.
         sync: False leaves the gradients of this rank as they are, for a step accumulated from several calls.
@@ -134,7 +134,7 @@ def _checked(encoders, inputs, mini_batch_size):
         rows = {leaf.shape[0] for leaf in tree_leaves(given) if _has_rows(leaf)}
         if len(rows) != 1:
             raise ValueError(
-                f"{OP}: inputs[{index}] must have tensors of one number of rows, got {sorted(rows) or None}"
+                f"{OP}: inputs[{index}] must hold tensors with the same number of rows, got {sorted(rows) or None}"
             )
     return encoders, inputs, sizes
 

@@ -211,7 +211,7 @@ def mixup_normalize(
     if x.dtype != torch.uint8:
         raise TypeError(f"{op}: x must be uint8, got {short(x.dtype)}")
     if x.dim() != 4 or 0 in x.shape:
-        raise ValueError(f"{op}: x must have shape (B, C, H, W), none of them 0, got {tuple(x.shape)}")
+        raise ValueError(f"{op}: x must have shape (B, C, H, W) with no dimension of 0, got {tuple(x.shape)}")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"{op}: dtype must be float32, float16 or bfloat16, got {dtype}")
     _check_permutation(op, permutation, x)
@@ -326,13 +326,17 @@ def _check_batch(op, x, name="x"):
     check_dense(op, name, x)
     check_dtype(op, name, x)
     if x.dim() == 0 or 0 in x.shape:
-        raise ValueError(f"{op}: {name} must have shape (B, ...), nothing of it 0, got {tuple(x.shape)}")
+        raise ValueError(
+            f"{op}: {name} must have shape (B, ...) with no dimension of 0, got {tuple(x.shape)}"
+        )
 
 
 def _check_images(op, x):
     check_dense(op, "x", x)
     if x.dim() < 3 or 0 in x.shape:
-        raise ValueError(f"{op}: x must have shape (B, ..., H, W), nothing of it 0, got {tuple(x.shape)}")
+        raise ValueError(
+            f"{op}: x must have shape (B, ..., H, W) with no dimension of 0, got {tuple(x.shape)}"
+        )
 
 
 def check_in_place(op, name, x, instead):

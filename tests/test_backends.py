@@ -262,7 +262,7 @@ def test_use_backend_as_a_decorator(automatic):
     assert in_a_thread(lambda: (depth(1), chosen())) == (1, "native")
     assert depth.__name__ == "depth" and chosen() == "native"
     with pytest.raises(
-        TypeError, match=r"^use_backend: it must decorate a function that is no generator, got "
+        TypeError, match=r"^use_backend: it must decorate a function that is not a generator, got "
     ):
 
         @use_backend("chunked")

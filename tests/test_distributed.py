@@ -60,7 +60,7 @@ def with_a_gradient(rank):
     assert same_bits(compiled(even).detach(), gather_rows(even).detach())
     (gradient,) = torch.autograd.grad((compiled(even) * torch.arange(6.0).view(6, 1, 1)).sum(), even)
     assert torch.equal(gradient[:, 0, 0], WORLD * torch.arange(6.0).chunk(2)[rank])
-    with pytest.raises(RuntimeError, match="gather_rows: rows must be as many on every rank"):
+    with pytest.raises(RuntimeError, match="gather_rows: rows must be equally many on every rank"):
         compiled(even[rank:])
     message = message_of(gather_rows, even if rank else even[0, 0, 0].detach())
     own = "gather_rows: rows must have shape (B, ...), got ()"

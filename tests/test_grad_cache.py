@@ -226,7 +226,8 @@ def test_bad_arguments_in_words():
     with pytest.raises(TypeError, match=r"^grad_cache: mini_batch_size must be a whole number, .* got 1.5"):
         grad_cache(loss, module, x, 1.5)
     with pytest.raises(
-        ValueError, match=r"^grad_cache: inputs\[0\] must have tensors of one number of rows, got \[3, 4\]"
+        ValueError,
+        match=r"^grad_cache: inputs\[0\] must hold tensors with the same number of rows, got \[3, 4\]",
     ):
         grad_cache(loss, module, (x, x[:3]), 2)
     with pytest.raises(ValueError, match=r"^grad_cache: loss must return one number, got \(4, 4\)"):

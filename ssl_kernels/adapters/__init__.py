@@ -1,4 +1,4 @@
-"""Other libraries' losses and mixers over the kernels of this one, a module a library, with their signatures.
+"""Other libraries' losses and mixers over the kernels of this one, a module for each library, with their signatures.
 
     from ssl_kernels.adapters.lightly import NTXentLoss     # instead of: from lightly.loss import NTXentLoss
 

@@ -38,7 +38,7 @@ def scale_of(caller, temperature, rows, *, positive=True):
 
 
 def mean(losses, like):
-    """The mean of float64 losses a row, in the accumulation dtype of `like`."""
+    """The mean of float64 losses, one per row, in the accumulation dtype of `like`."""
     return losses.mean(dtype=accumulation_dtype(like))
 
 

@@ -51,7 +51,7 @@ def moco_loss_func(
 
     Args:
         query, key: (N, D), unit rows. key gets no gradient.
-        queue: (D, K), a key a column.
+        queue: (D, K), a key per column.
         temperature: > 0.
     """
     return moco_loss(query, key, queue.T, temperature, normalize=False)

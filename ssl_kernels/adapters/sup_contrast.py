@@ -45,7 +45,7 @@ class SupConLoss(nn.Module):
         if features.dim() < 3:
             raise ValueError(f"SupConLoss: features must have shape (B, V, ...), got {tuple(features.shape)}")
         if labels is not None and mask is not None:
-            raise ValueError("SupConLoss: labels or mask must be given, got both")
+            raise ValueError("SupConLoss: one of labels and mask must be None, got both")
         if self.contrast_mode not in ("all", "one"):
             raise ValueError(f'SupConLoss: contrast_mode must be "all" or "one", got {self.contrast_mode!r}')
         batch, views = features.shape[:2]
@@ -58,7 +58,7 @@ class SupConLoss(nn.Module):
             if len(labels) != batch:
                 raise ValueError(f"SupConLoss: labels must have length {batch}, got {len(labels)}")
         elif ((mask != 0) & (mask != 1)).any():
-            raise ValueError("SupConLoss: mask must be of 0 and 1, got other numbers")
+            raise ValueError("SupConLoss: mask must hold nothing but 0 and 1, got other numbers")
         if self.contrast_mode == "all":
             positives = {} if mask is None else {"positives": mask.bool().repeat(views, views)}
             labels = labels if labels is None or views == 1 else labels.repeat(views)

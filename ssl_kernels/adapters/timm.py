@@ -195,7 +195,7 @@ class Mixup(Closed):
             return dense * lam + dense.flip(0) * (1.0 - lam)
         if math.prod(target.shape) != len(target):
             raise ValueError(
-                f"Mixup: target must hold a class a sample without multi_label, got {tuple(target.shape)}"
+                f"Mixup: target must hold one class per sample without multi_label, got {tuple(target.shape)}"
             )
         classes = target.long().view(-1, 1)
         off = smoothing / self.num_classes

@@ -22,7 +22,7 @@ def _check_rows_per_rank(op, counts, world):
         raise TypeError(f"{op}: rows_per_rank must be a sequence of whole numbers or None, got {counts!r}")
     if len(counts) != world or min(counts) < 0:
         raise ValueError(
-            f"{op}: rows_per_rank must have the counts of {world} ranks, each at least 0, got {list(counts)}"
+            f"{op}: rows_per_rank must hold the numbers of rows of {world} ranks, each at least 0, got {list(counts)}"
         )
 
 
@@ -93,12 +93,12 @@ class Call:
             )
         if self.sizes[self.ranks.rank] != counts[0]:
             raise ValueError(
-                f"{self.op}: rows_per_rank must have the counts of {world} ranks, {counts[0]} for this one,"
+                f"{self.op}: rows_per_rank must hold the numbers of rows of {world} ranks, {counts[0]} for this one,"
                 f" got {list(self.sizes)}"
             )
         self.total = sum(self.sizes)
         if not self.total:
-            raise ValueError(f"{self.op}: a rank must have rows, got none on any")
+            raise ValueError(f"{self.op}: at least one rank must have rows, got none on any")
         return others
 
     def _backend(self, rows, backend, operation):

@@ -32,19 +32,19 @@ def classes_of(labels, unlabelled, sizes, ranks):
     return Classes(number, others, count)
 
 
-def _sums(rows, number, count, slab, name):
-    """For each row the sum of the rows of its class on all ranks: an all-reduce of `slab` classes at a time."""
+def _sums(rows, number, count, at_once, name):
+    """For each row the sum of the rows of its class on all ranks: an all-reduce of `at_once` classes at a time."""
     result = torch.zeros_like(rows)
     ordered, order = number.sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(count + 1, device=rows.device))
-    for first in range(0, count, slab):
-        last = min(first + slab, count)
+    for first in range(0, count, at_once):
+        last = min(first + at_once, count)
         if first == 0 and last == count:
             bags, offsets = order, starts[:-1]
         else:
             begin, end = int(starts[first]), int(starts[last])
             bags, offsets = order[begin:end], starts[first:last] - begin
-        # A bag a class has no atomics, and its order is that of the rows.
+        # One bag per class needs no atomics, and its order is that of the rows.
         sums = F.embedding_bag(bags, rows, offsets, mode="sum") if rows.shape[0] else None
         if sums is None:
             sums = rows.new_zeros(last - first, rows.shape[1])
@@ -59,10 +59,10 @@ class _ClassSums(torch.autograd.Function):
     """`_sums`, a symmetric map of the rows of all ranks: backward is the same map."""
 
     @staticmethod
-    def forward(ctx, rows, number, count, slab, name):
+    def forward(ctx, rows, number, count, at_once, name):
         ctx.save_for_backward(number)
-        ctx.options = count, slab, name
-        return _sums(rows, number, count, slab, name)
+        ctx.options = count, at_once, name
+        return _sums(rows, number, count, at_once, name)
 
     @staticmethod
     def backward(ctx, grad):
@@ -75,7 +75,7 @@ def other_rows_mean(rows, classes, sizes, name):
 
     In memory of the largest rank's rows: classes are summed so many at a time.
     """
-    slab = classes.count if torch.compiler.is_compiling() else max(1, *sizes)
-    sums = _ClassSums.apply(rows, classes.number, classes.count, slab, name)
+    at_once = classes.count if torch.compiler.is_compiling() else max(1, *sizes)
+    sums = _ClassSums.apply(rows, classes.number, classes.count, at_once, name)
     inverse = classes.others.reciprocal().where(classes.others > 0, 0)
     return (sums - rows) * inverse[:, None].to(rows.dtype)

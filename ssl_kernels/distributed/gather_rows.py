@@ -107,7 +107,7 @@ def _gather(op, name, rows, group, check, check_own, queue=None):
     if compiling:
         sizes = [rows.shape[0]] * ranks.world
         if check:
-            rule = f"{name} must be as many on every rank in a compiled function"
+            rule = f"{name} must be equally many on every rank in a compiled function"
             checks.assert_counts(op, None, sizes[:1], rows, ranks, rule)
     elif check:
         facts = {

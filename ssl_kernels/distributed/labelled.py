@@ -53,7 +53,7 @@ def sup_con_loss(
         reduction=reduction,
         normalize=normalize,
         unlabelled=unlabelled,
-        **{"labels a row": several, "columns of positives": columns},
+        **{"labels per row": several, "columns of positives": columns},
     )
     if columns not in (None, call.total):
         raise ValueError(

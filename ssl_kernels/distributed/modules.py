@@ -48,7 +48,7 @@ class _OverRanks:
     def forward(self, *args: Any, **keywords: Any) -> torch.Tensor:
         if len(args) > len(self._arguments):
             raise TypeError(
-                f"{type(self).__name__}: at most {len(self._arguments)} tensors must be given without a name,"
+                f"{type(self).__name__}: at most {len(self._arguments)} tensors may be given without a name,"
                 f" got {len(args)}"
             )
         given = dict(zip(self._arguments, args, strict=False)) | keywords

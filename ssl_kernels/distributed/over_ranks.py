@@ -21,7 +21,7 @@ _DOC = """
             `ssl_kernels.{name}`, whose other arguments it takes and documents; "reference" is no backend here.
         strategy: "gather" moves the rows of all ranks to every rank at once, "ring" a block at a time while the one
             before is computed, in memory that does not grow with the number of ranks. None gathers while the gathered
-            rows and their gradients take at most 256 MB a rank.
+            rows and their gradients take at most 256 MB per rank.
         check: Compare widths, dtypes, flags and options of all ranks before rows move, and raise on every rank where
             they differ. Without it the ranks tell each other only how many rows they have.
         rows_per_rank: The number of rows of each rank, where it is known: with check=False nothing is exchanged before.

@@ -44,7 +44,7 @@ def views_of(op, name, value):
     else:
         raise TypeError(f"{op}: {name} must be a tensor or a sequence of tensors, got {type(value).__name__}")
     if not views:
-        raise ValueError(f"{op}: {name} must hold a view, got none")
+        raise ValueError(f"{op}: {name} must hold at least one view, got none")
     named = {f"{name}[{k}]": view for k, view in enumerate(views)}
     check_embeddings(op, **named)
     check_same_rows(op, **named)

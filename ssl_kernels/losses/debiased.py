@@ -70,7 +70,7 @@ def debiased_nt_xent_loss(
             outside [0, 1), an unknown reduction or backend, or a backend that cannot run this call.
         RuntimeError: A second derivative is asked of a backend other than "reference".
 
-    Source: Chuang et al., arXiv:2007.00224, with one positive a row.
+    Source: Chuang et al., arXiv:2007.00224, with one positive per row.
     """
     z0, z1 = widest_under_autocast(z0, z1)
     check_embeddings(OP, z0=z0, z1=z1)

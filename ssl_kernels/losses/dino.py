@@ -125,7 +125,7 @@ def dino_loss(
     name = group_name(OP, group)
     pairs = [(a, v) for a in range(len(teachers)) for v in range(len(students)) if v != a or mask is not None]
     if not pairs:
-        raise ValueError(f"{OP}: student must hold a crop that the teacher's one is not, got 1 crop of each")
+        raise ValueError(f"{OP}: student must hold a crop beside the teacher's one, got 1 crop of each")
     chosen = choose_backend("contrastive", backend, OP, like, like if prototypes is None else prototypes)
     is_plain = prototypes is None and mask is None and centering == "center"
     if is_plain and chosen == "native" and reduction != "none":

@@ -107,7 +107,7 @@ def _check(prediction, target, mask, normalize_target):
         check_dtype(OP, name, tensor)
     if prediction.dim() < 2 or 0 in prediction.shape:
         raise ValueError(
-            f"{OP}: prediction must have shape (..., C), none of it 0, got {tuple(prediction.shape)}"
+            f"{OP}: prediction must have shape (..., C) with no dimension of 0, got {tuple(prediction.shape)}"
         )
     if target.shape != prediction.shape:
         raise ValueError(

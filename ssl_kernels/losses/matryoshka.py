@@ -78,7 +78,7 @@ def _sum(loss, dims, weights, args, kwargs):
         raise ValueError(f"{OP}: dims must be at most the width {width} of the embeddings, got {max(dims)}")
     if any(hasattr(value, "negatives") for value in (*args, *kwargs.values())):
         raise TypeError(
-            f"{OP}: the loss must be given no MoCoQueue, whose rows have unit length at full width alone"
+            f"{OP}: the loss must be given no MoCoQueue, whose rows have unit length only at full width"
         )
     total = None
     for dim, weight in zip(dims, weights, strict=True):
@@ -103,7 +103,7 @@ def _checked_dims(dims):
         if dim < 1:
             raise ValueError(f"{OP}: dims must be at least 1, got {dim}")
     if not dims:
-        raise ValueError(f"{OP}: dims must hold a width, got none")
+        raise ValueError(f"{OP}: dims must hold at least one width, got none")
     return tuple(map(int, dims))
 
 

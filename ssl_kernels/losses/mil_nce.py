@@ -1,4 +1,4 @@
-"""MIL-NCE: several candidate positives a row, of which any may be right."""
+"""MIL-NCE: several candidate positives per row, of which any may be right."""
 
 import torch
 

@@ -161,10 +161,10 @@ def _checked_ids(query, queue, ids, queue_ids):
     if queue is not None:
         _check_queue(query, queue if is_tensor else queue.storage)
     if queue_ids is not None and not is_tensor:
-        raise ValueError(f"{op}: queue_ids must be None without a tensor as queue")
+        raise ValueError(f"{op}: queue_ids must be None unless queue is a tensor")
     if is_tensor and (ids is None) != (queue_ids is None):
         given, missing = ("ids", "queue_ids") if queue_ids is None else ("queue_ids", "ids")
-        raise ValueError(f"{op}: {missing} must be given with {given} and a tensor as queue, got None")
+        raise ValueError(f"{op}: {missing} must be given with {given} where queue is a tensor, got None")
     if ids is not None:
         ids = as_ids(op, "ids", ids, (query.shape[0],), query)
         if hasattr(queue, "negatives") and not queue.has_ids:

@@ -48,14 +48,14 @@ def sup_con_loss(
     Args:
         features: (N, D), float64, float32, float16 or bfloat16, any strides.
         labels: Integers of any dtype, or bool. (N,) or (N, 1): rows of equal labels are positives of each other.
-            (N, C) with C > 1, of 0 and 1: several labels a row, where P(i) are the rows that share at least one with i.
+            (N, C) with C > 1, of 0 and 1: several labels per row. P(i) are the rows that share at least one with i.
             The CPU looks whether they are 0 or 1, outside of torch.compile; elsewhere what is not 0 counts as 1. None
             with `positives`.
         temperature: > 0, a float or a tensor of one element, which gets its gradient.
         positives: (N, N) bool or integers instead of labels: P(i) are the rows j with positives[i, j]. It need not be
             symmetric; its diagonal is not read. Labels need no such matrix.
         unlabelled: The label of rows without one, as −1, or None. They are negatives of all others, have no positive
-            and are nobody's. With several labels a row, such a row has 0 everywhere.
+            and are nobody's. With several labels per row, such a row has 0 everywhere.
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12).
         reduction: "mean" over the rows that have a positive, "sum", or "none". A row without a positive (the only
             one of its label) has loss 0 and counts nothing in the mean; as a negative of the others it stays.
@@ -64,7 +64,7 @@ def sup_con_loss(
         row_weights: (N,) floating, or None. "none" and "sum" take weight · loss, "mean" divides their sum by that of
             the weights of rows with a positive; it is 0 where that is 0.
         backend: "native", "triton", "chunked" or "reference"; None picks (see `ssl_kernels.backends_for`). On a GPU,
-            "native" and "triton" take one label a row, and None picks "chunked" for the rest.
+            "native" and "triton" take one label per row, and None picks "chunked" for the rest.
 
     Returns:
         float32 (float64 for float64 input): a scalar, or (N,) for "none".
@@ -72,8 +72,8 @@ def sup_con_loss(
     Raises:
         TypeError: features is no floating tensor, labels or positives none of integers or bool, unlabelled no integer.
         ValueError: Shapes that do not fit, an empty batch, mixed devices, temperature not > 0, both or neither of
-            labels and positives, unlabelled without one label a row, an unknown reduction or backend, or a backend that
-            cannot run this call.
+            labels and positives, unlabelled without one label per row, an unknown reduction or backend, or a backend
+            that cannot run this call.
         RuntimeError: A second derivative is asked of a backend other than "reference".
 
     Source: Khosla et al., arXiv:2004.11362, eq. 2.
@@ -103,7 +103,7 @@ def sup_con_loss(
     if not takes_classes(chosen, features) and positives.dim() > 1:
         if backend is not None:
             raise ValueError(
-                f'{OP}: backend "{backend}" cannot run this call: on a GPU it takes one label a row'
+                f'{OP}: backend "{backend}" cannot run this call: on a GPU it takes one label per row'
             )
         chosen = "chunked"
     if takes_classes(chosen, features):
@@ -138,7 +138,7 @@ def _positives(features, labels, positives, unlabelled):
 
 
 def checked_marks(features, labels, positives, unlabelled, columns):
-    """(n,) int64 labels, (n, W) int64 bit sets of several labels a row, or (n, columns) bool."""
+    """(n,) int64 labels, (n, W) int64 bit sets of several labels per row, or (n, columns) bool."""
     n = features.shape[0]
     if positives is not None:
         if labels is not None or unlabelled is not None:
@@ -153,7 +153,7 @@ def checked_marks(features, labels, positives, unlabelled, columns):
     if isinstance(labels, torch.Tensor) and labels.dim() == 2 and labels.shape[1] > 1:
         check_shape(OP, "labels", labels, (n, labels.shape[1]), features)
         if unlabelled is not None:
-            raise ValueError(f"{OP}: unlabelled must be None with several labels a row, got {unlabelled!r}")
+            raise ValueError(f"{OP}: unlabelled must be None with several labels per row, got {unlabelled!r}")
         return bit_sets(OP, "labels", labels)
     check_unlabelled(OP, unlabelled)
     return as_ids(OP, "labels", labels, (n,), features)

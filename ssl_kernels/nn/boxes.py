@@ -8,7 +8,7 @@ from ssl_kernels.checks import check_dense, check_device, short
 
 
 class MixedBoxes(NamedTuple):
-    """The objects in each image of a mixed batch, its own and then its partner's: lists with a tensor an image."""
+    """The objects in each image of a mixed batch, its own and then its partner's: lists with a tensor per image."""
 
     boxes: list  # (m_i, 4), xyxy
     labels: list | None  # (m_i, ...)

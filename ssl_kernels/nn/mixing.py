@@ -348,7 +348,9 @@ class Mixup(DrawingModule):
         if mixes or self.mean is not None or not isinstance(x, torch.Tensor):
             check_dense("Mixup", "x", x)
         if x.dim() == 0 or (0 in x.shape and (mixes or self.mean is not None)):
-            raise ValueError(f"Mixup: x must have shape (B, ...), nothing of it 0, got {tuple(x.shape)}")
+            raise ValueError(
+                f"Mixup: x must have shape (B, ...) with no dimension of 0, got {tuple(x.shape)}"
+            )
         if self.mean is not None and x.dtype != torch.uint8:
             raise TypeError(f"Mixup: x must be uint8 for a Mixup with mean and std, got {x.dtype}")
         if mixes and self.mean is None and self.mixup_alpha > 0 and not x.is_floating_point():
@@ -392,7 +394,7 @@ class Mixup(DrawingModule):
             raise TypeError(f"Mixup: masks must be floating, integer or bool for mixup, got {masks.dtype}")
         if masks.dim() == 0 or len(masks) != len(x) or 0 in masks.shape:
             raise ValueError(
-                f"Mixup: masks must have shape ({len(x)}, ...), nothing of it 0, got {tuple(masks.shape)}"
+                f"Mixup: masks must have shape ({len(x)}, ...) with no dimension of 0, got {tuple(masks.shape)}"
             )
         check_device("Mixup", "masks", masks, x, "x")
         if self.cutmix_alpha > 0 and (masks.dim() < 3 or masks.shape[-2:] != x.shape[-2:]):
@@ -434,7 +436,7 @@ class Mixup(DrawingModule):
         return here.scatter(0, paired.flatten(), paired.flip(1).flatten())
 
     def _for_each(self, drawn, permutation):
-        """One draw a sample: the batch's, its pair's or its own."""
+        """One draw per sample: the batch's, its pair's or its own."""
         if self.mode == "batch":
             return drawn.expand(len(permutation), *drawn.shape[1:])
         if self.mode == "sample":

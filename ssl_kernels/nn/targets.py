@@ -23,7 +23,8 @@ def prepared_target(op, target, like, *, kind, num_classes, dense):
     batch = len(like)
     if target.dim() == 0 or len(target) != batch or 0 in target.shape[1:]:
         raise ValueError(
-            f"{op}: target must have shape ({batch},) or ({batch}, ...), nothing of it 0, got {tuple(target.shape)}"
+            f"{op}: target must have shape ({batch},) or ({batch}, ...) with no dimension of 0,"
+            f" got {tuple(target.shape)}"
         )
     check_device(op, "target", target, like, "x")
     is_whole = is_integer(target)

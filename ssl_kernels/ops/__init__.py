@@ -1,1 +1,1 @@
-"""The spine of each operation: schema, fake kernel, autograd. One file an operation, named as everywhere."""
+"""The spine of each operation: schema, fake kernel, autograd. One file per operation, named as everywhere."""

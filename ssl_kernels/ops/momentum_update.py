@@ -84,7 +84,7 @@ def _check(masters, shadows, sources, momentum):
     op = "momentum_update_"
     if not len(masters) == len(shadows) == len(sources):
         raise ValueError(
-            f"{op}: masters, shadows and sources must be as many,"
+            f"{op}: masters, shadows and sources must have one length,"
             f" got {len(masters)}, {len(shadows)} and {len(sources)}"
         )
     _check_momentum(op, momentum, masters)

@@ -184,7 +184,7 @@ def _folder(root):
             return training, held_out, len(training.classes)
         images = datasets.ImageFolder(root, loader=read_image)
     except FileNotFoundError as error:
-        raise ValueError(f"--root must hold one folder of images a class, got {root} ({error})") from error
+        raise ValueError(f"--root must hold one folder of images per class, got {root} ({error})") from error
     _check_classes(images.classes, root)
     classes = len(images.classes)
     fewest = min(images.targets.count(label) for label in range(classes))

@@ -244,7 +244,7 @@ class Training:
         steps = epoch * batches + batch
         if not (batch < batches and steps == len(history.losses) and epoch <= self.settings.epochs):
             raise ValueError(
-                f"--resume: {path} must come from a run of {batches} steps an epoch, got {len(history.losses)} steps"
+                f"--resume: {path} must come from a run of {batches} steps per epoch, got {len(history.losses)} steps"
                 f" in {epoch} epochs"
             )
         before = copy.deepcopy(self.method.state_dict())

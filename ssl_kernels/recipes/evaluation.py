@@ -19,7 +19,7 @@ DRAWS = 5  # of the few labels, over which the accuracy is averaged
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """knn: by the nearest neighbours. linear: by a linear probe. few: by one that sees few labels a class."""
+    """knn: by the nearest neighbours. linear: by a linear probe. few: by one that sees few labels per class."""
 
     knn: float
     linear: float

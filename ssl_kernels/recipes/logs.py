@@ -11,7 +11,7 @@ COLUMNS = ("step", "epoch", "loss", "learning_rate", "loss_seconds", "step_secon
 
 
 def write_csv(path, history, batches):
-    """One line a step; spread and rank stand in the last line of their epoch. Written whole from the history, which a
+    """One line per step; spread and rank stand in the last line of their epoch. Written whole from the history, which a
     checkpoint holds: a resumed run leaves the log of an unbroken one.
 
     Args:

@@ -54,7 +54,7 @@ def add_arguments(parser):
         "--batch-size",
         type=arguments.batch_size,
         metavar="N",
-        help="images a step, each seen in as many views as the method asks for; default"
+        help="images per step, each seen in as many views as the method asks for; default"
         f" {for_digits['batch_size']} for simclr on the digits",
     )
     parser.add_argument(
@@ -199,7 +199,7 @@ def run_processes(args, parser):
                 raise ValueError(f"{option} must be left out with --processes")
         settings = choose_settings(args)
         if settings.batch_size < 2 * args.processes:
-            raise ValueError(f"--batch-size must be at least 2 a process, got {settings.batch_size}")
+            raise ValueError(f"--batch-size must be at least 2 per process, got {settings.batch_size}")
         images = {
             "name": args.data,
             "batch_size": settings.batch_size,
@@ -242,7 +242,9 @@ def choose_settings(args):
     options = known | {name: values.pop(name) for name in list(values) if name in known} | given
     rest = {name: values[name] for name in ("epochs", "batch_size", "learning_rate")}
     if args.accumulate > rest["batch_size"] // 2:
-        raise ValueError(f"--accumulate must leave 2 images a part of --batch-size, got {args.accumulate}")
+        raise ValueError(
+            f"--accumulate must leave at least 2 images in each part of --batch-size, got {args.accumulate}"
+        )
     return engine.Settings(
         args.method,
         args.data,

@@ -71,10 +71,10 @@ def seeded(*numbers):
 
 
 class BatchViews:
-    """Views of images held in memory, (N, C, H, W) with labels (N,), transformed `group` images a call.
+    """Views of images held in memory, (N, C, H, W) with labels (N,), transformed `group` images per call.
 
-    A torchvision transform draws its parameters once a call. One call an image costs far more than the
-    arithmetic when images are tiny; one a batch would give all of it the same shift and angle.
+    A torchvision transform draws its parameters once per call. One call per image costs far more than the
+    arithmetic when images are tiny; one per batch would give all of it the same shift and angle.
     """
 
     def __init__(self, images, labels, augmentation, batch_size, seed, group=16):

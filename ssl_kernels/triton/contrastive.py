@@ -387,7 +387,7 @@ def _bwd_panels(side, needed, other, other_needed, scale, bound, masks):
             EVEN_D=d % tile.block_d == 0,
             ONE_BLOCK_D=d <= tile.block_d,
             **launch_options(tile),
-            maxnreg=register_limit(tile),  # one tile a program: only other blocks fill its waits
+            maxnreg=register_limit(tile),  # one tile per program: only other blocks fill its waits
         )
         if bias_partial is not None:
             grad_bias[first : first + panel_rows] = _bias_gradient(bias_partial, bound)

@@ -15,7 +15,7 @@ from ssl_kernels.triton.permutation_walk import (
 )
 from ssl_kernels.triton.samples import dense_result, sample_size, samples_like, vector_of
 
-# Features that a program owns: 16 bytes of the images a thread.
+# Features that a program owns: 16 bytes of the images per thread.
 BLOCK, WARPS = 2048, 4
 
 

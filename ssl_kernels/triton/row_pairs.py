@@ -1,6 +1,6 @@
 """Triton kernels of `row_pairs`; docs/row_pairs.md is the contract.
 
-One program a row. With u_k = ŷ_k (product) or x̂ − ŷ_k (distance), y_1 = y and y_2 = z, the forward keeps r_x, r_k, m_k
+One program per row. With u_k = ŷ_k (product) or x̂ − ŷ_k (distance), y_1 = y, y_2 = z, the forward keeps r_x, r_k, m_k
 and p_k = <u_k, x̂> of each pair, so that the backward has no reduction.
 """
 
@@ -94,7 +94,7 @@ def row_pairs_fwd_kernel(
     NORMALIZE: tl.constexpr, DISTANCE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # value = m_1 − m_2, m_k = <u_k, x̂> or ‖u_k‖. Traffic: reads each operand once (rows wider than a block a second
-    # time, from cache), writes one double and 4 numbers a pair. Sums in the type of saved; x̂ and ŷ are rounded before
+    # time, from cache), writes one double and 4 numbers per pair. Sums in the type of saved; x̂ and ŷ are rounded before
     # they are subtracted, so equal rows have the distance 0.
     ACC: tl.constexpr = saved_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -156,7 +156,7 @@ def row_pairs_bwd_kernel(
     # With w_1 = g, w_2 = −g, for the distance over m_k, 0 where that is 0:
     #   dx = r_x (Σ_k w_k u_k − (Σ_k w_k p_k) x̂)
     #   dy_k = r_k w_k (x̂ − p_k ŷ_k), or −r_k w_k (u_k − (p_k − m_k²) ŷ_k)
-    # Traffic: reads each operand once, 1 double and 4 numbers a pair, writes the gradients that are needed once.
+    # Traffic: reads each operand once, 1 double and 4 numbers per pair, writes the gradients that are needed once.
     ACC: tl.constexpr = saved_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     g = tl.load(grad_values_ptr + row).to(ACC)

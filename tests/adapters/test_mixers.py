@@ -94,7 +94,7 @@ def test_timm_keeps_lambda_for_uint8_images():
 
 
 def test_timm_refuses_dense_targets_without_multi_label():
-    with pytest.raises(ValueError, match="a class a sample"):
+    with pytest.raises(ValueError, match="one class per sample"):
         timm.Mixup(num_classes=3)(torch.rand(4, 3, 5, 5), torch.rand(4, 3))
     _, target = timm.Mixup(num_classes=3, multi_label=True)(torch.rand(4, 3, 5, 5), torch.ones(4, 3))
     torch.testing.assert_close(target, torch.full((4, 3), 0.95))

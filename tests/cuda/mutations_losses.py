@@ -115,7 +115,7 @@ MUTATIONS = {
                  ROWS, "rnorm && factor < acc_t(1) / Math<acc_t>::kNormEps", "rnorm"),
         Mutation("both directions: barrier of the warps' sums", FORWARD, BARRIER),
         Mutation("both directions: column mask", FORWARD, " && column < other.count"),
-        Mutation("both directions: one thread a column", FORWARD, "threadIdx.x < Shape::kBlockN && "),
+        Mutation("both directions: one thread per column", FORWARD, "threadIdx.x < Shape::kBlockN && "),
         Mutation("both directions: rows past the end",
                  FORWARD, "inside = fragment_row(lane, i / 2, i % 2 * 2) < rows;", "inside = true;"),
         Mutation("both directions: first block of a group", FORWARD, "if (!first_of_group) "),
@@ -427,8 +427,12 @@ def check_row_pairs(library):
     for name, call, options in (
         ("vectors", row_pairs.random_call(9, 40, half), {}),
         ("elements", row_pairs.random_call(9, 37, single), {}),
-        ("a block a row", row_pairs.random_call(3, 4096 + 8, half), {"seed": 1, "warp_races": True}),
-        ("a block a row, other sums", row_pairs.random_call(3, 640, single), {"seed": 2, "warp_races": True}),
+        ("a block per row", row_pairs.random_call(3, 4096 + 8, half), {"seed": 1, "warp_races": True}),
+        (
+            "a block per row, other sums",
+            row_pairs.random_call(3, 640, single),
+            {"seed": 2, "warp_races": True},
+        ),
         ("zero row", short, {}),
         ("every other element", with_x(ten, torch.zeros(10, 48)[:, ::2]), {}),
         ("at an odd address", with_x(ten, torch.zeros(10, 32)[:, 5:29]), {}),

@@ -320,7 +320,7 @@ def test_narrow_columns_are_read_as_they_are(library, column_dtype):
     (torch.bfloat16, torch.bfloat16),
 ], ids=str)  # fmt: skip
 def test_scratch_of_moco_does_not_grow_with_the_queue(library, gpu, dtype, column_dtype):
-    """128 x 128 sums a multiprocessor, whatever the queue's length and dtype: no copy of it, no logits."""
+    """128 x 128 sums per multiprocessor, whatever the queue's length and dtype: no copy of it, no logits."""
     n, d, multiprocessors = 256, 128, {"sm_80": 108, "sm_90": 132}[gpu.name]
     somewhere = 1 << 20
 

@@ -80,7 +80,10 @@ def test_ranks_that_disagree_are_named_on_every_rank():
             "ValueError",
             "moco_loss: queue position must be the same on every rank, got 2 on rank 0, 3 on rank 1, 4 on rank 2",
         )
-        assert found[rank][9] == ("ValueError", "nt_xent_loss: a rank must have rows, got none on any")
+        assert found[rank][9] == (
+            "ValueError",
+            "nt_xent_loss: at least one rank must have rows, got none on any",
+        )
         assert "rows_per_rank must be what the ranks have, [3, 3, 3], got [3, 3, 4]" in found[rank][10][1]
     refused = "temperature must be finite and > 0, got -1.0"
     assert found[1][11] == ("ValueError", begin + refused)
@@ -180,9 +183,9 @@ def test_bad_arguments_in_words():
             'nt_xent_loss: backend must be "native", "triton" or "chunked" over several'
         )
         assert found[3] == ("ValueError", "nt_xent_loss: z1 must be on cpu as z0 is, got meta")
-        assert found[4][1] == "dcl_loss: the ranks must have at least 2 rows of z0 together, got 1"
+        assert found[4][1] == "dcl_loss: the ranks must together have at least 2 rows of z0, got 1"
         assert found[5][1] == (
-            "sup_con_loss: labels a row must be the same on every rank, got 3 on rank 0, 4 on rank 1"
+            "sup_con_loss: labels per row must be the same on every rank, got 3 on rank 0, 4 on rank 1"
         )
         assert found[6][1] == "sup_con_loss: positives must have 4 columns, the rows of all ranks, got 3"
         assert found[7][1].endswith("a column for each of all ranks', got shape (2,)")
@@ -192,7 +195,7 @@ def test_bad_arguments_in_words():
         assert (
             found[11][1] == "nt_xent_loss: rows_per_rank must be a sequence of whole numbers or None, got 2"
         )
-        assert found[12][1].endswith("the counts of 2 ranks, each at least 0, got [3, -1]")
+        assert found[12][1].endswith("the numbers of rows of 2 ranks, each at least 0, got [3, -1]")
         assert found[13][1].endswith("the same on every rank, got [2, 2] on rank 0, [2, 3] on rank 1")
         assert "strategy must be" in found[14][1]
         assert "backend must be" in found[16][1]

@@ -82,7 +82,7 @@ class Case:
         return lambda **arguments: call(getattr(losses, self.loss), **arguments, backend=backend, **options)
 
     def definition(self, **arguments):
-        """A value a row."""
+        """A value per row."""
         modules = [module for module in (definitions, cluster_definitions) if hasattr(module, self.loss)]
         definition = self.formula or getattr(modules[0], self.loss)
         return definition(**grouped(arguments))

@@ -15,7 +15,7 @@ BAD = [
     (sinkhorn, (X,), {"group": "all"}, RuntimeError, "sinkhorn: torch.distributed must be initialised"),
     (losses.swav_loss, (X, Y), {}, ValueError, r"swav_loss: features must have shape \(V, N, D\)"),
     (losses.swav_loss, (3, Y), {}, TypeError, "swav_loss: features must be a tensor or a sequence"),
-    (losses.swav_loss, ([], Y), {}, ValueError, "swav_loss: features must hold a view, got none"),
+    (losses.swav_loss, ([], Y), {}, ValueError, "swav_loss: features must hold at least one view, got none"),
     (losses.swav_loss, ([X, Y], Y), {}, ValueError, r"swav_loss: features\[1\] must have 4 rows"),
     (
         losses.swav_loss,
@@ -54,7 +54,7 @@ BAD = [
         (V[:1], V[:1], Y),
         {},
         ValueError,
-        "dino_loss: student must hold a crop that the teacher's",
+        "dino_loss: student must hold a crop beside the teacher's",
     ),
     (losses.dino_loss, (V[:2], V, Y), {}, ValueError, "dino_loss: teacher must hold at most the 2 crops"),
     (

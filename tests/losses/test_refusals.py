@@ -154,7 +154,7 @@ BAD_CALLS = [
         (X, torch.ones(4, 3).long()),
         {"unlabelled": -1},
         ValueError,
-        "unlabelled must be None with several labels a row, got -1",
+        "unlabelled must be None with several labels per row, got -1",
     ),
     ("sup_con_loss", (X, [0, 0, 1, 1]), {}, TypeError, "labels must be a tensor, got list"),
     ("sup_con_loss", (X, LABELS.to("meta")), {}, ValueError, "labels must be on cpu, got meta"),

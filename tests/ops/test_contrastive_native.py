@@ -273,7 +273,7 @@ def test_bfloat16_rows_of_one_side_as_they_are(normalize_rows, normalize_columns
 
 
 def test_saved_tensors_are_bounded():
-    """From forward to backward: the input, a few numbers a row, and logits within a budget for everything."""
+    """From forward to backward: the input, a few numbers per row, and logits within a budget for everything."""
     for n, d in ((512, 16), (512, 64), (5000, 64), (5000, 1200)):
         z, positives = random_rows(n, d).requires_grad_(), torch.arange(n)
         before = _C.held_bytes()["kept"]

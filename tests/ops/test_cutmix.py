@@ -146,8 +146,8 @@ BAD_VALUES = [
     ],
     ({"boxes": torch.zeros(4, 3, dtype=torch.int64)}, r"boxes must have shape \(4, 4\), got \(4, 3\)"),
     ({"boxes": torch.zeros(3, 4, dtype=torch.int64)}, r"boxes must have shape \(4, 4\), got \(3, 4\)"),
-    ({"x": torch.randn(4, 5)}, r"x must have shape \(B, ..., H, W\), nothing of it 0, got \(4, 5\)"),
-    ({"x": torch.randn(0, 3, 5, 7)}, r"x must have shape \(B, ..., H, W\), nothing of it 0"),
+    ({"x": torch.randn(4, 5)}, r"x must have shape \(B, ..., H, W\) with no dimension of 0, got \(4, 5\)"),
+    ({"x": torch.randn(0, 3, 5, 7)}, r"x must have shape \(B, ..., H, W\) with no dimension of 0"),
     (
         {"boxes": torch.zeros(4, 4, dtype=torch.int64, device="meta")},
         "boxes must be on cpu as x is, got meta",

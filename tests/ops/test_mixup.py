@@ -247,8 +247,8 @@ BAD_VALUES = [
     ),
     ({"permutation": torch.arange(4)[:, None]}, r"permutation must have shape \(4,\), got \(4, 1\)"),
     ({"permutation": torch.arange(3)}, r"permutation must have shape \(4,\), got \(3,\)"),
-    ({"x": torch.randn(0, 3)}, r"x must have shape \(B, ...\), nothing of it 0, got \(0, 3\)"),
-    ({"x": torch.tensor(1.0)}, r"x must have shape \(B, ...\), nothing of it 0, got \(\)"),
+    ({"x": torch.randn(0, 3)}, r"x must have shape \(B, ...\) with no dimension of 0, got \(0, 3\)"),
+    ({"x": torch.tensor(1.0)}, r"x must have shape \(B, ...\) with no dimension of 0, got \(\)"),
     ({"permutation": torch.arange(4, device="meta")}, "permutation must be on cpu as x is, got meta"),
     ({"lam": torch.ones(4, device="meta")}, "lam must be on cpu as x is, got meta"),
 ]

@@ -361,7 +361,7 @@ BAD = [
     ),
     ({"target": None}, TypeError, "target must be a tensor, got NoneType"),
     ({"target": torch.zeros(4, 1, dtype=torch.int64)}, ValueError, r"target must have shape \(4,\)"),
-    ({"logits": torch.randn(4, 0)}, ValueError, r"logits must have shape \(B, ...\), nothing of it 0"),
+    ({"logits": torch.randn(4, 0)}, ValueError, r"logits must have shape \(B, ...\) with no dimension of 0"),
     ({"logits": torch.ones(4, 3).to_sparse()}, TypeError, "logits must be a dense tensor"),
     ({"lam": float("nan")}, ValueError, r"lam must be in \[0, 1\], got nan"),
     ({"label_smoothing": float("nan")}, ValueError, r"label_smoothing must be in \[0, 1\], got nan"),

@@ -230,7 +230,7 @@ def spoilt(name, tensor):
     (lambda call: call | {"momentum": torch.ones(2)}, r"momentum must be a number or a 0-d floating tensor, got shape"),
     (lambda call: call | {"momentum": torch.tensor(0.9, device="meta")}, "momentum must be on the device of"),
     (lambda call: call | {"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
-    (lambda call: call | {"sources": call["sources"][:1]}, "masters, shadows and sources must be as many, got 2, 2"),
+    (lambda call: call | {"sources": call["sources"][:1]}, "masters, shadows and sources must have one length, got 2"),
     (spoilt("masters", torch.zeros(4, 5).double()), r"masters\[1\] must be float32, got torch.float64"),
     (spoilt("shadows", torch.zeros(4, 5)), r"shadows\[1\] must be float16 or bfloat16, got torch.float32"),
     (spoilt("sources", torch.zeros(4, 5).long()), r"sources\[1\] must be float32, float16 or bfloat16, got"),

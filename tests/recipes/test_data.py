@@ -99,7 +99,7 @@ def test_errors_name_the_option(tmp_path):
         load_data("cifar10", 4, 0)
     with pytest.raises(ValueError, match=r"--root must be a folder, got .*nowhere"):
         load_data("folder", 4, 0, root=tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="--root must hold one folder of images a class, got"):
+    with pytest.raises(ValueError, match="--root must hold one folder of images per class, got"):
         load_data("folder", 4, 0, root=tmp_path)
     with pytest.raises(ValueError, match="--root must hold CIFAR-10's folder cifar-10-batches-py, got"):
         load_data("cifar10", 4, 0, root=tmp_path)

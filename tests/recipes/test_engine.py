@@ -17,7 +17,7 @@ SETTINGS = engine.Settings(
 
 
 def two_steps(settings):
-    """Digits for two steps an epoch."""
+    """Digits for two steps per epoch."""
     images = data.load_data("digits", settings.batch_size, settings.seed)
     images.views.images = images.views.images[:512]
     return images
@@ -76,7 +76,7 @@ def test_resumed_run_ends_as_the_unbroken_one(trained, tmp_path):
     def breaking_loss(*args):
         nonlocal calls
         calls += 1
-        if calls > 4:  # two steps an epoch: in the third
+        if calls > 4:  # two steps per epoch: in the third
             raise Break
         return ssl_kernels.nt_xent_loss(*args)
 

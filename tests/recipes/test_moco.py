@@ -30,7 +30,7 @@ SETTINGS = engine.Settings(
 
 
 def train(settings=SETTINGS, loss=None, checkpoint=None, resume=False):
-    """(method, history) of a run on the digits, two steps an epoch."""
+    """(method, history) of a run on the digits, two steps per epoch."""
     images = data.load_data("digits", settings.batch_size, settings.seed)
     images.views.images = images.views.images[:512]
     losses = {"run": loss}

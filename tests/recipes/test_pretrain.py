@@ -151,7 +151,10 @@ def test_cifar10(tmp_path, monkeypatch):
             "hidden_part must be a number between 0 and 1, got 2.0",
         ),
         (["--method", "clip", "--option", "logit_scale=0"], "logit_scale must be a number over 0, got 0.0"),
-        (["--accumulate", "900"], "--accumulate must leave 2 images a part of --batch-size, got 900"),
+        (
+            ["--accumulate", "900"],
+            "--accumulate must leave at least 2 images in each part of --batch-size, got 900",
+        ),
         (["--warmup", "2"], "argument --warmup: must be a number from 0 to 1, got 2"),
         (
             ["--method", "moco", "--momentum", "1.5"],

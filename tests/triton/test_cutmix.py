@@ -88,7 +88,7 @@ def test_bad_values_end_inside_the_tensors(gpu):
 
 
 def test_in_place_touches_only_what_lies_under_the_boxes(gpu):
-    """A word and the four ends of a box a sample beside, from the first-level cache, for each warp."""
+    """A word and the four ends of a box per sample beside, from the first-level cache, for each warp."""
     if not gpu.emulated:
         pytest.skip("a card has no such counters")
     x = aligned(images((8, 1, 16, 224), torch.float32))

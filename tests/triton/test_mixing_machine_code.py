@@ -40,7 +40,7 @@ class Code:
     reads: bool = True  # 16 bytes at a time
     writes: bool = True
     narrow_loads: int = 0
-    spilled: int = 0  # bytes a thread at most
+    spilled: int = 0  # bytes per thread at most
     narrow_stores: tuple = ()  # other stores that belong there
 
 

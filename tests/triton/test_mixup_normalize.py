@@ -57,6 +57,6 @@ def test_each_byte_is_read_once_and_each_element_written_once(gpu, dtype):
     assert reads <= counters.global_load_sectors <= reads + steps
     assert counters.global_store_sectors == writes
     assert counters.global_load_sectors + writes <= 1.1 * (reads + writes)
-    # 16 bytes a thread, both ways.
+    # 16 bytes per thread, both ways.
     assert counters.global_load_requests <= reads // 16 + steps
     assert counters.global_store_requests == writes // 16

@@ -149,7 +149,7 @@ def test_kernels_and_widths_choose_the_entries(table):
 
 
 def test_a_run_goes_on_where_it_was_cut_off(table, card, clock, monkeypatch, tmp_path, capsys):
-    """Ten minutes for two entries at a minute a tile; then what the first run timed is not timed again."""
+    """Ten minutes for two entries at a minute per tile; then what the first run timed is not timed again."""
     asked = []
 
     def timer(arch, place, tile):
