@@ -113,7 +113,9 @@ def relative_error(got, truth):
 
 
 # For each operation a function (n, d, dtype, generator) that yields calls (function, inputs, options). The call is
-# function(*inputs, **options, backend=...), and the floating inputs are what it is differentiated by.
+# function(*inputs, **options, backend=...), and the floating inputs are what it is differentiated by. The functions are
+# those that users call, with the short paths of small batches, and one rule judges them all; the tests hold the
+# operators below them to stricter rules, one for each operation, which are many times as long and not installed.
 
 
 def contrastive_calls(n, d, dtype, generator):
