@@ -12,8 +12,9 @@ namespace ssl_kernels {
 std::tuple<at::Tensor, int64_t> contrastive_loss(
     const at::Tensor& rows, const std::optional<at::Tensor>& others, const std::optional<at::Tensor>& scale,
     double constant, const std::optional<at::Tensor>& classes, const std::optional<at::Tensor>& row_ids,
-    const std::optional<at::Tensor>& column_ids, const std::optional<at::Tensor>& partner,
-    const std::optional<at::Tensor>& share, std::optional<double> positive_prior, bool are_views,
-    bool leaves_partner_out, bool both_directions, bool normalize, bool mean);
+    const std::optional<at::Tensor>& column_ids, const std::optional<at::Tensor>& positives,
+    const std::optional<at::Tensor>& numbers, const std::optional<at::Tensor>& column_bias,
+    std::optional<double> positive_prior, bool are_views, bool leaves_partner_out, bool both_directions,
+    bool joint, bool normalize, bool mean);
 
 }  // namespace ssl_kernels

@@ -13,9 +13,11 @@
 // it.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 namespace ssl_kernels::row_rules {
 
@@ -29,6 +31,20 @@ inline double sigmoid(double t) {
   if (t >= 0) return 1 / (1 + std::exp(-t));
   const double e = std::exp(t);
   return e / (1 + e);
+}
+
+// log sum_k exp(x_k), -inf where nothing is added; the x become their shares of the sum.
+inline double log_sum_exp(std::vector<double>& x) {
+  double top = -std::numeric_limits<double>::infinity(), sum = 0;
+  for (double each : x)
+    if (each > top || std::isnan(each)) top = each;
+  if (std::isinf(top) && top < 0) {
+    std::fill(x.begin(), x.end(), 0.);
+    return top;
+  }
+  for (double& each : x) sum += each = std::exp(each - top);  // NaN where one is +inf
+  for (double& each : x) each /= sum;
+  return top + std::log(sum);
 }
 
 // A rule returns the loss of a row and, where asked, its derivative by each value.

@@ -132,7 +132,8 @@ def logarithm(number, like):
 
 
 def _without_dimensions(tensor, dtype):
-    return (tensor.reshape(()) if tensor.dim() else tensor).to(dtype)
+    tensor = tensor.reshape(()) if tensor.dim() else tensor
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _traced(number, like):

@@ -4,7 +4,15 @@ import torch
 
 from ssl_kernels import backends
 from ssl_kernels.checks import values_are_readable
-from ssl_kernels.losses._shared import as_scalar, reduce, runs_natively, stacked
+from ssl_kernels.losses._shared import (
+    as_scalar,
+    native_row_losses,
+    not_below_zero,
+    reduce,
+    runs_natively,
+    stacked,
+    takes_row_losses,
+)
 from ssl_kernels.ops.contrastive import contrastive
 
 
@@ -65,22 +73,40 @@ def pairs_loss(
     *,
     row_ids=None,
     column_ids=None,
+    column_bias=None,
     both_directions=False,
     normalize,
     backend,
     caller,
 ):
-    """Reduced losses of rows over columns, as many, with p(i) = i; with both_directions the mean of both softmaxes.
+    """Reduced losses of rows over columns with p(i) = i; with both_directions the mean of both softmaxes.
 
     Args:
+        columns: As many as rows, or more without both_directions: those of no row come last.
         scale: A number, or a tensor as `contrastive` takes it.
-        row_ids, column_ids: (N,) int64, or None: other pairs of equal ids stay out of the sums.
+        row_ids, column_ids: (N,) and (M,) int64, or None: other pairs of equal ids stay out of the sums.
+        column_bias: As in `contrastive`; that of p(i) counts in its logit too. Not with both_directions.
         caller: The loss, named in errors.
     """
     is_total = row_weights is None and reduction != "none"
-    if is_total and runs_natively(backend, caller, rows, columns, both_directions):
-        options = {"both_directions": both_directions, "normalize": normalize, "reduction": reduction}
-        return one_node(rows, columns, scale, row_ids=row_ids, column_ids=column_ids, **options)[0]
+    has_bias = column_bias is not None
+    if (
+        is_total
+        and runs_natively(backend, caller, rows, columns, both_directions, has_bias)
+        and not (has_bias and not values_are_readable(rows, columns, column_bias))
+    ):
+        return one_node(
+            rows,
+            columns,
+            scale,
+            row_ids=row_ids,
+            column_ids=column_ids,
+            column_bias=column_bias,
+            both_directions=both_directions,
+            normalize=normalize,
+            reduction=reduction,
+        )[0]
+    added = {"column_bias": column_bias} if has_bias else {}
     lse, column_lse, positive = contrastive(
         rows,
         columns,
@@ -95,9 +121,23 @@ def pairs_loss(
         equal_weights=is_total,
         backend=backend,
         caller=caller,
+        **added,
     )
-    loss = ((lse + column_lse) / 2 if both_directions else lse) - positive
+    if both_directions:
+        return reduce((lse + column_lse) / 2 - positive, reduction, rows, row_weights)
+    terms = (lse, positive, column_bias[: rows.shape[0]]) if has_bias else (lse, positive)
+    if takes_row_losses(backend, caller, rows, *terms):
+        return native_row_losses("softmax", terms, reduction, rows, row_weights)
+    loss = not_below_zero(lse - (positive + terms[2].double())) if has_bias else lse - positive
     return reduce(loss, reduction, rows, row_weights)
+
+
+def is_one_node(backend, caller, reduction, row_weights, rows, *values, views=1):
+    """Whether `one_node` gives the reduced loss of rows: by tensors among `values` that can be read."""
+    if row_weights is not None or reduction == "none":
+        return False
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return values_are_readable(rows, *tensors) and runs_natively(backend, caller, rows, views=views)
 
 
 def one_node(
@@ -108,19 +148,21 @@ def one_node(
     classes=None,
     row_ids=None,
     column_ids=None,
-    partner=None,
-    share=None,
+    positives=None,
+    numbers=None,
+    column_bias=None,
     positive_prior=None,
     are_views=False,
     leaves_partner_out=False,
     both_directions=False,
+    joint=False,
     normalize,
     reduction,
 ):
-    """(reduced loss, how many rows the mean is over) in C++: csrc/ops/contrastive_loss.cpp has what, and says why.
+    """(reduced loss, how many losses the mean is over) in C++: csrc/ops/contrastive_loss.cpp has what, and says why.
 
-    Where `runs_natively`, `reduction` is "mean" or "sum"; with classes, a partner or a prior also where the rows can be
-    read.
+    Where `runs_natively`, `reduction` is "mean" or "sum"; with classes, positives, numbers of rows, a bias, a prior or
+    joint sums also where `is_one_node`.
     """
     learned, constant = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
     is_plain = values_are_readable(
@@ -135,12 +177,14 @@ def one_node(
         classes,
         row_ids,
         column_ids,
-        partner,
-        share,
+        positives,
+        numbers,
+        column_bias,
         positive_prior,
         are_views,
         leaves_partner_out,
         both_directions,
+        joint,
         normalize,
         reduction == "mean",
     )

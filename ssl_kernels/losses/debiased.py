@@ -10,7 +10,6 @@ from ssl_kernels.checks import (
     check_row_weights,
     check_same_rows,
     check_scalar,
-    values_are_readable,
 )
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import (
@@ -21,12 +20,11 @@ from ssl_kernels.losses._shared import (
     minus_log_sigmoid,
     native_row_losses,
     reduce,
-    runs_natively,
     stacked,
     takes_row_losses,
     widest_under_autocast,
 )
-from ssl_kernels.losses._softmax import one_node, samples, sums_of_views
+from ssl_kernels.losses._softmax import is_one_node, one_node, samples, sums_of_views
 
 OP = "debiased_nt_xent_loss"
 
@@ -80,9 +78,7 @@ def debiased_nt_xent_loss(
     check_fraction(OP, "positive_prior", positive_prior, below_one=True)
     check_reduction(OP, reduction)
     check_row_weights(OP, "row_weights", row_weights, 2 * z0.shape[0], z0)
-    by_tensor = (temperature,) if isinstance(temperature, torch.Tensor) else ()
-    is_total = row_weights is None and reduction != "none"
-    if is_total and values_are_readable(z0, z1, *by_tensor) and runs_natively(backend, OP, z0, views=2):
+    if is_one_node(backend, OP, reduction, row_weights, z0, z1, temperature, views=2):
         rule = {"positive_prior": float(positive_prior), "are_views": True, "leaves_partner_out": True}
         scale = inverse_operand(temperature, z0)
         return one_node(z0, z1, scale, **rule, normalize=normalize, reduction=reduction)[0]

@@ -23,11 +23,10 @@ from ssl_kernels.losses._shared import (
     native_row_losses,
     reduce,
     rows_for_several,
-    runs_natively,
     takes_row_losses,
     widest_under_autocast,
 )
-from ssl_kernels.losses._softmax import one_node
+from ssl_kernels.losses._softmax import is_one_node, one_node
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import savable
 
@@ -97,15 +96,11 @@ def imix_loss(
         lam = savable(lam.reshape(()) if lam.numel() == 1 else lam).double()
     by_tensor = (lam,) if isinstance(lam, torch.Tensor) else ()
     is_total = negative_keys is None and row_weights is None and reduction != "none"
-    if (
-        is_total
-        and values_are_readable(query, key, permutation, *by_tensor)
-        and runs_natively(backend, OP, query)
-    ):
+    if is_total and is_one_node(backend, OP, reduction, row_weights, query, key, permutation, lam):
         share = lam if by_tensor else torch.scalar_tensor(float(lam), dtype=torch.float64, device="cpu")
         options = {
-            "partner": permutation.long(),
-            "share": share,
+            "positives": permutation.long(),
+            "numbers": share,
             "normalize": normalize,
             "reduction": reduction,
         }

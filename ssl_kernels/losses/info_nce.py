@@ -16,15 +16,15 @@ from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._rows import paired_logits
 from ssl_kernels.losses._shared import (
+    as_scalar,
     infinite_as_nan,
-    inverse,
     inverse_operand,
     loss_beside,
     rows_for_several,
     runs_natively,
     widest_under_autocast,
 )
-from ssl_kernels.losses._softmax import pairs_loss
+from ssl_kernels.losses._softmax import is_one_node, one_node, pairs_loss
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.row_pairs import row_pairs
 
@@ -112,7 +112,7 @@ def info_nce_loss(
             backend=backend,
             caller=OP,
         )
-    scale = inverse(temperature, query)
+    scale = inverse_operand(temperature, query)
     options = {
         "row_ids": query_ids,
         "column_ids": key_ids,
@@ -126,8 +126,14 @@ def info_nce_loss(
         query, positive_key, normalize=normalize, measure="product", backend=backend, caller=OP
     )
     if negative_mode == "unpaired":
+        if is_one_node(backend, OP, reduction, row_weights, query, negative_keys, scale, products):
+            ids = {"row_ids": query_ids, "column_ids": key_ids}
+            more = {"numbers": products, "normalize": normalize, "reduction": reduction}
+            return one_node(query, negative_keys, scale, **ids, **more)[0]
+        scale = as_scalar(scale, query)
         lse = contrastive(query, negative_keys, scale, **options).lse
     else:
+        scale = as_scalar(scale, query)
         native = runs_natively(backend, OP, query)
         logits = paired_logits(query, negative_keys, scale, normalize, native)
         if query_ids is not None:

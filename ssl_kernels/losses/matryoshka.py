@@ -80,13 +80,23 @@ def _sum(loss, dims, weights, args, kwargs):
         raise TypeError(
             f"{OP}: the loss must be given no MoCoQueue, whose rows have unit length only at full width"
         )
+
+    def is_cut(value):
+        return _is_embedding(value) and value.shape[-1] == width
+
+    places = [place for place, value in enumerate(args) if is_cut(value)]
+    names = [name for name, value in kwargs.items() if is_cut(value)]
     total = None
     for dim, weight in zip(dims, weights, strict=True):
-
-        def prefix(value, dim=dim):
-            return value[..., :dim] if _is_embedding(value) and value.shape[-1] == width else value
-
-        value = weight * loss(*map(prefix, args), **{name: prefix(each) for name, each in kwargs.items()})
+        if dim == width:
+            value = loss(*args, **kwargs)
+        else:
+            prefixes = list(args)
+            for place in places:
+                prefixes[place] = args[place].narrow(-1, 0, dim)
+            value = loss(*prefixes, **kwargs | {name: kwargs[name].narrow(-1, 0, dim) for name in names})
+        if weight != 1:
+            value = weight * value
         total = value if total is None else total + value
     return total
 

@@ -13,10 +13,12 @@ from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import (
     infinite_as_nan,
     inverse,
+    inverse_operand,
     minus_log_sigmoid,
     reduce,
     widest_under_autocast,
 )
+from ssl_kernels.losses._softmax import is_one_node, one_node
 from ssl_kernels.ops.contrastive import contrastive
 
 OP = "mil_nce_loss"
@@ -74,6 +76,10 @@ def mil_nce_loss(
     check_scalar(OP, "temperature", temperature, query, positive=True)
     check_reduction(OP, reduction)
     check_row_weights(OP, "row_weights", row_weights, n, query)
+    if is_one_node(backend, OP, reduction, row_weights, query, keys, temperature):
+        scale = inverse_operand(temperature, query)
+        options = {"both_directions": symmetric, "normalize": normalize, "reduction": reduction}
+        return one_node(query, keys.reshape(-1, width), scale, joint=True, **options)[0]
     each = keys.shape[1]
     own = torch.arange(n, device=query.device)
     lse, key_lse, positive = contrastive(

@@ -27,7 +27,7 @@ from ssl_kernels.losses._shared import (
     takes_row_losses,
     widest_under_autocast,
 )
-from ssl_kernels.losses._softmax import pairs_loss
+from ssl_kernels.losses._softmax import is_one_node, one_node, pairs_loss
 from ssl_kernels.memory import kept_at_most
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.row_pairs import row_pairs
@@ -130,11 +130,16 @@ def multiple_negatives_ranking_loss(
         check_same_rows(OP, anchor=anchor, **names)
     apart = bool(hardness) or ids is not None  # own pairs are added to the sums by themselves
     both = len(directions) == 2 and partition_mode == "per_direction"
-    if not (apart or hard_negatives) and margin is None and (both or len(directions) == 1):
+    if not apart and margin is None and (len(directions) == 1 or (both and not hard_negatives)):
         options = {"both_directions": both, "normalize": normalize, "backend": backend, "caller": OP}
-        return pairs_loss(anchor, positive, as_operand(scale, anchor), reduction, row_weights, **options)
-    scale = as_scalar(scale, anchor)
+        documents = _joined([positive, *hard_negatives])
+        return pairs_loss(anchor, documents, as_operand(scale, anchor), reduction, row_weights, **options)
     square = partition_mode == "joint" and len(directions) == 4 and not hardness
+    if square and not (apart or hard_negatives) and margin is None:
+        if is_one_node(backend, OP, reduction, row_weights, anchor, positive, scale, views=2):
+            options = {"are_views": True, "joint": True, "normalize": normalize, "reduction": reduction}
+            return one_node(anchor, positive, as_operand(scale, anchor), **options)[0]
+    scale = as_scalar(scale, anchor)
     if apart or margin is not None or (len(directions) > 1 and not (square and not hard_negatives)):
         anchor, positive, *hard_negatives = (
             rows_for_several(rows, backend, OP) for rows in (anchor, positive, *hard_negatives)

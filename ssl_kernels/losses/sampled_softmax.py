@@ -18,16 +18,15 @@ from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import (
     inverse,
+    inverse_operand,
     minus_log_sigmoid,
-    native_row_losses,
-    not_below_zero,
     reduce,
     rows_for_several,
     stacked,
-    takes_row_losses,
     unit_rows,
     widest_under_autocast,
 )
+from ssl_kernels.losses._softmax import pairs_loss
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype, savable
 from ssl_kernels.ops.row_pairs import row_pairs
@@ -111,15 +110,21 @@ def sampled_softmax_loss(
         query, n + (0 if candidates is None else candidates.shape[0]), log_q, candidate_weights
     )
 
-    scale = inverse(temperature, query)
-    options = {"normalize_rows": normalize, "normalize_columns": normalize, "backend": backend, "caller": OP}
     if in_batch:
-        own = torch.arange(n, device=query.device)
         columns, column_ids = item, item_ids
         if candidates is not None:
             columns = stacked(item, candidates)
             column_ids = None if item_ids is None else torch.cat((item_ids, candidate_ids))
-    else:
+        if num_hard_negatives is None:
+            ids = {"row_ids": item_ids, "column_ids": column_ids}
+            more = {"column_bias": bias, "normalize": normalize, "backend": backend, "caller": OP}
+            return pairs_loss(
+                query, columns, inverse_operand(temperature, query), reduction, row_weights, **ids, **more
+            )
+        own = torch.arange(n, device=query.device)
+    scale = inverse(temperature, query)
+    options = {"normalize_rows": normalize, "normalize_columns": normalize, "backend": backend, "caller": OP}
+    if not in_batch:
         own = None
         query, item = (rows_for_several(rows, backend, OP) for rows in (query, item))
         columns, column_ids = candidates.to(query.dtype), candidate_ids
@@ -128,8 +133,6 @@ def sampled_softmax_loss(
         )
         if bias is not None:
             logit, bias = logit + bias[:n].double(), bias[n:]
-    ids = {"row_ids": item_ids, "column_ids": column_ids}
-    added = {} if bias is None else {"column_bias": bias}
     if num_hard_negatives is not None:
         with torch.no_grad():
             count = min(num_hard_negatives, columns.shape[0])
@@ -147,24 +150,10 @@ def sampled_softmax_loss(
         logits = logits.masked_fill(~there, -torch.inf).masked_fill(~any_there[:, None], 0)
         negatives = logits.logsumexp(1).masked_fill(~any_there, -torch.inf)
         loss = minus_log_sigmoid(logit - negatives)
-    elif own is None:
-        loss = minus_log_sigmoid(logit - contrastive(query, columns, scale, **ids, **added, **options).lse)
     else:
-        lse, _, logit = contrastive(
-            query,
-            columns,
-            scale,
-            positives=own,
-            keep_diagonal=True,
-            equal_weights=row_weights is None and reduction != "none",
-            **ids,
-            **added,
-            **options,
-        )
-        terms = (lse, logit) if bias is None else (lse, logit, bias[:n])
-        if takes_row_losses(backend, OP, query, *terms):
-            return native_row_losses("softmax", terms, reduction, query, row_weights)
-        loss = lse - logit if bias is None else not_below_zero(lse - (logit + bias[:n].double()))
+        ids = {"row_ids": item_ids, "column_ids": column_ids}
+        added = {} if bias is None else {"column_bias": bias}
+        loss = minus_log_sigmoid(logit - contrastive(query, columns, scale, **ids, **added, **options).lse)
     return reduce(loss, reduction, query, row_weights)
 
 

@@ -17,6 +17,7 @@ from ssl_kernels.checks import (
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._rows import row_dots
 from ssl_kernels.losses._shared import (
+    as_operand,
     as_scalar,
     native_row_losses,
     not_below_zero,
@@ -26,6 +27,7 @@ from ssl_kernels.losses._shared import (
     unit_rows,
     widest_under_autocast,
 )
+from ssl_kernels.losses._softmax import is_one_node, one_node
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype, savable
 
@@ -92,15 +94,22 @@ def similarity_cross_entropy(
     check_reduction(OP, reduction)
     columns = keys.shape[0]
     index, counts = _checked_target(query, columns, target, ignore_index)
-    shares = _checked_shares(query, index, counts, target_weights)
     weight = _checked_columns("weight", weight, columns, query)
     column_bias = _checked_columns("column_bias", column_bias, columns, query)
+    several = index.dim() == 2
+    weigh_alike = weight is None and target_weights is None and _all_count(counts)
+    if weigh_alike and not (several or label_smoothing):
+        if is_one_node(backend, OP, reduction, None, query, keys, index, scale, column_bias):
+            more = {"column_bias": column_bias, "normalize": normalize, "reduction": reduction}
+            return one_node(query, keys, as_operand(scale, query), positives=index, **more)[0]
+    if counts is None:
+        counts = torch.ones_like(index, dtype=torch.bool)
+    shares = _checked_shares(query, index, counts, target_weights)
     if label_smoothing:
         query, keys = (rows_for_several(rows, backend, OP) for rows in (query, keys))
 
     scale = as_scalar(scale, query)
     additions = {} if column_bias is None else {"column_bias": column_bias}
-    weigh_alike = _weigh_alike(counts, weight, target_weights)
     lse, _, logits = contrastive(
         query,
         keys,
@@ -113,7 +122,6 @@ def similarity_cross_entropy(
         caller=OP,
         **additions,
     )
-    several = index.dim() == 2
     terms = (lse, logits) if column_bias is None else (lse, logits, column_bias[index])
     if weigh_alike and not (several or label_smoothing) and takes_row_losses(backend, OP, query, *terms):
         return native_row_losses("softmax", terms, reduction, query)
@@ -142,11 +150,11 @@ def similarity_cross_entropy(
 similarity_cross_entropy.operation = "contrastive"
 
 
-def _weigh_alike(counts, weight, target_weights):
-    """Whether every row counts as much as any other. False where looking at the targets would wait."""
-    if weight is not None or target_weights is not None or not values_are_readable(counts):
-        return False
-    return bool((counts.any(1) if counts.dim() == 2 else counts).all())
+def _all_count(counts):
+    """Whether every row has a target that counts. False where looking at the targets would wait."""
+    if counts is None:
+        return True
+    return values_are_readable(counts) and bool((counts.any(1) if counts.dim() == 2 else counts).all())
 
 
 def _mean_loss_of_columns(lse, query, keys, scale, weight, column_bias, normalize):
@@ -162,7 +170,7 @@ def _mean_loss_of_columns(lse, query, keys, scale, weight, column_bias, normaliz
 
 
 def _checked_target(query, columns, target, ignore_index):
-    """Column of each target, 0 where there is none, and which there are; (N,) or (N, P)."""
+    """Column of each target, 0 where there is none, and which there are or None for all; (N,) or (N, P)."""
     check_tensor(OP, "target", target)
     n = query.shape[0]
     several = target.dim() == 2 and target.shape[1] > 0
@@ -172,12 +180,13 @@ def _checked_target(query, columns, target, ignore_index):
     if not is_whole(ignore_index):
         raise TypeError(f"{OP}: ignore_index must be an integer, got {type(ignore_index).__name__}")
     target = target.long()
+    readable = values_are_readable(target)
+    if readable and not 0 <= ignore_index < columns:
+        least, most = target.aminmax()
+        if least.item() >= 0 and most.item() < columns:
+            return target.clone(), None
     counts = target != ignore_index
-    if values_are_readable(target):
-        if not 0 <= ignore_index < columns:
-            least, most = target.aminmax()
-            if least >= 0 and most < columns:  # every target counts
-                return target.clone(), torch.ones_like(target, dtype=torch.bool)
+    if readable:
         bad = target[counts & ((target < 0) | (target >= columns))]
         if len(bad):
             raise ValueError(
