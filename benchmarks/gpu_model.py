@@ -217,7 +217,7 @@ def wide_contrastive_work(n, m, d):
         part: replace(
             _work([one for one in launches if one.kernel in names], n * m, exponentials), rate=WGMMA
         )
-        for (part, names), exponentials in zip(kernels.items(), (2, 2), strict=True)
+        for (part, names), exponentials in zip(kernels.items(), (1, 1), strict=True)
     }
     return works | {"gradients by cuBLAS": _by_library(d, 2, TRITON_PANEL_ROWS)}
 

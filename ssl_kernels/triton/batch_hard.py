@@ -6,6 +6,7 @@ import triton.language as tl
 
 from ssl_kernels.triton.common import inner_products, load_tile, load_vector
 from ssl_kernels.triton.launch import (
+    aligned,
     launch_options,
     precision,
     row_rnorm_of,
@@ -128,6 +129,8 @@ def batch_hard(embeddings, labels, normalize, distance):
     if distance == "euclidean":
         used = embeddings.to(acc) if rnorm is None else embeddings.to(acc) * rnorm[:, None]
         half_square = used.square().sum(1) / 2
+    embeddings = aligned(embeddings, n * n)
+    d = embeddings.shape[1]
     none = torch.iinfo(torch.int64 if acc == torch.float64 else torch.int32).min
     tile = tile_for("forward", embeddings)
     blocks, tiles = triton.cdiv(n, tile.block_n), triton.cdiv(n, tile.block_m)

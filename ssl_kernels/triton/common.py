@@ -15,6 +15,8 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 NORM_EPS: tl.constexpr = tl.constexpr(
     constants.NORM_EPS
 )  # by tl.full in its dtype: beside a tensor it is float32's
+# Logits of normalised rows up to this, in units of log 2, and the sums of their powers are numbers of float32's range.
+MOST_BOUNDED_LOGIT: tl.constexpr = tl.constexpr(32.0)
 
 
 @triton.jit
@@ -200,12 +202,22 @@ def finite_shift(maximum):
 
 
 @triton.jit
+def has_bounded_logits(scale):
+    """Whether 2^s' of every logit of normalised rows may be taken as it is, whatever the maximum: 0-d, NaN is not."""
+    return tl.abs(scale * LOG2E) <= MOST_BOUNDED_LOGIT
+
+
+@triton.jit
 def online_softmax(maximum, total, logits):
-    """Takes the rows of `logits` into the running maximum and sum of exp2 (arXiv:1805.02867)."""
+    """Takes the rows of `logits` into the running maximum and sum of exp2 (arXiv:1805.02867).
+
+    Returns (maximum, total, terms, shift): what was summed, exp2(logits - shift), too.
+    """
     new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
     shift = finite_shift(new_maximum)
-    total = total * exp2(maximum - shift) + tl.sum(exp2(logits - shift[:, None]), axis=1)
-    return new_maximum, total
+    total *= exp2(maximum - shift)
+    terms = exp2(logits - shift[:, None])
+    return new_maximum, total + tl.sum(terms, axis=1), terms, shift
 
 
 @triton.jit

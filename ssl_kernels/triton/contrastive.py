@@ -16,7 +16,9 @@ from ssl_kernels.triton.contrastive_bwd import (
 )
 from ssl_kernels.triton.contrastive_fwd import contrastive_fwd_kernel, expectation_merge_kernel
 from ssl_kernels.triton.launch import (
+    aligned,
     contiguous,
+    cut,
     finish_rows,
     launch_options,
     precision,
@@ -76,8 +78,10 @@ def contrastive_fwd(
 ):
     """`contrastive_fwd` of docs/contrastive.md."""
     square = columns is None
-    n, d = rows.shape
+    n, width = rows.shape
     m = n if square else columns.shape[0]
+    rows, columns = aligned(rows, n * m), None if square else aligned(columns, n * m)
+    d = rows.shape[1]
     row_rnorm = row_rnorm_of(rows, scale) if normalize_rows else None
     if square:
         columns, column_ids, column_rnorm = rows, row_ids, row_rnorm
@@ -163,7 +167,7 @@ def contrastive_fwd(
         positive_logits,
         scale.new_empty(0) if row_rnorm is None else row_rnorm,
         scale.new_empty(0) if square or column_rnorm is None else column_rnorm,
-        scale.new_empty(0) if expectation is None else expectation,  # logits are recomputed
+        scale.new_empty(0) if expectation is None else cut(expectation, width),  # logits are recomputed
     )
 
 
@@ -203,6 +207,8 @@ def contrastive_bwd(
             normalize_rows, normalize_columns, rows_need_grad,
         )  # fmt: skip
     square = columns is None
+    width, entries = rows.shape[1], len(rows) * len(rows if square else columns)
+    rows, columns = aligned(rows, entries), None if square else aligned(columns, entries)
     has_positives = positives is not None and grad_positive_logits is not None and positives.numel() > 0
     has_columns = both_directions and grad_column_lse is not None
     if not has_columns:
@@ -220,10 +226,14 @@ def contrastive_bwd(
     if has_positives:
         grad_positive_logits = grad_positive_logits if bound is None else grad_positive_logits / bound
         grad_positive_logits = grad_positive_logits.to(scale.dtype).reshape(positives.shape).contiguous()
+    has_both_sums = grad_lse is not None and (square or grad_column_lse is not None)
+    has_norms = normalize_rows and (square or normalize_columns)
+    has_additions = any(each is not None for each in (column_bias, row_bias, row_limit))
+    shared_factor = _shared_factor(rows.dtype) if has_both_sums and has_norms and not has_additions else None
     row_side = Side(
         rows,
         row_rnorm.contiguous() if normalize_rows else None,
-        *_softmax_weight(lse, grad_lse, bound, scale),
+        *_softmax_weight(lse, grad_lse, bound, scale, shared_factor),
         contiguous(row_ids),
         contiguous(column_bias if square else row_bias),
         contiguous(row_limit),
@@ -237,7 +247,7 @@ def contrastive_bwd(
         column_side = Side(
             columns,
             column_rnorm.contiguous() if normalize_columns else None,
-            *_softmax_weight(column_lse, grad_column_lse, bound, scale),
+            *_softmax_weight(column_lse, grad_column_lse, bound, scale, shared_factor),
             contiguous(column_ids),
             contiguous(column_bias),
             None,
@@ -245,7 +255,12 @@ def contrastive_bwd(
             None,
             None,
         )
-    masks = {"SQUARE": square, "KEEP_DIAGONAL": keep_diagonal, "ONLY_EQUAL_IDS": only_equal_ids}
+    masks = {
+        "SQUARE": square,
+        "KEEP_DIAGONAL": keep_diagonal,
+        "ONLY_EQUAL_IDS": only_equal_ids,
+        "SHARED_FACTOR": shared_factor,
+    }
     # The gradient of a side's bias comes from the walk that gives that of its vectors: (vectors, bias) wanted.
     row_grads = rows_need_grad, column_bias_needs_grad if square else row_bias_needs_grad
     column_grads = columns_need_grad and not square, column_bias_needs_grad and not square
@@ -266,7 +281,10 @@ def contrastive_bwd(
     row_results, column_results = (first_grads, second_grads) if rows_first else (second_grads, first_grads)
     by_biases = (row_results[1], None) if square else (column_results[1], row_results[1])
     return (
-        *(rows.new_empty(0) if grad is None else grad for grad in (row_results[0], column_results[0])),
+        *(
+            rows.new_empty(0) if grad is None else cut(grad, width)
+            for grad in (row_results[0], column_results[0])
+        ),
         row_dots.sum() * 0.5 if square else row_dots.sum(),
         *(scale.new_empty(0) if grad is None else grad for grad in by_biases),
     )
@@ -406,7 +424,7 @@ def _merge_lse(partial, lse, first_part, parts):
     merge_lse_kernel[triton.cdiv(n, block_n),](partial, lse, first_part, parts, slots, n, BLOCK_N=block_n)
 
 
-def _softmax_weight(lse, grad_lse, bound, scale):
+def _softmax_weight(lse, grad_lse, bound, scale, shared_factor):
     """lse and its gradient as the tiles take them, see softmax_weight_kernel; (None, None) without one."""
     if grad_lse is None:
         return None, None
@@ -414,9 +432,28 @@ def _softmax_weight(lse, grad_lse, bound, scale):
     log2_lse, weight = scale.new_empty(2, n)
     block_n = 128
     softmax_weight_kernel[triton.cdiv(n, block_n),](
-        lse.contiguous(), grad_lse.contiguous(), bound, log2_lse, weight, n, BLOCK_N=block_n
+        lse.contiguous(),
+        grad_lse.contiguous(),
+        bound,
+        scale,
+        log2_lse,
+        weight,
+        n,
+        SHARED_FACTOR=shared_factor,
+        BLOCK_N=block_n,
     )
     return log2_lse, weight
+
+
+def _shared_factor(dtype):
+    """SHARED_FACTOR of the kernels where both sides have sums of the same logits of normalised rows, or None.
+
+    The factor keeps weights in float32's range whose powers 2^-log2_lse are as small as 2^-63; float16 has its bound
+    for that. In float64 the second way of a kernel's branch would take registers that there are not.
+    """
+    if dtype == torch.float64:
+        return None
+    return 1.0 if dtype == torch.float16 else 2.0**40
 
 
 def _gradient_bound(gradients, scale):

@@ -9,6 +9,7 @@ from ssl_kernels.triton.common import (
     exclude,
     exclude_above,
     exp2,
+    has_bounded_logits,
     inner_products,
     load_base2,
     load_tile,
@@ -21,10 +22,14 @@ from ssl_kernels.triton.common import (
 
 
 @triton.jit(do_not_specialize=["N"])
-def softmax_weight_kernel(lse_ptr, grad_ptr, bound_ptr, log2_lse_ptr, weight_ptr, N, BLOCK_N: tl.constexpr):
+def softmax_weight_kernel(
+    lse_ptr, grad_ptr, bound_ptr, scale_ptr, log2_lse_ptr, weight_ptr, N,
+    SHARED_FACTOR: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     # grad_i exp(s - lse_i) = weight_i 2^(s' - log2_lse_i) with s' = s · log2 e: log2_lse_i is lse_i · log2 e
     # rounded to its type, weight_i takes the rounding and 1 / bound. lse_i = -inf (nothing was allowed) gives
-    # +inf, hence 0 later.
+    # +inf, hence 0 later. Where one exponential an entry does for both sides weight_i is
+    # SHARED_FACTOR grad_i 2^-log2_lse_i, unrounded, and 0 where nothing was allowed.
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     exact = LOG2E * tl.load(lse_ptr + rows, mask=rows < N, other=0.0)
     weight = tl.load(grad_ptr + rows, mask=rows < N, other=0.0)
@@ -32,7 +37,11 @@ def softmax_weight_kernel(lse_ptr, grad_ptr, bound_ptr, log2_lse_ptr, weight_ptr
         weight /= tl.load(bound_ptr).to(tl.float64)
     rounded = exact.to(log2_lse_ptr.dtype.element_ty)
     empty = exact == float("-inf")
-    weight *= tl.where(empty, 1.0, exp2((rounded.to(tl.float64) - exact).to(tl.float32)).to(tl.float64))
+    factor = tl.where(empty, 1.0, exp2((rounded.to(tl.float64) - exact).to(tl.float32)).to(tl.float64))
+    if SHARED_FACTOR is not None:
+        shared = tl.where(empty, 0.0, SHARED_FACTOR * exp2(-exact))
+        factor = tl.where(has_bounded_logits(tl.load(scale_ptr)), shared, factor)
+    weight *= factor
     tl.store(log2_lse_ptr + rows, tl.where(empty, float("inf"), rounded), mask=rows < N)
     tl.store(weight_ptr + rows, weight.to(weight_ptr.dtype.element_ty), mask=rows < N)
 
@@ -77,26 +86,26 @@ def softmax_coefficients(row_logits, column_logits, row_lse, row_weight, column_
 
 
 @triton.jit
-def add_row_positives(coefficients, positives_ptr, grad_ptr, rows, columns, N, P: tl.constexpr):
-    """Adds grad_ik at (i, positives(i, k)) for the rows of the tile.
+def add_row_positives(coefficients, positives_ptr, grad_ptr, factor, rows, columns, N, P: tl.constexpr):
+    """Adds factor · grad_ik at (i, positives(i, k)) for the rows of the tile.
 
     Every tile compares: behind a branch on whether the tile has any, the compiler spills the accumulator.
     """
     for k in tl.static_range(P):
         offsets = rows.to(tl.int64) * P + k
         index = tl.load(positives_ptr + offsets, mask=rows < N, other=-1)
-        grad = tl.load(grad_ptr + offsets, mask=rows < N, other=0.0)
+        grad = factor * tl.load(grad_ptr + offsets, mask=rows < N, other=0.0)
         coefficients += tl.where(index[:, None] == columns[None, :], grad[:, None], 0.0)
     return coefficients
 
 
 @triton.jit
-def add_column_positives(coefficients, positives_ptr, grad_ptr, rows, columns, M, P: tl.constexpr):
-    """Adds grad_jk at (positives(j, k), j) for the columns of the tile."""
+def add_column_positives(coefficients, positives_ptr, grad_ptr, factor, rows, columns, M, P: tl.constexpr):
+    """Adds factor · grad_jk at (positives(j, k), j) for the columns of the tile."""
     for k in tl.static_range(P):
         offsets = columns.to(tl.int64) * P + k
         index = tl.load(positives_ptr + offsets, mask=columns < M, other=-1)
-        grad = tl.load(grad_ptr + offsets, mask=columns < M, other=0.0)
+        grad = factor * tl.load(grad_ptr + offsets, mask=columns < M, other=0.0)
         coefficients += tl.where(index[None, :] == rows[:, None], grad[None, :], 0.0)
     return coefficients
 
@@ -141,6 +150,7 @@ def contrastive_bwd_kernel(
     SQUARE: tl.constexpr,
     KEEP_DIAGONAL: tl.constexpr,
     ONLY_EQUAL_IDS: tl.constexpr,
+    SHARED_FACTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -154,6 +164,8 @@ def contrastive_bwd_kernel(
     #          + Σ_k [y_positives(j, k) = i] y_grad_positives_jk
     #   g_i = Σ_j C_ij ŷ_j;   row_dots_i = ⟨x̂_i, g_i⟩;   grad_i = d(x̂_i)/d(x_i) · scale · g_i
     # Square: C is A + Aᵀ, symmetric, so this one product is the whole gradient.
+    # Exponentials: two an entry where both sides have sums, but one with SHARED_FACTOR and bounded logits: C_ij is
+    #   2^s'_ij (x_weight_i + y_weight_j) and positives, all times SHARED_FACTOR, which g_i is rid of at the end.
     # Biases: bias_partial (splits, N) takes Σ_j of the second term, the gradient of x_bias.
     # Tiling: as the forward kernel with D <= BLOCK_D; y is loaded once and multiplied twice, g stays in
     #   registers. Where the walk is split, g goes to partial (splits, N, D) and finish_rows_kernel
@@ -187,6 +199,10 @@ def contrastive_bwd_kernel(
     x_bias = load_base2(x_bias_ptr, rows, N)
     x_limit = load_base2(x_limit_ptr, rows, N)
 
+    factor = tl.full([], 1.0, ACC)
+    if SHARED_FACTOR is not None:
+        shares_exponential = has_bounded_logits(scale)
+        factor = tl.where(shares_exponential, SHARED_FACTOR, factor)
     gradient = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     if bias_partial_ptr is not None:
         bias_gradient = tl.zeros([BLOCK_N], ACC)
@@ -204,20 +220,28 @@ def contrastive_bwd_kernel(
             logits, x_bias, x_limit, x_exempt_ptr, x_positives_ptr, load_base2(y_bias_ptr, columns, M),
             load_base2(y_limit_ptr, columns, M), y_exempt_ptr, y_positives_ptr, rows, columns, N, M, P, SQUARE,
         )  # fmt: skip
-        y_lse = load_vector(y_lse_ptr, columns, M, 0.0)
-        y_weight = load_vector(y_weight_ptr, columns, M, 0.0)
-        coefficients = softmax_coefficients(row_logits, column_logits, x_lse, x_weight, y_lse, y_weight)
-        if bias_partial_ptr is not None:
-            of_columns = softmax_coefficients(row_logits, column_logits, None, None, y_lse, y_weight)
-            bias_gradient += tl.sum(of_columns, axis=1)
+        # Before the branch: what is loaded behind it would be waited for once more, at another barrier.
+        coefficients = tl.zeros([BLOCK_N, BLOCK_M], ACC)
         if x_grad_positives_ptr is not None:
             coefficients = add_row_positives(
-                coefficients, x_positives_ptr, x_grad_positives_ptr, rows, columns, N, P
+                coefficients, x_positives_ptr, x_grad_positives_ptr, factor, rows, columns, N, P
             )
         if y_grad_positives_ptr is not None:
             coefficients = add_column_positives(
-                coefficients, y_positives_ptr, y_grad_positives_ptr, rows, columns, M, P
+                coefficients, y_positives_ptr, y_grad_positives_ptr, factor, rows, columns, M, P
             )
+        y_lse = load_vector(y_lse_ptr, columns, M, 0.0)
+        y_weight = load_vector(y_weight_ptr, columns, M, 0.0)
+        if SHARED_FACTOR is None:
+            of_sums = softmax_coefficients(row_logits, column_logits, x_lse, x_weight, y_lse, y_weight)
+        elif shares_exponential:
+            of_sums = exp2(row_logits) * (x_weight[:, None] + y_weight[None, :])
+        else:
+            of_sums = softmax_coefficients(row_logits, column_logits, x_lse, x_weight, y_lse, y_weight)
+        coefficients += of_sums
+        if bias_partial_ptr is not None:
+            of_columns = softmax_coefficients(row_logits, column_logits, None, None, y_lse, y_weight)
+            bias_gradient += tl.sum(of_columns, axis=1)
         if y_rnorm is not None:
             if x.dtype == tl.float16:
                 y = normalize_tile(y, y_rnorm_ptr, columns, M, ACC)
@@ -225,6 +249,8 @@ def contrastive_bwd_kernel(
                 coefficients *= y_rnorm[None, :]
         gradient = tl.dot(coefficients.to(x.dtype), y, gradient, out_dtype=ACC, input_precision=PRECISION)
 
+    if SHARED_FACTOR is not None:
+        gradient *= tl.where(shares_exponential, 1.0 / SHARED_FACTOR, 1.0)
     inside = rows[:, None] < N
     if not EVEN_D:
         inside &= features[None, :] < D
@@ -286,6 +312,7 @@ def contrastive_coefficient_kernel(
     SQUARE: tl.constexpr,
     KEEP_DIAGONAL: tl.constexpr,
     ONLY_EQUAL_IDS: tl.constexpr,
+    SHARED_FACTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
     ONE_BLOCK_D: tl.constexpr,
@@ -301,7 +328,7 @@ def contrastive_coefficient_kernel(
     #   panel_rows · M elements.
     # Biases: x_bias_partial (column blocks, panel_rows) and y_bias_partial (row blocks, M) take the sums of the second
     #   term along the rows of a tile and of the first along its columns: the gradients of x_bias and y_bias.
-    # Work: 1 unit over all panels.
+    # Work: 1 unit over all panels; exponentials as contrastive_bwd_kernel, where x_rnorm_i takes SHARED_FACTOR away.
     ACC: tl.constexpr = scale_ptr.dtype.element_ty
     row_blocks = tl.cdiv(panel_rows, BLOCK_N)
     panel_row = (tl.program_id(0) % row_blocks) * BLOCK_N
@@ -320,7 +347,8 @@ def contrastive_coefficient_kernel(
     )  # fmt: skip
     x_rnorm = load_vector(x_rnorm_ptr, rows, N, 0.0)
     y_rnorm = load_vector(y_rnorm_ptr, columns, M, 0.0)
-    row_scale = tl.full([BLOCK_N], LOG2E, ACC) * tl.load(scale_ptr)
+    scale = tl.load(scale_ptr)
+    row_scale = tl.full([BLOCK_N], LOG2E, ACC) * scale
     if x_rnorm is not None:
         row_scale *= x_rnorm
     logits = scale_logits(products, row_scale, y_rnorm, columns, M)
@@ -334,9 +362,19 @@ def contrastive_coefficient_kernel(
     )  # fmt: skip
     x_lse = load_vector(x_lse_ptr, rows, N, 0.0)  # Triton 3.6 makes no tuple of two that may be None
     x_weight = load_vector(x_weight_ptr, rows, N, 0.0)
-    y_lse = load_vector(y_lse_ptr, columns, M, 0.0)
     y_weight = load_vector(y_weight_ptr, columns, M, 0.0)
-    coefficients = softmax_coefficients(row_logits, column_logits, x_lse, x_weight, y_lse, y_weight)
+    factor = tl.full([], 1.0, ACC)
+    if SHARED_FACTOR is not None:
+        shares_exponential = has_bounded_logits(scale)
+        factor = tl.where(shares_exponential, SHARED_FACTOR, factor)
+    if SHARED_FACTOR is None:
+        y_lse = load_vector(y_lse_ptr, columns, M, 0.0)
+        coefficients = softmax_coefficients(row_logits, column_logits, x_lse, x_weight, y_lse, y_weight)
+    elif shares_exponential:
+        coefficients = exp2(row_logits) * (x_weight[:, None] + y_weight[None, :])
+    else:
+        y_lse = load_vector(y_lse_ptr, columns, M, 0.0)
+        coefficients = softmax_coefficients(row_logits, column_logits, x_lse, x_weight, y_lse, y_weight)
     if x_bias_partial_ptr is not None:
         of_columns = softmax_coefficients(row_logits, column_logits, None, None, y_lse, y_weight)
         column_block = (tl.program_id(0) // row_blocks).to(tl.int64)
@@ -350,13 +388,15 @@ def contrastive_coefficient_kernel(
         tl.store(pointers, tl.sum(of_rows, axis=0), mask=columns < M)
     if x_grad_positives_ptr is not None:
         coefficients = add_row_positives(
-            coefficients, x_positives_ptr, x_grad_positives_ptr, rows, columns, N, P
+            coefficients, x_positives_ptr, x_grad_positives_ptr, factor, rows, columns, N, P
         )
     if y_grad_positives_ptr is not None:
         coefficients = add_column_positives(
-            coefficients, y_positives_ptr, y_grad_positives_ptr, rows, columns, M, P
+            coefficients, y_positives_ptr, y_grad_positives_ptr, factor, rows, columns, M, P
         )
     if coefficient_ptr.dtype.element_ty != tl.float16:
+        if SHARED_FACTOR is not None:
+            x_rnorm *= tl.where(shares_exponential, 1.0 / SHARED_FACTOR, 1.0)
         if x_rnorm is not None:
             coefficients *= x_rnorm[:, None]
         if y_rnorm is not None:

@@ -12,6 +12,7 @@ from ssl_kernels.triton.common import (
     exclude_above,
     exp2,
     finite_shift,
+    has_bounded_logits,
     index_range,
     inner_products,
     load_base2,
@@ -92,8 +93,9 @@ def contrastive_fwd_kernel(
     # Traffic: with B = ceil(N / BLOCK_N), y is read B times (mostly from L2), x once for each split or,
     #   without ONE_BLOCK_D, ceil(M / BLOCK_M) times. Every warp reads y_rnorm: 4·B·M·num_warps bytes, on
     #   sm_90 twice that. Writes 8·N·(1 + P) bytes, or 8·N·splits; 8·B·M for column sums.
-    # Work: 1 unit = 2·N·M·D flops, N, M and D rounded up to whole blocks; in both directions too, with two exponentials
-    #   an entry in the place of one.
+    # Work: 1 unit = 2·N·M·D flops, N, M and D rounded up to whole blocks; in both directions too, there with two
+    #   exponentials an entry in the place of one, unless logits are bounded and the same in both sums: then a
+    #   column sums the terms of its rows, each times 2 to the shift of its row.
     # Numerics: products of the stored x and y accumulated in ACC, where everything else happens; norms enter
     #   as factors of the product, so there is no rounded normalised copy. A true running maximum: any scale
     #   is exact.
@@ -107,7 +109,8 @@ def contrastive_fwd_kernel(
         x = load_tile(x_ptr, rows, tl.arange(0, BLOCK_D), N, D, stride_xn, stride_xd, EVEN_D)
     else:
         x = None
-    row_scale = tl.full([BLOCK_N], LOG2E, ACC) * tl.load(scale_ptr)
+    scale = tl.load(scale_ptr)
+    row_scale = tl.full([BLOCK_N], LOG2E, ACC) * scale
     if x_rnorm_ptr is not None:
         row_scale *= tl.load(x_rnorm_ptr + rows, mask=rows < N, other=0.0)
     row_ids = load_vector(x_ids_ptr, rows, N, 0)
@@ -115,6 +118,12 @@ def contrastive_fwd_kernel(
     row_limit = load_base2(x_limit_ptr, rows, N)
     if positive_logits_ptr is not None:
         lowest, highest = index_range(positives_ptr, rows, N, M, P)
+    HAS_NORMS: tl.constexpr = x_rnorm_ptr is not None and y_rnorm_ptr is not None
+    HAS_BIASES: tl.constexpr = x_bias_ptr is not None or y_bias_ptr is not None
+    SHARES_TERMS: tl.constexpr = (
+        HAS_NORMS and not HAS_BIASES and ACC != tl.float64
+    )  # no registers for doubles
+    shares_terms = has_bounded_logits(scale) if SHARES_TERMS else False
 
     maximum = tl.full([BLOCK_N], float("-inf"), ACC)
     total = tl.zeros([BLOCK_N], ACC)
@@ -169,11 +178,17 @@ def contrastive_fwd_kernel(
                 expectation = tl.dot(
                     weights.to(x.dtype), y, expectation, out_dtype=ACC, input_precision=PRECISION
                 )
+        elif column_partial_ptr is None:
+            maximum, total, _, _ = online_softmax(maximum, total, logits)
+        elif shares_terms:
+            maximum, total, terms, shift = online_softmax(maximum, total, logits)
+            column_total = tl.sum(terms * tl.where(rows < N, exp2(shift), 0.0)[:, None], axis=0)
+            column_maximum = tl.zeros_like(column_total)
         else:
-            maximum, total = online_softmax(maximum, total, logits)
-        if column_partial_ptr is not None:
+            maximum, total, _, _ = online_softmax(maximum, total, logits)
             inside = tl.where(rows[:, None] < N, column_logits, float("-inf"))
             column_maximum, column_total = column_softmax(inside)
+        if column_partial_ptr is not None:
             pointers = column_partial_ptr + (1 + tl.program_id(0)).to(tl.int64) * M + columns
             tl.store(pointers, column_maximum, mask=columns < M)
             tl.store(pointers + column_slots.to(tl.int64) * M, column_total, mask=columns < M)

@@ -3,6 +3,7 @@
 import functools
 
 import torch
+import torch.nn.functional as F
 import triton
 
 from ssl_kernels.triton.common import finish_rows_kernel, row_rnorm_kernel
@@ -11,6 +12,10 @@ from ssl_kernels.triton.tiles import TILES, Tile
 # A walk over columns is split no finer than this many tiles: below, merging costs more than the idle
 # processors.
 TILES_PER_SPLIT = 4
+
+# Entries of the logits from which rows that cannot be read in whole sectors are copied first: below, the copies take
+# longer than they save.
+ALIGNED_FROM = 1 << 24
 
 DTYPE_CLASSES = {
     torch.float16: "half",
@@ -125,6 +130,26 @@ def finish_rows(partial, vectors, rnorm, scale, bound, grad, row_dots, has_rnorm
         BLOCK_N=block_n,
         BLOCK_D=block_d,
     )
+
+
+def aligned(x, entries):
+    """x (N, D), or its copy in rows padded with zeros to a multiple of 16, for kernels that make `entries` logits.
+
+    Triton reads 16 bytes at a time, and asynchronously, where widths, strides and addresses are multiples of 16; else
+    an element at a time.
+    """
+    if entries < ALIGNED_FROM:
+        return x
+    if x.shape[1] % 16:
+        return F.pad(x, (0, -x.shape[1] % 16))
+    if x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def cut(gradient, d):
+    """The first d columns of the gradient of what `aligned` returned, contiguous."""
+    return gradient if gradient.shape[1] == d else gradient[:, :d].contiguous()
 
 
 def contiguous(tensor):

@@ -19,7 +19,9 @@ from ssl_kernels.triton.common import (
     normalize_tile,
 )
 from ssl_kernels.triton.launch import (
+    aligned,
     contiguous,
+    cut,
     finish_rows,
     launch_options,
     precision,
@@ -352,7 +354,18 @@ def _losses(x, y, scale, bias, diagonal, sense):
 
 
 def _gradients(
-    rows, columns, scale, bias, diagonal, sense, bound, dtype, losses, rows_need_grad, columns_need_grad
+    rows,
+    columns,
+    scale,
+    bias,
+    diagonal,
+    sense,
+    width,
+    bound,
+    dtype,
+    losses,
+    rows_need_grad,
+    columns_need_grad,
 ):
     """Sum of the losses or None, and the four gradients; rows and columns are (vectors, rnorm, weight, ids)."""
     first = 0 if rows_need_grad or not columns_need_grad else 1
@@ -367,7 +380,7 @@ def _gradients(
     own_grads = grads if first == 0 else grads[::-1]
     total, row_dots, grad_bias = made(*sides, scale, bias, offsets, sense, bound, losses, *own_grads)
     grad_bias = grad_bias if bound is None else grad_bias * bound
-    grads = (rows[0].new_empty(0, dtype=dtype) if grad is None else grad for grad in grads)
+    grads = (rows[0].new_empty(0, dtype=dtype) if grad is None else cut(grad, width) for grad in grads)
     return total if losses else None, *grads, row_dots.sum(), grad_bias.to(scale.dtype)
 
 
@@ -403,17 +416,24 @@ def _by_panels(own, other, scale, bias, diagonals, sense, bound, losses, grad, o
     return total[0], row_dots, total[1]
 
 
+def _aligned(rows, columns):
+    """(rows, columns) as the kernels read them, and their width before that."""
+    entries = len(rows) * len(columns)
+    return aligned(rows, entries), aligned(columns, entries), rows.shape[1]
+
+
 def sigmoid_pairs_fwd(
     rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, total, keep,
     rows_need_grad, columns_need_grad, row_ids=None, column_ids=None, equal_ids_are_positive=False,
 ):  # fmt: skip
     """`sigmoid_pairs_fwd` of docs/sigmoid_pairs.md."""
+    rows, columns, width = _aligned(rows, columns)
     x = (rows, row_rnorm_of(rows, scale) if normalize_rows else None, None, contiguous(row_ids))
     y = (columns, row_rnorm_of(columns, scale) if normalize_columns else None, None, contiguous(column_ids))
     call = (x, y, scale, bias, diagonal, equal_ids_are_positive)
     if total and keep:
         needs = (rows_need_grad, columns_need_grad)
-        return _gradients(*call, None, scale.dtype, True, *needs)
+        return _gradients(*call, width, None, scale.dtype, True, *needs)
     losses = _losses(*call)
     return losses.sum() if total else losses, *(scale.new_empty(0) for _ in range(4))
 
@@ -423,6 +443,7 @@ def sigmoid_pairs_bwd(
     rows_need_grad, columns_need_grad, row_ids=None, column_ids=None, equal_ids_are_positive=False,
 ):  # fmt: skip
     """`sigmoid_pairs_bwd` of docs/sigmoid_pairs.md."""
+    rows, columns, width = _aligned(rows, columns)
     bound = None
     if rows.dtype == torch.float16:
         bound = grad_losses.abs().amax().clamp_min(1e-30).to(scale.dtype)
@@ -431,4 +452,4 @@ def sigmoid_pairs_bwd(
     y = (columns, row_rnorm_of(columns, scale) if normalize_columns else None, None, contiguous(column_ids))
     needs = (rows_need_grad, columns_need_grad)
     call = (x, y, scale, bias, diagonal, equal_ids_are_positive)
-    return _gradients(*call, bound, rows.dtype, False, *needs)[1:]
+    return _gradients(*call, width, bound, rows.dtype, False, *needs)[1:]

@@ -81,6 +81,7 @@ def compile_kernel(kernel, arch, dtype, d, tile, precision="ieee", everything=Fa
         "SQUARE": not everything and kernel != "expectation",
         "KEEP_DIAGONAL": everything,
         "ONLY_EQUAL_IDS": False,
+        "SHARED_FACTOR": contrastive._shared_factor(dtype) if kernel in ("backward", "coefficient") else None,
         "EQUAL_ARE_POSITIVE": everything,
         "PRECISION": precision,
         "EVEN_D": d % tile.block_d == 0,
