@@ -1,14 +1,16 @@
 """`make card`: build for the GPU present, prove the kernels right, time them, and store what was found.
 
 Stages run in the order of what matters most, each with a limit of its own within one for all, so that a stage that
-hangs costs only itself. Everything printed goes to card.log; machine, versions, stages and findings to card.json,
-written after each stage. Nothing is installed. With --dry the same stages run without a GPU, on samples and tiny
+hangs costs only itself; so does an attempt of a stage (guard.py) and a test (pytest_plugin.py). Everything printed
+goes to card.log; machine, versions, stages and findings to card.json, written every few seconds and at the end of a
+stage, for a run that is killed. Nothing is installed. With --dry the same stages run without a GPU, on samples and tiny
 sizes.
 """
 
 import argparse
 import contextlib
 import csv
+import ctypes
 import importlib.util
 import json
 import os
@@ -44,6 +46,7 @@ DRY_LAUNCHERS = "test_any_dtypes and sm_90 and float16-torch or test_matches_flo
 PROFILED = "contrastive_.*|sigmoid_pairs_.*|batch_hard_.*|normalized_rows.*|finish_rows.*"
 # The two largest files are half of the compilation, and one core works on each: their kernels in parallel.
 SPLIT_COMPILE = {"NVCC_APPEND_FLAGS": "--split-compile=8"}
+WRITE_SECONDS = 3
 
 
 @dataclass
@@ -73,9 +76,16 @@ def _probe(*arguments):
     return [PYTHON, "-m", "benchmarks.card.probe", *arguments]
 
 
-def _pytest(*arguments, workers=0):
-    parallel = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
-    return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *parallel, *arguments]
+def _guarded(*sections, attempt=40):
+    """Sections whose attempts may take `attempt` seconds each."""
+    return [PYTHON, "-m", "benchmarks.card.guard", str(attempt), *_probe(*sections)]
+
+
+def _pytest(*arguments, workers=1, test=45):
+    """Tests that may take `test` seconds each; a worker that dies is replaced, where xdist is there."""
+    parallel = ["-n", str(workers)] if workers and importlib.util.find_spec("xdist") else []
+    plugin = ["-p", "benchmarks.card.pytest_plugin", "--test-seconds", str(test)]
+    return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *plugin, *parallel, *arguments]
 
 
 def card_stages(out):
@@ -117,11 +127,11 @@ def card_stages(out):
         Stage(
             "speed",
             110,
-            _probe("machine", "losses"),
+            _guarded("machine", "losses"),
             after=tuple(f"compile triton {i}" for i in range(shares)),  # nothing beside it on the card
         ),
-        Stage("mixing", 30, _probe("mixing")),
-        Stage("edges", 45, _probe("edges")),
+        Stage("mixing", 30, _guarded("mixing", attempt=15)),
+        Stage("edges", 45, _guarded("edges", attempt=20)),
         Stage(
             "launchers on the card",
             75,
@@ -147,7 +157,7 @@ def card_stages(out):
             needs="ncu",
             last=True,
         ),
-        Stage("torch.compile", 90, _probe("compiled"), last=True),
+        Stage("torch.compile", 90, _guarded("compiled", attempt=60), last=True),
         Stage(
             "memory check",
             60,
@@ -179,19 +189,29 @@ def dry_stages():
     """Without a GPU: the same commands on samples, so that none of them breaks unnoticed."""
     return [
         Stage("compile triton 0", DRY_LIMIT, _probe("--dry", "--compile-triton", "0/9"), background=True),
-        Stage("triton by a user's calls", DRY_LIMIT, _pytest("tests/test_card.py", "-k", "triton")),
+        Stage(
+            "triton by a user's calls",
+            DRY_LIMIT,
+            _pytest("tests/test_card.py", "-k", "triton", test=DRY_LIMIT),
+        ),
         Stage("info", DRY_LIMIT, [PYTHON, "-m", "ssl_kernels", "info"]),
         Stage("check", DRY_LIMIT, [PYTHON, "-m", "ssl_kernels", "check", "--device", "cpu", "row_pairs"]),
-        Stage("speed", DRY_LIMIT, _probe("--dry", "machine", "losses")),
-        Stage("mixing", DRY_LIMIT, _probe("--dry", "mixing")),
-        Stage("edges", DRY_LIMIT, _probe("--dry", "edges"), after=("compile triton 0",)),
+        Stage("speed", DRY_LIMIT, _guarded("--dry", "machine", "losses", attempt=DRY_LIMIT)),
+        Stage("mixing", DRY_LIMIT, _guarded("--dry", "mixing", attempt=DRY_LIMIT)),
+        Stage("edges", DRY_LIMIT, _guarded("--dry", "edges", attempt=DRY_LIMIT), after=("compile triton 0",)),
         Stage(
             "launchers on the card",
             DRY_LIMIT,
-            _pytest("tests/cuda/test_queue_push.py", "tests/triton/test_row_pairs.py", "-k", DRY_LAUNCHERS),
+            _pytest(
+                "tests/cuda/test_queue_push.py",
+                "tests/triton/test_row_pairs.py",
+                "-k",
+                DRY_LAUNCHERS,
+                test=DRY_LIMIT,
+            ),
         ),
         Stage("counters", DRY_LIMIT, _probe("--dry", "once"), last=True),
-        Stage("torch.compile", DRY_LIMIT, _probe("--dry", "compiled"), last=True),
+        Stage("torch.compile", DRY_LIMIT, _guarded("--dry", "compiled", attempt=DRY_LIMIT), last=True),
     ]
 
 
@@ -211,6 +231,7 @@ class Run:
             "counters": [],
         }
         self.background = {}
+        self.shown = None  # (stage, process, its output file, when it began) of the one in the foreground
         self.log = open(out / "card.log", "w")
 
     def say(self, line):
@@ -219,7 +240,48 @@ class Run:
         print(line, file=self.log, flush=True)
 
     def run(self, stages):
-        """All of them; the number of those that failed."""
+        """All of them; the number of those that failed.
+
+        Raises:
+            Stopped: A signal asked for the end: all processes have ended and what they printed is stored.
+        """
+        with self.stopped_by_signals():
+            try:
+                self.run_all(stages)
+            except Stopped as stopped:
+                self.stop(str(stopped))
+                raise
+        self.log.close()
+        return sum(one["exit_code"] not in (0, None) for one in self.record["stages"])
+
+    @contextlib.contextmanager
+    def stopped_by_signals(self):
+        """The signals that end a program raise Stopped inside the block."""
+
+        def stop(number, frame):
+            for each in before:  # once
+                signal.signal(each, signal.SIG_IGN)
+            raise Stopped(f"stopped by {signal.Signals(number).name}")
+
+        before = {}
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            before[number] = signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def stop(self, why):
+        """Ends every stage that runs and stores what it printed."""
+        running = [*self.background.values(), *([self.shown] if self.shown else [])]
+        self.background.clear()
+        self.shown = None
+        for stage, process, path, began in running:
+            end(process)
+            self.conclude(stage, process, path, began, why, show=stage is running[-1][0])
+
+    def run_all(self, stages):
         for stage in stages:
             if stage.needs and not shutil.which(stage.needs):
                 self.store(stage, 0, None, f"left out: no {stage.needs} on this machine")
@@ -238,8 +300,6 @@ class Run:
                 self.wait(stage, *self.begin(stage), show=True)
         for name in list(self.background):
             self.finish(name)
-        self.log.close()
-        return sum(one["exit_code"] not in (0, None) for one in self.record["stages"])
 
     def begin(self, stage):
         """(process, its output file, when it began)."""
@@ -260,6 +320,7 @@ class Run:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_die_with_parent,
             )
         return process, path, time.monotonic()
 
@@ -274,16 +335,25 @@ class Run:
             self.wait(*self.background.pop(name), show=False)
 
     def wait(self, stage, process, path, began, show):
-        limit = min(stage.limit - (time.monotonic() - began), self.end - time.monotonic())
-        timed_out = False
-        try:
-            process.wait(max(limit, 1))
-        except subprocess.TimeoutExpired:
-            timed_out = True
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold what waits for a kernel
-                process.wait(10)
+        limit = max(1, min(stage.limit - (time.monotonic() - began), self.end - time.monotonic()))
+        self.shown = (stage, process, path, began)
+        deadline, note = time.monotonic() + limit, ""
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                end(process)
+                note = f"stopped at its limit of {time.monotonic() - began:.0f} s"
+                break
+            try:
+                process.wait(min(left, WRITE_SECONDS))
+                break
+            except subprocess.TimeoutExpired:
+                self.write()
+        self.shown = None
+        self.conclude(stage, process, path, began, note, show)
+
+    def conclude(self, stage, process, path, began, note, show):
+        """Stores how a stage whose process has ended went, or with a note why it was ended."""
         text = path.read_text(errors="replace")
         path.unlink()
         if show or process.returncode:
@@ -293,8 +363,7 @@ class Run:
         self.record["findings"] += findings
         if stage.name == "counters" and not self.dry:
             self.record["counters"] = counters_in(self.out / "counters.csv")
-        note = f"stopped at its limit of {time.monotonic() - began:.0f} s" if timed_out else ""
-        code = 0 if timed_out and stage.last else -signal.SIGKILL if timed_out else process.returncode
+        code = 0 if note and stage.last else -signal.SIGKILL if note else process.returncode
         if self.dry and code == 0:  # on a card a failed attempt is a finding, here it is a fault of the probe
             code = int(any(map(failed, findings)))
         self.store(stage, time.monotonic() - began, code, note, tail=text.splitlines()[-12:])
@@ -311,10 +380,35 @@ class Run:
                 "tail": list(tail),
             }
         )
+        self.write()
+
+    def write(self):
+        """The record, and beside its findings those that running stages have printed so far."""
+        running = [*self.background.values(), *([self.shown] if self.shown else [])]
+        found = [one for *_, path, _ in running for one in findings_in(path.read_text(errors="replace"))]
+        record = self.record | {"findings": self.record["findings"] + found}
         path = self.out / "card.json"
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.record, indent=1, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         temporary.replace(path)
+
+
+def _die_with_parent():
+    """In a stage's process: it ends when this run is killed, and does not stay on the GPU. Only Linux can do that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+class Stopped(BaseException):
+    """A signal asked the run to end; the message says which."""
+
+
+def end(process):
+    """Kills a stage's process and what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold what waits for a kernel
+        process.wait(10)
 
 
 def findings_in(text):
@@ -370,7 +464,11 @@ def main(argv=None):
     out = options.out or (CHECKOUT / "build" / "card" if options.dry else RESULTS / machine_slug(machine))
     out.mkdir(parents=True, exist_ok=True)
     run = Run(out, machine, options.seconds, options.dry)
-    failed = run.run(dry_stages() if options.dry else card_stages(out))
+    try:
+        failed = run.run(dry_stages() if options.dry else card_stages(out))
+    except Stopped as stopped:
+        print(f"{stopped}; {out / 'card.json'} has what was found until then")
+        return 1
     print(f"wrote {out / 'card.json'} and card.log beside it; stages that failed: {failed}")
     return 1 if failed else 0
 

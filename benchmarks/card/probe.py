@@ -1,12 +1,14 @@
 """Times calls and tries edges on a GPU: `python -m benchmarks.card.probe SECTION... [--dry]`.
 
-Each finding is printed as a line of JSON at once, so that one that hangs or crashes costs only what comes after it. A
-failure is a finding too.
+Each finding is printed as a line of JSON at once. A failure is a finding too. Run by `guard`, an attempt that hangs,
+crashes or leaves the GPU's context unusable costs only itself.
 """
 
 import argparse
 import json
+import os
 import statistics
+import sys
 import threading
 import time
 
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 
 import ssl_kernels
 from benchmarks.card.cases import HALF, SINGLE, cases
+from benchmarks.card.guard import LOST
 from benchmarks.harness import clock_of, gradients_of, spread
 from benchmarks.machine import describe_machine, free_memory
 from benchmarks.peers import MATRICES_OF_LOGITS
@@ -29,9 +32,13 @@ class Probe:
 
     Args:
         dry: Tiny sizes on the CPU, once each, to try the sections themselves.
+        first: Number of the first attempt that is made.
+        progress: A file descriptor that is told of each attempt before it is made, or None.
     """
 
-    def __init__(self, dry):
+    def __init__(self, dry, first=0, progress=None):
+        self.first, self.progress = first, progress
+        self.attempts = 0
         self.dry = dry
         self.device = "cpu" if dry else "cuda"
         self.backends = ("native", "chunked") if dry else ("native", "triton")
@@ -43,11 +50,29 @@ class Probe:
         print(json.dumps(line), flush=True)
 
     def attempt(self, section, name, function):
-        """Say the result of `function`, or how it failed."""
+        """Say the result of `function` unless it is None, or how it failed; ends the process where the GPU is lost."""
+        number, self.attempts = self.attempts, self.attempts + 1
+        if number < self.first:
+            return
+        if self.progress is not None:
+            os.write(self.progress, f"{number}\t{section}\t{name}\n".encode())
         try:
-            self.say(section, name=name, result=function())
+            result = function()
+            self.synchronize()
+            if result is not None:
+                self.say(section, name=name, result=result)
         except Exception as error:
             self.say(section, name=name, error=_in_short(error))
+            if self.is_lost():
+                sys.exit(LOST)
+
+    def is_lost(self):
+        """Whether an error of a kernel has made every further call of this process fail."""
+        try:
+            self.synchronize()
+        except Exception:
+            return True
+        return False
 
     def synchronize(self):
         if not self.dry:
@@ -62,6 +87,8 @@ class Probe:
                 self.synchronize()
                 samples[name] = []
             except Exception as error:
+                if self.is_lost():
+                    raise RuntimeError(f"{name}: {_in_short(error)}") from error
                 results[name] = _in_short(error)
         end = time.monotonic() + seconds
         for count in range(1 if self.dry else MOST_ROUNDS):
@@ -72,6 +99,13 @@ class Probe:
                 functions[name]()
                 samples[name].append(self.clock.seconds_between(before, self.clock.mark()))
         return results | {name: statistics.median(times) for name, times in samples.items()}
+
+    def seconds(self, function):
+        """Median seconds of a call of one function, whose error is raised."""
+        found = self.rounds({"it": function})["it"]
+        if isinstance(found, str):
+            raise RuntimeError(found)
+        return found
 
     def host_seconds(self, function):
         """Until a call returns that waits for nothing: what a step costs the processor that launches it."""
@@ -101,26 +135,40 @@ def section_machine(probe):
         version = triton.__version__
     except ImportError:
         version = None
-    probe.say("machine", machine=describe_machine(probe.device), triton=version)
-    extension = ssl_kernels.backends.extension
-    probe.say("machine", build=extension.build_info() if extension else None)
+
+    def describe():
+        probe.say("machine", machine=describe_machine(probe.device), triton=version)
+        extension = ssl_kernels.backends.extension
+        probe.say("machine", build=extension.build_info() if extension else None)
+
+    probe.attempt("machine", "description", describe)
     size = 64 if probe.dry else 8192
     for dtype in (HALF, SINGLE):
-        left, right = (torch.randn(size, size, device=probe.device).to(dtype) for _ in range(2))
-        seconds = probe.rounds({"product": lambda left=left, right=right: left @ right})["product"]
-        probe.say("machine", name=f"product {size} {dtype}", tflops=2e-12 * size**3 / seconds)
-    for name, count in (("memory", 2**30), ("l2", 2**22)):
-        source = torch.empty(count // (2**16 if probe.dry else 1), device=probe.device)
-        target = torch.empty_like(source)
-        seconds = probe.rounds({"copy": lambda source=source, target=target: target.copy_(source)})["copy"]
-        probe.say(
-            "machine", name=f"copy through {name}", terabytes_per_second=2e-12 * source.nbytes / seconds
-        )
-        del source, target
-    length = 16 if probe.dry else 4096
-    query, key, value = (torch.randn(4, 16, length, 128, device=probe.device, dtype=HALF) for _ in range(3))
-    attention = probe.rounds({"sdpa": lambda: F.scaled_dot_product_attention(query, key, value)})["sdpa"]
-    probe.say("machine", name="attention forward", tflops=1e-12 * 4 * 4 * 16 * length**2 * 128 / attention)
+
+        def product(dtype=dtype):
+            left, right = (torch.randn(size, size, device=probe.device).to(dtype) for _ in range(2))
+            seconds = probe.seconds(lambda: left @ right)
+            probe.say("machine", name=f"product {size} {dtype}", tflops=2e-12 * size**3 / seconds)
+
+        probe.attempt("machine", f"product {size} {dtype}", product)
+    for name, count in (("copy through memory", 2**30), ("copy through l2", 2**22)):
+
+        def copy(name=name, count=count):
+            source = torch.empty(count // (2**16 if probe.dry else 1), device=probe.device)
+            target = torch.empty_like(source)
+            seconds = probe.seconds(lambda: target.copy_(source))
+            probe.say("machine", name=name, terabytes_per_second=2e-12 * source.nbytes / seconds)
+
+        probe.attempt("machine", name, copy)
+
+    def attention():
+        length = 16 if probe.dry else 4096
+        operands = (torch.randn(4, 16, length, 128, device=probe.device, dtype=HALF) for _ in range(3))
+        query, key, value = operands
+        seconds = probe.seconds(lambda: F.scaled_dot_product_attention(query, key, value))
+        probe.say("machine", name="attention forward", tflops=1e-12 * 4 * 4 * 16 * length**2 * 128 / seconds)
+
+    probe.attempt("machine", "attention forward", attention)
 
 
 def section_losses(probe):
@@ -196,21 +244,24 @@ def section_mixing(probe):
     boxes = torch.tensor([[quarter, 3 * quarter, quarter, 3 * quarter]], device=device).repeat(batch, 1)
 
     def measure(name, moved_bytes, call):
-        times = probe.rounds({backend: lambda b=backend: call(b) for backend in probe.backends}, 0.3)
-        for backend, seconds in times.items():
-            if isinstance(seconds, str):
-                probe.say("mixing", name=name, backend=backend, error=seconds)
-                continue
-            rate = 1e-12 * moved_bytes / seconds
-            host = probe.host_seconds(lambda backend=backend: call(backend))
-            probe.say(
-                "mixing",
-                name=name,
-                backend=backend,
-                seconds=seconds,
-                terabytes_per_second=rate,
-                host_seconds=host,
-            )
+        def run():
+            times = probe.rounds({backend: lambda b=backend: call(b) for backend in probe.backends}, 0.3)
+            for backend, seconds in times.items():
+                if isinstance(seconds, str):
+                    probe.say("mixing", name=name, backend=backend, error=seconds)
+                    continue
+                rate = 1e-12 * moved_bytes / seconds
+                host = probe.host_seconds(lambda backend=backend: call(backend))
+                probe.say(
+                    "mixing",
+                    name=name,
+                    backend=backend,
+                    seconds=seconds,
+                    terabytes_per_second=rate,
+                    host_seconds=host,
+                )
+
+        probe.attempt("mixing", name, run)
 
     for dtype in (SINGLE, HALF):
         x = torch.randn(batch, 3, side, side, device=device).to(dtype)
@@ -398,10 +449,16 @@ def main(argv=None):
         "--compile-triton", metavar="I/N", help="only compile: the I-th of N shares of the cases"
     )
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU, to try this file")
+    parser.add_argument(
+        "--first", type=int, default=0, metavar="NUMBER", help="of the first attempt that is made"
+    )
+    parser.add_argument(
+        "--progress", type=int, metavar="FD", help="file descriptor that is told of each attempt"
+    )
     options = parser.parse_args(argv)
     if unknown := [name for name in options.sections if name not in SECTIONS]:
         parser.error(f"section must be one of {', '.join(SECTIONS)}, got {unknown[0]}")
-    probe = Probe(options.dry)
+    probe = Probe(options.dry, options.first, options.progress)
     torch.manual_seed(0)
     if options.compile_triton:
         part, parts = map(int, options.compile_triton.split("/"))
