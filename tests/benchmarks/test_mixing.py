@@ -33,6 +33,17 @@ def test_another_lam_is_noticed():
     assert harness.admit(made).faults == ["other"]
 
 
+def test_bytes_are_what_a_perfect_kernel_moves():
+    """bfloat16: images, boxes and logits read once and written once, 8-bit images read, and the logits twice."""
+    found = {made.loss: made.bytes_moved for made in (workload(each, torch.bfloat16) for each in OPERATIONS)}
+    pixels, box, logits = 5 * 3 * 20 * 20, 5 * 3 * 11 * 11, 16 * 5 * 20
+    assert found == dict.fromkeys(("mixup_random", "mixup_flip", "mixup_roll"), 2 * 2 * pixels) | {
+        "cutmix": 2 * 2 * box,
+        "mixup_normalize": (1 + 2) * pixels,
+        "mixup_cross_entropy": 3 * 2 * logits,
+    }
+
+
 def test_measured_case():
     budget = harness.Budget(seconds=0.0, least_rounds=2, sample_seconds=0.0)
     made = workload(bench_mixing.mixup_flip)

@@ -36,6 +36,13 @@ def test_another_temperature_is_noticed():
     assert harness.admit(made).faults == ["other"]
 
 
+def test_operations_and_bytes_are_those_of_the_queue():
+    """Two products with the queue; it, the queries and the keys are read once, the queries' gradient is written."""
+    made = workload(bench_moco.moco_bfloat16_queue)
+    assert made.operations == 2 * 2 * 33 * 300 * 12
+    assert made.bytes_moved == 2 * 300 * 12 + 3 * 4 * 33 * 12
+
+
 def test_workloads_follow_the_options():
     options = argparse.Namespace(batch_sizes=[9, 4], quick=False, dim=5, dtype=torch.float64, device="cpu")
     made = [make() for make in bench_moco.workloads(options)]

@@ -23,6 +23,12 @@ def test_an_average_that_stays_is_noticed():
     assert harness.admit(made).faults == ["other"]
 
 
+def test_bytes_are_those_of_masters_shadows_and_sources():
+    """float32 masters and bfloat16 shadows are read and written, bfloat16 sources read."""
+    made = workload(torch.bfloat16)
+    assert made.bytes_moved == sum(source.numel() for source in made.inputs) * (2 * (4 + 2) + 2)
+
+
 def test_workloads_follow_the_options():
     options = argparse.Namespace(batch_sizes=[2, 1], quick=False, dim=6, dtype=torch.bfloat16, device="cpu")
     made = [make() for make in bench_momentum.workloads(options)]

@@ -49,6 +49,12 @@ def test_expected_is_streamed_where_the_matrix_does_not_fit(loss, monkeypatch):
     assert not torch.equal(streamed[1][0], whole[1][0])  # computed another way
 
 
+def test_operations_are_those_of_the_products():
+    """SigLIP's three whole products, and of the triplet loss one that is symmetric."""
+    product = 2 * 12 * 12 * 16
+    assert workload("siglip").operations == 3 * product and workload("triplet").operations == product / 2
+
+
 @every_loss
 def test_sizes_asked_for(loss):
     module = bench_sigmoid_pairs if loss == "siglip" else bench_batch_hard
