@@ -419,6 +419,18 @@ def test_race_between_blocks(gpu):
     ]
     with pytest.raises(PtxError, match="write conflicts with"):
         launch(gpu, read_then_write, [x], threads=1, grid=3)
+    written_twice = ["st.global.u32 [%b0], %ctaid;"]
+    with pytest.raises(PtxError, match="write conflicts with an unordered write"):
+        launch(gpu, written_twice, [x], threads=1, grid=2)
+    written_then_read = [
+        "setp.eq.u32 %p0, %ctaid, 0;",
+        "@%p0 st.global.u32 [%b0], 9;",
+        "@!%p0 ld.global.u32 %t0, [%b0];",
+    ]
+    with pytest.raises(PtxError, match="read conflicts with an unordered write"):
+        launch(gpu, written_then_read, [x], threads=1, grid=2)
+    for lines in (written_twice, written_then_read):
+        launch(gpu, lines, [x], threads=1, grid=2, grid_races=False)
 
 
 @emulated_only
