@@ -5,7 +5,7 @@ import pathlib
 import sys
 
 from benchmarks.machine import machine_line
-from benchmarks.results import markdown_table, read_record
+from benchmarks.results import markdown_table, read_record, replaced_between
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "migration.md"
 BEGIN, END = "<!-- written by benchmarks/adapters_page.py -->\n", "<!-- end of speed -->\n"
@@ -110,14 +110,9 @@ def section(records):
     return "\n".join([*lines, "", *(machine_line(record["machine"]) + "." for record in records)]) + "\n"
 
 
-def with_section(page, lines):
-    before, rest = page.split(BEGIN)
-    return before + BEGIN + lines + END + rest.split(END)[1]
-
-
 def main(arguments):
     records = [read_record(pathlib.Path(path)) for path in arguments]
-    PAGE.write_text(with_section(PAGE.read_text(), section(records)))
+    PAGE.write_text(replaced_between(PAGE.read_text(), BEGIN, END, section(records)))
     print(f"wrote {PAGE}")
     return 0
 

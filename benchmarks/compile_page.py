@@ -7,7 +7,7 @@ import sys
 
 from benchmarks.adapters_page import milliseconds
 from benchmarks.machine import machine_line
-from benchmarks.results import markdown_table, read_record
+from benchmarks.results import markdown_table, read_record, replaced_between
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- written by benchmarks/compile_page.py -->\n", "<!-- end of torch.compile -->\n"
@@ -69,14 +69,10 @@ def section(record):
     return "\n".join([table, "", *listed, "", machine_line(record["machine"]) + "."]) + "\n"
 
 
-def with_section(page, lines):
-    before, rest = page.split(BEGIN)
-    return before + BEGIN + lines + END + rest.split(END)[1]
-
-
 def main(arguments):
     (path,) = arguments
-    PAGE.write_text(with_section(PAGE.read_text(), section(read_record(pathlib.Path(path)))))
+    made = section(read_record(pathlib.Path(path)))
+    PAGE.write_text(replaced_between(PAGE.read_text(), BEGIN, END, made))
     print(f"wrote {PAGE}")
     return 0
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks.results import replaced_between
 from ssl_kernels.triton import sigmoid_pairs as triton_sigmoid_pairs
 from tests.cuda import contrastive_calls, sigmoid_pairs_calls
 from tests.gpu_emulation.runners import EmulatedGpu
@@ -330,8 +331,7 @@ def tables():
 
 def with_tables(page, made):
     """The text of the page with its tables replaced."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.split(END)[1]}"
+    return replaced_between(page, BEGIN, END, f"\n\n{made}\n\n")
 
 
 def main(argv=None):

@@ -3,6 +3,7 @@
 import statistics
 
 from benchmarks import recipes
+from benchmarks.results import replaced_between
 from ssl_kernels.recipes.files import write_whole
 from ssl_kernels.recipes.methods import METHODS
 
@@ -16,10 +17,7 @@ def write(page, lines):
     """Put the tables between their marks in the file `page`."""
     text = page.read_text()
     for name, make in TABLES.items():
-        begin = BEGIN.format(name)
-        before, rest = text.split(begin)
-        _, after = rest.split(END, 1)
-        text = f"{before}{begin}\n{make(lines)}\n\n{END}{after}"
+        text = replaced_between(text, BEGIN.format(name), END, f"\n{make(lines)}\n\n")
     write_whole(page, text.encode())
 
 

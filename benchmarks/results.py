@@ -225,6 +225,13 @@ def _format(value, spec, factor=1.0):
     return "–" if value is None else format(value * factor, spec)
 
 
+def replaced_between(page, begin, end, made):
+    """The text of a page with `made` in place of what stands between two marks, the second the next after the first."""
+    before, rest = page.split(begin)
+    _, after = rest.split(end, 1)
+    return before + begin + made + end + after
+
+
 def markdown_table(header, lines):
     """Cells padded to the width of their column, so that the table reads as plain text too."""
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]

@@ -10,6 +10,7 @@ import sys
 import torch
 
 from benchmarks.peers import Originals
+from benchmarks.results import replaced_between
 from tests.adapters.uses import Case, adapter, all_uses, largest_error, results
 
 PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "migration.md"
@@ -57,11 +58,6 @@ def table(figures):
     return "\n".join(lines) + "\n"
 
 
-def with_table(page, lines):
-    before, rest = page.split(BEGIN)
-    return before + BEGIN + lines + END + rest.split(END)[1]
-
-
 def main(libraries=()):
     page = PAGE.read_text()
     figures, spaces, missing = kept_figures(page), {}, set()
@@ -82,7 +78,7 @@ def main(libraries=()):
                 measured[key, dtype] = max(error, measured.get((key, dtype), 0.0))
             narrow, wide = (measured.get((key, dtype)) for dtype in (torch.float32, torch.float64))
             figures[key] = (shown(narrow), shown(wide))
-    PAGE.write_text(with_table(page, table(figures)))
+    PAGE.write_text(replaced_between(page, BEGIN, END, table(figures)))
     print(
         f"wrote {PAGE}" + (f"; not installed, figures kept: {', '.join(sorted(missing))}" if missing else "")
     )

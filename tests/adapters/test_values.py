@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from benchmarks.peers import Originals
+from benchmarks.results import replaced_between
 from ssl_kernels.adapters import LIBRARIES
 from tests.adapters import table
 from tests.adapters.uses import (
@@ -69,7 +70,7 @@ def test_the_page_has_the_table_of_these_classes():
     """`python -m tests.adapters.table` writes it."""
     page = table.PAGE.read_text()
     figures = table.kept_figures(page)
-    assert table.with_table(page, table.table(figures)) == page
+    assert replaced_between(page, table.BEGIN, table.END, table.table(figures)) == page
     assert all(
         any(figures[use.library, use.name]) for use in USES if use.peer and adapter(use.library).ORIGINALS
     )

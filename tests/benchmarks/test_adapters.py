@@ -82,7 +82,6 @@ def test_the_page_shows_a_result():
 def test_the_page_has_its_place():
     page = adapters_page.PAGE.read_text()
     table = page.split(adapters_page.BEGIN)[1].split(adapters_page.END)[0]
-    assert adapters_page.with_section(page, table) == page
     measured = {str(loss) for loss in bench_adapters.LOSSES}
     shown = {line.split(" | ")[0].strip("| ").replace("`", "") for line in table.splitlines()}
     assert measured <= shown

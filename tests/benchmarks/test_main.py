@@ -1,8 +1,10 @@
 import argparse
+import importlib
 import sys
 import types
 
 import pytest
+import torch
 
 from benchmarks import __main__ as main
 from benchmarks import harness, results
@@ -83,3 +85,13 @@ def test_bad_arguments_are_reported(argv, capsys):
 
 def test_operations_are_the_modules():
     assert "contrastive" in main.operations()
+
+
+@pytest.mark.parametrize("op", main.operations())
+def test_ratios_are_taken_to_what_is_not_ours(op):
+    workloads = importlib.import_module(f"benchmarks.bench_{op}").workloads
+    options = {"batch_sizes": [4], "quick": True, "dim": 48, "threads": torch.get_num_threads()}
+    options = argparse.Namespace(**options, dtype=torch.float32, device="cpu")
+    for make in workloads(options):
+        for one in make().implementations:
+            assert one.baseline != one.name.startswith("ssl_kernels"), one.name

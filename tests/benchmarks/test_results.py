@@ -102,6 +102,11 @@ def test_figure_has_curves(record, tmp_path):
         assert (pixels == rgb).all(axis=-1).sum() > 20
 
 
+def test_what_stands_between_two_marks_is_replaced():
+    page = results.replaced_between("above\n<a>\nold\n<end>\nbelow\n<end>\n", "<a>\n", "<end>\n", "new\n")
+    assert page == "above\n<a>\nnew\n<end>\nbelow\n<end>\n"
+
+
 def test_figure_without_ours(record, tmp_path):
     baselines_only = copy.deepcopy(record)
     for case in baselines_only["cases"]:

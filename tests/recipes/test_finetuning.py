@@ -23,13 +23,14 @@ def test_more_labels_are_worth_more_and_the_encoder_stays():
     torch.testing.assert_close(dict(encoder.state_dict()), before, rtol=0, atol=0)
 
 
-def test_from_scratch_the_classifier_begins_at_random():
+def test_from_scratch_the_classifier_begins_at_random_and_learns():
     images = data.load_data("digits", 64, 0)
     encoder = experiment.build_encoder(images, 0, "supervised")
     probed, random = (
         finetune(encoder, images, 0.05, 0, steps=1, from_scratch=each) for each in (False, True)
     )
     assert probed > 0.3 > random
+    assert finetune(encoder, images, 0.05, 0, steps=60, from_scratch=True) > 0.6
 
 
 def test_batch_normalisation_takes_the_statistics_of_the_images():
