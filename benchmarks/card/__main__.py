@@ -88,6 +88,11 @@ def _pytest(*arguments, workers=1, test=45):
     return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *plugin, *parallel, *arguments]
 
 
+def _sanitized(*arguments):
+    """For compute-sanitizer, which looks at the process that it starts alone, and slows it down."""
+    return _pytest(*arguments, workers=0, test=600)
+
+
 def card_stages(out):
     """On a machine with a GPU."""
     cores = usable_cores()
@@ -165,7 +170,7 @@ def card_stages(out):
                 "compute-sanitizer",
                 "--tool",
                 "memcheck",
-                *_pytest("-x", "tests/cuda/test_contrastive.py", "-k", "rectangle_in_both"),
+                *_sanitized("-x", "tests/cuda/test_contrastive.py", "-k", "rectangle_in_both"),
             ],
             needs="compute-sanitizer",
             last=True,
@@ -177,7 +182,7 @@ def card_stages(out):
                 "compute-sanitizer",
                 "--tool",
                 "racecheck",
-                *_pytest("-x", "tests/cuda/test_contrastive.py", "-k", "rectangle_in_both and bfloat16"),
+                *_sanitized("-x", "tests/cuda/test_contrastive.py", "-k", "rectangle_in_both and bfloat16"),
             ],
             needs="compute-sanitizer",
             last=True,
@@ -207,6 +212,7 @@ def dry_stages():
                 "tests/triton/test_row_pairs.py",
                 "-k",
                 DRY_LAUNCHERS,
+                workers=0,
                 test=DRY_LIMIT,
             ),
         ),

@@ -206,6 +206,18 @@ def test_a_test_that_fails_is_a_finding_and_one_that_hangs_ends_its_process(tmp_
     assert "in test_hangs" in (tmp_path / "card.log").read_text()
 
 
+def test_which_stages_go_on_behind_a_crash(tmp_path):
+    """Those that time and test; a profiler or checker looks at the process that it starts, not at one behind it."""
+    stages = {stage.name: stage for stage in card.card_stages(tmp_path)}
+    for stage in stages.values():
+        assert not (stage.needs and "benchmarks.card.guard" in stage.command), stage.name
+        if "pytest" in stage.command:
+            assert ("-n" in stage.command) == (not stage.needs), stage.name
+    assert {name for name, stage in stages.items() if "benchmarks.card.guard" in stage.command} == {
+        "speed", "mixing", "edges", "torch.compile",
+    }  # fmt: skip
+
+
 def test_what_cannot_run_is_left_out_and_said(tmp_path):
     stages = [
         card.Stage("fails", 5, python("raise SystemExit(3)")),
