@@ -228,8 +228,8 @@ CHECKS = {
 
 MUTATIONS = [
     ("contrastive", "common", "outside = tl.where(columns < M,", "outside = tl.where(columns < M + 1,"),
-    ("contrastive", "contrastive_bwd", "weight *= tl.where(empty, 1.0, exp2(",
-     "weight *= tl.where(empty, 1.0, exp2(0.0 * "),
+    ("contrastive", "contrastive_bwd", "factor = tl.where(empty, 1.0, exp2(",
+     "factor = tl.where(empty, 1.0, exp2(0.0 * "),
     ("contrastive", "contrastive_bwd", "coefficients += tl.where(index[:, None] == columns",
      "coefficients = coefficients * 0.0 + tl.where(index[:, None] == columns"),
     ("contrastive", "common", "1.0 / tl.maximum(tl.sqrt(squared_norm), tl.full([], NORM_EPS, ACC))",

@@ -125,7 +125,7 @@ BOTH = [
     ("panels", "else grad[rows]", "else grad[: len(part)]"),
     ("panels", "row_dots[rows]", "row_dots[: len(part)]"),
     ("panels", "scale.dtype, other_sum)", "scale.dtype)"),
-    ("panels", "product if added_to is None else product.add_(added_to)", "product"),
+    ("panels", "torch.addmm(added_to, a, b, out=added_to, **kwargs)", "torch.mm(a, b, **kwargs)"),
     ("panels", "unit = other_vectors if with_norms else", "unit = other_vectors if True else"),
     ("panels", "own = own if with_norms else", "own = own if True else"),
     ("panels", "row_dots[rows], has_rnorm=with_norms", "row_dots[rows], has_rnorm=False"),
