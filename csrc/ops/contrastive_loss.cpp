@@ -25,7 +25,6 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/add.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -115,8 +114,16 @@ struct Call {
     return at::arange(rows.size(0), rows.options().dtype(at::kLong));
   }
 
+  // As given: negative ones count from the end.
+  int64_t positive(int64_t i) const {
+    return positives->const_data_ptr<int64_t>()[i * positives->stride(0)];
+  }
+
   Tensor with_partner() const {
-    return at::stack({at::arange(rows.size(0), rows.options().dtype(at::kLong)), *positives}, 1);
+    const Tensor both = cpu::pooled({rows.size(0), 2}, at::kLong);
+    int64_t* out = both.mutable_data_ptr<int64_t>();
+    for (int64_t i = 0; i < rows.size(0); ++i) out[2 * i] = i, out[2 * i + 1] = positive(i);
+    return both;
   }
 
   // The arguments of the CPU kernel. `listed` stand in place of the partner where they are given.
@@ -295,7 +302,7 @@ class Losses {
   int64_t column(int64_t i) const {
     if (!call_.positives) return i;
     const int64_t m = bias_.numel();
-    return (call_.positives->const_data_ptr<int64_t>()[i * call_.positives->stride(0)] + m) % m;
+    return (call_.positive(i) + m) % m;
   }
 
   double joint(int64_t i) {

@@ -1,6 +1,6 @@
 """Reduced losses of softmaxes over columns that are one node of autograd on the CPU (csrc/ops/contrastive_loss.cpp),
-against their definitions in float64: positives by index, more columns than rows, biases, positives beside the sums, and
-sums of a sample that are one."""
+against their definitions in float64: positives by index, two with their shares, more columns than rows, biases,
+positives beside the sums, and sums of a sample that are one."""
 
 import pytest
 import torch
@@ -64,6 +64,16 @@ def negatives(n, count, **options):
     return {"query": query, "positive_key": key, "negative_keys": others, **options}
 
 
+def mixed(n):
+    permutation = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+    return {
+        "query": rows(n),
+        "key": rows(n, seed=1),
+        "permutation": permutation,
+        "lam": numbers(n, 2).sigmoid(),
+    }
+
+
 IDS = {"query_ids": torch.arange(7) % 3, "key_ids": torch.arange(4)}
 # Ours, the definition, the name of the scale, inputs.
 CASES = {
@@ -101,6 +111,7 @@ CASES = {
     "clips-one-each": (losses.mil_nce_loss, "mil_nce_loss", "temperature", clips(6, 1)),
     "clips-one-way": (losses.mil_nce_loss, "mil_nce_loss", "temperature", clips(6, 3, symmetric=False)),
     "clips-blocks": (losses.mil_nce_loss, "mil_nce_loss", "temperature", clips(150, 2, normalize=False)),
+    "mixed": (losses.imix_loss, "imix_loss", "temperature", mixed(7)),
     "negatives": (losses.info_nce_loss, "info_nce_loss", "temperature", negatives(7, 4)),
     "negatives-ids": (losses.info_nce_loss, "info_nce_loss", "temperature", negatives(7, 4, **IDS)),
 }  # fmt: skip
@@ -145,6 +156,9 @@ def test_of_each_input_alone(name):
         given = inputs | {alone: leaf}
         found = ours(**given, **scale)
         agree(found, expected_of(definition, given, "mean", **scale), [leaf])
+        (grad,) = torch.autograd.grad(ours(**given, **scale), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="has no second derivative"):
+            torch.autograd.grad(grad.square().sum(), leaf)
 
 
 class Passing(TorchDispatchMode):
