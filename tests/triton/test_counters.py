@@ -133,3 +133,18 @@ def test_backward_traffic_is_as_stated(gpu, normalize):
     stated = 2 * n * d * (splits + blocks) + 4 * blocks * n * terms
     assert 1.0 <= launch.counters.global_load_sectors * 32 / stated < 1.1
     assert launch.counters.global_store_sectors * 32 == 4 * splits * n * d
+
+
+@pytest.mark.parametrize("d", [64, 320], ids=["narrow", "wide"])
+@pytest.mark.parametrize("m", [None, 128], ids=["square", "both directions"])
+def test_bounded_logits_take_fewer_instructions(gpu, m, d):
+    """One exponential for both sides' sums, forward and backward, down to a temperature of 0.046; two below."""
+    above, below = (
+        _launches(
+            gpu, case(128, m, d, torch.bfloat16, both_directions=m is not None, temperature=temperature)
+        )
+        for temperature in (0.046, 0.044)
+    )
+    for stem in (["fwd"] if m else []) + ["bwd" if d == 64 else "coefficient"]:
+        counted = [counters[f"contrastive_{stem}_kernel"].thread_instructions for counters in (above, below)]
+        assert counted[0] < 0.95 * counted[1], stem
