@@ -10,8 +10,8 @@
 // Traffic: the forward reads each operand once and writes 1 + 4 k numbers per row, the backward reads the
 //   operands once and writes the gradients that are needed once.
 // Memory: at most 3 rows of acc_t a thread.
-// A reduced loss of the values (`pair_loss`) knows the weight of each row at once: its gradients are made in
-//   the forward, while the row is there, and the operands read once.
+// A reduced loss of the values (`row_pairs_loss`) knows the weight of each row at once: its gradients are
+//   made in the forward, while the row is there, and the operands read once.
 // Numerics: in acc_t, sums of squares that leave its range again in double. A product of normalised rows is
 //   <x, y_k> r_x r_k, one pass for all three sums; for a distance x^ and y^_k are rounded before they are
 //   subtracted, so equal rows have the distance 0. Gradients are rounded once.
@@ -23,7 +23,6 @@
 #include <cmath>
 #include <vector>
 
-#include "../ops/row_pairs.h"
 #include "row_pairs.h"
 #include "rows.h"
 
@@ -221,31 +220,8 @@ std::tuple<Tensor, Tensor, Tensor> differentiate(const Tensor& grad_values, cons
   return {grads.tensors[0], grads.tensors[1], grads.tensors[2]};
 }
 
-// The loss of a value and its derivative.
-struct LossOfValue {
-  double loss, slope;
-};
+}  // namespace
 
-LossOfValue loss_of(PairRule rule, double value, double constant) {
-  switch (rule) {
-    case PairRule::kHinge: {
-      const double above = value + constant;
-      return above <= 0 ? LossOfValue{0, 0} : LossOfValue{above, 1};  // NaN stays
-    }
-    case PairRule::kCosine:
-      return {2 - 2 * value, -2};
-    case PairRule::kLogarithm:
-      return {-std::log(value + constant), -1 / (value + constant)};
-    case PairRule::kPower: {
-      if (value == 0) return {0, 0};
-      const double power = constant == 2 ? value * value : std::pow(value, constant);
-      return {power, constant * power / value};
-    }
-  }
-  TORCH_INTERNAL_ASSERT(false);
-}
-
-// values, saved
 std::tuple<Tensor, Tensor> row_pairs_fwd(const Tensor& x, const Tensor& y, const OptionalTensor& z,
                                          bool normalize, std::string_view measure) {
   check_row_pairs(x, y, z, measure);
@@ -255,7 +231,6 @@ std::tuple<Tensor, Tensor> row_pairs_fwd(const Tensor& x, const Tensor& y, const
   });
 }
 
-// grad_x, grad_y, grad_z; (0,) where none is needed
 std::tuple<Tensor, Tensor, Tensor> row_pairs_bwd(const Tensor& grad_values, const Tensor& x, const Tensor& y,
                                                  const OptionalTensor& z, const Tensor& saved, bool normalize,
                                                  std::string_view measure, bool x_needs_grad,
@@ -269,15 +244,13 @@ std::tuple<Tensor, Tensor, Tensor> row_pairs_bwd(const Tensor& grad_values, cons
   });
 }
 
-}  // namespace
-
-PairLoss pair_loss(const Tensor& x, const Tensor& y, const OptionalTensor& z, bool normalize, bool distance,
-                   PairRule rule, double constant, double share, std::array<bool, 3> needs_grad) {
+PairLoss row_pairs_loss(const Tensor& x, const Tensor& y, const OptionalTensor& z, bool normalize,
+                        bool distance, const PairRule& rule, double share, std::array<bool, 3> needs_grad) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const int64_t n = x.size(0);
   std::vector<double> losses(n);
   const Gradients grads(x, z ? 3 : 2, needs_grad);
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "pair_loss", [&] {
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "row_pairs_loss", [&] {
     const Pairs<scalar_t, scalar_t> pairs(x, y, z, normalize, distance);
     const auto out = grads.out<scalar_t>();
     const bool differentiate = out[0] || out[1] || out[2];
@@ -285,7 +258,7 @@ PairLoss pair_loss(const Tensor& x, const Tensor& y, const OptionalTensor& z, bo
       std::vector<scalar_t> scratch(pairs.scratch_size());
       Saved<scalar_t> saved[2];
       for (int64_t i = begin; i < end; ++i) {
-        const auto [loss, slope] = loss_of(rule, pairs.measure(i, scratch.data(), saved), constant);
+        const auto [loss, slope] = rule(pairs.measure(i, scratch.data(), saved));
         losses[i] = loss;
         if (differentiate) pairs.differentiate(i, scratch.data(), saved, share * slope, out.data(), distance);
       }

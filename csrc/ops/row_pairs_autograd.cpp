@@ -5,7 +5,7 @@
 #include <tuple>
 
 #include "autograd.h"
-#include "row_pairs_operators.h"
+#include "row_pairs.h"
 
 namespace ssl_kernels {
 namespace {
@@ -15,11 +15,27 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
+const auto& forward_op() {
+  using Op = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& y, const OptionalTensor& z,
+                                        bool normalize, std::string_view measure);
+  static const auto op = native_overload<Op>("ssl_kernels::row_pairs_fwd");
+  return op;
+}
+
+const auto& backward_op() {
+  using Op = std::tuple<Tensor, Tensor, Tensor>(const Tensor& grad_values, const Tensor& x, const Tensor& y,
+                                                const OptionalTensor& z, const Tensor& saved, bool normalize,
+                                                std::string_view measure, bool x_needs_grad,
+                                                bool y_needs_grad, bool z_needs_grad);
+  static const auto op = native_overload<Op>("ssl_kernels::row_pairs_bwd");
+  return op;
+}
+
 struct RowPairs : Function<RowPairs> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& y,
                                const OptionalTensor& z, bool normalize, std::string_view measure) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [values, saved] = row_pairs_forward_op().call(x, y, z, normalize, measure);
+    auto [values, saved] = forward_op().call(x, y, z, normalize, measure);
     ctx->save_for_backward(savable({x, y, z.value_or(Tensor()), saved}));
     ctx->saved_data["normalize"] = normalize;
     ctx->saved_data["measure"] = std::string(measure);
@@ -37,7 +53,7 @@ struct RowPairs : Function<RowPairs> {
     variable_list results(3);
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      std::tie(results[0], results[1], results[2]) = row_pairs_backward_op().call(
+      std::tie(results[0], results[1], results[2]) = backward_op().call(
           grads[0], saved[0], saved[1], z, saved[3], ctx->saved_data["normalize"].toBool(),
           ctx->saved_data["measure"].toStringRef(), needed[0], needed[1], needed[2]);
     }
@@ -55,7 +71,7 @@ std::tuple<Tensor, Tensor> row_pairs_fwd(const Tensor& x, const Tensor& y, const
       at::GradMode::is_enabled() && (x.requires_grad() || y.requires_grad() || (z && z->requires_grad()));
   if (!differentiate) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return row_pairs_forward_op().call(x, y, z, normalize, measure);
+    return forward_op().call(x, y, z, normalize, measure);
   }
   refuse_torch_func("row_pairs");
   const variable_list results = RowPairs::apply(x, y, z, normalize, measure);

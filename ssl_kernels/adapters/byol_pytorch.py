@@ -25,5 +25,5 @@ def cosine_loss_fn(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     if x.shape == y.shape and x.dtype == y.dtype in DTYPES and x.dim() > 1 and x.numel():
         rows = (part.reshape(-1, part.shape[-1]) for part in (x, y))
         options = {"normalize": True, "measure": "product", "reduction": "none", "caller": "cosine_loss_fn"}
-        return row_pairs_loss(*rows, factor=-2.0, offset=2.0, **options).view(x.shape[:-1])
+        return row_pairs_loss(*rows, factor=-2.0, constant=2.0, **options).view(x.shape[:-1])
     return 2 - 2 * (F.normalize(x, dim=-1) * F.normalize(y, dim=-1)).sum(-1)

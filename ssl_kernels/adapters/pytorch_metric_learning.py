@@ -113,7 +113,7 @@ def triplet_margins(rows, columns, triplets, margin, normalize=True, smooth=Fals
     options = {"normalize": normalize, "measure": "distance", "caller": "TripletMarginLoss"}
     if smooth:
         return F.softplus(row_pairs(*chosen, **options) + margin).to(accumulation_dtype(rows))
-    return row_pairs_loss(*chosen, offset=margin, hinge=True, reduction="none", **options)
+    return row_pairs_loss(*chosen, rule="hinge", constant=margin, reduction="none", **options)
 
 
 def __getattr__(name):

@@ -11,7 +11,7 @@ import torch
 from ssl_kernels.backends import choose_backend
 from ssl_kernels.checks import values_are_readable
 from ssl_kernels.constants import NORM_EPS
-from ssl_kernels.losses._shared import as_operand, may_be_one_node, native_pair_loss, reduce, unit_rows
+from ssl_kernels.losses._shared import as_operand, as_scalar, may_be_one_node, reduce, unit_rows
 from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func, savable
 from ssl_kernels.ops.row_pairs import row_pairs
 from ssl_kernels.reference.products import product
@@ -27,9 +27,9 @@ def row_pairs_loss(
     y,
     z=None,
     *,
+    rule="linear",
     factor=1.0,
-    offset=0.0,
-    hinge=False,
+    constant=0.0,
     normalize,
     measure,
     reduction,
@@ -37,31 +37,38 @@ def row_pairs_loss(
     backend=None,
     caller,
 ):
-    """Reduced losses factor · v_i + offset of the values v of `row_pairs`, with `hinge` of those the ones over 0.
+    """Reduced losses of the values v of `row_pairs`.
 
     Args:
         x, y, z, normalize, measure, backend, caller: As in `row_pairs`.
-        factor: A number.
-        offset: A number, or a tensor of one element, which gets its gradient.
+        rule: "linear", factor · v + constant; "hinge", max(0, that), of which the derivative at 0 is 0; "power",
+            v^constant of distances, at 0 with its gradient 0; or "logarithm", −log(v + constant).
+        factor: A number, for the first two.
+        constant: A number, or a tensor of one element, which gets its gradient.
         reduction, row_weights: As in `reduce`.
     """
-    # In the forward where its kernel has a rule for the loss: rows are then read once.
-    rule = (
-        "hinge" if hinge and factor == 1 else "cosine" if not hinge and factor == -2 and offset == 2 else None
-    )
-    if row_weights is None and rule is not None:
-        options = {"normalize": normalize, "measure": measure, "reduction": reduction, "caller": caller}
-        loss = native_pair_loss(rule, offset, x, y, z, backend=backend, **options)
-        if loss is not None:
-            return loss
-    plain = row_weights is None and not isinstance(offset, torch.Tensor) and values_are_readable(x, y)
-    if plain and may_be_one_node() and choose_backend("row_pairs", backend, caller, x, y) == "native":
-        return torch.ops.ssl_kernels.row_pairs_loss.native(
-            x, y, z, normalize, measure, factor, float(offset), hinge, reduction
-        )
+    rows = (x, y) if z is None else (x, y, z)
+    plain = row_weights is None and not isinstance(constant, torch.Tensor)
+    if plain and values_are_readable(*rows) and may_be_one_node(*rows):
+        if choose_backend("row_pairs", backend, caller, x, y) == "native":
+            return torch.ops.ssl_kernels.row_pairs_loss.native(
+                x, y, z, normalize, measure, rule, factor, float(constant), reduction, caller
+            )
     values = row_pairs(x, y, z, normalize=normalize, measure=measure, backend=backend, caller=caller)
-    losses = (values if factor == 1 else values * factor) + as_operand(offset, x)
-    return reduce(torch.relu(losses) if hinge else losses, reduction, x, row_weights)
+    if rule == "power":
+        apart = values != 0
+        losses = (values.where(apart, 1) ** _exponent(constant, x)).where(apart, 0)
+    elif rule == "logarithm":
+        losses = -(values + constant).log()
+    else:
+        losses = (values if factor == 1 else values * factor) + as_operand(constant, x)
+        losses = torch.relu(losses) if rule == "hinge" else losses
+    return reduce(losses, reduction, x, row_weights)
+
+
+def _exponent(alpha, x):
+    """torch.compile would make a graph of each number that is a power."""
+    return as_scalar(alpha, x) if isinstance(alpha, torch.Tensor) or torch.compiler.is_compiling() else alpha
 
 
 class Groups(NamedTuple):

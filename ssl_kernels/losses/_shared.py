@@ -7,7 +7,6 @@ import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 
 from ssl_kernels.backends import MULTIPLIES_BFLOAT16, choose_backend
-from ssl_kernels.checks import values_are_readable
 from ssl_kernels.ops.library import accumulation_dtype, savable
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -76,21 +75,6 @@ def native_row_losses(rule, inputs, reduction, like, row_weights=None, constants
         rule, inputs, constants, "none" if of_rows else reduction, like.dtype == torch.float64
     )
     return reduce(loss, reduction, like, row_weights) if of_rows else loss
-
-
-def native_pair_loss(rule, constant, x, y, z=None, *, normalize, measure, reduction, backend, caller):
-    """The reduced loss that a rule of `pair_loss.native` makes of `row_pairs`, or None where it does not stand for the
-    operators: its gradients are made in the forward, in the dtype of the rows."""
-    rows = (x, y) if z is None else (x, y, z)
-    if reduction == "none" or isinstance(constant, torch.Tensor) or x.dtype.itemsize < 4:
-        return None
-    if not values_are_readable(*rows) or not may_be_one_node(*rows):
-        return None
-    if choose_backend("row_pairs", backend, caller, x, y) != "native":
-        return None
-    return torch.ops.ssl_kernels.pair_loss.native(
-        x, y, z, normalize, measure, rule, float(constant), reduction == "mean", caller
-    )
 
 
 def as_scalar(value, like):

@@ -4,8 +4,8 @@ import torch
 
 from ssl_kernels.checks import check_embeddings, check_reduction, check_same_rows, check_scalar
 from ssl_kernels.losses._module import Loss
-from ssl_kernels.losses._shared import as_scalar, native_pair_loss, reduce, widest_under_autocast
-from ssl_kernels.ops.row_pairs import row_pairs
+from ssl_kernels.losses._rows import row_pairs_loss
+from ssl_kernels.losses._shared import widest_under_autocast
 
 OP = "alignment_loss"
 
@@ -47,22 +47,11 @@ def alignment_loss(
     check_same_rows(OP, x=x, y=y)
     check_scalar(OP, "alpha", alpha, x, positive=True)
     check_reduction(OP, reduction)
-    options = {"normalize": normalize, "measure": "distance", "backend": backend, "caller": OP}
-    loss = native_pair_loss("power", alpha, x, y, reduction=reduction, **options)
-    if loss is not None:
-        return loss
-    distance = row_pairs(x, y, **options)
-    apart = distance != 0
-    loss = (distance.where(apart, 1) ** _exponent(alpha, x)).where(apart, 0)
-    return reduce(loss, reduction, x)
+    options = {"normalize": normalize, "measure": "distance", "reduction": reduction, "backend": backend}
+    return row_pairs_loss(x, y, rule="power", constant=alpha, **options, caller=OP)
 
 
 alignment_loss.operation = "row_pairs"
-
-
-def _exponent(alpha, x):
-    """torch.compile would make a graph of each number that is a power."""
-    return as_scalar(alpha, x) if isinstance(alpha, torch.Tensor) or torch.compiler.is_compiling() else alpha
 
 
 class AlignmentLoss(Loss):

@@ -52,7 +52,7 @@ def byol_loss(
         prediction,
         target.detach(),
         factor=-2.0,
-        offset=2.0,
+        constant=2.0,
         normalize=normalize,
         measure="product",
         reduction=reduction,

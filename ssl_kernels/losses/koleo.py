@@ -5,9 +5,8 @@ import torch
 from ssl_kernels.backends import choose_backend
 from ssl_kernels.checks import check_embeddings, check_least_rows, check_reduction
 from ssl_kernels.losses._module import Loss
-from ssl_kernels.losses._shared import native_pair_loss, reduce
+from ssl_kernels.losses._rows import row_pairs_loss
 from ssl_kernels.ops.batch_hard import batch_hard
-from ssl_kernels.ops.row_pairs import row_pairs
 
 OP = "koleo_loss"
 EPSILON = 1e-8
@@ -49,12 +48,8 @@ def koleo_loss(
     _, nearest = batch_hard(embeddings, labels, normalize=normalize, backend=chosen, caller=OP)
     # Where a row holds a NaN, no row may be nearest: its own distance is then NaN as well.
     neighbours = embeddings.index_select(0, nearest.where(nearest >= 0, labels))
-    options = {"normalize": normalize, "measure": "distance", "backend": backend, "caller": OP}
-    loss = native_pair_loss("logarithm", EPSILON, embeddings, neighbours, reduction=reduction, **options)
-    if loss is not None:
-        return loss
-    distance = row_pairs(embeddings, neighbours, **options)
-    return reduce(-(distance + EPSILON).log(), reduction, embeddings)
+    options = {"normalize": normalize, "measure": "distance", "reduction": reduction, "backend": backend}
+    return row_pairs_loss(embeddings, neighbours, rule="logarithm", constant=EPSILON, **options, caller=OP)
 
 
 koleo_loss.operation = "batch_hard"

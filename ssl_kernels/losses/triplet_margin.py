@@ -57,8 +57,8 @@ def triplet_margin_loss(
     check_choice(OP, "distance", distance, *DISTANCES)
     check_reduction(OP, reduction)
     options = {
-        "offset": margin,
-        "hinge": True,
+        "constant": margin,
+        "rule": "hinge",
         "normalize": normalize,
         "reduction": reduction,
         "backend": backend,

@@ -15,7 +15,6 @@ REACHED = (
     "row_pairs",
     "row_pairs_loss",
     "paired_logits",
-    "native_pair_loss",
     "as_one_node",
 )
 

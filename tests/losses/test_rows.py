@@ -44,8 +44,8 @@ def test_is_the_formula(backend, seeds, measure, hinge, reduction):
     found = row_pairs_loss(
         *operands,
         factor=factor,
-        offset=offset,
-        hinge=hinge,
+        constant=offset,
+        rule="hinge" if hinge else "linear",
         **OPTIONS | {"normalize": normalize, "measure": measure, "reduction": reduction},
         backend=backend,
     )
@@ -71,7 +71,7 @@ def test_narrow_rows_have_float32_losses_and_gradients_of_their_dtype(dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_hinge_at_zero_has_no_gradient_and_nan_stays(backend):
     x, y = torch.tensor([[2.0, 0.0]], requires_grad=True), torch.tensor([[0.5, 0.0]])
-    options = {"offset": -1.0, "hinge": True, **OPTIONS, "backend": backend}
+    options = {"constant": -1.0, "rule": "hinge", **OPTIONS, "backend": backend}
     loss = row_pairs_loss(x, y, **options)
     assert loss == 0 and not torch.autograd.grad(loss, x)[0].any()
     assert row_pairs_loss(x, y * torch.nan, **options).isnan()
@@ -79,13 +79,13 @@ def test_a_hinge_at_zero_has_no_gradient_and_nan_stays(backend):
 
 def test_is_one_node_where_that_can_be():
     x, y = rows(0, 1)
-    assert "PairLoss" in byol_loss(x, y).grad_fn.name()
-    assert "RowPairsLoss" in byol_loss(x, y, reduction="none").grad_fn.name()
-    assert "PairLoss" not in byol_loss(x, y, backend="chunked").grad_fn.name()
-    assert "PairLoss" not in byol_loss(x, y, row_weights=weights()).grad_fn.name()
+    for reduction in ("mean", "none"):
+        assert "RowPairsLoss" in byol_loss(x, y, reduction=reduction).grad_fn.name()
+    assert "RowPairsLoss" not in byol_loss(x, y, backend="chunked").grad_fn.name()
+    assert "RowPairsLoss" not in byol_loss(x, y, row_weights=weights()).grad_fn.name()
     with Passing():
         composed = byol_loss(x, y)
-    assert "PairLoss" not in composed.grad_fn.name()
+    assert "RowPairsLoss" not in composed.grad_fn.name()
     torch.testing.assert_close(composed, byol_loss(x, y))
     (gradient,) = torch.autograd.grad(byol_loss(x, y), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r'backend "native" has no second derivative'):
