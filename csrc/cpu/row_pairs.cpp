@@ -40,22 +40,25 @@ struct Saved {
 // An operand with neighbouring elements in memory.
 template <class scalar_t>
 struct Operand {
-  explicit Operand(const Tensor& rows)
+  explicit Operand(const Tensor& rows, const int64_t* index = nullptr)
       : tensor(rows.size(1) == 1 || rows.stride(1) == 1 ? rows : rows.contiguous()),
         data(tensor.const_data_ptr<scalar_t>()),
-        stride(tensor.stride(0)) {}
-  const scalar_t* row(int64_t i) const { return data + i * stride; }
+        stride(tensor.stride(0)),
+        index(index) {}
+  const scalar_t* row(int64_t i) const { return data + (index && index[i] >= 0 ? index[i] : i) * stride; }
   Tensor tensor;
   const scalar_t* data;
   int64_t stride;
+  const int64_t* index;  // of the row that stands for each, if not itself
 };
 
 // The pairs of a row with one other or two.
 template <class scalar_t, class acc_t>
 class Pairs {
  public:
-  Pairs(const Tensor& x, const Tensor& y, const OptionalTensor& z, bool normalize, bool distance)
-      : operands_{Operand<scalar_t>(x), Operand<scalar_t>(y)},
+  Pairs(const Tensor& x, const Tensor& y, const OptionalTensor& z, bool normalize, bool distance,
+        const int64_t* index = nullptr)
+      : operands_{Operand<scalar_t>(x), Operand<scalar_t>(y, index)},
         d_(x.size(1)),
         normalize_(normalize),
         distance_(distance) {
@@ -249,9 +252,11 @@ PairLoss row_pairs_loss(const Tensor& x, const Tensor& y, const OptionalTensor& 
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const int64_t n = x.size(0);
   std::vector<double> losses(n);
-  const Gradients grads(x, z ? 3 : 2, needs_grad);
+  const int64_t* const index = y.scalar_type() == at::kLong ? y.const_data_ptr<int64_t>() : nullptr;
+  if (index) needs_grad[1] = needs_grad[0];
+  Gradients grads(x, z ? 3 : 2, needs_grad);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "row_pairs_loss", [&] {
-    const Pairs<scalar_t, scalar_t> pairs(x, y, z, normalize, distance);
+    const Pairs<scalar_t, scalar_t> pairs(x, index ? x : y, z, normalize, distance, index);
     const auto out = grads.out<scalar_t>();
     const bool differentiate = out[0] || out[1] || out[2];
     at::parallel_for(0, n, rows_per_task(x.size(1)), [&](int64_t begin, int64_t end) {
@@ -263,6 +268,11 @@ PairLoss row_pairs_loss(const Tensor& x, const Tensor& y, const OptionalTensor& 
         if (differentiate) pairs.differentiate(i, scratch.data(), saved, share * slope, out.data(), distance);
       }
     });
+    if (!index || !differentiate) return;
+    for (int64_t i = 0, d = x.size(1); i < n; ++i)  // by one thread: rows may stand for several
+      tile_math<scalar_t>().add_scaled(out[0] + (index[i] < 0 ? i : index[i]) * d, out[1] + i * d,
+                                       scalar_t(1), d);
+    grads.tensors[1] = at::Tensor();
   });
   double sum = 0;
   for (const double loss : losses) sum += loss;

@@ -43,7 +43,8 @@ struct PairLoss {
   std::array<at::Tensor, 3> grads;  // by x, y and z, (0,) where none is needed
 };
 
-// x, y and z (N, D) float32 or float64, of one dtype; distance: the measure.
+// x, y and z (N, D) float32 or float64, of one dtype; distance: the measure. Without z, y may also be (N,)
+// int64: the rows of x that stand for its rows, of which -1 is a row's own. x then gets both gradients.
 PairLoss row_pairs_loss(const at::Tensor& x, const at::Tensor& y, const OptionalTensor& z, bool normalize,
                         bool distance, const PairRule& rule, double share, std::array<bool, 3> needs_grad);
 

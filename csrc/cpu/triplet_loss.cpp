@@ -28,15 +28,13 @@
 #include <torch/library.h>
 
 #include <cmath>
-#include <initializer_list>
 #include <string>
 #include <string_view>
 #include <tuple>
 #include <vector>
 
-#include "../ops/autograd.h"
-#include "../ops/readable.h"
 #include "rows.h"
+#include "triplet.h"
 
 namespace ssl_kernels::cpu {
 namespace {
@@ -74,18 +72,6 @@ struct Measured {
   double to_positive, to_negative, slope;
 };
 
-// The loss and, in `triplet`, its derivative, as F.relu and F.logsigmoid have them at 0 and for NaN.
-double hinge(double gap, double margin, bool soft, Measured& triplet) {
-  if (soft) {
-    const double e = std::exp(-std::abs(gap));
-    triplet.slope = (gap >= 0 ? 1 : e) / (1 + e);
-    return std::isnan(gap) ? gap : std::max(gap, 0.) + std::log1p(e);
-  }
-  const double loss = gap + margin;
-  triplet.slope = loss <= 0 ? 0 : 1;
-  return loss <= 0 ? 0 : loss;
-}
-
 template <class acc_t>
 Measured measured(const acc_t* x, int64_t d, int64_t i, int64_t p, int64_t n, bool cosine) {
   const auto& math = tile_math<acc_t>();
@@ -115,7 +101,8 @@ Forward forward(const Tensor& embeddings, const Triplets& triplets, double margi
       if (!triplets.has(t)) continue;
       each[t] = measured(x, d, triplets.anchor_of(t), triplets.positive_of(t), triplets.negative_of(t),
                          options.cosine);
-      losses[t] = hinge(each[t].to_positive - each[t].to_negative, margin, options.soft, each[t]);
+      const auto made = loss_of_gap(each[t].to_positive - each[t].to_negative, margin, options.soft);
+      losses[t] = made.loss, each[t].slope = made.slope;
     }
   });
   const auto acc = embeddings.options().dtype(c10::CppTypeToScalarType<acc_t>::value);
@@ -264,15 +251,6 @@ struct TripletLoss : Function<TripletLoss> {
   }
 };
 
-void check_readable(const Tensor& embeddings, std::initializer_list<const Tensor*> others,
-                    const Tensor& margin) {
-  bool readable = can_be_read(embeddings) && can_be_read(margin) && margin.dim() == 0;
-  for (const Tensor* other : others) readable = readable && can_be_read(*other);
-  TORCH_CHECK(readable,
-              "triplet_loss: embeddings, labels or indices, and a margin without dimensions must be on cpu");
-  refuse_forward_mode("triplet_loss", {&embeddings, &margin});
-}
-
 Tensor differentiated(const Tensor& embeddings, const Tensor& margin, const Triplets& triplets,
                       const Options& options) {
   if (!at::GradMode::is_enabled() || !(embeddings.requires_grad() || margin.requires_grad()))
@@ -283,7 +261,7 @@ Tensor differentiated(const Tensor& embeddings, const Tensor& margin, const Trip
 
 Tensor triplet_loss(const Tensor& embeddings, const Tensor& labels, const Tensor& margin, bool soft,
                     bool normalize, std::string_view distance, std::string_view reduction) {
-  check_readable(embeddings, {&labels}, margin);
+  check_triplets_readable(embeddings, {&labels}, margin);
   using Mine = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, bool, std::string_view);
   static const auto batch_hard = native_overload<Mine>("ssl_kernels::batch_hard");
   Triplets triplets;
@@ -310,7 +288,7 @@ Tensor checked_indices(const Tensor& indices, int64_t n) {
 Tensor given_triplets(const Tensor& embeddings, const Tensor& anchor, const Tensor& positive,
                       const Tensor& negative, const Tensor& margin, bool normalize, std::string_view distance,
                       std::string_view reduction) {
-  check_readable(embeddings, {&anchor, &positive, &negative}, margin);
+  check_triplets_readable(embeddings, {&anchor, &positive, &negative}, margin);
   TORCH_CHECK(embeddings.dim() == 2 && embeddings.size(1) > 0 && anchor.dim() == 1 && anchor.numel() > 0 &&
                   positive.sizes() == anchor.sizes() && negative.sizes() == anchor.sizes(),
               "triplet_loss: embeddings must have shape (N, D), and anchor, positive and negative (T,)");

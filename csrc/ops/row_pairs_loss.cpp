@@ -98,7 +98,8 @@ struct RowPairsLoss : Function<RowPairsLoss> {
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       if (grad.dim() == 0 && is_wide(x)) {
-        for (int k = 0; k < 3; ++k) made[k] = made_weighted(kept[3 + k], grad.item<double>());
+        for (int k = 0; k < 3; ++k)
+          if (kept[3 + k].defined()) made[k] = made_weighted(kept[3 + k], grad.item<double>());
       } else {
         const auto by_values = x.scalar_type() == at::kDouble ? weighted<double> : weighted<float>;
         std::tie(made[0], made[1], made[2]) = cpu::row_pairs_bwd(
@@ -117,9 +118,13 @@ struct RowPairsLoss : Function<RowPairsLoss> {
 Tensor row_pairs_loss(const Tensor& x, const Tensor& y, const OptionalTensor& z, bool normalize,
                       std::string_view measure, std::string_view rule, double factor, double constant,
                       std::string_view reduction, std::string_view caller) {
-  check_row_pairs(x, y, z, measure);
+  const bool by_index = y.scalar_type() == at::kLong;
+  check_row_pairs(x, by_index ? x : y, z, measure);
   TORCH_CHECK(can_be_read(x) && can_be_read(y) && (!z || can_be_read(*z)),
               "row_pairs_loss: x, y and z must be readable on the cpu");
+  TORCH_CHECK(!by_index || (is_wide(x) && reduction != "none" && !z && y.dim() == 1 && y.is_contiguous() &&
+                            y.size(0) == x.size(0)),
+              "row_pairs_loss: y of indices must be (N,), for a reduced loss of float32 or float64 rows");
   const std::string name(caller), of(measure), how(reduction);
   refuse_forward_mode(name.c_str(), {&x, &y, z ? &*z : nullptr});
   const auto by = rule_of(rule, factor, constant);
@@ -130,8 +135,8 @@ Tensor row_pairs_loss(const Tensor& x, const Tensor& y, const OptionalTensor& z,
 }
 
 TORCH_LIBRARY_FRAGMENT(ssl_kernels, library) {
-  // rule: "linear", "hinge", "power" or "logarithm" (cpu/row_pairs.h). caller: named in errors. The result is
-  // in the accumulation dtype of x, (N,) for the reduction "none".
+  // y: also of indices (cpu/row_pairs.h, which has the rules "linear", "hinge", "power" and "logarithm" too).
+  // caller: named in errors. The result is in the accumulation dtype of x, (N,) for the reduction "none".
   library.def(
       "row_pairs_loss.native(Tensor x, Tensor y, Tensor? z, bool normalize, str measure, str rule,"
       " float factor, float constant, str reduction, str caller) -> Tensor",

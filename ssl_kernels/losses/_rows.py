@@ -40,7 +40,8 @@ def row_pairs_loss(
     """Reduced losses of the values v of `row_pairs`.
 
     Args:
-        x, y, z, normalize, measure, backend, caller: As in `row_pairs`.
+        x, y, z, normalize, measure, backend, caller: As in `row_pairs`; without z, y may also be (N,) int64, the rows
+            of x that stand for its rows, of which −1 is a row's own.
         rule: "linear", factor · v + constant; "hinge", max(0, that), of which the derivative at 0 is 0; "power",
             v^constant of distances, at 0 with its gradient 0; or "logarithm", −log(v + constant).
         factor: A number, for the first two.
@@ -49,11 +50,14 @@ def row_pairs_loss(
     """
     rows = (x, y) if z is None else (x, y, z)
     plain = row_weights is None and not isinstance(constant, torch.Tensor)
-    if plain and values_are_readable(*rows) and may_be_one_node(*rows):
-        if choose_backend("row_pairs", backend, caller, x, y) == "native":
-            return torch.ops.ssl_kernels.row_pairs_loss.native(
-                x, y, z, normalize, measure, rule, factor, float(constant), reduction, caller
-            )
+    is_node = plain and values_are_readable(*rows) and may_be_one_node(*rows)
+    is_node = is_node and choose_backend("row_pairs", backend, caller, x) == "native"
+    if y.dtype == torch.int64 and not (is_node and reduction != "none" and x.dtype.itemsize >= 4):
+        y = x.index_select(0, y.where(y >= 0, torch.arange(y.shape[0], device=y.device)))
+    if is_node:
+        return torch.ops.ssl_kernels.row_pairs_loss.native(
+            x, y, z, normalize, measure, rule, factor, float(constant), reduction, caller
+        )
     values = row_pairs(x, y, z, normalize=normalize, measure=measure, backend=backend, caller=caller)
     if rule == "power":
         apart = values != 0

@@ -46,10 +46,9 @@ def koleo_loss(
     labels = torch.arange(embeddings.shape[0], device=embeddings.device)
     chosen = choose_backend("batch_hard", backend, OP, embeddings, labels)
     _, nearest = batch_hard(embeddings, labels, normalize=normalize, backend=chosen, caller=OP)
-    # Where a row holds a NaN, no row may be nearest: its own distance is then NaN as well.
-    neighbours = embeddings.index_select(0, nearest.where(nearest >= 0, labels))
+    # Where a row holds a NaN, no row may be nearest: −1, its own distance, which is then NaN as well.
     options = {"normalize": normalize, "measure": "distance", "reduction": reduction, "backend": backend}
-    return row_pairs_loss(embeddings, neighbours, rule="logarithm", constant=EPSILON, **options, caller=OP)
+    return row_pairs_loss(embeddings, nearest, rule="logarithm", constant=EPSILON, **options, caller=OP)
 
 
 koleo_loss.operation = "batch_hard"

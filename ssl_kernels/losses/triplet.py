@@ -78,19 +78,21 @@ def triplet_loss(
     check_choice(op, "distance", distance, *DISTANCES)
     check_reduction(op, reduction)
     chosen = choose_backend("batch_hard", backend, op, embeddings, labels)
+    summed = reduction != "none"
+    is_native = chosen == "native" and values_are_readable(embeddings, labels, *_tensors(margin))
+    if is_native and (summed or mining == "batch_hard"):
+        soft = isinstance(margin, str)
+        by = as_scalar(margin, embeddings) if _tensors(margin) else _number(0.0 if soft else margin)
+        node = torch.ops.ssl_kernels.triplet_loss
+        run = node.native if mining == "batch_hard" else node.semi_hard
+        return run(embeddings, labels, by, soft, normalize, distance, reduction)
     if mining == "semi_hard":
-        summed = reduction != "none"
         losses, triplets = semi_hard_losses(
             embeddings, labels, margin, distance, normalize, chosen, summed=summed
         )
         if reduction == "mean":
             return (losses / triplets.clamp_min(1)).to(accumulation_dtype(embeddings))
         return reduce(losses, reduction, embeddings)
-    if chosen == "native" and values_are_readable(embeddings, labels, *_tensors(margin)):
-        soft = isinstance(margin, str)
-        by = as_scalar(margin, embeddings) if _tensors(margin) else _number(0.0 if soft else margin)
-        options = soft, normalize, distance, reduction
-        return torch.ops.ssl_kernels.triplet_loss.native(embeddings, labels, by, *options)
     indices = batch_hard(
         embeddings,
         labels,

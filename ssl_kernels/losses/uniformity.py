@@ -4,7 +4,7 @@ import torch
 
 from ssl_kernels.checks import check_embeddings, check_least_rows, check_scalar
 from ssl_kernels.losses._module import Loss
-from ssl_kernels.losses._shared import as_scalar
+from ssl_kernels.losses._shared import as_scalar, logarithm, takes_row_losses
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
 
@@ -45,16 +45,21 @@ def uniformity_loss(
     check_embeddings(OP, embeddings=embeddings)
     check_least_rows(OP, "embeddings", embeddings, 2, "so that there is a pair")
     check_scalar(OP, "t", t, embeddings, positive=True)
-    scale = 2 * as_scalar(t, embeddings)
-    own = -scale  # of both rows of a pair
-    added = {}
-    if not normalize:
-        own = -0.5 * scale * embeddings.to(scale.dtype).square().sum(1)
-        added = {"column_bias": own, "normalize_rows": False}
-    lse = contrastive(embeddings, None, scale, **added, backend=backend, caller=OP).lse
-    n = embeddings.shape[0]
-    pairs = as_scalar(1.0, embeddings).double() * n * (n - 1)
-    return ((lse + own).logsumexp(0) - pairs.log()).to(accumulation_dtype(embeddings))
+    is_number = not (isinstance(t, torch.Tensor) or torch.compiler.is_compiling())
+    scale = as_scalar(2 * t, embeddings)
+    own = -2 * t if is_number else -scale  # of the squared lengths of both rows of a pair
+    if normalize:
+        lse = contrastive(embeddings, None, scale, backend=backend, caller=OP).lse
+    else:
+        bias = 0.5 * own * embeddings.to(scale.dtype).square().sum(1)
+        lse = contrastive(
+            embeddings, None, scale, column_bias=bias, normalize_rows=False, backend=backend, caller=OP
+        ).lse
+        lse, own = lse + bias, 0.0
+    constant = own - logarithm(embeddings.shape[0] * (embeddings.shape[0] - 1), embeddings)
+    if is_number and takes_row_losses(backend, OP, embeddings, lse):
+        return torch.ops.ssl_kernels.log_sum_exp.native(lse, constant, embeddings.dtype == torch.float64)
+    return (lse.logsumexp(0) + constant).to(accumulation_dtype(embeddings))
 
 
 uniformity_loss.operation = "contrastive"

@@ -103,3 +103,41 @@ def test_the_rule_of_a_softmax_is_not_below_zero_and_leaves_out_empty_sums():
     found.backward(torch.tensor([2.0, 3.0, 5.0, 7.0], dtype=torch.float64))
     assert lse.grad.tolist()[:3] == [2.0, 3.0, 0.0]
     assert logit.grad.tolist()[:3] == bias.grad.tolist()[:3] == [-2.0, -3.0, 0.0]
+
+
+def test_log_sum_exp_is_that_of_torch():
+    for values in (
+        [0.3],
+        [1e3, 1e3 - 2, -1e3],
+        [-torch.inf, 2.0],
+        [torch.inf, 2.0],
+        [torch.nan, 2.0],
+        [-torch.inf],
+    ):
+        x = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+        found = torch.ops.ssl_kernels.log_sum_exp.native(x, 0.25, True)
+        expected = x.logsumexp(0) + 0.25
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=0, equal_nan=True)
+        if expected.isfinite():
+            torch.testing.assert_close(*(torch.autograd.grad(-3 * y, x)[0] for y in (found, expected)))
+    assert torch.ops.ssl_kernels.log_sum_exp.native(x, 0.25, False).dtype == torch.float32
+    x = torch.rand(3, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(
+        torch.ops.ssl_kernels.log_sum_exp.native(x, 0.0, True), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.sum().backward()
+
+
+def test_rows_of_x_itself_get_both_gradients():
+    """-1 is the row itself, a row may stand for several, and what is not one node gathers them."""
+    (x,) = rows(0)
+    index = torch.tensor([1, 0, 1, 1, -1, 8, 2, 2, 0])
+    options = {"rule": "logarithm", "constant": 0.5, **OPTIONS, "measure": "distance"}
+    found = [row_pairs_loss(x, index, **options | {"backend": backend}) for backend in BACKENDS]
+    y = x[index.where(index >= 0, torch.arange(9))]
+    expected = -((x - y).square().sum(1) + 1e-300).sqrt().add(0.5).log().mean()
+    (truth,) = torch.autograd.grad(2 * expected, x)
+    for loss in (*found, row_pairs_loss(x, index, **options | {"reduction": "none"}).mean()):
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(2 * loss, x)[0], truth)

@@ -223,17 +223,19 @@ def test_memory_is_far_from_the_matrix_of_distances(backend):
 @every_distance
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_semi_hard_in_blocks_is_the_reference(distance, reduction, monkeypatch):
-    """A sum makes its gradients in forward, each anchor's loss in backward; 7 classes of 1 to 12 rows, two rows equal
-    and two nearly."""
+    """A sum makes its gradients in forward, each anchor's loss in backward; 7 classes of 1 to 12 rows, two rows equal,
+    of which either may be the negative, and two nearly."""
     monkeypatch.setattr(_semi_hard, "PAIRS_PER_BLOCK", 100)
     x, labels = random_rows(33, 6, torch.float64), labels_of(33, 7)
     x[3], x[5] = x[4], x[6] + 1e-4
     weights = random_rows(33, 1, torch.float64)[:, 0] if reduction == "none" else torch.tensor(0.7).double()
     found = []
     for dtype, backend in (
-        (torch.float32, "chunked"),
-        (torch.float64, "chunked"),
         (torch.float64, "reference"),
+        (torch.float64, "chunked"),
+        (torch.float64, "native"),
+        (torch.float32, "chunked"),
+        (torch.float32, "native"),
     ):
         rows, margin = x.to(dtype).requires_grad_(), torch.tensor(0.3, dtype=dtype, requires_grad=True)
         options = {"mining": "semi_hard", "distance": distance, "reduction": reduction, "backend": backend}
@@ -241,9 +243,71 @@ def test_semi_hard_in_blocks_is_the_reference(distance, reduction, monkeypatch):
         gradients = torch.autograd.grad(loss, (rows, margin), weights.to(loss.dtype), retain_graph=True)
         again = torch.autograd.grad(loss, (rows, margin), weights.to(loss.dtype))
         torch.testing.assert_close(again, gradients, rtol=0, atol=0)
+        gradients[0][3] += gradients[0][4]
+        gradients[0][4] = 0
         found.append([each.double() for each in (loss, *gradients)])
-    torch.testing.assert_close(found[1], found[2], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-4)
+    for ours, tolerance in zip(found[1:], (1e-9, 1e-9, 1e-4, 1e-4), strict=True):
+        torch.testing.assert_close(ours, found[0], rtol=tolerance, atol=tolerance)
+
+
+@every_distance
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("margin", [0.3, "soft"])
+@pytest.mark.parametrize("n, classes", [(1, 1), (5, 1), (4, 4), (40, 2), (600, 150)])
+def test_semi_hard_in_one_node_is_the_reference(n, classes, margin, normalize, distance):
+    """Up to 600 rows, which are two blocks, with every number of threads the same bit for bit."""
+    x, labels = random_rows(n, 5, torch.float64).requires_grad_(), labels_of(n, classes)
+    options = {"mining": "semi_hard", "distance": distance, "normalize": normalize, "reduction": "sum"}
+    expected = triplet_loss(x, labels, margin, backend="reference", **options)
+    truth = torch.autograd.grad(3 * expected, x)[0]
+    found, threads = [], torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        loss = triplet_loss(x, labels, margin, backend="native", **options)
+        assert "SemiHard" in loss.grad_fn.name()
+        found += [loss.detach(), torch.autograd.grad(3 * loss, x)[0]]
+    torch.set_num_threads(threads)
+    assert same_bits(found[0], found[2]) and same_bits(found[1], found[3])
+    torch.testing.assert_close(found[0], expected.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found[1], truth, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        assert same_bits(triplet_loss(x, labels, margin, backend="native", **options), found[0])
+
+
+@every_distance
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_semi_hard_of_narrow_rows_rounds_the_gradient_once(dtype, distance):
+    x, labels = random_rows(24, 6, dtype).requires_grad_(), labels_of(24, 6)
+    wide = x.detach().double().requires_grad_()
+    losses = [triplet_loss(y, labels, mining="semi_hard", distance=distance) for y in (x, wide)]
+    (ours,), (truth,) = (
+        torch.autograd.grad(1024 * loss, y) for loss, y in zip(losses, (x, wide), strict=True)
+    )
+    assert losses[0].dtype == torch.float32 and ours.dtype == dtype
+    torch.testing.assert_close(losses[0].double(), losses[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.double(), truth, rtol=2 * torch.finfo(dtype).eps, atol=0.01)
+
+
+def test_semi_hard_of_rows_that_are_not_finite_or_far_from_1():
+    """A NaN is a negative only of anchors for which no other row is left; lengths whose squares leave float32."""
+    x, labels = random_rows(8, 4, torch.float64), torch.tensor([0, 0, 1, 1, 2, 2, 2, 3])
+    broken = x.clone()
+    broken[7, 1] = torch.nan
+    options = {"mining": "semi_hard", "normalize": False, "backend": "native"}
+    assert triplet_loss(broken, labels, **options).isnan()
+    assert triplet_loss(10 * x, labels, **options).isfinite()
+    near = torch.cat(
+        (x[:4], 100 + x[4:7], broken[7:])
+    )  # of which each of the first four has a farther negative
+    assert triplet_loss(near[[0, 1, 2, 3, 4, 7]], torch.tensor([0, 0, 1, 1, 2, 3]), **options).isfinite()
+    broken[1, 0] = torch.nan
+    assert triplet_loss(broken, labels, mining="semi_hard").isnan()
+    for factor in (1e-25, 1e25):
+        far = (x.float() * factor).requires_grad_()
+        loss = triplet_loss(far, labels, 0.0, mining="semi_hard", normalize=False)
+        expected = triplet_loss(far.detach().double(), labels, 0.0, mining="semi_hard", normalize=False)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+        assert torch.autograd.grad(loss, far)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -252,7 +316,7 @@ def test_semi_hard_refuses_a_second_derivative(reduction):
     loss = triplet_loss(x, labels_of(9, 3), mining="semi_hard", reduction=reduction).sum()
     (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(
-        RuntimeError, match='"semi_hard" has no second derivative; backend="reference" has one'
+        RuntimeError, match=r'^triplet_loss: .* has no second derivative; backend="reference" has one'
     ):
         gradient.sum().backward()
 
