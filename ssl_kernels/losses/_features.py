@@ -23,6 +23,8 @@ from ssl_kernels.losses._shared import as_scalar, widest_under_autocast
 from ssl_kernels.ops.library import accumulation_dtype, all_savable, refuse_torch_func
 from ssl_kernels.ops.operation import once
 
+ELEMENTS_PER_BLOCK = 1 << 17  # 512 KB in float32, of each view
+
 
 def checked_views(op, z0, z1, weights, eps, reduction, group, backend):
     """What the losses of features have in common: their checks, and how the call runs.
@@ -58,11 +60,40 @@ def summed(tensor, group):
     return all_reduce(tensor, group)
 
 
+def _mean(rows, count, group):
+    """The mean of the rows of all ranks, in the accumulation dtype."""
+    return summed(rows.sum(0, dtype=accumulation_dtype(rows)), group) / count
+
+
 def _centred(rows, count, group):
     """(rows less their mean, the mean), in the accumulation dtype."""
-    rows = rows.to(accumulation_dtype(rows))
-    mean = summed(rows.sum(0), group) / count
+    mean = _mean(rows, count, group)
     return rows - mean, mean
+
+
+def _blocks(rows):
+    """Slices of the rows. On the CPU what is made of a block stays in a cache, where whole tensors would be fetched
+    from the system page by page. A matrix of more features than that is not to be gone through for each block, and few
+    rows are not worth it."""
+    n, d = rows.shape
+    size = max(256, ELEMENTS_PER_BLOCK // d)
+    if torch.compiler.is_compiling() or not rows.is_cpu or d > 1024 or n < 4 * size:
+        return [slice(0, n)]
+    return [slice(begin, begin + size) for begin in range(0, n, size)]
+
+
+def _joined(make, rows, needs):
+    """What make(block) returns, two times rows in any dtype, one block below the other in the dtype of `rows`; (0,)
+    where not needed."""
+    blocks = _blocks(rows)
+    if len(blocks) == 1:
+        return tuple(made.to(rows.dtype) for made in make(blocks[0]))
+    joined = tuple(rows.new_empty(rows.shape if need else 0) for need in needs)
+    for block in blocks:
+        for whole, part, need in zip(joined, make(block), needs, strict=True):
+            if need:
+                whole[block] = part
+    return joined
 
 
 def count_of(rows, group):
@@ -78,10 +109,15 @@ class _Correlation(torch.autograd.Function):
     def forward(ctx, op, chosen, group, world, x, y, eps):
         with torch.autocast(x.device.type, enabled=False):
             count = count_of(x, group)
-            (first, mean), (second, other_mean) = (_centred(rows, count, group) for rows in (x, y))
-            squares = torch.stack((first.square().sum(0), second.square().sum(0)))
+            mean, other_mean = (_mean(rows, count, group) for rows in (x, y))
+            squares, product = [], None
+            for block in _blocks(x):
+                first, second = x[block] - mean, y[block] - other_mean
+                squares.append(torch.stack((first.square().sum(0), second.square().sum(0))))
+                product = first.T @ second if product is None else product.addmm_(first.T, second)
+            squares = sum(squares)
             scale = (summed(squares, group) / count + eps).rsqrt()  # (2, D)
-            correlation = summed(first.T @ second, group) / count
+            correlation = summed(product, group) / count
             correlation = correlation * scale[0][:, None] * scale[1]
         on_diagonal = correlation.diagonal()
         ctx.save_for_backward(*all_savable(x, y, mean, other_mean, scale, correlation, count))
@@ -101,15 +137,19 @@ class _Correlation(torch.autograd.Function):
                 along = by_correlation * correlation
                 factor = ctx.world / count
                 by_correlation = by_correlation * (factor * scale[0][:, None] * scale[1])
-                first, second = x.to(mean.dtype) - mean, y.to(mean.dtype) - other_mean
-                grads = []
-                for need, own, other, matrix, shrink in (
-                    (needs[0], first, second, by_correlation.T, factor * scale[0].square() * along.sum(1)),
-                    (needs[1], second, first, by_correlation, factor * scale[1].square() * along.sum(0)),
-                ):
-                    made = (other @ matrix).addcmul_(own, shrink, value=-1) if need else own.new_empty(0)
-                    grads.append(made.to(x.dtype))
-            return tuple(grads)
+                shrink = [factor * scale[k].square() * along.sum(1 - k) for k in (0, 1)]
+
+                def of_block(block):
+                    first, second = x[block] - mean, y[block] - other_mean
+                    return tuple(
+                        (other @ matrix).addcmul_(own, shrink[k], value=-1) if needs[k] else own.new_empty(0)
+                        for k, own, other, matrix in (
+                            (0, first, second, by_correlation.T),
+                            (1, second, first, by_correlation),
+                        )
+                    )
+
+                return _joined(of_block, x, needs)
 
         made = once(ctx.op, ctx.chosen, make, grad_on, grad_off, x, y)
         grads = [grad if need else None for grad, need in zip(made, needs, strict=True)]
