@@ -14,6 +14,7 @@
 #include "ops/allow_tf32.h"
 #include "ops/contrastive_loss.h"
 #include "ops/matrix_product.h"
+#include "ops/row_pairs_loss.h"
 
 #ifndef SSL_KERNELS_CUDA_ARCHITECTURES
 #define SSL_KERNELS_CUDA_ARCHITECTURES ""
@@ -54,6 +55,8 @@ PYBIND11_MODULE(_C, module) {
   // Beside the operator of that name: what torch.ops does around it takes a good part of a small call.
   module.def("contrastive_loss", torch::wrap_pybind_function_no_gil(&ssl_kernels::contrastive_loss),
              "contrastive_loss.native of plain tensors on the CPU, past torch.ops.");
+  module.def("row_pairs_loss", torch::wrap_pybind_function_no_gil(&ssl_kernels::row_pairs_loss),
+             "row_pairs_loss.native, likewise.");
   module.def("is_permutation", &ssl_kernels::cpu::is_permutation,
              "Whether (B,) int64 hold each of 0 ... B - 1 once.");
   module.def(

@@ -4,6 +4,7 @@
 // the cache: an operator and its backward read all operands twice, and the traffic of many rows is the time.
 // Only float32 and float64 rows do so: narrower gradients are rounded once, with the loss's gradient in them.
 // ssl_kernels/losses/_rows.py has the same composed of torch's operators.
+#include <ATen/record_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 #include "../cpu/row_pairs.h"
 #include "autograd.h"
 #include "readable.h"
+#include "row_pairs_loss.h"
 
 namespace ssl_kernels {
 namespace {
@@ -115,9 +117,12 @@ struct RowPairsLoss : Function<RowPairsLoss> {
   }
 };
 
+}  // namespace
+
 Tensor row_pairs_loss(const Tensor& x, const Tensor& y, const OptionalTensor& z, bool normalize,
                       std::string_view measure, std::string_view rule, double factor, double constant,
                       std::string_view reduction, std::string_view caller) {
+  RECORD_FUNCTION("ssl_kernels::row_pairs_loss", std::vector<c10::IValue>());
   const bool by_index = y.scalar_type() == at::kLong;
   check_row_pairs(x, by_index ? x : y, z, measure);
   TORCH_CHECK(can_be_read(x) && can_be_read(y) && (!z || can_be_read(*z)),
@@ -133,6 +138,8 @@ Tensor row_pairs_loss(const Tensor& x, const Tensor& y, const OptionalTensor& z,
   refuse_torch_func(name.c_str());
   return RowPairsLoss::apply(x, y, z, normalize, of, by, how, name);
 }
+
+namespace {
 
 TORCH_LIBRARY_FRAGMENT(ssl_kernels, library) {
   // y: also of indices (cpu/row_pairs.h, which has the rules "linear", "hinge", "power" and "logarithm" too).

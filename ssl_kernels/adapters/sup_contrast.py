@@ -49,25 +49,29 @@ class SupConLoss(nn.Module):
         if self.contrast_mode not in ("all", "one"):
             raise ValueError(f'SupConLoss: contrast_mode must be "all" or "one", got {self.contrast_mode!r}')
         batch, views = features.shape[:2]
-        # View by view.
-        rows = features.flatten(1) if views == 1 else features.flatten(2).transpose(0, 1).flatten(0, 1)
         if mask is None:
             if labels is None:
-                labels = torch.arange(batch, device=rows.device)
+                labels = torch.arange(batch, device=features.device)
             (labels,) = as_classes(labels.reshape(-1))
             if len(labels) != batch:
                 raise ValueError(f"SupConLoss: labels must have length {batch}, got {len(labels)}")
         elif ((mask != 0) & (mask != 1)).any():
             raise ValueError("SupConLoss: mask must hold nothing but 0 and 1, got other numbers")
-        if self.contrast_mode == "all":
-            positives = {} if mask is None else {"positives": mask.bool().repeat(views, views)}
-            labels = labels if labels is None or views == 1 else labels.repeat(views)
-            options = {"normalize": False, "reduction": "sum", **positives}
-            loss, anchors = sup_con_loss(rows, labels, self.temperature, **options), len(rows)
-        else:
+        factor = self.temperature / self.base_temperature
+        if self.contrast_mode == "one":
             same = (labels[:, None] == labels) if mask is None else mask.bool()
-            loss, anchors = self._of_first_views(rows, same.repeat(1, views).to(rows.dtype), batch), 1
-        return loss * (self.temperature / self.base_temperature / anchors)
+            rows = features.flatten(2).transpose(0, 1).flatten(0, 1)  # view by view
+            return self._of_first_views(rows, same.repeat(1, views).to(rows.dtype), batch) * factor
+        rows, options = features.flatten(2).flatten(0, 1), {"normalize": False}
+        if mask is None:
+            labels = labels if views == 1 else labels[:, None].expand(batch, views).flatten()
+        else:
+            options["positives"] = mask.bool().repeat_interleave(views, 0).repeat_interleave(views, 1)
+        # The mean is over the rows that have a positive; without a mask the other views are positives of each.
+        if mask is None and views > 1 and not isinstance(factor, torch.Tensor) and factor == 1:
+            return sup_con_loss(rows, labels, self.temperature, **options)
+        loss = sup_con_loss(rows, labels, self.temperature, reduction="sum", **options)
+        return loss * (factor / (batch * views))
 
     def _of_first_views(self, rows, positives, batch):
         positives = positives.clone().fill_diagonal_(0)

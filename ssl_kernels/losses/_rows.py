@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ssl_kernels import backends
 from ssl_kernels.backends import choose_backend
 from ssl_kernels.checks import values_are_readable
 from ssl_kernels.constants import NORM_EPS
@@ -55,7 +56,7 @@ def row_pairs_loss(
     if y.dtype == torch.int64 and not (is_node and reduction != "none" and x.dtype.itemsize >= 4):
         y = x.index_select(0, y.where(y >= 0, torch.arange(y.shape[0], device=y.device)))
     if is_node:
-        return torch.ops.ssl_kernels.row_pairs_loss.native(
+        return backends.extension.row_pairs_loss(
             x, y, z, normalize, measure, rule, factor, float(constant), reduction, caller
         )
     values = row_pairs(x, y, z, normalize=normalize, measure=measure, backend=backend, caller=caller)
