@@ -1,5 +1,5 @@
-// `log_sum_exp.native`: constant + log sum_i exp(x_i) as one node of autograd on the CPU, for uniformity_loss:
-// of few rows torch's operators, and their nodes, cost as much as the kernel that makes x.
+// `log_sum_exp.native`: constant + log sum_i exp(x_i) as one node of autograd on the CPU, for
+// uniformity_loss: of few rows torch's operators, and their nodes, cost as much as the kernel that makes x.
 #include <torch/library.h>
 
 #include <algorithm>
