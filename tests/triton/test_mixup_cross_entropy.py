@@ -65,9 +65,10 @@ def test_large_logits_and_strides(gpu):
     ids=str,
 )
 def test_weights_and_ignored_classes(gpu, dtype, weighted, direct):
-    """Rows of which both terms count, one or none, and a class of weight 0."""
-    call = cross_entropy_call(9, 37, dtype, ignore_index=255)
-    call.target[::3] = 255
+    """Rows of which both terms count, one or none, and a class of weight 0; what is ignored is a class, or none."""
+    ignored = 3 if direct else 255
+    call = cross_entropy_call(9, 37, dtype, ignore_index=ignored)
+    call.target[::3] = ignored
     if weighted:
         call.weight = torch.rand(37, generator=torch.Generator().manual_seed(1))
         call.weight[18] = 0
