@@ -58,13 +58,15 @@ using torch::autograd::variable_list;
 constexpr const char* kName = "contrastive";
 
 struct Options {
-  bool are_views, leaves_partner_out, both_directions, joint, normalize, mean;
+  bool are_views, leaves_partner_out, both_directions, joint, normalize, normalize_others, mean;
 
   int64_t packed() const {
-    return are_views + 2 * leaves_partner_out + 4 * both_directions + 8 * joint + 16 * normalize + 32 * mean;
+    return are_views + 2 * leaves_partner_out + 4 * both_directions + 8 * joint + 16 * normalize +
+           32 * normalize_others + 64 * mean;
   }
   static Options unpacked(int64_t bits) {
-    return {bool(bits & 1), bool(bits & 2), bool(bits & 4), bool(bits & 8), bool(bits & 16), bool(bits & 32)};
+    return {bool(bits & 1),  bool(bits & 2),  bool(bits & 4), bool(bits & 8),
+            bool(bits & 16), bool(bits & 32), bool(bits & 64)};
   }
 };
 
@@ -136,7 +138,7 @@ struct Call {
                               row_ids,
                               column_ids,
                               options.normalize,
-                              options.normalize,
+                              options.normalize_others,
                               keeps_diagonal(),
                               options.both_directions,
                               keep,
@@ -344,7 +346,8 @@ std::pair<Tensor, int64_t> forward(const Call& call, bool columns_need_grad, Sav
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   // cat refuses other dtypes.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto [are_views, leaves_partner_out, both_directions, joint, normalize, mean] = call.options;
+  const auto [are_views, leaves_partner_out, both_directions, joint, normalize, normalize_others, mean] =
+      call.options;
   const bool keep = saved != nullptr, direct = call.runs_directly();
   const int64_t n = call.row_count();
   if (call.classes) {
@@ -360,7 +363,7 @@ std::pair<Tensor, int64_t> forward(const Call& call, bool columns_need_grad, Sav
   const auto through_operator = [&] {
     const auto [rows, columns, positives, row_ids, column_ids] = call.operands();
     return contrastive_forward_op().call(
-        *rows, columns, call.scale, positives, row_ids, column_ids, normalize, normalize,
+        *rows, columns, call.scale, positives, row_ids, column_ids, normalize, normalize_others,
         call.keeps_diagonal(), both_directions, keep, columns_need_grad, call.column_bias, std::nullopt,
         std::nullopt, std::nullopt, /*only_equal_ids=*/false, call.weighs_equally());
   };
@@ -401,12 +404,17 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
     const auto needs_grad = [](const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); };
     const bool columns_need_grad = needs_grad(others) || needs_grad(column_bias);
     const auto [loss, count] = ssl_kernels::forward(call, columns_need_grad, &saved);
+    // With the expectation kept, and no positives to look up, backward reads rows and scale alone.
+    const bool rows_suffice = call.is_beside() && holds_expectation(saved.kept);
+    const auto read_again = [&](const OptionalTensor& tensor) {
+      return rows_suffice ? Tensor() : or_undefined(tensor);
+    };
     // The views rather than their concatenation: they are likely kept alive by others as well.
     ctx->save_for_backward(savable(
-        {rows, or_undefined(others), scale, or_undefined(classes), or_undefined(row_ids),
-         or_undefined(column_ids), saved.lse, saved.column_lse, saved.row_rnorm, saved.column_rnorm,
+        {rows, read_again(others), scale, or_undefined(classes), read_again(row_ids),
+         read_again(column_ids), saved.lse, saved.column_lse, saved.row_rnorm, saved.column_rnorm,
          saved.kept, saved.counts, or_undefined(positives), or_undefined(numbers), saved.positive_logits,
-         or_undefined(column_bias)}));
+         read_again(column_bias)}));
     ctx->saved_data["options"] = options.packed();
     ctx->saved_data["divisor"] = options.mean ? std::max<int64_t>(count, 1) : 1;
     Places places;
@@ -475,7 +483,7 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
         const auto [all_rows, columns, listed, of_rows, of_columns] = call.operands();
         std::tie(by_rows, by_columns, by_scale, by_bias, std::ignore) = contrastive_backward_op().call(
             by.lse, by.column_lse, by.positive_logits, *all_rows, columns, scale, listed, of_rows, of_columns,
-            lse, column_lse, row_rnorm, column_rnorm, kept, options.normalize, options.normalize,
+            lse, column_lse, row_rnorm, column_rnorm, kept, options.normalize, options.normalize_others,
             call.keeps_diagonal(), options.both_directions, rows_need_grad, columns_need_grad, column_bias,
             std::nullopt, std::nullopt, std::nullopt, /*only_equal_ids=*/false, bias_needs_grad,
             /*row_bias_needs_grad=*/false);
@@ -527,7 +535,7 @@ std::tuple<Tensor, int64_t> contrastive_loss(
     const OptionalTensor& classes, const OptionalTensor& row_ids, const OptionalTensor& column_ids,
     const OptionalTensor& positives, const OptionalTensor& numbers, const OptionalTensor& column_bias,
     std::optional<double> positive_prior, bool are_views, bool leaves_partner_out, bool both_directions,
-    bool joint, bool normalize, bool mean) {
+    bool joint, bool normalize, bool normalize_others, bool mean) {
   RECORD_FUNCTION("ssl_kernels::contrastive_loss", std::vector<c10::IValue>());
   TORCH_CHECK(others.has_value() != classes.has_value(), "contrastive_loss: others or classes must be given");
   TORCH_CHECK(rows.dim() == 2 && (!others || (others->dim() == 2 && others->size(1) == rows.size(1) &&
@@ -550,7 +558,7 @@ std::tuple<Tensor, int64_t> contrastive_loss(
                 "on cpu");
     TORCH_CHECK(!(positives || numbers || column_bias) || (is_pairs && !both_directions),
                 "contrastive_loss: positives, numbers and column_bias go with pairs in one direction");
-    TORCH_CHECK(!numbers || (numbers->scalar_type() == at::kDouble && !column_bias &&
+    TORCH_CHECK(!numbers || (numbers->scalar_type() == at::kDouble && !(is_mixed && column_bias) &&
                              (numbers->dim() == 0 ? is_mixed : numbers->dim() == 1 && numbers->size(0) == n)),
                 "contrastive_loss: numbers must be float64 (N,), or shares () with positives");
     TORCH_CHECK(!positives || positives->dim() == 1, "contrastive_loss: positives must be int64 (N,)");
@@ -579,7 +587,8 @@ std::tuple<Tensor, int64_t> contrastive_loss(
     const auto made = bags(n, m);
     std::copy(made.begin(), made.end(), of_bags);
   }
-  const Options options{are_views, leaves_partner_out, both_directions, joint, normalize, mean};
+  const Options options{are_views, leaves_partner_out, both_directions, joint,
+                        normalize, normalize_others,   mean};
   const auto learns = [](const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); };
   const bool differentiate =
       at::GradMode::is_enabled() && (rows.requires_grad() || used.requires_grad() || learns(others) ||
@@ -605,7 +614,7 @@ TORCH_LIBRARY_FRAGMENT(ssl_kernels, library) {
       "contrastive_loss.native(Tensor rows, Tensor? others, Tensor? scale, float constant, Tensor? classes, "
       "Tensor? row_ids, Tensor? column_ids, Tensor? positives, Tensor? numbers, Tensor? column_bias, "
       "float? positive_prior, bool are_views, bool leaves_partner_out, bool both_directions, bool joint, "
-      "bool normalize, bool mean) -> (Tensor, int)",
+      "bool normalize, bool normalize_others, bool mean) -> (Tensor, int)",
       &contrastive_loss);
 }
 

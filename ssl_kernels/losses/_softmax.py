@@ -157,12 +157,13 @@ def one_node(
     both_directions=False,
     joint=False,
     normalize,
+    normalize_others=None,
     reduction,
 ):
     """(reduced loss, how many losses the mean is over) in C++: csrc/ops/contrastive_loss.cpp has what, and says why.
 
     Where `runs_natively`, `reduction` is "mean" or "sum"; with classes, positives, numbers of rows, a bias, a prior or
-    joint sums also where `is_one_node`.
+    joint sums also where `is_one_node`. `normalize_others` is as `normalize` where it is None.
     """
     learned, constant = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
     is_plain = values_are_readable(
@@ -186,5 +187,6 @@ def one_node(
         both_directions,
         joint,
         normalize,
+        normalize if normalize_others is None else normalize_others,
         reduction == "mean",
     )

@@ -22,6 +22,7 @@ from ssl_kernels.losses._shared import (
     stacked,
     widest_under_autocast,
 )
+from ssl_kernels.losses._softmax import is_one_node, one_node
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
 from ssl_kernels.ops.row_pairs import row_pairs
@@ -129,6 +130,10 @@ def _against_queue(query, key, queue, scale, ids, queue_ids, normalize, reductio
     products = row_pairs(
         query, key, normalize=normalize, measure="product", backend=backend, caller="moco_loss"
     )
+    if is_one_node(backend, "moco_loss", reduction, None, query, columns, scale, products, *added.values()):
+        options = {"row_ids": row_ids, "column_ids": column_ids, "numbers": products, **added}
+        options |= {"normalize": normalize, "normalize_others": False, "reduction": reduction}
+        return one_node(query, columns, scale, **options)[0]
     lse = contrastive(
         query,
         columns,

@@ -304,6 +304,27 @@ def test_a_tiny_loss_keeps_its_digits():
     torch.testing.assert_close(found.double(), torch.tensor(torch.e**-40.0).double(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("loss", ["moco_loss", "info_nce_loss"])
+@pytest.mark.parametrize("with_ids", [False, True])
+@every_reduction
+def test_a_queue_may_change_before_the_backward(loss, with_ids, reduction):
+    """Negatives without a gradient, the queue's of any length: backward reads the queries alone."""
+    query, key, queue = rows(7).requires_grad_(), rows(7, seed=1), rows(9, seed=2)
+    temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    ids = {}
+    if with_ids:
+        ids = dict(zip(("ids", "queue_ids"), (torch.arange(7) % 3, torch.arange(9) % 4), strict=True))
+        if loss == "info_nce_loss":
+            ids = dict(zip(("query_ids", "key_ids"), ids.values(), strict=True))
+    expected = getattr(definitions, loss)(query, key, queue.clone(), temperature=temperature, **ids)
+    found = getattr(losses, loss)(query, key, queue, temperature, reduction=reduction, **ids)
+    assert NODE in found.grad_fn.name()
+    queue.mul_(-2)
+    for index in ids.values():
+        index.zero_()
+    agree(found, getattr(expected, reduction)(), [query, temperature])
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", ["targets", "sampled", "ranking", "all-directions", "clips", "negatives"])
 def test_what_is_not_finite_is_nan(name, value):
@@ -347,7 +368,7 @@ def test_the_operator_refuses_what_it_would_read_out_of_bounds(message):
         "rows": rows(3), "others": rows(3, seed=1), "scale": None, "constant": 1.0, "classes": None, "row_ids": None,
         "column_ids": None, "positives": None, "numbers": None, "column_bias": None, "positive_prior": None,
         "are_views": False, "leaves_partner_out": False, "both_directions": False, "joint": False, "normalize": True,
-        "mean": True,
+        "normalize_others": True, "mean": True,
     }  # fmt: skip
     run = torch.ops.ssl_kernels.contrastive_loss.native
     assert run(**call)[1] == 3

@@ -327,7 +327,8 @@ def test_a_backend_that_recomputes_raises_after_a_push(monkeypatch):
     forward = operation._fwd["triton"]
     monkeypatch.setitem(operation._fwd, "triton", lambda *args: forward(*args[:-2], False, False))
     chosen = {"contrastive": "triton"}
-    monkeypatch.setattr(operation.backends, "choose_backend", lambda op, *_, **__: chosen.get(op, "chunked"))
+    for module in ("ssl_kernels.backends", "ssl_kernels.losses._shared"):
+        monkeypatch.setattr(f"{module}.choose_backend", lambda op, *_, **__: chosen.get(op, "chunked"))
     query = random_rows(7, 8).requires_grad_()
     loss = moco_loss(query, key, queue)
     (found,) = torch.autograd.grad(loss, query, retain_graph=True)
