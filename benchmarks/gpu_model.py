@@ -79,7 +79,7 @@ class Work:
     Args:
         operations: Of the tensor cores.
         wavefronts, sectors: Of shared memory; read and written through L2.
-        exponentials: By the kernel's header.
+        special: Exponentials and reciprocals of the special-function units.
         memory: Bytes read and written that no cache holds.
         rate: The part of the tensor cores' peak that the products reach; None for mma.sync's.
     """
@@ -87,7 +87,7 @@ class Work:
     operations: float
     wavefronts: float = 0.0
     sectors: float = 0.0
-    exponentials: float = 0.0
+    special: float = 0.0
     memory: float = 0.0
     rate: float | None = None
 
@@ -97,7 +97,7 @@ class Work:
             "tensor": (self.operations, card.tensor * (card.by_mma if self.rate is None else self.rate)),
             "shared": (self.wavefronts, SHARED_WAVEFRONTS),
             "L2": (self.sectors * SECTOR, L2_BYTES),
-            "special": (self.exponentials, card.special),
+            "special": (self.special, card.special),
         }
         found = {name: entries * count / card.per_second(rate) for name, (count, rate) in counts.items()}
         return found | {"memory": entries * self.memory / (BANDWIDTH * 1e12 * card.memory)}
@@ -141,12 +141,13 @@ def _library(source):
     return gpu().cuda_library([ROOT / "csrc" / "cuda" / source])
 
 
-def _work(launches, entries, exponentials):
+def _work(launches, entries):
     total = {
         name: sum(getattr(launch.counters, name) for launch in launches) / entries
         for name in (
             "mma_flops",
             "shared_wavefronts",
+            "special_functions",
             "global_load_sectors",
             "global_store_sectors",
         )
@@ -155,7 +156,7 @@ def _work(launches, entries, exponentials):
         total["mma_flops"],
         total["shared_wavefronts"],
         total["global_load_sectors"] + total["global_store_sectors"],
-        exponentials,
+        total["special_functions"],
     )
 
 
@@ -164,7 +165,7 @@ def _only(kernel, launches):
     return [one for one in launches if kernel in one.kernel]
 
 
-def contrastive_work(n, m, d, *, both_directions=False, expectation=False, exponentials=(1, 2)):
+def contrastive_work(n, m, d, *, both_directions=False, expectation=False):
     """Works of `contrastive` in CUDA on bfloat16 rows; m None: the square case, which has one gradient."""
     call = random_call(n, m, d, torch.bfloat16, both_directions=both_directions)
     upstream = call.upstream()
@@ -175,22 +176,22 @@ def contrastive_work(n, m, d, *, both_directions=False, expectation=False, expon
         (i for i, one in enumerate(launches) if "bwd" in one.kernel or "coefficients" in one.kernel),
         len(launches),
     )
-    works = {"forward": _work(launches[:first], entries, exponentials[0])}
+    works = {"forward": _work(launches[:first], entries)}
     if any("coefficients" in one.kernel for one in launches):
-        works["forward"] = _work(_only("fwd_kernel", launches), entries, exponentials[0])
-        works["coefficients"] = _work(_only("coefficients_kernel", launches), entries, exponentials[1])
+        works["forward"] = _work(_only("fwd_kernel", launches), entries)
+        works["coefficients"] = _work(_only("coefficients_kernel", launches), entries)
         works["gradients by cuBLAS"] = _by_library(d, 1 if m is None else 2, CUDA_BLOCK_ROWS)
     elif not expectation:
-        works["backward"] = _work(launches[first:], entries, exponentials[1])
+        works["backward"] = _work(launches[first:], entries)
     return works
 
 
 def sigmoid_work(n, d):
-    """SigLIP's one pass on wide rows, which leaves the gradients too: an exponential and a reciprocal per entry."""
+    """SigLIP's one pass on wide rows, which leaves the gradients too."""
     call = pairs.random_call(n, n, d, torch.bfloat16)
     _, _, launches = sigmoid_pairs_calls.total_with_gradients(_library("sigmoid_pairs.cu"), call, splits=1)
     return {
-        "coefficients": _work(_only("coefficients_kernel", launches), n * n, 2),
+        "coefficients": _work(_only("coefficients_kernel", launches), n * n),
         "gradients by cuBLAS": _by_library(d, 2, CUDA_BLOCK_ROWS),
     }
 
@@ -215,10 +216,8 @@ def wide_contrastive_work(n, m, d):
         "coefficients": ("contrastive_coefficient_kernel",),
     }
     works = {
-        part: replace(
-            _work([one for one in launches if one.kernel in names], n * m, exponentials), rate=WGMMA
-        )
-        for (part, names), exponentials in zip(kernels.items(), (1, 1), strict=True)
+        part: replace(_work([one for one in launches if one.kernel in names], n * m), rate=WGMMA)
+        for part, names in kernels.items()
     }
     return works | {"gradients by cuBLAS": _by_library(d, 2, TRITON_PANEL_ROWS)}
 
@@ -229,7 +228,7 @@ def wide_sigmoid_work(n, d):
     with gpu().triton() as launches:
         triton_sigmoid_pairs.sigmoid_pairs_fwd(*call.operands, True, True, True, True)
     ours = [one for one in launches if one.kernel == "sigmoid_coefficient_kernel"]
-    coefficients = replace(_work(ours, n * n, 2), rate=WGMMA)
+    coefficients = replace(_work(ours, n * n), rate=WGMMA)
     return {
         "coefficients": coefficients,
         "gradients by cuBLAS": _by_library(d, 2, TRITON_PANEL_ROWS),
@@ -238,7 +237,7 @@ def wide_sigmoid_work(n, d):
 
 def cases():
     nt_xent, wide_nt_xent = contrastive_work(512, None, 128), contrastive_work(256, None, 512)
-    clip = contrastive_work(256, 256, 512, both_directions=True, exponentials=(2, 4))
+    clip = contrastive_work(256, 256, 512, both_directions=True)
     moco = contrastive_work(128, 512, 128, expectation=True)
     siglip = sigmoid_work(256, 768)
     wide_clip, wide_siglip = wide_contrastive_work(256, 256, 512), wide_sigmoid_work(256, 768)
@@ -261,7 +260,7 @@ def markdown(header, lines):
 
 
 def counts_table(all_cases):
-    header = ["kernels", "units", "wavefronts per mma", "sectors per 1000 entries"]
+    header = ["kernels", "units", "wavefronts per mma", "special functions", "sectors per 1000 entries"]
     lines = []
     for case in all_cases:
         if case.name == "NT-Xent, 32768 pairs, D = 128":
@@ -276,6 +275,7 @@ def counts_table(all_cases):
                     f"{case.name.split(',')[0]}, D = {case.width}, {part}",
                     f"{work.operations / (2 * case.width):.2f}",
                     f"{work.wavefronts / mma:.2f}" if counted else "",
+                    f"{work.special:.2f}" if work.special else "",
                     f"{1000 * work.sectors:.0f}" if work.sectors else "",
                 ]
             )

@@ -24,6 +24,8 @@ struct Side : Operand<scalar_t, acc_t> {
   // Backward, see contrastive_terms_kernel; null where this side's sums have no gradient.
   const acc_t* base2_lse;
   const acc_t* weight;
+  // weight 2^(center - base2_lse); null where one exponential may not do for both sides.
+  const acc_t* centered_weight;
 };
 
 // The additions of one side, in units of base-2 logits and up to the end of the last tile. Null: a bias of 0,
@@ -78,6 +80,7 @@ struct Problem : additions_t {
   int64_t width;  // D padded to 16 bytes
   const acc_t* scale;
   int64_t P;
+  acc_t center;        // of a side's base2_lse
   bool square;         // both sides are the same rows: (i, i) is left out
   bool keep_diagonal;  // (i, i) stays although its ids are equal
 };
@@ -86,6 +89,17 @@ template <typename Engine>
 using ProblemOf =
     Problem<typename Engine::scalar_t, typename Engine::acc_t, typename Engine::other_t,
             std::conditional_t<kAdds<Engine>, Additions<typename Engine::acc_t>, NoAdditions>>;
+
+// Where rows are normalised and a = scale log2(e) is at most this, every base-2 logit lies in [-32, 32] and
+// every base-2 log-sum-exp of n of them in [-32, 32 + log2(n)], so that quotients of their powers of two are
+// numbers of float's range.
+constexpr int kMostBase2Scale = 32;
+
+// Whether both sides' sums may take their terms from one exponential an entry.
+template <typename Problem, typename acc_t>
+__device__ __forceinline__ bool has_bounded_logits(const Problem& problem, acc_t a) {
+  return problem.own.rnorm && problem.other.rnorm && Math<acc_t>::abs(a) <= acc_t(kMostBase2Scale);
+}
 
 // Whether s_ij counts in the sums, given the ids of both (0 for all where there are none).
 template <typename Problem>
@@ -102,29 +116,65 @@ __device__ __forceinline__ int64_t id_of(const Side<scalar_t, acc_t>& side, int6
   return side.ids && index < side.count ? side.ids[index] : 0;
 }
 
-// Sets the elements of a warp's part of a tile, at (row0, column0), that stay out of the sums to `value`.
-template <int kNTiles, typename acc_t, typename Problem>
-__device__ __forceinline__ void exclude(Fragment<acc_t, kNTiles>& c, const Problem& problem, int64_t row0,
-                                        int64_t column0, acc_t value) {
+// Ids of the columns of elements c[.][n][0] and c[.][n][1] of the walk's tile; 0 where there are none.
+template <typename Shape, typename Engine, typename Problem>
+__device__ __forceinline__ Pair<int64_t> column_ids(const TileWalk<Shape, Engine>& walk,
+                                                    const Problem& problem, int n) {
+  if (!problem.own.ids) return {{0, 0}};
+  if constexpr (Shape::kColumnLabels) {
+    return walk.column_labels(n);
+  } else {
+    const int64_t column = walk.column0() + fragment_column(threadIdx.x % kWarpSize, n, 0);
+    return {{id_of(problem.other, column), id_of(problem.other, column + 1)}};
+  }
+}
+
+// Sets the elements of a warp's part of the walk's tile that stay out of the sums to `value`.
+template <typename Shape, typename Engine, typename acc_t, typename Problem>
+__device__ __forceinline__ void exclude(Fragment<acc_t, Shape::kNTiles>& c, const Problem& problem,
+                                        const TileWalk<Shape, Engine>& walk, acc_t value) {
   const auto& own = problem.own;
   const auto& other = problem.other;
-  constexpr int kColumns = kNTiles * 8;
-  const bool on_diagonal = problem.square && column0 < row0 + kWarpRows && row0 < column0 + kColumns;
-  if (!on_diagonal && !own.ids && column0 + kColumns <= other.count) return;
+  constexpr int kColumns = Shape::kWarpColumns;
+  const int64_t row0 = walk.row0() + walk.warp_row(), column0 = walk.column0();
+  const bool meets_diagonal = column0 < row0 + kWarpRows && row0 < column0 + kColumns;
+  const bool on_diagonal = problem.square && meets_diagonal;
+  const bool is_whole = column0 + kColumns <= other.count;
+  if (!on_diagonal && !own.ids && is_whole) return;
   const int lane = threadIdx.x % kWarpSize;
   int64_t row_id[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) row_id[i] = id_of(own, row0 + fragment_row(lane, i / 2, i % 2 * 2));
+  if constexpr (Shape::kColumnLabels) {
+    if (is_whole && !meets_diagonal) {  // by ids alone
 #pragma unroll
-  for (int n = 0; n < kNTiles; ++n) {
+      for (int n = 0; n < Shape::kNTiles; ++n) {
+        const Pair<int64_t> column_id = column_ids(walk, problem, n);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (row_id[i] != column_id.value[e] == problem.only_equal_ids) {
+              c[i / 2][n][i % 2 * 2 + e] = value;
+            }
+          }
+        }
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < Shape::kNTiles; ++n) {
+    const Pair<int64_t> column_id = column_ids(walk, problem, n);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int64_t column = column0 + fragment_column(lane, n, e);
-      const int64_t column_id = id_of(other, column);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int64_t row = row0 + fragment_row(lane, i / 2, i % 2 * 2);
-        if (!is_allowed(problem, row, row_id[i], column, column_id)) c[i / 2][n][i % 2 * 2 + e] = value;
+        if (!is_allowed(problem, row, row_id[i], column, column_id.value[e])) {
+          c[i / 2][n][i % 2 * 2 + e] = value;
+        }
       }
     }
   }

@@ -5,6 +5,13 @@
 //          + sum_k [positives(i, k) = j] q_ik + sum_k [positives(j, k) = i] q_jk
 //   G_i = sum_j C_ij rnorm_j y_j    dx^_i = scale G_i    dscale = sum_i <x^_i, G_i>, half of it when square
 //
+// One exponential does for both where the logits are bounded (has_bounded_logits): the bracket is
+//
+//   2^(a v_ij - L_i) (w_i + 2^(L_i - center) w_j 2^(center - L_j))
+//
+// with the last two factors a number of the column, and a center that keeps either power within float's range
+// whatever the other is. At lower temperatures there are two.
+//
 // With additions (contrastive_additions.cuh) the two exponentials take s' and the bias of the column and of
 // the row, each with the limits of its own sums, and the sum of the second term over j is the gradient of row
 // i's bias.
@@ -17,12 +24,14 @@
 // Tiling: ProductShape; a tile is recomputed and its C multiplied. Below, B = ceil(N / kBlockM) blocks, T =
 //   ceil(M / kBlockN) tiles, S = ceil(D / 128 bytes) steps.
 // Products: 2 units of 2 N M D flops, B T S kBlockM kBlockN / 16 mma.
+//   An exponential an entry, or 2 where both sides have sums and logits are not bounded.
 // Traffic, 32-byte sectors of global memory: operands 4 N S (times T where S > 3) + 8 B M S; 64 B T P for the
-//   positives of a side and N P for their gradients; row and column terms 3 B (kBlockM + T kBlockN) / 8.
+//   positives of a side and N P for their gradients; row and column terms 3 B (kBlockM + T kBlockN) / 8, of
+//   columns 2 in the place of 3 with one exponential.
 //   Writes N D acc_t a part.
-// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * 128 bytes, 3 * (kBlockM +
-//   3 * kBlockN) acc_t of terms; at most 97.3 KB. No bank conflicts but two-way ones in TF32's reads of y for
-//   C y and in 4-byte types' writes of C.
+// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * 128 bytes, 4 * kBlockM +
+//   9 * kBlockN acc_t of terms, 24 * kBlockN bytes of ids; at most 99 KB. No bank conflicts but two-way ones
+//   in TF32's reads of y for C y and in 4-byte types' writes of C.
 // Occupancy: one block of 256 threads per multiprocessor, at most 255 registers.
 // Numerics: C in acc_t, rounded once to scalar_t. half scales C by a power of two that brings its bound
 //   near 2^15.
@@ -35,39 +44,60 @@ namespace ssl_kernels {
 namespace contrastive {
 
 template <typename Engine, int kWarpsM, int kSliceChunks>
-using BwdShape = ProductShape<Engine, kWarpsM, kSliceChunks, 3, 3>;
+using BwdShape = ProductShape<Engine, kWarpsM, kSliceChunks, 3, 4, true>;
 
 // What the backward tiles need of a sum and its gradient, once per row (g = grad_lse, or null: 1):
 //
 //   L_i = lse_i log2(e) rounded to acc_t      w_i = g_i 2^(L_i - lse_i log2(e))      so g_i exp(s - lse_i) =
 //   w_i 2^(a v - L_i)
 //
-// A sum over nothing (lse = -inf) gets NaN, which meets only entries that are excluded.
+// and w_i 2^(center - L_i), or nothing for null. A sum over nothing (lse = -inf) gets NaN, which meets only
+// entries that are excluded.
 template <typename acc_t>
 __global__ void contrastive_terms_kernel(const double* lse, const double* grad_lse, int64_t count,
-                                         acc_t* base2_lse, acc_t* weight) {
+                                         acc_t* base2_lse, acc_t* weight, double center,
+                                         acc_t* centered_weight) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= count) return;
-  const double exact = lse[row] * Math<double>::kLog2e;
+  const double exact = lse[row] * Math<double>::kLog2e, gradient = grad_lse ? grad_lse[row] : 1.0;
   const acc_t rounded = static_cast<acc_t>(exact);
   base2_lse[row] = rounded;
-  weight[row] = static_cast<acc_t>((grad_lse ? grad_lse[row] : 1.0) * Math<double>::exp2(rounded - exact));
+  weight[row] = static_cast<acc_t>(gradient * Math<double>::exp2(rounded - exact));
+  if (centered_weight) {
+    centered_weight[row] = static_cast<acc_t>(gradient * Math<double>::exp2(center - exact));
+  }
 }
 
-enum ColumnTerm { kRnorm, kBase2Lse, kWeight };
+// With one exponential the centered weight is in the place of the lse, and kWeight absent.
+enum ColumnTerm { kRnorm, kBase2Lse, kWeight, kCenteredWeight = kBase2Lse };
+
+template <typename Problem, typename acc_t>
+__device__ __forceinline__ bool takes_one_exponential(const Problem& problem, acc_t a) {
+  return problem.own.centered_weight && problem.other.centered_weight && has_bounded_logits(problem, a);
+}
+
+template <typename Walk, typename Problem>
+__device__ __forceinline__ typename Walk::Terms column_terms(const Problem& problem, bool one_exponential) {
+  const auto& other = problem.other;
+  return {{other.rnorm, one_exponential ? other.centered_weight : other.base2_lse,
+           one_exponential ? nullptr : other.weight},
+          other.ids};
+}
 
 // What the coefficients need of one row of the owner.
 template <typename acc_t>
 struct RowTerms {
   acc_t rnorm, base2_lse, weight;
+  acc_t power;  // 2^(base2_lse - center), for one exponential
 };
 
 template <typename scalar_t, typename acc_t>
-__device__ __forceinline__ RowTerms<acc_t> row_terms(const Side<scalar_t, acc_t>& own, int64_t i) {
-  const bool valid = i < own.count;
-  return {valid && own.rnorm ? own.rnorm[i] : acc_t(1),
-          valid && own.base2_lse ? own.base2_lse[i] : Math<acc_t>::infinity(),
-          valid && own.base2_lse ? own.weight[i] : acc_t(0)};
+__device__ __forceinline__ RowTerms<acc_t> row_terms(const Side<scalar_t, acc_t>& own, int64_t i,
+                                                     acc_t center) {
+  const bool valid = i < own.count, has_sums = valid && own.base2_lse;
+  const acc_t base2_lse = has_sums ? own.base2_lse[i] : Math<acc_t>::infinity();
+  return {valid && own.rnorm ? own.rnorm[i] : acc_t(1), base2_lse, has_sums ? own.weight[i] : acc_t(0),
+          has_sums ? Math<acc_t>::exp2(base2_lse - center) : acc_t(0)};
 }
 
 // The gradient of the own bias: the sums over the tiles of the other side's term of the coefficients, for a
@@ -122,7 +152,7 @@ __device__ __forceinline__ void make_added_coefficients(typename TileWalk<Shape,
   scale_tile<kNTiles>(c, a);
   StayingElements stay = {};
   if (of_columns.own_limit) stay = staying_elements<kNTiles>(problem, warp_row0, column0);
-  exclude<kNTiles>(c, problem, warp_row0, column0, -infinity);
+  exclude(c, problem, walk, -infinity);
   RowAdditions<acc_t> additions[4];
   read_row_additions(problem, warp_row0, additions);
   // w 2^(s - L), 0 for what is left out, whatever w and L are.
@@ -172,12 +202,35 @@ __device__ __forceinline__ void make_added_coefficients(typename TileWalk<Shape,
   }
 }
 
+// The same without additions, from one exponential an entry.
+template <typename Shape, typename Engine>
+__device__ __forceinline__ void make_coefficients_of_one_exponential(
+    typename TileWalk<Shape, Engine>::Tile& c, const TileWalk<Shape, Engine>& walk,
+    const RowTerms<typename Engine::acc_t> (&rows)[4], typename Engine::acc_t a) {
+  using acc_t = typename Engine::acc_t;
+#pragma unroll
+  for (int n = 0; n < Shape::kNTiles; ++n) {
+    const Pair<acc_t> column_factor = walk.column_rnorm(n), weight = walk.column_pair(kCenteredWeight, n);
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const RowTerms<acc_t>& row = rows[m * 2 + e / 2];
+        const acc_t v = c[m][n][e] * (row.rnorm * column_factor.value[e % 2]);
+        c[m][n][e] = Math<acc_t>::exp2(Math<acc_t>::fma(v, a, -row.base2_lse)) *
+                     Math<acc_t>::fma(weight.value[e % 2], row.power, row.weight);
+      }
+    }
+  }
+}
+
 // C in the place of the products of the walk's tile; a = scale log2(e), `rows` by fragment_row.
 template <typename Shape, typename Engine>
 __device__ __forceinline__ void make_coefficients(
     typename TileWalk<Shape, Engine>::Tile& c, const TileWalk<Shape, Engine>& walk,
     const ProblemOf<Engine>& problem, const RowTerms<typename Engine::acc_t> (&rows)[4],
-    typename Engine::acc_t a, const double* grad_positive_logits, BiasSums<Engine>& bias_sums) {
+    typename Engine::acc_t a, bool one_exponential, const double* grad_positive_logits,
+    BiasSums<Engine>& bias_sums) {
   using acc_t = typename Engine::acc_t;
   constexpr int kNTiles = Shape::kNTiles;
   const auto& own = problem.own;
@@ -185,6 +238,9 @@ __device__ __forceinline__ void make_coefficients(
   const int64_t warp_row0 = walk.row0() + walk.warp_row();
   if constexpr (kAdds<Engine>) {
     make_added_coefficients(c, walk, problem, rows, a, bias_sums);
+  } else if (one_exponential) {
+    make_coefficients_of_one_exponential(c, walk, rows, a);
+    exclude(c, problem, walk, acc_t(0));
   } else {
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) {
@@ -225,7 +281,7 @@ __device__ __forceinline__ void make_coefficients(
         for (int e = 0; e < 4; ++e) c[m][n][e] = coefficient[m][e];
       }
     }
-    exclude<kNTiles>(c, problem, warp_row0, walk.column0(), acc_t(0));
+    exclude(c, problem, walk, acc_t(0));
   }
   if (grad_positive_logits && own.positives) {
     for_each_positive(own, warp_row0, kWarpRows, other, walk.column0(), Shape::kWarpColumns, problem.P,
@@ -257,20 +313,23 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const auto& other = problem.other;
   const int lane = threadIdx.x % kWarpSize;
   extern __shared__ __align__(128) unsigned char shared[];
-  TileWalk<Shape, Engine> walk(shared, own, other, {other.rnorm, other.base2_lse, other.weight},
-                               problem.width);
+  const acc_t a = *problem.scale * Math<acc_t>::kLog2e;
+  const bool one_exponential = !kAdds<Engine> && takes_one_exponential(problem, a);
+  using Walk = TileWalk<Shape, Engine>;
+  Walk walk(shared, own, other, column_terms<Walk>(problem, one_exponential), problem.width);
 
   acc_t* row_rnorm = walk.row_terms();
   acc_t* row_base2_lse = row_rnorm + kBlockM;
   acc_t* row_weights = row_base2_lse + kBlockM;
+  acc_t* row_powers = row_weights + kBlockM;
   for (int r = threadIdx.x; r < kBlockM; r += Shape::kThreads) {
-    const RowTerms<acc_t> terms = row_terms(own, walk.row0() + r);
+    const RowTerms<acc_t> terms = row_terms(own, walk.row0() + r, problem.center);
     row_rnorm[r] = terms.rnorm;
     row_base2_lse[r] = terms.base2_lse;
     row_weights[r] = terms.weight;
+    if (one_exponential) row_powers[r] = terms.power;
   }
 
-  const acc_t a = *problem.scale * Math<acc_t>::kLog2e;
   const acc_t c_scale = kScalesCoefficients<Engine> ? *coefficient_scale : acc_t(1);
   Fragment<acc_t, Shape::kGTiles> g[Shape::kSliceChunks];
 #pragma unroll
@@ -284,9 +343,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = walk.warp_row() + fragment_row(lane, i / 2, i % 2 * 2);
-      rows[i] = {row_rnorm[r], row_base2_lse[r], row_weights[r]};
+      rows[i] = {row_rnorm[r], row_base2_lse[r], row_weights[r],
+                 one_exponential ? row_powers[r] : acc_t(0)};
     }
-    make_coefficients(c, walk, problem, rows, a, grad_positive_logits, bias_sums);
+    make_coefficients(c, walk, problem, rows, a, one_exponential, grad_positive_logits, bias_sums);
     walk.store_coefficients(c, [&](int n) __attribute__((always_inline)) {
       return coefficient_factor<kScalesCoefficients<Engine>>(walk.column_rnorm(n), c_scale);
     });
@@ -315,6 +375,11 @@ struct AddingCoefficientShape : MatrixShape<Engine, 3> {
   static constexpr int kBlocksPerSm = 1;  // the additions take the registers
 };
 
+// Beside exact products of float, which take far longer than exponentials do, one exponential would save
+// nothing, and its row terms would be spilled.
+template <typename Engine>
+constexpr bool kMaySaveExponentials = !kAdds<Engine> && !std::is_same_v<Engine, FmaEngine<float>>;
+
 template <typename Engine>
 using CoefficientShape =
     std::conditional_t<kAdds<Engine>, AddingCoefficientShape<Engine>, MatrixShape<Engine, 3>>;
@@ -332,10 +397,12 @@ __global__ void __launch_bounds__(CoefficientShape<Engine>::kThreads, Coefficien
   const auto& other = problem.other;
   const int lane = threadIdx.x % kWarpSize;
   extern __shared__ __align__(128) unsigned char shared[];
-  TileWalk<Shape, Engine> walk(shared, own, other, {other.rnorm, other.base2_lse, other.weight},
-                               problem.width, first_row + static_cast<int64_t>(blockIdx.x) * Shape::kBlockM,
-                               block_tiles<Shape>(first_column, columns));
   const acc_t a = *problem.scale * Math<acc_t>::kLog2e;
+  const bool one_exponential = kMaySaveExponentials<Engine> && takes_one_exponential(problem, a);
+  using Walk = TileWalk<Shape, Engine>;
+  Walk walk(shared, own, other, column_terms<Walk>(problem, one_exponential), problem.width,
+            first_row + static_cast<int64_t>(blockIdx.x) * Shape::kBlockM,
+            block_tiles<Shape>(first_column, columns));
   const acc_t c_scale = kScalesCoefficients<Engine> ? *coefficient_scale : acc_t(1);
   BiasSums<Engine> bias_sums;
 
@@ -345,9 +412,10 @@ __global__ void __launch_bounds__(CoefficientShape<Engine>::kThreads, Coefficien
     RowTerms<acc_t> rows[4];  // from cache: the products need the registers
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      rows[i] = row_terms(own, walk.row0() + walk.warp_row() + fragment_row(lane, i / 2, i % 2 * 2));
+      rows[i] = row_terms(own, walk.row0() + walk.warp_row() + fragment_row(lane, i / 2, i % 2 * 2),
+                          problem.center);
     }
-    make_coefficients(c, walk, problem, rows, a, grad_positive_logits, bias_sums);
+    make_coefficients(c, walk, problem, rows, a, one_exponential, grad_positive_logits, bias_sums);
     write_block(walk, c, c_scale, with_norms, block - first_row * stride - first_column, stride);
   }
   bias_sums.store(walk, problem);

@@ -20,8 +20,8 @@
 //   leave multiprocessors idle (2 MB: 15 parts of 2 row blocks, 30 of 132 busy); blocks of fewer rows would
 //   read the columns from L2 as much more often (2 MB: blocks of 16 rows, 8 times the traffic for the same
 //   products).
-// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * (128 bytes + acc_t),
-//   norms and maxima of the rows. No bank conflicts but those of the backward.
+// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * (136 bytes + acc_t),
+//   of double 8 less, norms and maxima of the rows. No bank conflicts but those of the backward.
 // Occupancy: one block of 256 threads per multiprocessor, at most 255 registers.
 // Numerics: the exponentials in acc_t, rounded once to scalar_t for their product, not for their sum. half
 //   scales them by a power of two that brings their product with the norms near 2^15.
@@ -33,8 +33,10 @@
 namespace ssl_kernels {
 namespace contrastive {
 
+// Beside sums of doubles no registers are left for ids in shared memory.
 template <typename Engine, int kWarpsM, int kSliceChunks>
-struct ExpectationShape : ProductShape<Engine, kWarpsM, kSliceChunks, 1, 1 + 8 / kWarpsM> {
+struct ExpectationShape : ProductShape<Engine, kWarpsM, kSliceChunks, 1, 1 + 8 / kWarpsM,
+                                       sizeof(typename Engine::acc_t) == 4> {
   static constexpr bool kScaled = kScalesCoefficients<Engine>;
 };
 
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int lane = threadIdx.x % kWarpSize;
   const int warp_n = threadIdx.x / kWarpSize % kWarpsN;
   extern __shared__ __align__(128) unsigned char shared[];
-  TileWalk<Shape, Engine> walk(shared, own, other, {other.rnorm}, problem.width);
+  TileWalk<Shape, Engine> walk(shared, own, other, {{other.rnorm}, other.ids}, problem.width);
   const int64_t warp_row0 = walk.row0() + walk.warp_row();
   acc_t* row_factors = walk.row_terms();
   acc_t* exchange = row_factors + kBlockM;  // (kWarpsN, kBlockM)
@@ -93,7 +95,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       read_row_additions(problem, warp_row0, additions);
       exclude_above<kNTiles>(c, problem, warp_row0, walk.column0(), additions);
     }
-    exclude<kNTiles>(c, problem, warp_row0, walk.column0(), -Math<acc_t>::infinity());
+    exclude(c, problem, walk, -Math<acc_t>::infinity());
     if constexpr (kAdds<Engine>) add_column_bias<kNTiles>(c, problem.other_additions.bias, walk.column0());
 
 #pragma unroll

@@ -13,21 +13,23 @@
 //   walks its part of the columns for each of its group's blocks of rows in turn, so an entry of
 //   column_partial has one owner and there are as many groups as fill the card beside 8 parts, not B.
 // Products: 1 unit of 2 N M D flops, in both directions too: 256 B T S mma, each 16 x 8 by 32 bytes of depth.
-//   One exponential an entry, 2 in both directions.
+//   One exponential an entry, also in both directions where the logits are bounded (has_bounded_logits), else
+//   2 there.
 // Traffic, 32-byte sectors of global memory: operands 4 N S (times the parts, or T where S > 3) + 4 B M S,
-//   positives 32 B T P, column norms B T kBlockN / 8, row norms and scale 20 B. Writes N (1 + P) doubles, or
-//   2 N acc_t a part. Both directions write 2 B M acc_t and read 2 (B - groups) M acc_t more.
+//   positives 32 B T P, column norms B T kBlockN / 8, row norms and scale 20 B; ids of columns B T kBlockN /
+//   4, of rows 32 B T. Writes N (1 + P) doubles, or 2 N acc_t a part. Both directions write 2 B M acc_t and
+//   read 2 (B - groups) M acc_t more.
 // Memory: 2 N acc_t a part, and in both directions 2 M acc_t a group: on 132 multiprocessors at most 33
 //   groups, 264 bytes per column, or less than 1 MB in all where T < 32 leaves fewer parts and so more groups
 //   (twice that for double).
-// Shared memory: min(S, 3) * 16 KB of own rows + 3 * kBlockN * (128 bytes + acc_t), 2 KB more in both
+// Shared memory: min(S, 3) * 16 KB of own rows + 3 * kBlockN * (136 bytes + acc_t), 2 KB more in both
 //   directions. No bank conflicts. Wavefronts of a tile and step: kBlockN for its copy (128 more with own
 //   rows), reads of operands 384 on tensor cores, 2560 by float FMA; and of a tile 66 for column norms, and
 //   32 in both directions.
 // Occupancy: 2 blocks of 128 threads per multiprocessor, at most 255 registers, on sm_80, sm_90 and sm_100.
 // Numerics: products in scalar_t with acc_t accumulation, all else in acc_t, results in double. The maximum
 //   of a column is that of the warp's 32 rows before any exponential of it is taken, then a running one as of
-//   a row.
+//   a row. Bounded logits need none: a column sums what the rows have, each times 2 to its row's shift.
 #pragma once
 
 #include "contrastive_additions.cuh"
@@ -37,8 +39,8 @@ namespace ssl_kernels {
 namespace contrastive {
 
 template <typename Engine, bool kBothDirections>
-struct FwdShape : ReduceShape<Engine, 1> {
-  using Base = ReduceShape<Engine, 1>;
+struct FwdShape : ReduceShape<Engine, 1, true> {
+  using Base = ReduceShape<Engine, 1, true>;
   using Softmax = OnlineSoftmax<typename Engine::acc_t>;
 
   static constexpr int shared_bytes(int own_slots) {
@@ -58,8 +60,10 @@ struct RowSums {
     for (int i = 0; i < 4; ++i) state[i].clear();
   }
 
-  template <int kNTiles>
-  __device__ __forceinline__ void add(const Fragment<acc_t, kNTiles>& c) {
+  // With kLeavesPowers 2^(a v) is left in the place of v, which has to be in the range of acc_t.
+  template <int kNTiles, bool kLeavesPowers = false>
+  __device__ __forceinline__ void add(
+      std::conditional_t<kLeavesPowers, Fragment<acc_t, kNTiles>, const Fragment<acc_t, kNTiles>>& c) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       acc_t largest = c[i / 2][0][i % 2 * 2];
@@ -69,10 +73,15 @@ struct RowSums {
         largest = Math<acc_t>::max(largest, c[i / 2][n][i % 2 * 2 + 1]);
       }
       const acc_t shift = state[i].raise(largest, a);
+      const acc_t power = kLeavesPowers ? Math<acc_t>::exp2(shift) : acc_t(1);
 #pragma unroll
       for (int n = 0; n < kNTiles; ++n) {
-        state[i].sum += OnlineSoftmax<acc_t>::term(c[i / 2][n][i % 2 * 2], a, shift);
-        state[i].sum += OnlineSoftmax<acc_t>::term(c[i / 2][n][i % 2 * 2 + 1], a, shift);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const acc_t term = OnlineSoftmax<acc_t>::term(c[i / 2][n][i % 2 * 2 + e], a, shift);
+          state[i].sum += term;
+          if constexpr (kLeavesPowers) c[i / 2][n][i % 2 * 2 + e] = term * power;
+        }
       }
     }
   }
@@ -125,7 +134,27 @@ struct ColumnSums {
       for (int i = 0; i < 4; ++i) sum[k] += Softmax::term(c[i / 2][k / 2][i % 2 * 2 + k % 2], a, shift_k);
     }
     share_out(sum, [](acc_t x, acc_t y) { return x + y; });
-    const int k0 = lane / 4 * kKept;
+    store(largest, sum, exchange);
+  }
+
+  // The same of 2^(a v), with a maximum of 0.
+  static __device__ __forceinline__ void add_powers(const Fragment<acc_t, Shape::kNTiles>& powers,
+                                                    Softmax* exchange) {
+    acc_t sum[kCount], zero[kCount] = {};
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      sum[k] = powers[0][k / 2][k % 2];
+#pragma unroll
+      for (int i = 1; i < 4; ++i) sum[k] += powers[i / 2][k / 2][i % 2 * 2 + k % 2];
+    }
+    share_out(sum, [](acc_t x, acc_t y) { return x + y; });
+    store(zero, sum, exchange);
+  }
+
+ private:
+  static __device__ __forceinline__ void store(const acc_t (&largest)[kCount], const acc_t (&sum)[kCount],
+                                               Softmax* exchange) {
+    const int lane = threadIdx.x % kWarpSize, k0 = lane / 4 * kKept;
     Vector<acc_t> kept;  // as Softmax lies in memory
 #pragma unroll
     for (int k = 0; k < kKept; ++k) {
@@ -175,6 +204,8 @@ __global__ void __launch_bounds__(FwdShape<Engine, kBothDirections>::kThreads,
 
   const acc_t signed_scale = *problem.scale;
   const acc_t a = sum_base2_scale<kAdds<Engine>>(signed_scale);
+  const bool one_exponential =
+      kBothDirections && !kAdds<Engine> && has_bounded_logits(problem, a);
   const double logit_scale = kAdds<Engine>              ? Math<double>::kLn2
                              : signed_scale == acc_t(0) ? 0.0
                                                         : a * Math<double>::kLn2;
@@ -188,7 +219,7 @@ __global__ void __launch_bounds__(FwdShape<Engine, kBothDirections>::kThreads,
   // The last tile's barrier stands between the last reading of a block's operands and the next block's
   // copies.
   for (bool first_of_group = true; row_block < row_blocks_end; ++row_block, first_of_group = false) {
-    TileWalk<Shape, Engine> walk(shared, own, other, {other.rnorm}, problem.width,
+    TileWalk<Shape, Engine> walk(shared, own, other, {{other.rnorm}, other.ids}, problem.width,
                                  static_cast<int64_t>(row_block) * Shape::kBlockM);
     const int64_t warp_row0 = walk.row0() + walk.warp_row();
     auto* exchange = reinterpret_cast<Softmax*>(walk.row_terms());  // (kWarps, kBlockN)
@@ -211,7 +242,7 @@ __global__ void __launch_bounds__(FwdShape<Engine, kBothDirections>::kThreads,
         store_positive_logits<kNTiles>(c, problem, warp_row0, walk.column0(), logit_scale, positive_logits);
       }
       if constexpr (kAdds<Engine>) exclude_above<kNTiles>(c, problem, warp_row0, walk.column0(), additions);
-      exclude<kNTiles>(c, problem, warp_row0, walk.column0(), -Math<acc_t>::infinity());
+      exclude(c, problem, walk, -Math<acc_t>::infinity());
       if constexpr (kBothDirections) {
         exclude_rows_past_the_end<kNTiles>(c, own.count - warp_row0);
         auto* columns = exchange + threadIdx.x / kWarpSize * Shape::kBlockN;
@@ -219,12 +250,15 @@ __global__ void __launch_bounds__(FwdShape<Engine, kBothDirections>::kThreads,
           Fragment<acc_t, kNTiles> of_columns;
           copy_with_row_bias<kNTiles>(c, additions, of_columns);
           ColumnSums<Shape>::add(of_columns, a, columns);
+        } else if (one_exponential) {
+          sums.template add<kNTiles, true>(c);
+          ColumnSums<Shape>::add_powers(c, columns);
         } else {
           ColumnSums<Shape>::add(c, a, columns);
         }
       }
       if constexpr (kAdds<Engine>) add_column_bias<kNTiles>(c, problem.other_additions.bias, walk.column0());
-      sums.template add<kNTiles>(c);
+      if (!one_exponential) sums.template add<kNTiles>(c);
       if constexpr (kBothDirections) {
         __syncthreads();  // the next step's stands between this reading of the exchange and the next writing
         const int64_t column = walk.column0() + threadIdx.x;

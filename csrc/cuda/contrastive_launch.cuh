@@ -67,6 +67,13 @@ SideAdditions<acc_t> column_additions(Launcher& launcher, const ContrastiveArgs&
                                   given.exempt);
 }
 
+// No base-2 log-sum-exp of bounded logits is larger, so that no centered weight is smaller than the weight.
+inline int center_of(const ContrastiveArgs& args) {
+  int bits = 0;
+  while (bits < 62 && (std::max(args.N, args.M) - 1) >> bits) ++bits;
+  return kMostBase2Scale + bits;
+}
+
 template <typename Engine, typename Own, typename Other>
 ProblemOf<Engine> problem_of(const ContrastiveArgs& args, const Own& own, const Other& other) {
   using scalar_t = typename Engine::scalar_t;
@@ -82,6 +89,7 @@ ProblemOf<Engine> problem_of(const ContrastiveArgs& args, const Own& own, const 
   problem.width = round_up(args.D, 16 / sizeof(scalar_t));
   problem.scale = static_cast<const acc_t*>(args.scale);
   problem.P = args.P;
+  problem.center = static_cast<acc_t>(center_of(args));
   problem.square = args.columns == nullptr;
   problem.keep_diagonal = args.keep_diagonal != 0 && !problem.square;
   return problem;
@@ -169,15 +177,19 @@ bool takes_blocks(int64_t D) {
   return kAlwaysByBlocks<Engine> || is_wide<typename Engine::scalar_t>(D);
 }
 
-// The terms of a side's sums, as contrastive_terms_kernel makes them.
+// The terms of a side's sums, as contrastive_terms_kernel makes them, with `centered` those for one
+// exponential too.
 template <typename scalar_t, typename acc_t>
-void set_terms(Launcher& launcher, const double* lse, const double* grad_lse, Side<scalar_t, acc_t>& side) {
+void set_terms(Launcher& launcher, const double* lse, const double* grad_lse, Side<scalar_t, acc_t>& side,
+               bool centered = false, double center = 0) {
   acc_t* base2_lse = launcher.scratch<acc_t>(side.count);
   acc_t* weight = launcher.scratch<acc_t>(side.count);
+  acc_t* centered_weight = centered ? launcher.scratch<acc_t>(side.count) : nullptr;
   launcher.launch(contrastive_terms_kernel<acc_t>, blocks_for(side.count, 256), 256, 0, lse, grad_lse,
-                  side.count, base2_lse, weight);
+                  side.count, base2_lse, weight, center, centered_weight);
   side.base2_lse = base2_lse;
   side.weight = weight;
+  side.centered_weight = centered_weight;
 }
 
 // The power of two that half coefficients of one owner are scaled by, `without_norms` before those of the
@@ -472,7 +484,11 @@ void backward(Launcher& launcher, const ContrastiveBwdArgs& args) {
                                     row_additions<Engine>(launcher, common)};
   rows.side.rnorm = common.normalize_rows ? static_cast<const acc_t*>(args.row_rnorm) : nullptr;
   rows.side.ids = common.row_ids;
-  if (args.grad_lse) set_terms(launcher, args.lse, args.grad_lse, rows.side);
+  // Where both sides have sums and norms, and nothing is added to their logits.
+  const bool centered = !kAdds<Engine> && args.grad_lse && common.normalize_rows &&
+                        (square || (args.grad_column_lse && common.normalize_columns));
+  const int center = center_of(common);
+  if (args.grad_lse) set_terms(launcher, args.lse, args.grad_lse, rows.side, centered, center);
   rows.side.positives = common.positives;
   auto* grad_row_bias = static_cast<acc_t*>(args.grad_row_bias);
   auto* grad_column_bias = static_cast<acc_t*>(args.grad_column_bias);
@@ -491,7 +507,9 @@ void backward(Launcher& launcher, const ContrastiveBwdArgs& args) {
                                          column_additions<Engine>(launcher, common)};
     columns.side.rnorm = common.normalize_columns ? static_cast<const acc_t*>(args.column_rnorm) : nullptr;
     columns.side.ids = common.column_ids;
-    if (args.grad_column_lse) set_terms(launcher, args.column_lse, args.grad_column_lse, columns.side);
+    if (args.grad_column_lse) {
+      set_terms(launcher, args.column_lse, args.grad_column_lse, columns.side, centered, center);
+    }
     const OwnGradients<scalar_t, acc_t> of_columns = {column_matrix,
                                                       static_cast<scalar_t*>(args.grad_columns),
                                                       grad_column_bias, launcher.scratch<acc_t>(common.M)};

@@ -55,7 +55,8 @@ __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) {
 }
 
 // Tiling of kernels that only reduce the tiles: 4 warps, each 32 rows by all columns of the tile.
-// `kColumnTerms` numbers of every column come with its tile, and its label where `kColumnLabels`.
+// `kColumnTerms` numbers of every column come with its tile, and its label, where there are any, with
+// `kColumnLabels`.
 template <typename Engine, int kColumnTerms_, bool kColumnLabels_ = false>
 struct ReduceShape {
   using scalar_t = typename Engine::scalar_t;
@@ -88,7 +89,8 @@ struct ReduceShape {
 // kWarpsN, each 32 rows by kBlockN / kWarpsN columns of the tile. The coefficients, rounded to scalar_t, are
 // an operand tile in shared memory, multiplied in steps over the block's slice of D (blockIdx.z, kSliceChunks
 // steps); the result g stays in registers. `kRowTerms` numbers of every row stay in shared memory.
-template <typename Engine, int kWarpsM_, int kSliceChunks_, int kColumnTerms_, int kRowTerms_>
+template <typename Engine, int kWarpsM_, int kSliceChunks_, int kColumnTerms_, int kRowTerms_,
+          bool kColumnLabels_ = false>
 struct ProductShape {
   using scalar_t = typename Engine::scalar_t;
   using acc_t = typename Engine::acc_t;
@@ -106,7 +108,7 @@ struct ProductShape {
   static constexpr int kGTiles = kWarpDepth / 8;
   static constexpr int kPanels = kBlockN / kChunk;  // tiles of coefficients side by side
   static constexpr int kColumnTerms = kColumnTerms_;
-  static constexpr bool kColumnLabels = false;
+  static constexpr bool kColumnLabels = kColumnLabels_;
   static constexpr int kTermSlots = kStages;
   static constexpr int kRowTerms = kRowTerms_;
   static constexpr int kOwnBytes = kBlockM * kTileRowBytes;
@@ -115,7 +117,8 @@ struct ProductShape {
 
   static constexpr int shared_bytes(int own_slots) {
     return (own_slots + kPanels) * kOwnBytes + kStages * kOtherBytes +
-           (kRowTerms * kBlockM + kTermSlots * kColumnTerms * kBlockN) * static_cast<int>(sizeof(acc_t));
+           (kRowTerms * kBlockM + kTermSlots * kColumnTerms * kBlockN) * static_cast<int>(sizeof(acc_t)) +
+           (kColumnLabels ? kTermSlots * kBlockN * 8 : 0);
   }
 };
 
@@ -160,7 +163,7 @@ class TileWalk {
   using Tile = Fragment<acc_t, Shape::kNTiles>;
   struct Terms {
     const acc_t* of_columns[Shape::kColumnTerms];  // (other.count,) each, null: absent
-    const int64_t* labels;                         // (other.count,), with kColumnLabels
+    const int64_t* labels;                         // (other.count,), with kColumnLabels; null: absent
   };
 
   // The block owns the rows from `row0` on.
@@ -204,7 +207,8 @@ class TileWalk {
   // Shared memory for kRowTerms numbers of every row; the first step's barrier publishes what start()
   // follows.
   __device__ __forceinline__ acc_t* row_terms() const {
-    return column_terms_ + Shape::kTermSlots * Shape::kColumnTerms * Shape::kBlockN;
+    constexpr int kLabels = Shape::kColumnLabels ? Shape::kTermSlots * Shape::kBlockN : 0;
+    return reinterpret_cast<acc_t*>(labels_ + kLabels);
   }
 
   // Starts the copies of the first steps.
@@ -239,7 +243,7 @@ class TileWalk {
     return terms_.of_columns[0] ? column_pair(0, n) : Pair<acc_t>{{acc_t(1), acc_t(1)}};
   }
 
-  // Labels of the same two columns.
+  // Labels of the same two columns, which have to be there.
   __device__ __forceinline__ Pair<int64_t> column_labels(int n) const {
     const int64_t* labels = labels_ + tile_ % Shape::kTermSlots * Shape::kBlockN + warp_column_;
     return *reinterpret_cast<const Pair<int64_t>*>(labels + fragment_column(threadIdx.x % kWarpSize, n, 0));
@@ -401,8 +405,10 @@ class TileWalk {
           if (from) copy_async<sizeof(acc_t)>(to + term * Shape::kBlockN, from + (valid ? j : 0), valid);
         }
         if constexpr (Shape::kColumnLabels) {
-          copy_async<8>(labels_ + load_tile_ % Shape::kTermSlots * Shape::kBlockN + threadIdx.x,
-                        terms_.labels + (valid ? j : 0), valid);
+          if (terms_.labels) {
+            copy_async<8>(labels_ + load_tile_ % Shape::kTermSlots * Shape::kBlockN + threadIdx.x,
+                          terms_.labels + (valid ? j : 0), valid);
+          }
         }
       }
       if (++load_step_ == chunks_ + slice_chunks_) {

@@ -12,7 +12,7 @@ CARD = Card("a card", multiprocessors=10, clock=1.0, tensor=1000, by_mma=0.5, sp
 
 
 def test_bounds_by_hand():
-    work = Work(operations=100, wavefronts=0.5, sectors=2, exponentials=3)
+    work = Work(operations=100, wavefronts=0.5, sectors=2, special=3)
     seconds = work.seconds(CARD, 10**10)
     # 10¹⁰ entries over 10¹⁰ clocks of all multiprocessors in a second.
     assert seconds["tensor"] == pytest.approx(100 / 500) and seconds["shared"] == pytest.approx(0.5)

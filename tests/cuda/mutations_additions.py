@@ -27,7 +27,7 @@ MUTATIONS = {
         Mutation("forward: limits", FORWARD, "if constexpr (kAdds<Engine>) exclude_above", "if (false) exclude_above"),
         Mutation("forward: bias of rows", FORWARD, "add(of_columns, a, columns)", "add(c, a, columns)"),
         Mutation("backward: excluded entries",
-                 BACKWARD, "exclude<kNTiles>(c, problem, warp_row0, column0, -infinity);"),
+                 BACKWARD, "exclude(c, problem, walk, -infinity);"),
         Mutation("backward: what is left out counts 0", BACKWARD, "s == -infinity ? acc_t(0) : "),
         Mutation("backward: rows of the bias' gradient",
                  BACKWARD, "lane % 4 == 0 && row < problem.bias_rows", "lane % 4 == 0"),

@@ -381,3 +381,40 @@ def test_calls_can_be_captured(library, gpu):
     call = random_call(130, None, 520, torch.float16)
     _, _, launches = run(library, call, call.upstream(), blocks=(1, 1), capturing=True, stream=7)
     assert {launch.stream for launch in launches} == {7}
+
+
+@pytest.mark.parametrize("temperature", [0.044, 0.046])
+@pytest.mark.parametrize("d", [40, 136], ids=["narrow", "wide"])
+def test_one_and_two_exponentials_are_as_accurate(library, gpu, d, temperature):
+    """On both sides of the temperature where one does for both sides' sums, with equal rows among others."""
+    for m in (None, 70):
+        call = random_call(
+            65, m, d, torch.float32, temperature=temperature, ids=True, both_directions=m is not None,
+            keep_diagonal=m is not None, device=gpu.device,
+        )  # fmt: skip
+        call.rows[1:9] = call.rows[0]
+        if m is not None:
+            call.columns[3:6] = call.rows[0]
+        check_parity(library, call)
+
+
+@pytest.mark.parametrize("both_directions", [False, True], ids=["square", "both directions"])
+def test_small_gradients_keep_their_digits_with_one_exponential(library, gpu, both_directions):
+    """Where every logit is as large as it can be, a column's weight and its power of two would vanish together."""
+    n = 33
+    call = random_call(
+        n, n if both_directions else None, 8, torch.float32, temperature=0.0465, positives=0,
+        both_directions=both_directions, device=gpu.device,
+    )  # fmt: skip
+    for rows in filter(lambda rows: rows is not None, (call.rows, call.columns)):
+        rows[:] = 1 + rows / 100
+    fwd, _ = contrastive_fwd(library, call)
+    upstream = [None if grad is None else grad * 2.0**40 for grad in call.upstream()]
+    large, _ = contrastive_bwd(library, call, fwd, *upstream)
+    small, _ = contrastive_bwd(
+        library, call, fwd, *[None if grad is None else grad * 2.0**-140 for grad in upstream]
+    )
+    for ours, expected in zip(small, large, strict=True):
+        if ours is not None:
+            size = expected.abs().max().item()
+            torch.testing.assert_close(ours.double() * 2.0**140, expected.double(), rtol=0, atol=1e-5 * size)

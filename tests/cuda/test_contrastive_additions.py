@@ -270,7 +270,7 @@ def test_backward_reads_what_the_header_says(library, emulated, case):
     owners = [(n, n)] if m is None else [(n, m), (m, n)]
     column_terms = [3] if m is None else [2, 1]
     for launch, sizes, terms in zip(backward, owners, column_terms, strict=True):
-        paper = Backward(*sizes, d, dtype, tf32, m is None)
+        paper = Backward(*sizes, d, dtype, tf32, m is None, one_exponential=False)
         tiles, warps_n = paper.blocks * paper.tiles, 8 * 32 // paper.block_m
         columns = 8 * tiles * terms * paper.block_n // warps_n // 8
         row_terms = 3 if m is None or sizes == (m, n) else 2  # no row_bias

@@ -1,13 +1,22 @@
 """What the kernels do, counted by the emulator, against the counts on paper in csrc/cuda/contrastive_*.cuh."""
 
 import ctypes
+import re
 from math import ceil
 
 import pytest
 import torch
 
 from tests.cuda.conftest import SOURCES
-from tests.cuda.contrastive_calls import BwdArgs, Common, FwdArgs, check_parity, contrastive_fwd, run
+from tests.cuda.contrastive_calls import (
+    BwdArgs,
+    Common,
+    FwdArgs,
+    check_parity,
+    contrastive_bwd,
+    contrastive_fwd,
+    run,
+)
 from tests.cuda.launching import DTYPE_CODES
 from tests.support.contrastive import random_call
 
@@ -70,7 +79,7 @@ class Forward:
         return own + other + positives_and_norms + 20 * self.blocks
 
     def shared_bytes(self):
-        return min(self.steps, 3) * 128 * STEP_BYTES + 3 * (self.block_n * STEP_BYTES + self.block_n * 4)
+        return min(self.steps, 3) * 128 * STEP_BYTES + 3 * self.block_n * (STEP_BYTES + 4 + 8)
 
     def wavefronts(self):
         own = 128 * self.steps * (self.tiles if self.streamed else 1)
@@ -102,7 +111,8 @@ class BothDirections(Forward):
 class Backward:
     """Paper figures of one backward launch whose owners are n rows, against m others."""
 
-    def __init__(self, n, m, d, dtype, tf32, square):
+    def __init__(self, n, m, d, dtype, tf32, square, one_exponential=None):
+        self.one_exponential = square if one_exponential is None else one_exponential
         half = dtype.itemsize == 2
         self.block_m = 64 if half and d > 256 else 128
         self.block_n = 64 if half else 32
@@ -123,12 +133,13 @@ class Backward:
     def shared_bytes(self):
         panels = self.block_n * (2 if self.half else 4) // STEP_BYTES
         own = (min(self.steps, 3) + panels) * self.block_m * STEP_BYTES
-        return own + 3 * self.block_n * STEP_BYTES + 3 * (self.block_m + 3 * self.block_n) * 4
+        return own + 3 * self.block_n * (STEP_BYTES + 8) + (4 * self.block_m + 9 * self.block_n) * 4
 
     def sectors(self):
         sides = 2 if self.square else 1
         positives = sides * (self.blocks * self.tiles * 16 * 8 // 2 + self.n)
-        terms = 3 * self.blocks * (self.block_m + self.tiles * self.block_n) // 8
+        of_columns = 2 if self.one_exponential else 3
+        terms = self.blocks * (3 * self.block_m + of_columns * self.tiles * self.block_n) // 8
         return self.operand_sectors() + positives + terms
 
     def wavefronts(self):
@@ -144,10 +155,11 @@ class Backward:
         else:
             products = 8 * (4 + 2 * n_tiles) * 4 + 8 * (4 * 4 + 4 * 2 * g_tiles)
         stores = n_tiles * 4 * (1 if self.half else 4)
-        terms = 12 + n_tiles * 2 * (4 if self.square else 2)
-        fill = self.block_n // 32 * (3 if self.square else 1)
+        row_terms, column_terms = (4, 2) if self.one_exponential else (3, 3)  # of the square case
+        terms = 4 * row_terms + n_tiles * 2 * (1 + column_terms)  # the norms twice
+        fill = self.block_n // 32 * column_terms
         walk = self.tiles * (8 * (self.steps * products + stores + terms) + fill)
-        return self.blocks * (copies + walk + 3 * self.block_m // 32)
+        return self.blocks * (copies + walk + row_terms * self.block_m // 32)
 
 
 class WideBackward:
@@ -169,7 +181,8 @@ class WideBackward:
         operands = 4 * self.n * self.steps * self.tiles + 4 * self.blocks * self.m * self.steps
         sides = 2 if self.square else 1
         positives = self.blocks * self.tiles * (64 + self.block_n if self.square else 64)
-        terms = self.blocks * self.tiles * (3 * self.block_n // 8 + 96) * self.acc // 4
+        of_columns = 2 if self.square else 3  # with one exponential for both sides
+        terms = self.blocks * self.tiles * (of_columns * self.block_n // 8 + 96) * self.acc // 4
         return operands + positives + sides * self.n + terms
 
     def coefficient_store_sectors(self):
@@ -182,7 +195,7 @@ class WideBackward:
         n_tiles = self.block_n // 16
         products = 4 * (2 + n_tiles // 2) * 4 if self.tensor_cores else 8 * (4 + 2 * n_tiles) * 4
         step = 128 + self.block_n + 8 * products
-        terms = (8 * n_tiles * 2 * 4 + 3 * self.block_n // 32) * self.acc // 4
+        terms = (8 * n_tiles * 2 * 3 + 2 * self.block_n // 32) * self.acc // 4  # of the square case
         return self.blocks * self.tiles * (self.steps * step + terms)
 
 
@@ -197,7 +210,7 @@ class Expectation(Backward):
         panels = self.block_n * (2 if self.half else 4) // STEP_BYTES
         norms_and_maxima = (1 + 8 * 32 // self.block_m) * self.block_m * 4
         own = (min(self.steps, 3) + panels) * self.block_m * STEP_BYTES
-        return own + 3 * self.block_n * (STEP_BYTES + 4) + norms_and_maxima
+        return own + 3 * self.block_n * (STEP_BYTES + 4 + 8) + norms_and_maxima
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -253,6 +266,52 @@ def test_backward_of_wide_rows_does_what_its_headers_say(library, case):
         if paper.tensor_cores:  # one unit of 2 N M D flops
             depth = 2 * UNIT_BYTES // dtype.itemsize
             assert launch.counters.mma * 2 * 16 * 8 * depth == 2 * n * n * d
+
+
+@pytest.mark.parametrize("d", [64, 256], ids=["narrow", "wide"])
+@pytest.mark.parametrize("both_directions", [False, True], ids=["square", "both directions"])
+def test_exponentials_of_an_entry(library, both_directions, d):
+    """One for both sides' sums, forward and backward, down to a temperature of 0.046; two below.
+
+    And those of rows' and columns' sums as they grow and meet, which in so small a matrix are up to 0.3 an entry.
+    """
+    n = 128
+    for temperature, expected in ((0.046, 1), (0.044, 2)):
+        call = random_call(
+            n, n if both_directions else None, d, torch.bfloat16, both_directions=both_directions,
+            temperature=temperature,
+        )  # fmt: skip
+        _, _, launches = run(library, call, call.upstream(), splits=1)
+        for launch in launches:
+            if "contrastive_fwd_kernel" in launch.kernel:
+                entries = n * n * (expected if both_directions else 1)
+            elif "contrastive_bwd_kernel" in launch.kernel or "coefficients_kernel" in launch.kernel:
+                entries = n * n * expected
+            else:
+                continue
+            assert 0 <= launch.counters.special_functions - entries <= 0.3 * n * n, launch.kernel
+
+
+def test_ids_of_columns_come_with_their_tile(library):
+    """By one asynchronous copy a column, in the place of a load for each lane that has the column."""
+    counters = {}
+    for ids in (False, True):
+        call = random_call(128, 640, 64, torch.bfloat16, ids=ids, positives=0)
+        fwd, launches = contrastive_fwd(library, call, splits=1)
+        grad = call.upstream()[0]
+        _, more = contrastive_bwd(library, call, fwd, grad, columns_need_grad=False, splits=1)
+        counters[ids] = {
+            launch.kernel: launch.counters
+            for launch in launches + more
+            if re.search("contrastive_(fwd|bwd)_kernel", launch.kernel)
+        }
+    assert len(counters[True]) == 2
+    for kernel, without in counters[False].items():
+        found, tiles = counters[True][kernel], 640 // 64
+        of_rows = tiles * (4 if "fwd" in kernel else 8) * 4  # a load of each warp for each of a lane's rows
+        copies = found.async_copies - without.async_copies
+        assert copies == tiles * 2, kernel
+        assert found.global_load_requests - without.global_load_requests == of_rows + copies, kernel
 
 
 def test_blocks_of_coefficients_are_bounded(library):

@@ -46,7 +46,8 @@ class Counters:
     A request is a warp-wide memory instruction, a sector 32 bytes of global memory it touches, a wavefront
     one pass over the 32 banks of shared memory; `shared_wavefronts_ideal` is what the same words need without
     bank conflicts. Reads by cp.async count as global loads. mma counts tensor-core instructions, mma_flops
-    their 2*m*n*k, fma_flops two for each lane of fma.f32 and fma.f64.
+    their 2*m*n*k, fma_flops two for each lane of fma.f32 and fma.f64, special_functions the lanes of approximate
+    quotients, reciprocals, roots, exponentials, logarithms, sines and tangents of float.
     """
 
     instructions: int = 0
@@ -55,6 +56,7 @@ class Counters:
     mma: int = 0
     mma_flops: int = 0
     fma_flops: int = 0
+    special_functions: int = 0
     global_load_requests: int = 0
     global_load_sectors: int = 0
     global_load_bytes: int = 0

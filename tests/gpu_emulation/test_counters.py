@@ -110,14 +110,20 @@ def test_instructions(gpu):
         "fma.rn.f32 %f, %f, %f, %f;",
         "setp.lt.u32 %p0, %i, 5;",
         "@%p0 fma.rn.f32 %f, %f, %f, %f;",
+        "ex2.approx.ftz.f32 %f, %f;",
+        "@%p0 rcp.approx.f32 %f, %f;",
+        "div.approx.ftz.f32 %f, %f, %f;",
+        "div.full.f32 %f, %f, %f;",
+        "rcp.rn.f32 %f, %f;",
         "bar.sync 0;",
         "red.global.add.u32 [%b0], 1;",
     ]
     counters = launch(gpu, lines, [np.zeros(1, np.uint32)], threads=64)
     fixed = 6 + 2 + 1  # before and after the lines: see snippets.kernel and launch
-    assert counters.instructions == 2 * (6 + fixed)
-    assert counters.thread_instructions == 64 * (5 + fixed - 1) + 5
+    assert counters.instructions == 2 * (11 + fixed)
+    assert counters.thread_instructions == 64 * (9 + fixed - 1) + 5 + 5
     assert counters.fma_flops == 2 * (64 + 5)
+    assert counters.special_functions == 3 * 64 + 5
     assert counters.barriers == 2 and counters.atomics == 2 and counters.divergent_instructions == 0
 
 

@@ -14,6 +14,7 @@ struct Counters {
   uint64_t mma = 0;
   uint64_t mma_flops = 0;
   uint64_t fma_flops = 0;
+  uint64_t special_functions = 0;
   uint64_t global_load_requests = 0;
   uint64_t global_load_sectors = 0;
   uint64_t global_load_bytes = 0;
@@ -29,9 +30,9 @@ struct Counters {
 };
 
 inline constexpr const char* kCounterNames =
-    "instructions thread_instructions divergent_instructions mma mma_flops fma_flops global_load_requests "
-    "global_load_sectors global_load_bytes global_store_requests global_store_sectors global_store_bytes "
-    "shared_requests shared_wavefronts shared_wavefronts_ideal barriers atomics async_copies";
+    "instructions thread_instructions divergent_instructions mma mma_flops fma_flops special_functions "
+    "global_load_requests global_load_sectors global_load_bytes global_store_requests global_store_sectors "
+    "global_store_bytes shared_requests shared_wavefronts shared_wavefronts_ideal barriers atomics async_copies";
 
 // The 32-byte sectors that the lanes touch, each of them `bytes` from its address (CUDA C++ Best Practices
 // Guide, "Coalesced Access to Global Memory").

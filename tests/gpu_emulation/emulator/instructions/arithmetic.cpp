@@ -405,6 +405,13 @@ void decode_integer(Decoding& decoding, int sources) {
   if (!decoding.instruction.execute) decoding.unsupported("type is not implemented");
 }
 
+// div.approx and div.full of float, which a special-function unit begins.
+template <class Op>
+LaneMask special_division(Machine& machine, const Instruction& instruction, LaneMask lanes) {
+  machine.count().special_functions += std::popcount(lanes);
+  return binary<Op, float>(machine, instruction, lanes);
+}
+
 // div.approx and div.full may be off by two units in the last place; here they are rounded correctly.
 void decode_div(Decoding& decoding) {
   const Type type = decoding.type();
@@ -412,8 +419,10 @@ void decode_div(Decoding& decoding) {
   Execute& execute = decoding.instruction.execute;
   if (is_float(type)) {
     if (type != Type::kF32 && type != Type::kF64) decoding.unsupported("type is not implemented");
-    decoding.accept_one({"approx", "full"});
+    const bool approximate = decoding.accept("approx") || decoding.accept("full");
     execute = float_handler<Div>(decoding, type);
+    if (approximate && execute == lane_handler<Div, float>()) execute = &special_division<Div>;
+    if (approximate && execute == lane_handler<Flushed<Div>, float>()) execute = &special_division<Flushed<Div>>;
     apply_rounding(decoding, type);
   } else {
     execute = integer_handler<Div>(type);

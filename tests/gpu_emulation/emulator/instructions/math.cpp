@@ -1,6 +1,7 @@
 // Floating-point functions (PTX ISA 9.0, sections 9.7.3 and 9.7.4): rcp, sqrt, rsqrt, sin, cos, lg2, ex2,
 // tanh, copysign, testp. The .approx forms are computed to the last bit or two here; a card's are as far off
 // as their sections allow.
+#include <bit>
 #include <cmath>
 
 #include "handlers.h"
@@ -66,6 +67,13 @@ struct CopySign {
   }
 };
 
+// What a special-function unit does, counted.
+template <class Op>
+LaneMask special(Machine& machine, const Instruction& instruction, LaneMask lanes) {
+  machine.count().special_functions += std::popcount(lanes);
+  return unary<Op, float>(machine, instruction, lanes);
+}
+
 template <class Op>
 void decode_root(Decoding& decoding) {
   const Type type = decoding.type();
@@ -75,6 +83,7 @@ void decode_root(Decoding& decoding) {
   Execute& execute = decoding.instruction.execute;
   if (type == Type::kF32) {
     execute = ftz ? lane_handler<Flushed<Op>, float>() : lane_handler<Op, float>();
+    if (approximate) execute = ftz ? &special<Flushed<Op>> : &special<Op>;
   } else if (type == Type::kF64) {
     constexpr bool kUpperHalf = !std::is_same_v<Op, SquareRoot>;
     if (approximate != ftz || (approximate && !kUpperHalf))
@@ -99,7 +108,7 @@ void decode_approximation(Decoding& decoding) {
   const bool ftz = !kTanh && decoding.accept("ftz");
   Execute& execute = decoding.instruction.execute;
   switch (type) {
-    case Type::kF32: execute = ftz ? lane_handler<Flushed<Op>, float>() : lane_handler<Op, float>(); break;
+    case Type::kF32: execute = ftz ? &special<Flushed<Op>> : &special<Op>; break;
     case Type::kF16: execute = lane_handler<InFloat<Op, Half>, Half>(); break;
     case Type::kF16x2: execute = lane_handler<OnPairs<InFloat<Op, Half>, Half>, Pair<Half>>(); break;
     case Type::kBf16:
