@@ -25,11 +25,11 @@
 //   ceil(M / kBlockN) tiles, S = ceil(D / 128 bytes) steps.
 // Products: 2 units of 2 N M D flops, B T S kBlockM kBlockN / 16 mma.
 //   An exponential an entry, or 2 where both sides have sums and logits are not bounded.
-// Traffic, 32-byte sectors of global memory: operands 4 N S (times T where S > 3) + 8 B M S; 64 B T P for the
+// Traffic, 32-byte sectors of global memory: operands 4 N S (times T where K < S) + 8 B M S; 64 B T P for the
 //   positives of a side and N P for their gradients; row and column terms 3 B (kBlockM + T kBlockN) / 8, of
 //   columns 2 in the place of 3 with one exponential.
 //   Writes N D acc_t a part.
-// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * 128 bytes, 4 * kBlockM +
+// Shared memory: (K + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * 128 bytes, 4 * kBlockM +
 //   9 * kBlockN acc_t of terms, 24 * kBlockN bytes of ids; at most 99 KB. No bank conflicts but two-way ones
 //   in TF32's reads of y for C y and in 4-byte types' writes of C.
 // Occupancy: one block of 256 threads per multiprocessor, at most 255 registers.
@@ -202,23 +202,33 @@ __device__ __forceinline__ void make_added_coefficients(typename TileWalk<Shape,
   }
 }
 
+// Whether the rows of a warp's tile are taken 16 at a time, with the columns' terms read for each: of the 128
+// registers of a coefficient kernel, half and TF32 leave too few for the terms of 32 rows.
+template <typename Shape, typename Engine>
+constexpr bool kTakesHalves = Shape::kBlocksPerSm == 2 &&
+                              !std::is_same_v<typename Engine::scalar_t, __nv_bfloat16>;
+
 // The same without additions, from one exponential an entry.
 template <typename Shape, typename Engine>
 __device__ __forceinline__ void make_coefficients_of_one_exponential(
     typename TileWalk<Shape, Engine>::Tile& c, const TileWalk<Shape, Engine>& walk,
     const RowTerms<typename Engine::acc_t> (&rows)[4], typename Engine::acc_t a) {
   using acc_t = typename Engine::acc_t;
+  constexpr int kAtOnce = kTakesHalves<Shape, Engine> ? 1 : 2;
 #pragma unroll
-  for (int n = 0; n < Shape::kNTiles; ++n) {
-    const Pair<acc_t> column_factor = walk.column_rnorm(n), weight = walk.column_pair(kCenteredWeight, n);
+  for (int first = 0; first < 2; first += kAtOnce) {
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
+    for (int n = 0; n < Shape::kNTiles; ++n) {
+      const Pair<acc_t> column_factor = walk.column_rnorm(n), weight = walk.column_pair(kCenteredWeight, n);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const RowTerms<acc_t>& row = rows[m * 2 + e / 2];
-        const acc_t v = c[m][n][e] * (row.rnorm * column_factor.value[e % 2]);
-        c[m][n][e] = Math<acc_t>::exp2(Math<acc_t>::fma(v, a, -row.base2_lse)) *
-                     Math<acc_t>::fma(weight.value[e % 2], row.power, row.weight);
+      for (int m = first; m < first + kAtOnce; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const RowTerms<acc_t>& row = rows[m * 2 + e / 2];
+          const acc_t v = c[m][n][e] * (row.rnorm * column_factor.value[e % 2]);
+          c[m][n][e] = Math<acc_t>::exp2(Math<acc_t>::fma(v, a, -row.base2_lse)) *
+                       Math<acc_t>::fma(weight.value[e % 2], row.power, row.weight);
+        }
       }
     }
   }
@@ -362,27 +372,25 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 //   rows and M columns in the block, B = ceil(R / 128) blocks, T = ceil(M / kBlockN) tiles, S = ceil(D / 128
 //   bytes) > 1 steps.
 // Products: 1 unit of 2 R M D flops, 4 B T S kBlockN mma.
-// Traffic, 32-byte sectors of global memory: operands 4 R S (times T where S > 3) + 4 B M S; positives of the
+// Traffic, 32-byte sectors of global memory: operands 4 R S (times T where K < S) + 4 B M S; positives of the
 //   rows 64 B T P, of the columns B T P kBlockN; R P for the gradients of a side's positives; column terms 3
 //   B T kBlockN / 8, row terms 96 B T (double: twice these). Writes 128 B T kBlockN scalar_t in whole
 //   sectors.
-// Shared memory: 48 KB of own rows at most, 3 * kBlockN * 128 bytes of the other side, terms of two tiles: 99
+// Shared memory: 16 KB of own rows K times, 3 * kBlockN * 128 bytes of the other side, terms of two tiles: 99
 //   KB, 75 KB for double. No bank conflicts.
 // Occupancy: 256 threads, at most 128 registers: 2 blocks per multiprocessor, one by sm_80's shared memory;
-//   double and with additions: one block, at most 255 registers.
+//   exact products, and with additions: one block, at most 255 registers.
 template <typename Engine>
-struct AddingCoefficientShape : MatrixShape<Engine, 3> {
-  static constexpr int kBlocksPerSm = 1;  // the additions take the registers
+struct LargeCoefficientShape : MatrixShape<Engine, 3> {
+  static constexpr int kBlocksPerSm = 1;
 };
 
-// Beside exact products of float, which take far longer than exponentials do, one exponential would save
-// nothing, and its row terms would be spilled.
 template <typename Engine>
-constexpr bool kMaySaveExponentials = !kAdds<Engine> && !std::is_same_v<Engine, FmaEngine<float>>;
+constexpr bool kIsLarge = kAdds<Engine> || std::is_same_v<Engine, FmaEngine<float>>;
 
 template <typename Engine>
 using CoefficientShape =
-    std::conditional_t<kAdds<Engine>, AddingCoefficientShape<Engine>, MatrixShape<Engine, 3>>;
+    std::conditional_t<kIsLarge<Engine>, LargeCoefficientShape<Engine>, MatrixShape<Engine, 3>>;
 
 // Of a CoefficientBlock.
 template <typename Engine>
@@ -398,7 +406,7 @@ __global__ void __launch_bounds__(CoefficientShape<Engine>::kThreads, Coefficien
   const int lane = threadIdx.x % kWarpSize;
   extern __shared__ __align__(128) unsigned char shared[];
   const acc_t a = *problem.scale * Math<acc_t>::kLog2e;
-  const bool one_exponential = kMaySaveExponentials<Engine> && takes_one_exponential(problem, a);
+  const bool one_exponential = !kAdds<Engine> && takes_one_exponential(problem, a);
   using Walk = TileWalk<Shape, Engine>;
   Walk walk(shared, own, other, column_terms<Walk>(problem, one_exponential), problem.width,
             first_row + static_cast<int64_t>(blockIdx.x) * Shape::kBlockM,

@@ -11,7 +11,7 @@
 //   shift_i) rnorm_j y_j is scaled down where the maximum rises. A part leaves maximum, sum and G_i;
 //   contrastive_expectation_merge_kernel makes lse_i and E_i of them. B, T, S and Z as in the backward.
 // Products: 2 units of 2 N M D flops, 1 + Z where D is wider than a slice. As many mma as the backward.
-// Traffic, 32-byte sectors of global memory: operands 4 N S Z (times T where S > 3) + 4 B M S (1 + Z),
+// Traffic, 32-byte sectors of global memory: operands 4 N S Z (times T where K < S) + 4 B M S (1 + Z),
 //   positives 32 B T P for each warp that shares a row, column norms B Z T kBlockN / 8, row norms B Z kBlockM
 //   / 8. Writes N D + 2 N acc_t a part. Columns of 2 bytes beside float rows are widened in the block: half
 //   of their sectors.
@@ -20,7 +20,7 @@
 //   leave multiprocessors idle (2 MB: 15 parts of 2 row blocks, 30 of 132 busy); blocks of fewer rows would
 //   read the columns from L2 as much more often (2 MB: blocks of 16 rows, 8 times the traffic for the same
 //   products).
-// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * (136 bytes + acc_t),
+// Shared memory: (K + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * (136 bytes + acc_t),
 //   of double 8 less, norms and maxima of the rows. No bank conflicts but those of the backward.
 // Occupancy: one block of 256 threads per multiprocessor, at most 255 registers.
 // Numerics: the exponentials in acc_t, rounded once to scalar_t for their product, not for their sum. half

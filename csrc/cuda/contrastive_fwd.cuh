@@ -15,14 +15,14 @@
 // Products: 1 unit of 2 N M D flops, in both directions too: 256 B T S mma, each 16 x 8 by 32 bytes of depth.
 //   One exponential an entry, also in both directions where the logits are bounded (has_bounded_logits), else
 //   2 there.
-// Traffic, 32-byte sectors of global memory: operands 4 N S (times the parts, or T where S > 3) + 4 B M S,
+// Traffic, 32-byte sectors of global memory: operands 4 N S (times the parts, or T where K < S) + 4 B M S,
 //   positives 32 B T P, column norms B T kBlockN / 8, row norms and scale 20 B; ids of columns B T kBlockN /
 //   4, of rows 32 B T. Writes N (1 + P) doubles, or 2 N acc_t a part. Both directions write 2 B M acc_t and
 //   read 2 (B - groups) M acc_t more.
 // Memory: 2 N acc_t a part, and in both directions 2 M acc_t a group: on 132 multiprocessors at most 33
 //   groups, 264 bytes per column, or less than 1 MB in all where T < 32 leaves fewer parts and so more groups
 //   (twice that for double).
-// Shared memory: min(S, 3) * 16 KB of own rows + 3 * kBlockN * (136 bytes + acc_t), 2 KB more in both
+// Shared memory: K * 16 KB of own rows + 3 * kBlockN * (136 bytes + acc_t), 2 KB more in both
 //   directions. No bank conflicts. Wavefronts of a tile and step: kBlockN for its copy (128 more with own
 //   rows), reads of operands 384 on tensor cores, 2560 by float FMA; and of a tile 66 for column norms, and
 //   32 in both directions.

@@ -174,7 +174,7 @@ constexpr bool kAlwaysByBlocks = kAdds<Engine> && sizeof(typename Engine::acc_t)
 
 template <typename Engine>
 bool takes_blocks(int64_t D) {
-  return kAlwaysByBlocks<Engine> || is_wide<typename Engine::scalar_t>(D);
+  return kAlwaysByBlocks<Engine> || is_wide<Engine>(D);
 }
 
 // The terms of a side's sums, as contrastive_terms_kernel makes them, with `centered` those for one

@@ -24,10 +24,29 @@ struct SharedBytes {
   int used, most;
 };
 
+// Steps of own rows that may stay in shared memory: kOwnerSlots, and more where the device has room for them
+// beside as many blocks a multiprocessor as with those.
+template <typename Shape>
+int most_owner_slots() {
+  int device = 0, of_block = 48 * 1024, of_multiprocessor = 48 * 1024, reserved = 1024;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device);
+  const auto blocks = [&](int slots) {
+    const int bytes = Shape::shared_bytes(slots);
+    return bytes > of_block ? 0 : std::min(Shape::kBlocksPerSm, of_multiprocessor / (bytes + reserved));
+  };
+  int slots = kOwnerSlots;
+  while (blocks(slots + 1) >= std::max(blocks(kOwnerSlots), 1)) ++slots;
+  return slots;
+}
+
 // That of a Shape's launch with `chunks` steps a row.
 template <typename Shape>
 SharedBytes shared_bytes_of(int chunks) {
-  return {Shape::shared_bytes(std::min(chunks, kOwnerSlots)), Shape::shared_bytes(kOwnerSlots)};
+  const int most = most_owner_slots<Shape>();
+  return {Shape::shared_bytes(chunks <= most ? chunks : kOwnerSlots), Shape::shared_bytes(most)};
 }
 
 // Lets launches of `kernel` have up to `bytes` on the current device. The limit is the kernel's, whichever
@@ -178,11 +197,12 @@ void with_engine(int dtype, bool allow_tf32, F f) {
   return f(FmaEngine<float>());
 }
 
-// Rows of 512 bytes and more: their gradients are made from stored coefficients (coefficient_blocks.cuh),
-// which on paper is faster from there on (docs/gpu.md).
-template <typename scalar_t>
+// Rows of 512 bytes and more, with exact products of float of 256: their gradients are made from stored
+// coefficients (coefficient_blocks.cuh), which on paper is faster from there on (docs/gpu.md).
+template <typename Engine>
 constexpr bool is_wide(int64_t D) {
-  return D * static_cast<int64_t>(sizeof(scalar_t)) >= 4 * kTileRowBytes;
+  constexpr int kSteps = std::is_base_of_v<FmaEngine<float>, Engine> ? 2 : 4;
+  return D * static_cast<int64_t>(sizeof(typename Engine::scalar_t)) >= kSteps * kTileRowBytes;
 }
 
 // Calls f with the accumulator of a ProductShape that holds rows that are not wide, as its kWarpsM and

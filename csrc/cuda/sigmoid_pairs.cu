@@ -180,7 +180,7 @@ template <typename Engine, typename grad_t>
 void gradients(Launcher& launcher, const SigmoidPairsArgs& args, const typename Engine::acc_t* weight,
                void* grad_rows, void* grad_columns, Sums sums) {
   const Call<Engine> call(launcher, args, weight);
-  if (is_wide<typename Engine::scalar_t>(args.D)) {
+  if (is_wide<Engine>(args.D)) {
     using Side = BlockSide<typename Engine::scalar_t, typename Engine::acc_t, grad_t>;
     const Side rows = {call.problem.own, call.rows, args.normalize_rows != 0,
                        static_cast<grad_t*>(grad_rows)};

@@ -53,11 +53,23 @@ template <typename Engine>
 using ProblemOf = Problem<typename Engine::scalar_t, typename Engine::acc_t,
                           std::conditional_t<kHasIds<Engine>, Ids, NoIds>>;
 
-// The elements of this lane, in a warp's part of a tile at (row0, column0), whose row and column have equal
-// ids: their element_bit. Those outside the matrix may be among them. One row at a time, for the backward has
-// few registers left.
-template <int kNTiles, typename Problem>
-__device__ __forceinline__ auto equal_ids(const Problem& problem, int64_t row0, int64_t column0) {
+// What a walk brings with its columns' tiles.
+template <typename Walk, typename Problem>
+__device__ __forceinline__ typename Walk::Terms column_terms(const Problem& problem) {
+  typename Walk::Terms terms = {};
+  terms.of_columns[0] = problem.other.rnorm;
+  if constexpr (Walk::kColumnTerms > 1) terms.of_columns[1] = problem.other_weight;
+  if constexpr (Walk::kColumnLabels) terms.labels = problem.other_ids;
+  return terms;
+}
+
+// The elements of this lane, in a warp's part of the walk's tile, whose row and column have equal ids: their
+// element_bit. Those outside the matrix may be among them. One row at a time, for the backward has few
+// registers left.
+template <typename Shape, typename Engine>
+__device__ __forceinline__ auto equal_ids(const ProblemOf<Engine>& problem,
+                                          const TileWalk<Shape, Engine>& walk) {
+  constexpr int kNTiles = Shape::kNTiles;
   using Bits = std::conditional_t<kNTiles * 8 <= 32, uint32_t, uint64_t>;
   const int lane = threadIdx.x % kWarpSize;
   const auto id = [](const int64_t* ids, int64_t index, int64_t count) {
@@ -66,15 +78,21 @@ __device__ __forceinline__ auto equal_ids(const Problem& problem, int64_t row0, 
   Bits equal = 0;
 #pragma unroll 1
   for (int i = 0; i < 4; ++i) {
-    const int64_t row_id =
-        id(problem.own_ids, row0 + fragment_row(lane, i / 2, i % 2 * 2), problem.own.count);
+    const int64_t row = walk.row0() + walk.warp_row() + fragment_row(lane, i / 2, i % 2 * 2);
+    const int64_t row_id = id(problem.own_ids, row, problem.own.count);
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n) {
+      Pair<int64_t> column_id;
+      if constexpr (Shape::kColumnLabels) {
+        column_id = walk.column_labels(n);
+      } else {
+        const int64_t column = walk.column0() + fragment_column(lane, n, 0);
+        column_id = {{id(problem.other_ids, column, problem.other.count),
+                      id(problem.other_ids, column + 1, problem.other.count)}};
+      }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int64_t column = column0 + fragment_column(lane, n, e);
-        const bool same = row_id == id(problem.other_ids, column, problem.other.count);
-        equal |= Bits{same} << element_bit<kNTiles>(i, n, e);
+        equal |= Bits{row_id == column_id.value[e]} << element_bit<kNTiles>(i, n, e);
       }
     }
   }
@@ -82,12 +100,15 @@ __device__ __forceinline__ auto equal_ids(const Problem& problem, int64_t row0, 
 }
 
 // Calls f(z, row, column, positive) for the elements inside the matrix that are not left out, of a warp's
-// part of a tile of dot products at (row0, column0); row and column count from there. The others become 0.
-template <int kNTiles, typename scalar_t, typename acc_t, typename ids_t, typename F>
-__device__ __forceinline__ void for_each_pair(Fragment<acc_t, kNTiles>& c,
-                                              const Problem<scalar_t, acc_t, ids_t>& problem, int64_t row0,
-                                              int64_t column0, acc_t scale, acc_t bias, F f) {
-  constexpr bool kIds = std::is_same_v<ids_t, Ids>;
+// part of the walk's tile of dot products; row and column count from there. The others become 0.
+template <typename Shape, typename Engine, typename acc_t, typename F>
+__device__ __forceinline__ void for_each_pair(Fragment<acc_t, Shape::kNTiles>& c,
+                                              const ProblemOf<Engine>& problem,
+                                              const TileWalk<Shape, Engine>& walk, acc_t scale, acc_t bias,
+                                              F f) {
+  constexpr bool kIds = kHasIds<Engine>;
+  constexpr int kNTiles = Shape::kNTiles;
+  const int64_t row0 = walk.row0() + walk.warp_row(), column0 = walk.column0();
   const int lane = threadIdx.x % kWarpSize;
   constexpr int kColumns = kNTiles * 8;
   const int rows = static_cast<int>(min(problem.own.count - row0, int64_t{kWarpRows}));
@@ -99,7 +120,7 @@ __device__ __forceinline__ void for_each_pair(Fragment<acc_t, kNTiles>& c,
       to_positive > -kWarpRows && to_positive < kColumns ? static_cast<int>(to_positive) : kColumns;
   const auto equal = [&] {
     if constexpr (kIds)
-      return equal_ids<kNTiles>(problem, row0, column0);
+      return equal_ids(problem, walk);
     else
       return 0;
   }();
@@ -149,12 +170,13 @@ struct Softplus {
 //   the lanes of a row meet once at the end. B = ceil(N / 128) blocks, T = ceil(M / kBlockN) tiles, S =
 //   ceil(D / 128 bytes) steps.
 // Products: 1 unit of 2 N M D flops, 256 B T S mma, each 16 x 8 by 32 bytes of depth.
-// Traffic, 32-byte sectors of global memory: operands 4 N S (times T where S > 3) + 4 B M S, column norms B T
-//   kBlockN / 8, row norms and scalars 24 B. Writes N doubles a part.
-// Shared memory: min(S, 3) * 16 KB of own rows + 3 * kBlockN * (128 bytes + acc_t). No bank conflicts.
+// Traffic, 32-byte sectors of global memory: operands 4 N S (times T where K < S) + 4 B M S, column norms B T
+//   kBlockN / 8, row norms and scalars 24 B; with ids B T (32 + kBlockN / 4). Writes N doubles a part.
+// Shared memory: K * 16 KB of own rows + 3 * kBlockN * (128 bytes + acc_t, with ids 8 more). No bank
+//   conflicts.
 // Occupancy: 2 blocks of 128 threads per multiprocessor, at most 255 registers, on sm_80, sm_90 and sm_100.
 template <typename Engine>
-using FwdShape = ReduceShape<Engine, 1>;
+using FwdShape = ReduceShape<Engine, 1, kHasIds<Engine>>;
 
 template <typename Engine>
 __global__ void __launch_bounds__(FwdShape<Engine>::kThreads, FwdShape<Engine>::kBlocksPerSm)
@@ -165,7 +187,8 @@ __global__ void __launch_bounds__(FwdShape<Engine>::kThreads, FwdShape<Engine>::
   const auto& own = problem.own;
   const int lane = threadIdx.x % kWarpSize;
   extern __shared__ __align__(128) unsigned char shared[];
-  TileWalk<Shape, Engine> walk(shared, own, problem.other, {problem.other.rnorm}, problem.width);
+  using Walk = TileWalk<Shape, Engine>;
+  Walk walk(shared, own, problem.other, column_terms<Walk>(problem), problem.width);
   const int64_t warp_row0 = walk.row0() + walk.warp_row();
 
   const acc_t scale = *problem.scale, bias = *problem.bias;
@@ -181,11 +204,11 @@ __global__ void __launch_bounds__(FwdShape<Engine>::kThreads, FwdShape<Engine>::
     walk.products(c);
     walk.normalize(c, row_factor);
     acc_t tile_sum[4] = {};
-    for_each_pair<kNTiles>(c, problem, warp_row0, walk.column0(), scale, bias,
-                           [&](acc_t z, int i, int, int, bool positive) __attribute__((always_inline)) {
-                             tile_sum[i] += Softplus<acc_t>(positive ? -z : z).value();
-                             return acc_t(0);
-                           });
+    for_each_pair(c, problem, walk, scale, bias,
+                  [&](acc_t z, int i, int, int, bool positive) __attribute__((always_inline)) {
+                    tile_sum[i] += Softplus<acc_t>(positive ? -z : z).value();
+                    return acc_t(0);
+                  });
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[i] += tile_sum[i];
   }
@@ -211,15 +234,17 @@ __global__ void __launch_bounds__(FwdShape<Engine>::kThreads, FwdShape<Engine>::
 // Tiling: ProductShape. B = ceil(N / kBlockM) blocks, T = ceil(M / kBlockN) tiles, S = ceil(D / 128 bytes)
 //   steps.
 // Products: 2 units of 2 N M D flops a side, B T S kBlockM kBlockN / 16 mma.
-// Traffic, 32-byte sectors of global memory: operands 4 N S (times T where S > 3) + 8 B M S; row and column
-//   terms, of which there are 2 with weights, B (kBlockM + T kBlockN) / 8 each. Writes N D acc_t a part.
-// Shared memory: (min(S, 3) + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * 128 bytes, 2 * (kBlockM +
-//   3 * kBlockN) acc_t of terms. Bank conflicts as in the backward of `contrastive`.
+// Traffic, 32-byte sectors of global memory: operands 4 N S (times T where K < S) + 8 B M S; row and column
+//   terms, of which there are 2 with weights, B (kBlockM + T kBlockN) / 8 each; with ids B T (64 + kBlockN /
+//   4). Writes N D acc_t a part.
+// Shared memory: (K + kBlockN / chunk) * kBlockM * 128 bytes, 3 * kBlockN * 128 bytes, 2 * (kBlockM +
+//   3 * kBlockN) acc_t of terms, 24 * kBlockN bytes of ids. Bank conflicts as in the backward of
+//   `contrastive`.
 // Occupancy: one block of 256 threads per multiprocessor, at most 255 registers.
 // Numerics: A in acc_t, rounded once to scalar_t; half scales it by a power of two that brings its bound near
 //   2^15. Losses and dbias are summed over a tile in acc_t, over tiles in double.
 template <typename Engine, int kWarpsM, int kSliceChunks>
-struct BwdShape : ProductShape<Engine, kWarpsM, kSliceChunks, 2, 2> {
+struct BwdShape : ProductShape<Engine, kWarpsM, kSliceChunks, 2, 2, kHasIds<Engine>> {
   static constexpr bool kScaled = std::is_same_v<typename Engine::scalar_t, __half>;
 };
 
@@ -241,18 +266,16 @@ __device__ __forceinline__ TileSums<acc_t> make_coefficients(typename TileWalk<S
                                                              acc_t bias, bool with_losses) {
   walk.normalize(c, row_rnorm);
   TileSums<acc_t> sums = {};
-  for_each_pair<Shape::kNTiles>(c, problem, walk.row0() + walk.warp_row(), walk.column0(), scale, bias,
-                                [&](acc_t z, int i, int n, int e, bool positive)
-                                    __attribute__((always_inline)) {
-                                      const Softplus<acc_t> softplus(positive ? -z : z);
-                                      if (with_losses) sums.loss += softplus.value();
-                                      acc_t coefficient = softplus.derivative() * row_weight[i];
-                                      if (problem.other_weight)
-                                        coefficient *= walk.column_pair(kWeight, n).value[e];
-                                      if (positive) coefficient = -coefficient;
-                                      sums.bias += coefficient;
-                                      return coefficient;
-                                    });
+  for_each_pair(c, problem, walk, scale, bias,
+                [&](acc_t z, int i, int n, int e, bool positive) __attribute__((always_inline)) {
+                  const Softplus<acc_t> softplus(positive ? -z : z);
+                  if (with_losses) sums.loss += softplus.value();
+                  acc_t coefficient = softplus.derivative() * row_weight[i];
+                  if (problem.other_weight) coefficient *= walk.column_pair(kWeight, n).value[e];
+                  if (positive) coefficient = -coefficient;
+                  sums.bias += coefficient;
+                  return coefficient;
+                });
   return sums;
 }
 
@@ -282,9 +305,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const auto& own = problem.own;
   const int lane = threadIdx.x % kWarpSize;
   extern __shared__ __align__(128) unsigned char shared[];
-  TileWalk<Shape, Engine> walk(shared, own, problem.other, {problem.other.rnorm, problem.other_weight},
-                               problem.width);
-  const int64_t warp_row0 = walk.row0() + walk.warp_row();
+  using Walk = TileWalk<Shape, Engine>;
+  Walk walk(shared, own, problem.other, column_terms<Walk>(problem), problem.width);
 
   acc_t* row_rnorm = walk.row_terms();
   acc_t* row_weights = row_rnorm + kBlockM;
@@ -332,13 +354,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 //   rows and M columns in the block, B = ceil(R / 128) blocks, T = ceil(M / kBlockN) tiles, S = ceil(D / 128
 //   bytes) > 1 steps.
 // Products: 1 unit of 2 R M D flops, 4 B T S kBlockN mma.
-// Traffic, 32-byte sectors of global memory: operands 4 R S (times T where S > 3) + 4 B M S; column terms B T
-//   kBlockN / 8 each, row terms 32 B T each (double: twice these), of which there are 2 with weights. Writes
-//   128 B T kBlockN scalar_t in whole sectors.
-// Shared memory: 48 KB of own rows at most, 3 * kBlockN * 128 bytes of the other side, terms of two tiles: 98
+// Traffic, 32-byte sectors of global memory: operands 4 R S (times T where K < S) + 4 B M S; column terms B T
+//   kBlockN / 8 each, row terms 32 B T each (double: twice these), of which there are 2 with weights; ids 64
+//   B T of rows, 8 B T kBlockN of columns. Writes 128 B T kBlockN scalar_t in whole sectors.
+// Shared memory: 16 KB of own rows K times, 3 * kBlockN * 128 bytes of the other side, terms of two tiles: 98
 //   KB, 74 KB for double. No bank conflicts.
-// Occupancy: one block of 256 threads per multiprocessor, at most 255 registers: with 128, for two blocks, 12
-//   to 32 bytes would be spilled on sm_90 even with the sums of losses in shared memory, with ids 170 to 220.
+// Occupancy: one block of 256 threads per multiprocessor, at most 255 registers: with 128, for two blocks, 8
+//   bytes would be spilled on sm_90, 16 with the sums of losses in shared memory. One block leaves room for
+//   own rows of 11 steps (sm_80: 7), two would for 3.
 template <typename Engine>
 struct CoefficientShape : MatrixShape<Engine, 2> {
   static constexpr int kBlocksPerSm = 1;
@@ -357,9 +380,10 @@ __global__ void __launch_bounds__(CoefficientShape<Engine>::kThreads, Coefficien
   const auto& own = problem.own;
   const int lane = threadIdx.x % kWarpSize;
   extern __shared__ __align__(128) unsigned char shared[];
-  TileWalk<Shape, Engine> walk(shared, own, problem.other, {problem.other.rnorm, problem.other_weight},
-                               problem.width, first_row + static_cast<int64_t>(blockIdx.x) * Shape::kBlockM,
-                               block_tiles<Shape>(first_column, columns));
+  using Walk = TileWalk<Shape, Engine>;
+  Walk walk(shared, own, problem.other, column_terms<Walk>(problem), problem.width,
+            first_row + static_cast<int64_t>(blockIdx.x) * Shape::kBlockM,
+            block_tiles<Shape>(first_column, columns));
   const acc_t scale = *problem.scale, bias = *problem.bias;
   const acc_t c_scale = kScalesCoefficients<Engine> ? *coefficient_scale : acc_t(1);
   double loss = 0.0, bias_sum = 0.0;

@@ -2,13 +2,16 @@
 // the kernel's own.
 //
 // One side owns the rows of the tiles, the other side is walked. A block owns kBlockM rows of one side
-// (blockIdx.x) and walks a part of the other side's rows (blockIdx.y, see Split) kBlockN at a time, each in
+// (blockIdx.x) and walks a part of the other side's rows (blockIdx.y, see Split) kBlockN at a time, each in S
 // steps of 128 bytes of D. The operand tiles of a step come through a ring of kStages buffers by cp.async,
 // kStages - 1 steps ahead; each step opens with one wait and one barrier, which publish the step's tiles and
-// say that the buffer loaded next is no longer read. The owner's tiles stay in shared memory after the first
-// tile where all of D fits into kOwnerSlots steps; otherwise they come again with each tile. Where the other
-// side is stored in a narrower type (WideningEngine), its tiles are widened through registers by the same
-// schedule.
+// say that the buffer loaded next is no longer read. Where the other side is stored in a narrower type
+// (WideningEngine), its tiles are widened through registers: loaded by the same schedule, and stored after
+// the products of the step that loads them.
+//
+// Of the owner's rows K steps lie in shared memory: all S, which stay there after the first tile, where the
+// device has room for that beside as many blocks a multiprocessor (most_owner_slots of launcher.cuh); else 3,
+// which come again with each tile.
 //
 //   TileWalk<Shape, Engine> walk(shared, own, other, {other.rnorm}, width);
 //   for (walk.start(); walk.next();) {
@@ -28,7 +31,7 @@
 namespace ssl_kernels {
 
 constexpr int kStages = 3;
-constexpr int kOwnerSlots = 3;
+constexpr int kOwnerSlots = 3;  // of own rows that come again, and the fewest that may stay
 constexpr int kMaxSplits = 256;
 
 // One operand as the kernels read it: unit column stride, 16-byte aligned rows, width padded to 16 bytes.
@@ -40,14 +43,14 @@ struct Operand {
   const acc_t* rnorm;  // 1 / max(|row|, 1e-12); null: not normalised
 };
 
-// Tiles [begin, end) of the other side that part `part` of `parts` walks.
+// Tiles [begin, end) of the other side that part `part` of `parts` walks. 2^33 rows have fewer than 2^31.
 struct Split {
-  int64_t begin, end;
-  __device__ Split(int64_t tiles, int part, int parts)
-      : begin(tiles * part / parts), end(tiles * (part + 1) / parts) {}
+  int begin, end;
+  __device__ Split(int64_t tiles, int part, int parts) : Split(0, tiles, part, parts) {}
   // Of `tiles` tiles from `first` on.
   __device__ Split(int64_t first, int64_t tiles, int part, int parts)
-      : begin(first + tiles * part / parts), end(first + tiles * (part + 1) / parts) {}
+      : begin(static_cast<int>(first + tiles * part / parts)),
+        end(static_cast<int>(first + tiles * (part + 1) / parts)) {}
 };
 
 __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) {
@@ -75,6 +78,7 @@ struct ReduceShape {
   static constexpr int kColumnTerms = kColumnTerms_;
   static constexpr bool kColumnLabels = kColumnLabels_;
   static constexpr int kTermSlots = kStages;
+  static constexpr int kCopiesAtOnce = 16;
   static constexpr int kBlocksPerSm = 2;
   static constexpr int kOwnBytes = kBlockM * kTileRowBytes;
   static constexpr int kOtherBytes = kBlockN * kTileRowBytes;
@@ -98,6 +102,7 @@ struct ProductShape {
   static constexpr int kWarpsM = kWarpsM_;
   static constexpr int kWarpsN = kWarps / kWarpsM;
   static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kBlocksPerSm = 1;
   static constexpr int kBlockM = kWarpsM * kWarpRows;
   static constexpr int kBlockN = sizeof(scalar_t) == 2 ? 64 : 32;
   static constexpr int kWarpColumns = kBlockN / kWarpsN;  // of the tile
@@ -110,6 +115,7 @@ struct ProductShape {
   static constexpr int kColumnTerms = kColumnTerms_;
   static constexpr bool kColumnLabels = kColumnLabels_;
   static constexpr int kTermSlots = kStages;
+  static constexpr int kCopiesAtOnce = 16;
   static constexpr int kRowTerms = kRowTerms_;
   static constexpr int kOwnBytes = kBlockM * kTileRowBytes;
   static constexpr int kOtherBytes = kBlockN * kTileRowBytes;
@@ -142,6 +148,7 @@ struct MatrixShape {
   static constexpr int kColumnTerms = kColumnTerms_;
   static constexpr bool kColumnLabels = false;
   static constexpr int kTermSlots = 2;
+  static constexpr int kCopiesAtOnce = sizeof(scalar_t) == 4 ? 1 : 16;  // TF32 has no registers for more
   static constexpr int kBlocksPerSm = kDouble ? 1 : 2;
   static constexpr int kOwnBytes = kBlockM * kTileRowBytes;
   static constexpr int kOtherBytes = kBlockN * kTileRowBytes;
@@ -152,12 +159,17 @@ struct MatrixShape {
   }
 };
 
+struct NoTile {};
+
 template <typename Shape, typename Engine>
 class TileWalk {
  public:
   using scalar_t = typename Engine::scalar_t;
   using acc_t = typename Engine::acc_t;
   using other_t = typename Engine::other_t;
+  static constexpr bool kWidens = !std::is_same_v<scalar_t, other_t>;
+  static constexpr int kColumnTerms = Shape::kColumnTerms;
+  static constexpr bool kColumnLabels = Shape::kColumnLabels;
   using Side = Operand<scalar_t, acc_t>;
   using OtherSide = Operand<other_t, acc_t>;
   using Tile = Fragment<acc_t, Shape::kNTiles>;
@@ -183,9 +195,9 @@ class TileWalk {
         chunks_(static_cast<int>(ceil_div(width, Shape::kChunk))),
         slice0_(blockIdx.z * Shape::kSliceChunks),
         slice_chunks_(min(Shape::kSliceChunks, chunks_ - slice0_)),
-        resident_(chunks_ <= kOwnerSlots),
+        resident_(chunks_ <= own_bytes() / Shape::kOwnBytes),
         own_tiles_(shared),
-        other_tiles_(own_tiles_ + (resident_ ? chunks_ : kOwnerSlots) * Shape::kOwnBytes),
+        other_tiles_(own_tiles_ + own_bytes()),
         coefficients_(other_tiles_ + kStages * Shape::kOtherBytes),
         column_terms_(reinterpret_cast<acc_t*>(coefficients_ + Shape::kPanels * Shape::kOwnBytes)),
         labels_(reinterpret_cast<int64_t*>(column_terms_ +
@@ -203,7 +215,9 @@ class TileWalk {
   // First row of the warp's part, in the block.
   __device__ __forceinline__ int warp_row() const { return warp_row_; }
   // First column of the warp's part of the present tile.
-  __device__ __forceinline__ int64_t column0() const { return tile_ * Shape::kBlockN + warp_column_; }
+  __device__ __forceinline__ int64_t column0() const {
+    return int64_t{tile_} * Shape::kBlockN + warp_column_;
+  }
   // Shared memory for kRowTerms numbers of every row; the first step's barrier publishes what start()
   // follows.
   __device__ __forceinline__ acc_t* row_terms() const {
@@ -213,7 +227,10 @@ class TileWalk {
 
   // Starts the copies of the first steps.
   __device__ __forceinline__ void start() {
-    for (int step = 0; step < kStages - 1; ++step) load_next();
+    for (int step = 0; step < kStages - 1; ++step) {
+      load_next();
+      advance();
+    }
   }
 
   __device__ __forceinline__ bool next() { return ++tile_ < split_.end; }
@@ -233,8 +250,7 @@ class TileWalk {
   // Term `term` of the columns of elements c[.][n][0] and c[.][n][1], which has to be there.
   __device__ __forceinline__ Pair<acc_t> column_pair(int term, int n) const {
     const acc_t* values = column_terms_ +
-                          (tile_ % Shape::kTermSlots * Shape::kColumnTerms + term) * Shape::kBlockN +
-                          warp_column_;
+                          (term_slot(tile_) * Shape::kColumnTerms + term) * Shape::kBlockN + warp_column_;
     return *reinterpret_cast<const Pair<acc_t>*>(values + fragment_column(threadIdx.x % kWarpSize, n, 0));
   }
 
@@ -245,7 +261,7 @@ class TileWalk {
 
   // Labels of the same two columns, which have to be there.
   __device__ __forceinline__ Pair<int64_t> column_labels(int n) const {
-    const int64_t* labels = labels_ + tile_ % Shape::kTermSlots * Shape::kBlockN + warp_column_;
+    const int64_t* labels = labels_ + term_slot(tile_) * Shape::kBlockN + warp_column_;
     return *reinterpret_cast<const Pair<int64_t>*>(labels + fragment_column(threadIdx.x % kWarpSize, n, 0));
   }
 
@@ -361,6 +377,15 @@ class TileWalk {
   }
 
  private:
+  static constexpr int kOtherSharedBytes = Shape::shared_bytes(0);
+
+  // What the launch leaves to own rows: whole slots, of all steps where they stay.
+  static __device__ __forceinline__ int own_bytes() {
+    int launched;
+    asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(launched));
+    return launched - kOtherSharedBytes;
+  }
+
   __device__ __forceinline__ int warp_depth() const {
     return threadIdx.x / kWarpSize % Shape::kWarpsN * Shape::kWarpDepth;
   }
@@ -371,43 +396,56 @@ class TileWalk {
     load_next();
   }
 
-  __device__ __forceinline__ void advance() { stage_ = stage_ + 1 == kStages ? 0 : stage_ + 1; }
+  // Ends a step: its tiles are read, what it loaded into registers is stored.
+  __device__ __forceinline__ void advance() {
+    if constexpr (kWidens) {
+      if (holds_tile_) widened_.store(other_tiles_ + load_stage() * Shape::kOtherBytes);
+    }
+    stage_ = stage_ + 1 == kStages ? 0 : stage_ + 1;
+  }
+
+  // Of the step kStages - 1 after the present one: the stage that the step before this one read.
+  __device__ __forceinline__ int load_stage() const { return stage_ == 0 ? kStages - 1 : stage_ - 1; }
+
+  static __device__ __forceinline__ int term_slot(int tile) {
+    return static_cast<int>(static_cast<unsigned>(tile) % Shape::kTermSlots);
+  }
 
   // Loads go through the same sequence of steps as the products, kStages - 1 before them. Steps 0 .. chunks -
   // 1 of a tile are for the products, the others for accumulate().
   __device__ __forceinline__ void load_next() {
+    if constexpr (kWidens) holds_tile_ = false;
     if (load_tile_ < split_.end) {
-      const int64_t column0 = load_tile_ * Shape::kBlockN;
+      const int64_t column0 = int64_t{load_tile_} * Shape::kBlockN;
       const bool for_products = Shape::kSliceChunks == 0 || load_step_ < chunks_;
       const int64_t depth0 =
           static_cast<int64_t>(for_products ? load_step_ : slice0_ + load_step_ - chunks_) * Shape::kChunk;
       if (for_products && (!resident_ || load_tile_ == split_.begin)) {
-        const int slot = resident_ ? load_step_ : load_stage_;
-        load_tile<Shape::kBlockM, Shape::kThreads>(own_tiles_ + slot * Shape::kOwnBytes, own_.data,
-                                                   own_.stride, own_.count, width_, row0_, depth0);
+        const int slot = resident_ ? load_step_ : load_stage();
+        load_tile<Shape::kBlockM, Shape::kThreads, Shape::kCopiesAtOnce>(
+            own_tiles_ + slot * Shape::kOwnBytes, own_.data, own_.stride, own_.count, width_, row0_, depth0);
       }
-      unsigned char* other_tile = other_tiles_ + load_stage_ * Shape::kOtherBytes;
-      if constexpr (std::is_same_v<scalar_t, other_t>) {
-        load_tile<Shape::kBlockN, Shape::kThreads>(other_tile, other_.data, other_.stride, other_.count,
-                                                   width_, column0, depth0);
+      if constexpr (kWidens) {
+        widened_.load(other_.data, other_.stride, other_.count, width_, column0, depth0);
+        holds_tile_ = true;
       } else {
-        load_widened_tile<Shape::kBlockN, Shape::kThreads>(other_tile, other_.data, other_.stride,
-                                                           other_.count, width_, column0, depth0);
+        load_tile<Shape::kBlockN, Shape::kThreads, Shape::kCopiesAtOnce>(
+            other_tiles_ + load_stage() * Shape::kOtherBytes, other_.data, other_.stride, other_.count,
+            width_, column0, depth0);
       }
       if (load_step_ == 0 && threadIdx.x < Shape::kBlockN) {
-        acc_t* to = column_terms_ + load_tile_ % Shape::kTermSlots * Shape::kColumnTerms * Shape::kBlockN +
-                    threadIdx.x;
+        const int slot = term_slot(load_tile_);
+        acc_t* to = column_terms_ + slot * Shape::kColumnTerms * Shape::kBlockN + threadIdx.x;
         const int64_t j = column0 + threadIdx.x;
         const bool valid = j < other_.count;
 #pragma unroll
         for (int term = 0; term < Shape::kColumnTerms; ++term) {
           const acc_t* from = terms_.of_columns[term];
-          if (from) copy_async<sizeof(acc_t)>(to + term * Shape::kBlockN, from + (valid ? j : 0), valid);
+          if (from) copy_async<sizeof(acc_t)>(to + term * Shape::kBlockN, from + j, valid);
         }
         if constexpr (Shape::kColumnLabels) {
           if (terms_.labels) {
-            copy_async<8>(labels_ + load_tile_ % Shape::kTermSlots * Shape::kBlockN + threadIdx.x,
-                          terms_.labels + (valid ? j : 0), valid);
+            copy_async<8>(labels_ + slot * Shape::kBlockN + threadIdx.x, terms_.labels + j, valid);
           }
         }
       }
@@ -417,7 +455,6 @@ class TileWalk {
       }
     }
     copy_async_commit();
-    load_stage_ = load_stage_ + 1 == kStages ? 0 : load_stage_ + 1;
   }
 
   const Side& own_;
@@ -431,9 +468,13 @@ class TileWalk {
   int64_t* labels_;
   int64_t row0_;
   Split split_;
-  int64_t tile_, load_tile_;
-  int stage_ = 0, load_stage_ = 0, load_step_ = 0;
+  int tile_, load_tile_;
+  int stage_ = 1;  // of the present step; 0 after start()
+  int load_step_ = 0;
   int warp_row_, warp_column_;
+  // Where the other side is widened: what the present step loads, and whether it does.
+  std::conditional_t<kWidens, WidenedTile<Shape::kBlockN, Shape::kThreads, other_t>, NoTile> widened_;
+  bool holds_tile_ = false;
 };
 
 }  // namespace ssl_kernels

@@ -11,8 +11,9 @@ ROWS, TILE, MATH, BLOCKS = "rows.cuh", "device/tile.cuh", "device/math.cuh", "co
 EPS = "norm < Math<acc_t>::kNormEps ? Math<acc_t>::kNormEps : norm"
 
 SHORTEST_NORM = Mutation("shortest norm, 5 % longer", MATH, "kNormEps = 1e-12f", "kNormEps = 1.05e-12f")
-TILE_ROWS = Mutation("index: rows of a tile past 2^31", TILE, "matrix + (row0 + r) * row_stride + column",
-                     "matrix + static_cast<int>((row0 + r) * row_stride) + column", at="bool valid")  # fmt: skip
+TILE_ROWS = Mutation("index: rows of a tile past 2^31", TILE, "matrix + (row0 + Share::first_row()) * row_stride",
+                     "matrix + static_cast<int>((row0 + Share::first_row()) * row_stride)",
+                     at="void load_tile(")  # fmt: skip
 
 MUTATIONS = {
     "contrastive": [

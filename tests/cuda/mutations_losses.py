@@ -1,4 +1,7 @@
-"""Mutations of the kernels of losses, queue and momentum update, and the checks that are to notice them."""
+"""Mutations of the kernels of losses, queue and momentum update, and the checks that are to notice them.
+
+One file, although a long one: the losses share the mutations of their walk, and what checks them stands beside them.
+"""
 
 import dataclasses
 
@@ -34,8 +37,22 @@ REDUCING_WALK = [
     ),
     Mutation("walk: column mask of the terms", WALK, "valid = j < other_.count;", "valid = true;"),
     Mutation("walk: one tile more", WALK, "++tile_ < split_.end", "++tile_ <= split_.end"),
-    Mutation("tile copy: row mask", TILE, "row0 + r < rows && ", at="bool valid"),
-    Mutation("tile copy: depth mask", TILE, " && column < columns", at="bool valid"),
+    Mutation(
+        "walk: own rows that do not fit stay", WALK, "chunks_ <= own_bytes() / Shape::kOwnBytes", "true"
+    ),
+    Mutation("index: tiles of the other side", WALK, "own_tiles_ + own_bytes()", "own_tiles_"),
+    Mutation("walk: own rows that come again", WALK, "!resident_ || load_tile_", "load_tile_"),
+    Mutation("tile copy: rows of a matrix", TILE, "min(rows - row0, int64_t{kRows})", "int64_t{kRows}"),
+    Mutation(
+        "tile copy: row mask", TILE, "i * Share::kRowsAtOnce < inside", "0 < inside", at="outside the matrix"
+    ),
+    Mutation("tile copy: depth mask", TILE, ", column < columns", ", true", at="void load_tile("),
+    Mutation(
+        "index: rows of a tile's thread",
+        TILE,
+        "static_cast<int>(min(rows - row0, int64_t{kRows})) - first_row()",
+        "static_cast<int>(min(rows - row0, int64_t{kRows}))",
+    ),
 ]
 PRODUCT_WALK = [
     Mutation(
@@ -76,8 +93,12 @@ MUTATIONS = {
         Mutation("index: first row of a block", BACKWARD, "first_row + static_cast", "static_cast"),
         Mutation("index: rows in a block", BACKWARD, "block - first_row * stride", "block"),
         Mutation("index: columns in a block", BACKWARD, "* stride - first_column, stride", "* stride, stride"),
-        Mutation("widened copy: row mask", TILE, "row0 + r < rows && ", at="wide = {}"),
-        Mutation("widened copy: depth mask", TILE, " && column < columns", at="wide = {}"),
+        Mutation("widened copy: row mask", TILE, "i * Share::kRowsAtOnce < inside", "0 < inside", at="held[i] = {};"),
+        Mutation("widened copy: depth mask", TILE, ", column < columns", ", true", at="void load(const narrow_t"),
+        Mutation("widened copy: nothing past the walk", WALK, "if (holds_tile_) widened_", "widened_",
+                 harmless="stores into a stage that no step reads any more"),
+        Mutation("index: stage of a widened tile", WALK, "widened_.store(other_tiles_ + load_stage()",
+                 "widened_.store(other_tiles_ + stage_"),
         Mutation("copy: commit", COPY, '"cp.async.commit_group;"', '""'),
         Mutation("copy: wait", COPY, '"cp.async.wait_group %0;"', '"// %0"'),
         Mutation("walk: tiles past the end", WALK, "if (load_tile_ < split_.end) {", "{"),
@@ -217,7 +238,7 @@ MUTATIONS = {
         Mutation("columns: only threads with one", WALK, " && threadIdx.x < Shape::kBlockN"),
         Mutation("labels: wait for their copy", COPY, '"cp.async.wait_group %0;"', '"// %0"'),
         Mutation("labels: column mask",
-                 WALK, "terms_.labels + (valid ? j : 0), valid);", "terms_.labels + j, true);"),
+                 WALK, "terms_.labels + j, valid);", "terms_.labels + j, true);"),
         Mutation("row mask of the norms", HARD, "rows.rnorm && row < count", "rows.rnorm",
                  harmless="reads the workspace for rows that are not stored"),
         Mutation("row mask of the labels", HARD, "row < count ? problem.labels[row] : 0", "problem.labels[row]"),

@@ -1,4 +1,7 @@
-"""What the kernels do, counted by the emulator, against the counts on paper in csrc/cuda/contrastive_*.cuh."""
+"""What the kernels do, counted by the emulator, against the counts on paper in csrc/cuda/contrastive_*.cuh.
+
+One file, although a long one: the figures of a kernel are those of another with other terms.
+"""
 
 import ctypes
 import re
@@ -31,16 +34,23 @@ NARROW_CASES = [
     (256, None, 128, torch.bfloat16, False),
     (128, 256, 192, torch.float16, False),
     (128, None, 96, torch.float32, True),
-    (128, None, 64, torch.float32, False),
+    (128, None, 32, torch.float32, False),
 ]
 WIDE_CASES = [
     pytest.param((256, None, 640, torch.bfloat16, False), marks=pytest.mark.slow),
     (128, 192, 256, torch.float16, False),
     (128, None, 160, torch.float32, True),
     pytest.param((128, 160, 128, torch.float32, False), marks=pytest.mark.slow),
+    (128, None, 64, torch.float32, False),
     (128, None, 80, torch.float64, False),
 ]
 UNIT_BYTES, STEP_BYTES, SECTOR = 16, 128, 32
+
+# Steps of 128 bytes of a row that may stay in shared memory, on emulated devices: (of sm_80, of sm_90), whose blocks
+# have 163 and 227 KB, and two blocks a multiprocessor together 1 KB more each.
+FORWARD_STEPS = {80: 3, 90: 5}
+BACKWARD_STEPS = {80: 7, 90: 11}
+COEFFICIENT_STEPS = {80: 7, 90: 3}  # one block a multiprocessor on sm_80 whatever they are, two on sm_90
 
 
 def launches_of(library, n, m, d, dtype, tf32, **options):
@@ -61,12 +71,12 @@ def emulated(gpu):
 class Forward:
     """Paper figures of one forward launch of n rows by m columns."""
 
-    def __init__(self, n, m, d, dtype, tf32):
+    def __init__(self, n, m, d, dtype, tf32, arch):
         self.block_n = 64
         self.steps = ceil(d * dtype.itemsize / STEP_BYTES)
         self.blocks, self.tiles = ceil(n / 128), ceil(m / self.block_n)
         self.tensor_cores = dtype.itemsize == 2 or tf32
-        self.streamed = self.steps > 3
+        self.streamed = self.steps > FORWARD_STEPS[arch]
         self.n, self.m = n, m
 
     def mma(self):
@@ -79,7 +89,8 @@ class Forward:
         return own + other + positives_and_norms + 20 * self.blocks
 
     def shared_bytes(self):
-        return min(self.steps, 3) * 128 * STEP_BYTES + 3 * self.block_n * (STEP_BYTES + 4 + 8)
+        own = 3 if self.streamed else self.steps
+        return own * 128 * STEP_BYTES + 3 * self.block_n * (STEP_BYTES + 4 + 8)
 
     def wavefronts(self):
         own = 128 * self.steps * (self.tiles if self.streamed else 1)
@@ -90,8 +101,8 @@ class Forward:
 class BothDirections(Forward):
     """Paper figures of one forward launch in both directions, by `groups` of row blocks and one part."""
 
-    def __init__(self, n, m, d, dtype, tf32, groups):
-        super().__init__(n, m, d, dtype, tf32)
+    def __init__(self, n, m, d, dtype, tf32, arch, groups):
+        super().__init__(n, m, d, dtype, tf32, arch)
         self.groups = groups
 
     def sectors(self):
@@ -111,7 +122,7 @@ class BothDirections(Forward):
 class Backward:
     """Paper figures of one backward launch whose owners are n rows, against m others."""
 
-    def __init__(self, n, m, d, dtype, tf32, square, one_exponential=None):
+    def __init__(self, n, m, d, dtype, tf32, arch, square, one_exponential=None):
         self.one_exponential = square if one_exponential is None else one_exponential
         half = dtype.itemsize == 2
         self.block_m = 64 if half and d > 256 else 128
@@ -119,12 +130,15 @@ class Backward:
         self.steps = ceil(d * dtype.itemsize / STEP_BYTES)
         self.blocks, self.tiles = ceil(n / self.block_m), ceil(m / self.block_n)
         self.tensor_cores = half or tf32
-        self.streamed = self.steps > 3
+        self.streamed = self.steps > BACKWARD_STEPS[arch]
         self.n, self.m, self.d, self.half, self.square = n, m, d, half, square
 
     def mma(self):
         per_step = self.block_m * self.block_n // 32
         return 2 * self.blocks * self.tiles * self.steps * per_step if self.tensor_cores else 0
+
+    def own_steps(self):
+        return 3 if self.streamed else self.steps
 
     def operand_sectors(self):
         own = 4 * self.n * self.steps * (self.tiles if self.streamed else 1)
@@ -132,7 +146,7 @@ class Backward:
 
     def shared_bytes(self):
         panels = self.block_n * (2 if self.half else 4) // STEP_BYTES
-        own = (min(self.steps, 3) + panels) * self.block_m * STEP_BYTES
+        own = (self.own_steps() + panels) * self.block_m * STEP_BYTES
         return own + 3 * self.block_n * (STEP_BYTES + 8) + (4 * self.block_m + 9 * self.block_n) * 4
 
     def sectors(self):
@@ -165,38 +179,47 @@ class Backward:
 class WideBackward:
     """Paper figures of the launch that writes a block of coefficients: n rows against m others."""
 
-    def __init__(self, n, m, d, dtype, tf32, square):
+    def __init__(self, n, m, d, dtype, tf32, arch, square, most_steps=COEFFICIENT_STEPS):
         self.size, self.acc = dtype.itemsize, max(dtype.itemsize, 4)
         self.chunk = STEP_BYTES // self.size
         self.block_n = 64 if self.size == 8 else 128
         self.steps = ceil(d / self.chunk)
         self.blocks, self.tiles = ceil(n / 128), ceil(m / self.block_n)
-        self.tensor_cores = self.size == 2 or tf32
+        self.tensor_cores, self.bfloat16 = self.size == 2 or tf32, dtype == torch.bfloat16
+        if not self.tensor_cores:  # one block per multiprocessor anywhere
+            most_steps = {80: 7, 90: 11} if self.size == 4 else {80: 8, 90: 12}
+        self.streamed = self.steps > most_steps[arch]
+        self.column_terms = 2 if square else 3  # 2 with one exponential
         self.n, self.m, self.d, self.square = n, m, d, square
 
     def coefficient_mma(self):
         return 4 * self.blocks * self.tiles * self.steps * self.block_n if self.tensor_cores else 0
 
     def coefficient_sectors(self):
-        operands = 4 * self.n * self.steps * self.tiles + 4 * self.blocks * self.m * self.steps
+        operands = 4 * self.n * self.steps * (self.tiles if self.streamed else 1)
+        operands += 4 * self.blocks * self.m * self.steps
         sides = 2 if self.square else 1
         positives = self.blocks * self.tiles * (64 + self.block_n if self.square else 64)
-        of_columns = 2 if self.square else 3  # with one exponential for both sides
-        terms = self.blocks * self.tiles * (of_columns * self.block_n // 8 + 96) * self.acc // 4
+        terms = self.blocks * self.tiles * (self.column_terms * self.block_n // 8 + 96) * self.acc // 4
         return operands + positives + sides * self.n + terms
 
     def coefficient_store_sectors(self):
         return 128 * self.blocks * self.tiles * self.block_n * self.size // SECTOR
 
     def coefficient_shared(self):
-        return 3 * (128 + self.block_n) * STEP_BYTES + 2 * 3 * self.block_n * self.acc
+        own = 3 if self.streamed else self.steps
+        return (own * 128 + 3 * self.block_n) * STEP_BYTES + 2 * 3 * self.block_n * self.acc
 
     def coefficient_wavefronts(self):
         n_tiles = self.block_n // 16
         products = 4 * (2 + n_tiles // 2) * 4 if self.tensor_cores else 8 * (4 + 2 * n_tiles) * 4
-        step = 128 + self.block_n + 8 * products
-        terms = (8 * n_tiles * 2 * 3 + 2 * self.block_n // 32) * self.acc // 4  # of the square case
-        return self.blocks * self.tiles * (self.steps * step + terms)
+        step = self.block_n + 8 * products
+        own = 128 * self.steps * (self.tiles if self.streamed else 1)
+        # Of the square case: the norms twice, or all terms twice where the rows are taken by halves.
+        by_halves = self.tensor_cores and not self.bfloat16
+        reads = 8 * n_tiles * 2 * (2 * self.column_terms if by_halves else 1 + self.column_terms)
+        terms = (reads + self.column_terms * self.block_n // 32) * self.acc // 4
+        return self.blocks * (own + self.tiles * (self.steps * step + terms))
 
 
 class Expectation(Backward):
@@ -209,7 +232,7 @@ class Expectation(Backward):
     def shared_bytes(self):
         panels = self.block_n * (2 if self.half else 4) // STEP_BYTES
         norms_and_maxima = (1 + 8 * 32 // self.block_m) * self.block_m * 4
-        own = (min(self.steps, 3) + panels) * self.block_m * STEP_BYTES
+        own = (self.own_steps() + panels) * self.block_m * STEP_BYTES
         return own + 3 * self.block_n * (STEP_BYTES + 4 + 8) + norms_and_maxima
 
 
@@ -217,7 +240,7 @@ class Expectation(Backward):
 def test_forward_does_what_its_header_says(library, case):
     n, m, d, dtype, tf32 = case
     (forward,), _ = launches_of(library, *case)
-    paper = Forward(n, m or n, d, dtype, tf32)
+    paper = Forward(n, m or n, d, dtype, tf32, library.arch)
     assert forward.counters.mma == paper.mma()
     assert forward.shared == paper.shared_bytes()
     assert forward.counters.global_load_sectors == pytest.approx(paper.sectors(), rel=0.01)
@@ -234,7 +257,7 @@ def test_backward_does_what_its_header_says(library, case):
     _, backward = launches_of(library, *case)
     owners = [(n, n)] if m is None else [(n, m), (m, n)]
     assert len(backward) == len(owners)
-    papers = [Backward(*sizes, d, dtype, tf32, m is None) for sizes in owners]
+    papers = [Backward(*sizes, d, dtype, tf32, library.arch, m is None) for sizes in owners]
     for launch, paper in zip(backward, papers, strict=True):
         assert launch.counters.mma == paper.mma()
         assert launch.shared == paper.shared_bytes()
@@ -255,7 +278,7 @@ def test_backward_of_wide_rows_does_what_its_headers_say(library, case):
     call = random_call(n, m, d, dtype, positives=1)
     _, _, launches = run(library, call, call.upstream(), splits=1, tf32=tf32)
     (launch,) = [launch for launch in launches if "coefficients_kernel" in launch.kernel]
-    paper = WideBackward(n, m or n, d, dtype, tf32, m is None)
+    paper = WideBackward(n, m or n, d, dtype, tf32, library.arch, m is None)
     assert launch.counters.mma == paper.coefficient_mma()
     assert launch.shared == paper.coefficient_shared()
     assert launch.counters.global_load_sectors == pytest.approx(paper.coefficient_sectors(), rel=0.05)
@@ -343,7 +366,7 @@ def test_blocks_of_coefficients_are_bounded(library):
 ], ids=str)  # fmt: skip
 def test_expectation_does_what_its_header_says(library, n, m, d, dtype, tf32):
     (launch,), backward = launches_of(library, n, m, d, dtype, tf32, expectation=True)
-    paper = Expectation(n, m, d, dtype, tf32, False)
+    paper = Expectation(n, m, d, dtype, tf32, library.arch, False)
     assert not backward
     assert launch.counters.mma == paper.mma()
     assert launch.shared == paper.shared_bytes()
@@ -364,7 +387,7 @@ def test_narrow_columns_are_read_as_they_are(library, column_dtype):
     call = random_call(n, m, d, torch.float32, column_dtype=column_dtype)
     _, launches = contrastive_fwd(library, call, expectation=True, splits=1)
     (launch,) = [launch for launch in launches if "expectation_kernel" in launch.kernel]
-    paper = Expectation(n, m, d, torch.float32, False, False)
+    paper = Expectation(n, m, d, torch.float32, False, library.arch, False)
     walk = 8 * paper.blocks * m * paper.steps
     assert launch.shared == paper.shared_bytes()
     assert launch.counters.global_load_sectors == pytest.approx(paper.sectors() - walk / 2, rel=0.01)
@@ -417,7 +440,7 @@ def test_both_directions_do_what_their_header_says(gpu, nvcc, d, dtype, tf32, mu
     call = random_call(n, m, d, dtype, both_directions=True)
     _, launches = contrastive_fwd(library, call, splits=1, tf32=tf32)
     (launch,) = [launch for launch in launches if "fwd_kernel" in launch.kernel]
-    paper = BothDirections(n, m, d, dtype, tf32, groups)
+    paper = BothDirections(n, m, d, dtype, tf32, library.arch, groups)
     assert launch.grid == (groups, 1, 1)
     assert launch.counters.mma == paper.mma()
     assert launch.shared == paper.shared_bytes()

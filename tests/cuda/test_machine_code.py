@@ -27,7 +27,8 @@ SMALLEST_BLOCK_LIMIT = 99 * 1024  # shared memory of a block on sm_86 and sm_89,
 
 TWO_WHERE_THEY_FIT = {80: 1, 90: 2, 100: 2}
 
-# Kernel, by what its mangled name holds: threads, dynamic shared memory at most, blocks per multiprocessor.
+# Kernel, by what its mangled name holds: threads, dynamic shared memory with 3 steps of own rows, blocks per
+# multiprocessor. More steps stay in shared memory only where that leaves as many blocks.
 KERNELS = {
     r"contrastive_fwd_kernel.*EngineI(13__nv_bfloat16|6__half|f)EE.*Lb0E": (128, 76032, 2),
     r"contrastive_fwd_kernel.*FmaEngineIdEE(?:EE)?Lb0E": (128, 62976, 2),
@@ -40,12 +41,13 @@ KERNELS = {
     r"contrastive_bwd_kernel.*MmaEngineIfEE(?:EE)?Li4ELi4E": (256, 81792, 1),
     r"contrastive_bwd_kernel.*FmaEngineIfEE(?:EE)?Li4ELi4E": (256, 81792, 1),
     r"contrastive_bwd_kernel.*FmaEngineIdEE(?:EE)?Li4ELi4E": (256, 101376, 1),
-    r"contrastive_coefficients_kernelI(?!.*AddingEngine).*EngineI(13__nv_bfloat16|6__half|f)": (
+    r"contrastive_coefficients_kernelI(?!.*AddingEngine).*MmaEngineI(13__nv_bfloat16|6__half|f)": (
         256,
         101376,
         TWO_WHERE_THEY_FIT,
     ),
     r"contrastive_coefficients_kernel.*AddingEngine.*EngineI(13__nv_bfloat16|6__half|f)": (256, 101376, 1),
+    r"contrastive_coefficients_kernelI.*FmaEngineIf": (256, 101376, 1),
     r"contrastive_coefficients_kernel.*FmaEngineId": (256, 76800, 1),
     r"expectation_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EE(?:EE)?Li4ELi2E": (256, 76800, 1),
     r"expectation_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EE(?:EE)?Li4ELi4E": (256, 93184, 1),
@@ -53,12 +55,13 @@ KERNELS = {
     r"expectation_kernel.*EngineIfEE(?:EE)?Li4ELi8E": (256, 80512, 1),
     r"expectation_kernel.*FmaEngineIdEE(?:EE)?Li4ELi8E": (256, 98048, 1),
     r"expectation_kernel.*WideningEngine.*(13__nv_bfloat16|6__half)EE(?:EE)?Li4ELi8E": (256, 80512, 1),
-    r"sigmoid_pairs_fwd_kernel.*EngineI(13__nv_bfloat16|6__half|f)": (128, 74496, 2),
-    r"sigmoid_pairs_fwd_kernel.*FmaEngineId": (128, 62208, 2),
-    r"sigmoid_pairs_bwd_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EE(?:EE)?Li4ELi2E": (256, 76288, 1),
-    r"sigmoid_pairs_bwd_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EE(?:EE)?Li4ELi4E": (256, 92672, 1),
-    r"sigmoid_pairs_bwd_kernel.*EngineIfEE(?:EE)?Li4ELi4E": (256, 79616, 1),
-    r"sigmoid_pairs_bwd_kernel.*FmaEngineIdEE(?:EE)?Li4ELi4E": (256, 97792, 1),
+    # With ids of columns, where there are any.
+    r"sigmoid_pairs_fwd_kernel.*EngineI(13__nv_bfloat16|6__half|f)": (128, 76032, 2),
+    r"sigmoid_pairs_fwd_kernel.*FmaEngineId": (128, 62976, 2),
+    r"sigmoid_pairs_bwd_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EE(?:EE)?Li4ELi2E": (256, 77824, 1),
+    r"sigmoid_pairs_bwd_kernel.*MmaEngineI(13__nv_bfloat16|6__half)EE(?:EE)?Li4ELi4E": (256, 94208, 1),
+    r"sigmoid_pairs_bwd_kernel.*EngineIfEE(?:EE)?Li4ELi4E": (256, 80384, 1),
+    r"sigmoid_pairs_bwd_kernel.*FmaEngineIdEE(?:EE)?Li4ELi4E": (256, 98560, 1),
     r"sigmoid_pairs_coefficients_kernel.*EngineI(13__nv_bfloat16|6__half|f)": (256, 100352, 1),
     r"sigmoid_pairs_coefficients_kernel.*FmaEngineId": (256, 75776, 1),
     r"sigmoid_pairs_weight_kernel": (256, 0, 4),
@@ -195,6 +198,25 @@ def test_tensor_cores_and_vector_accesses_are_used(cuobjdump, binaries, arch):
     for name, opcodes in code.items():
         if "prepare_rows_kernel" in name:
             assert any(opcode.startswith("LDG.E.128") for opcode in opcodes), name
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_narrow_columns_are_loaded_before_the_products_and_stored_after(cuobjdump, binaries, arch):
+    """A fragment's products of a step at least lie between, so that they hide the way from memory."""
+    text = dump(cuobjdump, binaries, arch, "-sass")
+    kernels = [part for part in text.split("Function : ")[1:] if "WideningEngine" in part.split()[0]]
+    assert kernels
+    for part in kernels:
+        products, most = None, 0
+        for opcode in OPCODE.findall(part):
+            if opcode.startswith("LDG.E.64"):
+                products = 0
+            elif opcode.startswith("STS.128"):
+                most = max(most, products or 0)
+                products = None
+            elif products is not None:
+                products += opcode.startswith(("HMMA", "FFMA"))
+        assert most >= 16, part.split()[0]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

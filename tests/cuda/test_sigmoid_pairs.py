@@ -198,7 +198,7 @@ def test_calls_can_be_captured(library, gpu):
 
 @pytest.mark.parametrize(
     "n, m, d, dtype",
-    [(128, 256, 128, torch.bfloat16), (256, 128, 192, torch.float16), (128, 64, 64, torch.float32)],
+    [(128, 256, 128, torch.bfloat16), (256, 128, 192, torch.float16), (128, 64, 32, torch.float32)],
 )
 def test_kernels_do_what_their_headers_say(library, gpu, n, m, d, dtype):
     if not gpu.emulated:
@@ -236,24 +236,45 @@ def test_kernels_do_what_their_headers_say(library, gpu, n, m, d, dtype):
             own = 4 * rows * steps * (tiles if streamed else 1)
             paper = own + 8 * blocks * columns * steps + terms * blocks * (128 + tiles * block_n) // 8
             assert counters.global_load_sectors == pytest.approx(paper, rel=0.02)
-            assert counters.global_store_sectors == pytest.approx(rows * d * 4 // SECTOR, rel=0.02)
+            assert counters.global_store_sectors == pytest.approx(rows * d * 4 // SECTOR, rel=0.04)
             assert not half or counters.shared_wavefronts == counters.shared_wavefronts_ideal
 
 
-@pytest.mark.parametrize("d, dtype", [(256, torch.bfloat16), (128, torch.float32)])
+@pytest.mark.parametrize("d, dtype", [(256, torch.bfloat16), (128, torch.float32), (768, torch.bfloat16)])
 def test_coefficients_do_what_their_header_says(library, gpu, d, dtype):
+    """Own rows stay in shared memory where they fit beside the other side's: 7 steps on sm_80, 11 on sm_90."""
     if not gpu.emulated:
         pytest.skip("a card has no such counters")
     n, m = 128, 256
     call = random_call(n, m, d, dtype)
     half, steps, tiles = dtype.itemsize == 2, d * dtype.itemsize // STEP_BYTES, m // 128
+    stays = steps <= {80: 7, 90: 11}[library.arch]
     _, _, launches = total_with_gradients(library, call, splits=1)
     (launch,) = [launch for launch in launches if "coefficients_kernel" in launch.kernel]
-    assert launch.shared == 6 * 128 * STEP_BYTES + 2 * 2 * 128 * 4
+    assert launch.shared == ((steps if stays else 3) + 3) * 128 * STEP_BYTES + 2 * 2 * 128 * 4
     assert launch.counters.mma == (4 * tiles * steps * 128 if half else 0)
-    paper = 4 * n * steps * tiles + 4 * m * steps + tiles * (128 // 8 + 32)
+    paper = 4 * n * steps * (1 if stays else tiles) + 4 * m * steps + tiles * (128 // 8 + 32)
     assert launch.counters.global_load_sectors == pytest.approx(paper, rel=0.02)
     assert launch.counters.global_store_sectors == pytest.approx(
         128 * tiles * 128 * dtype.itemsize // SECTOR, rel=0.01
     )
     assert launch.counters.shared_wavefronts == launch.counters.shared_wavefronts_ideal
+
+
+@pytest.mark.parametrize("kernel, d", [("fwd_kernel", 64), ("bwd_kernel", 64), ("coefficients_kernel", 256)])
+def test_ids_are_read_as_the_headers_say(library, gpu, kernel, d):
+    """Of the rows once a warp and tile; of the columns once a tile, but where they come into registers at once."""
+    if not gpu.emulated:
+        pytest.skip("a card has no such counters")
+    n, m = 128, 256
+    counters = []
+    for ids in (None, "left out"):
+        call = random_call(n, m, d, torch.bfloat16, bias=-3.0, ids=ids)
+        launches = losses(library, call, splits=1)[1] + total_with_gradients(library, call, splits=1)[2]
+        counters.append(next(launch.counters for launch in launches if kernel in launch.kernel))
+    without, found = counters
+    tiles, columns = (m // 128, 8 * 128) if kernel == "coefficients_kernel" else (m // 64, 64 // 4)
+    of_rows = 32 if kernel == "fwd_kernel" else 64
+    assert found.global_load_sectors - without.global_load_sectors == tiles * (of_rows + columns)
+    assert found.async_copies - without.async_copies == (0 if columns > 16 else tiles * 2)
+    assert found.shared_wavefronts == found.shared_wavefronts_ideal

@@ -34,50 +34,79 @@ __device__ __forceinline__ int fragment_column(int lane, int n, int e) {
   return n * 8 + (lane % 4) * 2 + e % 2;
 }
 
+// How kThreads threads share out a tile of kRows rows: each has one unit of every kRowsAtOnce-th row, at the
+// same position of all of them.
+template <int kRows, int kThreads>
+struct TileShare {
+  static constexpr int kRowsAtOnce = kThreads / kTileUnits;
+  static constexpr int kUnits = kRows / kRowsAtOnce;
+  static_assert(kRows % kRowsAtOnce == 0, "every thread has the same number of units");
+  static_assert(kRowsAtOnce % 8 == 0, "a thread's units lie at one position of their rows");
+
+  static __device__ __forceinline__ int unit() { return threadIdx.x % kTileUnits; }
+  static __device__ __forceinline__ int first_row() { return threadIdx.x / kTileUnits; }
+  // Of the thread's first unit in the tile; the others follow kBytes apart.
+  static __device__ __forceinline__ uint32_t offset() { return tile_offset(first_row(), unit()); }
+  static constexpr int kBytes = kRowsAtOnce * kTileRowBytes;
+  // Unit i of the thread lies inside the matrix where i * kRowsAtOnce is less than this.
+  static __device__ __forceinline__ int rows_inside(int64_t rows, int64_t row0, bool column_inside) {
+    return column_inside ? static_cast<int>(min(rows - row0, int64_t{kRows})) - first_row() : 0;
+  }
+};
+
 // Starts copying rows [row0, row0 + kRows) and columns [column0, column0 + 128 bytes) of a matrix of (rows,
 // columns) with unit column stride; 0 outside. Rows are 16-byte aligned and columns a multiple of 16 bytes.
-// kThreads threads share the work, this one as number `thread`.
-template <int kRows, int kThreads, typename scalar_t>
+// kThreads threads share the work, and have addresses of kAtOnce copies at a time.
+template <int kRows, int kThreads, int kAtOnce, typename scalar_t>
 __device__ __forceinline__ void load_tile(unsigned char* tile, const scalar_t* matrix, int64_t row_stride,
-                                          int64_t rows, int64_t columns, int64_t row0, int64_t column0,
-                                          unsigned thread = threadIdx.x) {
-  constexpr int kVector = 16 / sizeof(scalar_t);
-  static_assert(kRows * kTileUnits % kThreads == 0, "every thread copies the same number of units");
-  const int unit = thread % kTileUnits;
-  const int64_t column = column0 + unit * kVector;
-#pragma unroll
-  for (int i = 0; i < kRows * kTileUnits / kThreads; ++i) {
-    const int r = i * (kThreads / kTileUnits) + thread / kTileUnits;
-    const bool valid = row0 + r < rows && column < columns;
-    const scalar_t* source = valid ? matrix + (row0 + r) * row_stride + column : matrix;
-    copy_async<16>(tile + tile_offset(r, unit), source, valid);
+                                          int64_t rows, int64_t columns, int64_t row0, int64_t column0) {
+  using Share = TileShare<kRows, kThreads>;
+  const int64_t column = column0 + Share::unit() * static_cast<int>(16 / sizeof(scalar_t));
+  const int inside = Share::rows_inside(rows, row0, column < columns);
+  const scalar_t* source = matrix + (row0 + Share::first_row()) * row_stride + column;
+  const int64_t step = Share::kRowsAtOnce * row_stride;
+  tile += Share::offset();
+#pragma unroll kAtOnce
+  for (int i = 0; i < Share::kUnits; ++i, source += step) {  // outside the matrix nothing is read
+    copy_async<16>(tile + i * Share::kBytes, source, i * Share::kRowsAtOnce < inside);
   }
 }
 
 // The same from a matrix in a narrower type, as 128 bytes of float: through registers, since asynchronous
-// copies move bits as they are. Rows are 8-byte aligned and columns a multiple of 4; the next barrier
-// publishes the tile.
+// copies move bits as they are. Rows are 8-byte aligned and columns a multiple of 4. Between load() and
+// store() other work hides the way from memory; the next barrier publishes the tile.
 template <int kRows, int kThreads, typename narrow_t>
-__device__ __forceinline__ void load_widened_tile(unsigned char* tile, const narrow_t* matrix,
-                                                  int64_t row_stride, int64_t rows, int64_t columns,
-                                                  int64_t row0, int64_t column0) {
-  constexpr int kVector = 16 / sizeof(float);
-  static_assert(kRows * kTileUnits % kThreads == 0, "every thread copies the same number of units");
-  const int unit = threadIdx.x % kTileUnits;
-  const int64_t column = column0 + unit * kVector;
+struct WidenedTile {
+  using Share = TileShare<kRows, kThreads>;
+  using Bits = BitsOf<8>::type;
+  static constexpr int kVector = 16 / sizeof(float);
+  Bits held[Share::kUnits];
+
+  __device__ __forceinline__ void load(const narrow_t* matrix, int64_t row_stride, int64_t rows,
+                                       int64_t columns, int64_t row0, int64_t column0) {
+    const int64_t column = column0 + Share::unit() * kVector;
+    const int inside = Share::rows_inside(rows, row0, column < columns);
+    const narrow_t* source = matrix + (row0 + Share::first_row()) * row_stride + column;
+    const int64_t step = Share::kRowsAtOnce * row_stride;
 #pragma unroll
-  for (int i = 0; i < kRows * kTileUnits / kThreads; ++i) {
-    const int r = i * (kThreads / kTileUnits) + threadIdx.x / kTileUnits;
-    Vector<float> wide = {};
-    if (row0 + r < rows && column < columns) {
-      const auto narrow =
-          *reinterpret_cast<const Chunk<narrow_t, kVector>*>(matrix + (row0 + r) * row_stride + column);
+    for (int i = 0; i < Share::kUnits; ++i, source += step) {
+      held[i] = {};
+      if (i * Share::kRowsAtOnce < inside) held[i] = *reinterpret_cast<const Bits*>(source);
+    }
+  }
+
+  __device__ __forceinline__ void store(unsigned char* tile) const {
+    tile += Share::offset();
+#pragma unroll
+    for (int i = 0; i < Share::kUnits; ++i) {
+      const auto narrow = *reinterpret_cast<const Chunk<narrow_t, kVector>*>(&held[i]);
+      Vector<float> wide;
 #pragma unroll
       for (int e = 0; e < kVector; ++e) wide.value[e] = to_acc(narrow.value[e]);
+      *reinterpret_cast<Vector<float>*>(tile + i * Share::kBytes) = wide;
     }
-    *reinterpret_cast<Vector<float>*>(tile + tile_offset(r, unit)) = wide;
   }
-}
+};
 
 // An engine's types: scalar_t is what products are of, other_t what the walked side is stored in.
 //
