@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ssl_kernels import losses, nn, sinkhorn
-from ssl_kernels.losses import _clusters
+from ssl_kernels.losses import _clusters, _features
 from ssl_kernels.recipes.memory import peak_memory
 from tests.distributed import processes
 from tests.helpers import BACKENDS, random_rows, saved_bytes
@@ -323,6 +323,25 @@ def test_a_step_needs_a_few_blocks_of_logits():
 def test_few_rows_make_no_matrix_of_the_features(loss):
     z0, z1 = (rows(16, 3000, seed, torch.float32).requires_grad_() for seed in (0, 1))
     assert peak_memory(lambda: getattr(losses, loss)(z0, z1).backward()) < 4 * MB < 4 * 3000 * 3000
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("frozen", [None, 0, 1])
+def test_barlow_twins_by_blocks_is_the_reference(frozen, dtype, monkeypatch):
+    """1100 rows of 3 features, in five blocks, of which the last is not full."""
+    monkeypatch.setattr(_features, "ELEMENTS_PER_BLOCK", 1)
+    views = [(rows(1100, 3, k) + 2).to(dtype).requires_grad_(k != frozen) for k in (0, 1)]
+    wide = [z.detach().double().requires_grad_(z.requires_grad) for z in views]
+    found = losses.barlow_twins_loss(*views, 0.3)
+    expected = losses.barlow_twins_loss(*wide, 0.3, backend="reference")
+    tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-2, "atol": 1e-6}
+    torch.testing.assert_close(found.double(), expected, **tolerance)
+    found.backward(), expected.backward()
+    for ours, exact in zip(views, wide, strict=True):
+        assert (ours.grad is None) == (exact.grad is None)
+        if exact.grad is not None:
+            assert ours.grad.dtype == dtype
+            torch.testing.assert_close(ours.grad.double(), exact.grad, **tolerance)
 
 
 def test_mae_keeps_no_normalised_target():
