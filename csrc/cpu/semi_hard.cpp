@@ -74,7 +74,7 @@ class Groups {
     for (int64_t begin = 0, end; begin < n; begin = end) {
       for (end = begin + 1; end < n && label[rows_[end]] == label[rows_[begin]];) ++end;
       for (int64_t k = begin; k < end; ++k) of_[rows_[k]] = {begin, end};
-      if (end - begin < n) triplets_ += (end - begin) * (end - begin - 1);
+      triplets_ += (end - begin) * (end - begin - 1);
     }
   }
   struct Range {
@@ -85,7 +85,7 @@ class Groups {
   };
   // The row itself among them.
   Range of(int64_t row) const { return {&rows_[0] + of_[row].begin, &rows_[0] + of_[row].end}; }
-  // Pairs of one label where there are others.
+  // Pairs of one label; where there is no other, their losses are 0.
   int64_t triplets() const { return triplets_; }
 
  private:

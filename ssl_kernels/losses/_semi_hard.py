@@ -2,7 +2,7 @@
 
 Distances are made for a block of rows at a time. Of a sum of all losses the gradient is made with them, where one is
 asked for; of each anchor's loss in backward, from distances that are made again. The gradient of a block comes from its
-matrix of coefficients by two products, whatever the number of triplets.
+matrix of coefficients by two products, whatever the number of triplets. On the CPU sums are csrc/cpu/semi_hard.cpp.
 """
 
 import torch

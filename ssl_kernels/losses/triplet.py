@@ -51,7 +51,8 @@ def triplet_loss(
         labels: (N,) or (N, 1) integers of any dtype and value, or bool.
         margin: >= 0, a float or a tensor of one element, which gets its gradient; or "soft": log(1 + exp(d(i, p) −
             d(i, n))) in place of max(0, margin + ...).
-        mining: "batch_hard" or "semi_hard", which torch computes in blocks of rows on every backend.
+        mining: "batch_hard" or "semi_hard", whose mean and sum are a native kernel on the CPU; else torch computes it
+            in blocks of rows, on every backend.
         distance: "euclidean" or "cosine".
         normalize: L2-normalise the rows first, as `F.normalize` does (eps 1e-12). False with "cosine" takes inner
             products as they are.
