@@ -23,7 +23,7 @@ from ssl_kernels.losses._shared import as_scalar, widest_under_autocast
 from ssl_kernels.ops.library import accumulation_dtype, all_savable, refuse_torch_func
 from ssl_kernels.ops.operation import once
 
-ELEMENTS_PER_BLOCK = 1 << 17  # 512 KB in float32, of each view
+ELEMENTS_PER_BLOCK = 1 << 17  # 512 KB in float32, of each view and thread
 
 
 def checked_views(op, z0, z1, weights, eps, reduction, group, backend):
@@ -76,8 +76,10 @@ def _blocks(rows):
     from the system page by page. A matrix of more features than that is not to be gone through for each block, and few
     rows are not worth it."""
     n, d = rows.shape
-    size = max(256, ELEMENTS_PER_BLOCK // d)
-    if torch.compiler.is_compiling() or not rows.is_cpu or d > 1024 or n < 4 * size:
+    if torch.compiler.is_compiling() or not rows.is_cpu or d > 1024:
+        return [slice(0, n)]
+    size = max(256, ELEMENTS_PER_BLOCK // d) * torch.get_num_threads()
+    if n < 4 * size:
         return [slice(0, n)]
     return [slice(begin, begin + size) for begin in range(0, n, size)]
 
@@ -117,8 +119,7 @@ class _Correlation(torch.autograd.Function):
                 product = first.T @ second if product is None else product.addmm_(first.T, second)
             squares = sum(squares)
             scale = (summed(squares, group) / count + eps).rsqrt()  # (2, D)
-            correlation = summed(product, group) / count
-            correlation = correlation * scale[0][:, None] * scale[1]
+            correlation = summed(product, group).mul_(scale[0][:, None] / count).mul_(scale[1])
         on_diagonal = correlation.diagonal()
         ctx.save_for_backward(*all_savable(x, y, mean, other_mean, scale, correlation, count))
         ctx.op, ctx.chosen, ctx.world = op, chosen, world
@@ -136,7 +137,7 @@ class _Correlation(torch.autograd.Function):
                 by_correlation.diagonal().copy_(2 * grad_on * (on_diagonal - 1))
                 along = by_correlation * correlation
                 factor = ctx.world / count
-                by_correlation = by_correlation * (factor * scale[0][:, None] * scale[1])
+                by_correlation.mul_(factor * scale[0][:, None]).mul_(scale[1])
                 shrink = [factor * scale[k].square() * along.sum(1 - k) for k in (0, 1)]
 
                 def of_block(block):

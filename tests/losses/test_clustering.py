@@ -330,6 +330,7 @@ def test_few_rows_make_no_matrix_of_the_features(loss):
 def test_barlow_twins_by_blocks_is_the_reference(frozen, dtype, monkeypatch):
     """1100 rows of 3 features, in five blocks, of which the last is not full."""
     monkeypatch.setattr(_features, "ELEMENTS_PER_BLOCK", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     views = [(rows(1100, 3, k) + 2).to(dtype).requires_grad_(k != frozen) for k in (0, 1)]
     wide = [z.detach().double().requires_grad_(z.requires_grad) for z in views]
     found = losses.barlow_twins_loss(*views, 0.3)
