@@ -22,7 +22,7 @@ def python(code):
     return [sys.executable, "-c", code]
 
 
-def run_of(tmp_path, stages, seconds=60.0, dry=False):
+def run_of(tmp_path, stages, seconds=300.0, dry=False):
     run = card.Run(tmp_path, {"gpu": "a card"}, seconds, dry)
     failed = run.run(stages)
     record = json.loads((tmp_path / "card.json").read_text())
@@ -67,12 +67,12 @@ def test_findings_are_stored_while_their_stage_runs(tmp_path, monkeypatch):
     looks = f"""
         import pathlib, time
         print('{{"section": "edges", "name": "a", "result": 1}}', flush=True)
-        path, end = pathlib.Path({str(tmp_path / "card.json")!r}), time.monotonic() + 20
+        path, end = pathlib.Path({str(tmp_path / "card.json")!r}), time.monotonic() + 120
         while not (path.exists() and '"result": 1' in path.read_text()):
             assert time.monotonic() < end
             time.sleep(0.05)
     """
-    failed, record, _ = run_of(tmp_path, [card.Stage("looks", 40, python(textwrap.dedent(looks)))])
+    failed, record, _ = run_of(tmp_path, [card.Stage("looks", 150, python(textwrap.dedent(looks)))])
     assert failed == 0 and record["findings"] == [{"section": "edges", "name": "a", "result": 1}]
 
 
@@ -80,14 +80,14 @@ def test_a_signal_ends_every_stage_and_leaves_what_they_found(tmp_path):
     says = 'print(\'{"section": "edges", "name": "%s", "result": 1}\', flush=True)'
     waits = f"import os, signal, time; {says}; open({str(tmp_path)!r} + '/pid', 'w').write(str(os.getpid()))"
     stages = [
-        card.Stage("behind", 60, python(waits % "a" + "; time.sleep(60)"), background=True),
+        card.Stage("behind", 250, python(waits % "a" + "; time.sleep(300)"), background=True),
         card.Stage(
             "stopped",
-            60,
+            250,
             python(
                 f"import pathlib, time\nwhile not pathlib.Path({str(tmp_path / 'pid')!r}).exists(): time.sleep(.05)\n"
                 + waits.replace("/pid", "/other") % "b"
-                + "; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+                + "; os.kill(os.getppid(), signal.SIGTERM); time.sleep(300)"
             ),
         ),
         card.Stage("never begun", 60, python("")),
@@ -95,7 +95,7 @@ def test_a_signal_ends_every_stage_and_leaves_what_they_found(tmp_path):
     before, begin = signal.getsignal(signal.SIGTERM), time.monotonic()
     with pytest.raises(card.Stopped, match="SIGTERM"):
         run_of(tmp_path, stages)
-    assert time.monotonic() - begin < 50 and signal.getsignal(signal.SIGTERM) is before
+    assert time.monotonic() - begin < 200 and signal.getsignal(signal.SIGTERM) is before
     record = json.loads((tmp_path / "card.json").read_text())
     assert {finding["name"] for finding in record["findings"]} == {"a", "b"}
     assert {stage["name"]: stage["note"] for stage in record["stages"]} == dict.fromkeys(
@@ -111,11 +111,11 @@ def test_a_stage_ends_with_a_run_that_is_killed(tmp_path):
         import sys
         from pathlib import Path
         from benchmarks.card import __main__ as card
-        stage = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+        stage = "import os, time; print(os.getpid(), flush=True); time.sleep(300)"
         card.Run(Path({str(tmp_path)!r}), {{}}, 60, False).run([card.Stage("stays", 60, [sys.executable, "-c", stage])])
     """
     killed = subprocess.Popen(python(textwrap.dedent(run)), cwd=CHECKOUT)
-    printed, end = tmp_path / ".stays.out", time.monotonic() + 60
+    printed, end = tmp_path / ".stays.out", time.monotonic() + 200
     while not (printed.exists() and printed.read_text().endswith("\n")):
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -132,7 +132,7 @@ import os, signal, sys, time
 first, progress = int(sys.argv[2]), int(sys.argv[4])
 made = [
     ("dies", lambda: os.kill(os.getpid(), signal.SIGSEGV)),
-    ("hangs", lambda: time.sleep(60)),
+    ("hangs", lambda: time.sleep(300)),
     ("loses the GPU", lambda: print('{"section": "edges", "name": "loses the GPU", "error": "it"}', flush=True)
                               or os._exit(75)),
     ("exits", lambda: os._exit(3)),
@@ -196,13 +196,13 @@ def test_a_test_that_fails_is_a_finding_and_one_that_hangs_ends_its_process(tmp_
         "import time\n"
         "def test_passes(): pass\n"
         "def test_raises(): raise ValueError('so\\nlong')\n"
-        "def test_hangs(): time.sleep(60)\n"
+        "def test_hangs(): time.sleep(300)\n"
     )
-    stage = card.Stage("tests", 60, card._pytest(str(tmp_path / "test_planted.py"), workers=0, test=2))
+    stage = card.Stage("tests", 250, card._pytest(str(tmp_path / "test_planted.py"), workers=0, test=2))
     failed, record, by_name = run_of(tmp_path, [stage])
     (found,) = record["findings"]
     assert found["name"].endswith("test_planted.py::test_raises") and found["error"] == "ValueError: so long"
-    assert failed == 1 and by_name["tests"]["seconds"] < 50
+    assert failed == 1 and by_name["tests"]["seconds"] < 200
     assert "in test_hangs" in (tmp_path / "card.log").read_text()
 
 
