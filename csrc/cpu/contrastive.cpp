@@ -7,8 +7,8 @@
 //   a thread. Up to kPartRows rows the rounds would cost more than the buffers: there each thread has sums of
 //   its own.
 // Work, in units of 2*N*M*D: forward 1 (square: 1/2); backward 1 + 1 for each side that needs a
-//   gradient (square: 1/2 + 1, less what was kept). One exponential an entry, two where rows and columns need
-//   shifts of their own, none in backward for what was kept under a fixed shift.
+//   gradient (square: 1/2 + 1, less what was kept). One exponential per entry, two where rows and columns
+//   need shifts of their own, none in backward for what was kept under a fixed shift.
 // Memory: the rows in acc_t and transposed (2*N*D), the gradient and a transposed part of it (2*N*D), 5
 //   numbers per row, the scratch, and from forward to backward as many tiles as fit (kKeptBytes, and
 //   kKeptBudget for all losses of the process): they need not be recomputed. The results have the same bits

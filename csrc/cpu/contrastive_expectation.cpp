@@ -2,11 +2,11 @@
 //   lse_i = log sum_{j allowed} exp(s_ij)        E_i = sum_{j allowed} exp(s_ij - lse_i) y^_j
 // in one pass over the columns, attention with V = K: E_i is d lse_i / d(scale * x^_i), so that backward is
 // O(N*D).
-// Tiling: tiles of at most 256 x 256 logits in a scratch a thread. A task is one block of rows with one part
-//   of the columns, and adds up E for it; where there are fewer blocks of rows than threads, the columns fall
-//   into as many parts as there are threads, which are merged in their order. Every sum has one owner: no
-//   atomics, and the same bits for the same number of threads.
-// Work: 2 * 2*N*M*D operations (half where no backward follows: without E), one exponential an entry, each
+// Tiling: tiles of at most 256 x 256 logits in a scratch per thread. A task is one block of rows with one
+//   part of the columns, and adds up E for it; where there are fewer blocks of rows than threads, the
+//   columns fall into as many parts as there are threads, which are merged in their order. Every sum has
+//   one owner: no atomics, and the same bits for the same number of threads.
+// Work: 2 * 2*N*M*D operations (half where no backward follows: without E), one exponential per entry, each
 //   tile's columns packed twice (packed.h) or transposed (small products read their right operand by rows,
 //   product.h).
 // Memory: rows in acc_t and E (2*N*D), one more E a part but the first, and a thread 256 KB of logits and 3

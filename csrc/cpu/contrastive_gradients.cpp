@@ -12,7 +12,7 @@
 //   every tile is multiplied and turned into exponentials relative to what is the largest so far; then, the
 //   sums of rows known, into p and c, and both products follow. Y_j has one owner, and what the threads add
 //   up for X_i is merged in their order: no atomics, and the same bits for the same number of threads.
-// Work: one exponential an entry.
+// Work: one exponential per entry.
 // Traffic: a block of rows reads the columns twice and Y once and writes it, 16 bytes for 6 * 256 operations;
 //   its logits are written and read twice, 16 bytes for 6 * D operations.
 // Memory: X, Y and b (N*D + M*D + M), the columns normalised (M*D), the logits of a block (kScratch) and, a

@@ -4,7 +4,7 @@
 //   is pasted into; the pixels of the cycle's first sample that lie in its own box and in the last one's are
 //   held aside. Tasks touch disjoint pixels.
 // Traffic: in place the pixels inside the boxes are read once and written once, nothing else is touched.
-//   Scratch: one band a thread.
+//   Scratch: one band per thread.
 // Numerics: pixels are moved. The backward adds two gradients in acc_t and rounds once.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>

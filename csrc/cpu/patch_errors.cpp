@@ -4,8 +4,8 @@
 //   without `normalize` r_p = 1 and mean_p = 0.
 // Tiling: threads share the patches; a patch and its target, converted to acc_t where they are narrower, stay
 //   in the first-level cache through the three passes of forward. Backward makes one.
-// Traffic: forward reads both once and writes three numbers a patch, backward reads both once and writes dx.
-//   Patches with g_p = 0, as those that a mask leaves out, are written as 0 and not read.
+// Traffic: forward reads both once and writes three numbers per patch, backward reads both once and writes
+//   dx. Patches with g_p = 0, as those that a mask leaves out, are written as 0 and not read.
 // Numerics: sums in lanes of acc_t, the squares of what is left after the mean was subtracted.
 #include "patch_errors.h"
 

@@ -118,7 +118,7 @@ void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, con
 }  // namespace avx512
 
 Multiply chosen() {
-  static const Multiply multiply = [] -> Multiply {
+  static const Multiply multiply = []() -> Multiply {
     if (isa() >= Isa::kAvx512) return avx512::multiply;
 #if defined(__x86_64__) && defined(__GNUC__)
     if (isa() >= Isa::kAvx2) return avx2::multiply;

@@ -1,6 +1,6 @@
 // How the samples of tensors of one shape (B, ...) lie in memory: the inner dimensions, sorted by stride and
 // joined where every tensor allows it, as runs of elements. Contiguous, channels_last and every other dense
-// layout give one run a sample.
+// layout give one run per sample.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -76,7 +76,7 @@ void for_each_pair_in_parts(int64_t count, int64_t parts, const Visit& visit) {
 }
 
 // visit(i, j, thread) for every block i of `rows` and j of `columns`. Where rows only are owned, one thread
-// walks all columns of its rows; columns likewise. Where both are, rows and columns form a group a thread;
+// walks all columns of its rows; columns likewise. Where both are, rows and columns form a group per thread;
 // one thread visits all pairs of two groups, row by row as above, and the groups meet in rounds, each shifted
 // by one.
 enum class Owned { kRows, kColumns, kBoth };

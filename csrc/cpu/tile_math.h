@@ -50,7 +50,7 @@ struct TileMath {
   // row_max[i] = max_j v_ij, col_max[j] = max(col_max[j], max_i v_ij) unless col_max is null.
   void (*maxima)(const T* v, int64_t ld, int64_t m, int64_t n, T* row_max, T* col_max);
 
-  // As exp_sums with a shift of its own for every row and every column (two exponentials an entry).
+  // As exp_sums with a shift of its own for every row and every column (two exponentials per entry).
   void (*exp_sums_shifted)(const T* v, int64_t ld, int64_t m, int64_t n, T factor, const T* row_shift,
                            const T* col_shift, T* row_sum, T* col_sum);
 

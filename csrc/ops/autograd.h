@@ -17,66 +17,73 @@
 
 namespace ssl_kernels {
 
-using OptionalTensor = std::optional<at::Tensor>;
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
 
-// The `native` overload of an operator, through the dispatcher. To be looked up once:
+using OptionalTensor = std::optional<Tensor>;
+
+// The `native` overload of an operator, or another, through the dispatcher. To be looked up once:
 //   static const auto op = native_overload<Op>("ssl_kernels::row_pairs_fwd");
 template <class Op>
+c10::TypedOperatorHandle<Op> overload_of(const char* name, const char* overload) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Op>();
+}
+template <class Op>
 c10::TypedOperatorHandle<Op> native_overload(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "native").typed<Op>();
+  return overload_of<Op>(name, "native");
 }
 
-inline OptionalTensor if_defined(const at::Tensor& tensor) {
+inline OptionalTensor if_defined(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
-inline at::Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : at::Tensor(); }
+inline Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); }
 
 // Inference tensors, which autograd refuses to save, as clones; the others as they are. A teacher's features
 // are made under inference_mode and get no gradient.
-inline torch::autograd::variable_list savable(torch::autograd::variable_list tensors) {
-  for (at::Tensor& tensor : tensors)
+inline variable_list savable(variable_list tensors) {
+  for (Tensor& tensor : tensors)
     if (tensor.defined() && tensor.is_inference()) tensor = tensor.clone();
   return tensors;
 }
 
 // Operators that are differentiated once must not be differentiated again as if their gradients were
 // constants.
-struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
-  using variable_list = torch::autograd::variable_list;
-
-  static variable_list forward(torch::autograd::AutogradContext* ctx, at::TensorList grads,
-                               at::TensorList /*origins*/, const std::string& op) {
+struct NoSecondDerivative : Function<NoSecondDerivative> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList grads, at::TensorList /*origins*/,
+                               const std::string& op) {
     ctx->saved_data["op"] = op;
     variable_list passed;
-    for (const at::Tensor& grad : grads) passed.push_back(grad.detach());
+    for (const Tensor& grad : grads) passed.push_back(grad.detach());
     return passed;
   }
-  static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list&) {
+  static variable_list backward(AutogradContext* ctx, const variable_list&) {
     TORCH_CHECK(false, ctx->saved_data["op"].toStringRef(),
                 ": backend \"native\" has no second derivative; backend=\"reference\" has one");
   }
 };
 
 // A gradient that the forward made of a loss, times that of the loss: in place if nobody asks for it again.
-inline at::Tensor made_weighted(const at::Tensor& made, double grad) {
+inline Tensor made_weighted(const Tensor& made, double grad) {
   if (torch::autograd::get_current_graph_task_keep_graph()) return made.mul(grad);
   return grad == 1 ? made : made.mul_(grad);
 }
 
 // The gradients, which refuse to be differentiated by any of the defined ones among `origins`.
-inline torch::autograd::variable_list without_second_derivative(
-    const char* op, torch::autograd::variable_list grads, const torch::autograd::variable_list& origins) {
+inline variable_list without_second_derivative(const char* op, variable_list grads,
+                                               const variable_list& origins) {
   if (!at::GradMode::is_enabled()) return grads;
-  torch::autograd::variable_list defined;
-  for (const at::Tensor& origin : origins)
+  variable_list defined;
+  for (const Tensor& origin : origins)
     if (origin.defined()) defined.push_back(origin);
   return NoSecondDerivative::apply(at::TensorList(grads), at::TensorList(defined), std::string(op));
 }
 
 // The tangent of a dual tensor must not be dropped.
-inline void refuse_forward_mode(const char* op, std::initializer_list<const at::Tensor*> inputs) {
-  for (const at::Tensor* input : inputs)
+inline void refuse_forward_mode(const char* op, std::initializer_list<const Tensor*> inputs) {
+  for (const Tensor* input : inputs)
     TORCH_CHECK_NOT_IMPLEMENTED(
         !input || !input->defined() || !input->_fw_grad(/*level=*/0).defined(), op,
         ": backend \"native\" has no forward-mode derivative; backend=\"reference\" has one");

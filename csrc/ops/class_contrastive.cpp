@@ -9,11 +9,6 @@
 namespace ssl_kernels {
 namespace {
 
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
-
 using ForwardOp = cpu::ClassContrastiveFwd(const Tensor& rows, const Tensor& scale, const Tensor& positives,
                                            bool normalize, bool keep);
 using BackwardOp = std::tuple<Tensor, Tensor>(const Tensor& grad_losses, const Tensor& rows,

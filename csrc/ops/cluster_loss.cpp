@@ -15,18 +15,11 @@
 namespace ssl_kernels {
 namespace {
 
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
-
 using PotentialsOp = Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, int64_t,
                             std::string_view);
 
 const auto& potentials_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("ssl_kernels::column_potentials", "")
-                             .typed<PotentialsOp>();
+  static const auto op = overload_of<PotentialsOp>("ssl_kernels::column_potentials", "");
   return op;
 }
 

@@ -19,11 +19,6 @@
 namespace ssl_kernels {
 namespace {
 
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
-
 void check_pairs(at::IntArrayRef pairs, int64_t teachers, int64_t views) {
   TORCH_CHECK(pairs.size() % 2 == 0, "pairs must have two numbers each, got ", pairs.size(), " numbers");
   for (size_t i = 0; i < pairs.size(); ++i)

@@ -14,11 +14,6 @@
 namespace ssl_kernels {
 namespace {
 
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
-
 const Tensor* pointer_to(const OptionalTensor& tensor) { return tensor ? &*tensor : nullptr; }
 
 cpu::ContrastiveFwd forward_on_cpu(const Tensor& rows, const OptionalTensor& columns, const Tensor& scale,

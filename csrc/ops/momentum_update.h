@@ -10,8 +10,8 @@ namespace ssl_kernels {
 inline void check_momentum_update(at::TensorList masters, at::TensorList shadows, at::TensorList sources,
                                   const at::Tensor& weight) {
   TORCH_CHECK(masters.size() == shadows.size() && masters.size() == sources.size(),
-              "momentum_update_: masters, shadows and sources must be as many, got ", masters.size(), ", ",
-              shadows.size(), " and ", sources.size());
+              "momentum_update_: masters, shadows and sources must have one length, got ",
+              masters.size(), ", ", shadows.size(), " and ", sources.size());
   const auto is_half = [](const at::Tensor& x) {
     return x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
   };

@@ -16,11 +16,6 @@
 namespace ssl_kernels {
 namespace {
 
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
-
 struct PairedLogits : Function<PairedLogits> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const Tensor& scale,
                         bool normalize) {

@@ -17,11 +17,6 @@
 namespace ssl_kernels {
 namespace {
 
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
-
 using namespace row_rules;
 
 Rule rule_of(const c10::string_view name) {

@@ -10,11 +10,6 @@
 namespace ssl_kernels {
 namespace {
 
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
-
 using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using ForwardOp = ForwardResults(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, bool,
                                  bool, bool, bool, bool, bool, const OptionalTensor&, const OptionalTensor&,

@@ -4,9 +4,11 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/linalg_vector_norm.h>
 
+#include "../cpu/rows.h"
+
 namespace ssl_kernels {
 
-constexpr double kNormEpsilon = 1e-12;  // as F.normalize
+using cpu::kNormEpsilon;
 
 inline at::ScalarType accumulation_type(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

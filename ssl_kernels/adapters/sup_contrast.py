@@ -16,7 +16,7 @@ DIFFERENCES = {
 
 
 class SupConLoss(nn.Module):
-    """SupContrast's SupConLoss: SupCon of several views a sample, SimCLR's loss without labels.
+    """SupContrast's SupConLoss: SupCon of several views per sample, SimCLR's loss without labels.
 
     Rows are taken as they are: normalise them first. The result is that of the paper times
     temperature / base_temperature.

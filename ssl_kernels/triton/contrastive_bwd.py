@@ -28,7 +28,7 @@ def softmax_weight_kernel(
 ):  # fmt: skip
     # grad_i exp(s - lse_i) = weight_i 2^(s' - log2_lse_i) with s' = s · log2 e: log2_lse_i is lse_i · log2 e
     # rounded to its type, weight_i takes the rounding and 1 / bound. lse_i = -inf (nothing was allowed) gives
-    # +inf, hence 0 later. Where one exponential an entry does for both sides weight_i is
+    # +inf, hence 0 later. Where one exponential per entry does for both sides weight_i is
     # SHARED_FACTOR grad_i 2^-log2_lse_i, unrounded, and 0 where nothing was allowed.
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     exact = LOG2E * tl.load(lse_ptr + rows, mask=rows < N, other=0.0)
@@ -164,7 +164,7 @@ def contrastive_bwd_kernel(
     #          + Σ_k [y_positives(j, k) = i] y_grad_positives_jk
     #   g_i = Σ_j C_ij ŷ_j;   row_dots_i = ⟨x̂_i, g_i⟩;   grad_i = d(x̂_i)/d(x_i) · scale · g_i
     # Square: C is A + Aᵀ, symmetric, so this one product is the whole gradient.
-    # Exponentials: two an entry where both sides have sums, but one with SHARED_FACTOR and bounded logits: C_ij is
+    # Exponentials: two per entry where both sides have sums, but one with SHARED_FACTOR and bounded logits: C_ij is
     #   2^s'_ij (x_weight_i + y_weight_j) and positives, all times SHARED_FACTOR, which g_i is rid of at the end.
     # Biases: bias_partial (splits, N) takes Σ_j of the second term, the gradient of x_bias.
     # Tiling: as the forward kernel with D <= BLOCK_D; y is loaded once and multiplied twice, g stays in

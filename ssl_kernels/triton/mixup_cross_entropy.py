@@ -100,7 +100,7 @@ def mixup_cross_entropy_loss_kernel(
     #   a = (1 - e) lam [y] w_y,   b = (1 - e) (1 - lam) [y'] w_y',   s = e / C (lam [y] + (1 - lam) [y']),
     #   m = a + b + s sum_c w_c;   counted = lam [y] w_y + (1 - lam) [y'] w_y'
     # Tiling: a program owns a row and takes it BLOCK classes at a time, running maximum and sum.
-    # Traffic: reads C elements a row and two more sectors; with WEIGHTS and SMOOTH C weights, from the caches.
+    # Traffic: reads C elements per row and two more sectors; with WEIGHTS and SMOOTH C weights, from the caches.
     # Numerics: exponentials and sums in the type of lam, loss and lse in float64.
     # numbers: e and sum_c w_c in float64.
     # stride_row and C come in vectors.
@@ -167,7 +167,7 @@ def mixup_cross_entropy_grad_kernel(
 ):
     # dz_c = g (m exp(z_c - lse) - s w_c - a [c = y] - b [c = y']), 0 where nothing of the row counts.
     # Tiling: a program owns BLOCK classes of a row.
-    # Traffic: reads and writes C elements a row.
+    # Traffic: reads and writes C elements per row.
     # Numerics: lse is taken in two parts, so that large logits cost no digits; the rest in the type of lam.
     # stride_row and C come in vectors.
     stride_row = stride_row.to(tl.int64) * VECTOR

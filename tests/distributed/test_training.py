@@ -265,7 +265,7 @@ CLIP = cases.Case("clip_loss", 2, (5.0,))
 
 
 def grad_cached(rank, world):
-    """Ranks with 3, 2 and (without rows) 1 mini-batches: one average of the gradients a step, those of one process."""
+    """Ranks with 3, 2 and (without rows) 1 mini-batches: one average of gradients per step, those of one process."""
     sizes = (5, 3, 0)[:world]
     expected = cases.plain(CLIP, sum(sizes))
     start = sum(sizes[:rank])

@@ -1,4 +1,4 @@
-"""One exponential an entry where logits are bounded, in the Triton kernels of `contrastive`: as accurate as two, and
+"""One exponential per entry where logits are bounded, in the Triton kernels of `contrastive`: as accurate as two, and
 copies of the kernels, broken at one place, that must be noticed."""
 
 import importlib
