@@ -11,7 +11,7 @@
 // Products: 1 unit of 2 N N D flops, 256 B T S mma, each 16 x 8 by 32 bytes of depth.
 // Traffic, 32-byte sectors of global memory: operands 4 N S (times T where K < S) + 4 B N S; column norms and
 //   half squares B T kBlockN / 8 each, column labels B T kBlockN / 4; of rows 16 B norms and 32 B labels.
-//   Writes 4 N numbers a part.
+//   Writes 4 N numbers per part.
 // Shared memory: K * 16 KB of own rows + 3 * kBlockN * (136 bytes + 2 acc_t). No bank conflicts.
 // Occupancy: 2 blocks of 128 threads per multiprocessor, at most 255 registers, on sm_80, sm_90 and sm_100.
 // Numerics: products in scalar_t with acc_t accumulation, all else in acc_t.
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(Shape<Engine>::kThreads, Shape<Engine>::kBlock
   }
 }
 
-// The indices from `parts` parts, (parts, count). One thread a row.
+// The indices from `parts` parts, (parts, count). One thread per row.
 template <typename acc_t>
 __global__ void batch_hard_merge_kernel(const Hardest<acc_t>* partial, int parts, int64_t count,
                                         int64_t* positive_index, int64_t* negative_index) {

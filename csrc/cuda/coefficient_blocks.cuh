@@ -55,7 +55,7 @@ __device__ __forceinline__ void write_block(const TileWalk<Shape, Engine>& walk,
       block + walk.row0() * stride, stride);
 }
 
-// x^ = x rnorm, zero padded, rounded to scalar_t. One warp a row. Traffic: reads and writes N D elements.
+// x^ = x rnorm, zero padded, rounded to scalar_t. One warp per row. Traffic: reads and writes N D elements.
 template <typename scalar_t, typename acc_t>
 __global__ void __launch_bounds__(kRowWarps* kWarpSize)
     normalized_rows_kernel(StridedRows<scalar_t> x, const acc_t* rnorm, int64_t count, int64_t D,

@@ -25,7 +25,7 @@ namespace contrastive {
 constexpr int64_t kAdditionsPadding = 128;  // whole tiles and blocks of rows of every shape
 
 // Additions of one side as the tiles take them, 0 and no limits up to `padded`. A limit of NaN is none. Null
-// results are left out. One thread a row. Traffic: reads and writes each once.
+// results are left out. One thread per row. Traffic: reads and writes each once.
 template <typename acc_t>
 __global__ void contrastive_additions_kernel(const acc_t* bias, const acc_t* limit, const uint8_t* exempt,
                                              int64_t count, int64_t padded, acc_t* base2_bias,

@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   }
 }
 
-// lse_i and E_i from the parts, merged in their order; 0 where nothing was allowed. One warp a row.
+// lse_i and E_i from the parts, merged in their order; 0 where nothing was allowed. One warp per row.
 //
 // Traffic: reads parts N (D acc_t and 2 sectors), 1 sector a row of scale, for half 2; writes N D acc_t and N
 // doubles, of which each is a sector of its own.
@@ -223,9 +223,9 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize)
 //
 //   G_i = g_i E_i + sum_k q_ik y^_idx(i,k)
 //
-// One warp a row, everything in acc_t. Traffic: reads N D acc_t, N D (1 + P) scalar_t and 3 sectors for each
-// positive and 32 features twice (the second time from cache), 3 sectors a row; writes N D scalar_t and N
-// acc_t in N sectors.
+// One warp per row, everything in acc_t. Traffic: reads N D acc_t, N D (1 + P) scalar_t and 3 sectors for
+// each positive and 32 features twice (the second time from cache), 3 sectors per row; writes N D scalar_t
+// and N acc_t in N sectors.
 template <typename scalar_t, typename acc_t, typename other_t>
 __global__ void __launch_bounds__(kRowWarps* kWarpSize)
     contrastive_expectation_bwd_kernel(const acc_t* expectation, StridedRows<scalar_t> rows,

@@ -9,12 +9,12 @@
 //   128) blocks of rows, T = ceil(M / kBlockN) tiles, S = ceil(D / 128 bytes) steps.
 // Both directions: every tile is reduced along its rows as well. The 8 lanes of a column share out its
 //   maximum and sum, the warps merge theirs through shared memory with one barrier a tile more, and one
-//   thread a column adds them to the block's sums in `column_partial`, (groups, M). A block (group, part)
+//   thread per column adds them to the block's sums in `column_partial`, (groups, M). A block (group, part)
 //   walks its part of the columns for each of its group's blocks of rows in turn, so an entry of
 //   column_partial has one owner and there are as many groups as fill the card beside 8 parts, not B.
 // Products: 1 unit of 2 N M D flops, in both directions too: 256 B T S mma, each 16 x 8 by 32 bytes of depth.
-//   One exponential an entry, also in both directions where the logits are bounded (has_bounded_logits), else
-//   2 there.
+//   One exponential per entry, also in both directions where the logits are bounded (has_bounded_logits),
+//   else 2 there.
 // Traffic, 32-byte sectors of global memory: operands 4 N S (times the parts, or T where K < S) + 4 B M S,
 //   positives 32 B T P, column norms B T kBlockN / 8, row norms and scale 20 B; ids of columns B T kBlockN /
 //   4, of rows 32 B T. Writes N (1 + P) doubles, or 2 N acc_t a part. Both directions write 2 B M acc_t and

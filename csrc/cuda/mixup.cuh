@@ -149,7 +149,7 @@ __global__ __launch_bounds__(kThreads, 4) void mixup_grad_kernel(Batch<scalar_t>
       });
 }
 
-// grad_lam_i = sum of partial (warps, B) over warps: 32 samples a block, each warp a 32nd of the rows.
+// grad_lam_i = sum of partial (warps, B) over warps: 32 samples per block, each warp a 32nd of the rows.
 template <typename acc_t>
 __global__ __launch_bounds__(1024) void mixup_grad_lam_kernel(const acc_t* partial, int64_t warps, int count,
                                                         acc_t* grad_lam) {

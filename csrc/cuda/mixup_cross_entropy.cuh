@@ -6,12 +6,12 @@
 //   sum_c w_c dz_ic  = g_i (m_i exp(z_ic - lse_i) - s_i w_c - a_i [c = y] - b_i [c = y'])
 //   counted_i = lam_i [y_i] w_y + (1 - lam_i) [y'_i] w_y'
 //
-// Tiling: kWarps warps own a row (1: four rows a block; 8: one) and read it 16 bytes a lane, kBatch accesses
-//   in flight; the elements before the first 16-byte boundary and after the last one by one. Maximum and sum
-//   of each lane are merged in registers, those of warps in shared memory. kWeighted: with weights and
-//   smoothing.
-// Traffic: forward reads N C elements and two more sectors a row; backward reads N C and writes N C.
-//   kWeighted: and C weights a row, from the caches.
+// Tiling: kWarps warps own a row (1: four rows per block; 8: one) and read it 16 bytes per lane, kBatch
+//   accesses in flight; the elements before the first 16-byte boundary and after the last one by one.
+//   Maximum and sum of each lane are merged in registers, those of warps in shared memory. kWeighted: with
+//   weights and smoothing.
+// Traffic: forward reads N C elements and two more sectors per row; backward reads N C and writes N C.
+//   kWeighted: and C weights per row, from the caches.
 // Numerics: exponentials and sums in acc_t, of z less the running maximum, or of z less lse in two parts, so
 //   that large logits cost no digits; loss and lse in float64. NaN propagates, except out of a row of which
 //   nothing counts. A weight of 0 leaves its logit out. Without weights m_i is 1 exactly where both classes

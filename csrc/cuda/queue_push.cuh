@@ -3,8 +3,8 @@
 //   storage[(P + b) mod K] = k^_b for the last min(B, K) keys b      k^ = k / max(|k|, 1e-12), or k
 //   P = (P + B) mod K      filled = min(K, filled + B)
 //
-// Tiling: one warp a key, 8 warps a block, each lane 4 neighbouring elements at a time where addresses allow.
-//   Every warp reads the position from device memory, so a second launch advances it.
+// Tiling: one warp per key, 8 warps per block, each lane 4 neighbouring elements at a time where addresses
+//   allow. Every warp reads the position from device memory, so a second launch advances it.
 // Traffic: reads min(B, K) D keys once from memory (for normalised ones again from cache), writes as many
 //   elements of storage. No shared memory.
 // Occupancy: 4 blocks of 256 threads per multiprocessor, at most 64 registers, on sm_80, sm_90 and sm_100.
@@ -20,7 +20,7 @@ namespace ssl_kernels {
 namespace queue_push {
 
 constexpr int kWarps = 8;
-constexpr int kGroup = 4;  // elements a lane moves at once
+constexpr int kGroup = 4;  // elements that a lane moves at once
 
 template <typename T>
 struct alignas(kGroup * sizeof(T)) Group {

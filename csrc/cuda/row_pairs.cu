@@ -7,7 +7,7 @@ namespace ssl_kernels {
 namespace row_pairs {
 namespace {
 
-// Chunks of 16 bytes of each operand that a thread holds, for rows of more than one a lane.
+// Chunks of 16 bytes of each operand that a thread holds, for rows of more than one per lane.
 template <typename scalar_t>
 constexpr int kHeldChunks = sizeof(scalar_t) == 2 ? 2 : 4;
 

@@ -7,9 +7,9 @@
 //   dy_k = r_k w_k (x^ - p_k y^_k), or -r_k w_k (u_k - (p_k - m_k^2) y^_k)
 //   without the term along the row where that is not normalised, or shorter than 1e-12 and only scaled.
 //
-// Tiling: one warp a row, 8 rows a block; one block a row where a row does not fit the registers of a warp.
-//   Each thread holds its part of the operands, 16 bytes a load where addresses allow, for the norms and then
-//   for the pairs. The backward has what was summed in `saved` and no reduction.
+// Tiling: one warp per row, 8 rows per block; one block per row where a row does not fit the registers of a
+//   warp. Each thread holds its part of the operands, 16 bytes per load where addresses allow, for the
+//   norms and then for the pairs. The backward has what was summed in `saved` and no reduction.
 // Traffic: forward reads (1 + pairs) N D elements, writes N doubles and 4 pairs N acc_t; backward reads all
 //   of these once and writes the gradients that are needed once. Rows wider than 4096 (float64: 2048) are
 //   read twice by the forward if they are normalised, the second time from cache. No atomics; shared memory

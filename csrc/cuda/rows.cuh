@@ -9,7 +9,7 @@
 
 namespace ssl_kernels {
 
-constexpr int kRowWarps = 8;     // of kernels with one warp a row
+constexpr int kRowWarps = 8;     // of kernels with one warp per row
 constexpr int kBlockWarps = 32;  // of kernels that are one block
 constexpr double kZeroRowRnorm = 1e11;  // half rows with a larger 1 / norm are zero
 
@@ -17,9 +17,9 @@ constexpr double kZeroRowRnorm = 1e11;  // half rows with a larger 1 / norm are 
 //   half_square_i = |x^_i|^2 / 2, x^_i = x_i, times rnorm_i where that is wanted;
 //   packed_i = x_i, zero padded to `packed_width`
 //
-// One warp a row, acc_t throughout; null results are left out. The packed copy is made only for operands that
-// are not 16-byte aligned rows with unit column stride. Traffic: reads N * D elements once, writes N acc_t
-// each (and N * packed_width elements).
+// One warp per row, acc_t throughout; null results are left out. The packed copy is made only for operands
+// that are not 16-byte aligned rows with unit column stride. Traffic: reads N * D elements once, writes N
+// acc_t each (and N * packed_width elements).
 template <typename scalar_t, typename acc_t>
 __global__ void __launch_bounds__(kRowWarps* kWarpSize)
     prepare_rows_kernel(const scalar_t* data, int64_t row_stride, int64_t column_stride, int64_t count,
@@ -91,9 +91,9 @@ __device__ __forceinline__ void finish_row(const StridedRows<scalar_t>& x, int64
   }
 }
 
-// finish_row of G_i summed over its parts, (parts, count, partial_stride). One warp a row.
+// finish_row of G_i summed over its parts, (parts, count, partial_stride). One warp per row.
 //
-// Traffic: reads (parts acc_t + scalar_t) N D twice (the second time from cache) and 2 sectors a row, for
+// Traffic: reads (parts acc_t + scalar_t) N D twice (the second time from cache) and 2 sectors per row, for
 // half 3; writes N D grad_t and N acc_t in N sectors.
 template <typename scalar_t, typename acc_t, typename grad_t>
 __global__ void __launch_bounds__(kRowWarps* kWarpSize)
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kBlockWarps* kWarpSize)
   if (threadIdx.x == 0) *result = static_cast<result_t>(weight * sum);
 }
 
-// results_i = sum of values_(part, i) over `parts` parts, in their order. One thread a row.
+// results_i = sum of values_(part, i) over `parts` parts, in their order. One thread per row.
 template <typename T>
 __global__ void sum_parts_kernel(const T* values, int parts, int64_t count, T* results) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;

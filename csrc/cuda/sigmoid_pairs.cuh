@@ -408,7 +408,7 @@ __global__ void __launch_bounds__(CoefficientShape<Engine>::kThreads, Coefficien
   store_sums<Shape>(loss, bias_sum, losses, biases);
 }
 
-// The incoming gradient in the type of the tiles. One thread a row.
+// The incoming gradient in the type of the tiles. One thread per row.
 template <typename acc_t>
 __global__ void sigmoid_pairs_weight_kernel(const double* grad_losses, int64_t count, acc_t* weight) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;

@@ -128,8 +128,8 @@ struct ProductShape {
   }
 };
 
-// Tiling of kernels that write a matrix made of the tiles, for walks with two steps a tile at least: 8 warps,
-// 4 x 2, each 32 rows by half of the columns of the tile. The terms of two tiles are there at once.
+// Tiling of kernels that write a matrix made of the tiles, for walks with two steps per tile at least: 8
+// warps, 4 x 2, each 32 rows by half of the columns of the tile. The terms of two tiles are there at once.
 template <typename Engine, int kColumnTerms_>
 struct MatrixShape {
   using scalar_t = typename Engine::scalar_t;

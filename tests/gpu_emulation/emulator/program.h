@@ -17,7 +17,7 @@ using syntax::Space;
 
 constexpr int kWarpSize = 32;
 
-// One bit a lane.
+// One bit per lane.
 using LaneMask = uint32_t;
 constexpr LaneMask kAllLanes = 0xffffffffu;
 

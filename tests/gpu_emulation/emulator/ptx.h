@@ -47,7 +47,7 @@ const char* ptx_kernels(PtxModule* module);
 const char* ptx_counter_names(void);
 
 // Runs a grid to its end. `arguments` holds one pointer to each parameter's value, as cuLaunchKernel takes
-// them. 0: done, and `message` holds warnings, one a line; 1: `message` says what went wrong and where.
+// them. 0: done, and `message` holds warnings, one per line; 1: `message` says what went wrong and where.
 int ptx_launch(PtxModule* module, const char* kernel, const PtxLaunchShape* shape, void** arguments,
                const PtxRegion* regions, size_t region_count, const PtxOptions* options, uint64_t* counters,
                char* message, size_t message_size);
