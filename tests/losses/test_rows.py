@@ -66,6 +66,8 @@ def test_narrow_rows_have_float32_losses_and_gradients_of_their_dtype(dtype):
     (by_x,) = torch.autograd.grad(each.sum(), x)  # of a gradient that is one number, expanded
     assert by_x.dtype == dtype
     torch.testing.assert_close(by_x, 2 * y.detach(), rtol=0, atol=0)
+    (by_x,) = torch.autograd.grad(row_pairs_loss(x, y, factor=7.0, **OPTIONS), x)  # of the mean of 7
+    torch.testing.assert_close(by_x, y.detach())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
