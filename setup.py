@@ -105,6 +105,20 @@ def cuda_architectures():
     return CUDA_ARCHITECTURES_WITHOUT_GPU, "no GPU here"
 
 
+def code_flags(architectures):
+    """nvcc's flags for a list like ["8.0+PTX", "9.0"]: machine code for each, from the PTX of the least.
+
+    No kernel asks for its architecture. To make PTX takes nvcc most of its time, and that for 9.0 is that for 8.0 but
+    for the instruction that widens a bfloat16 number.
+    """
+    names = [name.removesuffix("+PTX").replace(".", "") for name in architectures]
+    least = min(int(name.rstrip("af")) for name in names)
+    codes = [f"sm_{name}" for name in names]
+    if any(name.endswith("+PTX") for name in architectures):
+        codes.append(f"compute_{least}")
+    return [f"-gencode=arch=compute_{least},code={code}" for code in codes]
+
+
 def make_extension():
     sources = sorted(
         {*glob.glob("csrc/**/*.cpp", recursive=True)} - {*glob.glob("csrc/**/*_cuda.cpp", recursive=True)}
@@ -136,13 +150,15 @@ def make_extension():
 
     architectures, why = cuda_architectures()
     say(f"CUDA architectures: {', '.join(architectures)} ({why})")
-    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures)
     cxx.append(f'-DSSL_KERNELS_CUDA_ARCHITECTURES="{" ".join(architectures)}"')
     sources += sorted(glob.glob("csrc/cuda/*.cu")) + sorted(glob.glob("csrc/**/*_cuda.cpp", recursive=True))
     return cpp_extension.CUDAExtension(
         "ssl_kernels._C",
         sources,
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "--threads=2", *WITH_HALF_CONVERSIONS]},
+        extra_compile_args={
+            "cxx": cxx,
+            "nvcc": ["-O3", "--threads=2", *WITH_HALF_CONVERSIONS, *code_flags(architectures)],
+        },
         extra_link_args=link,
     )
 

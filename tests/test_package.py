@@ -94,3 +94,14 @@ def test_the_extension_is_built_for_the_gpu_present(capability, built, monkeypat
     for name, value in (("is_available", True), ("device_count", 2), ("get_device_capability", capability)):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     assert runpy.run_path("setup.py")["cuda_architectures"]() == (built, "the GPUs present")
+
+
+def test_machine_code_comes_from_one_ptx(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("SSL_KERNELS_CUDA", "0")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    code_flags = runpy.run_path("setup.py")["code_flags"]
+    assert code_flags(["10.0", "8.0+PTX", "9.0a"]) == [
+        f"-gencode=arch=compute_80,code={code}" for code in ("sm_100", "sm_80", "sm_90a", "compute_80")
+    ]
+    assert code_flags(["9.0"]) == ["-gencode=arch=compute_90,code=sm_90"]
