@@ -93,6 +93,15 @@ def cuobjdump():
     return found
 
 
+def make_cubin(name, arch, folder):
+    """Path of the machine code of csrc/cuda/<name>.cu for sm_<arch>, from the PTX that setup.py has it made of."""
+    cubin = folder / f"{name}_{arch}.cubin"
+    source = ROOT / "csrc" / "cuda" / f"{name}.cu"
+    flags = ["-std=c++17", "-O3", "-cubin", f"-gencode=arch=compute_80,code=sm_{arch}"]
+    subprocess.run([nvcc_path(), *flags, source, "-o", cubin], check=True)
+    return cubin
+
+
 @pytest.fixture(scope="module")
 def binaries(cuobjdump, tmp_path_factory):
     """Files with the machine code of each architecture."""
@@ -103,16 +112,10 @@ def binaries(cuobjdump, tmp_path_factory):
     if nvcc_path() is None:
         pytest.skip("the extension has no CUDA code and nvcc is not here")
     folder = tmp_path_factory.mktemp("cubins")
-
-    def compile_for(name, arch):
-        cubin = folder / f"{name}_{arch}.cubin"
-        source = ROOT / "csrc" / "cuda" / f"{name}.cu"
-        command = [nvcc_path(), "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", source, "-o", cubin]
-        subprocess.run(command, check=True)
-        return cubin
-
     with ThreadPoolExecutor(max_workers=2) as pool:
-        cubins = {arch: [pool.submit(compile_for, name, arch) for name in SOURCES] for arch in ARCHITECTURES}
+        cubins = {
+            arch: [pool.submit(make_cubin, name, arch, folder) for name in SOURCES] for arch in ARCHITECTURES
+        }
     return {arch: [future.result() for future in futures] for arch, futures in cubins.items()}
 
 

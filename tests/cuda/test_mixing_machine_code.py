@@ -9,9 +9,9 @@ import pytest
 from tests.cuda.test_machine_code import (
     ARCHITECTURES,
     REGISTERS,
-    ROOT,
     cuobjdump,
     instructions,
+    make_cubin,
     resource_report,
 )
 from tests.gpu_emulation import nvcc_path
@@ -59,25 +59,8 @@ def binaries(request, cuobjdump, tmp_path_factory):
     if nvcc_path() is None:
         pytest.skip("nvcc is not here")
     folder = tmp_path_factory.mktemp("cubins")
-
-    def compile_operation(operation):
-        cubin = folder / f"{operation}.cubin"
-        source = ROOT / "csrc" / "cuda" / f"{operation}.cu"
-        command = [
-            nvcc_path(),
-            "-std=c++17",
-            "-O3",
-            "-cubin",
-            f"-arch=sm_{request.param}",
-            source,
-            "-o",
-            cubin,
-        ]
-        subprocess.run(command, check=True)
-        return cubin
-
     with ThreadPoolExecutor(max_workers=2) as pool:
-        return list(pool.map(compile_operation, OPERATIONS))
+        return list(pool.map(lambda operation: make_cubin(operation, request.param, folder), OPERATIONS))
 
 
 def is_mixing(kernel):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.cuda.launching import DTYPE_CODES
-from tests.cuda.test_machine_code import REGISTERS, cuobjdump, instructions, resource_report
-from tests.gpu_emulation import STREAM, nvcc_path
+from tests.cuda.test_machine_code import REGISTERS, cuobjdump, instructions, make_cubin, resource_report
+from tests.gpu_emulation import STREAM
 from tests.support import momentum_update as support
 
 __all__ = ["cuobjdump"]
@@ -130,11 +130,7 @@ def test_kernel_moves_what_its_header_says(library, gpu, source):
 
 @pytest.mark.parametrize("arch", [80, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (90, 100))])
 def test_machine_code_has_no_spills_and_wide_accesses(cuobjdump, nvcc, tmp_path, arch):
-    cubin = tmp_path / "momentum_update.cubin"
-    source = ROOT / "csrc" / "cuda" / SOURCE
-    subprocess.run(
-        [nvcc_path(), "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", source, "-o", cubin], check=True
-    )
+    cubin = make_cubin("momentum_update", arch, tmp_path)
     report, code = (
         read(
             subprocess.run([cuobjdump, what, cubin], capture_output=True, text=True, check=True).stdout,

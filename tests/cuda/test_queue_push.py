@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from tests.cuda.queue_push_calls import ring_on
-from tests.cuda.test_machine_code import ARCHITECTURES, REGISTERS, ROOT, cuobjdump, resource_report
-from tests.gpu_emulation import nvcc_path
+from tests.cuda.test_machine_code import ARCHITECTURES, REGISTERS, cuobjdump, make_cubin, resource_report
 from tests.support.queue_push import keys_of
 
 __all__ = ["cuobjdump"]
@@ -105,9 +104,7 @@ def test_kernel_moves_what_its_header_says(library, gpu, normalize):
     "arch", [pytest.param(arch, marks=[] if arch == 90 else pytest.mark.slow) for arch in ARCHITECTURES]
 )
 def test_no_spills_and_four_blocks_a_multiprocessor(cuobjdump, nvcc, tmp_path, arch):
-    cubin = tmp_path / "queue_push.cubin"
-    flags = ["-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}"]
-    subprocess.run([nvcc_path(), *flags, ROOT / "csrc" / "cuda" / SOURCE, "-o", cubin], check=True)
+    cubin = make_cubin("queue_push", arch, tmp_path)
     usage = subprocess.run(
         [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
     ).stdout

@@ -10,7 +10,7 @@ import torch
 
 from tests.cuda.launching import accumulation_dtype
 from tests.cuda.row_pairs_calls import row_pairs_bwd, row_pairs_fwd
-from tests.cuda.test_machine_code import ARCHITECTURES, ROOT, cuobjdump, instructions, resource_report
+from tests.cuda.test_machine_code import ARCHITECTURES, cuobjdump, instructions, make_cubin, resource_report
 from tests.gpu_emulation import nvcc_path
 from tests.helpers import DTYPES
 from tests.support.row_pairs import Call, check_results, random_call
@@ -158,10 +158,7 @@ def test_kernels_move_what_their_header_says(library, gpu, dtype, triplet, d):
 def cubin(request, cuobjdump, tmp_path_factory):
     if nvcc_path() is None:
         pytest.skip("nvcc is not here")
-    cubin = tmp_path_factory.mktemp("cubin") / "row_pairs.cubin"
-    source = ROOT / "csrc" / "cuda" / SOURCE
-    flags = ["-std=c++17", "-O3", "-cubin", f"-arch=sm_{request.param}"]
-    subprocess.run([nvcc_path(), *flags, source, "-o", cubin], check=True)
+    cubin = make_cubin("row_pairs", request.param, tmp_path_factory.mktemp("cubin"))
     return lambda what: (
         subprocess.run([cuobjdump, what, cubin], capture_output=True, text=True, check=True).stdout
     )
