@@ -174,7 +174,10 @@ def _gaps(distances, labels, groups, block):
     with torch.no_grad():
         ordered, order = distances.masked_fill(own == labels, torch.inf).sort(dim=1)
         farther = torch.searchsorted(ordered, to_positive.contiguous(), right=True)
-        negative = order.gather(1, torch.minimum(farther, negatives - 1).clamp_min(0))
+        place = torch.minimum(farther, negatives - 1).clamp_min(0)
+        # NaN counts as farthest, but sorting puts it behind the rows of the own label, which stand as inf.
+        place = place.masked_fill((ordered.gather(1, place) == torch.inf) & ordered[:, -1:].isnan(), n - 1)
+        negative = order.gather(1, place)
     return (to_positive - distances.gather(1, negative)).where(there, 0), there, (positive, negative)
 
 
