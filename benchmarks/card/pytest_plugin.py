@@ -19,6 +19,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     # Where pytest's capturing does not reach: a hanging test's traceback.
     config.stash[STDERR] = os.fdopen(os.dup(sys.__stderr__.fileno()), "w")
+    if not hasattr(config, "workerinput"):  # xdist's workers report to this process
+        config.pluginmanager.register(Findings())
 
 
 STDERR = pytest.StashKey()
@@ -49,8 +51,10 @@ def lost():
     return False
 
 
-def pytest_runtest_logreport(report):
-    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+class Findings:
+    def pytest_runtest_logreport(self, report):
+        if not report.failed:
+            return
         crash = getattr(report.longrepr, "reprcrash", None)
         error = crash.message if crash else str(report.longrepr)
         line = {"section": "tests", "name": report.nodeid, "error": " ".join(error.split())[:300]}

@@ -103,7 +103,7 @@ def test_images_as_their_own_target():
             ValueError,
             r"target must have shape .* pass class maps as masks",
         ),
-        ({}, torch.tensor(1), ValueError, r"target must have shape \(4,\) or \(4, ...\), .* got \(\)"),
+        ({}, torch.tensor(1), ValueError, r"target must have shape \(4,\) or \(4, ...\) with .* got \(\)"),
         ({}, torch.zeros(4, 0), ValueError, r"target must have shape .* got \(4, 0\)"),
         (
             {"target_kind": "classes", "num_classes": 3},
