@@ -364,6 +364,11 @@ def check_sigmoid_pairs(library):
         ("whole columns", random_call(100, 64, 64, half), {}),
         ("blocks of coefficients", random_call(131, 135, 260, half), {"seed": 3, "blocks": (1, 1)}),
         (
+            "blocks of three tiles",
+            random_call(60, 280, 260, half),
+            {"splits": 1, "blocks": (1, 300)},
+        ),
+        (
             "blocks, random order",
             random_call(140, 280, 130, single),
             {"seed": 2, "splits": 1, "blocks": (1, 1), "warp_races": True},

@@ -316,7 +316,7 @@ def test_exponentials_of_an_entry(library, both_directions, d):
 
 
 def test_ids_of_columns_come_with_their_tile(library):
-    """By one asynchronous copy a column, in the place of a load for each lane that has the column."""
+    """Each column's by one asynchronous copy, instead of one load per lane that has the column."""
     counters = {}
     for ids in (False, True):
         call = random_call(128, 640, 64, torch.bfloat16, ids=ids, positives=0)

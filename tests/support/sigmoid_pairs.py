@@ -76,7 +76,9 @@ def random_call(
     if ids is not None:
         generator = torch.Generator().manual_seed(n + m)
         sides = (("row_ids", n), ("column_ids", m))
-        options |= {name: torch.randint(7, (count,), generator=generator) for name, count in sides}
+        options |= {
+            name: torch.randint(-3, 4, (count,), generator=generator) * 2**33 for name, count in sides
+        }
         options["equal_ids_are_positive"] = ids == "positive"
     rows = random_rows(n, d, dtype, seed=seed, spread=spread)
     columns = random_rows(m, d, dtype, seed=seed + 5, spread=spread)
