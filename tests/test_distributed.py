@@ -1,4 +1,4 @@
-"""`distributed.gather_keys` and `gather_rows` with two processes over gloo."""
+"""`distributed.gather_keys` and `gather_rows`, and what recipes make of them, with two processes over gloo."""
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ import ssl_kernels
 from ssl_kernels.adapters import _gather
 from ssl_kernels.distributed import gather_keys, gather_rows
 from ssl_kernels.nn import MoCoQueue
+from ssl_kernels.recipes.ranks import Ranks, gathered, over_ranks
+from ssl_kernels.recipes.views import Batch
 from tests.helpers import random_rows, same_bits
 
 WORLD = 2
@@ -75,6 +77,23 @@ def with_a_gradient(rank):
     )
 
 
+def in_a_recipe(rank):
+    """What the ranks of a training tell each other."""
+    ranks = Ranks(rank, WORLD)
+    rows, labels = random_rows(8, 4), torch.arange(8) % 3
+    own = ranks.own(Batch([rows], [rows * 2], labels))
+    assert same_bits(own.views[0], rows[4 * rank : 4 * rank + 4])
+    assert same_bits(own.crops[0], 2 * own.views[0]) and torch.equal(
+        own.labels, labels[4 * rank : 4 * rank + 4]
+    )
+    assert ranks.mean(torch.tensor(1.0 + rank)) == 1.5
+    for flags in ((False, False), (True, False), (False, True), (True, True)):
+        assert ranks.any(flags[rank], "cpu") == any(flags)
+    assert same_bits(gathered(own.views[0]), rows)
+    loss = over_ranks(ssl_kernels.triplet_loss)(own.views[0], own.labels, mining="semi_hard")
+    assert loss == ssl_kernels.triplet_loss(rows, labels, mining="semi_hard")
+
+
 def work(rank, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
@@ -113,11 +132,17 @@ def work(rank, path):
     )
     assert same_bits(gather_keys(everyones[rank]), torch.cat(everyones))  # the group still works
     with_a_gradient(rank)
+    in_a_recipe(rank)
     dist.destroy_process_group()
 
 
 def test_two_processes(tmp_path):
     multiprocessing.spawn(work, (str(tmp_path / "rendezvous"),), nprocs=WORLD)
+
+
+def test_a_recipe_of_one_process_gathers_nothing():
+    rows = random_rows(4, 3)
+    assert gathered(rows) is rows and Ranks().own(rows) is rows and Ranks().any(True, "cpu") is True
 
 
 def test_without_a_process_group_it_says_so():

@@ -21,6 +21,12 @@ def test_rank_counts_directions():
     assert effective_rank(torch.tensor([1.0, 1, 1, 0])) == pytest.approx(3)
     assert effective_rank(torch.tensor([1.0, 0, 0, 0])) == pytest.approx(1)
     assert effective_rank(torch.zeros(4)) == 0
+    assert effective_rank(torch.tensor([4.0, 2, 2])) == pytest.approx(2**1.5)
+
+
+def test_eight_rows_are_judged_by_their_rank():
+    assert for_so_many(EMBEDDINGS, 8) == EMBEDDINGS
+    assert for_so_many(EMBEDDINGS, 7).rank == 0 and for_so_many(EMBEDDINGS, 7).spread == EMBEDDINGS.spread
 
 
 def test_spectrum_is_that_of_the_covariance():

@@ -139,12 +139,20 @@ def alone(tmp_path_factory):
 
 def test_trainings_in_turn_end_as_each_does_alone(alone, tmp_path):
     images, expected = alone
-    trainings = trainings_of_both(images, SETTINGS, two_losses(), tmp_path)
+    begun = []
+
+    def noting(name, loss):
+        return lambda *args: begun.append(name) or loss(*args)
+
+    losses = {name: noting(name, loss) for name, loss in two_losses().items()}
+    trainings = trainings_of_both(images, SETTINGS, losses, tmp_path)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     engine.train(trainings, images.views)
     assert_same([state_of(training) for training in trainings], expected)
     assert torch.equal(torch.get_rng_state(), before)
+    # Each goes first as often: the second finds the views in the cache.
+    assert begun[::2] == ["ours", "plain", "plain", "ours", "ours", "plain"]
     ours, plain = (training.history for training in trainings)
     assert len(ours.step_seconds) == len(plain.step_seconds) == 6
     assert all(step > loss for step, loss in zip(ours.step_seconds, ours.loss_seconds, strict=True))
@@ -237,7 +245,9 @@ def test_a_step_makes_the_ordinary_update():
     batch = next(images.views.epoch(0))
     training = engine.Training(method, settings, steps=6)
     method.online.projection[0].weight.grad = torch.full_like(method.online.projection[0].weight, 1e3)
-    training.step(batch, 2)
+    training.method.criterion.seconds = 50.0  # of calls before
+    training.step(batch, 2, views_seconds=1000.0)
+    assert 0 < training.history.loss_seconds[0] < 50 and 1000 < training.history.step_seconds[0] < 2000
 
     rate = training.history.rates[0]
     optimizer = torch.optim.SGD(ordinary.parameters(), lr=rate, momentum=0.9, weight_decay=0.01)
@@ -247,6 +257,75 @@ def test_a_step_makes_the_ordinary_update():
     assert training.history.losses[0] == pytest.approx(loss.item(), rel=1e-6)
     for ours, expected in zip(method.parameters(), ordinary.parameters(), strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+def test_a_checkpoint_is_as_large_as_was_told(tmp_path):
+    images = two_steps(SETTINGS)
+    (training,) = trainings_of_both(images, SETTINGS, {"ours": ssl_kernels.nt_xent_loss}, tmp_path)
+    training.step(next(images.views.epoch(0)), 2)
+    training.save()
+    assert training.checkpoint.stat().st_size == pytest.approx(training.bytes_of_checkpoint, rel=0.2)
+
+
+def test_the_encoder_is_compiled_where_that_is_asked_for(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    images = two_steps(SETTINGS)
+    for asked in (False, True):
+        method = experiment.build_method(images, SETTINGS)
+        engine.Training(method, dataclasses.replace(SETTINGS, compile=asked), 2)
+        assert compiled == [method.encoder] * asked
+
+
+def test_ctrl_c_pressed_again_interrupts_at_once():
+    with engine._held_back_interrupt() as is_interrupted:
+        assert not is_interrupted()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert is_interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_trial_leaves_the_training_as_it_was():
+    """Of a method that keeps keys, an average and statistics; and torch's generator."""
+    settings = dataclasses.replace(SETTINGS, method="moco", options={"queue_size": 50})
+    images = two_steps(settings)
+    training = experiment.prepare_trainings(images, {"run": None}, settings)["run"]
+    before, random = copy.deepcopy(state_of(training)), torch.get_rng_state()
+    experiment.rehearse(training, images)
+    assert_same(state_of(training), before)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_what_is_judged(monkeypatch):
+    """Pixels, the encoder before and the one after, each by the training images on the held-out ones."""
+    images, judged = two_steps(SETTINGS), []
+
+    def extract_features(encoder, batches):
+        which = "train" if batches is images.train else "test" if batches is images.test else None
+        judged.append((encoder, which))
+        return which, None
+
+    monkeypatch.setattr(experiment, "extract_features", extract_features)
+    monkeypatch.setattr(experiment, "evaluate_features", lambda train, test: (train[0], test[0]))
+    monkeypatch.setattr(experiment, "train", lambda *_: None)
+    monkeypatch.setattr(experiment, "measure_loss_memory", lambda *_: 17)
+    settings = dataclasses.replace(SETTINGS, seed=3)
+    trainings = experiment.prepare_trainings(images, {"ours": None}, settings)
+    runs, _ = experiment.run_experiment(images, trainings, settings)
+    assert [(run.name, run.accuracy, run.features) for run in runs] == [
+        (name, ("train", "test"), "test") for name in ("raw pixels", "untrained encoder", "ours")
+    ]
+    assert [which for _, which in judged] == ["train", "test"] * 3
+    pixels, untrained, trained = (encoder for encoder, _ in judged[::2])
+    assert torch.equal(pixels(torch.ones(2, 1, 3, 3)), torch.ones(2, 9))
+    begin = experiment.build_encoder(images, 3, "simclr")
+    assert_same(dict(untrained.state_dict()), dict(begin.state_dict()))
+    assert trained is trainings["ours"].method.encoder and runs[-1].peak_bytes == 17
+    colours = dataclasses.replace(images, channels=3)
+    runs, _ = experiment.run_experiment(colours, {}, settings)
+    assert [run.name for run in runs] == ["untrained encoder"]
 
 
 def test_parts_of_a_batch_add_up():

@@ -31,6 +31,30 @@ def test_knn_takes_the_majority():
     assert evaluation.knn_accuracy(train, labels, test, torch.tensor([1]), neighbours=3) == 1.0
 
 
+def test_knn_asks_five_unless_told_otherwise():
+    """Of the nearest one, three and five rows most are of class 0, 0 and 1; of six and seven, 0 again."""
+    train = torch.tensor([[1.0, distance / 10] for distance in range(7)])
+    labels = torch.tensor([0, 0, 1, 1, 1, 0, 0])
+    test = train[:1] * 3
+    found = [
+        evaluation.knn_accuracy(train, labels, test, torch.tensor([1]), *count)
+        for count in ([], [1], [2], [3], [4], [7])
+    ]
+    assert found == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_all_three_judges_are_asked():
+    """By features on which they differ, and labels of the training rows that those of the test do not tell."""
+    train, test = blobs(90, seed=0), blobs(300, seed=1)
+    found = evaluation.evaluate_features(train, test)
+    expected = (
+        evaluation.knn_accuracy(*train, *test, neighbours=5),
+        evaluation.linear_probe_accuracy(*train, *test),
+        evaluation.few_label_accuracy(*train, *test, labels_per_class=5, draws=5),
+    )
+    assert (found.knn, found.linear, found.few) == expected and len(set(expected)) == 3
+
+
 def test_knn_with_fewer_rows_than_neighbours():
     rows, labels = torch.eye(3), torch.tensor([0, 0, 1])
     assert evaluation.knn_accuracy(rows, labels, rows[:1], labels[:1], neighbours=5) == 1.0
@@ -104,6 +128,8 @@ def test_extract_features_leaves_the_encoder_as_it_was():
     assert encoder.training and encoder[0].training
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, before[name])
+    evaluation.extract_features(encoder.eval(), [(images, torch.arange(7))])
+    assert not encoder.training
 
 
 def test_calibration_error_is_the_gap_of_confidence_and_accuracy():
@@ -114,6 +140,13 @@ def test_calibration_error_is_the_gap_of_confidence_and_accuracy():
     assert evaluation.calibration_error(logits, labels) == pytest.approx(expected, abs=1e-6)
     assert evaluation.calibration_error(torch.tensor([[50.0, 0], [0, 50]]), torch.tensor([0, 1])) == 0
     assert evaluation.accuracy_of(logits, labels) == pytest.approx(2 / 3)
+    # 0.61 and 0.65 lie in one of 15 bins, where one right and one wrong make up for each other.
+    logits = torch.tensor([[0.61, 0.39], [0.65, 0.35]]).log()
+    found = evaluation.calibration_error(logits, torch.tensor([0, 1]))
+    assert found == pytest.approx((0.61 + 0.65 - 1) / 2, abs=1e-6)
+    assert evaluation.calibration_error(logits, torch.tensor([0, 1]), bins=40) == pytest.approx(
+        (0.39 + 0.65) / 2, abs=1e-6
+    )
 
 
 def test_a_part_of_the_labels_has_every_class():
@@ -134,3 +167,5 @@ def test_noise_is_the_same_at_every_call():
     assert torch.equal(first, again)
     assert first.std().item() == pytest.approx(0.3, rel=0.05)
     assert not torch.equal(*first.chunk(2))
+    (other, _), *_ = evaluation.with_noise(batches, 0.3, seed=1)
+    assert not torch.equal(other, first[:500])

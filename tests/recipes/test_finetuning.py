@@ -5,7 +5,7 @@ from sklearn.preprocessing import StandardScaler
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from ssl_kernels.recipes import data, experiment
+from ssl_kernels.recipes import data, evaluation, experiment, finetuning
 from ssl_kernels.recipes.finetuning import finetune, linear_probe
 from ssl_kernels.recipes.views import Augmentation, DatasetViews
 from tests.recipes.image_sets import write_folder
@@ -31,6 +31,40 @@ def test_from_scratch_the_classifier_begins_at_random_and_learns():
     )
     assert probed > 0.3 > random
     assert finetune(encoder, images, 0.05, 0, steps=60, from_scratch=True) > 0.6
+
+
+@pytest.mark.parametrize("from_scratch, rate", [(False, 1e-3), (True, 1e-2)])
+def test_what_is_trained(from_scratch, rate, monkeypatch):
+    """A copy of the encoder with a classifier, on the part of the labels, for as many steps; judged on held-out images.
+    A probe sees views from beyond the last epoch of the training."""
+    images = data.load_data("digits", 64, 0)
+    encoder = experiment.build_encoder(images, 0, "supervised")
+    trained, probed, heads = [], [], []
+    monkeypatch.setattr(
+        finetuning, "train", lambda trainings, views, title: trained.append((*trainings, views))
+    )
+    monkeypatch.setattr(
+        finetuning,
+        "_begin_at_probe",
+        lambda *args, first: probed.append((args[0], args[2].seed, len(args[3]), first)),
+    )
+    for seed in (0, 4):
+        accuracy = finetuning.finetune(encoder, images, 0.2, seed, steps=30, from_scratch=from_scratch)
+        training, views = trained[-1]
+        rows = evaluation.draw_part(images.views.labels, 0.2, seed)
+        assert torch.equal(views.images, images.views.images[rows])
+        assert torch.equal(views.labels, images.views.labels[rows])
+        assert (views.batch_size, views.seed, len(views)) == (64, seed, 4)
+        settings = training.settings
+        assert (settings.epochs, settings.seed, settings.learning_rate) == (8, seed, rate)
+        assert training.steps == 8 * 4
+        network = training.method.online
+        assert network.encoder is not encoder
+        logits, labels = evaluation.extract_features(network, images.test)
+        assert accuracy == (logits.argmax(1) == labels).double().mean().item()
+        assert probed == ([] if from_scratch else [*probed[:-1], (network, seed, len(rows), 8)])
+        heads.append(network.projection.weight)
+    assert len(probed) == 2 * (not from_scratch) and not torch.equal(*heads)
 
 
 def test_batch_normalisation_takes_the_statistics_of_the_images():

@@ -3,6 +3,7 @@
 One file, although a long one: every test runs the command, in the same way.
 """
 
+import argparse
 import errno
 import importlib.util
 import io
@@ -22,7 +23,9 @@ import torch
 
 import ssl_kernels
 from ssl_kernels.cli import main
-from ssl_kernels.recipes import engine, experiment, report
+from ssl_kernels.recipes import data, engine, experiment, ranks, report
+from ssl_kernels.recipes import pretrain as command
+from ssl_kernels.recipes.baseline import plain_moco_loss, plain_nt_xent_loss
 from ssl_kernels.recipes.evaluation import Accuracy
 from tests.recipes.image_sets import write_cifar10, write_folder
 
@@ -196,6 +199,112 @@ def test_a_wrong_alpha_is_refused_after_a_compilation_too(method, tmp_path, caps
         pretrain("--method", method, "--option", "alpha=-1", "--out", tmp_path)
     assert stop.value.code == 2
     assert f"--method {method} must run with its options, got temperature" in one_line(capsys)
+
+
+def parsed(*options):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args([str(option) for option in options])
+
+
+EVERY_OPTION = (
+    "--method moco --data folder --root images --image-size 24 --workers 3 --epochs 7 --batch-size 20"
+    " --learning-rate 0.25 --optimizer lars --weight-decay 0.5 --warmup 0.75 --temperature 0.125 --queue-size 40"
+    " --momentum 0.5 --option width=24 --seed 9 --precision bfloat16 --accumulate 3 --compile"
+).split()
+
+
+def test_every_option_reaches_the_settings():
+    assert command.choose_settings(parsed(*EVERY_OPTION)) == engine.Settings(
+        "moco",
+        "folder",
+        epochs=7,
+        batch_size=20,
+        learning_rate=0.25,
+        optimizer="lars",
+        weight_decay=0.5,
+        warmup=0.75,
+        precision="bfloat16",
+        accumulate=3,
+        compile=True,
+        seed=9,
+        image_size=24,
+        options={"temperature": 0.125, "queue_size": 40, "momentum": 0.5, "width": 24},
+    )
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ([], {"epochs": 150, "batch_size": 1024, "learning_rate": 6e-3, "options": {"temperature": 0.5, "width": 128}}),
+        (["--short"], {"epochs": 15, "batch_size": 256, "learning_rate": 3e-3}),
+        (["--method", "byol"], {"epochs": 100, "batch_size": 256, "learning_rate": 3e-3}),
+        (["--method", "byol", "--short"], {"epochs": 15, "batch_size": 256}),
+        (["--data", "cifar10", "--root", "."], {"epochs": 200, "batch_size": 512, "learning_rate": 1e-3}),
+        (
+            ["--data", "folder", "--root", ".", "--method", "moco"],
+            {"options": {"temperature": 0.2, "queue_size": 65536, "momentum": 0.999, "width": 128}},
+        ),
+        (["--option", "width=24"], {"options": {"temperature": 0.5, "width": 24}}),
+        (
+            ["--method", "barlow", "--option", "off-diagonal-weight=0.5"],
+            {"options": {"off_diagonal_weight": 0.5, "width": 256}},
+        ),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_a_method_takes_unless_told_otherwise(options, expected):
+    settings = command.choose_settings(parsed(*options))
+    assert {name: getattr(settings, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("method, views, crops", [("moco", 2, 0), ("swav", 2, 2), ("rotation", 1, 0)])
+def test_images_are_loaded_as_the_options_say(method, views, crops, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def load_data(*args, **options):
+        raise Asked(args, options)
+
+    monkeypatch.setattr(data, "load_data", load_data)
+    options = [option for option in EVERY_OPTION if option != "moco"]
+    options[1:1] = [method]
+    without = ("--temperature", "--queue-size", "--momentum", "--option")
+    options = [
+        each
+        for name, value in zip(options[:-1:2], options[1:-1:2], strict=True)
+        for each in (name, value)
+        if name not in without
+    ]
+    with pytest.raises(Asked) as asked:
+        command.set_up(parsed(*options, "--device", "cpu"))
+    assert asked.value.args == (
+        ("folder", 20, 9),
+        {"root": "images", "image_size": 24, "workers": 3, "views": views, "crops": crops},
+    )
+
+
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        ([], ["plain PyTorch", "ssl_kernels (native)"]),
+        (["--method", "moco", "--backend", "chunked"], ["plain PyTorch", "ssl_kernels (chunked)"]),
+        (["--no-compare"], ["ssl_kernels (native)"]),
+        (["--data", "mnist5k"], ["ssl_kernels (native)"]),
+        (["--data", "mnist5k", "--compare"], ["plain PyTorch", "ssl_kernels (native)"]),
+        (["--method", "byol"], ["ssl_kernels (native)"]),
+        (["--method", "rotation"], ["ssl_kernels"]),
+    ],
+    ids=str,
+)
+def test_which_losses_are_run(options, names):
+    """With the backend that was asked for."""
+    args = parsed(*options)
+    losses = command.choose_losses(args, command.choose_settings(args), ranks.ALONE, torch.device("cpu"))
+    assert list(losses) == names
+    *plain, ours = losses.values()
+    assert plain in ([], [{"simclr": plain_nt_xent_loss, "moco": plain_moco_loss}.get(args.method)])
+    assert getattr(ours, "keywords", {}) == ({} if args.backend is None else {"backend": args.backend})
 
 
 def one_line(capsys):
@@ -493,6 +602,15 @@ def test_tensorboard_is_told_every_step(short_run, tmp_path, monkeypatch, no_jud
     assert [each for each in writer.scalars if each[0] == "loss"] == [
         ("loss", loss, step) for step, loss in enumerate(losses, 1)
     ]
+    ours = trained_runs(tmp_path)[0]
+    for name, values in (
+        ("learning rate", ours["rates"]),
+        ("spread of the embeddings", [None, *ours["spreads"][:1] * 2, ours["spreads"][1]]),
+        ("rank of the embeddings", [None, *ours["ranks"][:1] * 2, ours["ranks"][1]]),
+    ):
+        assert [each for each in writer.scalars if each[0] == name] == [
+            (name, value, step) for step, value in enumerate(values, 1) if value is not None
+        ]
     assert {name for name, *_ in writer.scalars} == {
         "loss",
         "learning rate",
@@ -500,6 +618,8 @@ def test_tensorboard_is_told_every_step(short_run, tmp_path, monkeypatch, no_jud
         "rank of the embeddings",
     }
     assert writer.is_closed
+    assert pretrain(*options, "--epochs", 2, "--out", tmp_path, "--tensorboard", "--resume") == 0
+    assert made[-1].purge_step == len(losses) + 1  # what a resumed run writes anew
 
 
 @pytest.mark.parametrize("when", ["add_scalar", "close"])

@@ -12,6 +12,7 @@ from ssl_kernels.recipes.contention import Contention
 from ssl_kernels.recipes.engine import Settings
 from ssl_kernels.recipes.evaluation import Accuracy
 from ssl_kernels.recipes.experiment import Run
+from ssl_kernels.recipes.logs import write_csv
 
 
 def make_runs(classes=10, trained=("plain PyTorch", "ssl_kernels (native)")):
@@ -34,6 +35,38 @@ def test_table():
     assert "50.0 %" in untrained and "25.0 %" in untrained and "12.5 %" in untrained
     assert re.split(r"  +", ours)[-3:] == ["200.0 (150.0 to 500.0)", "600.0 (550.0 to 900.0)", "2.0 MB"]
     assert "1.0000" in plain
+
+
+def test_the_final_loss_is_that_of_the_last_twentieth():
+    for count, expected in ((3, 2.0), (19, 18.0), (40, 38.5), (59, 57.5)):
+        run = Run("ours", None, None, History([float(loss) for loss in range(count)]))
+        assert run.final_loss == expected
+
+
+def test_the_untrained_encoder_is_drawn_beside_ours(monkeypatch, tmp_path):
+    """Not raw pixels, which come before it."""
+    runs, labels = make_runs()
+    drawn = []
+    monkeypatch.setattr(report, "draw_embeddings", lambda runs, *_: drawn.extend(run.name for run in runs))
+    monkeypatch.setattr(report, "draw_losses", lambda runs, *_: drawn.append([run.name for run in runs]))
+    pixels = Run("raw pixels", Accuracy(0.5, 0.5, 0.5), runs[0].features)
+    settings = Settings("simclr", "digits", epochs=1, batch_size=8, learning_rate=0.1)
+    contention = Contention(waiting=0.0, load=1.0, own_load=1.0, cores=2)
+    report.write_report([pixels, *runs], labels, settings, "", contention, tmp_path)
+    ours = "ssl_kernels (native)"
+    assert drawn == [["plain PyTorch", ours], "untrained encoder", ours]
+
+
+def test_the_log_in_full(tmp_path):
+    """Spread and rank in the last line of an epoch that was looked at."""
+    history = History([1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0], [0.1, 0.2, 0.3], [0.5], [1.5])
+    write_csv(tmp_path / "run.csv", history, 2)
+    assert (tmp_path / "run.csv").read_text().splitlines() == [
+        "step,epoch,loss,learning_rate,loss_seconds,step_seconds,spread,rank",
+        "1,1,1.0,0.1,4.0,7.0,,",
+        "2,1,2.0,0.2,5.0,8.0,0.5,1.5",
+        "3,2,3.0,0.3,6.0,9.0,,",
+    ]
 
 
 def test_gain():
@@ -82,4 +115,7 @@ def test_report_writes_figures_and_numbers(classes, trained, memory, tmp_path):
     assert results["contention"]["waiting"] == 0.4
     assert results["settings"]["batch_size"] == 8
     assert results["runs"][-1]["losses"] == [4.0, 2.0, 1.0]
+    history = runs[-1].history
+    assert results["runs"][-1]["seconds"] == history.seconds == sum(history.step_seconds)
+    assert results["runs"][-1]["loss_seconds_total"] == sum(history.loss_seconds)
     assert results["runs"][-1]["accuracy"] == {"knn": 0.9, "linear": 0.95, "few": 0.8}

@@ -54,6 +54,14 @@ def test_views_depend_on_seed_and_epoch_alone(kind):
 
 
 @both_kinds
+def test_each_epoch_draws_anew(kind):
+    """Also for an image that comes at the same place again."""
+    views = make_views(kind, lambda images: torch.zeros_like(images) + torch.rand(()))
+    drawn = [all_views(views, epoch).unique() for epoch in range(3)]
+    assert len(torch.cat(drawn).unique()) == sum(map(len, drawn))
+
+
+@both_kinds
 def test_views_from_a_batch_on_are_the_rest_of_the_epoch(kind):
     views = make_views(kind, v2.GaussianNoise(sigma=0.1))
     whole = [torch.stack(batch.views) for batch in views.epoch(3)]
