@@ -9,7 +9,8 @@ import torch
 
 from ssl_kernels.checks import values_are_readable
 from ssl_kernels.chunked.rows import input_gradient, unit_rows
-from ssl_kernels.ops.library import accumulation_dtype, refuse_torch_func, savable
+from ssl_kernels.losses._shared import as_scalar
+from ssl_kernels.ops.library import refuse_torch_func, savable
 
 PAIRS_PER_BLOCK = 1 << 20  # 8 MB in float64
 
@@ -36,9 +37,8 @@ def semi_hard_losses(embeddings, labels, margin, distance, normalize, chosen, *,
             return losses.sum() if summed else losses, there.sum()
         refuse_torch_func("triplet_loss", chosen)
         soft = isinstance(margin, str)
-        if not isinstance(margin, torch.Tensor):
-            margin = embeddings.new_full((), 0.0 if soft else margin, dtype=accumulation_dtype(embeddings))
-        return _SemiHard.apply(embeddings, labels, margin, soft, distance, normalize, summed)
+        by = as_scalar(0.0 if soft else margin, embeddings)
+        return _SemiHard.apply(embeddings, labels, by, soft, distance, normalize, summed)
 
 
 class _SemiHard(torch.autograd.Function):
