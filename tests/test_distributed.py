@@ -120,6 +120,10 @@ def work(rank, path):
     assert message == (
         "gather_keys: queue fill count must be the same on every rank, got 3 on rank 0, 0 on rank 1"
     )
+    message = message_of(gather_keys, everyones[rank], full if rank else None)
+    assert message == "gather_keys: queue must be the same on every rank, got false on rank 0, true on rank 1"
+    message = message_of(gather_keys, everyones[rank], MoCoQueue(8 + rank, 4))
+    assert message == "gather_keys: queue size must be the same on every rank, got 8 on rank 0, 9 on rank 1"
     for check in (True, False):  # ranks may differ in their number of keys
         gathered = gather_keys(everyones[rank][rank:], check=check)
         assert same_bits(gathered, torch.cat([rows[r:] for r, rows in enumerate(everyones)]))

@@ -45,6 +45,7 @@ CASES = [
     Case("nt_xent_loss", 2, (0.3,), ("ids",), views=2),
     Case("dcl_loss", 2, (0.2,), views=2),
     Case("debiased_nt_xent_loss", 2, (0.5,), options={"positive_prior": 0.05}, views=2),
+    Case("debiased_nt_xent_loss", 2, (0.5,), options={"positive_prior": 0.4}, views=2),
     Case("info_nce_loss", 2, (0.2,)),
     Case("info_nce_loss", 2, (0.2,), ("query_ids",), options={"symmetric": True}),
     Case("info_nce_loss", 3, (0.2,)),

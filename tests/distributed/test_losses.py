@@ -69,6 +69,54 @@ def several_texts(loss, scalars, rank, images, texts, strategy, options):
         torch.testing.assert_close(result / len(images), expectation, **TIGHT)
 
 
+def symmetric_moco(rank, sizes, strategy, with_queue, with_ids):
+    """Two views a rank, one above the other, of which each is held against the keys of the other."""
+    world, total = len(sizes), sum(sizes)
+    query, key = (random_rows(2 * total, 4, seed=seed).double() for seed in (0, 1))
+    own = torch.arange(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    mine = torch.cat((own, own + total))
+    options = {"symmetric": True}
+    ids = torch.arange(total).repeat(2) % 4 if with_ids else None
+    if with_queue:
+        options["queue"] = random_rows(5, 4, seed=2).double()
+        options |= {"queue_ids": torch.arange(5)} if with_ids else {}
+    temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    query.requires_grad_()
+    expected = ssl_kernels.moco_loss(query, key, temperature=temperature, ids=ids, **options)
+    wanted = torch.autograd.grad(expected, (query, temperature))
+    rows = query.detach()[mine].requires_grad_()
+    loss = distributed.moco_loss(
+        rows,
+        key[mine],
+        temperature=temperature,
+        ids=None if ids is None else ids[mine],
+        strategy=strategy,
+        **options,
+    )
+    by_rows, by_temperature = torch.autograd.grad(loss, (rows, temperature))
+    torch.testing.assert_close(by_rows / world, wanted[0][mine], **TIGHT)
+    for found, right in ((loss.detach(), expected.detach()), (by_temperature, wanted[1])):
+        dist.all_reduce(found)
+        torch.testing.assert_close(found / world, right, **TIGHT)
+
+
+def at_the_edges(rank, world):
+    """Weights that are all 0, and rows that are the same on all ranks."""
+    x, y = (random_rows(3, 4, seed=seed + rank).double().requires_grad_() for seed in (0, 9))
+    loss = distributed.clip_loss(x, y, 5.0, row_weights=torch.zeros(3, dtype=torch.float64))
+    assert loss == 0 and not any(grad.any() for grad in torch.autograd.grad(loss, (x, y)))
+    same = torch.ones(2, 4, dtype=torch.float64, requires_grad=True)
+    for distance in ("euclidean", "cosine"):
+        for margin in (0.3, "soft"):
+            options = {"margin": margin, "distance": distance}
+            loss = distributed.triplet_loss(same, torch.arange(2), **options)
+            expected = ssl_kernels.triplet_loss(
+                same.repeat(world, 1), torch.arange(2).repeat(world), **options
+            )
+            torch.testing.assert_close(loss, expected)
+            assert torch.autograd.grad(loss, same)[0].isfinite().all()
+
+
 def reduced(rank, world):
     """What a gather returns gradients by on GPUs (on the CPU it is an all-to-all), and log-sum-exps over ranks."""
     name = dist.group.WORLD.group_name
@@ -84,8 +132,11 @@ def reduced(rank, world):
 
 def every_case(rank, world):
     reduced(rank, world)
+    at_the_edges(rank, world)
     failures = []
     for strategy in ("gather", "ring"):
+        for with_queue, with_ids in ((False, False), (False, True), (True, False), (True, True)):
+            symmetric_moco(rank, SPLITS[world][1], strategy, with_queue, with_ids)
         for loss, scalars, options in (
             ("clip_loss", (4.0,), {}),
             ("clip_loss", (4.0,), {"label_smoothing": 0.1}),

@@ -228,6 +228,15 @@ def test_a_second_derivative_and_dual_tensors_are_refused(name):
         )
 
 
+@every_reduction
+def test_one_share_of_all_rows_gets_the_sum_of_their_gradients(reduction):
+    inputs, leaves = leaves_of(mixed(7) | {"lam": torch.tensor(0.3, dtype=torch.float64)})
+    found = losses.imix_loss(**inputs, temperature=0.4, reduction=reduction)
+    assert NODE in found.grad_fn.name()
+    expected = definitions.imix_loss(**inputs | {"lam": inputs["lam"].expand(7)}, temperature=0.4)
+    agree(found, getattr(expected, reduction)(), leaves)
+
+
 def test_rows_without_a_column_have_loss_0():
     inputs, leaves = leaves_of(with_targets(4, 6) | {"column_bias": torch.full((6,), -torch.inf).double()})
     found = losses.similarity_cross_entropy(**inputs)

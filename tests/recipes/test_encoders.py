@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ssl_kernels.recipes import experiment
-from ssl_kernels.recipes.encoders import PatchTransformer, SmallConvNet
+from ssl_kernels.recipes import engine, experiment
+from ssl_kernels.recipes.encoders import PatchTransformer, SmallConvNet, mlp
 
 
 @pytest.mark.parametrize("size, is_small", [(32, True), (64, True), (65, False)])
@@ -22,7 +22,23 @@ def test_resnet_keeps_the_resolution_of_small_images(size, is_small):
 @pytest.mark.parametrize("kind", [SmallConvNet, lambda: PatchTransformer(1, 8)])
 def test_features_have_the_width_that_is_told(kind):
     encoder = kind().eval()
-    assert encoder(torch.rand(2, 1, 8, 8)).shape == (2, encoder.out_features)
+    features = encoder(torch.rand(2, 1, 8, 8))
+    assert features.shape == (2, encoder.out_features)
+    assert (features >= 0).all() == (kind is SmallConvNet)  # which ends in the mean of a rectifier
+
+
+def test_heads_are_as_wide_as_they_are_asked_to_be():
+    for hidden in (None, 7):
+        layers = [layer for layer in mlp(5, 3, hidden) if isinstance(layer, torch.nn.Linear)]
+        assert [(each.in_features, each.out_features) for each in layers] == [
+            (5, hidden or 5),
+            (hidden or 5, 3),
+        ]
+    images = SimpleNamespace(channels=1, image_size=8, classes=2)
+    settings = engine.Settings("byol", "digits", 1, 8, 0.1, options={"width": 40})
+    method = experiment.build_method(images, settings)
+    for head in (method.online.projection, method.predictor):  # wider than in- and output
+        assert head[0].out_features == 128 > max(head[0].in_features, head[-1].out_features)
 
 
 @pytest.mark.parametrize("size, side", [(8, 2), (28, 4), (12, 2), (24, 3), (37, 37)])

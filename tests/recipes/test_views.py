@@ -1,8 +1,10 @@
+import signal
+
 import pytest
 import torch
 from torchvision.transforms import v2
 
-from ssl_kernels.recipes.views import Augmentation, BatchViews, DatasetViews
+from ssl_kernels.recipes.views import Augmentation, Batch, BatchViews, DatasetViews, ignore_interrupts
 
 IMAGES = torch.rand(22, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -87,10 +89,19 @@ def test_the_two_views_and_the_batches_are_transformed_differently(kind):
 
 
 def test_batch_views_draws_anew_for_each_group():
-    shown = all_views(make_views(BatchViews, lambda images: images * 0 + torch.rand(()), group=3), 0)
-    values = shown[0, 0].flatten(1)[:, 0]
-    assert len(values.unique()) == 3  # 8 images: groups of 3, 3 and 2
-    assert values[0] == values[2] != values[3]
+    """In crops as in views."""
+
+    def constant(images):
+        return images * 0 + torch.rand(())
+
+    views = BatchViews(
+        IMAGES, torch.zeros(len(IMAGES)), Augmentation(constant, 1, constant, 1), 8, 0, group=3
+    )
+    batch = next(views.epoch(0))
+    for shown in (*batch.views, *batch.crops):
+        values = shown.flatten(1)[:, 0]
+        assert len(values.unique()) == 3  # 8 images: groups of 3, 3 and 2
+        assert values[0] == values[2] != values[3]
 
 
 def test_dataset_views_do_not_depend_on_the_workers():
@@ -118,11 +129,29 @@ def test_crops_and_labels_come_with_the_views(kind):
 
 
 def test_parts_of_a_batch_are_all_of_it():
-    (batch, _) = make_views(BatchViews, v2.GaussianNoise()).epoch(0)
+    batch = Batch([IMAGES[:8], IMAGES[8:16]], [IMAGES[:8, :, :4], IMAGES[8:16, :, :4]], torch.arange(8))
     parts = batch.parts(3)
-    assert [len(part.labels) for part in parts] == [2, 3, 3]
-    for view in range(2):
-        assert torch.equal(torch.cat([part.views[view] for part in parts]), batch.views[view])
+    assert [part.labels.tolist() for part in parts] == [[0, 1], [2, 3, 4], [5, 6, 7]]
+    for kind in ("views", "crops"):
+        for which, whole in enumerate(getattr(batch, kind)):
+            assert torch.equal(torch.cat([getattr(part, kind)[which] for part in parts]), whole)
+
+
+def test_images_take_a_dtype_and_labels_stay_whole_numbers():
+    batch = Batch([IMAGES[:2]], [IMAGES[:2, :, :4]], torch.arange(2)).to("cpu", torch.float64)
+    assert torch.equal(batch.views[0], IMAGES[:2].double()) and torch.equal(
+        batch.crops[0], IMAGES[:2, :, :4].double()
+    )
+    assert torch.equal(batch.labels, torch.arange(2))
+
+
+def test_a_worker_leaves_ctrl_c_to_the_main_process():
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        ignore_interrupts(0)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @both_kinds
