@@ -3,6 +3,8 @@
 import copy
 import inspect
 import pickle
+import sys
+import types
 import warnings
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 from benchmarks.peers import Originals
 from ssl_kernels import adapters
+from ssl_kernels.adapters import _shared
 from tests.adapters.uses import adapter, all_uses, largest_error
 
 
@@ -187,6 +190,32 @@ def test_lightlys_other_cross_entropies_run_lightly(bank):
         value = loss(x, rows(seed=1))
         values.append(([value.detach()], list(torch.autograd.grad(value, x))))
     assert largest_error(*values) < 1e-5
+
+
+def test_what_only_the_library_can_do_names_it_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightly.loss.ntx_ent_loss", None)
+    monkeypatch.setitem(sys.modules, "lightly", None)
+    loss = adapters.lightly.NTXentLoss(0.2)
+    loss.cross_entropy = nn.CrossEntropyLoss(label_smoothing=0.1)
+    why = (
+        "NTXentLoss: a cross_entropy or memory_bank of another kind: that is left to lightly, which cannot be"
+    )
+    with pytest.raises(ImportError, match=why):
+        loss(rows(), rows(seed=1))
+
+
+def test_what_the_library_does_itself_is_said_once(monkeypatch):
+    """And is the original's doing where `patch` has put the adapter in its place."""
+    module = types.ModuleType("pretended_library")
+    module.Loss = "the adapter"
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(_shared, "_warned", set())
+    with pytest.warns(UserWarning, match="^Loss: such input: pretended_library.Loss itself runs$"):
+        assert _shared.original("pretended_library", "Loss", "Loss: such input") == "the adapter"
+    monkeypatch.setitem(_shared.originals, "the adapter", "the original")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _shared.original("pretended_library", "Loss", "Loss: such input") == "the original"
 
 
 def test_lightlys_memory_bank_may_be_another():

@@ -102,6 +102,49 @@ def test_timm_refuses_dense_targets_without_multi_label():
         timm.Mixup(num_classes=3, multi_label=True)(torch.rand(4, 3, 5, 5), torch.ones(4))
 
 
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_timms_boxes_between_two_shares_of_a_side(mode):
+    """Pasted from the partner at the other end; the target's share is that of the pixels that are left."""
+    mix = timm.Mixup(
+        mixup_alpha=0.0, cutmix_minmax=(0.25, 0.75), mode=mode, num_classes=8, label_smoothing=0.0
+    )
+    sides = set()
+    for seed in range(12):
+        np.random.seed(seed)
+        x = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 1, 16, 8).clone()
+        mixed, target = mix(x, torch.arange(8))
+        for i in range(8):
+            inside = mixed[i, 0] != i
+            assert (mixed[i, 0][inside] == 7 - i).all()
+            rows, columns = inside.any(1).sum().item(), inside.any(0).sum().item()
+            assert inside.sum() == rows * columns
+            sides.add((rows, columns))
+            torch.testing.assert_close(target[i, i].item(), 1 - rows * columns / 128)
+            torch.testing.assert_close(target[i, 7 - i].item(), rows * columns / 128)
+    assert {rows for rows, _ in sides} <= set(range(4, 12)) and {columns for _, columns in sides} <= {
+        2,
+        3,
+        4,
+        5,
+    }
+    assert len(sides) > 5
+
+
+@pytest.mark.parametrize("switch_prob", [0.0, 1.0])
+def test_timm_switches_to_cutmix(switch_prob):
+    """And without correct_lam λ is what was drawn, not the share that the image's edge leaves."""
+    options = {"cutmix_alpha": 1.0, "switch_prob": switch_prob, "num_classes": 4, "label_smoothing": 0.0}
+    for seed in range(5):
+        np.random.seed(seed)
+        x = torch.rand(4, 3, 9, 9)
+        mixed, target = timm.Mixup(correct_lam=False, **options)(x.clone(), torch.arange(4))
+        pasted = ((mixed == x) | (mixed == x.flip(0))).all()
+        assert pasted == (switch_prob == 1.0)
+        np.random.seed(seed)
+        np.random.rand(2)
+        assert target[0, 0].item() == pytest.approx(np.random.beta(1.0, 1.0))
+
+
 def test_timm_switched_off():
     mix = timm.Mixup(num_classes=3, label_smoothing=0.3)
     mix.mixup_enabled = False

@@ -349,6 +349,7 @@ def test_losses_whose_rows_weigh_differently_say_nothing():
         (sampled_softmax_loss, (q, k, more), {"row_weights": weights}),
         (similarity_cross_entropy, (q, k, own), {"weight": weights}),
         (similarity_cross_entropy, (q, k, ignored), {}),
+        (info_nce_loss, (q, k, more), {}),  # whose positives stand beside the sums
     ]
     for loss, arguments, options in calls:
         assert saved_gradients(loss, *arguments, **options)[0] == 0
