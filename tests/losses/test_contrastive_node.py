@@ -335,19 +335,36 @@ def test_a_queue_may_change_before_the_backward(loss, with_ids, reduction):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("name", ["targets", "sampled", "ranking", "all-directions", "clips", "negatives"])
+@pytest.mark.parametrize(
+    "name", ["targets", "sampled", "ranking", "all-directions", "clips", "clips-one-way", "negatives"]
+)
 def test_what_is_not_finite_is_nan(name, value):
+    """And so is every gradient that a NaN reaches, of the others' too."""
     ours, _, scaling, inputs = CASES[name]
     for broken in inputs:
         if not isinstance(inputs[broken], torch.Tensor) or not inputs[broken].is_floating_point():
             continue
         rows = inputs[broken].clone()
         rows.view(-1)[1] = value
-        found = {
-            backend: ours(**inputs | {broken: rows}, **{scaling: 0.5}, backend=backend).isnan().item()
-            for backend in (None, "reference")
-        }
-        assert found[None] and found["reference"], broken
+        spread = []
+        for backend in (None, "reference"):
+            given, leaves = leaves_of(inputs | {broken: rows})
+            found = ours(**given, **{scaling: 0.5}, backend=backend)
+            assert found.isnan(), broken
+            spread.append([grad.isnan() for grad in torch.autograd.grad(found, leaves)])
+        assert value == torch.inf or all(map(torch.equal, *spread)), broken
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", ["info_nce_loss", "moco_loss", "debiased_nt_xent_loss"])
+@every_reduction
+def test_an_infinite_logit_of_a_positive_is_nan(backend, loss, reduction):
+    """As the softmax over it would have it; the sums beside it are finite."""
+    query, key, others = rows(3).abs(), rows(3, seed=1).abs(), rows(4, seed=2)
+    key[1, 2] = torch.inf
+    more = () if loss == "debiased_nt_xent_loss" else (others,)
+    options = {"normalize": False, "reduction": reduction, "backend": backend}
+    assert getattr(losses, loss)(query.requires_grad_(), key, *more, **options).isnan()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
