@@ -126,6 +126,8 @@ clean:
 
 .venv/peers: .venv/installed requirements-bench.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+# It asks for a torch of 2021 and cannot be imported beside this one; its files of losses can.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps solo-learn==1.0.2
 	@touch $@
 
 .venv/wheel: .venv/installed requirements-wheel.txt

@@ -209,9 +209,14 @@ def _prediction(name):
     return build
 
 
-def _of_views(space, n, d):
-    loss = space.SupConLoss()
-    return lambda x, labels: loss(F.normalize(x, dim=1)[:, None], labels)
+def _views(count):
+    """A maker of unit rows (B, count, D), as SupContrast's head gives them, and labels."""
+
+    def make(n, d):
+        rows, labels = labelled(count * n, d)
+        return F.normalize(rows, dim=1).view(n, count, d), labels[::count]
+
+    return make
 
 
 def _pairs_of_pairs(rows_of):
@@ -309,7 +314,22 @@ LOSSES = (
     Adapted("solo_learn", "byol_loss_func", rows(1), _prediction("byol_loss_func")),
     Adapted("solo_learn", "simsiam_loss_func", rows(1), _prediction("simsiam_loss_func")),
     Adapted("solo_learn", "nnclr_loss_func", rows(1, 1), _function("nnclr_loss_func"), products=rectangle),
-    Adapted("sup_contrast", "SupConLoss", labelled, _of_views, products=square),
+    Adapted(
+        "sup_contrast",
+        "SupConLoss",
+        _views(1),
+        constructed("SupConLoss"),
+        products=square,
+        way="of one view",
+    ),
+    Adapted(
+        "sup_contrast",
+        "SupConLoss",
+        _views(2),
+        constructed("SupConLoss"),
+        products=square_of_views,
+        way="of two views",
+    ),
 )
 
 

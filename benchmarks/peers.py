@@ -147,10 +147,11 @@ def _module(library, name):
 
 
 class _PlainSupCon:
-    """SupContrast's loss of one view, of unit rows (B, 1, D)."""
+    """SupContrast's loss of unit rows (B, V, D)."""
 
     def __call__(self, features, labels):
-        return plain_losses.plain_sup_con_loss(features.flatten(1), labels)
+        rows = torch.cat(features.unbind(1))
+        return plain_losses.plain_sup_con_of_units(rows, labels.repeat(features.shape[1]))
 
 
 def _plain_in_batch_neg_loss(q_reps, p_reps):

@@ -24,8 +24,11 @@ def plain_info_nce_loss(query, key, negatives, temperature=0.1):
 
 
 def plain_sup_con_loss(features, labels, temperature=0.07):
+    return plain_sup_con_of_units(F.normalize(features, dim=1), labels, temperature)
+
+
+def plain_sup_con_of_units(features, labels, temperature=0.07):
     """As SupContrast forms it: a mask of equal labels, logits less their maximum, exponentials times a mask."""
-    features = F.normalize(features, dim=1)
     n = len(features)
     same = (labels[:, None] == labels[None, :]).to(features.dtype)
     others = 1 - torch.eye(n, dtype=features.dtype, device=features.device)

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "schedule.h"
@@ -25,9 +26,16 @@ class Classes {
                     (kind_ == Kind::kMask ? positives.dim() == 2 && positives.size(1) == n
                                           : positives.scalar_type() == at::kLong),
                 "class_contrastive: positives must be (N,) or (N, W) int64 or (N, N) bool");
+    if (kind_ != Kind::kLabels) return;
+    const int64_t* label = values_.const_data_ptr<int64_t>();
+    narrow_.assign(label, label + n);
+    if (!std::equal(narrow_.begin(), narrow_.end(), label)) narrow_.clear();
   }
 
   bool symmetric() const { return kind_ != Kind::kMask; }
+
+  // A number of each row, if equal numbers are all that makes positives and these fit, else null.
+  const int32_t* labels() const { return narrow_.empty() ? nullptr : narrow_.data(); }
 
   // match[k] = 1 where row j.begin + k is a positive of `row`, else 0; match_back[k] the other way round.
   // False where it is known that all are 0: then neither is to be read.
@@ -56,6 +64,7 @@ class Classes {
   at::Tensor values_;
   int64_t n_;
   Kind kind_;
+  std::vector<int32_t> narrow_;  // labels of 32 bits: twice as many fit in a vector
 };
 
 // For each row the sum of the logits of its positives, and how many they are.

@@ -34,6 +34,7 @@
 
 #include "../ops/contrastive.h"
 #include "additions.h"
+#include "class_math.h"
 #include "classes.h"
 #include "contrastive_expectation.h"
 #include "contrastive_gradients.h"
@@ -346,15 +347,21 @@ struct SoftmaxWeights {
 // masking.
 template <class acc_t>
 void add_class_sums(ClassSums& sums, const Classes& classes, const Tile<acc_t>& tile, bool mirrored) {
-  const auto& math = tile_math<acc_t>();
-  acc_t forth[kLargestTile], back[kLargestTile];
-  acc_t* const match_back = classes.symmetric() ? forth : back;
   acc_t row_sum[kLargestTile] = {}, row_count[kLargestTile] = {}, column_sum[kLargestTile] = {},
-        column_count[kLargestTile] = {};
-  for (int64_t k = 0; k < tile.i.size; ++k) {
-    if (!classes.match(tile.i.begin + k, tile.j, forth, match_back)) continue;
-    math.matched_sums(tile.s + k * tile.ld, tile.j.size, forth, match_back, row_sum + k, row_count + k,
-                      mirrored ? column_sum : nullptr, column_count);
+      column_count[kLargestTile] = {};
+  acc_t* const of_columns = mirrored ? column_sum : nullptr;
+  if (const int32_t* labels = classes.labels()) {
+    class_math<acc_t>().sums(tile.s, tile.ld, tile.i.size, tile.j.size, labels + tile.i.begin,
+                             labels + tile.j.begin, tile.i.begin == tile.j.begin, row_sum, row_count,
+                             of_columns, column_count);
+  } else {
+    acc_t forth[kLargestTile], back[kLargestTile];
+    acc_t* const match_back = classes.symmetric() ? forth : back;
+    for (int64_t k = 0; k < tile.i.size; ++k) {
+      if (!classes.match(tile.i.begin + k, tile.j, forth, match_back)) continue;
+      tile_math<acc_t>().matched_sums(tile.s + k * tile.ld, tile.j.size, forth, match_back, row_sum + k,
+                                      row_count + k, of_columns, column_count);
+    }
   }
   sums.add(tile.i, row_sum, row_count);
   if (mirrored) sums.add(tile.j, column_sum, column_count);
@@ -364,13 +371,18 @@ void add_class_sums(ClassSums& sums, const Classes& classes, const Tile<acc_t>& 
 // Here and not in a sum of its own: a softmax near its target leaves little of two large numbers.
 template <class acc_t>
 void subtract_class_weights(const Tile<acc_t>& tile, const Classes& classes, const acc_t* weight) {
-  const auto& math = tile_math<acc_t>();
+  if (const int32_t* labels = classes.labels()) {
+    class_math<acc_t>().subtract(tile.s, tile.ld, tile.i.size, tile.j.size, labels + tile.i.begin,
+                                 labels + tile.j.begin, tile.i.begin == tile.j.begin, weight + tile.i.begin,
+                                 weight + tile.j.begin);
+    return;
+  }
   acc_t forth[kLargestTile], back[kLargestTile];
   acc_t* const match_back = classes.symmetric() ? forth : back;
   for (int64_t k = 0; k < tile.i.size; ++k) {
     if (!classes.match(tile.i.begin + k, tile.j, forth, match_back)) continue;
-    math.subtract_matched(tile.s + k * tile.ld, tile.j.size, forth, match_back, weight[tile.i.begin + k],
-                          weight + tile.j.begin);
+    tile_math<acc_t>().subtract_matched(tile.s + k * tile.ld, tile.j.size, forth, match_back,
+                                        weight[tile.i.begin + k], weight + tile.j.begin);
   }
 }
 

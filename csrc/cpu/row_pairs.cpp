@@ -7,6 +7,8 @@
 // Tiling: threads share the rows. Operands and gradients of one row are scratch in acc_t, in the first-level
 //   cache for all usual widths; what is summed of a row in the forward is kept in `saved`, so that the
 //   backward has no reduction.
+//   The products of a reduced loss are made kTogether rows at a time: their roots and quotients, a row's
+//   longest chain of latencies, then overlap, and x and y are read again from the cache.
 // Traffic: the forward reads each operand once and writes 1 + 4 k numbers per row, the backward reads the
 //   operands once and writes the gradients that are needed once.
 // Memory: at most 3 rows of acc_t a thread.
@@ -30,6 +32,9 @@ namespace ssl_kernels::cpu {
 namespace {
 
 using at::Tensor;
+
+// Rows whose roots and quotients are made together: of 128 numbers they stay in the first-level cache.
+constexpr int64_t kTogether = 16;
 
 // What the forward keeps of each pair of rows.
 template <class acc_t>
@@ -69,6 +74,58 @@ class Pairs {
 
   // Rows of `scratch` that `measure` and `differentiate` take.
   int64_t scratch_size() const { return (count() + 1) * d_; }
+
+  // Whether `add_up` takes the rows: products of pairs.
+  bool is_simple() const { return !distance_ && count() == 1; }
+
+  // losses[k] and the gradients of share times them, as `out` has room for them, for rows begin .. begin +
+  // count - 1 of products, kTogether at most.
+  template <class Rule>
+  void add_up(int64_t begin, int64_t count, const Rule& rule, double share, double* losses,
+              scalar_t* const* out, acc_t* scratch) const {
+    bool in_range[kTogether];
+    double x_rnorm[kTogether], y_rnorm[kTogether], product[kTogether];
+    const auto products = row_conversion<scalar_t, acc_t>().products;
+    for (int64_t k = 0; k < count; ++k) {
+      const auto sums = products(operands_[0].row(begin + k), operands_[1].row(begin + k), d_);
+      in_range[k] = sums.has_value();
+      const auto [xx, yy, xy] = sums.value_or(ProductSums{1, 1, 0});
+      x_rnorm[k] = xx, y_rnorm[k] = yy, product[k] = xy;
+    }
+    for (int64_t k = 0; normalize_ && k < count; ++k) {
+      x_rnorm[k] = 1 / std::max(std::sqrt(x_rnorm[k]), kNormEpsilon);
+      y_rnorm[k] = 1 / std::max(std::sqrt(y_rnorm[k]), kNormEpsilon);
+      product[k] *= x_rnorm[k] * y_rnorm[k];
+    }
+    const bool differentiates = out[0] || out[1];
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t i = begin + k;
+      const auto [loss, slope_of_loss] = rule(cosine(product[k]));
+      losses[k] = loss;
+      if (in_range[k] && !differentiates) continue;
+      const double r = normalize_ ? x_rnorm[k] : 1, q = normalize_ ? y_rnorm[k] : 1;
+      const double slope = share * slope_of_loss, both = slope * r * q;
+      const double along = normalize_ ? slope * product[k] : 0;
+      // What lies along a row that is only scaled stays.
+      const double by_x = r < 1 / kNormEpsilon ? along * r * r : 0,
+                   by_y = q < 1 / kNormEpsilon ? along * q * q : 0;
+      if (in_range[k] && is_moderate(both) && is_moderate(by_x) && is_moderate(by_y)) {
+        const scalar_t *x = operands_[0].row(i), *y = operands_[1].row(i);
+        // both y - by_x x, of the rows as they are.
+        const auto combine = row_conversion<scalar_t, acc_t>().pair_gradient;
+        const acc_t weight = static_cast<acc_t>(both);
+        if (out[0])
+          combine(out[0] + i * d_, {x, {y}, {weight}, static_cast<acc_t>(by_x), 1, false, normalize_}, d_);
+        if (out[1])
+          combine(out[1] + i * d_, {y, {x}, {weight}, static_cast<acc_t>(by_y), 1, false, normalize_}, d_);
+        continue;
+      }
+      Saved<acc_t> saved;
+      const auto made = rule(measure(i, scratch, &saved));
+      losses[k] = made.value;
+      if (differentiates) differentiate(i, scratch, &saved, share * made.slope, out, /*has_rows=*/false);
+    }
+  }
 
   // The value of row i, and what its gradient needs beside the rows. Of a distance the rows as used are left
   // in `scratch`.
@@ -116,6 +173,11 @@ class Pairs {
   }
 
  private:
+  // Whether a factor of a row is 0 or far from the ends of float32's range, where it would lose digits.
+  static bool is_moderate(double factor) {
+    return factor == 0 || (std::abs(factor) > 1e-25 && std::abs(factor) < 1e25);
+  }
+
   double rnorm_of(double squares) const {
     return normalize_ ? reciprocal_norm<acc_t>(std::sqrt(squares)) : 1;
   }
@@ -262,7 +324,10 @@ PairLoss row_pairs_loss(const Tensor& x, const Tensor& y, const OptionalTensor& 
     at::parallel_for(0, n, rows_per_task(x.size(1)), [&](int64_t begin, int64_t end) {
       std::vector<scalar_t> scratch(pairs.scratch_size());
       Saved<scalar_t> saved[2];
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t i = begin; pairs.is_simple() && i < end; i += kTogether)
+        pairs.add_up(i, std::min(kTogether, end - i), rule, share, losses.data() + i, out.data(),
+                     scratch.data());
+      for (int64_t i = begin; !pairs.is_simple() && i < end; ++i) {
         const auto [loss, slope] = rule(pairs.measure(i, scratch.data(), saved));
         losses[i] = loss;
         if (differentiate) pairs.differentiate(i, scratch.data(), saved, share * slope, out.data(), distance);

@@ -58,15 +58,15 @@ using torch::autograd::variable_list;
 constexpr const char* kName = "contrastive";
 
 struct Options {
-  bool are_views, leaves_partner_out, both_directions, joint, normalize, normalize_others, mean;
+  bool are_views, leaves_partner_out, both_directions, joint, normalize, normalize_others;
 
   int64_t packed() const {
     return are_views + 2 * leaves_partner_out + 4 * both_directions + 8 * joint + 16 * normalize +
-           32 * normalize_others + 64 * mean;
+           32 * normalize_others;
   }
   static Options unpacked(int64_t bits) {
-    return {bool(bits & 1),  bool(bits & 2),  bool(bits & 4), bool(bits & 8),
-            bool(bits & 16), bool(bits & 32), bool(bits & 64)};
+    return {bool(bits & 1), bool(bits & 2),  bool(bits & 4),
+            bool(bits & 8), bool(bits & 16), bool(bits & 32)};
   }
 };
 
@@ -341,12 +341,12 @@ class Losses {
   std::vector<double> sums_, logits_;
 };
 
-// The loss, and how many rows were averaged.
-std::pair<Tensor, int64_t> forward(const Call& call, bool columns_need_grad, Saved* saved) {
+// The sum of the losses over `divisor`, or if that is 0 their mean, and how many that is over.
+std::pair<Tensor, int64_t> forward(const Call& call, double divisor, bool columns_need_grad, Saved* saved) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   // cat refuses other dtypes.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto [are_views, leaves_partner_out, both_directions, joint, normalize, normalize_others, mean] =
+  const auto [are_views, leaves_partner_out, both_directions, joint, normalize, normalize_others] =
       call.options;
   const bool keep = saved != nullptr, direct = call.runs_directly();
   const int64_t n = call.row_count();
@@ -358,7 +358,8 @@ std::pair<Tensor, int64_t> forward(const Call& call, bool columns_need_grad, Sav
     const double *loss = losses.const_data_ptr<double>(), *count = counts.const_data_ptr<double>();
     const int64_t counted = n - std::count(count, count + n, 0.);
     const double sum = std::accumulate(loss, loss + n, 0.);
-    return {number(mean ? sum / std::max<int64_t>(counted, 1) : sum, call.scale.scalar_type()), counted};
+    const double by = divisor != 0 ? divisor : static_cast<double>(std::max<int64_t>(counted, 1));
+    return {number(sum / by, call.scale.scalar_type()), counted};
   }
   const auto through_operator = [&] {
     const auto [rows, columns, positives, row_ids, column_ids] = call.operands();
@@ -373,11 +374,15 @@ std::pair<Tensor, int64_t> forward(const Call& call, bool columns_need_grad, Sav
   if (saved) *saved = {lse, column_lse, row_rnorm, column_rnorm, kept, {}, positive_logits};
   if (!can_be_read(lse)) {
     const Tensor losses = (both_directions ? lse.add(column_lse).div(2) : lse).sub(positive_logits);
-    return {mean ? losses.mean(call.scale.scalar_type()) : losses.sum(call.scale.scalar_type()), n};
+    const auto dtype = call.scale.scalar_type();
+    if (divisor == 0) return {losses.mean(dtype), n};
+    const Tensor sum = losses.sum(dtype);
+    return {divisor == 1 ? sum : sum.div(divisor), n};
   }
   Losses losses(call, lse, column_lse, positive_logits);
   const double sum = losses.sum();
-  return {number(mean ? sum / losses.count() : sum, call.scale.scalar_type()), losses.count()};
+  const double by = divisor != 0 ? divisor : static_cast<double>(losses.count());
+  return {number(sum / by, call.scale.scalar_type()), losses.count()};
 }
 
 Tensor scale_of(const OptionalTensor& scale, double constant, const Tensor& rows) {
@@ -389,21 +394,21 @@ Tensor scale_of(const OptionalTensor& scale, double constant, const Tensor& rows
 }
 
 struct ContrastiveLoss : Function<ContrastiveLoss> {
-  static constexpr size_t kInputs = 13;
+  static constexpr size_t kInputs = 14;
 
   static Tensor forward(AutogradContext* ctx, const Tensor& rows, const OptionalTensor& others,
                         const OptionalTensor& learned_scale, double constant, const OptionalTensor& classes,
                         const OptionalTensor& row_ids, const OptionalTensor& column_ids,
                         const OptionalTensor& positives, const OptionalTensor& numbers,
                         const OptionalTensor& column_bias, std::optional<double> positive_prior,
-                        Options options, int64_t* counted) {
+                        Options options, double divisor, int64_t* counted) {
     const Tensor scale = scale_of(learned_scale, constant, rows);
     Saved saved;
     const Call call{rows,      others, scale,       classes,        row_ids, column_ids,
                     positives, numbers, column_bias, positive_prior, options};
     const auto needs_grad = [](const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); };
     const bool columns_need_grad = needs_grad(others) || needs_grad(column_bias);
-    const auto [loss, count] = ssl_kernels::forward(call, columns_need_grad, &saved);
+    const auto [loss, count] = ssl_kernels::forward(call, divisor, columns_need_grad, &saved);
     // With the expectation kept, and no positives to look up, backward reads rows and scale alone.
     const bool rows_suffice = call.is_beside() && holds_expectation(saved.kept);
     const auto read_again = [&](const OptionalTensor& tensor) {
@@ -416,7 +421,7 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
          saved.kept, saved.counts, or_undefined(positives), or_undefined(numbers), saved.positive_logits,
          read_again(column_bias)}));
     ctx->saved_data["options"] = options.packed();
-    ctx->saved_data["divisor"] = options.mean ? std::max<int64_t>(count, 1) : 1;
+    ctx->saved_data["divisor"] = divisor != 0 ? divisor : static_cast<double>(std::max<int64_t>(count, 1));
     Places places;
     places.scale = learned_scale ? 1 + others.has_value() : -1;
     const int64_t place = 1 + others.has_value() + learned_scale.has_value() + classes.has_value() +
@@ -439,7 +444,7 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
                          column_bias = if_defined(saved[15]);
     const Tensor& positive_logits = saved[14];
     const Options options = Options::unpacked(ctx->saved_data["options"].toInt());
-    const double divisor = static_cast<double>(ctx->saved_data["divisor"].toInt());
+    const double divisor = ctx->saved_data["divisor"].toDouble();
     const auto [scale_input, numbers_input, bias_input] = Places::unpacked(ctx->saved_data["places"].toInt());
     const bool bias_needs_grad = bias_input >= 0 && ctx->needs_input_grad(bias_input);
     const bool others_need_grad = others && ctx->needs_input_grad(1);
@@ -535,7 +540,7 @@ std::tuple<Tensor, int64_t> contrastive_loss(
     const OptionalTensor& classes, const OptionalTensor& row_ids, const OptionalTensor& column_ids,
     const OptionalTensor& positives, const OptionalTensor& numbers, const OptionalTensor& column_bias,
     std::optional<double> positive_prior, bool are_views, bool leaves_partner_out, bool both_directions,
-    bool joint, bool normalize, bool normalize_others, bool mean) {
+    bool joint, bool normalize, bool normalize_others, double divisor) {
   RECORD_FUNCTION("ssl_kernels::contrastive_loss", std::vector<c10::IValue>());
   TORCH_CHECK(others.has_value() != classes.has_value(), "contrastive_loss: others or classes must be given");
   TORCH_CHECK(rows.dim() == 2 && (!others || (others->dim() == 2 && others->size(1) == rows.size(1) &&
@@ -587,8 +592,7 @@ std::tuple<Tensor, int64_t> contrastive_loss(
     const auto made = bags(n, m);
     std::copy(made.begin(), made.end(), of_bags);
   }
-  const Options options{are_views, leaves_partner_out, both_directions, joint,
-                        normalize, normalize_others,   mean};
+  const Options options{are_views, leaves_partner_out, both_directions, joint, normalize, normalize_others};
   const auto learns = [](const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); };
   const bool differentiate =
       at::GradMode::is_enabled() && (rows.requires_grad() || used.requires_grad() || learns(others) ||
@@ -596,25 +600,25 @@ std::tuple<Tensor, int64_t> contrastive_loss(
   if (!differentiate)
     return forward({rows, others, used, classes, of_bags[1], of_bags[2], of_bags[0], numbers, column_bias,
                     positive_prior, options},
-                   /*columns_need_grad=*/false, nullptr);
+                   divisor, /*columns_need_grad=*/false, nullptr);
   refuse_torch_func(kName);
   int64_t counted = 0;
   const Tensor loss =
       ContrastiveLoss::apply(rows, others, scale, constant, classes, of_bags[1], of_bags[2], of_bags[0],
-                             numbers, column_bias, positive_prior, options, &counted);
+                             numbers, column_bias, positive_prior, options, divisor, &counted);
   return {loss, counted};
 }
 
 namespace {
 
 TORCH_LIBRARY_FRAGMENT(ssl_kernels, library) {
-  // The scale is a tensor that may be learned, or else the constant. Also returns how many losses the mean is
-  // over.
+  // The scale is a tensor that may be learned, or else the constant. The sum of the losses is divided by
+  // `divisor`, and where that is 0 by how many losses the mean is over, which is returned too.
   library.def(
       "contrastive_loss.native(Tensor rows, Tensor? others, Tensor? scale, float constant, Tensor? classes, "
       "Tensor? row_ids, Tensor? column_ids, Tensor? positives, Tensor? numbers, Tensor? column_bias, "
       "float? positive_prior, bool are_views, bool leaves_partner_out, bool both_directions, bool joint, "
-      "bool normalize, bool normalize_others, bool mean) -> (Tensor, int)",
+      "bool normalize, bool normalize_others, float divisor) -> (Tensor, int)",
       &contrastive_loss);
 }
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from ssl_kernels.adapters._classes import as_classes
 from ssl_kernels.adapters._shared import mean, scale_of
-from ssl_kernels.losses import sup_con_loss
+from ssl_kernels.losses.sup_con import sup_con_sum
 from ssl_kernels.ops.contrastive import contrastive
 
 __all__ = ["SupConLoss"]
@@ -62,16 +62,17 @@ class SupConLoss(nn.Module):
             same = (labels[:, None] == labels) if mask is None else mask.bool()
             rows = features.flatten(2).transpose(0, 1).flatten(0, 1)  # view by view
             return self._of_first_views(rows, same.repeat(1, views).to(rows.dtype), batch) * factor
-        rows, options = features.flatten(2).flatten(0, 1), {"normalize": False}
-        if mask is None:
-            labels = labels if views == 1 else labels[:, None].expand(batch, views).flatten()
-        else:
-            options["positives"] = mask.bool().repeat_interleave(views, 0).repeat_interleave(views, 1)
-        # The mean is over the rows that have a positive; without a mask the other views are positives of each.
-        if mask is None and views > 1 and not isinstance(factor, torch.Tensor) and factor == 1:
-            return sup_con_loss(rows, labels, self.temperature, **options)
-        loss = sup_con_loss(rows, labels, self.temperature, reduction="sum", **options)
-        return loss * (factor / (batch * views))
+        rows = (features if features.dim() == 3 else features.flatten(2)).flatten(0, 1)
+        if mask is not None:
+            mask = mask.bool().repeat_interleave(views, 0).repeat_interleave(views, 1)
+        elif views > 1:
+            labels = labels.unsqueeze(1).expand(batch, views).reshape(-1)
+        options = {"positives": mask, "normalize": False}
+        if isinstance(factor, torch.Tensor) or factor == 0:
+            loss = sup_con_sum(rows, labels, self.temperature, batch * views, **options)
+            return loss * factor
+        # Over all rows: those without a positive count as 0.
+        return sup_con_sum(rows, labels, self.temperature, batch * views / factor, **options)
 
     def _of_first_views(self, rows, positives, batch):
         positives = positives.clone().fill_diagonal_(0)

@@ -159,11 +159,13 @@ def one_node(
     normalize,
     normalize_others=None,
     reduction,
+    divisor=None,
 ):
     """(reduced loss, how many losses the mean is over) in C++: csrc/ops/contrastive_loss.cpp has what, and says why.
 
     Where `runs_natively`, `reduction` is "mean" or "sum"; with classes, positives, numbers of rows, a bias, a prior or
-    joint sums also where `is_one_node`. `normalize_others` is as `normalize` where it is None.
+    joint sums also where `is_one_node`. `normalize_others` is as `normalize` where it is None. A number
+    `divisor` makes the loss the sum of all over it, whatever `reduction` says.
     """
     learned, constant = (scale, 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
     is_plain = values_are_readable(
@@ -188,5 +190,5 @@ def one_node(
         joint,
         normalize,
         normalize if normalize_others is None else normalize_others,
-        reduction == "mean",
+        (0.0 if reduction == "mean" else 1.0) if divisor is None else divisor,
     )

@@ -78,6 +78,42 @@ def sup_con_loss(
 
     Source: Khosla et al., arXiv:2004.11362, eq. 2.
     """
+    return _sup_con_loss(
+        features,
+        labels,
+        temperature,
+        positives=positives,
+        unlabelled=unlabelled,
+        normalize=normalize,
+        reduction=reduction,
+        row_weights=row_weights,
+        backend=backend,
+    )
+
+
+sup_con_loss.operation = "contrastive"
+
+
+def sup_con_sum(features, labels, temperature, divisor, *, positives=None, normalize):
+    """The losses of `sup_con_loss`, added up and divided by a number."""
+    options = {"normalize": normalize, "reduction": "sum", "divisor": divisor}
+    return _sup_con_loss(features, labels, temperature, positives=positives, **options)
+
+
+def _sup_con_loss(
+    features,
+    labels,
+    temperature,
+    *,
+    positives,
+    unlabelled=None,
+    normalize,
+    reduction,
+    row_weights=None,
+    backend=None,
+    divisor=None,
+):
+    """`sup_con_loss`; a divisor goes with the reduction "sum"."""
     check_embeddings(OP, features=features)
     positives = _positives(features, labels, positives, unlabelled)
     check_scalar(OP, "temperature", temperature, features, positive=True)
@@ -94,7 +130,13 @@ def sup_con_loss(
     ):
         scale = inverse_operand(temperature, features)
         loss, counted = one_node(
-            features, None, scale, classes=positives, normalize=normalize, reduction=reduction
+            features,
+            None,
+            scale,
+            classes=positives,
+            normalize=normalize,
+            reduction=reduction,
+            divisor=divisor,
         )
         if counted == 0:
             _warn_of_no_positive()
@@ -112,23 +154,24 @@ def sup_con_loss(
         loss, counts = _by_class_sums(features, scale, positives, normalize, chosen)
 
     if look and counts.min().item() > 0:
-        return reduce(loss, reduction, features, row_weights)
+        return _over(divisor, reduce(loss, reduction, features, row_weights))
     has_positive = counts > 0
     if look and not has_positive.any():
         _warn_of_no_positive()
     if reduction != "mean":
-        return reduce(loss, reduction, features, row_weights)
+        return _over(divisor, reduce(loss, reduction, features, row_weights))
     counted = has_positive.to(loss.dtype)
     if row_weights is not None:
         counted = counted * row_weights
     return weighted_mean(loss, counted).to(accumulation_dtype(features))
 
 
-sup_con_loss.operation = "contrastive"
+def _over(divisor, loss):
+    return loss if divisor is None else loss / divisor
 
 
 def _warn_of_no_positive():
-    warnings.warn(f"{OP}: no row has another of its label, so the loss is 0", stacklevel=3)
+    warnings.warn(f"{OP}: no row has another of its label, so the loss is 0", stacklevel=4)
 
 
 def _positives(features, labels, positives, unlabelled):

@@ -143,3 +143,40 @@ def test_rows_of_x_itself_get_both_gradients():
     for loss in (*found, row_pairs_loss(x, index, **options | {"reduction": "none"}).mean()):
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(torch.autograd.grad(2 * loss, x)[0], truth)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_of_rows_of_any_length(dtype, normalize):
+    """Many rows are taken together; squares of the longest and of the shortest leave float32's range."""
+    lengths = torch.tensor([1e-30, 1e-13, 1e-9, 1e-4, 1.0, 1e4, 1e12, 1e25], dtype=torch.float64)
+    lengths = lengths if normalize else lengths[3:6]
+    place = torch.arange(37)
+    x, y = (random_rows(37, 19, torch.float64, seed=seed) for seed in (0, 1))
+    x, y = x * lengths[place % len(lengths), None], y * lengths[place // len(lengths) % len(lengths), None]
+    x, y = (each.to(dtype).requires_grad_() for each in (x, y))
+    options = OPTIONS | {"normalize": normalize, "reduction": "sum", "factor": -2.0, "constant": 0.25}
+    found = row_pairs_loss(x, y, **options)
+    wide = [each.detach().double().requires_grad_() for each in (x, y)]
+    used = [torch.nn.functional.normalize(each, dim=1) for each in wide] if normalize else wide
+    expected = (0.25 - 2 * (used[0] * used[1]).sum(1)).sum()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-11
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    truth = torch.autograd.grad(3 * expected, wide)
+
+    def within(ours, exact):
+        least = torch.finfo(dtype).tiny  # numbers below it have fewer digits
+        return ((ours - exact).abs().amax(1) <= tolerance * exact.abs().amax(1).clamp_min(least)).all()
+
+    for ours, exact in zip(torch.autograd.grad(3 * found, (x, y)), truth, strict=True):
+        assert within(ours, exact)
+    assert within(3 * torch.autograd.grad(row_pairs_loss(x.detach(), y, **options), y)[0], truth[1])
+
+
+def test_a_row_that_is_no_number_stays_alone():
+    x, y = (each.requires_grad_() for each in (torch.randn(20, 4), torch.randn(20, 4)))
+    x.data[17, 2], y.data[3, 0] = torch.nan, torch.inf
+    loss = row_pairs_loss(x, y, **OPTIONS | {"normalize": True})
+    assert loss.isnan()
+    for gradient in torch.autograd.grad(loss, (x, y)):
+        assert gradient.isnan().any(1).nonzero().flatten().tolist() == [3, 17]
