@@ -168,10 +168,3 @@ def test_bfloat16_triplets(library):
     triplets = [torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([4, 5])]
     ours.TripletMarginLoss(margin=2.0)(x, None, triplets).backward()
     assert x.grad.isfinite().all() and x.grad.any()
-
-
-def test_pickles(library):
-    import pickle
-
-    loss = pickle.loads(pickle.dumps(ours.NTXentLoss(0.2)))
-    assert loss.temperature == 0.2 and type(loss) is ours.NTXentLoss

@@ -94,6 +94,34 @@ def test_is_one_node_where_that_can_be():
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("alone", range(3))
+def test_a_second_derivative_is_refused_whatever_is_learned(alone, reduction):
+    """Of one operand alone; the others are frozen, and the node has no other input that could refuse it."""
+    operands = [x.detach().requires_grad_(place == alone) for place, x in enumerate(rows(0, 1, 2))]
+    options = OPTIONS | {"normalize": True, "measure": "distance", "reduction": reduction}
+    loss = row_pairs_loss(*operands, factor=1.0, constant=5.0, **options)
+    assert "RowPairsLoss" in loss.grad_fn.name()
+    (gradient,) = torch.autograd.grad(loss.sum(), operands[alone], create_graph=True)
+    assert gradient.any()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gradient.square().sum(), operands[alone])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("power", [1.0, 1.5, 2.0])
+def test_a_power_of_distance_0_has_no_gradient(backend, power):
+    x, y = rows(0, 1, n=2)
+    y.data[0] = x.data[0]
+    options = OPTIONS | {"measure": "distance", "reduction": "sum", "backend": backend}
+    loss = row_pairs_loss(x, y, rule="power", constant=power, **options)
+    distance = (x[1] - y[1]).norm()
+    torch.testing.assert_close(loss, distance**power)
+    found, expected = (torch.autograd.grad(each, (x, y)) for each in (loss, distance**power))
+    torch.testing.assert_close(found, expected)
+    assert not found[0][0].any()
+
+
 def test_the_rule_of_a_softmax_is_not_below_zero_and_leaves_out_empty_sums():
     """Rounding may leave a sum below the logit in it; the derivative is that of the difference all the same."""
     lse, logit, bias = (
@@ -131,14 +159,21 @@ def test_log_sum_exp_is_that_of_torch():
         gradient.sum().backward()
 
 
-def test_rows_of_x_itself_get_both_gradients():
+@pytest.mark.parametrize("measure", MEASURES)
+def test_rows_of_x_itself_get_both_gradients(measure):
     """-1 is the row itself, a row may stand for several, and what is not one node gathers them."""
     (x,) = rows(0)
     index = torch.tensor([1, 0, 1, 1, -1, 8, 2, 2, 0])
-    options = {"rule": "logarithm", "constant": 0.5, **OPTIONS, "measure": "distance"}
+    rule = (
+        {"rule": "logarithm", "constant": 0.5} if measure == "distance" else {"factor": -1.5, "constant": 0.5}
+    )
+    options = {**rule, **OPTIONS, "measure": measure}
     found = [row_pairs_loss(x, index, **options | {"backend": backend}) for backend in BACKENDS]
     y = x[index.where(index >= 0, torch.arange(9))]
-    expected = -((x - y).square().sum(1) + 1e-300).sqrt().add(0.5).log().mean()
+    if measure == "distance":
+        expected = -((x - y).square().sum(1) + 1e-300).sqrt().add(0.5).log().mean()
+    else:
+        expected = (0.5 - 1.5 * (x * y).sum(1)).mean()
     (truth,) = torch.autograd.grad(2 * expected, x)
     for loss in (*found, row_pairs_loss(x, index, **options | {"reduction": "none"}).mean()):
         torch.testing.assert_close(loss, expected)

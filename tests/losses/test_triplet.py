@@ -1,5 +1,6 @@
 """triplet_loss and nn.TripletLoss: the paper's formula, anchors without triplets, memory, bad input."""
 
+import itertools
 import math
 
 import pytest
@@ -309,6 +310,81 @@ def test_semi_hard_of_rows_that_are_not_finite_or_far_from_1(backend):
         expected = triplet_loss(far.detach().double(), labels, 0.0, **options)
         torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
         assert torch.autograd.grad(loss, far)[0].isfinite().all()
+
+
+@every_backend
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_semi_hard_takes_a_nan_of_either_sign_for_the_farthest(backend, distance, value):
+    """That of an infinite row, which is inf / inf, has its sign set on many processors."""
+    x = torch.tensor([[0.5, 0.1], [3, -1], [1, 0.2], [0, 0]])
+    x[3] = value
+    options = {"mining": "semi_hard", "distance": distance, "backend": backend}
+    assert triplet_loss(x, torch.tensor([0, 0, 1, 2]), **options).isnan()  # no other is farther than the pair
+    x[2] = torch.tensor([-1.0, 0])
+    assert triplet_loss(x, torch.tensor([0, 0, 1, 2]), **options).isfinite()
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_semi_hard_of_equal_rows_of_two_labels(backend, dtype):
+    """At distance 0 as the pair is, which is not farther: the other row is the negative, whatever is rounded."""
+    for seed in range(6):
+        row, other = random_rows(2, 501, dtype, seed=seed)
+        x, labels = torch.stack((row, row, row, other)).requires_grad_(), torch.tensor([0, 0, 1, 2])
+        found = triplet_loss(x, labels, 2.0, mining="semi_hard", reduction="none", backend=backend)
+        unit = torch.nn.functional.normalize(x, dim=1)
+        apart = (unit[0] - unit[3]).norm()
+        torch.testing.assert_close(found[:2], (2 - apart).expand(2))
+        mean = triplet_loss(x, labels, 2.0, mining="semi_hard", backend=backend)
+        torch.testing.assert_close(mean, 2 - apart)
+        # The pair itself, at distance 0, pulls at nothing; half of each of both losses is the first row's.
+        (found,), (expected,) = (torch.autograd.grad(each, x) for each in (mean, -apart))
+        assert found.isfinite().all()
+        torch.testing.assert_close(found[3], expected[3])
+        torch.testing.assert_close(found[:2].sum(0), expected[0])
+
+
+@every_backend
+def test_semi_hard_of_negatives_that_are_as_far(backend):
+    """Of several nearest ones the first, and where none is farther than the pair the last of the farthest."""
+    places = [[0, 0], [1, 0], [3, 4], [4, 3], [-3, 4], [0, 5], [30, 40], [-30, 40], [40, 30]]
+    labels = [0, 0, 1, 2, 3, 4, 5, 5, 6]
+    x = torch.tensor(places, dtype=torch.float64, requires_grad=True)
+    expected = 0
+    for i, p in itertools.permutations(range(9), 2):
+        if labels[i] != labels[p]:
+            continue
+        distances = (x[i] - x).norm(dim=1)
+        others = sorted((j for j in range(9) if labels[j] != labels[i]), key=lambda j: distances[j].item())
+        chosen = next((j for j in others if distances[j] > distances[p]), others[-1])
+        expected = expected + (distances[p] - distances[chosen] + 90).clamp_min(0)
+    options = {"mining": "semi_hard", "normalize": False, "reduction": "sum", "backend": backend}
+    found = triplet_loss(x, torch.tensor(labels), 90.0, **options)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, x), torch.autograd.grad(expected, x))
+
+
+@every_backend
+def test_semi_hard_at_its_margin_has_no_gradient(backend):
+    """A loss of exactly 0 is on the flat side, as that of relu."""
+    x = torch.tensor([[0.0, 0], [5, 0], [0, 10]], requires_grad=True)
+    options = {"mining": "semi_hard", "normalize": False, "backend": backend}
+    margin = torch.tensor(5.0, requires_grad=True)
+    loss = triplet_loss(x, torch.tensor([0, 0, 1]), margin, **options)
+    assert loss == 0 and not any(grad.any() for grad in torch.autograd.grad(loss, (x, margin)))
+
+
+def test_semi_hard_of_several_blocks_of_narrow_rows():
+    """Of lengths of their own, which distances by products need."""
+    rows, labels = random_rows(600, 4, torch.float32, spread=0.5), labels_of(600, 150)
+    results = []
+    for x in (rows.clone().requires_grad_(), rows.double().requires_grad_()):
+        loss = triplet_loss(x, labels, 0.3, mining="semi_hard", normalize=False)
+        results.append((loss.detach().double(), torch.autograd.grad(loss, x)[0].double()))
+    (loss, grad), (exact, truth) = results
+    torch.testing.assert_close(loss, exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad, truth, rtol=1e-3, atol=1e-5 * truth.abs().max().item())
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

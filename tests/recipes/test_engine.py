@@ -331,7 +331,7 @@ def test_what_is_judged(monkeypatch):
 def test_parts_of_a_batch_add_up():
     """Supervised, in evaluation mode of the normalisations: rows do not see each other, and the parts are the whole."""
     settings = dataclasses.replace(SETTINGS, method="supervised", options={}, optimizer="sgd")
-    images = data.load_data("digits", 250, 0, views=1)
+    images = data.load_data("digits", 10, 0, views=1)
     batch = next(images.views.epoch(0))
     ends = []
     for accumulate in (1, 3):
@@ -345,7 +345,7 @@ def test_parts_of_a_batch_add_up():
         training.step(batch, 1)
         history = training.history
         ends.append((history.losses, history.spreads, history.ranks, dict(method.named_parameters())))
-    torch.testing.assert_close(ends[1], ends[0])
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_trains_nearly_as_float32(trained):

@@ -7,6 +7,7 @@ from torchvision.transforms import v2
 
 from ssl_kernels.recipes import data, evaluation, experiment, finetuning
 from ssl_kernels.recipes.finetuning import finetune, linear_probe
+from ssl_kernels.recipes.methods.supervised import Supervised
 from ssl_kernels.recipes.views import Augmentation, DatasetViews
 from tests.recipes.image_sets import write_folder
 
@@ -65,6 +66,36 @@ def test_what_is_trained(from_scratch, rate, monkeypatch):
         assert probed == ([] if from_scratch else [*probed[:-1], (network, seed, len(rows), 8)])
         heads.append(network.projection.weight)
     assert len(probed) == 2 * (not from_scratch) and not torch.equal(*heads)
+
+
+def test_a_probe_sees_views_that_the_training_does_not(monkeypatch):
+    images = data.load_data("digits", 64, 0)
+    method = Supervised(experiment.build_encoder(images, 0, "supervised"), images)
+    rows, seen, probed = torch.arange(900, 1100), [], []
+    views = images.views.subset(rows, 64, 0)
+    epoch = views.epoch
+
+    def noting(number):
+        for batch in epoch(number):
+            seen.append(number)
+            yield batch
+
+    def linear_probe(features, labels, unlabelled):
+        probed.append((features, labels, unlabelled))
+        return torch.full((10, 64), 2.0), torch.full((10,), 3.0)
+
+    monkeypatch.setattr(views, "epoch", noting)
+    monkeypatch.setattr(finetuning, "linear_probe", linear_probe)
+    finetuning._begin_at_probe(method.online, images, views, rows, first=7)
+    one_pass = [7 + batch // 3 for batch in range(50)]
+    assert seen == one_pass * 2  # for the statistics, and for the features
+    ((features, labels, unlabelled),) = probed
+    whole, _ = evaluation.extract_features(method.encoder, images.train)
+    torch.testing.assert_close(unlabelled, whole)
+    torch.testing.assert_close(features[:200], whole[rows])
+    assert torch.equal(labels[:200], images.views.labels[rows])
+    assert features.shape == (200 + 50 * 64, 64) and labels.shape == (200 + 50 * 64,)
+    assert (method.online.projection.weight == 2).all() and (method.online.projection.bias == 3).all()
 
 
 def test_batch_normalisation_takes_the_statistics_of_the_images():
