@@ -370,14 +370,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 //
 // Tiling: MatrixShape. The row terms are read for every tile, after the products, which need the registers. R
 //   rows and M columns in the block, B = ceil(R / 128) blocks, T = ceil(M / kBlockN) tiles, S = ceil(D / 128
-//   bytes) > 1 steps.
+//   bytes) > 1 steps, of doubles with additions also 1.
 // Products: 1 unit of 2 R M D flops, 4 B T S kBlockN mma.
 // Traffic, 32-byte sectors of global memory: operands 4 R S (times T where K < S) + 4 B M S; positives of the
 //   rows 64 B T P, of the columns B T P kBlockN; R P for the gradients of a side's positives; column terms 3
 //   B T kBlockN / 8, row terms 96 B T (double: twice these). Writes 128 B T kBlockN scalar_t in whole
 //   sectors.
 // Shared memory: 16 KB of own rows K times, 3 * kBlockN * 128 bytes of the other side, terms of two tiles: 99
-//   KB, 75 KB for double. No bank conflicts.
+//   KB; for double, terms of three: 77 KB. No bank conflicts.
 // Occupancy: 256 threads, at most 128 registers: 2 blocks per multiprocessor, one by sm_80's shared memory;
 //   exact products, and with additions: one block, at most 255 registers.
 template <typename Engine>

@@ -168,7 +168,7 @@ void expectation_pass(Launcher& launcher, const ContrastiveArgs& args,
 template <typename Engine>
 constexpr bool kWidens = !std::is_same_v<typename Engine::scalar_t, typename Engine::other_t>;
 
-// Beside the sums of doubles no registers are left for additions.
+// Beside the sums of doubles no registers are left for additions, whatever the width.
 template <typename Engine>
 constexpr bool kAlwaysByBlocks = kAdds<Engine> && sizeof(typename Engine::acc_t) == 8;
 

@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 //   kBlockN / 8 each, row terms 32 B T each (double: twice these), of which there are 2 with weights; ids 64
 //   B T of rows, 8 B T kBlockN of columns. Writes 128 B T kBlockN scalar_t in whole sectors.
 // Shared memory: 16 KB of own rows K times, 3 * kBlockN * 128 bytes of the other side, terms of two tiles: 98
-//   KB, 74 KB for double. No bank conflicts.
+//   KB; for double, terms of three: 75 KB. No bank conflicts.
 // Occupancy: one block of 256 threads per multiprocessor, at most 255 registers: with 128, for two blocks, 8
 //   bytes would be spilled on sm_90, 16 with the sums of losses in shared memory. One block leaves room for
 //   own rows of 11 steps (sm_80: 7), two would for 3.

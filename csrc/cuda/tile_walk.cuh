@@ -128,8 +128,9 @@ struct ProductShape {
   }
 };
 
-// Tiling of kernels that write a matrix made of the tiles, for walks with two steps per tile at least: 8
-// warps, 4 x 2, each 32 rows by half of the columns of the tile. The terms of two tiles are there at once.
+// Tiling of kernels that write a matrix made of the tiles, for walks with two steps per tile at least, of
+// doubles with any number: 8 warps, 4 x 2, each 32 rows by half of the columns of the tile. Copies are two
+// steps ahead, so the terms of two tiles are there at once, of three where a tile may be a single step.
 template <typename Engine, int kColumnTerms_>
 struct MatrixShape {
   using scalar_t = typename Engine::scalar_t;
@@ -147,7 +148,7 @@ struct MatrixShape {
   static constexpr int kPanels = 0;
   static constexpr int kColumnTerms = kColumnTerms_;
   static constexpr bool kColumnLabels = false;
-  static constexpr int kTermSlots = 2;
+  static constexpr int kTermSlots = kDouble ? kStages : 2;
   static constexpr int kCopiesAtOnce = sizeof(scalar_t) == 4 ? 1 : 16;  // TF32 has no registers for more
   static constexpr int kBlocksPerSm = kDouble ? 1 : 2;
   static constexpr int kOwnBytes = kBlockM * kTileRowBytes;

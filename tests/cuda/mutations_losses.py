@@ -69,7 +69,7 @@ PRODUCT_WALK = [
     Mutation("half: scale taken out again", ROWS, "coefficient_scale ? acc_t(1) / *coefficient_scale : ", ""),
 ]
 BLOCK_GRADIENTS = [
-    Mutation("blocks: terms of the next tile", WALK, "kTermSlots = 2;", "kTermSlots = 1;"),
+    Mutation("blocks: terms of the next tile", WALK, "kDouble ? kStages : 2", "kDouble ? kStages : 1"),
     Mutation("blocks: row mask of the copies", BLOCKS, "if (row >= count) return;"),
     Mutation("blocks: padding of the copies", BLOCKS, "d < D ? to_acc(x.at(row, d)) * rnorm[row] : acc_t(0)",
              "to_acc(x.at(row, d)) * rnorm[row]"),
@@ -348,6 +348,10 @@ def check_contrastive(library):
     ):  # fmt: skip
         with check(name):
             contrastive_calls.check_parity(library, call, **options)
+    with check("narrow columns, forward alone"):
+        call = random_call(65, 150, 40, single, column_dtype=half)
+        fwd, _ = contrastive_calls.contrastive_fwd(library, call)
+        torch.testing.assert_close(fwd.lse, support.exact(call)["lse"], rtol=1e-6, atol=1e-5)
 
 
 def check_sigmoid_pairs(library):

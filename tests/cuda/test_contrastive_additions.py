@@ -109,12 +109,21 @@ def test_blocks_of_wide_rows(library, gpu, m, dtype, tf32, d):
 def test_every_combination_matches_float64(library, gpu, d, dtype, tf32):
     words = ("bias", "bias padding", "limit", "limit exempt", "only", EVERYTHING, EVERYTHING + " only")
     for i, (n, additions, square) in enumerate(itertools.product((3, 65, 130), words, (False, True))):
+        # Rows of one number with a norm of 1 have two logits, both limits at once.
         call = random_call(
             n, None if square else 133 - n, d, dtype, ids="only" in additions or i % 3 == 0,
             both_directions=not square and i % 4 < 3, keep_diagonal=not square and i % 5 > 2, positives=i % 3,
-            normalize=i % 7 > 0, temperature=0.1 if i % 7 else 5.0, additions=additions, seed=i, device=gpu.device,
+            normalize=min(i % 7, d - 1) > 0, temperature=0.1 if i % 7 else 5.0,
+            additions=additions, seed=i, device=gpu.device,
         )  # fmt: skip
         check_parity(library, call, tf32=tf32, splits=i % 4)
+
+
+@pytest.mark.parametrize("d", [1, 9, 16])
+def test_coefficients_of_tiles_of_one_step(library, gpu, d):
+    """The terms of three tiles are there at once. Doubles with additions take coefficients at any width."""
+    call = random_call(130, None, d, torch.float64, additions="bias", device=gpu.device)
+    check_parity(library, call, splits=1)
 
 
 @pytest.mark.parametrize("scale", [0.0, -3.0, 1e4])

@@ -307,7 +307,7 @@ def rounding_floor(call, name, sums, *, rounds_coefficients=False, tf32=False):
     eps = torch.finfo(call.acc).eps
     product = 4 * 2.0**-11 * min(1, 2 / call.rows.shape[1] ** 0.5) if tf32 else 0.0
     if name in RESULTS:
-        return 4 * eps + product
+        return eps * (4 + call.rows.shape[1] ** 0.5 / 4) + product
     largest_logit = sums["lse"].max().item()
     floor = eps * (4 + 2 * largest_logit + max(call.sizes) ** 0.5) + product * (1 + largest_logit)
     if "bias" in name:
