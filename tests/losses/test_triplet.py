@@ -348,15 +348,15 @@ def test_semi_hard_of_equal_rows_of_two_labels(backend, dtype):
 @every_backend
 def test_semi_hard_of_negatives_that_are_as_far(backend):
     """Of several nearest ones the first, and where none is farther than the pair the last of the farthest."""
-    places = [[0, 0], [1, 0], [3, 4], [4, 3], [-3, 4], [0, 5], [30, 40], [-30, 40], [40, 30]]
-    labels = [0, 0, 1, 2, 3, 4, 5, 5, 6]
+    places = [[0, 0], [1, 0], [3, 4], [4, 3], [-3, 4], [0, 5], [30, 40], [-30, 40], [40, 30], [60, 80]]
+    labels = [0, 0, 1, 2, 3, 4, 5, 5, 6, 7]
     x = torch.tensor(places, dtype=torch.float64, requires_grad=True)
     expected = 0
-    for i, p in itertools.permutations(range(9), 2):
+    for i, p in itertools.permutations(range(10), 2):
         if labels[i] != labels[p]:
             continue
         distances = (x[i] - x).norm(dim=1)
-        others = sorted((j for j in range(9) if labels[j] != labels[i]), key=lambda j: distances[j].item())
+        others = sorted((j for j in range(10) if labels[j] != labels[i]), key=lambda j: distances[j].item())
         chosen = next((j for j in others if distances[j] > distances[p]), others[-1])
         expected = expected + (distances[p] - distances[chosen] + 90).clamp_min(0)
     options = {"mining": "semi_hard", "normalize": False, "reduction": "sum", "backend": backend}
