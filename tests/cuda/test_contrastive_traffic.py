@@ -208,7 +208,8 @@ class WideBackward:
 
     def coefficient_shared(self):
         own = 3 if self.streamed else self.steps
-        return (own * 128 + 3 * self.block_n) * STEP_BYTES + 2 * 3 * self.block_n * self.acc
+        slots = 3 if self.acc == 8 else 2
+        return (own * 128 + 3 * self.block_n) * STEP_BYTES + slots * 3 * self.block_n * self.acc
 
     def coefficient_wavefronts(self):
         n_tiles = self.block_n // 16
