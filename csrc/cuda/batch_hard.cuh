@@ -9,9 +9,9 @@
 //   registers, columns in ascending order; the lanes of a row meet once at the end, then the parts of the
 //   columns. B = ceil(N / 128) blocks, T = ceil(N / kBlockN) tiles, S = ceil(D / 128 bytes) steps.
 // Products: 1 unit of 2 N N D flops, 256 B T S mma, each 16 x 8 by 32 bytes of depth.
-// Traffic, 32-byte sectors of global memory: operands 4 N S (times T where K < S) + 4 B N S; column norms and
-//   half squares B T kBlockN / 8 each, column labels B T kBlockN / 4; of rows 16 B norms and 32 B labels.
-//   Writes 4 N numbers per part.
+// Traffic, 32-byte sectors of global memory: operands 4 N S (times T beyond the first step, which registers
+//   hold on tensor cores, where K < S - 1) + 4 B N S; column norms and half squares B T kBlockN / 8 each,
+//   column labels B T kBlockN / 4; of rows 16 B norms and 32 B labels. Writes 4 N numbers per part.
 // Shared memory: K * 16 KB of own rows + 3 * kBlockN * (136 bytes + 2 acc_t). No bank conflicts.
 // Occupancy: 2 blocks of 128 threads per multiprocessor, at most 255 registers, on sm_80, sm_90 and sm_100.
 // Numerics: products in scalar_t with acc_t accumulation, all else in acc_t.
@@ -72,7 +72,7 @@ struct alignas(16) Hardest {
 };
 
 template <typename Engine>
-using Shape = ReduceShape<Engine, 2, true>;
+using Shape = ReduceShape<Engine, 1, 2, true>;
 
 template <typename Engine>
 __global__ void __launch_bounds__(Shape<Engine>::kThreads, Shape<Engine>::kBlocksPerSm)

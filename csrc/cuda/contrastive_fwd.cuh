@@ -6,7 +6,8 @@
 // Tiling: ReduceShape; every thread keeps the running maximum and sum of its share of 4 rows in registers,
 //   and the lanes of a row meet once at the end. Positives are picked out of the tile by the one lane that
 //   holds them. Several parts of the columns leave their maximum and sum in `partial`. Below, B = ceil(N /
-//   128) blocks of rows, T = ceil(M / kBlockN) tiles, S = ceil(D / 128 bytes) steps.
+//   128) blocks of rows, T = ceil(M / kBlockN) tiles, S = ceil(D / 128 bytes) steps. The first H of own rows
+//   (kFwdHeldSteps) stay in registers.
 // Both directions: every tile is reduced along its rows as well. The 8 lanes of a column share out its
 //   maximum and sum, the warps merge theirs through shared memory with one barrier a tile more, and one
 //   thread per column adds them to the block's sums in `column_partial`, (groups, M). A block (group, part)
@@ -15,17 +16,17 @@
 // Products: 1 unit of 2 N M D flops, in both directions too: 256 B T S mma, each 16 x 8 by 32 bytes of depth.
 //   One exponential per entry, also in both directions where the logits are bounded (has_bounded_logits),
 //   else 2 there.
-// Traffic, 32-byte sectors of global memory: operands 4 N S (times the parts, or T where K < S) + 4 B M S,
-//   positives 32 B T P, column norms B T kBlockN / 8, row norms and scale 20 B; ids of columns B T kBlockN /
-//   4, of rows 32 B T. Writes N (1 + P) doubles, or 2 N acc_t a part. Both directions write 2 B M acc_t and
-//   read 2 (B - groups) M acc_t more.
+// Traffic, 32-byte sectors of global memory: operands 4 N S (times the parts, or T beyond the first H
+//   steps where K < S - H) + 4 B M S, positives 32 B T P, column norms B T kBlockN / 8, row norms and scale
+//   20 B; ids of columns B T kBlockN / 4, of rows 32 B T. Writes N (1 + P) doubles, or 2 N acc_t a part. Both
+//   directions write 2 B M acc_t and read 2 (B - groups) M acc_t more.
 // Memory: 2 N acc_t a part, and in both directions 2 M acc_t a group: on 132 multiprocessors at most 33
 //   groups, 264 bytes per column, or less than 1 MB in all where T < 32 leaves fewer parts and so more groups
 //   (twice that for double).
 // Shared memory: K * 16 KB of own rows + 3 * kBlockN * (136 bytes + acc_t), 2 KB more in both
 //   directions. No bank conflicts. Wavefronts of a tile and step: kBlockN for its copy (128 more with own
-//   rows), reads of operands 384 on tensor cores, 2560 by float FMA; and of a tile 66 for column norms, and
-//   32 in both directions.
+//   rows), reads of operands 384 on tensor cores, 256 in the first H steps but those of the first tile, 2560
+//   by float FMA; and of a tile 66 for column norms, and 32 in both directions.
 // Occupancy: 2 blocks of 128 threads per multiprocessor, at most 255 registers, on sm_80, sm_90 and sm_100.
 // Numerics: products in scalar_t with acc_t accumulation, all else in acc_t, results in double. The maximum
 //   of a column is that of the warp's 32 rows before any exponential of it is taken, then a running one as of
@@ -38,9 +39,16 @@
 namespace ssl_kernels {
 namespace contrastive {
 
+// Steps of own rows that registers hold on tensor cores: as many as ptxas takes without a spill.
 template <typename Engine, bool kBothDirections>
-struct FwdShape : ReduceShape<Engine, 1, true> {
-  using Base = ReduceShape<Engine, 1, true>;
+constexpr int kFwdHeldSteps = !kBothDirections                         ? 2
+                              : kAdds<Engine>                          ? 1
+                              : sizeof(typename Engine::scalar_t) == 4 ? 0
+                                                                       : 2;
+
+template <typename Engine, bool kBothDirections>
+struct FwdShape : ReduceShape<Engine, kFwdHeldSteps<Engine, kBothDirections>, 1, true> {
+  using Base = ReduceShape<Engine, kFwdHeldSteps<Engine, kBothDirections>, 1, true>;
   using Softmax = OnlineSoftmax<typename Engine::acc_t>;
 
   static constexpr int shared_bytes(int own_slots) {

@@ -45,8 +45,8 @@ int most_owner_slots() {
 // That of a Shape's launch with `chunks` steps a row.
 template <typename Shape>
 SharedBytes shared_bytes_of(int chunks) {
-  const int most = most_owner_slots<Shape>();
-  return {Shape::shared_bytes(chunks <= most ? chunks : kOwnerSlots), Shape::shared_bytes(most)};
+  const int most = most_owner_slots<Shape>(), needed = owner_slots<Shape::kHeldSteps>(chunks);
+  return {Shape::shared_bytes(needed <= most ? needed : kOwnerSlots), Shape::shared_bytes(most)};
 }
 
 // Lets launches of `kernel` have up to `bytes` on the current device. The limit is the kernel's, whichever
@@ -197,12 +197,12 @@ void with_engine(int dtype, bool allow_tf32, F f) {
   return f(FmaEngine<float>());
 }
 
-// Rows of 512 bytes and more, with exact products of float of 256: their gradients are made from stored
-// coefficients (coefficient_blocks.cuh), which on paper is faster from there on (docs/gpu.md).
+// Rows of 512 bytes and more, with exact products of float of more than one step: their gradients are made
+// from stored coefficients (coefficient_blocks.cuh), which on paper is faster from there on (docs/gpu.md).
 template <typename Engine>
 constexpr bool is_wide(int64_t D) {
-  constexpr int kSteps = std::is_base_of_v<FmaEngine<float>, Engine> ? 2 : 4;
-  return D * static_cast<int64_t>(sizeof(typename Engine::scalar_t)) >= kSteps * kTileRowBytes;
+  const int64_t bytes = D * static_cast<int64_t>(sizeof(typename Engine::scalar_t));
+  return std::is_base_of_v<FmaEngine<float>, Engine> ? bytes > kTileRowBytes : bytes >= 4 * kTileRowBytes;
 }
 
 // Calls f with the accumulator of a ProductShape that holds rows that are not wide, as its kWarpsM and

@@ -170,13 +170,14 @@ struct Softplus {
 //   the lanes of a row meet once at the end. B = ceil(N / 128) blocks, T = ceil(M / kBlockN) tiles, S =
 //   ceil(D / 128 bytes) steps.
 // Products: 1 unit of 2 N M D flops, 256 B T S mma, each 16 x 8 by 32 bytes of depth.
-// Traffic, 32-byte sectors of global memory: operands 4 N S (times T where K < S) + 4 B M S, column norms B T
-//   kBlockN / 8, row norms and scalars 24 B; with ids B T (32 + kBlockN / 4). Writes N doubles a part.
+// Traffic, 32-byte sectors of global memory: operands 4 N S (times T beyond the first 2 steps, which
+//   registers hold on tensor cores, where K < S - 2) + 4 B M S, column norms B T kBlockN / 8, row norms and
+//   scalars 24 B; with ids B T (32 + kBlockN / 4). Writes N doubles a part.
 // Shared memory: K * 16 KB of own rows + 3 * kBlockN * (128 bytes + acc_t, with ids 8 more). No bank
 //   conflicts.
 // Occupancy: 2 blocks of 128 threads per multiprocessor, at most 255 registers, on sm_80, sm_90 and sm_100.
 template <typename Engine>
-using FwdShape = ReduceShape<Engine, 1, kHasIds<Engine>>;
+using FwdShape = ReduceShape<Engine, 2, 1, kHasIds<Engine>>;
 
 template <typename Engine>
 __global__ void __launch_bounds__(FwdShape<Engine>::kThreads, FwdShape<Engine>::kBlocksPerSm)

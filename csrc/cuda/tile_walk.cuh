@@ -1,5 +1,5 @@
 // The walk over tiles of similarities that every kernel of a pairwise loss shares; what it makes of a tile is
-// the kernel's own.
+// the kernel's own. One file, although a long one: the shapes say what the walk does with their numbers.
 //
 // One side owns the rows of the tiles, the other side is walked. A block owns kBlockM rows of one side
 // (blockIdx.x) and walks a part of the other side's rows (blockIdx.y, see Split) kBlockN at a time, each in S
@@ -9,9 +9,10 @@
 // (WideningEngine), its tiles are widened through registers: loaded by the same schedule, and stored after
 // the products of the step that loads them.
 //
-// Of the owner's rows K steps lie in shared memory: all S, which stay there after the first tile, where the
-// device has room for that beside as many blocks a multiprocessor (most_owner_slots of launcher.cuh); else 3,
-// which come again with each tile.
+// Of the owner's rows the first H steps (kHeldSteps) stay in the registers of the warps that multiply them.
+// Of the others K steps lie in shared memory: all, which stay there after the first tile, where the device
+// has room for that beside as many blocks a multiprocessor (most_owner_slots of launcher.cuh); else 3, which
+// come again with each tile.
 //
 //   TileWalk<Shape, Engine> walk(shared, own, other, {other.rnorm}, width);
 //   for (walk.start(); walk.next();) {
@@ -57,10 +58,10 @@ __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Tiling of kernels that only reduce the tiles: 4 warps, each 32 rows by all columns of the tile.
-// `kColumnTerms` numbers of every column come with its tile, and its label, where there are any, with
-// `kColumnLabels`.
-template <typename Engine, int kColumnTerms_, bool kColumnLabels_ = false>
+// Tiling of kernels that only reduce the tiles: 4 warps, each 32 rows by all columns of the tile, with own
+// rows of kHeld steps in registers where tensor cores multiply. `kColumnTerms` numbers of every column come
+// with its tile, and its label, where there are any, with `kColumnLabels`.
+template <typename Engine, int kHeld, int kColumnTerms_, bool kColumnLabels_ = false>
 struct ReduceShape {
   using scalar_t = typename Engine::scalar_t;
   using acc_t = typename Engine::acc_t;
@@ -79,6 +80,7 @@ struct ReduceShape {
   static constexpr bool kColumnLabels = kColumnLabels_;
   static constexpr int kTermSlots = kStages;
   static constexpr int kCopiesAtOnce = 16;
+  static constexpr int kHeldSteps = Engine::kHoldsOwn ? kHeld : 0;
   static constexpr int kBlocksPerSm = 2;
   static constexpr int kOwnBytes = kBlockM * kTileRowBytes;
   static constexpr int kOtherBytes = kBlockN * kTileRowBytes;
@@ -117,6 +119,7 @@ struct ProductShape {
   static constexpr int kTermSlots = kStages;
   static constexpr int kCopiesAtOnce = 16;
   static constexpr int kRowTerms = kRowTerms_;
+  static constexpr int kHeldSteps = 0;
   static constexpr int kOwnBytes = kBlockM * kTileRowBytes;
   static constexpr int kOtherBytes = kBlockN * kTileRowBytes;
   static_assert(kPanels * kChunk == kBlockN, "the coefficients are whole tiles");
@@ -151,6 +154,7 @@ struct MatrixShape {
   static constexpr int kTermSlots = kDouble ? kStages : 2;
   static constexpr int kCopiesAtOnce = sizeof(scalar_t) == 4 ? 1 : 16;  // TF32 has no registers for more
   static constexpr int kBlocksPerSm = kDouble ? 1 : 2;
+  static constexpr int kHeldSteps = 0;
   static constexpr int kOwnBytes = kBlockM * kTileRowBytes;
   static constexpr int kOtherBytes = kBlockN * kTileRowBytes;
 
@@ -162,6 +166,20 @@ struct MatrixShape {
 
 struct NoTile {};
 
+// The slot in shared memory of a step of own rows that stay. Steps that registers hold leave theirs to those
+// that are loaded once they are read.
+template <int kHeld>
+__host__ __device__ constexpr int owner_slot(int step) {
+  static_assert(kHeld <= kOwnerSlots);
+  return step < kOwnerSlots ? step : step < kOwnerSlots + kHeld ? step - kOwnerSlots : step - kHeld;
+}
+
+// Slots for `steps` steps to stay.
+template <int kHeld>
+__host__ __device__ constexpr int owner_slots(int steps) {
+  return steps < kOwnerSlots ? steps : steps - kHeld < kOwnerSlots ? kOwnerSlots : steps - kHeld;
+}
+
 template <typename Shape, typename Engine>
 class TileWalk {
  public:
@@ -171,6 +189,7 @@ class TileWalk {
   static constexpr bool kWidens = !std::is_same_v<scalar_t, other_t>;
   static constexpr int kColumnTerms = Shape::kColumnTerms;
   static constexpr bool kColumnLabels = Shape::kColumnLabels;
+  static constexpr int kHeldSteps = Shape::kHeldSteps;
   using Side = Operand<scalar_t, acc_t>;
   using OtherSide = Operand<other_t, acc_t>;
   using Tile = Fragment<acc_t, Shape::kNTiles>;
@@ -196,7 +215,7 @@ class TileWalk {
         chunks_(static_cast<int>(ceil_div(width, Shape::kChunk))),
         slice0_(blockIdx.z * Shape::kSliceChunks),
         slice_chunks_(min(Shape::kSliceChunks, chunks_ - slice0_)),
-        resident_(chunks_ <= own_bytes() / Shape::kOwnBytes),
+        resident_(owner_slots<kHeldSteps>(chunks_) <= own_bytes() / Shape::kOwnBytes),
         own_tiles_(shared),
         other_tiles_(own_tiles_ + own_bytes()),
         coefficients_(other_tiles_ + kStages * Shape::kOtherBytes),
@@ -241,9 +260,7 @@ class TileWalk {
     clear<acc_t, Shape::kNTiles>(c);
     for (int chunk = 0; chunk < chunks_; ++chunk) {
       step();
-      Engine::template product_nt<Shape::kNTiles>(
-          c, own_tiles_ + (resident_ ? chunk : stage_) * Shape::kOwnBytes, warp_row_,
-          other_tiles_ + stage_ * Shape::kOtherBytes, warp_column_);
+      add_products(c, chunk);
       advance();
     }
   }
@@ -397,6 +414,24 @@ class TileWalk {
     load_next();
   }
 
+  // The products of a step. One level a step that is held: which registers has to be known at compile time.
+  template <int kStep = 0>
+  __device__ __forceinline__ void add_products(Tile& c, int chunk) {
+    const unsigned char* other = other_tiles_ + stage_ * Shape::kOtherBytes;
+    const unsigned char* own =
+        own_tiles_ + (resident_ ? owner_slot<kHeldSteps>(chunk) : stage_) * Shape::kOwnBytes;
+    if constexpr (kStep < kHeldSteps) {
+      if (chunk == kStep) {
+        if (tile_ == split_.begin) Engine::load_own(held_[kStep], own, warp_row_);
+        Engine::template product_nt<Shape::kNTiles>(c, held_[kStep], other, warp_column_);
+      } else {
+        add_products<kStep + 1>(c, chunk);
+      }
+    } else {
+      Engine::template product_nt<Shape::kNTiles>(c, own, warp_row_, other, warp_column_);
+    }
+  }
+
   // Ends a step: its tiles are read, what it loaded into registers is stored.
   __device__ __forceinline__ void advance() {
     if constexpr (kWidens) {
@@ -421,8 +456,9 @@ class TileWalk {
       const bool for_products = Shape::kSliceChunks == 0 || load_step_ < chunks_;
       const int64_t depth0 =
           static_cast<int64_t>(for_products ? load_step_ : slice0_ + load_step_ - chunks_) * Shape::kChunk;
-      if (for_products && (!resident_ || load_tile_ == split_.begin)) {
-        const int slot = resident_ ? load_step_ : load_stage();
+      const bool comes_again = !resident_ && (kHeldSteps == 0 || load_step_ >= kHeldSteps);
+      if (for_products && (comes_again || load_tile_ == split_.begin)) {
+        const int slot = resident_ ? owner_slot<kHeldSteps>(load_step_) : load_stage();
         load_tile<Shape::kBlockM, Shape::kThreads, Shape::kCopiesAtOnce>(
             own_tiles_ + slot * Shape::kOwnBytes, own_.data, own_.stride, own_.count, width_, row0_, depth0);
       }
@@ -476,6 +512,8 @@ class TileWalk {
   // Where the other side is widened: what the present step loads, and whether it does.
   std::conditional_t<kWidens, WidenedTile<Shape::kBlockN, Shape::kThreads, other_t>, NoTile> widened_;
   bool holds_tile_ = false;
+  // Own rows of the first steps, from the first tile on.
+  typename Engine::OwnStep held_[kHeldSteps > 0 ? kHeldSteps : 1];
 };
 
 }  // namespace ssl_kernels

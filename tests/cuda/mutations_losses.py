@@ -38,10 +38,17 @@ REDUCING_WALK = [
     Mutation("walk: column mask of the terms", WALK, "valid = j < other_.count;", "valid = true;"),
     Mutation("walk: one tile more", WALK, "++tile_ < split_.end", "++tile_ <= split_.end"),
     Mutation(
-        "walk: own rows that do not fit stay", WALK, "chunks_ <= own_bytes() / Shape::kOwnBytes", "true"
+        "walk: own rows that do not fit stay",
+        WALK,
+        "owner_slots<kHeldSteps>(chunks_) <= own_bytes() / Shape::kOwnBytes",
+        "true",
     ),
     Mutation("index: tiles of the other side", WALK, "own_tiles_ + own_bytes()", "own_tiles_"),
-    Mutation("walk: own rows that come again", WALK, "!resident_ || load_tile_", "load_tile_"),
+    Mutation("walk: own rows that come again", WALK, "comes_again || load_tile_", "load_tile_"),
+    Mutation(
+        "walk: own rows that registers hold", WALK, "if (tile_ == split_.begin) Engine", "if (false) Engine"
+    ),
+    Mutation("walk: own rows of the first tile", WALK, "if (tile_ == split_.begin) Engine", "Engine"),
     Mutation("tile copy: rows of a matrix", TILE, "min(rows - row0, int64_t{kRows})", "int64_t{kRows}"),
     Mutation(
         "tile copy: row mask", TILE, "i * Share::kRowsAtOnce < inside", "0 < inside", at="outside the matrix"
@@ -53,6 +60,10 @@ REDUCING_WALK = [
         "static_cast<int>(min(rows - row0, int64_t{kRows})) - first_row()",
         "static_cast<int>(min(rows - row0, int64_t{kRows}))",
     ),
+]
+SEVERAL_HELD_STEPS = [
+    Mutation("index: step of the rows in registers", WALK, "c, held_[kStep],", "c, held_[0],"),
+    Mutation("index: slot after those in registers", WALK, "? step - kOwnerSlots : step", "? 0 : step"),
 ]
 PRODUCT_WALK = [
     Mutation(
@@ -88,6 +99,7 @@ BLOCK_GRADIENTS = [
 MUTATIONS = {
     "contrastive": [
         *REDUCING_WALK,
+        *SEVERAL_HELD_STEPS,
         *PRODUCT_WALK,
         *BLOCK_GRADIENTS,
         Mutation("index: first row of a block", BACKWARD, "first_row + static_cast", "static_cast"),
@@ -187,6 +199,7 @@ MUTATIONS = {
     ],
     "sigmoid_pairs": [
         *REDUCING_WALK,
+        *SEVERAL_HELD_STEPS,
         *PRODUCT_WALK,
         Mutation("pairs: row mask", SIGMOID, "row < rows && column < columns", "column < columns"),
         Mutation("pairs: column mask", SIGMOID, "row < rows && column < columns", "row < rows"),
@@ -315,12 +328,13 @@ def check_contrastive(library):
         ("square", random_call(130, None, 72, half), {}),
         ("square, float32", random_call(70, None, 72, single), {"seed": 1}),
         ("random order", random_call(130, None, 72, half), {"seed": 2, "warp_races": True}),
-        ("another order", random_call(130, None, 200, half), {"seed": 3, "warp_races": True}),
+        ("another order", random_call(130, None, 300, half), {"seed": 3, "warp_races": True}),
+        ("own rows that come again", random_call(20, 130, 400, half), {"splits": 1}),
         ("odd width", random_call(65, None, 17, half), {}),
         ("ids in both directions", both, {"splits": 2}),
         ("groups of row blocks", random_call(300, 70, 24, half, both_directions=True),
          {"seed": 1, "warp_races": True}),
-        ("ids, nothing kept", random_call(66, 64, 40, single, ids=True), {}),
+        ("ids, nothing kept", random_call(66, 64, 30, single, ids=True), {}),
         ("ids, whole tiles", random_call(64, None, 64, half, ids=True), {}),
         ("whole tiles", random_call(128, None, 64, half), {}),
         ("small temperature", random_call(65, None, 24, single, temperature=0.005), {}),
@@ -362,7 +376,9 @@ def check_sigmoid_pairs(library):
     for name, call, options in (
         ("blocks", random_call(130, 200, 72, half), {"splits": 2}),
         ("random order", random_call(130, 150, 200, half), {"seed": 2, "warp_races": True}),
-        ("float32", random_call(70, 65, 40, single, diagonal=-3), {"seed": 1, "warp_races": True}),
+        ("float32", random_call(70, 65, 30, single, diagonal=-3), {"seed": 1, "warp_races": True}),
+        ("own rows that leave their slots", random_call(20, 130, 300, half), {"splits": 1}),
+        ("own rows that come again", random_call(20, 130, 400, half), {"splits": 1}),
         ("odd width", random_call(65, 33, 17, half), {}),
         ("whole tiles", random_call(128, 64, 64, half), {}),
         ("whole columns", random_call(100, 64, 64, half), {}),
@@ -399,6 +415,7 @@ def check_batch_hard(library):
         ("blocks", random_rows(200, 72, half), 5, {"splits": 2}),
         ("random order", random_rows(140, 200, half), 5, {"seed": 2, "warp_races": True}),
         ("another order", random_rows(140, 40, single), 140, {"seed": 3, "warp_races": True, "splits": 3}),
+        ("own rows that come again", random_rows(130, 300, half), 5, {}),
         ("odd width", random_rows(65, 17, half), 7, {}),
     ):
         for normalize, distance in ((True, "euclidean"), (False, "cosine")):

@@ -68,41 +68,49 @@ def emulated(gpu):
         pytest.skip("a card has no such counters")
 
 
+def slots_of(steps, held):
+    """Of own rows in shared memory, where all `steps` stay and registers hold the first `held`: 3 to begin with."""
+    return max(min(steps, 3), steps - held)
+
+
 class Forward:
     """Paper figures of one forward launch of n rows by m columns."""
 
-    def __init__(self, n, m, d, dtype, tf32, arch):
+    def __init__(self, n, m, d, dtype, tf32, arch, held=(2, 2)):
         self.block_n = 64
         self.steps = ceil(d * dtype.itemsize / STEP_BYTES)
         self.blocks, self.tiles = ceil(n / 128), ceil(m / self.block_n)
         self.tensor_cores = dtype.itemsize == 2 or tf32
-        self.streamed = self.steps > FORWARD_STEPS[arch]
+        self.held = min(self.steps, held[dtype.itemsize == 4]) if self.tensor_cores else 0
+        self.streamed = slots_of(self.steps, self.held) > FORWARD_STEPS[arch]
+        self.comes_again = self.steps - self.held if self.streamed else 0
         self.n, self.m = n, m
 
     def mma(self):
         return 256 * self.blocks * self.tiles * self.steps if self.tensor_cores else 0
 
     def sectors(self):
-        own = 4 * self.n * self.steps * (self.tiles if self.streamed else 1)
+        own = 4 * self.n * (self.steps + self.comes_again * (self.tiles - 1))
         other = 4 * self.blocks * self.m * self.steps
         positives_and_norms = self.blocks * self.tiles * (32 + self.block_n // 8)
         return own + other + positives_and_norms + 20 * self.blocks
 
     def shared_bytes(self):
-        own = 3 if self.streamed else self.steps
+        own = 3 if self.streamed else slots_of(self.steps, self.held)
         return own * 128 * STEP_BYTES + 3 * self.block_n * (STEP_BYTES + 4 + 8)
 
     def wavefronts(self):
-        own = 128 * self.steps * (self.tiles if self.streamed else 1)
+        own = 128 * (self.steps + self.comes_again * (self.tiles - 1))
         reads = 384 if self.tensor_cores else 2560
-        return self.blocks * (own + self.tiles * (self.steps * (self.block_n + reads) + 66))
+        saved = 128 * self.held * (self.tiles - 1)
+        return self.blocks * (own - saved + self.tiles * (self.steps * (self.block_n + reads) + 66))
 
 
 class BothDirections(Forward):
     """Paper figures of one forward launch in both directions, by `groups` of row blocks and one part."""
 
     def __init__(self, n, m, d, dtype, tf32, arch, groups):
-        super().__init__(n, m, d, dtype, tf32, arch)
+        super().__init__(n, m, d, dtype, tf32, arch, held=(2, 0))
         self.groups = groups
 
     def sectors(self):
@@ -252,6 +260,42 @@ def test_forward_does_what_its_header_says(library, case):
         assert forward.counters.mma * 2 * 16 * 8 * depth == 2 * n * (m or n) * d
 
 
+@pytest.mark.parametrize("d, steps", [(64, 1), (192, 3), (256, 4), (512, 8)])
+@pytest.mark.parametrize("both_directions", [False, True], ids=["one direction", "both"])
+def test_wavefronts_per_mma_of_a_long_walk(library, both_directions, d, steps):
+    """What four tiles more take: at most 1.6 at D = 192 and 256, with two steps of own rows in registers."""
+    counters = []
+    for tiles in (8, 4):
+        call = random_call(128, 64 * tiles, d, torch.bfloat16, both_directions=both_directions, positives=0)
+        _, launches = contrastive_fwd(library, call, splits=1)
+        counters += [launch.counters for launch in launches if "fwd_kernel" in launch.kernel]
+    more, less = counters
+    wavefronts = more.shared_wavefronts - less.shared_wavefronts
+    mma = more.mma - less.mma
+    assert mma == 4 * 256 * steps
+    streamed = slots_of(steps, 2) > FORWARD_STEPS[library.arch]
+    of_steps = 320 * min(steps, 2) + (576 if streamed else 448) * max(steps - 2, 0)
+    assert wavefronts == 4 * (of_steps + 66 + 32 * both_directions)
+    if steps in (3, 4):
+        assert wavefronts <= 1.6 * mma
+
+
+@pytest.mark.parametrize(
+    "d, most", [(64, 200), (256, 215), (512, 275)], ids=["in registers", "in shared memory", "come again"]
+)
+def test_instructions_of_a_step(library, d, most):
+    """Of a warp, by where own rows lie; with pointers that each copy computes anew they were 265, and 409."""
+    counted = {}
+    for width in (d, d + 64):
+        for tiles in (8, 4):
+            call = random_call(128, 64 * tiles, width, torch.bfloat16, positives=0)
+            _, launches = contrastive_fwd(library, call, splits=1)
+            (launch,) = [launch for launch in launches if "fwd_kernel" in launch.kernel]
+            counted[width, tiles] = launch.counters.instructions
+    more, less = (counted[width, 8] - counted[width, 4] for width in (d + 64, d))
+    assert (more - less) / (4 * 4) <= most  # four tiles, four warps
+
+
 @pytest.mark.parametrize("case", NARROW_CASES, ids=str)
 def test_backward_does_what_its_header_says(library, case):
     n, m, d, dtype, tf32 = case
@@ -290,6 +334,23 @@ def test_backward_of_wide_rows_does_what_its_headers_say(library, case):
         if paper.tensor_cores:  # one unit of 2 N M D flops
             depth = 2 * UNIT_BYTES // dtype.itemsize
             assert launch.counters.mma * 2 * 16 * 8 * depth == 2 * n * n * d
+
+
+@pytest.mark.parametrize(
+    "dtype, tf32, narrow",
+    [(torch.bfloat16, False, 255), (torch.float32, True, 127), (torch.float32, False, 32), (torch.float64, False, 63)],
+    ids=str,
+)  # fmt: skip
+def test_widths_that_take_blocks_of_coefficients(library, dtype, tf32, narrow):
+    """From 512 bytes on, with exact products of float32 from the second step on: where paper says it is faster."""
+    for d, kernel, other in (
+        (narrow, "contrastive_bwd_kernel", "coefficients_kernel"),
+        (narrow + 1, "coefficients_kernel", "contrastive_bwd_kernel"),
+    ):
+        call = random_call(20, None, d, dtype)
+        _, _, launches = run(library, call, call.upstream(), tf32=tf32, executes=False)
+        assert any(kernel in launch.kernel for launch in launches), d
+        assert not any(other in launch.kernel for launch in launches), d
 
 
 @pytest.mark.parametrize("d", [64, 256], ids=["narrow", "wide"])

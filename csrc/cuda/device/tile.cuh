@@ -118,6 +118,7 @@ struct MmaEngine {
   using other_t = scalar;
   using acc_t = float;
   static constexpr bool kTf32 = sizeof(scalar_t) == 4;
+  static constexpr bool kHoldsOwn = true;
 
   template <int kCount>
   static __device__ __forceinline__ void round_operands(uint32_t (&r)[kCount]) {
@@ -127,33 +128,68 @@ struct MmaEngine {
     }
   }
 
+  // The warp's part of a first operand over one tile's 128 bytes of depth, in 32 registers.
+  struct OwnStep {
+    uint32_t fragment[kTileUnits / 2][2][4];
+  };
+
+  static __device__ __forceinline__ void load_own(uint32_t (&fragment)[2][4], uint32_t a_base, int a_row,
+                                                  int unit) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      load_matrices(fragment[m], a_base + tile_offset(a_row + m * 16 + lane % 16, unit + lane / 16));
+      round_operands(fragment[m]);
+    }
+  }
+
+  static __device__ __forceinline__ void load_own(OwnStep& step, const unsigned char* a, int a_row) {
+#pragma unroll
+    for (int unit = 0; unit < kTileUnits; unit += 2) {
+      load_own(step.fragment[unit / 2], shared_address(a), a_row, unit);
+    }
+  }
+
+  // c += A B^T over 32 bytes of depth.
+  template <int kNTiles>
+  static __device__ __forceinline__ void product_nt(Fragment<acc_t, kNTiles>& c,
+                                                    const uint32_t (&a_fragment)[2][4], uint32_t b_base,
+                                                    int b_row, int unit) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int n = 0; n < kNTiles; n += 2) {
+      uint32_t b_fragment[4];
+      const int row = b_row + n * 8 + (lane / 16) * 8 + lane % 8;
+      load_matrices(b_fragment, b_base + tile_offset(row, unit + lane / 8 % 2));
+      round_operands(b_fragment);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        mma(c[m][n], a_fragment[m], b_fragment[0], b_fragment[1], scalar_t());
+        mma(c[m][n + 1], a_fragment[m], b_fragment[2], b_fragment[3], scalar_t());
+      }
+    }
+  }
+
   // c += A B^T over one tile's 128 bytes of depth; `a` and `b` are the tiles' shared addresses, a_row and
   // b_row the first row of the warp's part in each.
   template <int kNTiles>
   static __device__ __forceinline__ void product_nt(Fragment<acc_t, kNTiles>& c, const unsigned char* a,
                                                     int a_row, const unsigned char* b, int b_row) {
-    const int lane = threadIdx.x % kWarpSize;
-    const uint32_t a_base = shared_address(a), b_base = shared_address(b);
 #pragma unroll
     for (int unit = 0; unit < kTileUnits; unit += 2) {
       uint32_t a_fragment[2][4];
+      load_own(a_fragment, shared_address(a), a_row, unit);
+      product_nt<kNTiles>(c, a_fragment, shared_address(b), b_row, unit);
+    }
+  }
+
+  // The same with A in registers.
+  template <int kNTiles>
+  static __device__ __forceinline__ void product_nt(Fragment<acc_t, kNTiles>& c, const OwnStep& a,
+                                                    const unsigned char* b, int b_row) {
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        load_matrices(a_fragment[m], a_base + tile_offset(a_row + m * 16 + lane % 16, unit + lane / 16));
-        round_operands(a_fragment[m]);
-      }
-#pragma unroll
-      for (int n = 0; n < kNTiles; n += 2) {
-        uint32_t b_fragment[4];
-        const int row = b_row + n * 8 + (lane / 16) * 8 + lane % 8;
-        load_matrices(b_fragment, b_base + tile_offset(row, unit + lane / 8 % 2));
-        round_operands(b_fragment);
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          mma(c[m][n], a_fragment[m], b_fragment[0], b_fragment[1], scalar_t());
-          mma(c[m][n + 1], a_fragment[m], b_fragment[2], b_fragment[3], scalar_t());
-        }
-      }
+    for (int unit = 0; unit < kTileUnits; unit += 2) {
+      product_nt<kNTiles>(c, a.fragment[unit / 2], shared_address(b), b_row, unit);
     }
   }
 
@@ -219,6 +255,8 @@ struct FmaEngine {
   using other_t = scalar;
   using acc_t = scalar;
   static constexpr int kVector = 16 / sizeof(scalar_t);
+  static constexpr bool kHoldsOwn = false;
+  struct OwnStep {};
 
   static __device__ __forceinline__ Vector<scalar_t> load(const unsigned char* tile, int row, int unit) {
     return *reinterpret_cast<const Vector<scalar_t>*>(tile + tile_offset(row, unit));
