@@ -137,14 +137,21 @@ def test_backward_traffic_is_as_stated(gpu, normalize):
 
 @pytest.mark.parametrize("d", [64, 320], ids=["narrow", "wide"])
 @pytest.mark.parametrize("m", [None, 128], ids=["square", "both directions"])
-def test_bounded_logits_take_fewer_instructions(gpu, m, d):
-    """One exponential for both sides' sums, forward and backward, down to a temperature of 0.046; two below."""
+def test_exponentials_and_instructions_of_an_entry(gpu, m, d):
+    """One exponential for both sides' sums, forward and backward, down to a temperature of 0.046; two below.
+
+    Those of the sums as they grow and meet come on top, up to 0.3 an entry of so small a matrix.
+    """
+    both = m is not None
+    backward = "bwd" if d == 64 else "coefficient"
     above, below = (
-        _launches(
-            gpu, case(128, m, d, torch.bfloat16, both_directions=m is not None, temperature=temperature)
-        )
+        _launches(gpu, case(128, m, d, torch.bfloat16, both_directions=both, temperature=temperature))
         for temperature in (0.046, 0.044)
     )
-    for stem in (["fwd"] if m else []) + ["bwd" if d == 64 else "coefficient"]:
+    for counters, expected in ((above, 1), (below, 2)):
+        for stem, exponentials in (("fwd", expected if both else 1), (backward, expected)):
+            counted = counters[f"contrastive_{stem}_kernel"].special_functions / 128**2
+            assert exponentials <= counted <= exponentials + 0.3, stem
+    for stem in ["fwd"] * both + [backward]:
         counted = [counters[f"contrastive_{stem}_kernel"].thread_instructions for counters in (above, below)]
         assert counted[0] < 0.95 * counted[1], stem
