@@ -358,6 +358,10 @@ def check_mixup_normalize(library):
                 )
                 expected = (exact - mean.double()) / std.double()
                 torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    with check("samples far apart"):
+        operands = (lam, permutation, mean, std, torch.float32)
+        right, found = (mixing.mixup_normalize(library, images, *operands)[0] for images in (x, far_apart(x)))
+        require(torch.equal(found, right), "other samples")
 
 
 def check_mixup_cross_entropy(library):
@@ -373,6 +377,21 @@ def check_mixup_cross_entropy(library):
             torch.testing.assert_close(
                 grad.double(), logits.double().softmax(1) - one_hot, rtol=1e-5, atol=1e-6
             )
+    with check("rows far apart"):
+        logits, target, same, ones = (
+            keys_of(3, 40, torch.float32),
+            torch.arange(3),
+            torch.arange(3),
+            torch.ones(3),
+        )
+        right = mixing.mixup_cross_entropy_fwd(library, logits, target, same, ones)[:2]
+        found = mixing.mixup_cross_entropy_fwd(library, far_apart(logits), target, same, ones)[:2]
+        require(all(map(torch.equal, found, right)), "loss")
+        grads = [
+            mixing.mixup_cross_entropy_bwd(library, ones.double(), rows, target, same, ones, right[1])[0]
+            for rows in (logits, far_apart(logits))
+        ]
+        require(torch.equal(*grads), "gradient")
     with check("targets of weight 0 beside infinite logits"):
         logits = keys_of(2, 5, torch.float32)
         logits[0, 3] = logits[1, 1] = -torch.inf

@@ -6,7 +6,7 @@ from tests.cuda.mutation import Mutation
 CONTRASTIVE, SIGMOID, HARD, QUEUE = "contrastive.cuh", "sigmoid_pairs.cuh", "batch_hard.cuh", "queue_push.cuh"
 BACKWARD, EXPECTATION = "contrastive_bwd.cuh", "contrastive_expectation.cuh"
 MOMENTUM, PAIRS, MIXUP, CUTMIX = "momentum_update.cuh", "row_pairs.cuh", "mixup.cuh", "cutmix.cuh"
-CROSS_ENTROPY = "mixup_cross_entropy.cuh"
+NORMALIZE, CROSS_ENTROPY, WALK = "mixup_normalize.cuh", "mixup_cross_entropy.cuh", "permutation_walk.cuh"
 ROWS, TILE, MATH, BLOCKS = "rows.cuh", "device/tile.cuh", "device/math.cuh", "coefficient_blocks.cuh"
 EPS = "norm < Math<acc_t>::kNormEps ? Math<acc_t>::kNormEps : norm"
 
@@ -83,9 +83,25 @@ MUTATIONS = {
                  "x.data + static_cast<int>(sample * x.stride) + feature", at="mixup_walk_kernel("),
         Mutation("index: samples of the gradient past 2^31", MIXUP, "batch.data + sample * batch.stride + feature",
                  "batch.data + static_cast<int>(sample * batch.stride) + feature"),
+        Mutation("index: partners above 32 bits", WALK, "const int64_t partner = permutation[j];",
+                 "const int partner = static_cast<int>(permutation[j]);"),
         Mutation("mixup: partner's weight of 0", MIXUP, "if (next == acc_t(0)) return own == acc_t(1) ? x : own * x;"),
     ],
+    "mixup_normalize": [
+        Mutation("index: samples past 2^31", NORMALIZE, "x + sample * x_stride + feature",
+                 "x + static_cast<int>(sample * x_stride) + feature"),
+    ],
     "mixup_cross_entropy": [
+        Mutation("index: rows past 2^31", CROSS_ENTROPY, "problem.logits + i * problem.row_stride",
+                 "problem.logits + static_cast<int>(i * problem.row_stride)",
+                 at="mixup_cross_entropy_loss_kernel("),
+        Mutation("index: rows past 2^31, backward", CROSS_ENTROPY, "problem.logits + i * problem.row_stride",
+                 "problem.logits + static_cast<int>(i * problem.row_stride)",
+                 at="mixup_cross_entropy_grad_kernel("),
+        Mutation("index: classes above 32 bits", CROSS_ENTROPY, "label >= 0 && label < C",
+                 "static_cast<int>(label) >= 0 && static_cast<int>(label) < C"),
+        Mutation("index: partners above 32 bits", CROSS_ENTROPY, "return other >= 0 && other < N ?",
+                 "other = static_cast<int>(other); return other >= 0 && other < N ?"),
         Mutation("own weight of 0", CROSS_ENTROPY, "if (row.own_weight != 0) result", "result"),
         Mutation("partner's weight of 0", CROSS_ENTROPY, "if (row.partner_weight != 0) result", "result"),
     ],
@@ -94,6 +110,8 @@ MUTATIONS = {
                  "column + static_cast<int>(sample * stride)"),
         Mutation("index: samples past 2^31, out of place", CUTMIX, "x + sample * x_stride + feature",
                  "x + static_cast<int>(sample * x_stride) + feature"),
+        Mutation("index: partners above 32 bits", CUTMIX, "const int64_t partner = permutation[i];",
+                 "const int partner = static_cast<int>(permutation[i]);"),
         Mutation("index: groups of samples", CUTMIX, "int64_t{blockIdx.x / blocks}", "int64_t{blockIdx.x % blocks}"),
         Mutation("index: blocks of features", CUTMIX, "int64_t{blockIdx.x % blocks}", "int64_t{blockIdx.x}"),
     ],

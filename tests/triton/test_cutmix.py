@@ -85,6 +85,9 @@ def test_bad_values_end_inside_the_tensors(gpu):
             kernels.cutmix_bwd(x, boxes, permutation)
             kernels.cutmix_(in_place, boxes, permutation)
         assert torch.equal(in_place[1:3], x[1:3]) and torch.equal(out[1:3], x[1:3])  # empty boxes
+    far = torch.tensor([1, 0, 3, 2], device=gpu.device) + 2**32
+    with gpu.triton():
+        assert torch.equal(kernels.cutmix_fwd(x, boxes, far), x)
 
 
 def test_in_place_touches_only_what_lies_under_the_boxes(gpu):

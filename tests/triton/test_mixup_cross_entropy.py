@@ -95,9 +95,9 @@ def test_nothing_comes_of_what_has_no_weight(gpu):
     logits[0], logits[1, 7], logits[4:, 5] = torch.nan, torch.inf, -torch.inf
     weight = torch.ones(9)
     weight[5] = 0
-    target = torch.tensor([-100, 9, -1, 2**40, 3, 5])
-    partners = torch.tensor([-100, 9, -1, 2**40, -100, 4])
-    permutation = torch.tensor([0, 6, -1, 2**40, 3, 4])
+    target = torch.tensor([-100, 9, -1, 2**32 + 1, 3, 5])
+    partners = torch.tensor([-100, 9, -1, 2**32 + 2, -100, 4])
+    permutation = torch.tensor([0, 6, -1, 2**32 + 4, 3, 4])
     for smoothing in (0.0, 0.1):
         for partner, direct in ((partners, True), (permutation, False)):
             operands = [tensor.to(gpu.device) for tensor in (logits, target, partner, lam.fill_(0.5))]
