@@ -2,13 +2,15 @@
 
 import torch
 
+from ssl_kernels.arguments import ContrastiveForward
 from ssl_kernels.chunked.contrastive import Blocks, finite_max, softmax_weights
 from ssl_kernels.chunked.rows import input_gradient, without_autocast
 from ssl_kernels.reference.class_contrastive import pairs
 
 
 def _blocks(rows, scale, normalize):
-    return Blocks(rows, None, scale, None, None, normalize, normalize, keep_diagonal=False)
+    flags = (normalize, normalize, False, False, False, False)
+    return Blocks(ContrastiveForward(rows, None, scale, None, None, None, *flags))
 
 
 def _positive(positives, block):

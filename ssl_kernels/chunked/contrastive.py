@@ -5,51 +5,38 @@ Logits of a block are (block, M) in float32 (float64 for float64 input); nothing
 
 import torch
 
+from ssl_kernels.arguments import ContrastiveBackward, ContrastiveForward
 from ssl_kernels.chunked.rows import LOGITS_PER_BLOCK, input_gradient, unit_rows, without_autocast
 from ssl_kernels.constants import holds_expectation
 from ssl_kernels.reference.contrastive import infinite_as_nan
 
 
 class Blocks:
-    """The logits of one call, a block of rows at a time."""
+    """The logits of one call, a block of rows at a time.
 
-    def __init__(
-        self,
-        rows,
-        columns,
-        scale,
-        row_ids,
-        column_ids,
-        normalize_rows,
-        normalize_columns,
-        keep_diagonal,
-        positives=None,
-        column_bias=None,
-        row_bias=None,
-        row_limit=None,
-        exempt=None,
-        only_equal_ids=False,
-    ):
-        self.square = columns is None
-        self.column_bias, self.row_bias = column_bias, column_bias if columns is None else row_bias
-        self.row_limit, self.exempt, self.only_equal_ids = row_limit, exempt, only_equal_ids
+    Args:
+        call: `ContrastiveForward` or `ContrastiveBackward`.
+        positives: Those of the call, or None where they are not looked up and no limit has to know them.
+    """
+
+    def __init__(self, call, positives=None):
+        self.call, self.square = call, call.columns is None
+        self.row_bias = call.column_bias if self.square else call.row_bias
         # Whether logits differ between the sums of rows and of columns, which in the square case are those of rows
         # again.
-        self.two_sided = column_bias is not None or row_bias is not None
-        if columns is None:
-            self.two_sided = self.two_sided or row_limit is not None
-        self.rows, self.row_rnorm = unit_rows(rows, normalize_rows)
+        self.two_sided = call.column_bias is not None or self.row_bias is not None
         if self.square:
-            self.columns, self.column_rnorm, column_ids = self.rows, self.rows.new_empty(0), row_ids
+            self.two_sided = self.two_sided or call.row_limit is not None
+        self.rows, self.row_rnorm = unit_rows(call.rows, call.normalize_rows)
+        if self.square:
+            self.columns, self.column_rnorm, self.column_ids = self.rows, self.rows.new_empty(0), call.row_ids
         else:
-            self.columns, self.column_rnorm = unit_rows(columns, normalize_columns)
-        self.scale = scale
-        self.row_ids, self.column_ids = row_ids, column_ids
-        self.keep_diagonal = keep_diagonal and not self.square
+            self.columns, self.column_rnorm = unit_rows(call.columns, call.normalize_columns)
+            self.column_ids = call.column_ids
         self.positives = self.positive_logits = None
         if positives is not None:
             from_the_end = positives < 0
-            self.positives = (positives + from_the_end * len(self.columns)).view(len(rows), -1)
+            self.positives = (positives + from_the_end * len(self.columns)).view(len(self.rows), -1)
             self.positive_logits = self.rows.new_empty(self.positives.shape)
 
     def __iter__(self):
@@ -58,30 +45,28 @@ class Blocks:
         size = max(1, LOGITS_PER_BLOCK // m)
         for start in range(0, n, size):
             block = slice(start, min(start + size, n))
-            logits = self.scale * (self.rows[block] @ self.columns.T)  # (block, M)
-            if (
-                self.positives is not None
-            ):  # the very numbers that enter the sums, which are then no less than these
+            logits = self.call.scale * (self.rows[block] @ self.columns.T)  # (block, M)
+            if self.positives is not None:  # the numbers that enter the sums, which are no less than these
                 self.positive_logits[block] = logits.gather(1, self.positives[block])
             by_columns = logits.clone() if self.two_sided else logits
             for side in (logits, by_columns) if self.two_sided else (logits,):
                 turned = self.square and side is not logits
-                if self.row_limit is not None:
+                if self.call.row_limit is not None:
                     self._limit(side, block, turned)
                 self._leave_out(side, block)
             if self.two_sided:
-                if self.column_bias is not None:
-                    _add_bias(logits, self.column_bias)
+                if self.call.column_bias is not None:
+                    _add_bias(logits, self.call.column_bias)
                 if self.row_bias is not None:
                     _add_bias(by_columns, self.row_bias[block, None])
             yield block, logits, by_columns
 
     def _leave_out(self, logits, block):
         diagonal = logits.diagonal(offset=block.start)
-        if self.row_ids is not None:
-            kept = diagonal.clone() if self.keep_diagonal else None
-            equal = self.row_ids[block, None] == self.column_ids[None, :]
-            logits.masked_fill_(~equal if self.only_equal_ids else equal, -torch.inf)
+        if self.call.row_ids is not None:
+            kept = diagonal.clone() if self.call.keep_diagonal and not self.square else None
+            equal = self.call.row_ids[block, None] == self.column_ids[None, :]
+            logits.masked_fill_(~equal if self.call.only_equal_ids else equal, -torch.inf)
             if kept is not None:
                 diagonal.copy_(kept)
         if self.square:
@@ -89,9 +74,9 @@ class Blocks:
 
     def _limit(self, logits, block, turned):
         """Leaves out what is above its row's limit; `turned`: entry (i, j) stands for (j, i)."""
-        above = logits > (self.row_limit if turned else self.row_limit[block, None])
-        if self.exempt is not None:
-            above &= ~(self.exempt[block, None] if turned else self.exempt)
+        above = logits > (self.call.row_limit if turned else self.call.row_limit[block, None])
+        if self.call.exempt is not None:
+            above &= ~(self.call.exempt[block, None] if turned else self.call.exempt)
         if self.positives is not None:
             if turned:  # columns whose positives are among these rows
                 columns = torch.arange(len(self.columns), device=logits.device)[:, None]
@@ -119,54 +104,21 @@ def finite_max(logits, dim):
 
 
 @without_autocast
-def contrastive_fwd(
-    rows,
-    columns,
-    scale,
-    positives,
-    row_ids,
-    column_ids,
-    normalize_rows,
-    normalize_columns,
-    keep_diagonal,
-    both_directions,
-    keep,
-    columns_need_grad,
-    column_bias=None,
-    row_bias=None,
-    row_limit=None,
-    exempt=None,
-    only_equal_ids=False,
-    equal_weights=False,  # for the kernel of the CPU
-):
-    blocks = Blocks(
-        rows,
-        columns,
-        scale,
-        row_ids,
-        column_ids,
-        normalize_rows,
-        normalize_columns,
-        keep_diagonal,
-        positives,
-        column_bias,
-        row_bias,
-        row_limit,
-        exempt,
-        only_equal_ids,
-    )
+def contrastive_fwd(*args):
+    call = ContrastiveForward(*args)
+    positives, both_directions = call.positives, call.both_directions
+    blocks = Blocks(call, positives)
     n, m = len(blocks.rows), len(blocks.columns)
-    wide = {"dtype": torch.float64, "device": rows.device}
+    wide = {"dtype": torch.float64, "device": call.rows.device}
     lse = torch.empty(n, **wide)
     column_lse = torch.full((m if both_directions else 0,), -torch.inf, **wide)
-    with_expectation = keep and not blocks.square and not columns_need_grad and not both_directions
-    kept = blocks.rows.new_empty(blocks.rows.shape if with_expectation else 0)
+    kept = blocks.rows.new_empty(blocks.rows.shape if call.wants_expectation else 0)
     for block, logits, by_columns in blocks:
         shift = finite_max(logits, 1)
         terms = (logits - shift[:, None]).exp_()
         total = terms.sum(1)
         lse[block] = shift.double() + total.double().log()
-        if with_expectation:
+        if call.wants_expectation:
             kept[block] = terms @ blocks.columns / total.masked_fill(total == 0, 1)[:, None]
         if both_directions:
             shift = finite_max(by_columns, 0)
@@ -176,9 +128,8 @@ def contrastive_fwd(
         positive_logits = torch.empty(0, **wide)
     else:
         positive_logits = blocks.positive_logits.double().view(positives.shape)
-    if only_equal_ids:
-        row_ids = column_ids = None
-    lse, column_lse = infinite_as_nan(lse, column_lse, positives, row_ids, column_ids, keep_diagonal)
+    ids = (None, None) if call.only_equal_ids else (call.row_ids, call.column_ids)
+    lse, column_lse = infinite_as_nan(lse, column_lse, positives, *ids, call.keep_diagonal)
     return lse, column_lse, positive_logits, blocks.row_rnorm, blocks.column_rnorm, kept
 
 
@@ -195,93 +146,58 @@ def softmax_weights(grad, lse, dtype):
 
 
 @without_autocast
-def contrastive_bwd(
-    grad_lse,
-    grad_column_lse,
-    grad_positive_logits,
-    rows,
-    columns,
-    scale,
-    positives,
-    row_ids,
-    column_ids,
-    lse,
-    column_lse,
-    row_rnorm,
-    column_rnorm,
-    kept,
-    normalize_rows,
-    normalize_columns,
-    keep_diagonal,
-    both_directions,
-    rows_need_grad,
-    columns_need_grad,
-    column_bias=None,
-    row_bias=None,
-    row_limit=None,
-    exempt=None,
-    only_equal_ids=False,
-    column_bias_needs_grad=False,
-    row_bias_needs_grad=False,
-):
+def contrastive_bwd(*args):
+    call = ContrastiveBackward(*args)
+    grad_lse, grad_column_lse, grad_positive_logits, rows, columns, scale, positives, *_ = call
+    lse, column_lse = call.lse, call.column_lse
     positives_alone = not any(map(_counts, (grad_lse, grad_column_lse)))
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     has_positives = positives is not None and grad_positive_logits is not None
-    if holds_expectation(kept):
-        x = unit_rows(rows, normalize_rows)[0]
+    if holds_expectation(call.kept):
+        x = unit_rows(rows, call.normalize_rows)[0]
         counts = (lse != -torch.inf) & (grad_lse != 0)
-        grad_x = torch.where(counts[:, None], grad_lse.to(x.dtype)[:, None] * kept, 0)
+        grad_x = torch.where(counts[:, None], grad_lse.to(x.dtype)[:, None] * call.kept, 0)
         if has_positives:
             for index, q in _by_positive(positives, grad_positive_logits.to(x.dtype)):
-                grad_x += _times(q, unit_rows(columns[index], normalize_columns)[0].to(x.dtype))
+                grad_x += _times(q, unit_rows(columns[index], call.normalize_columns)[0].to(x.dtype))
         grad_scale = (x * grad_x).sum(dtype=torch.float64).to(x.dtype)
-        grad_rows = input_gradient(scale * grad_x, x, row_rnorm).to(rows.dtype)
+        grad_rows = input_gradient(scale * grad_x, x, call.row_rnorm).to(rows.dtype)
         nothing = (x.new_empty(0), x.new_empty(0))
-        return grad_rows if rows_need_grad else rows.new_empty(0), rows.new_empty(0), grad_scale, *nothing
+        return (
+            grad_rows if call.rows_need_grad else rows.new_empty(0),
+            rows.new_empty(0),
+            grad_scale,
+            *nothing,
+        )
 
-    blocks = Blocks(
-        rows,
-        columns,
-        scale,
-        row_ids,
-        column_ids,
-        normalize_rows,
-        normalize_columns,
-        keep_diagonal,
-        None if row_limit is None else positives,
-        column_bias,
-        row_bias,
-        row_limit,
-        exempt,
-        only_equal_ids,
-    )
+    blocks = Blocks(call, None if call.row_limit is None else positives)
     x, y = blocks.rows, blocks.columns
     row_shift, row_weight = softmax_weights(grad_lse, lse, x.dtype)
     if blocks.square:
         column_shift, column_weight = row_shift, row_weight
-    elif both_directions:
+    elif call.both_directions:
         grad_column_lse = torch.zeros_like(column_lse) if grad_column_lse is None else grad_column_lse
         column_shift, column_weight = softmax_weights(grad_column_lse, column_lse, x.dtype)
 
     # The gradients by the normalised rows and columns, before `scale`.
     grad_x = torch.empty_like(x)
     grad_y = None if blocks.square else torch.zeros_like(y)
-    grad_column_bias = x.new_zeros(len(y) if column_bias_needs_grad else 0, dtype=torch.float64)
-    grad_row_bias = x.new_zeros(len(x) if row_bias_needs_grad else 0, dtype=torch.float64)
+    grad_column_bias = x.new_zeros(len(y) if call.column_bias_needs_grad else 0, dtype=torch.float64)
+    grad_row_bias = x.new_zeros(len(x) if call.row_bias_needs_grad else 0, dtype=torch.float64)
     for block, logits, by_columns in blocks:
         if positives_alone:
             coefficients = logits.zero_()
         else:
             coefficients = (logits - row_shift[block, None]).exp_() * row_weight[block, None]
-            if column_bias_needs_grad:
+            if call.column_bias_needs_grad:
                 grad_column_bias += coefficients.sum(0)
-            if blocks.square or both_directions:
+            if blocks.square or call.both_directions:
                 of_columns = (by_columns - column_shift).exp_() * column_weight
-                if row_bias_needs_grad:
+                if call.row_bias_needs_grad:
                     grad_row_bias[block] = of_columns.sum(1, dtype=torch.float64)
                 coefficients += of_columns
         grad_x[block] = coefficients @ y
-        if columns_need_grad and not blocks.square:
+        if call.columns_need_grad and not blocks.square:
             grad_y += coefficients.T @ x[block]
     if has_positives:
         for index, q in _by_positive(positives, grad_positive_logits.to(x.dtype)):
@@ -294,10 +210,10 @@ def contrastive_bwd(
     if blocks.square:
         grad_scale = grad_scale / 2
     grad_rows = grad_columns = None
-    if rows_need_grad:
-        grad_rows = input_gradient(scale * grad_x, x, row_rnorm).to(rows.dtype)
-    if columns_need_grad and not blocks.square:
-        grad_columns = input_gradient(scale * grad_y, y, column_rnorm).to(columns.dtype)
+    if call.rows_need_grad:
+        grad_rows = input_gradient(scale * grad_x, x, call.row_rnorm).to(rows.dtype)
+    if call.columns_need_grad and not blocks.square:
+        grad_columns = input_gradient(scale * grad_y, y, call.column_rnorm).to(columns.dtype)
     grad_rows, grad_columns = (
         rows.new_empty(0) if grad is None else grad for grad in (grad_rows, grad_columns)
     )

@@ -5,6 +5,7 @@ Logits of a block are (block, M) in float32 (float64 for float64 input); nothing
 
 import torch
 
+from ssl_kernels.arguments import SigmoidPairsBackward, SigmoidPairsForward
 from ssl_kernels.chunked.rows import LOGITS_PER_BLOCK, input_gradient, unit_rows, without_autocast
 
 
@@ -66,68 +67,45 @@ def _gradients(x, y, scale, bias, diagonal, ids, weight, columns_need_grad):
     return losses, grad_x, grad_y, grad_bias
 
 
-def _finish(grad_x, grad_y, grad_bias, x, y, scale, rnorms, rows_need_grad, columns_need_grad, dtype):
+def _finish(call, grad_x, grad_y, grad_bias, x, y, rnorms, dtype):
     """The operator's four gradients, those by rows and columns in `dtype`."""
-    none = x.new_empty(0, dtype=dtype)
     grad_scale = (x * grad_x).sum(dtype=torch.float64).to(x.dtype)
-    grad_rows = input_gradient(scale * grad_x, x, rnorms[0]).to(dtype) if rows_need_grad else none
-    grad_columns = (
-        input_gradient(scale * grad_y, y, rnorms[1]).to(dtype) if columns_need_grad else none.clone()
+    grad_rows, grad_columns = (
+        input_gradient(call.scale * grad, unit, rnorm).to(dtype) if need else x.new_empty(0, dtype=dtype)
+        for grad, unit, rnorm, need in zip(
+            (grad_x, grad_y), (x, y), rnorms, (call.rows_need_grad, call.columns_need_grad), strict=True
+        )
     )
     return grad_rows, grad_columns, grad_scale, grad_bias.to(x.dtype)
 
 
+def _operands(call):
+    """What `_blocks` takes, and the reciprocal norms of rows and columns."""
+    x, x_rnorm = unit_rows(call.rows, call.normalize_rows)
+    y, y_rnorm = unit_rows(call.columns, call.normalize_columns)
+    ids = None if call.row_ids is None else (call.row_ids, call.column_ids, call.equal_ids_are_positive)
+    return (x, y, call.scale, call.bias, call.diagonal, ids), (x_rnorm, y_rnorm)
+
+
 @without_autocast
-def sigmoid_pairs_fwd(
-    rows,
-    columns,
-    scale,
-    bias,
-    diagonal,
-    normalize_rows,
-    normalize_columns,
-    total,
-    keep,
-    rows_need_grad,
-    columns_need_grad,
-    row_ids=None,
-    column_ids=None,
-    equal_ids_are_positive=False,
-):
-    x, x_rnorm = unit_rows(rows, normalize_rows)
-    y, y_rnorm = unit_rows(columns, normalize_columns)
-    ids = None if row_ids is None else (row_ids, column_ids, equal_ids_are_positive)
-    if total and keep:
-        losses, *grads = _gradients(x, y, scale, bias, diagonal, ids, None, columns_need_grad)
-        needs = (rows_need_grad, columns_need_grad)
-        return losses.sum(), *_finish(*grads, x, y, scale, (x_rnorm, y_rnorm), *needs, x.dtype)
+def sigmoid_pairs_fwd(*args):
+    call = SigmoidPairsForward(*args)
+    operands, rnorms = _operands(call)
+    x = operands[0]
+    if call.total and call.keep:
+        losses, *grads = _gradients(*operands, None, call.columns_need_grad)
+        return losses.sum(), *_finish(call, *grads, *operands[:2], rnorms, x.dtype)
     losses = torch.empty(len(x), dtype=torch.float64, device=x.device)
-    for block, logits, positive in _blocks(x, y, scale, bias, diagonal, ids):
+    for block, logits, positive in _blocks(*operands):
         _negate(logits, positive)
         losses[block] = _softplus(logits).sum(1, dtype=torch.float64)
-    return losses.sum() if total else losses, *(x.new_empty(0) for _ in range(4))
+    return losses.sum() if call.total else losses, *(x.new_empty(0) for _ in range(4))
 
 
 @without_autocast
-def sigmoid_pairs_bwd(
-    grad_losses,
-    rows,
-    columns,
-    scale,
-    bias,
-    diagonal,
-    normalize_rows,
-    normalize_columns,
-    rows_need_grad,
-    columns_need_grad,
-    row_ids=None,
-    column_ids=None,
-    equal_ids_are_positive=False,
-):
-    x, x_rnorm = unit_rows(rows, normalize_rows)
-    y, y_rnorm = unit_rows(columns, normalize_columns)
-    ids = None if row_ids is None else (row_ids, column_ids, equal_ids_are_positive)
-    weight = grad_losses.to(x.dtype)
-    _, *grads = _gradients(x, y, scale, bias, diagonal, ids, weight, columns_need_grad)
-    needs = (rows_need_grad, columns_need_grad)
-    return _finish(*grads, x, y, scale, (x_rnorm, y_rnorm), *needs, rows.dtype)
+def sigmoid_pairs_bwd(*args):
+    call = SigmoidPairsBackward(*args)
+    operands, rnorms = _operands(call)
+    weight = call.grad_losses.to(operands[0].dtype)
+    _, *grads = _gradients(*operands, weight, call.columns_need_grad)
+    return _finish(call, *grads, *operands[:2], rnorms, call.rows.dtype)

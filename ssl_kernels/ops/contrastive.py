@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ssl_kernels import backends, preference
+from ssl_kernels.arguments import ContrastiveBackward, ContrastiveForward
 from ssl_kernels.chunked import contrastive as chunked
 from ssl_kernels.constants import KEPT_HEADER, holds_expectation
 from ssl_kernels.ops.library import accumulation_dtype, savable
@@ -27,85 +28,40 @@ _ADDITIONS = (
 _FLAGS = "bool normalize_rows, bool normalize_columns, bool keep_diagonal, bool both_directions"
 
 
-def _keeps_expectation(overload, rows, columns, both_directions, keep, columns_need_grad):
-    """Whether `kept` is the expectation of the columns."""
-    wanted = keep and columns is not None and not columns_need_grad and not both_directions
-    return wanted and (overload in ("chunked", "native") or keeps_expectation(rows))
-
-
-def _fwd_fake(
-    overload,
-    rows,
-    columns,
-    scale,
-    positives,
-    row_ids,
-    column_ids,
-    normalize_rows,
-    normalize_columns,
-    keep_diagonal,
-    both_directions,
-    keep,
-    columns_need_grad,
-    *_,
-    **__,
-):
+def _fwd_fake(overload, *args, **options):
+    call = ContrastiveForward(*args, **options)
+    rows, columns = call.rows, call.columns
     n = rows.shape[0]
     m = n if columns is None else columns.shape[0]
     results = rows.new_empty
     acc = accumulation_dtype(rows)
-    if _keeps_expectation(overload, rows, columns, both_directions, keep, columns_need_grad):
+    if call.wants_expectation and (overload in ("chunked", "native") or keeps_expectation(rows)):
         kept = rows.shape
     else:
-        keeps_logits = keep and overload == "native" and rows.device.type == "cpu"
+        keeps_logits = call.keep and overload == "native" and rows.device.type == "cpu"
         kept = KEPT_HEADER if keeps_logits else 0
     return (
         results(n, dtype=torch.float64),
-        results(m if both_directions else 0, dtype=torch.float64),
-        results((0,) if positives is None else positives.shape, dtype=torch.float64),
-        results(n if normalize_rows else 0, dtype=acc),
-        results(m if normalize_columns and columns is not None else 0, dtype=acc),
+        results(m if call.both_directions else 0, dtype=torch.float64),
+        results((0,) if call.positives is None else call.positives.shape, dtype=torch.float64),
+        results(n if call.normalize_rows else 0, dtype=acc),
+        results(m if call.normalize_columns and columns is not None else 0, dtype=acc),
         results(kept, dtype=acc),
     )
 
 
-def _bwd_fake(
-    grad_lse,
-    grad_column_lse,
-    grad_positive_logits,
-    rows,
-    columns,
-    scale,
-    positives,
-    row_ids,
-    column_ids,
-    lse,
-    column_lse,
-    row_rnorm,
-    column_rnorm,
-    kept,
-    normalize_rows,
-    normalize_columns,
-    keep_diagonal,
-    both_directions,
-    rows_need_grad,
-    columns_need_grad,
-    column_bias=None,
-    row_bias=None,
-    row_limit=None,
-    exempt=None,
-    only_equal_ids=False,
-    column_bias_needs_grad=False,
-    row_bias_needs_grad=False,
-):
-    columns_too = columns is not None and columns_need_grad
+def _bwd_fake(*args, **options):
+    call = ContrastiveBackward(*args, **options)
+    rows, columns = call.rows, call.columns
     acc = accumulation_dtype(rows)
     return (
-        rows.new_empty(rows.shape if rows_need_grad else (0,)),
-        columns.new_empty(columns.shape) if columns_too else rows.new_empty(0),
+        rows.new_empty(rows.shape if call.rows_need_grad else (0,)),
+        columns.new_empty(columns.shape)
+        if columns is not None and call.columns_need_grad
+        else rows.new_empty(0),
         rows.new_empty((), dtype=acc),
-        rows.new_empty(column_bias.shape if column_bias_needs_grad else (0,), dtype=acc),
-        rows.new_empty(row_bias.shape if row_bias_needs_grad else (0,), dtype=acc),
+        rows.new_empty(call.column_bias.shape if call.column_bias_needs_grad else (0,), dtype=acc),
+        rows.new_empty(call.row_bias.shape if call.row_bias_needs_grad else (0,), dtype=acc),
     )
 
 

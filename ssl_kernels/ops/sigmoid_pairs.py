@@ -3,6 +3,7 @@
 import torch
 
 from ssl_kernels import backends
+from ssl_kernels.arguments import SigmoidPairsBackward, SigmoidPairsForward
 from ssl_kernels.chunked import sigmoid_pairs as chunked
 from ssl_kernels.ops.library import accumulation_dtype, savable
 from ssl_kernels.ops.operation import Operation
@@ -16,51 +17,28 @@ _IDS = "Tensor? row_ids=None, Tensor? column_ids=None, bool equal_ids_are_positi
 _GRADIENTS = "Tensor grad_rows, Tensor grad_columns, Tensor grad_scale, Tensor grad_bias"
 
 
-def _gradient_fakes(rows, columns, dtype, rows_need_grad, columns_need_grad):
-    acc = accumulation_dtype(rows)
+def _gradient_fakes(call, dtype):
+    rows, acc = call.rows, accumulation_dtype(call.rows)
     return (
-        rows.new_empty(rows.shape if rows_need_grad else (0,), dtype=dtype),
-        rows.new_empty(columns.shape if columns_need_grad else (0,), dtype=dtype),
+        rows.new_empty(rows.shape if call.rows_need_grad else (0,), dtype=dtype),
+        rows.new_empty(call.columns.shape if call.columns_need_grad else (0,), dtype=dtype),
         rows.new_empty((), dtype=acc),
         rows.new_empty((), dtype=acc),
     )
 
 
-def _fwd_fake(
-    rows,
-    columns,
-    scale,
-    bias,
-    diagonal,
-    normalize_rows,
-    normalize_columns,
-    total,
-    keep,
-    rows_need_grad,
-    columns_need_grad,
-    *_,
-):
-    acc = accumulation_dtype(rows)
-    losses = rows.new_empty(() if total else rows.shape[0], dtype=torch.float64)
-    if total and keep:
-        return losses, *_gradient_fakes(rows, columns, acc, rows_need_grad, columns_need_grad)
-    return losses, *(rows.new_empty(0, dtype=acc) for _ in range(4))
+def _fwd_fake(*args):
+    call = SigmoidPairsForward(*args)
+    acc = accumulation_dtype(call.rows)
+    losses = call.rows.new_empty(() if call.total else call.rows.shape[0], dtype=torch.float64)
+    if call.total and call.keep:
+        return losses, *_gradient_fakes(call, acc)
+    return losses, *(call.rows.new_empty(0, dtype=acc) for _ in range(4))
 
 
-def _bwd_fake(
-    grad_losses,
-    rows,
-    columns,
-    scale,
-    bias,
-    diagonal,
-    normalize_rows,
-    normalize_columns,
-    rows_need_grad,
-    columns_need_grad,
-    *_,
-):
-    return _gradient_fakes(rows, columns, rows.dtype, rows_need_grad, columns_need_grad)
+def _bwd_fake(*args):
+    call = SigmoidPairsBackward(*args)
+    return _gradient_fakes(call, call.rows.dtype)
 
 
 OPERANDS, OPTIONS = 4, 4  # how many tensors and options every call has

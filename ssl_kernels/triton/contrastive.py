@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ssl_kernels.arguments import ContrastiveBackward, ContrastiveForward
 from ssl_kernels.constants import holds_expectation
 from ssl_kernels.triton import panels
 from ssl_kernels.triton.common import merge_lse_kernel
@@ -56,37 +57,20 @@ def unsupported(rows, columns=None, *_, **__):
     return unsupported_operands(rows, columns)
 
 
-def contrastive_fwd(
-    rows,
-    columns,
-    scale,
-    positives,
-    row_ids,
-    column_ids,
-    normalize_rows,
-    normalize_columns,
-    keep_diagonal,
-    both_directions,
-    keep,
-    columns_need_grad,
-    column_bias=None,
-    row_bias=None,
-    row_limit=None,
-    exempt=None,
-    only_equal_ids=False,
-    equal_weights=False,  # for the kernel of the CPU
-):
+def contrastive_fwd(*args, **options):
     """`contrastive_fwd` of docs/contrastive.md."""
+    call = ContrastiveForward(*args, **options)
+    rows, columns, scale, positives, _, column_ids, *_ = call
     square = columns is None
     n, width = rows.shape
     m = n if square else columns.shape[0]
     rows, columns = aligned(rows, n * m), None if square else aligned(columns, n * m)
     d = rows.shape[1]
-    row_rnorm = row_rnorm_of(rows, scale) if normalize_rows else None
+    row_rnorm = row_rnorm_of(rows, scale) if call.normalize_rows else None
     if square:
-        columns, column_ids, column_rnorm = rows, row_ids, row_rnorm
+        columns, column_ids, column_rnorm = rows, call.row_ids, row_rnorm
     else:
-        column_rnorm = row_rnorm_of(columns, scale) if normalize_columns else None
+        column_rnorm = row_rnorm_of(columns, scale) if call.normalize_columns else None
     if positives is not None and positives.numel() == 0:
         positive_logits, positives = _empty_float64(scale, positives.shape), None
     elif positives is not None:
@@ -96,7 +80,7 @@ def contrastive_fwd(
         positive_logits = _empty_float64(scale, 0)
 
     expectation = None
-    if not square and keep and not columns_need_grad and not both_directions and keeps_expectation(rows):
+    if call.wants_expectation and keeps_expectation(rows):
         expectation = scale.new_empty(n, d)
     tile = tile_for("forward" if expectation is None else "expectation", rows)
     blocks, tiles = triton.cdiv(n, tile.block_n), triton.cdiv(m, tile.block_m)
@@ -106,10 +90,10 @@ def contrastive_fwd(
     expectation_partial = None if expectation is None else scale.new_empty(splits, n, d)
     # The column sums of each row block are merged panel by panel, in scratch that does not grow with N.
     panel = blocks
-    if both_directions:
+    if call.both_directions:
         panel = min(blocks, max(1, panels.SCRATCH_BYTES // (2 * m * scale.element_size())))
-    column_partial = scale.new_empty(2, 1 + panel, m) if both_directions else None
-    column_lse = _empty_float64(scale, m if both_directions else 0)
+    column_partial = scale.new_empty(2, 1 + panel, m) if call.both_directions else None
+    column_lse = _empty_float64(scale, m if call.both_directions else 0)
     for first in range(0, blocks, panel):
         panel_blocks = min(panel, blocks - first)
         contrastive_fwd_kernel[panel_blocks, splits](
@@ -118,12 +102,12 @@ def contrastive_fwd(
             scale,
             row_rnorm,
             column_rnorm,
-            contiguous(row_ids),
+            contiguous(call.row_ids),
             contiguous(column_ids),
-            contiguous(row_bias),
-            contiguous(column_bias),
-            contiguous(row_limit),
-            _bytes(exempt),
+            contiguous(call.row_bias),
+            contiguous(call.column_bias),
+            contiguous(call.row_limit),
+            _bytes(call.exempt),
             positives,
             positive_logits if positives is not None else None,
             lse,
@@ -140,14 +124,14 @@ def contrastive_fwd(
             tiles_per_split,
             1 + panel,
             SQUARE=square,
-            KEEP_DIAGONAL=keep_diagonal,
-            ONLY_EQUAL_IDS=only_equal_ids,
+            KEEP_DIAGONAL=call.keep_diagonal,
+            ONLY_EQUAL_IDS=call.only_equal_ids,
             PRECISION=precision(rows),
             EVEN_D=d % tile.block_d == 0,
             ONE_BLOCK_D=d <= tile.block_d,
             **launch_options(tile),
         )
-        if both_directions:
+        if call.both_directions:
             # Slot 0 carries the sums of the panels before.
             first_part = 1 if first == 0 else 0
             last = first + panel_blocks == blocks
@@ -171,51 +155,22 @@ def contrastive_fwd(
     )
 
 
-def contrastive_bwd(
-    grad_lse,
-    grad_column_lse,
-    grad_positive_logits,
-    rows,
-    columns,
-    scale,
-    positives,
-    row_ids,
-    column_ids,
-    lse,
-    column_lse,
-    row_rnorm,
-    column_rnorm,
-    kept,
-    normalize_rows,
-    normalize_columns,
-    keep_diagonal,
-    both_directions,
-    rows_need_grad,
-    columns_need_grad,
-    column_bias=None,
-    row_bias=None,
-    row_limit=None,
-    exempt=None,
-    only_equal_ids=False,
-    column_bias_needs_grad=False,
-    row_bias_needs_grad=False,
-):
+def contrastive_bwd(*args, **options):
     """`contrastive_bwd` of docs/contrastive.md."""
-    if holds_expectation(kept):
-        return _bwd_from_expectation(
-            grad_lse, grad_positive_logits, rows, columns, scale, positives, row_rnorm, column_rnorm, kept,
-            normalize_rows, normalize_columns, rows_need_grad,
-        )  # fmt: skip
+    call = ContrastiveBackward(*args, **options)
+    if holds_expectation(call.kept):
+        return _bwd_from_expectation(call)
+    grad_lse, grad_column_lse, grad_positive_logits, rows, columns, scale, positives, *_ = call
     square = columns is None
     width, entries = rows.shape[1], len(rows) * len(rows if square else columns)
     rows, columns = aligned(rows, entries), None if square else aligned(columns, entries)
     has_positives = positives is not None and grad_positive_logits is not None and positives.numel() > 0
-    has_columns = both_directions and grad_column_lse is not None
+    has_columns = call.both_directions and grad_column_lse is not None
     if not has_columns:
         grad_column_lse = None
     if not has_positives:
         grad_positive_logits = None
-    if not has_positives and (row_limit is None or positives is None or positives.numel() == 0):
+    if not has_positives and (call.row_limit is None or positives is None or positives.numel() == 0):
         positives = None
     bound = None
     if rows.dtype == torch.float16:
@@ -227,17 +182,17 @@ def contrastive_bwd(
         grad_positive_logits = grad_positive_logits if bound is None else grad_positive_logits / bound
         grad_positive_logits = grad_positive_logits.to(scale.dtype).reshape(positives.shape).contiguous()
     has_both_sums = grad_lse is not None and (square or grad_column_lse is not None)
-    has_norms = normalize_rows and (square or normalize_columns)
-    has_additions = any(each is not None for each in (column_bias, row_bias, row_limit))
+    has_norms = call.normalize_rows and (square or call.normalize_columns)
+    has_additions = any(each is not None for each in (call.column_bias, call.row_bias, call.row_limit))
     shared_factor = _shared_factor(rows.dtype) if has_both_sums and has_norms and not has_additions else None
     row_side = Side(
         rows,
-        row_rnorm.contiguous() if normalize_rows else None,
-        *_softmax_weight(lse, grad_lse, bound, scale, shared_factor),
-        contiguous(row_ids),
-        contiguous(column_bias if square else row_bias),
-        contiguous(row_limit),
-        _bytes(exempt) if square else None,
+        call.row_rnorm.contiguous() if call.normalize_rows else None,
+        *_softmax_weight(call.lse, grad_lse, bound, scale, shared_factor),
+        contiguous(call.row_ids),
+        contiguous(call.column_bias if square else call.row_bias),
+        contiguous(call.row_limit),
+        _bytes(call.exempt) if square else None,
         positives,
         grad_positive_logits,
     )
@@ -246,24 +201,24 @@ def contrastive_bwd(
     else:
         column_side = Side(
             columns,
-            column_rnorm.contiguous() if normalize_columns else None,
-            *_softmax_weight(column_lse, grad_column_lse, bound, scale, shared_factor),
-            contiguous(column_ids),
-            contiguous(column_bias),
+            call.column_rnorm.contiguous() if call.normalize_columns else None,
+            *_softmax_weight(call.column_lse, grad_column_lse, bound, scale, shared_factor),
+            contiguous(call.column_ids),
+            contiguous(call.column_bias),
             None,
-            _bytes(exempt),
+            _bytes(call.exempt),
             None,
             None,
         )
     masks = {
         "SQUARE": square,
-        "KEEP_DIAGONAL": keep_diagonal,
-        "ONLY_EQUAL_IDS": only_equal_ids,
+        "KEEP_DIAGONAL": call.keep_diagonal,
+        "ONLY_EQUAL_IDS": call.only_equal_ids,
         "SHARED_FACTOR": shared_factor,
     }
     # The gradient of a side's bias comes from the walk that gives that of its vectors: (vectors, bias) wanted.
-    row_grads = rows_need_grad, column_bias_needs_grad if square else row_bias_needs_grad
-    column_grads = columns_need_grad and not square, column_bias_needs_grad and not square
+    row_grads = call.rows_need_grad, call.column_bias_needs_grad if square else call.row_bias_needs_grad
+    column_grads = call.columns_need_grad and not square, call.column_bias_needs_grad and not square
     # The row dots of either side give the gradient of scale.
     rows_first = any(row_grads) or square or not any(column_grads)
     both = any(row_grads) and any(column_grads)
@@ -290,26 +245,24 @@ def contrastive_bwd(
     )
 
 
-def _bwd_from_expectation(
-    grad_lse, grad_positive_logits, rows, columns, scale, positives, row_rnorm, column_rnorm, expectation,
-    normalize_rows, normalize_columns, rows_need_grad,
-):  # fmt: skip
+def _bwd_from_expectation(call):
     """Gradients of rows and scale where the forward kept the expectation of the columns: no walk over columns."""
+    rows, scale, positives = call.rows, call.scale, call.positives
     n = rows.shape[0]
-    expectation = expectation.contiguous()
+    expectation = call.kept.contiguous()
     gradient = torch.zeros_like(expectation)
-    if grad_lse is not None:
-        gradient = grad_lse.to(scale.dtype)[:, None] * expectation
-    if positives is not None and grad_positive_logits is not None and positives.numel() > 0:
-        index = positives.remainder(columns.shape[0]).reshape(n, -1)
-        weight = grad_positive_logits.to(scale.dtype).reshape(index.shape)
-        if normalize_columns:
-            weight = weight * column_rnorm[index]
+    if call.grad_lse is not None:
+        gradient = call.grad_lse.to(scale.dtype)[:, None] * expectation
+    if positives is not None and call.grad_positive_logits is not None and positives.numel() > 0:
+        index = positives.remainder(call.columns.shape[0]).reshape(n, -1)
+        weight = call.grad_positive_logits.to(scale.dtype).reshape(index.shape)
+        if call.normalize_columns:
+            weight = weight * call.column_rnorm[index]
         for k in range(index.shape[1]):
-            gradient += weight[:, k, None] * columns[index[:, k]].to(scale.dtype)
-    grad = torch.empty_like(rows, memory_format=torch.contiguous_format) if rows_need_grad else None
+            gradient += weight[:, k, None] * call.columns[index[:, k]].to(scale.dtype)
+    grad = torch.empty_like(rows, memory_format=torch.contiguous_format) if call.rows_need_grad else None
     row_dots = scale.new_empty(n)
-    row_rnorm = row_rnorm.contiguous() if normalize_rows else None
+    row_rnorm = call.row_rnorm.contiguous() if call.normalize_rows else None
     finish_rows(gradient[None], rows, row_rnorm, scale, None, grad, row_dots)
     nothing = (scale.new_empty(0), scale.new_empty(0))
     return rows.new_empty(0) if grad is None else grad, rows.new_empty(0), row_dots.sum(), *nothing

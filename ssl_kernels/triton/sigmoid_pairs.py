@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ssl_kernels.arguments import SigmoidPairsBackward, SigmoidPairsForward
 from ssl_kernels.triton import panels
 from ssl_kernels.triton.common import (
     LOG2E,
@@ -416,40 +417,38 @@ def _by_panels(own, other, scale, bias, diagonals, sense, bound, losses, grad, o
     return total[0], row_dots, total[1]
 
 
-def _aligned(rows, columns):
-    """(rows, columns) as the kernels read them, and their width before that."""
-    entries = len(rows) * len(columns)
-    return aligned(rows, entries), aligned(columns, entries), rows.shape[1]
+def _sides(call, weight=None):
+    """The rows and columns of a call as (vectors, rnorm, weight, ids), what the walks take besides, and the width."""
+    entries = len(call.rows) * len(call.columns)
+    x, y = (
+        (vectors, row_rnorm_of(vectors, call.scale) if normalize else None, of_rows, contiguous(ids))
+        for vectors, normalize, of_rows, ids in (
+            (aligned(call.rows, entries), call.normalize_rows, weight, call.row_ids),
+            (aligned(call.columns, entries), call.normalize_columns, None, call.column_ids),
+        )
+    )
+    return (x, y, call.scale, call.bias, call.diagonal, call.equal_ids_are_positive), call.rows.shape[1]
 
 
-def sigmoid_pairs_fwd(
-    rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, total, keep,
-    rows_need_grad, columns_need_grad, row_ids=None, column_ids=None, equal_ids_are_positive=False,
-):  # fmt: skip
+def sigmoid_pairs_fwd(*args):
     """`sigmoid_pairs_fwd` of docs/sigmoid_pairs.md."""
-    rows, columns, width = _aligned(rows, columns)
-    x = (rows, row_rnorm_of(rows, scale) if normalize_rows else None, None, contiguous(row_ids))
-    y = (columns, row_rnorm_of(columns, scale) if normalize_columns else None, None, contiguous(column_ids))
-    call = (x, y, scale, bias, diagonal, equal_ids_are_positive)
-    if total and keep:
-        needs = (rows_need_grad, columns_need_grad)
-        return _gradients(*call, width, None, scale.dtype, True, *needs)
-    losses = _losses(*call)
-    return losses.sum() if total else losses, *(scale.new_empty(0) for _ in range(4))
+    call = SigmoidPairsForward(*args)
+    sides, width = _sides(call)
+    if call.total and call.keep:
+        needs = (call.rows_need_grad, call.columns_need_grad)
+        return _gradients(*sides, width, None, call.scale.dtype, True, *needs)
+    losses = _losses(*sides)
+    return losses.sum() if call.total else losses, *(call.scale.new_empty(0) for _ in range(4))
 
 
-def sigmoid_pairs_bwd(
-    grad_losses, rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns,
-    rows_need_grad, columns_need_grad, row_ids=None, column_ids=None, equal_ids_are_positive=False,
-):  # fmt: skip
+def sigmoid_pairs_bwd(*args):
     """`sigmoid_pairs_bwd` of docs/sigmoid_pairs.md."""
-    rows, columns, width = _aligned(rows, columns)
+    call = SigmoidPairsBackward(*args)
+    grad_losses, scale = call.grad_losses, call.scale
     bound = None
-    if rows.dtype == torch.float16:
+    if call.rows.dtype == torch.float16:
         bound = grad_losses.abs().amax().clamp_min(1e-30).to(scale.dtype)
     weight = (grad_losses if bound is None else grad_losses / bound).to(scale.dtype).contiguous()
-    x = (rows, row_rnorm_of(rows, scale) if normalize_rows else None, weight, contiguous(row_ids))
-    y = (columns, row_rnorm_of(columns, scale) if normalize_columns else None, None, contiguous(column_ids))
-    needs = (rows_need_grad, columns_need_grad)
-    call = (x, y, scale, bias, diagonal, equal_ids_are_positive)
-    return _gradients(*call, width, bound, rows.dtype, False, *needs)[1:]
+    sides, width = _sides(call, weight)
+    needs = (call.rows_need_grad, call.columns_need_grad)
+    return _gradients(*sides, width, bound, call.rows.dtype, False, *needs)[1:]

@@ -129,7 +129,7 @@ MUTATIONS = [
     ("contrastive", "has_both_sums and has_norms", "has_norms"),
     ("contrastive", "and (square or grad_column_lse is not None)", ""),
     ("contrastive", "has_both_sums and has_norms", "has_both_sums"),
-    ("contrastive", "normalize_rows and (square or normalize_columns)", "normalize_rows"),
+    ("contrastive", "call.normalize_rows and (square or call.normalize_columns)", "call.normalize_rows"),
     ("contrastive", "has_norms and not has_additions", "has_norms"),
     ("contrastive", "return 1.0 if dtype == torch.float16 else 2.0**40", "return 2.0**40"),
     ("contrastive", "return 1.0 if dtype == torch.float16 else 2.0**40", "return 1.0"),

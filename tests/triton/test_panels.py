@@ -190,7 +190,7 @@ SIGMOID = [
     ("own_grads = grads if first == 0 else grads[::-1]", "own_grads = grads"),
     ("grad_bias if bound is None else grad_bias * bound", "grad_bias"),
     ("bound is None else grad_losses / bound", "True else grad_losses / bound"),
-    ("losses.sum() if total else losses", "losses.sum() if not total else losses"),
+    ("losses.sum() if call.total else losses", "losses.sum() if not call.total else losses"),
 ]  # fmt: skip
 MUTATIONS = [
     *((operation, *mutation) for operation in CHECKS for mutation in BOTH),
