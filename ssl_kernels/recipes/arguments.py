@@ -2,8 +2,35 @@
 
 import argparse
 import math
+import pathlib
 
 from ssl_kernels.recipes.presets import DATA
+
+
+def _number(kind, allowed, rule):
+    """What reads a number of a command line that is finite and `allowed`."""
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not (abs(value) < math.inf and allowed(value)):
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
+        return value
+
+    return read
+
+
+positive_int = _number(int, lambda value: value >= 1, "a whole number from 1")
+image_size = _number(int, lambda value: value >= 8, "a whole number from 8")
+batch_size = _number(int, lambda value: value >= 2, "a whole number from 2")
+count = _number(int, lambda value: value >= 0, "a whole number from 0")
+seed = _number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
+positive_float = _number(float, lambda value: value > 0, "a finite number over 0")
+not_negative = _number(float, lambda value: value >= 0, "a finite number from 0")
+share = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+positive_share = _number(float, lambda value: 0 < value <= 1, "a number over 0, at most 1")
 
 
 def add_data(parser, default="digits"):
@@ -27,6 +54,21 @@ def add_data(parser, default="digits"):
         metavar="N",
         help="processes that load cifar10 or folder images; default 2",
     )
+
+
+def add_output(parser, folder):
+    """Where the command runs, and where it writes."""
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    out = pathlib.Path("out") / folder
+    parser.add_argument("--out", type=pathlib.Path, default=out, metavar="DIR", help=f"default {out}")
+
+
+def add_checkpoint(parser):
+    """The options of a command about a checkpoint, with what images."""
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=pathlib.Path, help="a file .pt that pretrain wrote"
+    )
+    add_data(parser, default=None)
 
 
 def check_data(args, data):
@@ -67,49 +109,3 @@ def named_value(text):
     if not (name and equals and value):
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text}")
     return name.replace("-", "_"), value
-
-
-def positive_int(text):
-    return _number(text, int, lambda value: value >= 1, "a whole number from 1")
-
-
-def image_size(text):
-    return _number(text, int, lambda value: value >= 8, "a whole number from 8")
-
-
-def batch_size(text):
-    return _number(text, int, lambda value: value >= 2, "a whole number from 2")
-
-
-def count(text):
-    return _number(text, int, lambda value: value >= 0, "a whole number from 0")
-
-
-def seed(text):
-    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
-
-
-def positive_float(text):
-    return _number(text, float, lambda value: value > 0 and math.isfinite(value), "a finite number over 0")
-
-
-def not_negative(text):
-    return _number(text, float, lambda value: value >= 0 and math.isfinite(value), "a finite number from 0")
-
-
-def share(text):
-    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
-def positive_share(text):
-    return _number(text, float, lambda value: 0 < value <= 1, "a number over 0, at most 1")
-
-
-def _number(text, kind, allowed, rule):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not allowed(value):
-        raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
-    return value

@@ -6,7 +6,6 @@ Prints a table and writes evaluation.json to the output folder.
 """
 
 import json
-import pathlib
 
 import torch
 
@@ -19,10 +18,7 @@ UNTRAINED = "untrained encoder"
 
 
 def add_arguments(parser):
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", type=pathlib.Path, help="a file .pt that pretrain wrote"
-    )
-    arguments.add_data(parser, default=None)
+    arguments.add_checkpoint(parser)
     parser.add_argument(
         "--parts",
         type=parts,
@@ -37,14 +33,7 @@ def add_arguments(parser):
         "--steps", type=arguments.positive_int, default=200, metavar="N", help="of fine-tuning; default 200"
     )
     parser.add_argument("--short", action="store_true", help="one seed and 20 steps, to see that it works")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        default=pathlib.Path("out/evaluate"),
-        metavar="DIR",
-        help="default out/evaluate",
-    )
+    arguments.add_output(parser, "evaluate")
 
 
 def parts(text):

@@ -6,7 +6,6 @@ spectrum.png, the eigenvalues of the embeddings' covariance.
 """
 
 import logging
-import pathlib
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +19,9 @@ log = logging.getLogger("ssl_kernels.recipes")
 
 
 def add_arguments(parser):
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", type=pathlib.Path, help="a file .pt that pretrain wrote"
-    )
-    arguments.add_data(parser, default=None)
+    arguments.add_checkpoint(parser)
     parser.add_argument("--map", choices=("tsne", "pca"), default="tsne", help="of map.png; default tsne")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("out/plot"), metavar="DIR", help="default out/plot"
-    )
+    arguments.add_output(parser, "plot")
 
 
 def run(args, parser):

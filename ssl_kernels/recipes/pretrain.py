@@ -10,10 +10,10 @@ methods: METHODS
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import inspect
-import pathlib
 import time
 
 import torch
@@ -131,14 +131,7 @@ def add_arguments(parser):
         metavar="N",
         help="train simclr over so many processes of this machine, and hold the losses against those of one",
     )
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        default=pathlib.Path("out/pretrain"),
-        metavar="DIR",
-        help="default out/pretrain",
-    )
+    arguments.add_output(parser, "pretrain")
 
 
 def run(args, parser):
@@ -223,42 +216,25 @@ def choose_settings(args):
 
     arguments.check_data(args, args.data)
     values = presets.choose(args.method, args.data, args.short)
-    values |= {
-        name: getattr(args, name)
-        for name in ("epochs", "batch_size", "learning_rate")
-        if getattr(args, name) is not None
-    }
+    typed = {name: value for name, value in vars(args).items() if value is not None}
+    common = ("epochs", "batch_size", "learning_rate")
+    values |= {name: typed[name] for name in common if name in typed}
     known = options_of(find_method(args.method))
-    given = {
-        name: getattr(args, name)
-        for name in ("temperature", "queue_size", "momentum")
-        if getattr(args, name) is not None
-    }
+    given = {name: typed[name] for name in ("temperature", "queue_size", "momentum") if name in typed}
     for name in given:
         if name not in known:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} must come with a --method that has it, got {args.method}")
     given |= arguments.read_options(args.method, known, args.option)
     options = known | {name: values.pop(name) for name in list(values) if name in known} | given
-    rest = {name: values[name] for name in ("epochs", "batch_size", "learning_rate")}
+    rest = {name: values[name] for name in common}
     if args.accumulate > rest["batch_size"] // 2:
         raise ValueError(
             f"--accumulate must leave at least 2 images in each part of --batch-size, got {args.accumulate}"
         )
-    return engine.Settings(
-        args.method,
-        args.data,
-        **rest,
-        optimizer=args.optimizer,
-        weight_decay=args.weight_decay,
-        warmup=args.warmup,
-        precision=args.precision,
-        accumulate=args.accumulate,
-        compile=args.compile,
-        seed=args.seed,
-        image_size=args.image_size,
-        options=options,
-    )
+    names = {field.name for field in dataclasses.fields(engine.Settings)}
+    as_typed = {name: value for name, value in vars(args).items() if name in names}
+    return engine.Settings(**as_typed | rest, options=options)
 
 
 def set_up(args):

@@ -6,7 +6,6 @@ Source: Zbontar et al., arXiv:2103.03230.
 import torch
 
 from ssl_kernels import barlow_twins_loss
-from ssl_kernels.recipes.encoders import Embedder, mlp
 from ssl_kernels.recipes.methods.method import Method
 
 
@@ -14,8 +13,7 @@ class BarlowTwins(Method):
     criterion = staticmethod(barlow_twins_loss)
 
     def __init__(self, encoder, data, *, off_diagonal_weight=0.005, width=256):
-        super().__init__()
-        self.online = Embedder(encoder, mlp(encoder.out_features, width, hidden=width))
+        super().__init__(encoder, width, hidden=width)
         self.off_diagonal_weight = off_diagonal_weight
 
     def forward(self, batch):

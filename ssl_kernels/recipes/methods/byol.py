@@ -7,7 +7,7 @@ import torch
 
 from ssl_kernels import byol_loss
 from ssl_kernels.nn import MomentumEncoder
-from ssl_kernels.recipes.encoders import Embedder, mlp
+from ssl_kernels.recipes.encoders import mlp
 from ssl_kernels.recipes.methods.method import Method
 
 
@@ -15,9 +15,8 @@ class BYOL(Method):
     criterion = staticmethod(byol_loss)
 
     def __init__(self, encoder, data, *, momentum=0.99, width=128):
-        super().__init__()
         hidden = 2 * max(encoder.out_features, width)  # wider than in- and output, as in the paper
-        self.online = Embedder(encoder, mlp(encoder.out_features, width, hidden))
+        super().__init__(encoder, width, hidden)
         self.predictor = mlp(width, width, hidden)
         self.average = MomentumEncoder(self.online, momentum)
 
@@ -26,6 +25,3 @@ class BYOL(Method):
         predictions = self.predictor(self.online(torch.cat([view0, view1])))
         targets = self.average(torch.cat([view1, view0]))
         return self.criterion(predictions, targets)
-
-    def after_step(self):
-        self.average.update_(self.online)

@@ -21,7 +21,6 @@ LONGEST = 32  # characters of a caption
 class CLIP(Method):
     criterion = staticmethod(clip_loss)
     views = 1
-    uses_labels = True
     least_health = BY_CLASS
 
     def __init__(self, encoder, data, *, logit_scale=10.0, width=64):
@@ -33,9 +32,8 @@ class CLIP(Method):
         self.log_scale = nn.Parameter(torch.tensor(math.log(logit_scale)))
         names = DIGITS if data.classes <= len(DIGITS) else [f"class {index}" for index in range(data.classes)]
         captions = [[spell(template.format(name)) for template in TEMPLATES] for name in names]
-        self.register_buffer(
-            "captions", torch.tensor(captions), persistent=False
-        )  # (classes, templates, LONGEST)
+        # (classes, templates, LONGEST)
+        self.register_buffer("captions", torch.tensor(captions), persistent=False)
 
     def forward(self, batch):
         (images,) = batch.views

@@ -3,18 +3,11 @@
 Source: Yun et al., arXiv:1905.04899.
 """
 
-from ssl_kernels import mixup_cross_entropy, nn
-from ssl_kernels.recipes.methods.classifier import Classifier
+from ssl_kernels import nn
+from ssl_kernels.recipes.methods.mixup import Mixup
 
 
-class CutMix(Classifier):
-    criterion = staticmethod(mixup_cross_entropy)
-    uses_labels = True
-
+class CutMix(Mixup):
     def __init__(self, encoder, data, *, alpha=1.0, prob=0.5):
-        super().__init__(encoder, data.classes)
+        super().__init__(encoder, data)
         self.mixup = nn.Mixup(mixup_alpha=0, cutmix_alpha=alpha, prob=prob, mode="sample")
-
-    def forward(self, batch):
-        images, (labels, permutation, lam) = self.mixup(batch.views[0].clone(), batch.labels)
-        return self.criterion(self.online(images), labels, permutation, lam)

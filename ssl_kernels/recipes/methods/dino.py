@@ -10,7 +10,6 @@ from torch import nn
 
 from ssl_kernels import dino_loss
 from ssl_kernels.nn import DINOCenter, MomentumEncoder
-from ssl_kernels.recipes.encoders import Embedder, mlp
 from ssl_kernels.recipes.methods.method import Method
 from ssl_kernels.recipes.ranks import gathered
 
@@ -31,8 +30,7 @@ class DINO(Method):
         center_momentum=0.9,
         width=128,
     ):
-        super().__init__()
-        self.online = Embedder(encoder, mlp(encoder.out_features, width))
+        super().__init__(encoder, width)
         self.prototypes = nn.Linear(width, prototypes, bias=False)
         self.average = MomentumEncoder(self.online, momentum)
         self.average_prototypes = MomentumEncoder(self.prototypes, momentum)
@@ -59,5 +57,5 @@ class DINO(Method):
         return loss
 
     def after_step(self):
-        self.average.update_(self.online)
+        super().after_step()
         self.average_prototypes.update_(self.prototypes)

@@ -7,7 +7,6 @@ import torch
 from torch.distributions import Beta
 
 from ssl_kernels import imix_loss, mixup
-from ssl_kernels.recipes.encoders import Embedder, mlp
 from ssl_kernels.recipes.methods.method import Method
 
 
@@ -15,8 +14,7 @@ class IMix(Method):
     criterion = staticmethod(imix_loss)
 
     def __init__(self, encoder, data, *, temperature=0.2, alpha=1.0, width=128):
-        super().__init__()
-        self.online = Embedder(encoder, mlp(encoder.out_features, width))
+        super().__init__(encoder, width)
         self.temperature, self.alpha = temperature, alpha
 
     def forward(self, batch):

@@ -9,7 +9,6 @@ from ssl_kernels.recipes.methods.classifier import Classifier
 
 class ManifoldMixup(Classifier):
     criterion = staticmethod(mixup_cross_entropy)
-    uses_labels = True
 
     def __init__(self, encoder, data, *, alpha=2.0):
         super().__init__(encoder, data.classes)

@@ -8,7 +8,6 @@ from torch.distributions import Beta
 
 from ssl_kernels import imix_loss, mixup
 from ssl_kernels.nn import MoCoQueue, MomentumEncoder
-from ssl_kernels.recipes.encoders import Embedder, mlp
 from ssl_kernels.recipes.methods.method import Method
 from ssl_kernels.recipes.ranks import gathered
 
@@ -28,8 +27,7 @@ class MixCo(Method):
         momentum=0.99,
         width=128,
     ):
-        super().__init__()
-        self.online = Embedder(encoder, mlp(encoder.out_features, width))
+        super().__init__(encoder, width)
         self.average = MomentumEncoder(self.online, momentum)
         self.queue = MoCoQueue(queue_size, width)
         self.temperature, self.alpha, self.weight = temperature, alpha, weight
@@ -48,6 +46,3 @@ class MixCo(Method):
         loss = loss + self.weight * self.criterion(mixed, keys, permutation, lam, **options)
         self.queue.push_(gathered(keys))
         return loss
-
-    def after_step(self):
-        self.average.update_(self.online)

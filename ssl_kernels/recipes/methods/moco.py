@@ -9,7 +9,6 @@ import torch
 
 from ssl_kernels import moco_loss
 from ssl_kernels.nn import MoCoQueue, MomentumEncoder
-from ssl_kernels.recipes.encoders import Embedder, mlp
 from ssl_kernels.recipes.methods.method import Method
 from ssl_kernels.recipes.ranks import gathered
 
@@ -18,8 +17,7 @@ class MoCo(Method):
     criterion = staticmethod(moco_loss)
 
     def __init__(self, encoder, data, *, temperature=0.2, queue_size=1024, momentum=0.99, width=128):
-        super().__init__()
-        self.online = Embedder(encoder, mlp(encoder.out_features, width))
+        super().__init__(encoder, width)
         self.average = MomentumEncoder(self.online, momentum)
         self.queue = MoCoQueue(queue_size, width)
         self.temperature = temperature
@@ -30,6 +28,3 @@ class MoCo(Method):
         loss = self.criterion(queries, keys, self.queue, self.temperature, symmetric=True)
         self.queue.push_(gathered(keys))
         return loss
-
-    def after_step(self):
-        self.average.update_(self.online)

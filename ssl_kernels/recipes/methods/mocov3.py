@@ -7,7 +7,7 @@ import torch
 
 from ssl_kernels import moco_loss
 from ssl_kernels.nn import MomentumEncoder
-from ssl_kernels.recipes.encoders import Embedder, mlp
+from ssl_kernels.recipes.encoders import mlp
 from ssl_kernels.recipes.methods.method import Method
 
 
@@ -15,8 +15,7 @@ class MoCoV3(Method):
     criterion = staticmethod(moco_loss)
 
     def __init__(self, encoder, data, *, temperature=0.2, momentum=0.99, width=128):
-        super().__init__()
-        self.online = Embedder(encoder, mlp(encoder.out_features, width))
+        super().__init__(encoder, width)
         self.predictor = mlp(width, width)
         self.average = MomentumEncoder(self.online, momentum)
         self.temperature = temperature
@@ -25,6 +24,3 @@ class MoCoV3(Method):
         images = torch.cat(batch.views)
         queries = self.predictor(self.online(images))
         return self.criterion(queries, self.average(images), None, self.temperature, symmetric=True)
-
-    def after_step(self):
-        self.average.update_(self.online)

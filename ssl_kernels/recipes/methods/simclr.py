@@ -6,7 +6,6 @@ Source: Chen et al., arXiv:2002.05709.
 import torch
 
 from ssl_kernels import nt_xent_loss
-from ssl_kernels.recipes.encoders import Embedder, mlp
 from ssl_kernels.recipes.methods.method import Method
 
 
@@ -14,8 +13,7 @@ class SimCLR(Method):
     criterion = staticmethod(nt_xent_loss)
 
     def __init__(self, encoder, data, *, temperature=0.5, width=128):
-        super().__init__()
-        self.online = Embedder(encoder, mlp(encoder.out_features, width))
+        super().__init__(encoder, width)
         self.temperature = temperature
 
     def forward(self, batch):

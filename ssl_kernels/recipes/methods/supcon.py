@@ -7,18 +7,15 @@ import torch
 
 from ssl_kernels import sup_con_loss
 from ssl_kernels.recipes.collapse import BY_CLASS
-from ssl_kernels.recipes.encoders import Embedder, mlp
 from ssl_kernels.recipes.methods.method import Method
 
 
 class SupCon(Method):
     criterion = staticmethod(sup_con_loss)
-    uses_labels = True
     least_health = BY_CLASS
 
     def __init__(self, encoder, data, *, temperature=0.1, width=128):
-        super().__init__()
-        self.online = Embedder(encoder, mlp(encoder.out_features, width))
+        super().__init__(encoder, width)
         self.temperature = temperature
 
     def forward(self, batch):

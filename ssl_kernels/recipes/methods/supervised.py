@@ -4,8 +4,6 @@ from ssl_kernels.recipes.methods.classifier import Classifier
 
 
 class Supervised(Classifier):
-    uses_labels = True
-
     def __init__(self, encoder, data, *, label_smoothing=0.0):
         super().__init__(encoder, data.classes)
         self.label_smoothing = label_smoothing

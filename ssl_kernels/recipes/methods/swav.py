@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from ssl_kernels import swav_loss
-from ssl_kernels.recipes.encoders import Embedder, mlp
 from ssl_kernels.recipes.methods.method import Method
 
 
@@ -16,8 +15,7 @@ class SwAV(Method):
     crops = 2
 
     def __init__(self, encoder, data, *, temperature=0.1, epsilon=0.05, prototypes=60, width=128):
-        super().__init__()
-        self.online = Embedder(encoder, mlp(encoder.out_features, width))
+        super().__init__(encoder, width)
         self.prototypes = nn.Linear(width, prototypes, bias=False)
         self.temperature, self.epsilon = temperature, epsilon
 

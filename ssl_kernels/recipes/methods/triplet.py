@@ -10,18 +10,15 @@ import torch
 
 from ssl_kernels import triplet_loss
 from ssl_kernels.recipes.collapse import BY_CLASS
-from ssl_kernels.recipes.encoders import Embedder, mlp
 from ssl_kernels.recipes.methods.method import Method
 
 
 class Triplet(Method):
     criterion = staticmethod(triplet_loss)
-    uses_labels = True
     least_health = BY_CLASS
 
     def __init__(self, encoder, data, *, margin=0.2, mining="semi_hard", width=128):
-        super().__init__()
-        self.online = Embedder(encoder, mlp(encoder.out_features, width))
+        super().__init__(encoder, width)
         self.margin, self.mining = margin, mining
 
     def forward(self, batch):

@@ -6,7 +6,6 @@ Source: Bardes et al., arXiv:2105.04906.
 import torch
 
 from ssl_kernels import vicreg_loss
-from ssl_kernels.recipes.encoders import Embedder, mlp
 from ssl_kernels.recipes.methods.method import Method
 
 
@@ -14,8 +13,7 @@ class VICReg(Method):
     criterion = staticmethod(vicreg_loss)
 
     def __init__(self, encoder, data, *, invariance=25.0, variance=25.0, covariance=1.0, width=256):
-        super().__init__()
-        self.online = Embedder(encoder, mlp(encoder.out_features, width, hidden=width))
+        super().__init__(encoder, width, hidden=width)
         self.weights = invariance, variance, covariance
 
     def forward(self, batch):
