@@ -1,6 +1,7 @@
 """What the adapters share: dtypes of results, and the way back to the libraries that they stand for."""
 
 import importlib
+import sys
 import warnings
 
 import torch
@@ -27,6 +28,21 @@ class Closed:
                     f"{cls.__name__}: a subclass of this adapter must leave {name} alone, which it never calls:"
                     " derive it from the original"
                 )
+
+
+def classes_of(adapter):
+    """`__getattr__` of an adapter's module whose classes are derived from its library's.
+
+    They lie in the module of the adapter's name after an underscore, which imports the library.
+    """
+    package, _, name = adapter.rpartition(".")
+
+    def find(attribute):
+        if attribute in sys.modules[adapter].ORIGINALS:
+            return getattr(importlib.import_module(f"{package}._{name}"), attribute)
+        raise AttributeError(f"module {adapter!r} has no attribute {attribute!r}")
+
+    return find
 
 
 def scale_of(caller, temperature, rows, *, positive=True):

@@ -2,6 +2,7 @@
 
 import torch
 
+from ssl_kernels.adapters._shared import classes_of
 from ssl_kernels.mixing import cutmix, mixup
 
 ORIGINALS = {
@@ -27,9 +28,4 @@ def paste(images, partners, corners):
     return cutmix(images, boxes, partners)
 
 
-def __getattr__(name):
-    if name in __all__:
-        from ssl_kernels.adapters import _kornia
-
-        return getattr(_kornia, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = classes_of(__name__)

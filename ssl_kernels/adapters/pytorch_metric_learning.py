@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ssl_kernels.adapters._classes import class_mates
-from ssl_kernels.adapters._shared import scale_of
+from ssl_kernels.adapters._shared import classes_of, scale_of
 from ssl_kernels.checks import values_are_readable
 from ssl_kernels.losses import sup_con_loss
 from ssl_kernels.losses._rows import row_pairs_loss
@@ -116,9 +116,4 @@ def triplet_margins(rows, columns, triplets, margin, normalize=True, smooth=Fals
     return row_pairs_loss(*chosen, rule="hinge", constant=margin, reduction="none", **options)
 
 
-def __getattr__(name):
-    if name in ORIGINALS:
-        from ssl_kernels.adapters import _pytorch_metric_learning
-
-        return getattr(_pytorch_metric_learning, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = classes_of(__name__)

@@ -1,5 +1,7 @@
 """sentence-transformers' MultipleNegativesRankingLoss and its relatives (6.2)."""
 
+from ssl_kernels.adapters._shared import classes_of
+
 _LOSSES = "sentence_transformers.sentence_transformer.losses"
 ORIGINALS = {
     "MultipleNegativesRankingLoss": f"{_LOSSES}.multiple_negatives_ranking",
@@ -18,9 +20,4 @@ DIFFERENCES = {
 }
 
 
-def __getattr__(name):
-    if name in ORIGINALS:
-        from ssl_kernels.adapters import _sentence_transformers
-
-        return getattr(_sentence_transformers, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = classes_of(__name__)

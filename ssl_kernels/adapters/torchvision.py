@@ -2,6 +2,7 @@
 
 import torch
 
+from ssl_kernels.adapters._shared import classes_of
 from ssl_kernels.mixing import cutmix, mixup
 
 ORIGINALS = {"MixUp": "torchvision.transforms.v2._augment", "CutMix": "torchvision.transforms.v2._augment"}
@@ -28,9 +29,4 @@ def _before(images):
     return torch.arange(-1, len(images) - 1, device=images.device).remainder_(len(images))
 
 
-def __getattr__(name):
-    if name in __all__:
-        from ssl_kernels.adapters import _torchvision
-
-        return getattr(_torchvision, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = classes_of(__name__)
