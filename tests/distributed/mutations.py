@@ -195,8 +195,8 @@ MUTATIONS = [
     Mutation(
         "classes: a slab too few",
         SUMS,
-        "for first in range(0, count, slab)",
-        "for first in range(0, max(1, count - slab), slab)",
+        "for first in range(0, count, at_once)",
+        "for first in range(0, max(1, count - at_once), at_once)",
     ),
     Mutation(
         "hardest: where rows lie", HARDEST, "at = (index - theirs[0]) % everyones", "at = index % everyones"
