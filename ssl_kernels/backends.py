@@ -43,16 +43,13 @@ except ImportError as error:
 def _multiplies_bfloat16():
     try:
         return extension.build_info()["cpu_instruction_set"] in ("avx512_bf16", "amx")
-    except (
-        AttributeError,
-        ValueError,
-    ):  # no extension; an unknown instruction set, which is an error of the first call
+    # No extension; an unknown instruction set, which is an error of the first call.
+    except (AttributeError, ValueError):
         return False
 
 
-MULTIPLIES_BFLOAT16 = (
-    _multiplies_bfloat16()
-)  # whether the C++ kernels of the CPU multiply bfloat16 rows as they are
+# Whether the C++ kernels of the CPU multiply bfloat16 rows as they are.
+MULTIPLIES_BFLOAT16 = _multiplies_bfloat16()
 
 triton_missing = None if importlib.util.find_spec("triton") else "the package triton is not installed"
 

@@ -26,9 +26,8 @@ class _Terms:
         terms = target_terms(target, partner, lam, weight, ignore_index, partner_is_class)
         kept = 1 - label_smoothing
         self.classes = (terms.own, terms.partner)
-        self.weights = tuple(
-            kept * share.double() for share in (terms.own_weight, terms.partner_weight)
-        )  # a and b
+        # a and b
+        self.weights = tuple(kept * share.double() for share in (terms.own_weight, terms.partner_weight))
         self.spread = label_smoothing / classes * terms.present.double()  # s
         self.counted = terms.counted.double()
         self.mass = self.counted if weight is None else kept * self.counted

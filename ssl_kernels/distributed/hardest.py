@@ -16,9 +16,8 @@ class _Hardest(torch.autograd.Function):
         own = torch.arange(start, start + x.shape[0], device=x.device)
         held = transport.collect(x, labels, own)
         # Keys are compared as in `batch_hard`: half the squared length less the product.
-        keys = x.new_full(
-            (2, x.shape[0]), torch.inf
-        )  # of the farthest positive negated, of the nearest negative
+        # Of the farthest positive negated, of the nearest negative.
+        keys = x.new_full((2, x.shape[0]), torch.inf)
         index = torch.full((2, x.shape[0]), -1, dtype=torch.int64, device=x.device)
         rows = x.expand(2, *x.shape).clone()
 

@@ -21,9 +21,8 @@ class MixingDraw(NamedTuple):
 
     permutation: torch.Tensor  # (B,) int64, the partner of each sample
     lam: torch.Tensor  # (B,) float32, the share of each sample in its target: pass it to a loss
-    pixel_lam: (
-        torch.Tensor
-    )  # (B,) float32, its share in every pixel: 1 where it is pasted into or left as it is
+    # (B,) float32, its share in every pixel: 1 where it is pasted into or left as it is
+    pixel_lam: torch.Tensor
     boxes: torch.Tensor | None  # (B, 4) int64, the pixels pasted from the partner; None without CutMix
 
 
@@ -283,9 +282,8 @@ def span_around(centre, side, size):
 
     Of an even number of pixels, as in the paper's code, where there are more than two.
     """
-    factor = (
-        size if torch.compiler.is_compiling() else float(size)
-    )  # an integer would be cast first, in each product
+    # An integer would be cast first, in each product.
+    factor = size if torch.compiler.is_compiling() else float(size)
     length = torch.floor(factor * side).long()
     middle = torch.floor(factor * centre).long()
     if size <= 2:

@@ -13,6 +13,7 @@ from ssl_kernels import mixing
 from ssl_kernels.checks import check_whole
 from ssl_kernels.nn.draws import DrawingModule
 from ssl_kernels.nn.mixing import Mixup
+from ssl_kernels.nn.wrapped import WRAPPED
 
 _OPTIONS = {
     "prob",
@@ -24,8 +25,6 @@ _OPTIONS = {
     "target_kind",
     "backend",
 }
-# Where torch.compile, activation checkpointing and FSDP keep the module that they wrap.
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _HOST = torch.device("cpu")
 _ONE_THREAD = "ManifoldMixup: module must run in one thread at a time, got a second one"
 
@@ -304,9 +303,8 @@ class _MixedCall(_MixedForward):
 
 _set_class = object.__dict__["__class__"].__set__
 _classes = weakref.WeakValueDictionary()
-_backward = (
-    threading.local()
-)  # the call whose layer was last run again in this thread, and in which graph task
+# The call whose layer was last run again in this thread, and in which graph task.
+_backward = threading.local()
 
 
 def _prepare_layer(layer):
@@ -358,7 +356,7 @@ def _forget():
 
 
 def _plain_name(name):
-    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
 def _submodule(module, name):
@@ -370,7 +368,7 @@ def _submodule(module, name):
 
 
 def _unwrapped(module):
-    for name in _WRAPPED:
+    for name in WRAPPED:
         if name in module._modules:
             return _unwrapped(module._modules[name])
     return module

@@ -41,9 +41,8 @@ def sharded_parts(module):
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return []
-    from torch.distributed._composable_state import (
-        _module_state_mapping,
-    )  # the only way from a part to what holds it
+    # The only way from a part to what holds it.
+    from torch.distributed._composable_state import _module_state_mapping
 
     parts = [part for part in list(_module_state_mapping) if isinstance(part, fsdp.FSDPModule)]
     inside = set(module.modules() if parts else ())

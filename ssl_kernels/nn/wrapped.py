@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-# A wrapper's name of what it wraps.
+# Where torch.compile, activation checkpointing and FSDP keep the module that they wrap.
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 

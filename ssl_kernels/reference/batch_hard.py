@@ -19,9 +19,8 @@ def batch_hard(embeddings, labels, normalize=True, distance="euclidean"):
     x = F.normalize(embeddings, dim=1) if normalize else embeddings
     keys = -(x @ x.T)
     if distance == "euclidean":
-        keys = (
-            x.square().sum(1) / 2 + keys
-        )  # half the squared distance, less what is the same for all columns
+        # Half the squared distance, less what is the same for all columns.
+        keys = x.square().sum(1) / 2 + keys
     finite = torch.finfo(keys.dtype)
     keys = keys.clamp(finite.min, finite.max)  # what is left out below is beyond every key; NaN stays NaN
     same = labels[:, None] == labels[None, :]

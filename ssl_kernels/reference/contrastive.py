@@ -25,19 +25,7 @@ def contrastive(
 ):
     """Log-sum-exp of each row's allowed logits, and the logits at `positives`; docs/contrastive.md is the contract.
 
-    Args:
-        rows: (N, D) floating.
-        columns: (M, D), dtype of rows, or None: the rows themselves, and no row meets itself.
-        scale: 0-d tensor, 1 / temperature.
-        positives: (N,) or (N, P) int64 column indices, negative ones counting from the end, or None.
-        row_ids, column_ids: (N,) and (M,) int64, or None. Entries with equal ids are left out of the sums.
-        normalize_rows, normalize_columns: L2-normalise first.
-        keep_diagonal: (i, i) stays in the sums although its ids are equal.
-        both_directions: also the log-sum-exp over rows for each column.
-        column_bias, row_bias: (M,) and (N,), or None: added to the logits in the sums of rows, and in those of columns.
-        row_limit, exempt: (N,) and (M,) bool, or None: logits above their row's limit are left out, but for positives
-            and exempt columns.
-        only_equal_ids: Entries of other ids are left out, and not those of equal ones.
+    Arguments as of `ops.contrastive.contrastive`, columns in the dtype of rows.
 
     Returns:
         lse (N,), column_lse (M,) or (0,), positive_logits like positives or (0,). Any of them differentiates twice.

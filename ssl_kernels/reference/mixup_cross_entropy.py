@@ -48,13 +48,7 @@ def mixup_cross_entropy(
 ):
     """λ_i times the cross-entropy of each row's class, 1 − λ_i times its partner's; docs/mixing.md is the contract.
 
-    Args:
-        logits: (N, C) floating.
-        target: (N,) int64 in 0 … C − 1, or ignore_index.
-        partner: (N,) int64, a permutation, or with partner_is_class the partners' classes.
-        lam: (N,) in [0, 1], dtype of logits.
-        weight: None, or (C,) in the dtype of logits.
-        label_smoothing, ignore_index: As F.cross_entropy's.
+    Arguments as of `ops.mixup_cross_entropy.mixup_cross_entropy`, all in the dtype of logits.
 
     Returns:
         (N,) in the dtype of logits.

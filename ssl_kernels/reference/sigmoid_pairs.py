@@ -21,15 +21,7 @@ def sigmoid_pairs(
 ):
     """Sum over each row's pairs of softplus(−y z); docs/sigmoid_pairs.md is the contract.
 
-    Args:
-        rows: (N, D) floating.
-        columns: (M, D), dtype of rows.
-        scale, bias: 0-d tensors; z = scale · <row, column> + bias.
-        diagonal: Pairs (i, i + diagonal) have y = +1, all others −1.
-        normalize_rows, normalize_columns: L2-normalise first.
-        total: The sum over rows.
-        row_ids, column_ids: (N,) and (M,), or None. Pairs of equal ids that are not positive count nothing.
-        equal_ids_are_positive: Pairs of equal ids are the positive ones in place of the diagonal.
+    Arguments as of `ops.sigmoid_pairs.sigmoid_pairs`.
 
     Returns:
         Losses, (N,), or 0-d with `total`. Differentiates twice.

@@ -12,9 +12,8 @@ from ssl_kernels import constants
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-NORM_EPS: tl.constexpr = tl.constexpr(
-    constants.NORM_EPS
-)  # by tl.full in its dtype: beside a tensor it is float32's
+# By tl.full in its dtype: beside a tensor it is float32's.
+NORM_EPS: tl.constexpr = tl.constexpr(constants.NORM_EPS)
 # Logits of normalised rows up to this, in units of log 2, and the sums of their powers are numbers of float32's range.
 MOST_BOUNDED_LOGIT: tl.constexpr = tl.constexpr(32.0)
 

@@ -120,9 +120,8 @@ def contrastive_fwd_kernel(
         lowest, highest = index_range(positives_ptr, rows, N, M, P)
     HAS_NORMS: tl.constexpr = x_rnorm_ptr is not None and y_rnorm_ptr is not None
     HAS_BIASES: tl.constexpr = x_bias_ptr is not None or y_bias_ptr is not None
-    SHARES_TERMS: tl.constexpr = (
-        HAS_NORMS and not HAS_BIASES and ACC != tl.float64
-    )  # no registers for doubles
+    # There are no registers for doubles.
+    SHARES_TERMS: tl.constexpr = HAS_NORMS and not HAS_BIASES and ACC != tl.float64
     shares_terms = has_bounded_logits(scale) if SHARES_TERMS else False
 
     maximum = tl.full([BLOCK_N], float("-inf"), ACC)
