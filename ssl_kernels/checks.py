@@ -13,14 +13,21 @@ _LARGEST_FLOAT32, _LARGEST_FLOAT64 = 2.0**127, 2.0**1023  # a power of two below
 
 def check_embeddings(op, **tensors):
     """Each must be a (N, D) floating tensor, N and D at least 1; all of one dtype, device and width."""
-    first_name, first = next(iter(tensors.items()))
-    for name, tensor in tensors.items():
+    check_all_embeddings(op, tensors, tensors.values())
+
+
+def check_all_embeddings(op, names, tensors, paired=0):
+    """The same of tensors and their names; the first `paired` must have as many rows as each other, too."""
+    first = None
+    for name, tensor in zip(names, tensors, strict=True):
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES:  # a call costs time
             check_dtype(op, name, tensor)
         shape = tensor.shape
         if len(shape) != 2 or 0 in shape:
             raise ValueError(f"{op}: {name} must have shape (N, D) with N, D >= 1, got {tuple(shape)}")
-        if tensor is first:
+        paired -= 1
+        if first is None:
+            first_name, first, (rows, width) = name, tensor, shape
             continue
         if tensor.device != first.device:
             check_device(op, name, tensor, first, first_name)
@@ -28,10 +35,10 @@ def check_embeddings(op, **tensors):
             raise TypeError(
                 f"{op}: {name} must be {short(first.dtype)} as {first_name} is, got {short(tensor.dtype)}"
             )
-        if shape[1] != first.shape[1]:
-            raise ValueError(
-                f"{op}: {name} must have width {first.shape[1]} as {first_name} has, got {shape[1]}"
-            )
+        if shape[1] != width:
+            raise ValueError(f"{op}: {name} must have width {width} as {first_name} has, got {shape[1]}")
+        if paired >= 0 and shape[0] != rows:
+            raise ValueError(f"{op}: {name} must have {rows} rows as {first_name} has, got {shape[0]}")
 
 
 def check_same_rows(op, **tensors):
@@ -43,9 +50,13 @@ def check_same_rows(op, **tensors):
             raise ValueError(f"{op}: {name} must have {rows} rows as {first_name} has, got {tensor.shape[0]}")
 
 
-def check_reduction(op, reduction):
+def check_reduction(op, reduction, row_weights=None, rows=0, like=None):
+    """The weights of what is reduced must be None or a (rows,) floating tensor on the device of `like`."""
     if reduction not in REDUCTIONS:
         check_choice(op, "reduction", reduction, *REDUCTIONS)
+    if row_weights is not None:
+        check_shape(op, "row_weights", row_weights, (rows,), like)
+        check_floating(op, "row_weights", row_weights)
 
 
 def check_scalar(op, name, value, like, *, positive=False):
@@ -110,20 +121,17 @@ def check_ids(op, name, value, shape, like):
         raise TypeError(f"{op}: {name} must be an integer tensor, got {short(value.dtype)}")
 
 
-def check_row_weights(op, name, value, rows, like):
-    """`value` must be None or a (rows,) floating tensor on the device of `like`."""
-    if value is None:
-        return
-    check_shape(op, name, value, (rows,), like)
-    check_floating(op, name, value)
-
-
 def check_shape(op, name, value, shape, like, like_name=None):
     """`value` must be a tensor of `shape` on the device of `like`."""
     check_tensor(op, name, value)
     if tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+        raise shape_error(op, name, tuple(shape), value)
     check_device(op, name, value, like, like_name)
+
+
+def shape_error(op, name, shape, tensor):
+    """What is raised for a tensor that has not the `shape`, in words."""
+    return ValueError(f"{op}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
 
 
 def check_tensor(op, name, value):

@@ -19,6 +19,7 @@ from ssl_kernels.checks import (
     check_values,
     is_number,
     is_whole,
+    shape_error,
     short,
     values_are_readable,
 )
@@ -211,7 +212,7 @@ def mixup_normalize(
     if x.dtype != torch.uint8:
         raise TypeError(f"{op}: x must be uint8, got {short(x.dtype)}")
     if x.dim() != 4 or 0 in x.shape:
-        raise ValueError(f"{op}: x must have shape (B, C, H, W) with no dimension of 0, got {tuple(x.shape)}")
+        raise shape_error(op, "x", "(B, C, H, W) with no dimension of 0", x)
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"{op}: dtype must be float32, float16 or bfloat16, got {dtype}")
     _check_permutation(op, permutation, x)
@@ -275,7 +276,7 @@ def mixup_cross_entropy(
     op = "mixup_cross_entropy"
     _check_batch(op, logits, "logits")
     if logits.dim() < 2:
-        raise ValueError(f"{op}: logits must have shape (N, C) or (N, C, d1, ...), got {tuple(logits.shape)}")
+        raise shape_error(op, "logits", "(N, C) or (N, C, d1, ...)", logits)
     shape = logits.shape[:1] + logits.shape[2:]
     target = _classes(op, "target", target, shape, logits)
     if (permutation is None) == (partner_target is None):
@@ -326,17 +327,13 @@ def _check_batch(op, x, name="x"):
     check_dense(op, name, x)
     check_dtype(op, name, x)
     if x.dim() == 0 or 0 in x.shape:
-        raise ValueError(
-            f"{op}: {name} must have shape (B, ...) with no dimension of 0, got {tuple(x.shape)}"
-        )
+        raise shape_error(op, name, "(B, ...) with no dimension of 0", x)
 
 
 def _check_images(op, x):
     check_dense(op, "x", x)
     if x.dim() < 3 or 0 in x.shape:
-        raise ValueError(
-            f"{op}: x must have shape (B, ..., H, W) with no dimension of 0, got {tuple(x.shape)}"
-        )
+        raise shape_error(op, "x", "(B, ..., H, W) with no dimension of 0", x)
 
 
 def check_in_place(op, name, x, instead):
@@ -384,7 +381,7 @@ def _check_indices(op, name, value, shape, x, like="x"):
     if value.dtype != torch.int64:
         raise TypeError(f"{op}: {name} must be int64, got {short(value.dtype)}")
     if value.shape != shape:
-        raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+        raise shape_error(op, name, tuple(shape), value)
     check_device(op, name, value, x, like)
 
 
@@ -401,9 +398,8 @@ def _shares(op, lam, x, like="x"):
     batch, acc = x.shape[0], accumulation_dtype(x)
     if not isinstance(lam, torch.Tensor):
         check_fraction(op, "lam", lam)
-        if (
-            torch.compiler.is_compiling()
-        ):  # a number that changes stays one graph; `full` has one for each value
+        # A number that changes stays one graph; `full` has one for each value.
+        if torch.compiler.is_compiling():
             return torch.ones(batch, dtype=acc, device=x.device) * lam
         return torch.full((batch,), float(lam), dtype=acc, device=x.device)
     check_dense(op, "lam", lam)
@@ -423,7 +419,7 @@ def _classes(op, name, value, shape, logits):
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must hold classes of an integer dtype, got {short(value.dtype)}")
     if value.shape != shape:
-        raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+        raise shape_error(op, name, tuple(shape), value)
     check_device(op, name, value, logits, "logits")
     return value if value.dtype == torch.int64 else value.to(torch.int64)
 
@@ -434,7 +430,7 @@ def _class_weights(op, weight, logits):
     _check_no_grad(op, "weight", weight, "it is a constant")
     check_floating(op, "weight", weight)
     if weight.shape != logits.shape[1:2]:
-        raise ValueError(f"{op}: weight must have shape ({logits.shape[1]},), got {tuple(weight.shape)}")
+        raise shape_error(op, "weight", f"({logits.shape[1]},)", weight)
     check_device(op, "weight", weight, logits, "logits")
     return weight.detach().to(accumulation_dtype(logits))
 

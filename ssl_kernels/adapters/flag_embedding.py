@@ -3,9 +3,8 @@
 import torch
 
 from ssl_kernels.adapters._shared import mean, scale_of
-from ssl_kernels.checks import check_embeddings
 from ssl_kernels.losses import info_nce_loss
-from ssl_kernels.losses._shared import widest_under_autocast
+from ssl_kernels.losses._shared import checked_rows
 from ssl_kernels.ops.contrastive import contrastive
 
 __all__ = ["in_batch_neg_loss"]
@@ -34,8 +33,7 @@ def in_batch_neg_loss(
         )
     if len(p_reps) == len(q_reps):
         return info_nce_loss(q_reps, p_reps, temperature=temperature, normalize=False)
-    q_reps, p_reps = widest_under_autocast(q_reps, p_reps)
-    check_embeddings("in_batch_neg_loss", q_reps=q_reps, p_reps=p_reps)
+    q_reps, p_reps = checked_rows("in_batch_neg_loss", 1, q_reps=q_reps, p_reps=p_reps)
     lse, _, positive = contrastive(
         q_reps,
         p_reps,

@@ -5,7 +5,7 @@ from torch import nn
 
 from ssl_kernels.adapters._classes import as_classes
 from ssl_kernels.adapters._shared import mean, scale_of
-from ssl_kernels.checks import check_embeddings
+from ssl_kernels.checks import check_embeddings, shape_error
 from ssl_kernels.losses import nt_xent_loss
 from ssl_kernels.losses._shared import minus_log_sigmoid, native_row_losses, takes_row_losses
 from ssl_kernels.ops.contrastive import contrastive
@@ -52,9 +52,7 @@ class SupervisedInfoNCE(nn.Module):
         """features (N, D), target (N,)."""
         check_embeddings("SupervisedInfoNCE", features=features)
         if target.shape != features.shape[:1]:
-            raise ValueError(
-                f"SupervisedInfoNCE: target must have shape {(len(features),)}, got {tuple(target.shape)}"
-            )
+            raise shape_error("SupervisedInfoNCE", "target", (len(features),), target)
         (classes,) = as_classes(target)
         scale = scale_of("SupervisedInfoNCE", self.temperature, features)
         options = {"row_ids": classes, "caller": "SupervisedInfoNCE"}

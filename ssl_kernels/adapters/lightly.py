@@ -11,9 +11,10 @@ from torch import nn
 from ssl_kernels.adapters._gather import gather_constant, gather_rows, rank, world_size
 from ssl_kernels.adapters._shared import Closed, mean, minus_mean_cosine, original, scale_of
 from ssl_kernels.backends import choose_backend
-from ssl_kernels.checks import DTYPES, check_embeddings, check_same_rows
+from ssl_kernels.checks import DTYPES
 from ssl_kernels.losses import dcl_loss, nt_xent_loss
 from ssl_kernels.losses._shared import (
+    checked_rows,
     loss_beside,
     reduce,
     rows_for_several,
@@ -187,9 +188,7 @@ def _only_reduces(cross_entropy):
 
 def _beside_bank(out0, out1, bank, temperature, reduction):
     """InfoNCE of out0's rows, whose negatives are the bank's rows as they are."""
-    out0, out1, bank = widest_under_autocast(out0, out1, bank)
-    check_embeddings("NTXentLoss", out0=out0, out1=out1, memory_bank=bank)
-    check_same_rows("NTXentLoss", out0=out0, out1=out1)
+    out0, out1, bank = checked_rows("NTXentLoss", 2, out0=out0, out1=out1, memory_bank=bank)
     scale = scale_of("NTXentLoss", temperature, out0)
     out0, out1 = (rows_for_several(rows, None, "NTXentLoss") for rows in (out0, out1))
     products = row_pairs(out0, out1, normalize=True, measure="product", caller="NTXentLoss")

@@ -3,9 +3,8 @@
 import torch
 
 from ssl_kernels.adapters._shared import minus_mean_cosine
-from ssl_kernels.checks import check_embeddings, check_same_rows
 from ssl_kernels.losses import byol_loss, info_nce_loss, moco_loss, nt_xent_loss, sup_con_loss
-from ssl_kernels.losses._shared import widest_under_autocast
+from ssl_kernels.losses._shared import checked_rows
 
 __all__ = ["byol_loss_func", "moco_loss_func", "nnclr_loss_func", "simclr_loss_func", "simsiam_loss_func"]
 ORIGINALS = {
@@ -74,9 +73,7 @@ def simsiam_loss_func(p: torch.Tensor, z: torch.Tensor, simplified: bool = True)
         p, z: (N, D).
         simplified: Not used: the result is the same.
     """
-    p, z = widest_under_autocast(p, z)
-    check_embeddings("simsiam_loss_func", p=p, z=z)
-    check_same_rows("simsiam_loss_func", p=p, z=z)
+    p, z = checked_rows("simsiam_loss_func", 2, p=p, z=z)
     return minus_mean_cosine(p, z.detach(), "simsiam_loss_func")
 
 

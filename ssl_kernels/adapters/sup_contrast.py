@@ -5,6 +5,7 @@ from torch import nn
 
 from ssl_kernels.adapters._classes import as_classes
 from ssl_kernels.adapters._shared import mean, scale_of
+from ssl_kernels.checks import shape_error
 from ssl_kernels.losses.sup_con import sup_con_sum
 from ssl_kernels.ops.contrastive import contrastive
 
@@ -43,7 +44,7 @@ class SupConLoss(nn.Module):
     ) -> torch.Tensor:
         """features (B, V, ...); labels (B,), or mask (B, B) of 0 and 1 with mask[i, j] where j is a positive of i."""
         if features.dim() < 3:
-            raise ValueError(f"SupConLoss: features must have shape (B, V, ...), got {tuple(features.shape)}")
+            raise shape_error("SupConLoss", "features", "(B, V, ...)", features)
         if labels is not None and mask is not None:
             raise ValueError("SupConLoss: one of labels and mask must be None, got both")
         if self.contrast_mode not in ("all", "one"):

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ssl_kernels.adapters._shared import Closed
+from ssl_kernels.checks import shape_error
 from ssl_kernels.mixing import cutmix, cutmix_, mixup, mixup_
 
 __all__ = ["Mixup"]
@@ -187,10 +188,7 @@ class Mixup(Closed):
         smoothing = self.label_smoothing
         if self.multi_label:
             if target.ndim != 2 or target.shape[1] != self.num_classes:
-                raise ValueError(
-                    f"Mixup: target must have shape (B, {self.num_classes}) with multi_label,"
-                    f" got {tuple(target.shape)}"
-                )
+                raise shape_error("Mixup", "target", f"(B, {self.num_classes}) with multi_label", target)
             dense = target.float() * (1.0 - smoothing) + 0.5 * smoothing
             return dense * lam + dense.flip(0) * (1.0 - lam)
         if math.prod(target.shape) != len(target):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ssl_kernels.backends import choose_backend
-from ssl_kernels.checks import check_choice, check_reduction, check_row_weights, is_whole, short
+from ssl_kernels.checks import check_choice, check_reduction, is_whole, short
 from ssl_kernels.distributed import checks, groups
 from ssl_kernels.distributed.pairs import Setting
 from ssl_kernels.distributed.transport import TRANSPORTS
@@ -129,8 +129,7 @@ class Call:
         return tuple(views * count for count in self.sizes)
 
     def check_common(self, reduction, row_weights, rows, like):
-        check_reduction(self.op, reduction)
-        check_row_weights(self.op, "row_weights", row_weights, rows, like)
+        check_reduction(self.op, reduction, row_weights, rows, like)
         checks.check_device_of_group(self.op, "the input", like, self.group)
 
     def reduce(self, loss, reduction, views=1, row_weights=None, counted=None):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ssl_kernels.checks import check_embeddings
+from ssl_kernels.checks import check_all_embeddings, check_same_rows
 from ssl_kernels.distributed import groups
 
 MESSAGE = 1024  # bytes per rank
@@ -19,12 +19,19 @@ _COMPILED_FOR = (
 
 def check_rows(op, **tensors):
     """As `check_embeddings`, but a rank may have no rows."""
-    stand_ins = {}
-    for name, tensor in tensors.items():
+    check_all_rows(op, tensors, tensors.values())
+
+
+def check_all_rows(op, names, tensors, paired=0):
+    """As `check_all_embeddings`, but a rank may have no rows."""
+    stand_ins = []
+    for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and not tensor.shape[0]:
             tensor = tensor.new_empty(1, tensor.shape[1])
-        stand_ins[name] = tensor
-    check_embeddings(op, **stand_ins)
+        stand_ins.append(tensor)
+    check_all_embeddings(op, names, stand_ins)
+    if paired:
+        check_same_rows(op, **dict(list(zip(names, tensors, strict=True))[:paired]))
 
 
 def check_device_of_group(op, name, tensor, group):

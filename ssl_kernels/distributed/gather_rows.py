@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssl_kernels.checks import check_dtype, short
+from ssl_kernels.checks import check_dtype, shape_error, short
 from ssl_kernels.distributed import checks, groups
 from ssl_kernels.distributed.once import once
 from ssl_kernels.distributed.transport import Sum
@@ -95,7 +95,7 @@ def _check_rows(op, name, rows):
 def _check_keys(op, name, keys):
     check_dtype(op, name, keys)
     if keys.dim() != 2:
-        raise ValueError(f"{op}: {name} must have shape (B, D), got {tuple(keys.shape)}")
+        raise shape_error(op, name, "(B, D)", keys)
 
 
 def _gather(op, name, rows, group, check, check_own, queue=None):

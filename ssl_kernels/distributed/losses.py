@@ -2,9 +2,9 @@
 
 import torch
 
-from ssl_kernels.checks import check_fraction, check_same_rows, check_scalar
+from ssl_kernels.checks import check_fraction, check_scalar
 from ssl_kernels.distributed import groups, pairs
-from ssl_kernels.distributed.checks import check_rows
+from ssl_kernels.distributed.checks import check_all_rows, check_rows
 from ssl_kernels.distributed.over_ranks import over_ranks
 from ssl_kernels.distributed.positive_logits import positive_logits
 from ssl_kernels.losses import info_nce as _info_nce
@@ -12,6 +12,7 @@ from ssl_kernels.losses._labels import as_ids, checked_duplicates
 from ssl_kernels.losses._rows import paired_logits, row_dots
 from ssl_kernels.losses._shared import (
     as_scalar,
+    checked_rows,
     infinite_as_nan,
     inverse,
     logarithm,
@@ -26,9 +27,7 @@ from ssl_kernels.losses._shared import (
 def _two_views(call, z0, z1, temperature, reduction, row_weights, backend, **options):
     """Checked rows of both views one above the other, and the scale."""
     with call.checking():
-        z0, z1 = widest_under_autocast(z0, z1)
-        check_rows(call.op, z0=z0, z1=z1)
-        check_same_rows(call.op, z0=z0, z1=z1)
+        z0, z1 = checked_rows(call.op, 2, check_all_rows, z0=z0, z1=z1)
         check_scalar(call.op, "temperature", temperature, z0, positive=True)
         call.check_common(reduction, row_weights, 2 * z0.shape[0], z0)
     tensors = {"z0": z0, "z1": z1, "temperature": temperature, "row_weights": row_weights}
@@ -36,10 +35,12 @@ def _two_views(call, z0, z1, temperature, reduction, row_weights, backend, **opt
     return stacked(z0, z1), inverse(temperature, z0)
 
 
-def _partners(views):
-    """Where the other view of each row lies."""
-    half = views.shape[0] // 2
-    return torch.arange(2 * half, device=views.device).roll(half)
+def _sums_and_positive(call, views, scale, normalize, **ids):
+    """Log Σ exp over all other views, and the logit of each one's other view."""
+    n = views.shape[0]
+    ids["positives"] = torch.arange(n, device=views.device).roll(n // 2)
+    lse, _, positive = pairs.log_sums(views, None, scale, call.setting(normalize), call.rows_of(2), **ids)
+    return lse, positive
 
 
 @over_ranks
@@ -60,16 +61,7 @@ def nt_xent_loss(
         if ids is not None and isinstance(z0, torch.Tensor):
             ids = as_ids(call.op, "ids", ids, z0.shape[:1], z0).repeat(2)
     views, scale = _two_views(call, z0, z1, temperature, reduction, row_weights, backend, **options)
-    lse, _, positive = pairs.log_sums(
-        views,
-        None,
-        scale,
-        call.setting(normalize),
-        call.rows_of(2),
-        positives=_partners(views),
-        row_ids=ids,
-        column_ids=ids,
-    )
+    lse, positive = _sums_and_positive(call, views, scale, normalize, row_ids=ids, column_ids=ids)
     if ids is None:
         loss = lse - positive
     else:  # the partner is left out of the sum too
@@ -82,16 +74,7 @@ def _negatives_and_positive(call, views, scale, normalize):
     if call.total < 2:
         raise ValueError(f"{call.op}: the ranks must together have at least 2 rows of z0, got {call.total}")
     sample = torch.arange(views.shape[0] // 2, device=views.device).repeat(2)
-    lse, _, positive = pairs.log_sums(
-        views,
-        None,
-        scale,
-        call.setting(normalize),
-        call.rows_of(2),
-        positives=_partners(views),
-        row_ids=sample,
-    )
-    return lse, positive
+    return _sums_and_positive(call, views, scale, normalize, row_ids=sample)
 
 
 @over_ranks
@@ -154,12 +137,9 @@ def info_nce_loss(
 ):
     op = call.op
     with call.checking():
-        if negative_keys is None:
-            query, positive_key = widest_under_autocast(query, positive_key)
-        else:
+        if negative_keys is not None:
             query, positive_key, negative_keys = widest_under_autocast(query, positive_key, negative_keys)
-        check_rows(op, query=query, positive_key=positive_key)
-        check_same_rows(op, query=query, positive_key=positive_key)
+        query, positive_key = checked_rows(op, 2, check_all_rows, query=query, positive_key=positive_key)
         check_scalar(op, "temperature", temperature, query, positive=True)
         call.check_common(reduction, row_weights, query.shape[0], query)
         if negative_keys is not None:
@@ -226,6 +206,13 @@ def info_nce_loss(
     return call.reduce(loss, reduction, row_weights=row_weights)
 
 
+def _checked_features(op, image_features, text_features, ids, image_index):
+    """((images, texts), ids, image_index) of a call of `clip_loss` or `siglip_loss`."""
+    features = {"image_features": image_features, "text_features": text_features}
+    images, texts = checked_rows(op, 2 if image_index is None else 1, check_all_rows, **features)
+    return (images, texts), *checked_duplicates(op, ids, image_index, images, texts)
+
+
 @over_ranks
 def clip_loss(
     call,
@@ -243,15 +230,12 @@ def clip_loss(
 ):
     op = call.op
     with call.checking():
-        image_features, text_features = widest_under_autocast(image_features, text_features)
-        check_rows(op, image_features=image_features, text_features=text_features)
-        if image_index is None:
-            check_same_rows(op, image_features=image_features, text_features=text_features)
+        features, ids, image_index = _checked_features(op, image_features, text_features, ids, image_index)
+        image_features, text_features = features
         check_scalar(op, "logit_scale", logit_scale, image_features, positive=False)
         check_fraction(op, "label_smoothing", label_smoothing)
         n = text_features.shape[0]
         call.check_common(reduction, row_weights, n, image_features)
-        ids, image_index = checked_duplicates(op, ids, image_index, image_features, text_features)
         if ids is not None and label_smoothing:
             raise ValueError(f"{op}: label_smoothing must be 0 with ids, got {label_smoothing}")
     counts = call.meet(
@@ -312,13 +296,10 @@ def siglip_loss(
 ):
     op = call.op
     with call.checking():
-        image_features, text_features = widest_under_autocast(image_features, text_features)
-        check_rows(op, image_features=image_features, text_features=text_features)
-        if image_index is None:
-            check_same_rows(op, image_features=image_features, text_features=text_features)
+        features, ids, image_index = _checked_features(op, image_features, text_features, ids, image_index)
+        image_features, text_features = features
         check_scalar(op, "logit_scale", logit_scale, image_features, positive=False)
         check_scalar(op, "logit_bias", logit_bias, image_features, positive=False)
-        ids, image_index = checked_duplicates(op, ids, image_index, image_features, text_features)
         call.check_common(reduction, None, 0, image_features)
     counts = call.meet(
         text_features,
@@ -349,9 +330,7 @@ def siglip_loss(
 def byol_loss(call, prediction, target, *, normalize=True, reduction="mean", row_weights=None, backend=None):
     op = call.op
     with call.checking():
-        prediction, target = widest_under_autocast(prediction, target)
-        check_rows(op, prediction=prediction, target=target)
-        check_same_rows(op, prediction=prediction, target=target)
+        prediction, target = checked_rows(op, 2, check_all_rows, prediction=prediction, target=target)
         call.check_common(reduction, row_weights, prediction.shape[0], prediction)
     call.meet(
         prediction,

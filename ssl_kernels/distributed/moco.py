@@ -2,19 +2,19 @@
 
 import torch
 
-from ssl_kernels.checks import check_same_rows, check_scalar
+from ssl_kernels.checks import check_scalar
 from ssl_kernels.distributed import pairs
-from ssl_kernels.distributed.checks import check_rows
+from ssl_kernels.distributed.checks import check_all_rows
 from ssl_kernels.distributed.over_ranks import over_ranks
 from ssl_kernels.distributed.positive_logits import positive_logits
 from ssl_kernels.losses import moco as _moco
 from ssl_kernels.losses._shared import (
+    checked_rows,
     infinite_as_nan,
     inverse,
     minus_log_sigmoid,
     stacked,
     unit_rows,
-    widest_under_autocast,
 )
 from ssl_kernels.ops.contrastive import contrastive
 
@@ -37,9 +37,7 @@ def moco_loss(
     op = call.op
     sharded = hasattr(queue, "shard")
     with call.checking():
-        query, key = widest_under_autocast(query, key)
-        check_rows(op, query=query, key=key)
-        check_same_rows(op, query=query, key=key)
+        query, key = checked_rows(op, 2, check_all_rows, query=query, key=key)
         check_scalar(op, "temperature", temperature, query, positive=True)
         call.check_common(reduction, None, query.shape[0], query)
         if symmetric and query.shape[0] % 2:

@@ -2,10 +2,11 @@
 
 import torch
 
-from ssl_kernels.constants import holds_expectation
+from ssl_kernels.constants import NORM_EPS, holds_expectation
 from ssl_kernels.losses._shared import unit_rows
 from ssl_kernels.ops import contrastive as _contrastive
 from ssl_kernels.ops import sigmoid_pairs as _sigmoid_pairs
+from ssl_kernels.ops.library import accumulation_dtype
 
 
 def contrastive_fwd(backend, rows, columns, scale, marks, normalize, *, both=False, keep=None, own=False):
@@ -75,7 +76,7 @@ def sigmoid_pairs_bwd(backend, grad_losses, rows, columns, scale, bias, diagonal
 
 def reciprocal_norms(rows, normalize):
     """1 / max(‖row‖, eps) as `contrastive_bwd` takes it: (0,) where nothing is normalised."""
-    acc = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    acc = accumulation_dtype(rows)
     if not normalize:
         return rows.new_empty(0, dtype=acc)
-    return torch.linalg.vector_norm(rows, dim=1, dtype=acc).clamp_min(1e-12).reciprocal()
+    return torch.linalg.vector_norm(rows, dim=1, dtype=acc).clamp_min(NORM_EPS).reciprocal()

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from ssl_kernels.checks import short
+from ssl_kernels.checks import shape_error, short
 from ssl_kernels.distributed import checks, groups
 from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.nn.counters import after_apply
@@ -119,7 +119,7 @@ class ShardedMoCoQueue(MoCoQueue):
         }
         everyones = checks.compare(OP, group, ranks, facts)
         if keys.shape[1] != dim:  # on every rank
-            raise ValueError(f"{OP}: keys must have shape (B, {dim}), got {tuple(keys.shape)}")
+            raise shape_error(OP, "keys", f"(B, {dim})", keys)
         counts = [theirs["_count"] for theirs in everyones]
         total = sum(counts)
         places = torch.arange(total)

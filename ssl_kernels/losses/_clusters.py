@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ssl_kernels.checks import check_embeddings, check_same_rows
+from ssl_kernels.checks import check_embeddings, check_same_rows, shape_error
 from ssl_kernels.chunked.rows import LOGITS_PER_BLOCK
 from ssl_kernels.losses._shared import (
     may_be_one_node,
@@ -34,9 +34,8 @@ def views_of(op, name, value):
     """A list of the views in a tensor (V, N, D) or a sequence of V tensors (N, D), each checked."""
     if isinstance(value, torch.Tensor):
         if value.dim() != 3 or 0 in value.shape:
-            raise ValueError(
-                f"{op}: {name} must have shape (V, N, D) with V, N, D >= 1 or be a sequence of tensors (N, D),"
-                f" got {tuple(value.shape)}"
+            raise shape_error(
+                op, name, "(V, N, D) with V, N, D >= 1 or be a sequence of tensors (N, D)", value
             )
         views = list(value.unbind(0))
     elif isinstance(value, (list, tuple)):

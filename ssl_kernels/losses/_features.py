@@ -12,14 +12,8 @@ may.
 import torch
 
 from ssl_kernels.backends import choose_backend
-from ssl_kernels.checks import (
-    check_embeddings,
-    check_least_rows,
-    check_reduction,
-    check_same_rows,
-    check_scalar,
-)
-from ssl_kernels.losses._shared import as_scalar, widest_under_autocast
+from ssl_kernels.checks import check_least_rows, check_reduction, check_scalar
+from ssl_kernels.losses._shared import as_scalar, checked_rows
 from ssl_kernels.ops.library import accumulation_dtype, all_savable, refuse_torch_func
 from ssl_kernels.ops.operation import once
 
@@ -32,9 +26,7 @@ def checked_views(op, z0, z1, weights, eps, reduction, group, backend):
     Returns:
         z0, z1, the weights as tensors, eps, the backend, the group's name and the number of its ranks.
     """
-    z0, z1 = widest_under_autocast(z0, z1)
-    check_embeddings(op, z0=z0, z1=z1)
-    check_same_rows(op, z0=z0, z1=z1)
+    z0, z1 = checked_rows(op, 2, z0=z0, z1=z1)
     for name, weight in weights.items():
         check_scalar(op, name, weight, z0)
     check_scalar(op, "eps", eps, z0, positive=True)
@@ -152,9 +144,8 @@ class _Correlation(torch.autograd.Function):
 
                 return _joined(of_block, x, needs)
 
-        made = once(ctx.op, ctx.chosen, make, grad_on, grad_off, x, y)
-        grads = [grad if need else None for grad, need in zip(made, needs, strict=True)]
-        return None, None, None, None, *grads, None
+        made = once(ctx.op, ctx.chosen, needs, make, grad_on, grad_off, x, y)
+        return None, None, None, None, *made, None
 
 
 class _CorrelationSums(torch.autograd.Function):
@@ -204,8 +195,7 @@ class _CorrelationSums(torch.autograd.Function):
                     grads.append(made.mul_(shrink).to(x.dtype))
             return tuple(grads)
 
-        made = once(ctx.op, ctx.chosen, make, grad_on, grad_off, x, y)
-        return None, None, *(grad if need else None for grad, need in zip(made, needs, strict=True)), None
+        return None, None, *once(ctx.op, ctx.chosen, needs, make, grad_on, grad_off, x, y), None
 
 
 class _Covariance(torch.autograd.Function):
@@ -231,9 +221,9 @@ class _Covariance(torch.autograd.Function):
                 by_covariance = 2 * (grad_off[:, None] + grad_off) * covariance
                 by_covariance.diagonal().copy_(2 * grad_variance)
                 centred = x.to(mean.dtype) - mean
-                return (centred @ by_covariance).mul_(ctx.world / (count - 1)).to(x.dtype)
+                return ((centred @ by_covariance).mul_(ctx.world / (count - 1)).to(x.dtype),)
 
-        return None, None, None, None, once(ctx.op, ctx.chosen, make, grad_variance, grad_off, x)
+        return None, None, None, None, *once(ctx.op, ctx.chosen, (True,), make, grad_variance, grad_off, x)
 
 
 class _CovarianceSums(torch.autograd.Function):
@@ -273,9 +263,9 @@ class _CovarianceSums(torch.autograd.Function):
                     own, made = own - factor * variance, product @ centred
                 else:
                     made = centred @ product
-                return made.addcmul_(centred, own).to(x.dtype)
+                return (made.addcmul_(centred, own).to(x.dtype),)
 
-        return None, None, once(ctx.op, ctx.chosen, make, grad_variance, grad_off, x)
+        return None, None, *once(ctx.op, ctx.chosen, (True,), make, grad_variance, grad_off, x)
 
 
 class _MeanSquares(torch.autograd.Function):
@@ -298,14 +288,7 @@ class _MeanSquares(torch.autograd.Function):
             by_x = (x.to(grad.dtype) - y.to(grad.dtype)).mul_(2 * ctx.world / count * grad).to(x.dtype)
             return by_x, -by_x
 
-        made = once(ctx.op, ctx.chosen, make, grad, x, y)
-        return (
-            None,
-            None,
-            None,
-            None,
-            *(each if need else None for each, need in zip(made, needs, strict=True)),
-        )
+        return None, None, None, None, *once(ctx.op, ctx.chosen, needs, make, grad, x, y)
 
 
 def few_rows(x):

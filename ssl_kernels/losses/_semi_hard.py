@@ -11,6 +11,7 @@ from ssl_kernels.checks import values_are_readable
 from ssl_kernels.chunked.rows import input_gradient, unit_rows
 from ssl_kernels.losses._shared import as_scalar
 from ssl_kernels.ops.library import refuse_torch_func, savable
+from ssl_kernels.ops.operation import once
 
 PAIRS_PER_BLOCK = 1 << 20  # 8 MB in float64
 
@@ -38,46 +39,37 @@ def semi_hard_losses(embeddings, labels, margin, distance, normalize, chosen, *,
         refuse_torch_func("triplet_loss", chosen)
         soft = isinstance(margin, str)
         by = as_scalar(0.0 if soft else margin, embeddings)
-        return _SemiHard.apply(embeddings, labels, by, soft, distance, normalize, summed)
+        return _SemiHard.apply(embeddings, labels, by, soft, distance, normalize, summed, chosen)
 
 
 class _SemiHard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, embeddings, labels, margin, soft, distance, normalize, summed):
+    def forward(ctx, embeddings, labels, margin, soft, distance, normalize, summed, chosen):
         args = embeddings, labels, margin, soft, distance, normalize
         with_gradients = summed and (ctx.needs_input_grad[0] or ctx.needs_input_grad[2])
         one = embeddings.new_ones((), dtype=torch.float64).expand(len(embeddings)) if with_gradients else None
         losses, count, *gradients = _stream(one, *args)
         ctx.save_for_backward(*map(savable, (embeddings, labels, margin)), *gradients)
-        ctx.options = soft, distance, normalize
+        ctx.options, ctx.chosen = (soft, distance, normalize), chosen
         ctx.mark_non_differentiable(count)
         return losses.sum() if summed else losses, count
 
     @staticmethod
     def backward(ctx, grad, _):
         embeddings, labels, margin, *of_sum = ctx.saved_tensors
-        args = embeddings, labels, margin, *ctx.options
-        grad_rows = grad.expand(len(embeddings))
-        if torch.is_grad_enabled():
-            by_x, by_margin = _Raises.apply(grad_rows, *args)
-        elif of_sum:
-            by_x, by_margin = (each * grad for each in of_sum)
-        else:
-            _, _, by_x, by_margin = _stream(grad_rows, *args)
-        by_margin = None if ctx.options[0] else by_margin.to(margin.dtype).reshape(margin.shape)
-        return by_x.to(embeddings.dtype), None, by_margin, *[None] * 4
 
+        def make():
+            if of_sum:
+                by_x, by_margin = (each * grad for each in of_sum)
+            else:
+                _, _, by_x, by_margin = _stream(
+                    grad.expand(len(embeddings)), embeddings, labels, margin, *ctx.options
+                )
+            return by_x.to(embeddings.dtype), by_margin.to(margin.dtype).reshape(margin.shape)
 
-class _Raises(torch.autograd.Function):
-    """Gradients in a graph of their own, so that differentiating them again is an error."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        return tuple(_stream(*args)[2:])
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError('triplet_loss: "semi_hard" has no second derivative; backend="reference" has one')
+        needs = True, not ctx.options[0]
+        by_x, by_margin = once("triplet_loss", ctx.chosen, needs, make, grad, embeddings, margin)
+        return by_x, None, by_margin, *[None] * 5
 
 
 def _stream(grad, embeddings, labels, margin, soft, distance, normalize):

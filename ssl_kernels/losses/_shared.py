@@ -7,6 +7,7 @@ import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 
 from ssl_kernels.backends import MULTIPLIES_BFLOAT16, choose_backend
+from ssl_kernels.checks import check_all_embeddings
 from ssl_kernels.ops.library import accumulation_dtype, savable
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -36,6 +37,20 @@ def widest_under_autocast(*tensors):
     for tensor in tensors[1:]:
         widest = torch.promote_types(widest, tensor.dtype)
     return tuple(tensor.to(widest) for tensor in tensors)
+
+
+def checked_rows(op, paired, check=check_all_embeddings, optional=None, **rows):
+    """Embeddings by name: checked, in the widest dtype under autocast.
+
+    paired: How many of them, the first ones, must have as many rows as each other.
+    optional: The name of the last, if that may be None.
+    """
+    if optional is not None and rows[optional] is None:
+        del rows[optional]
+        return *checked_rows(op, paired, check, **rows), None
+    made = widest_under_autocast(*rows.values())
+    check(op, rows, made, paired)
+    return made
 
 
 def stacked(*rows):

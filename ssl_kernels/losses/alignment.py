@@ -2,10 +2,10 @@
 
 import torch
 
-from ssl_kernels.checks import check_embeddings, check_reduction, check_same_rows, check_scalar
+from ssl_kernels.checks import check_reduction, check_scalar
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._rows import row_pairs_loss
-from ssl_kernels.losses._shared import widest_under_autocast
+from ssl_kernels.losses._shared import checked_rows
 
 OP = "alignment_loss"
 
@@ -42,9 +42,7 @@ def alignment_loss(
 
     Source: Wang & Isola, arXiv:2005.10242, eq. 2 and figure 5.
     """
-    x, y = widest_under_autocast(x, y)
-    check_embeddings(OP, x=x, y=y)
-    check_same_rows(OP, x=x, y=y)
+    x, y = checked_rows(OP, 2, x=x, y=y)
     check_scalar(OP, "alpha", alpha, x, positive=True)
     check_reduction(OP, reduction)
     options = {"normalize": normalize, "measure": "distance", "reduction": reduction, "backend": backend}

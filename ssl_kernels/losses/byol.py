@@ -2,10 +2,10 @@
 
 import torch
 
-from ssl_kernels.checks import check_embeddings, check_reduction, check_row_weights, check_same_rows
+from ssl_kernels.checks import check_reduction
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._rows import row_pairs_loss
-from ssl_kernels.losses._shared import widest_under_autocast
+from ssl_kernels.losses._shared import checked_rows
 
 OP = "byol_loss"
 
@@ -43,11 +43,8 @@ def byol_loss(
 
     Source: Grill et al., BYOL, arXiv:2006.07733, eq. 2.
     """
-    prediction, target = widest_under_autocast(prediction, target)
-    check_embeddings(OP, prediction=prediction, target=target)
-    check_same_rows(OP, prediction=prediction, target=target)
-    check_reduction(OP, reduction)
-    check_row_weights(OP, "row_weights", row_weights, prediction.shape[0], prediction)
+    prediction, target = checked_rows(OP, 2, prediction=prediction, target=target)
+    check_reduction(OP, reduction, row_weights, prediction.shape[0], prediction)
     return row_pairs_loss(
         prediction,
         target.detach(),

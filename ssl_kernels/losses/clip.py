@@ -2,25 +2,18 @@
 
 import torch
 
-from ssl_kernels.checks import (
-    check_embeddings,
-    check_fraction,
-    check_reduction,
-    check_row_weights,
-    check_same_rows,
-    check_scalar,
-)
+from ssl_kernels.checks import check_fraction, check_reduction, check_scalar
 from ssl_kernels.losses._labels import checked_duplicates
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._rows import row_dots
 from ssl_kernels.losses._shared import (
     as_operand,
     as_scalar,
+    checked_rows,
     not_below_zero,
     reduce,
     rows_for_several,
     unit_rows,
-    widest_under_autocast,
 )
 from ssl_kernels.losses._softmax import pairs_loss
 from ssl_kernels.ops.contrastive import contrastive
@@ -81,15 +74,14 @@ def clip_loss(
 
     Source: Radford et al., CLIP, arXiv:2103.00020, figure 3.
     """
-    image_features, text_features = widest_under_autocast(image_features, text_features)
-    check_embeddings(OP, image_features=image_features, text_features=text_features)
-    if image_index is None:
-        check_same_rows(OP, image_features=image_features, text_features=text_features)
+    paired = 2 if image_index is None else 1
+    image_features, text_features = checked_rows(
+        OP, paired, image_features=image_features, text_features=text_features
+    )
     check_scalar(OP, "logit_scale", logit_scale, image_features, positive=False)
     check_fraction(OP, "label_smoothing", label_smoothing)
-    check_reduction(OP, reduction)
     n = text_features.shape[0]
-    check_row_weights(OP, "row_weights", row_weights, n, image_features)
+    check_reduction(OP, reduction, row_weights, n, image_features)
     ids, image_index = checked_duplicates(OP, ids, image_index, image_features, text_features)
     if ids is not None and label_smoothing:
         raise ValueError(f"{OP}: label_smoothing must be 0 with ids, got {label_smoothing}")

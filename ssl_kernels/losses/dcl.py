@@ -2,16 +2,9 @@
 
 import torch
 
-from ssl_kernels.checks import (
-    check_embeddings,
-    check_least_rows,
-    check_reduction,
-    check_row_weights,
-    check_same_rows,
-    check_scalar,
-)
+from ssl_kernels.checks import check_least_rows, check_reduction, check_scalar
 from ssl_kernels.losses._module import Loss
-from ssl_kernels.losses._shared import inverse_operand, widest_under_autocast
+from ssl_kernels.losses._shared import checked_rows, inverse_operand
 from ssl_kernels.losses._softmax import views_loss
 
 OP = "dcl_loss"
@@ -54,13 +47,10 @@ def dcl_loss(
 
     Source: Yeh et al., arXiv:2110.06848.
     """
-    z0, z1 = widest_under_autocast(z0, z1)
-    check_embeddings(OP, z0=z0, z1=z1)
-    check_same_rows(OP, z0=z0, z1=z1)
+    z0, z1 = checked_rows(OP, 2, z0=z0, z1=z1)
     check_least_rows(OP, "z0", z0, 2, "so that a negative is left")
     check_scalar(OP, "temperature", temperature, z0, positive=True)
-    check_reduction(OP, reduction)
-    check_row_weights(OP, "row_weights", row_weights, 2 * z0.shape[0], z0)
+    check_reduction(OP, reduction, row_weights, 2 * z0.shape[0], z0)
     return views_loss(
         z0,
         z1,

@@ -2,17 +2,10 @@
 
 import torch
 
-from ssl_kernels.checks import (
-    check_embeddings,
-    check_fraction,
-    check_least_rows,
-    check_reduction,
-    check_row_weights,
-    check_same_rows,
-    check_scalar,
-)
+from ssl_kernels.checks import check_fraction, check_least_rows, check_reduction, check_scalar
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import (
+    checked_rows,
     infinite_as_nan,
     inverse,
     inverse_operand,
@@ -22,7 +15,6 @@ from ssl_kernels.losses._shared import (
     reduce,
     stacked,
     takes_row_losses,
-    widest_under_autocast,
 )
 from ssl_kernels.losses._softmax import is_one_node, one_node, samples, sums_of_views
 
@@ -70,14 +62,11 @@ def debiased_nt_xent_loss(
 
     Source: Chuang et al., arXiv:2007.00224, with one positive per row.
     """
-    z0, z1 = widest_under_autocast(z0, z1)
-    check_embeddings(OP, z0=z0, z1=z1)
-    check_same_rows(OP, z0=z0, z1=z1)
+    z0, z1 = checked_rows(OP, 2, z0=z0, z1=z1)
     check_least_rows(OP, "z0", z0, 2, "so that a negative is left")
     check_scalar(OP, "temperature", temperature, z0, positive=True)
     check_fraction(OP, "positive_prior", positive_prior, below_one=True)
-    check_reduction(OP, reduction)
-    check_row_weights(OP, "row_weights", row_weights, 2 * z0.shape[0], z0)
+    check_reduction(OP, reduction, row_weights, 2 * z0.shape[0], z0)
     if is_one_node(backend, OP, reduction, row_weights, z0, z1, temperature, views=2):
         rule = {"positive_prior": float(positive_prior), "are_views": True, "leaves_partner_out": True}
         scale = inverse_operand(temperature, z0)

@@ -12,11 +12,11 @@ from ssl_kernels.checks import (
     check_embeddings,
     check_floating,
     check_reduction,
-    check_row_weights,
     check_same_rows,
     check_scalar,
     check_shape,
     check_tensor,
+    shape_error,
     short,
     values_are_readable,
 )
@@ -120,8 +120,7 @@ def dino_loss(
     check_scalar(OP, "teacher_temperature", teacher_temperature, like, positive=True)
     center = _checked_center(center, centering, clusters, like)
     check_iterations(OP, iterations)
-    check_reduction(OP, reduction)
-    check_row_weights(OP, "row_weights", row_weights, n, like)
+    check_reduction(OP, reduction, row_weights, n, like)
     name = group_name(OP, group)
     pairs = [(a, v) for a in range(len(teachers)) for v in range(len(students)) if v != a or mask is not None]
     if not pairs:
@@ -224,7 +223,7 @@ def _checked_mask(mask):
     if mask.dtype != torch.bool:
         raise TypeError(f"{OP}: mask must be bool, got {short(mask.dtype)}")
     if mask.dim() != 3 or 0 in mask.shape:
-        raise ValueError(f"{OP}: mask must have shape (V, N, L) with V, N, L >= 1, got {tuple(mask.shape)}")
+        raise shape_error(OP, "mask", "(V, N, L) with V, N, L >= 1", mask)
     return tuple(mask.shape)
 
 
@@ -238,9 +237,7 @@ def _flat_tokens(name, tokens, shape, mask):
         )
     if tokens.dim() != 4 or tuple(tokens.shape[:3]) != shape or not tokens.shape[3]:
         expected = ", ".join(map(str, shape))
-        raise ValueError(
-            f"{OP}: {name} must have shape ({expected}, D) as mask has, got {tuple(tokens.shape)}"
-        )
+        raise shape_error(OP, name, f"({expected}, D) as mask has", tokens)
     check_device(OP, name, tokens, mask, "mask")
     return tokens.flatten(1, 2)
 

@@ -3,14 +3,7 @@
 import torch
 
 from ssl_kernels.backends import choose_backend
-from ssl_kernels.checks import (
-    check_device,
-    check_embeddings,
-    check_reduction,
-    check_row_weights,
-    check_same_rows,
-    check_scalar,
-)
+from ssl_kernels.checks import check_device, check_embeddings, check_reduction, check_same_rows, check_scalar
 from ssl_kernels.losses._clusters import (
     Prototypes,
     Teacher,
@@ -23,12 +16,12 @@ from ssl_kernels.losses._clusters import (
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._rows import row_dots
 from ssl_kernels.losses._shared import (
+    checked_rows,
     inverse,
     not_below_zero,
     reduce,
     rows_for_several,
     unit_rows,
-    widest_under_autocast,
 )
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import refuse_torch_func
@@ -82,8 +75,7 @@ def distillation_loss(
 
     Source: Fang et al., SEED, arXiv:2101.04731, eq. 4 (keys a queue); Hinton et al., arXiv:1503.02531.
     """
-    query, keys = widest_under_autocast(query, keys)
-    check_embeddings(OP, query=query, keys=keys)
+    query, keys = checked_rows(OP, 1, query=query, keys=keys)
     check_embeddings(OP, teacher_query=teacher_query)
     check_embeddings(OP, teacher_keys=teacher_keys)
     check_same_rows(OP, query=query, teacher_query=teacher_query)
@@ -98,8 +90,7 @@ def distillation_loss(
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
     check_scalar(OP, "temperature", temperature, query, positive=True)
     check_scalar(OP, "teacher_temperature", teacher_temperature, query, positive=True)
-    check_reduction(OP, reduction)
-    check_row_weights(OP, "row_weights", row_weights, query.shape[0], query)
+    check_reduction(OP, reduction, row_weights, query.shape[0], query)
     chosen = choose_backend("contrastive", backend, OP, query, keys)
     if chosen != "reference":
         refuse_torch_func(OP, chosen)

@@ -3,28 +3,25 @@
 import torch
 
 from ssl_kernels.checks import (
-    check_embeddings,
     check_floating,
     check_fraction,
     check_ids,
     check_lam,
     check_permutation,
     check_reduction,
-    check_row_weights,
-    check_same_rows,
     check_scalar,
     check_shape,
     values_are_readable,
 )
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import (
+    checked_rows,
     inverse,
     inverse_operand,
     native_row_losses,
     reduce,
     rows_for_several,
     takes_row_losses,
-    widest_under_autocast,
 )
 from ssl_kernels.losses._softmax import is_one_node, one_node
 from ssl_kernels.ops.contrastive import contrastive
@@ -81,16 +78,10 @@ def imix_loss(
 
     Source: Lee et al., i-Mix, arXiv:2010.08887; Kim et al., MixCo, arXiv:2010.06300.
     """
-    if negative_keys is None:
-        query, key = widest_under_autocast(query, key)
-        check_embeddings(OP, query=query, key=key)
-    else:
-        query, key, negative_keys = widest_under_autocast(query, key, negative_keys)
-        check_embeddings(OP, query=query, key=key, negative_keys=negative_keys)
-    check_same_rows(OP, query=query, key=key)
+    rows = {"query": query, "key": key, "negative_keys": negative_keys}
+    query, key, negative_keys = checked_rows(OP, 2, optional="negative_keys", **rows)
     check_scalar(OP, "temperature", temperature, query, positive=True)
-    check_reduction(OP, reduction)
-    check_row_weights(OP, "row_weights", row_weights, query.shape[0], query)
+    check_reduction(OP, reduction, row_weights, query.shape[0], query)
     _check_mixing(query, permutation, lam)
     if isinstance(lam, torch.Tensor):
         lam = savable(lam.reshape(()) if lam.numel() == 1 else lam).double()

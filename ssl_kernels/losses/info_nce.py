@@ -7,16 +7,16 @@ from ssl_kernels.checks import (
     check_choice,
     check_embeddings,
     check_reduction,
-    check_row_weights,
-    check_same_rows,
     check_scalar,
     check_tensor,
+    shape_error,
 )
 from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._rows import paired_logits
 from ssl_kernels.losses._shared import (
     as_scalar,
+    checked_rows,
     infinite_as_nan,
     inverse_operand,
     loss_beside,
@@ -85,16 +85,12 @@ def info_nce_loss(
 
     Source: van den Oord et al., arXiv:1807.03748; docs/losses.md derives the algebra.
     """
-    if negative_keys is None:
-        query, positive_key = widest_under_autocast(query, positive_key)
-    else:
+    if negative_keys is not None:
         query, positive_key, negative_keys = widest_under_autocast(query, positive_key, negative_keys)
-    check_embeddings(OP, query=query, positive_key=positive_key)
-    check_same_rows(OP, query=query, positive_key=positive_key)
+    query, positive_key = checked_rows(OP, 2, query=query, positive_key=positive_key)
     _check_negatives(query, negative_keys, negative_mode, symmetric)
     check_scalar(OP, "temperature", temperature, query, positive=True)
-    check_reduction(OP, reduction)
-    check_row_weights(OP, "row_weights", row_weights, query.shape[0], query)
+    check_reduction(OP, reduction, row_weights, query.shape[0], query)
     check_name(OP, backend)
     query_ids, key_ids = _checked_ids(query, query_ids, key_ids, negative_keys)
 
@@ -156,9 +152,8 @@ def _check_negatives(query, negative_keys, negative_mode, symmetric):
         return
     check_tensor(OP, "negative_keys", negative_keys)
     if negative_keys.dim() != 3 or negative_keys.shape[0] != query.shape[0] or 0 in negative_keys.shape:
-        raise ValueError(
-            f"{OP}: negative_keys must have shape ({query.shape[0]}, M, {query.shape[1]}) with M >= 1,"
-            f" got {tuple(negative_keys.shape)}"
+        raise shape_error(
+            OP, "negative_keys", f"({query.shape[0]}, M, {query.shape[1]}) with M >= 1", negative_keys
         )
     check_embeddings(OP, query=query, negative_keys=negative_keys[0])
 

@@ -9,6 +9,7 @@ from ssl_kernels.checks import (
     check_reduction,
     check_scalar,
     check_tensor,
+    shape_error,
     short,
 )
 from ssl_kernels.losses._module import Loss
@@ -106,13 +107,9 @@ def _check(prediction, target, mask, normalize_target):
     for name, tensor in (("prediction", prediction), ("target", target)):
         check_dtype(OP, name, tensor)
     if prediction.dim() < 2 or 0 in prediction.shape:
-        raise ValueError(
-            f"{OP}: prediction must have shape (..., C) with no dimension of 0, got {tuple(prediction.shape)}"
-        )
+        raise shape_error(OP, "prediction", "(..., C) with no dimension of 0", prediction)
     if target.shape != prediction.shape:
-        raise ValueError(
-            f"{OP}: target must have shape {tuple(prediction.shape)} as prediction has, got {tuple(target.shape)}"
-        )
+        raise shape_error(OP, "target", f"{tuple(prediction.shape)} as prediction has", target)
     if normalize_target and prediction.shape[-1] < 2:
         raise ValueError(f"{OP}: prediction must have patches of C >= 2 with normalize_target, got 1")
     check_device(OP, "target", target, prediction, "prediction")
@@ -122,10 +119,7 @@ def _check(prediction, target, mask, normalize_target):
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"{OP}: mask must be bool or floating, got {short(mask.dtype)}")
     if mask.shape != prediction.shape[:-1]:
-        raise ValueError(
-            f"{OP}: mask must have shape {tuple(prediction.shape[:-1])} as prediction has patches,"
-            f" got {tuple(mask.shape)}"
-        )
+        raise shape_error(OP, "mask", f"{tuple(prediction.shape[:-1])} as prediction has patches", mask)
     check_device(OP, "mask", mask, prediction)
 
 

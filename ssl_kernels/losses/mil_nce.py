@@ -2,13 +2,7 @@
 
 import torch
 
-from ssl_kernels.checks import (
-    check_embeddings,
-    check_reduction,
-    check_row_weights,
-    check_scalar,
-    check_tensor,
-)
+from ssl_kernels.checks import check_embeddings, check_reduction, check_scalar, check_tensor, shape_error
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import (
     infinite_as_nan,
@@ -71,11 +65,10 @@ def mil_nce_loss(
     check_tensor(OP, "keys", keys)
     n, width = query.shape
     if keys.dim() != 3 or keys.shape[0] != n or keys.shape[2] != width or keys.shape[1] == 0:
-        raise ValueError(f"{OP}: keys must have shape ({n}, P, {width}) with P >= 1, got {tuple(keys.shape)}")
+        raise shape_error(OP, "keys", f"({n}, P, {width}) with P >= 1", keys)
     check_embeddings(OP, query=query, keys=keys[0])
     check_scalar(OP, "temperature", temperature, query, positive=True)
-    check_reduction(OP, reduction)
-    check_row_weights(OP, "row_weights", row_weights, n, query)
+    check_reduction(OP, reduction, row_weights, n, query)
     if is_one_node(backend, OP, reduction, row_weights, query, keys, temperature):
         scale = inverse_operand(temperature, query)
         options = {"both_directions": symmetric, "normalize": normalize, "reduction": reduction}

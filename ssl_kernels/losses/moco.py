@@ -4,24 +4,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ssl_kernels.checks import (
-    DTYPES,
-    check_device,
-    check_embeddings,
-    check_reduction,
-    check_same_rows,
-    check_scalar,
-)
+from ssl_kernels.checks import DTYPES, check_device, check_reduction, check_scalar, shape_error
 from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._module import Loss
-from ssl_kernels.losses._shared import (
-    inverse,
-    loss_beside,
-    reduce,
-    rows_for_several,
-    stacked,
-    widest_under_autocast,
-)
+from ssl_kernels.losses._shared import checked_rows, inverse, loss_beside, reduce, rows_for_several, stacked
 from ssl_kernels.losses._softmax import is_one_node, one_node
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
@@ -81,9 +67,7 @@ def moco_loss(
     arXiv:2104.02057, algorithm 1 (whose factor 2 · temperature is left to the caller).
     """
     op = "moco_loss"
-    query, key = widest_under_autocast(query, key)
-    check_embeddings(op, query=query, key=key)
-    check_same_rows(op, query=query, key=key)
+    query, key = checked_rows(op, 2, query=query, key=key)
     check_scalar(op, "temperature", temperature, query, positive=True)
     check_reduction(op, reduction)
     if symmetric and query.shape[0] % 2:
@@ -189,9 +173,7 @@ def _check_queue(query, queue):
             f" got {queue.dtype} beside queries of {query.dtype}"
         )
     if queue.dim() != 2 or queue.shape[0] == 0 or queue.shape[1] != query.shape[1]:
-        raise ValueError(
-            f"{op}: queue must have shape (K, {query.shape[1]}) with K >= 1, got {tuple(queue.shape)}"
-        )
+        raise shape_error(op, "queue", f"(K, {query.shape[1]}) with K >= 1", queue)
     check_device(op, "queue", queue, query, "query")
 
 

@@ -5,27 +5,19 @@ from contextlib import nullcontext
 
 import torch
 
-from ssl_kernels.checks import (
-    check_choice,
-    check_embeddings,
-    check_reduction,
-    check_row_weights,
-    check_same_rows,
-    check_scalar,
-    is_number,
-)
+from ssl_kernels.checks import check_choice, check_reduction, check_same_rows, check_scalar, is_number
 from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import (
     as_operand,
     as_scalar,
+    checked_rows,
     infinite_as_nan,
     native_row_losses,
     reduce,
     rows_for_several,
     stacked,
     takes_row_losses,
-    widest_under_autocast,
 )
 from ssl_kernels.losses._softmax import is_one_node, one_node, pairs_loss
 from ssl_kernels.memory import kept_at_most
@@ -112,15 +104,13 @@ def multiple_negatives_ranking_loss(
     Source: sentence-transformers 6.2, MultipleNegativesRankingLoss; Henderson et al., arXiv:1705.00652; Li et al.,
     GTE, arXiv:2308.03281, eq. 3 (all directions); Moreira et al., NV-Retriever, arXiv:2407.15831, section 3 (margins).
     """
-    anchor, positive, *hard_negatives = widest_under_autocast(anchor, positive, *hard_negatives)
     names = {f"hard_negatives[{k}]": rows for k, rows in enumerate(hard_negatives)}
-    check_embeddings(OP, anchor=anchor, positive=positive, **names)
-    check_same_rows(OP, anchor=anchor, positive=positive)
+    anchor, positive, *hard_negatives = checked_rows(OP, 2, anchor=anchor, positive=positive, **names)
+    names = dict(zip(names, hard_negatives, strict=True))
     check_scalar(OP, "scale", scale, anchor)
     check_scalar(OP, "scale", scale, anchor, positive=True)
-    check_reduction(OP, reduction)
     n = anchor.shape[0]
-    check_row_weights(OP, "row_weights", row_weights, n, anchor)
+    check_reduction(OP, reduction, row_weights, n, anchor)
     directions = _checked_directions(directions, partition_mode)
     hardness = _checked_hardness(hardness_mode, hardness_strength)
     _check_margin(margin, margin_mode)

@@ -2,23 +2,17 @@
 
 import torch
 
-from ssl_kernels.checks import (
-    check_embeddings,
-    check_reduction,
-    check_row_weights,
-    check_same_rows,
-    check_scalar,
-)
+from ssl_kernels.checks import check_reduction, check_scalar
 from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import (
     as_scalar,
+    checked_rows,
     infinite_as_nan,
     inverse_operand,
     minus_log_sigmoid,
     reduce,
     stacked,
-    widest_under_autocast,
 )
 from ssl_kernels.losses._softmax import sums_of_views, views_loss
 
@@ -64,12 +58,9 @@ def nt_xent_loss(
     Source: Chen et al., SimCLR, arXiv:2002.05709, eq. 1.
     """
     op = "nt_xent_loss"
-    z0, z1 = widest_under_autocast(z0, z1)
-    check_embeddings(op, z0=z0, z1=z1)
-    check_same_rows(op, z0=z0, z1=z1)
+    z0, z1 = checked_rows(op, 2, z0=z0, z1=z1)
     check_scalar(op, "temperature", temperature, z0, positive=True)
-    check_reduction(op, reduction)
-    check_row_weights(op, "row_weights", row_weights, 2 * z0.shape[0], z0)
+    check_reduction(op, reduction, row_weights, 2 * z0.shape[0], z0)
     if ids is not None:
         ids = as_ids(op, "ids", ids, (z0.shape[0],), z0)
     scale = inverse_operand(temperature, z0)

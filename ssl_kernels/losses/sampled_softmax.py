@@ -3,11 +3,8 @@
 import torch
 
 from ssl_kernels.checks import (
-    check_embeddings,
     check_floating,
     check_reduction,
-    check_row_weights,
-    check_same_rows,
     check_scalar,
     check_shape,
     check_whole,
@@ -17,6 +14,7 @@ from ssl_kernels.chunked.rows import LOGITS_PER_BLOCK
 from ssl_kernels.losses._labels import as_ids
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._shared import (
+    checked_rows,
     inverse,
     inverse_operand,
     minus_log_sigmoid,
@@ -24,7 +22,6 @@ from ssl_kernels.losses._shared import (
     rows_for_several,
     stacked,
     unit_rows,
-    widest_under_autocast,
 )
 from ssl_kernels.losses._softmax import pairs_loss
 from ssl_kernels.ops.contrastive import contrastive
@@ -91,17 +88,11 @@ def sampled_softmax_loss(
     Source: Bengio & Senécal, Adaptive importance sampling, 2008; Yi et al., Sampling-Bias-Corrected Neural Modeling
     for Large Corpus Item Recommendations, 2019, eq. 3; TensorFlow Recommenders, `tasks.Retrieval`.
     """
-    if candidates is None:
-        query, item = widest_under_autocast(query, item)
-        check_embeddings(OP, query=query, item=item)
-    else:
-        query, item, candidates = widest_under_autocast(query, item, candidates)
-        check_embeddings(OP, query=query, item=item, candidates=candidates)
-    check_same_rows(OP, query=query, item=item)
+    rows = {"query": query, "item": item, "candidates": candidates}
+    query, item, candidates = checked_rows(OP, 2, optional="candidates", **rows)
     check_scalar(OP, "temperature", temperature, query, positive=True)
-    check_reduction(OP, reduction)
     n = query.shape[0]
-    check_row_weights(OP, "row_weights", row_weights, n, query)
+    check_reduction(OP, reduction, row_weights, n, query)
     if not in_batch and candidates is None:
         raise ValueError(f"{OP}: candidates must be given with in_batch=False, got None")
     check_whole(OP, "num_hard_negatives", num_hard_negatives, 1, optional=True)

@@ -2,10 +2,10 @@
 
 import torch
 
-from ssl_kernels.checks import check_embeddings, check_reduction, check_same_rows, check_scalar
+from ssl_kernels.checks import check_reduction, check_scalar
 from ssl_kernels.losses._labels import checked_duplicates
 from ssl_kernels.losses._module import Loss
-from ssl_kernels.losses._shared import as_scalar, reduce, widest_under_autocast
+from ssl_kernels.losses._shared import as_scalar, checked_rows, reduce
 from ssl_kernels.ops.library import accumulation_dtype
 from ssl_kernels.ops.sigmoid_pairs import sigmoid_pairs
 
@@ -60,10 +60,10 @@ def siglip_loss(
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training, arXiv:2303.15343, eq. 1 and algorithm 1.
     """
     op = "siglip_loss"
-    image_features, text_features = widest_under_autocast(image_features, text_features)
-    check_embeddings(op, image_features=image_features, text_features=text_features)
-    if image_index is None:
-        check_same_rows(op, image_features=image_features, text_features=text_features)
+    paired = 2 if image_index is None else 1
+    image_features, text_features = checked_rows(
+        op, paired, image_features=image_features, text_features=text_features
+    )
     check_scalar(op, "logit_scale", logit_scale, image_features, positive=False)
     check_scalar(op, "logit_bias", logit_bias, image_features, positive=False)
     check_reduction(op, reduction)

@@ -3,7 +3,6 @@
 import torch
 
 from ssl_kernels.checks import (
-    check_embeddings,
     check_floating,
     check_fraction,
     check_ids,
@@ -12,6 +11,7 @@ from ssl_kernels.checks import (
     check_shape,
     check_tensor,
     is_whole,
+    shape_error,
     values_are_readable,
 )
 from ssl_kernels.losses._module import Loss
@@ -19,13 +19,13 @@ from ssl_kernels.losses._rows import row_dots
 from ssl_kernels.losses._shared import (
     as_operand,
     as_scalar,
+    checked_rows,
     native_row_losses,
     not_below_zero,
     reduce,
     rows_for_several,
     takes_row_losses,
     unit_rows,
-    widest_under_autocast,
 )
 from ssl_kernels.losses._softmax import is_one_node, one_node
 from ssl_kernels.ops.contrastive import contrastive
@@ -87,8 +87,7 @@ def similarity_cross_entropy(
 
     Source: torch.nn.functional.cross_entropy.
     """
-    query, keys = widest_under_autocast(query, keys)
-    check_embeddings(OP, query=query, keys=keys)
+    query, keys = checked_rows(OP, 1, query=query, keys=keys)
     check_scalar(OP, "scale", scale, query)
     check_fraction(OP, "label_smoothing", label_smoothing)
     check_reduction(OP, reduction)
@@ -175,7 +174,7 @@ def _checked_target(query, columns, target, ignore_index):
     n = query.shape[0]
     several = target.dim() == 2 and target.shape[1] > 0
     if (not several and target.dim() != 1) or target.shape[0] != n:
-        raise ValueError(f"{OP}: target must have shape ({n},) or ({n}, P), got {tuple(target.shape)}")
+        raise shape_error(OP, "target", f"({n},) or ({n}, P)", target)
     check_ids(OP, "target", target, target.shape, query)
     if not is_whole(ignore_index):
         raise TypeError(f"{OP}: ignore_index must be an integer, got {type(ignore_index).__name__}")

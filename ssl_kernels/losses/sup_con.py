@@ -8,7 +8,6 @@ from ssl_kernels import backends
 from ssl_kernels.checks import (
     check_embeddings,
     check_reduction,
-    check_row_weights,
     check_scalar,
     check_shape,
     short,
@@ -117,8 +116,7 @@ def _sup_con_loss(
     check_embeddings(OP, features=features)
     positives = _positives(features, labels, positives, unlabelled)
     check_scalar(OP, "temperature", temperature, features, positive=True)
-    check_reduction(OP, reduction)
-    check_row_weights(OP, "row_weights", row_weights, features.shape[0], features)
+    check_reduction(OP, reduction, row_weights, features.shape[0], features)
     chosen = backends.choose_backend("contrastive", backend, OP, features)
     look = values_are_readable(features)
     if (

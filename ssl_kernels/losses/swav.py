@@ -6,14 +6,7 @@ from typing import Any
 import torch
 
 from ssl_kernels.backends import choose_backend
-from ssl_kernels.checks import (
-    check_device,
-    check_embeddings,
-    check_reduction,
-    check_row_weights,
-    check_scalar,
-    is_whole,
-)
+from ssl_kernels.checks import check_device, check_embeddings, check_reduction, check_scalar, is_whole
 from ssl_kernels.losses._clusters import (
     Prototypes,
     Teacher,
@@ -97,8 +90,7 @@ def swav_loss(
     check_scalar(OP, "temperature", temperature, prototypes, positive=True)
     check_scalar(OP, "epsilon", epsilon, prototypes, positive=True)
     check_iterations(OP, iterations)
-    check_reduction(OP, reduction)
-    check_row_weights(OP, "row_weights", row_weights, views[0].shape[0], prototypes)
+    check_reduction(OP, reduction, row_weights, views[0].shape[0], prototypes)
     name = group_name(OP, group)
     chosen = choose_backend("contrastive", backend, OP, views[0], prototypes)
     if chosen != "reference":

@@ -2,10 +2,10 @@
 
 import torch
 
-from ssl_kernels.checks import check_choice, check_embeddings, check_margin, check_reduction, check_same_rows
+from ssl_kernels.checks import check_choice, check_margin, check_reduction
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._rows import row_pairs_loss
-from ssl_kernels.losses._shared import widest_under_autocast
+from ssl_kernels.losses._shared import checked_rows
 
 OP = "triplet_margin_loss"
 DISTANCES = ("euclidean", "cosine")
@@ -50,9 +50,7 @@ def triplet_margin_loss(
     Source: Schroff et al., FaceNet, arXiv:1503.03832, with distances instead of their squares as in Hermans et al.,
     arXiv:1703.07737.
     """
-    anchor, positive, negative = widest_under_autocast(anchor, positive, negative)
-    check_embeddings(OP, anchor=anchor, positive=positive, negative=negative)
-    check_same_rows(OP, anchor=anchor, positive=positive, negative=negative)
+    anchor, positive, negative = checked_rows(OP, 3, anchor=anchor, positive=positive, negative=negative)
     check_margin(OP, margin, anchor)
     check_choice(OP, "distance", distance, *DISTANCES)
     check_reduction(OP, reduction)

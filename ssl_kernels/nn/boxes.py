@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ssl_kernels.checks import check_dense, check_device, short
+from ssl_kernels.checks import check_dense, check_device, shape_error, short
 
 
 class MixedBoxes(NamedTuple):
@@ -17,15 +17,11 @@ class MixedBoxes(NamedTuple):
 
 def check_boxes(op, boxes, labels, batch):
     """`boxes` must be `batch` tensors (n_i, 4) of one dtype and device in a list, `labels` None or a list likewise."""
-    if not isinstance(boxes, (list, tuple)) or len(boxes) != batch:
-        given = f"{len(boxes)} of them" if isinstance(boxes, (list, tuple)) else type(boxes).__name__
-        raise ValueError(
-            f"{op}: boxes must be a list with a tensor for each of the {batch} images, got {given}"
-        )
+    _check_list(op, "boxes", boxes, batch)
     for i, box in enumerate(boxes):
         check_dense(op, f"boxes[{i}]", box)
         if box.dim() != 2 or box.shape[1] != 4:
-            raise ValueError(f"{op}: boxes[{i}] must have shape (n, 4), got {tuple(box.shape)}")
+            raise shape_error(op, f"boxes[{i}]", "(n, 4)", box)
         if box.dtype == torch.bool or box.is_complex() or box.dtype != boxes[0].dtype:
             rule = "real numbers" if i == 0 else f"{short(boxes[0].dtype)} as boxes[0] is"
             raise TypeError(f"{op}: boxes[{i}] must be {rule}, got {short(box.dtype)}")
@@ -35,18 +31,11 @@ def check_boxes(op, boxes, labels, batch):
             raise ValueError(f"{op}: boxes[{i}] must have the format XYXY, got {named}")
     if labels is None:
         return
-    if not isinstance(labels, (list, tuple)) or len(labels) != batch:
-        given = f"{len(labels)} of them" if isinstance(labels, (list, tuple)) else type(labels).__name__
-        raise ValueError(
-            f"{op}: labels must be a list with a tensor for each of the {batch} images, got {given}"
-        )
+    _check_list(op, "labels", labels, batch)
     for i, (label, box) in enumerate(zip(labels, boxes, strict=True)):
         check_dense(op, f"labels[{i}]", label)
         if label.dim() == 0 or len(label) != len(box) or label.shape[1:] != labels[0].shape[1:]:
-            raise ValueError(
-                f"{op}: labels[{i}] must have shape {(len(box), *labels[0].shape[1:])} with its boxes,"
-                f" got {tuple(label.shape)}"
-            )
+            raise shape_error(op, f"labels[{i}]", f"{(len(box), *labels[0].shape[1:])} with its boxes", label)
         if label.dtype != labels[0].dtype:
             raise TypeError(
                 f"{op}: labels[{i}] must be {short(labels[0].dtype)} as labels[0] is, got {short(label.dtype)}"
@@ -55,6 +44,15 @@ def check_boxes(op, boxes, labels, batch):
             raise ValueError(
                 f"{op}: labels[{i}] must be on {box.device} as its boxes are, got {label.device}"
             )
+
+
+def _check_list(op, name, value, batch):
+    is_list = isinstance(value, (list, tuple))
+    if not is_list or len(value) != batch:
+        given = f"{len(value)} of them" if is_list else type(value).__name__
+        raise ValueError(
+            f"{op}: {name} must be a list with a tensor for each of the {batch} images, got {given}"
+        )
 
 
 def mix_boxes(boxes, labels, draw, min_visible):

@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from ssl_kernels.checks import check_device, check_embeddings, check_fraction, check_whole, short
+from ssl_kernels.checks import check_device, check_embeddings, check_fraction, check_whole, shape_error, short
 from ssl_kernels.losses._clusters import views_of
 from ssl_kernels.losses._features import count_of, group_and_world, summed
 from ssl_kernels.losses._shared import unit_rows
@@ -79,9 +79,7 @@ class DINOCenter(nn.Module):
         else:
             check_embeddings(op, prototypes=prototypes)
             if tuple(prototypes.shape) != (width, views[0].shape[1]):
-                raise ValueError(
-                    f"{op}: prototypes must have shape {(width, views[0].shape[1])}, got {tuple(prototypes.shape)}"
-                )
+                raise shape_error(op, "prototypes", (width, views[0].shape[1]), prototypes)
         for given, tensor in (("teacher", views[0]), ("prototypes", prototypes)):
             if tensor is not None:
                 check_device(op, given, tensor, self.center, "center")
@@ -103,9 +101,7 @@ class DINOCenter(nn.Module):
             raise TypeError(f"{op}: mask must be a bool tensor, got {kind}")
         tokens = torch.stack(tuple(teacher)) if isinstance(teacher, (list, tuple)) else teacher
         if tokens.dim() != 4 or tokens.shape[:3] != mask.shape:
-            raise ValueError(
-                f"{op}: mask must have shape {tuple(tokens.shape[:3])} as teacher has tokens, got {tuple(mask.shape)}"
-            )
+            raise shape_error(op, "mask", f"{tuple(tokens.shape[:3])} as teacher has tokens", mask)
         return tokens[mask][None]
 
     def extra_repr(self) -> str:

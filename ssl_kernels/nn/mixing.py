@@ -6,7 +6,15 @@ from typing import Any
 import torch
 
 from ssl_kernels import backends, mixing
-from ssl_kernels.checks import DTYPES, check_choice, check_dense, check_device, is_number, is_whole
+from ssl_kernels.checks import (
+    DTYPES,
+    check_choice,
+    check_dense,
+    check_device,
+    is_number,
+    is_whole,
+    shape_error,
+)
 from ssl_kernels.nn import targets
 from ssl_kernels.nn.boxes import MixedBoxes, check_boxes, mix_boxes
 from ssl_kernels.nn.draws import DrawingModule, MixingDraw, beta, is_seed, sides_of, span_around, span_within
@@ -348,15 +356,13 @@ class Mixup(DrawingModule):
         if mixes or self.mean is not None or not isinstance(x, torch.Tensor):
             check_dense("Mixup", "x", x)
         if x.dim() == 0 or (0 in x.shape and (mixes or self.mean is not None)):
-            raise ValueError(
-                f"Mixup: x must have shape (B, ...) with no dimension of 0, got {tuple(x.shape)}"
-            )
+            raise shape_error("Mixup", "x", "(B, ...) with no dimension of 0", x)
         if self.mean is not None and x.dtype != torch.uint8:
             raise TypeError(f"Mixup: x must be uint8 for a Mixup with mean and std, got {x.dtype}")
         if mixes and self.mean is None and self.mixup_alpha > 0 and not x.is_floating_point():
             raise TypeError(f"Mixup: x must be floating, or uint8 with mean and std given, got {x.dtype}")
         if mixes and self.cutmix_alpha > 0 and x.dim() < 3:
-            raise ValueError(f"Mixup: x must have shape (B, ..., H, W) for CutMix, got {tuple(x.shape)}")
+            raise shape_error("Mixup", "x", "(B, ..., H, W) for CutMix", x)
         if mixes and self.inplace and self.mean is None:
             _check_overwritten("x", x)
         if mixes or self.mean is not None:
@@ -393,9 +399,7 @@ class Mixup(DrawingModule):
         if self.mixup_alpha > 0 and not known:
             raise TypeError(f"Mixup: masks must be floating, integer or bool for mixup, got {masks.dtype}")
         if masks.dim() == 0 or len(masks) != len(x) or 0 in masks.shape:
-            raise ValueError(
-                f"Mixup: masks must have shape ({len(x)}, ...) with no dimension of 0, got {tuple(masks.shape)}"
-            )
+            raise shape_error("Mixup", "masks", f"({len(x)}, ...) with no dimension of 0", masks)
         check_device("Mixup", "masks", masks, x, "x")
         if self.cutmix_alpha > 0 and (masks.dim() < 3 or masks.shape[-2:] != x.shape[-2:]):
             raise ValueError(

@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from ssl_kernels import backends
-from ssl_kernels.checks import check_choice, check_fraction, check_whole, short, values_are_readable
+from ssl_kernels.checks import (
+    check_choice,
+    check_fraction,
+    check_whole,
+    shape_error,
+    short,
+    values_are_readable,
+)
 from ssl_kernels.nn.counters import after_apply
 from ssl_kernels.nn.shards import (
     PLAIN,
@@ -432,10 +439,7 @@ def _check_parameters(own, given):
         )
     for name, tensor in own.items():
         if tensor.shape != given[name].shape:
-            raise ValueError(
-                f"MomentumEncoder: {name} of module must have shape {tuple(tensor.shape)},"
-                f" got {tuple(given[name].shape)}"
-            )
+            raise shape_error("MomentumEncoder", f"{name} of module", tuple(tensor.shape), given[name])
 
 
 def _check_tensors(own, given, averaged):

@@ -4,7 +4,15 @@ from typing import NamedTuple
 
 import torch
 
-from ssl_kernels.checks import DTYPES, check_dense, check_device, check_target, short, values_are_readable
+from ssl_kernels.checks import (
+    DTYPES,
+    check_dense,
+    check_device,
+    check_target,
+    shape_error,
+    short,
+    values_are_readable,
+)
 
 KINDS = ("classes", "values")
 
@@ -22,10 +30,7 @@ def prepared_target(op, target, like, *, kind, num_classes, dense):
     check_dense(op, "target", target)
     batch = len(like)
     if target.dim() == 0 or len(target) != batch or 0 in target.shape[1:]:
-        raise ValueError(
-            f"{op}: target must have shape ({batch},) or ({batch}, ...) with no dimension of 0,"
-            f" got {tuple(target.shape)}"
-        )
+        raise shape_error(op, "target", f"({batch},) or ({batch}, ...) with no dimension of 0", target)
     check_device(op, "target", target, like, "x")
     is_whole = is_integer(target)
     if not is_whole and target.dtype not in (*DTYPES, torch.bool):
@@ -69,9 +74,7 @@ def is_integer(tensor):
 
 def _check_dense_classes(op, target, num_classes):
     if target.dim() != 1:
-        raise ValueError(
-            f"{op}: target must have shape ({len(target)},) to become dense, got {tuple(target.shape)}"
-        )
+        raise shape_error(op, "target", f"({len(target)},) to become dense", target)
     if num_classes is None:
         raise ValueError(f"{op}: num_classes must be given for dense targets from integer ones, got None")
     if values_are_readable(target):

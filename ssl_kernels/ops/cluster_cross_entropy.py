@@ -75,8 +75,7 @@ class _Rows(torch.autograd.Function):
                 *operands, grad, *ctx.options, *needs[:2]
             )[1:]
 
-        made = once(ctx.caller, ctx.chosen, make, grad, *operands[:3])
-        grads = (each if need else None for each, need in zip(made, needs, strict=True))
+        grads = once(ctx.caller, ctx.chosen, needs, make, grad, *operands[:3])
         return None, None, None, *grads, None, None, None
 
 
@@ -84,23 +83,12 @@ class _Weighted(torch.autograd.Function):
     """Σ weight · loss of the samples."""
 
     @staticmethod
-    def forward(
-        ctx,
-        caller,
-        chosen,
-        options,
-        rows,
-        prototypes,
-        scale,
-        teacher_rows,
-        columns,
-        biases,
-        weights,
-    ):
+    def forward(ctx, caller, chosen, options, rows, prototypes, scale, *teacher_and_weights):
+        *teacher, weights = teacher_and_weights
         needs = ctx.needs_input_grad[3:6]
         wanted = weights if any(needs) else None
         losses, *grads = _run[overload_of(chosen, rows, _HAS_KERNEL)](
-            rows, prototypes, scale, teacher_rows, columns, biases, wanted, *options, *needs[:2]
+            rows, prototypes, scale, *teacher, wanted, *options, *needs[:2]
         )
         ctx.save_for_backward(*all_savable(rows, prototypes, scale, losses, *grads))
         ctx.caller, ctx.chosen = caller, chosen
@@ -115,8 +103,7 @@ class _Weighted(torch.autograd.Function):
             by_operands = (grad.to(by_scale.dtype) * each for each in (by_rows, by_prototypes, by_scale))
             return *(each.to(x.dtype) for each, x in zip(by_operands, operands, strict=True)), grad * losses
 
-        made = once(ctx.caller, ctx.chosen, make, grad, *operands)
-        *grads, by_weights = (each if need else None for each, need in zip(made, needs, strict=True))
+        *grads, by_weights = once(ctx.caller, ctx.chosen, needs, make, grad, *operands)
         return None, None, None, *grads, None, None, None, by_weights
 
 

@@ -99,8 +99,7 @@ class _Node(torch.autograd.Function):
         def make():
             return _operations[ctx.name].backward(ctx.backend, needs, grads, saved, *ctx.options)
 
-        made = once(ctx.name, ctx.backend, make, *grads, *saved)
-        made = [grad if need else None for grad, need in zip(made, needs, strict=False)]
+        made = once(ctx.name, ctx.backend, needs, make, *grads, *saved)
         return None, None, None, *made, *[None] * (len(needs) - len(made))
 
 
@@ -114,9 +113,13 @@ def overload_of(backend, like, has_kernel):
     return "native" if backend == "native" and has_kernel and like.device.type == "cpu" else "chunked"
 
 
-def once(op, backend, make, *dependencies):
-    """make(), gradients by kernels on `backend`; differentiating them again by their dependencies is refused."""
-    return _Once.apply(op, backend, make, *dependencies) if torch.is_grad_enabled() else make()
+def once(op, backend, needs, make, *dependencies):
+    """make(), gradients by kernels on `backend`, None in the place of those that nobody needs.
+
+    Differentiating them again by their dependencies is refused.
+    """
+    made = _Once.apply(op, backend, make, *dependencies) if torch.is_grad_enabled() else make()
+    return [grad if need else None for grad, need in zip(made, needs, strict=False)]
 
 
 class _Once(torch.autograd.Function):

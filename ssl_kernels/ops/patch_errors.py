@@ -55,9 +55,9 @@ class _PatchErrors(torch.autograd.Function):
         saved = ctx.saved_tensors
 
         def make():
-            return _bwd[ctx.overload](grad, *saved)
+            return (_bwd[ctx.overload](grad, *saved),)
 
-        return None, None, once(ctx.caller, ctx.chosen, make, grad, saved[0]), None, None, None
+        return None, None, *once(ctx.caller, ctx.chosen, (True,), make, grad, saved[0]), None, None, None
 
 
 def patch_errors(prediction, target, eps, normalize, *, caller, chosen):

@@ -3,7 +3,7 @@
 import torch
 
 from ssl_kernels import backends
-from ssl_kernels.checks import check_device, check_dtype, check_tensor, values_are_readable
+from ssl_kernels.checks import check_device, check_dtype, check_tensor, shape_error, values_are_readable
 from ssl_kernels.chunked import queue_push as chunked
 from ssl_kernels.ops.operation import Operation
 from ssl_kernels.reference import queue_push as reference
@@ -60,9 +60,7 @@ def _check(storage, keys, position, filled):
             f"queue_push_: storage must be contiguous with shape (K, D), K, D >= 1, got {tuple(storage.shape)}"
         )
     if keys.dim() != 2 or keys.shape[1] != storage.shape[1]:
-        raise ValueError(
-            f"queue_push_: keys must have shape (B, {storage.shape[1]}), got {tuple(keys.shape)}"
-        )
+        raise shape_error("queue_push_", "keys", f"(B, {storage.shape[1]})", keys)
     for name, tensor in (("position", position), ("filled", filled)):
         if tensor.dtype != torch.int64 or tensor.dim() != 0:
             raise TypeError(

@@ -37,7 +37,7 @@ class TeacherDots(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_dots, _):
         x, t, u, lse, expectation = ctx.saved_tensors
-        _, x_needs_grad, y_needs_grad = ctx.needs_input_grad[:3]
+        needs = x_needs_grad, y_needs_grad = ctx.needs_input_grad[1:3]
 
         def make():
             grad_x = grad_dots.to(x.dtype)[:, None] * expectation if x_needs_grad else x.new_empty(0)
@@ -50,8 +50,7 @@ class TeacherDots(torch.autograd.Function):
             )[1]
             return grad_x, grad_columns[:, t.shape[1] :].contiguous()
 
-        grad_x, grad_y = once("teacher_dots", ctx.backend, make, grad_dots, x)
-        return None, grad_x if x_needs_grad else None, grad_y if y_needs_grad else None, None, None
+        return None, *once("teacher_dots", ctx.backend, needs, make, grad_dots, x), None, None
 
 
 def teacher_dots(backend, x, y, t, u):

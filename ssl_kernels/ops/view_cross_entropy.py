@@ -39,13 +39,8 @@ class _ViewCrossEntropy(torch.autograd.Function):
         overload = overload_of(chosen, scale, _HAS_KERNEL)
         losses = _fwd[overload](views[:students], views[students:], scale, steepness, bias, pairs)
         ctx.save_for_backward(*all_savable(scale, steepness, bias, *views))
-        ctx.caller, ctx.chosen, ctx.overload, ctx.pairs, ctx.students = (
-            caller,
-            chosen,
-            overload,
-            pairs,
-            students,
-        )
+        ctx.caller, ctx.chosen, ctx.overload = caller, chosen, overload
+        ctx.pairs, ctx.students = pairs, students
         return losses
 
     @staticmethod
@@ -58,8 +53,7 @@ class _ViewCrossEntropy(torch.autograd.Function):
             given = (grad, student, teacher, scale, steepness, bias, ctx.pairs, [int(need) for need in needs])
             return tuple(_bwd[ctx.overload](*given))
 
-        made = once(ctx.caller, ctx.chosen, make, grad, scale, *views)
-        *grads, by_scale = (each if need else None for each, need in zip(made, needs, strict=True))
+        *grads, by_scale = once(ctx.caller, ctx.chosen, needs, make, grad, scale, *views)
         return None, None, None, None, by_scale, None, None, *grads, *[None] * len(teacher)
 
 
