@@ -28,7 +28,7 @@ def operators(library_of):
 
 
 def contrastive_operators(library_of):
-    tiles = library_of("contrastive.cu")
+    tiles = library_of("contrastive_additions.cu", "contrastive.cu")
     return {(contrastive, "_fwd"): partial(forward, tiles), (contrastive, "_bwd"): partial(backward, tiles)}
 
 
@@ -52,8 +52,8 @@ def test_moco_against_a_queue(library_of, gpu, monkeypatch, dtype, pushes):
 
 def forward(library, *args):
     """The operator `contrastive_fwd` over the launchers."""
-    operands, (keep, columns_need_grad) = args[:10], args[10:]
-    call = _call(*operands)
+    operands, (keep, columns_need_grad), additions = args[:10], args[10:12], args[12:]
+    call = _call(*operands, *additions)
     expectation = keep and call.columns is not None and not columns_need_grad and not call.both_directions
     results, _ = contrastive_fwd(library, call, expectation=expectation)
     empty = call.rows.new_empty(0)
@@ -67,8 +67,8 @@ def forward(library, *args):
 
 def backward(library, grad_lse, grad_column_lse, grad_positive_logits, *args):
     """The operator `contrastive_bwd` over the launchers."""
-    operands, saved, flags = args[:6], args[6:11], args[11:15]
-    call = _call(*operands, *flags)
+    operands, saved, flags, needed, additions = args[:6], args[6:11], args[11:15], args[15:17], args[17:]
+    call = _call(*operands, *flags, *additions[:5])
     saved = [tensor if tensor.numel() else None for tensor in saved]
     if grad_positive_logits is not None:
         grad_positive_logits = grad_positive_logits.contiguous().view(call.positives.shape)
@@ -81,8 +81,9 @@ def backward(library, grad_lse, grad_column_lse, grad_positive_logits, *args):
         fwd,
         *grads,
         grad_positive_logits,
-        rows_need_grad=args[15],
-        columns_need_grad=args[16],
+        rows_need_grad=needed[0],
+        columns_need_grad=needed[1],
+        biases_need_grad=any(additions[5:]),
     )
     empty = call.rows.new_empty(0)
     return tuple(empty if result is None else result for result in results)
@@ -95,7 +96,8 @@ def _call(rows, columns, scale, positives, *others):
 
 def sigmoid_forward(library, *args):
     """The operator `sigmoid_pairs_fwd` over the launchers."""
-    call, (total, keep, *needed) = pairs.Call(*args[:7]), args[7:]
+    (total, keep, *needed), ids = args[7:11], args[11:]
+    call = pairs.Call(*args[:7], *ids)
     empty = call.scale.new_empty(0)
     if not (total and keep):
         return sigmoid_pairs_calls.losses(library, call, total=total)[0], *[empty] * 4
@@ -105,7 +107,8 @@ def sigmoid_forward(library, *args):
 
 def sigmoid_backward(library, grad_losses, *args):
     """The operator `sigmoid_pairs_bwd` over the launchers."""
-    call, needed = pairs.Call(*args[:7]), args[7:]
+    needed, ids = args[7:9], args[9:]
+    call = pairs.Call(*args[:7], *ids)
     grads, _ = sigmoid_pairs_calls.weighted_gradients(library, call, grad_losses.contiguous(), needed=needed)
     return tuple(call.scale.new_empty(0) if grad is None else grad for grad in grads)
 
