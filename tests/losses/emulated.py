@@ -60,7 +60,9 @@ class Edge:
 
 def _edges():
     for case in ONE_A_LOSS.values():
-        if case.loss != "vicreg_loss":  # its rows are not normalised, and the gradient has the cubes of their entries
+        if (
+            case.loss != "vicreg_loss"
+        ):  # its rows are not normalised, and the gradient has the cubes of their entries
             yield Edge("float16", case, dtype=torch.float16)
         # Unit rows of one number are equal, and KoLeo's loss is a logarithm of what rounding leaves between them.
         yield Edge("width-1", case, d=1, **{"normalize": False} if case.loss == "koleo_loss" else {})
