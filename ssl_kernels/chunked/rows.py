@@ -18,7 +18,7 @@ def unit_rows(x, normalize):
 
 def input_gradient(grad, unit, rnorm):
     """Through the normalisation, as F.normalize differentiates it: rows shorter than eps are only scaled."""
-    if not len(rnorm):
+    if not rnorm.shape[0]:
         return grad
     on_sphere = rnorm < 1 / NORM_EPS
     radial = (unit * grad).sum(1).where(on_sphere, 0)
@@ -27,7 +27,7 @@ def input_gradient(grad, unit, rnorm):
 
 def input_gradient_(grad, unit, rnorm):
     """`input_gradient` in the place of the gradient, in two passes over it and one for the dots."""
-    if not len(rnorm):
+    if not rnorm.shape[0]:
         return grad
     radial = torch.bmm(unit[:, None], grad[:, :, None])[:, 0, 0].where(rnorm < 1 / NORM_EPS, 0)
     return grad.mul_(rnorm[:, None]).addcmul_(unit, (radial * rnorm)[:, None], value=-1)

@@ -30,7 +30,7 @@ def semi_hard_losses(embeddings, labels, margin, distance, normalize, chosen, *,
     with torch.autocast(embeddings.device.type, enabled=False):
         if chosen == "reference":
             x, _ = unit_rows(embeddings, normalize)
-            everything = slice(0, len(x))
+            everything = slice(0, x.shape[0])
             gaps, there, _ = _gaps(
                 _differentiable_distances(x, distance), labels, _grouped(labels), everything
             )
@@ -47,7 +47,11 @@ class _SemiHard(torch.autograd.Function):
     def forward(ctx, embeddings, labels, margin, soft, distance, normalize, summed, chosen):
         args = embeddings, labels, margin, soft, distance, normalize
         with_gradients = summed and (ctx.needs_input_grad[0] or ctx.needs_input_grad[2])
-        one = embeddings.new_ones((), dtype=torch.float64).expand(len(embeddings)) if with_gradients else None
+        one = (
+            embeddings.new_ones((), dtype=torch.float64).expand(embeddings.shape[0])
+            if with_gradients
+            else None
+        )
         losses, count, *gradients = _stream(one, *args)
         ctx.save_for_backward(*map(savable, (embeddings, labels, margin)), *gradients)
         ctx.options, ctx.chosen = (soft, distance, normalize), chosen
@@ -63,7 +67,7 @@ class _SemiHard(torch.autograd.Function):
                 by_x, by_margin = (each * grad for each in of_sum)
             else:
                 _, _, by_x, by_margin = _stream(
-                    grad.expand(len(embeddings)), embeddings, labels, margin, *ctx.options
+                    grad.expand(embeddings.shape[0]), embeddings, labels, margin, *ctx.options
                 )
             return by_x.to(embeddings.dtype), by_margin.to(margin.dtype).reshape(margin.shape)
 
@@ -77,7 +81,7 @@ def _stream(grad, embeddings, labels, margin, soft, distance, normalize):
     dtype, and by the margin."""
     with torch.autocast(embeddings.device.type, enabled=False):
         x, rnorm = unit_rows(embeddings, normalize)
-        losses = x.new_empty(len(x), dtype=torch.float64)
+        losses = x.new_empty(x.shape[0], dtype=torch.float64)
         count = labels.new_zeros(())
         grad_x, grad_margin = torch.zeros_like(x), losses.new_zeros(())
         groups = _grouped(labels)
@@ -103,7 +107,7 @@ def _add_gradient(grad_x, x, block, distances, distance, pairs, slopes):
         if x.is_cpu:
             coefficients.scatter_add_(1, columns, values)
         else:  # index_put_ sorts where scatter_add_ would use atomics
-            rows = torch.arange(len(columns), device=x.device)[:, None].expand_as(columns)
+            rows = torch.arange(columns.shape[0], device=x.device)[:, None].expand_as(columns)
             coefficients.index_put_((rows, columns), values, accumulate=True)
     if distance == "cosine":
         grad_x[block] -= coefficients @ x
@@ -115,8 +119,10 @@ def _add_gradient(grad_x, x, block, distances, distance, pairs, slopes):
 
 
 def _blocks(x):
-    size = max(1, PAIRS_PER_BLOCK // len(x))
-    return [slice(start, min(start + size, len(x))) for start in range(0, len(x), size)]
+    if torch.compiler.is_exporting():  # a program for any number of rows has no number of blocks
+        return [slice(None)]
+    size = max(1, PAIRS_PER_BLOCK // x.shape[0])
+    return [slice(start, min(start + size, x.shape[0])) for start in range(0, x.shape[0], size)]
 
 
 def _distances(x, block, distance):
@@ -147,14 +153,14 @@ def _grouped(labels):
     """(labels in order, the rows they belong to, most rows of one label): where it cannot be told, all."""
     ordered, rows = labels.sort(stable=True)
     if not values_are_readable(labels):
-        return ordered, rows, len(labels)
+        return ordered, rows, labels.shape[0]
     return ordered, rows, int(torch.unique_consecutive(ordered, return_counts=True)[1].max())
 
 
 def _gaps(distances, labels, groups, block):
     """d(i, p) − d(i, n) of row i of the block and each of the rows p of its label, n the semi-hard negative; where
     there is such a triplet; and the columns of p and n. All (block, most rows of one label)."""
-    n, own = len(labels), labels[block, None]
+    n, own = labels.shape[0], labels[block, None]
     ordered_labels, rows, most = groups
     first, end = (torch.searchsorted(ordered_labels, own, right=right) for right in (False, True))
     places = torch.arange(most, device=labels.device)
