@@ -16,6 +16,7 @@ from ssl_kernels.checks import check_least_rows, check_reduction, check_scalar
 from ssl_kernels.losses._shared import as_scalar, checked_rows
 from ssl_kernels.ops.library import accumulation_dtype, all_savable, refuse_torch_func
 from ssl_kernels.ops.operation import once
+from ssl_kernels.reference.clustering import diagonal_of
 
 ELEMENTS_PER_BLOCK = 1 << 17  # 512 KB in float32, of each view and thread
 
@@ -107,19 +108,21 @@ class _Correlation(torch.autograd.Function):
             squares, product = [], None
             for block in _blocks(x):
                 first, second = x[block] - mean, y[block] - other_mean
-                squares.append(torch.stack((first.square().sum(0), second.square().sum(0))))
+                squares.append((first.square().sum(0), second.square().sum(0)))
                 product = first.T @ second if product is None else product.addmm_(first.T, second)
-            squares = sum(squares)
-            scale = (summed(squares, group) / count + eps).rsqrt()  # (2, D)
+            squares = [sum(each) for each in zip(*squares, strict=True)]
+            if group:  # at once; without one they stay two tensors, which torch.compile keeps apart
+                squares = summed(torch.stack(squares), group).unbind(0)
+            scale = [(each / count + eps).rsqrt() for each in squares]
             correlation = summed(product, group).mul_(scale[0][:, None] / count).mul_(scale[1])
-        on_diagonal = correlation.diagonal()
-        ctx.save_for_backward(*all_savable(x, y, mean, other_mean, scale, correlation, count))
+        on_diagonal = diagonal_of(correlation)
+        ctx.save_for_backward(*all_savable(x, y, mean, other_mean, *scale, correlation, count))
         ctx.op, ctx.chosen, ctx.world = op, chosen, world
         return (1 - on_diagonal).square(), correlation.square().sum(1) - on_diagonal.square()
 
     @staticmethod
     def backward(ctx, grad_on, grad_off):
-        x, y, mean, other_mean, scale, correlation, count = ctx.saved_tensors
+        x, y, mean, other_mean, *scale, correlation, count = ctx.saved_tensors
         needs = ctx.needs_input_grad[4:6]
 
         def make():
@@ -207,7 +210,7 @@ class _Covariance(torch.autograd.Function):
             count = count_of(x, group)
             centred, mean = _centred(x, count, group)
             covariance = summed(centred.T @ centred, group) / (count - 1)
-        variance = covariance.diagonal().clone()
+        variance = diagonal_of(covariance)
         ctx.save_for_backward(*all_savable(x, mean, covariance, count))
         ctx.op, ctx.chosen, ctx.world = op, chosen, world
         return variance, covariance.square().sum(1) - variance.square()
