@@ -30,7 +30,7 @@ using at::Tensor;
 template <class T>
 struct Loader {
   explicit Loader(const Tensor& rows)
-      : tensor(rows.size(1) == 1 || rows.stride(1) == 1 ? rows : rows.contiguous()),
+      : tensor(with_neighbours(rows)),
         data(static_cast<const char*>(tensor.const_data_ptr())),
         bytes(tensor.stride(0) * tensor.element_size()) {
     load = dispatch_storage<T>(tensor.scalar_type(), [](auto storage) -> void (*)(T*, const void*, int64_t) {
@@ -177,7 +177,7 @@ std::vector<Tensor> view_cross_entropy_bwd(const Tensor& weights, const ViewLogi
   });
   double total = 0;
   for (const double of_sample : by_scale) total += of_sample;
-  const auto acc = views.student[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto acc = accumulation_type(views.student[0]);
   Tensor scale_grad = at::empty({}, views.student[0].options().dtype(acc));
   if (acc == at::kDouble)
     *scale_grad.mutable_data_ptr<double>() = total;

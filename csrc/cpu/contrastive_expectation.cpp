@@ -54,12 +54,12 @@ class ColumnReader {
  public:
   ColumnReader(const at::Tensor& columns, bool normalize)
       : d_(columns.size(1)),
-        source_(d_ == 1 || columns.stride(1) == 1 ? columns : columns.contiguous()),
+        source_(with_neighbours(columns)),
         normalize_(normalize),
         in_place_(!normalize && source_.scalar_type() == c10::CppTypeToScalarType<acc_t>::value &&
                   source_.stride(0) >= d_),
         rnorm(pooled({normalize ? columns.size(0) : 0},
-                        columns.options().dtype(c10::CppTypeToScalarType<acc_t>::value))) {}
+                     columns.options().dtype(c10::CppTypeToScalarType<acc_t>::value))) {}
 
   // Elements of scratch for a tile.
   int64_t scratch_size() const { return in_place_ ? 0 : kLargestTile * d_; }

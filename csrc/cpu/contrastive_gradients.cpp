@@ -91,9 +91,7 @@ std::optional<Gradients> gradients_in(const at::Tensor& kept, int64_t n, int64_t
 class RowReader {
  public:
   RowReader(const at::Tensor& rows, bool normalize)
-      : d_(rows.size(1)),
-        normalize_(normalize),
-        source_(d_ == 1 || rows.stride(1) == 1 ? rows : rows.contiguous()) {}
+      : d_(rows.size(1)), normalize_(normalize), source_(with_neighbours(rows)) {}
 
   RowNorm read(int64_t i, float* out) const {
     return dispatch_storage<float>(source_.scalar_type(), [&](auto storage) {

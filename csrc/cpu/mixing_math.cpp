@@ -11,8 +11,7 @@
 #include "exp2.h"
 #include "tile_math.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SSL_KERNELS_X86 1
+#ifdef SSL_KERNELS_X86
 #include <immintrin.h>
 #endif
 
@@ -78,56 +77,32 @@ SSL_KERNELS_TARGET inline __attribute__((always_inline)) void to_half(c10::Half*
 
 template <class S>
 const MixingMath<S>& mixing_math() {
-#ifdef SSL_KERNELS_X86
-  if (isa() >= Isa::kAvx512) return avx512::kMixingMath<S>;
-  if (isa() == Isa::kAvx2) return avx2::kMixingMath<S>;
-#endif
-  return portable::kMixingMath<S>;
+  return SSL_KERNELS_WIDEST(kMixingMath<S>);
 }
 
 template <class S>
 const NormalizeMath<S>& normalize_math() {
-#ifdef SSL_KERNELS_X86
-  if (isa() >= Isa::kAvx512) return avx512::kNormalizeMath<S>;
-  if (isa() == Isa::kAvx2) return avx2::kNormalizeMath<S>;
-#endif
-  return portable::kNormalizeMath<S>;
+  return SSL_KERNELS_WIDEST(kNormalizeMath<S>);
 }
 
 template <class S>
 const CrossEntropyMath<S>& cross_entropy_math() {
-#ifdef SSL_KERNELS_X86
-  if (isa() >= Isa::kAvx512) return avx512::kCrossEntropyMath<S>;
-  if (isa() == Isa::kAvx2) return avx2::kCrossEntropyMath<S>;
-#endif
-  return portable::kCrossEntropyMath<S>;
+  return SSL_KERNELS_WIDEST(kCrossEntropyMath<S>);
 }
 
 template <class T>
 const PatchMath<T>& patch_math() {
-#ifdef SSL_KERNELS_X86
-  if (isa() >= Isa::kAvx512) return avx512::kPatchMath<T>;
-  if (isa() == Isa::kAvx2) return avx2::kPatchMath<T>;
-#endif
-  return portable::kPatchMath<T>;
+  return SSL_KERNELS_WIDEST(kPatchMath<T>);
 }
 
 template <class T>
 const ColumnMath<T>& column_math() {
-#ifdef SSL_KERNELS_X86
-  if (isa() >= Isa::kAvx512) return avx512::kColumnMath<T>;
-  if (isa() == Isa::kAvx2) return avx2::kColumnMath<T>;
-#endif
-  return portable::kColumnMath<T>;
+  return SSL_KERNELS_WIDEST(kColumnMath<T>);
 }
 
 template <class H, class S>
 MomentumMath<H, S> momentum_math() {
-#ifdef SSL_KERNELS_X86
-  if (isa() >= Isa::kAvx512) return avx512::momentum<H, S>;
-  if (isa() == Isa::kAvx2) return avx2::momentum<H, S>;
-#endif
-  return portable::momentum<H, S>;
+  return SSL_KERNELS_WIDEST(momentum<H, S>);
 }
 
 template const MixingMath<float>& mixing_math();

@@ -129,10 +129,6 @@ class MixedTarget {
   double kept_, smoothing_;
 };
 
-at::Tensor with_consecutive_classes(const at::Tensor& logits) {
-  return logits.size(1) == 1 || logits.stride(1) == 1 ? logits : logits.contiguous();
-}
-
 CrossEntropyRows losses_of_rows(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& partner,
                                 const at::Tensor& lam, const at::Tensor& weight,
                                 const CrossEntropyOptions& options) {
@@ -141,7 +137,7 @@ CrossEntropyRows losses_of_rows(const at::Tensor& logits, const at::Tensor& targ
     const at::Tensor class_weights = weight.defined() ? weight.contiguous() : weight;
     const MixedTarget<acc_t> mixed_target(target, partner, lam, class_weights, classes, options);
     const acc_t* smoothed = mixed_target.smoothed_weights();
-    const at::Tensor z = with_consecutive_classes(logits);
+    const at::Tensor z = with_neighbours(logits);
     const auto doubles = logits.options().dtype(at::kDouble);
     at::Tensor loss = at::empty({n}, doubles), lse = at::empty({n}, doubles);
     const scalar_t* in = z.const_data_ptr<scalar_t>();
@@ -203,7 +199,7 @@ at::Tensor mixup_cross_entropy_bwd(const at::Tensor& grad_loss, const at::Tensor
     const MixedTarget<acc_t> mixed_target(target, partner, lam, class_weights, classes,
                                           {label_smoothing, ignore_index, partner_is_class});
     const acc_t* smoothed = mixed_target.smoothed_weights();
-    const at::Tensor z = with_consecutive_classes(logits);
+    const at::Tensor z = with_neighbours(logits);
     at::Tensor grad = in_huge_pages(at::empty({n, classes}, logits.options()));
     const scalar_t* in = z.const_data_ptr<scalar_t>();
     const double* row_grads = grad_loss.const_data_ptr<double>();

@@ -9,8 +9,7 @@
 #include "packed_amx.h"
 #include "tile_math.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SSL_KERNELS_X86 1
+#ifdef SSL_KERNELS_X86
 #include <immintrin.h>
 #endif
 

@@ -25,10 +25,6 @@ namespace {
 
 using at::Tensor;
 
-Tensor with_neighbours(const Tensor& rows) {
-  return rows.size(1) == 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
-}
-
 // Rows as rows of acc_t: where they lie, or converted into a scratch.
 template <class S, class acc_t>
 class Reader {

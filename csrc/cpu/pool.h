@@ -214,6 +214,11 @@ at::Tensor number(double value) {
   return result;
 }
 
+// The same in float64 or float32.
+inline at::Tensor number(double value, at::ScalarType dtype) {
+  return dtype == at::kDouble ? number<double>(value) : number<float>(value);
+}
+
 // A tensor of `shown` zeros at the beginning of a storage with room for more: `wanted` more elements, or as
 // many times `unit` as the budget of the process has left. Its shape says nothing of that room, so that it
 // does not depend on what other losses keep; a copy of the tensor has none.

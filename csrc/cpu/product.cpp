@@ -12,7 +12,7 @@
 namespace ssl_kernels::cpu {
 namespace {
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef SSL_KERNELS_X86
 // c in strips of kRows x 16, whose 12 vectors of sums stay in registers along the depth: a step of it reads 2
 // vectors of b and 6 numbers of a for 12 multiply-adds, two of which are begun in a cycle. The 16 columns of
 // b are copied next to each other once for all strips, since rows of b a power of two apart would share the
@@ -120,7 +120,7 @@ void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, con
 Multiply chosen() {
   static const Multiply multiply = []() -> Multiply {
     if (isa() >= Isa::kAvx512) return avx512::multiply;
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef SSL_KERNELS_X86
     if (isa() >= Isa::kAvx2) return avx2::multiply;
 #endif
     return nullptr;

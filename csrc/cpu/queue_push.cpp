@@ -45,7 +45,7 @@ void queue_push_(const at::Tensor& storage, const at::Tensor& keys, const at::Te
   TORCH_CHECK_VALUE(0 <= *count && *count <= size, "queue_push_: filled must be in [0, ", size, "], got ",
                     *count);
   if (batch == 0) return;
-  const at::Tensor source = keys.size(1) == 1 || keys.stride(1) == 1 ? keys : keys.contiguous();
+  const at::Tensor source = with_neighbours(keys);
   const auto into = [&](auto storage_type) {
     using storage_t = decltype(storage_type);
     storage_t* out = storage.mutable_data_ptr<storage_t>();

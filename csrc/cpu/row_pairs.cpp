@@ -46,7 +46,7 @@ struct Saved {
 template <class scalar_t>
 struct Operand {
   explicit Operand(const Tensor& rows, const int64_t* index = nullptr)
-      : tensor(rows.size(1) == 1 || rows.stride(1) == 1 ? rows : rows.contiguous()),
+      : tensor(with_neighbours(rows)),
         data(tensor.const_data_ptr<scalar_t>()),
         stride(tensor.stride(0)),
         index(index) {}

@@ -13,6 +13,7 @@
 #include <optional>
 #include <vector>
 
+#include "../ops/operands.h"
 #include "pool.h"
 #include "product.h"
 #include "tile_math.h"
@@ -132,10 +133,7 @@ Rows load_rows(const at::Tensor& x, bool normalize, const at::Tensor* more = nul
     if (may_borrow && !normalize && !more)
       if (auto rows = borrowed_rows<acc_t>(x)) return *std::move(rows);
   }
-  const auto readable = [](const at::Tensor& t) {
-    return t.size(1) == 1 || t.stride(1) == 1 ? t : t.contiguous();
-  };
-  const at::Tensor upper = readable(x), lower = more ? readable(*more) : upper;
+  const at::Tensor upper = with_neighbours(x), lower = more ? with_neighbours(*more) : upper;
   const int64_t first = x.size(0), n = first + (more ? more->size(0) : 0), d = x.size(1);
   const auto acc = x.options().dtype(c10::CppTypeToScalarType<acc_t>::value);
   Rows rows{pooled({n, d}, acc),

@@ -37,11 +37,6 @@
 namespace ssl_kernels::cpu {
 namespace {
 
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
-
 constexpr int64_t kPairsPerBlock = 1 << 18;  // 2 MB in double
 
 struct Options {
@@ -304,22 +299,18 @@ struct SemiHard : Function<SemiHard> {
     });
   }
 
-  static Tensor number_of(double loss, const Tensor& embeddings) {
-    return embeddings.scalar_type() == at::kDouble ? number<double>(loss) : number<float>(loss);
-  }
-
   static Tensor forward(AutogradContext* ctx, const Tensor& embeddings, const Tensor& labels,
                         const Tensor& margin, const Options& options) {
     const Made made = run(embeddings, labels, margin, options, embeddings.requires_grad());
     ctx->save_for_backward(savable({embeddings, margin, made.by_rows}));
     ctx->saved_data["by_margin"] = options.soft ? 0 : made.by_margin;
-    return number_of(made.loss, embeddings);
+    return number(made.loss, accumulation_type(embeddings));
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list kept = ctx->get_saved_variables();
     const Tensor &embeddings = kept[0], &margin = kept[1], &made = kept[2];
-    variable_list by_input(4), present;
+    variable_list by_input(4);
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       const double grad = grads[0].item<double>();
@@ -327,13 +318,7 @@ struct SemiHard : Function<SemiHard> {
       if (ctx->needs_input_grad(2))
         by_input[2] = at::scalar_tensor(ctx->saved_data["by_margin"].toDouble() * grad, margin.options());
     }
-    for (const Tensor& each : by_input)
-      if (each.defined()) present.push_back(each);
-    present = without_second_derivative("triplet_loss", present, {grads[0], embeddings, margin});
-    size_t next = 0;
-    for (Tensor& each : by_input)
-      if (each.defined()) each = present[next++];
-    return by_input;
+    return without_second_derivative("triplet_loss", by_input, {grads[0], embeddings, margin});
   }
 };
 
@@ -346,7 +331,8 @@ Tensor semi_hard(const Tensor& embeddings, const Tensor& labels, const Tensor& m
   TORCH_CHECK(reduction == "mean" || reduction == "sum", "triplet_loss: unknown reduction ", reduction);
   const Options options{soft, normalize, distance == "cosine", reduction == "mean"};
   if (!at::GradMode::is_enabled() || !(embeddings.requires_grad() || margin.requires_grad()))
-    return SemiHard::number_of(SemiHard::run(embeddings, labels, margin, options, false).loss, embeddings);
+    return number(SemiHard::run(embeddings, labels, margin, options, false).loss,
+                  accumulation_type(embeddings));
   refuse_torch_func("triplet_loss");
   return SemiHard::apply(embeddings, labels, margin, options);
 }

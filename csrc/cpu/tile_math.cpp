@@ -54,9 +54,7 @@ namespace portable {
 #undef SSL_KERNELS_TARGET
 }  // namespace portable
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SSL_KERNELS_X86 1
-
+#ifdef SSL_KERNELS_X86
 namespace avx2 {
 #define SSL_KERNELS_TARGET __attribute__((target("avx2,fma")))
 #define SSL_KERNELS_VECTOR_BYTES 32
@@ -143,20 +141,12 @@ std::vector<Isa> runnable_isas() {
 
 template <class T>
 const TileMath<T>& tile_math() {
-#ifdef SSL_KERNELS_X86
-  if (isa() >= Isa::kAvx512) return avx512::kTileMath<T>;
-  if (isa() == Isa::kAvx2) return avx2::kTileMath<T>;
-#endif
-  return portable::kTileMath<T>;
+  return SSL_KERNELS_WIDEST(kTileMath<T>);
 }
 
 template <class S, class T>
 const RowConversion<S, T>& row_conversion() {
-#ifdef SSL_KERNELS_X86
-  if (isa() >= Isa::kAvx512) return avx512::kRowConversion<S, T>;
-  if (isa() == Isa::kAvx2) return avx2::kRowConversion<S, T>;
-#endif
-  return portable::kRowConversion<S, T>;
+  return SSL_KERNELS_WIDEST(kRowConversion<S, T>);
 }
 
 template const TileMath<float>& tile_math();

@@ -11,6 +11,17 @@
 #include <optional>
 #include <vector>
 
+// `__VA_ARGS__` of the namespace of the widest instructions that this processor runs.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SSL_KERNELS_X86 1
+#define SSL_KERNELS_WIDEST(...)                \
+  (isa() >= Isa::kAvx512 ? avx512::__VA_ARGS__ \
+   : isa() == Isa::kAvx2 ? avx2::__VA_ARGS__   \
+                         : portable::__VA_ARGS__)
+#else
+#define SSL_KERNELS_WIDEST(...) (portable::__VA_ARGS__)
+#endif
+
 namespace ssl_kernels::cpu {
 
 // What batch-hard mining keeps for each column of a tile.

@@ -9,7 +9,7 @@
 #include <initializer_list>
 
 #include "../ops/autograd.h"
-#include "../ops/readable.h"
+#include "../ops/operands.h"
 
 namespace ssl_kernels::cpu {
 

@@ -39,11 +39,6 @@
 namespace ssl_kernels::cpu {
 namespace {
 
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
-
 struct Options {
   bool soft, normalize, cosine;
   std::string reduction;
@@ -171,7 +166,7 @@ Gradients backward(const Tensor& grad, const Rows& rows, const Tensor& kept, con
 // The same by torch's operators, which differentiate twice.
 Tensor composed(const Tensor& embeddings, const Triplets& triplets, const Tensor& margin,
                 const Options& options) {
-  const auto acc = embeddings.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto acc = accumulation_type(embeddings);
   Tensor x = embeddings.to(acc);
   if (options.normalize)
     x = x.mul(at::linalg_vector_norm(x, 2, {{1}}, /*keepdim=*/true).clamp_min(kNormEpsilon).reciprocal());

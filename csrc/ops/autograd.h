@@ -71,14 +71,23 @@ inline Tensor made_weighted(const Tensor& made, double grad) {
   return grad == 1 ? made : made.mul_(grad);
 }
 
-// The gradients, which refuse to be differentiated by any of the defined ones among `origins`.
+// The gradients, which refuse to be differentiated by any of `origins`; of both some may be undefined.
 inline variable_list without_second_derivative(const char* op, variable_list grads,
                                                const variable_list& origins) {
   if (!at::GradMode::is_enabled()) return grads;
-  variable_list defined;
-  for (const Tensor& origin : origins)
-    if (origin.defined()) defined.push_back(origin);
-  return NoSecondDerivative::apply(at::TensorList(grads), at::TensorList(defined), std::string(op));
+  const auto defined = [](const variable_list& tensors) {
+    variable_list found;
+    for (const Tensor& tensor : tensors)
+      if (tensor.defined()) found.push_back(tensor);
+    return found;
+  };
+  const variable_list present = defined(grads), of = defined(origins);
+  const variable_list refusing =
+      NoSecondDerivative::apply(at::TensorList(present), at::TensorList(of), std::string(op));
+  auto next = refusing.begin();
+  for (Tensor& grad : grads)
+    if (grad.defined()) grad = *next++;
+  return grads;
 }
 
 // The tangent of a dual tensor must not be dropped.
@@ -99,6 +108,15 @@ inline void refuse_torch_func(const char* op) {
     TORCH_CHECK_NOT_IMPLEMENTED(
         false, op, ": backend \"native\" has no derivative inside torch.func; backend=\"reference\" has one");
   }
+}
+
+// What a node makes of `args`: by its forward alone, without a context, where there is nothing to
+// differentiate by. `op` stands in errors.
+template <class Node, class... Args>
+Tensor as_node(const char* op, bool needs_grad, const Args&... args) {
+  if (!needs_grad || !at::GradMode::is_enabled()) return Node::forward(nullptr, args...);
+  refuse_torch_func(op);
+  return Node::apply(args...);
 }
 
 }  // namespace ssl_kernels

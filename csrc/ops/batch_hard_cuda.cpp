@@ -4,7 +4,6 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
-#include <limits>
 #include <string_view>
 #include <tuple>
 
@@ -20,8 +19,6 @@ using at::Tensor;
 std::tuple<Tensor, Tensor> batch_hard(const Tensor& embeddings, const Tensor& labels, bool normalize,
                                       std::string_view distance) {
   check_batch_hard(embeddings, labels, distance);
-  TORCH_CHECK(embeddings.size(0) <= std::numeric_limits<int32_t>::max(),
-              "batch_hard: embeddings must have fewer than 2^31 rows, got ", embeddings.size(0));
   const c10::cuda::CUDAGuard guard(embeddings.device());
   const Tensor label = labels.contiguous();
   const Tensor positive_index = at::empty({embeddings.size(0)}, label.options());
@@ -38,7 +35,7 @@ std::tuple<Tensor, Tensor> batch_hard(const Tensor& embeddings, const Tensor& la
   args.common.labels = pointer<int64_t>(label);
   args.positive_index = pointer<int64_t>(positive_index);
   args.negative_index = pointer<int64_t>(negative_index);
-  launch(args, embeddings, batch_hard_workspace, ::batch_hard);
+  launch_with_workspace(args, args.common.workspace, embeddings, batch_hard_workspace, ::batch_hard);
   return {positive_index, negative_index};
 }
 

@@ -10,7 +10,7 @@
 
 #include "../cpu/cluster_loss.h"
 #include "autograd.h"
-#include "readable.h"
+#include "operands.h"
 
 namespace ssl_kernels {
 namespace {
@@ -26,8 +26,7 @@ const auto& potentials_op() {
 // The views of (V, N, D), or those that there are, with neighbouring elements in memory.
 std::vector<Tensor> views_of(at::TensorList features) {
   std::vector<Tensor> views = features[0].dim() == 3 ? features[0].unbind(0) : features.vec();
-  for (Tensor& view : views)
-    if (view.size(1) != 1 && view.stride(1) != 1) view = view.contiguous();
+  for (Tensor& view : views) view = with_neighbours(view);
   return views;
 }
 
@@ -79,7 +78,7 @@ struct ClusterLoss : Function<ClusterLoss> {
       ctx->saved_data["grad_scale"] = made.grad_scale;
       ctx->saved_data["caller"] = options.caller;
     }
-    const auto acc = prototypes.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const auto acc = accumulation_type(prototypes);
     return made.losses.mul(weights).sum().to(acc);
   }
 
@@ -105,16 +104,10 @@ struct ClusterLoss : Function<ClusterLoss> {
             at::scalar_tensor(ctx->saved_data["grad_scale"].toDouble() * grad, scale.options());
       if (losses.defined()) made[count + 2] = losses.mul(grad);
     }
-    variable_list present, origins(kept.begin(), kept.begin() + static_cast<int64_t>(count) + 2);
+    variable_list origins(kept.begin(), kept.begin() + static_cast<int64_t>(count) + 2);
     origins.push_back(grads[0]);
-    for (const Tensor& each : made)
-      if (each.defined()) present.push_back(each);
-    present = without_second_derivative(ctx->saved_data["caller"].toStringRef().c_str(), present, origins);
-    size_t next = 0;
-    for (Tensor& each : made)
-      if (each.defined()) each = present[next++];
     made.resize(count + 4);
-    return made;
+    return without_second_derivative(ctx->saved_data["caller"].toStringRef().c_str(), made, origins);
   }
 };
 
@@ -148,7 +141,7 @@ Tensor cluster_loss(at::TensorList features, const Tensor& prototypes, const Ten
   TORCH_CHECK(can_be_read(prototypes) && can_be_read(scale) && can_be_read(weights) && weights.dim() == 1 &&
                   weights.size(0) == n && weights.scalar_type() == at::kDouble,
               "cluster_loss: prototypes, scale and weights must be on cpu, weights float64 of shape (N,)");
-  const auto acc = prototypes.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto acc = accumulation_type(prototypes);
   int64_t teachers = static_cast<int64_t>(assign.size());
   if (teacher.empty()) {
     TORCH_CHECK(iterations > 0, "cluster_loss: iterations must be at least 1");
@@ -169,10 +162,7 @@ Tensor cluster_loss(at::TensorList features, const Tensor& prototypes, const Ten
   for (size_t i = 0; i < pairs.size(); ++i)
     TORCH_CHECK(pairs[i] >= 0 && pairs[i] < (i % 2 ? views : teachers),
                 "cluster_loss: pairs must be of views that there are, got ", pairs);
-  if (!differentiate || !at::GradMode::is_enabled())
-    return ClusterLoss::forward(nullptr, features, prototypes, scale, weights, options);
-  refuse_torch_func(name);
-  return ClusterLoss::apply(features, prototypes, scale, weights, options);
+  return as_node<ClusterLoss>(name, differentiate, features, prototypes, scale, weights, options);
 }
 
 TORCH_LIBRARY_FRAGMENT(ssl_kernels, library) {

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "autograd.h"
-#include "readable.h"
+#include "operands.h"
 
 namespace ssl_kernels {
 namespace {
@@ -116,7 +116,7 @@ struct ViewLoss : Function<ViewLoss> {
       ctx->saved_data["pairs"] = pairs;
       ctx->saved_data["share"] = share;
     }
-    const auto acc = student[0].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const auto acc = accumulation_type(student[0]);
     return at::scalar_tensor(sum * share, losses.options().dtype(acc));
   }
 
@@ -140,14 +140,12 @@ struct ViewLoss : Function<ViewLoss> {
       const Tensor weight = grads[0].to(at::kDouble).mul(ctx->saved_data["share"].toDouble());
       made = cpu::view_cross_entropy_bwd(weight.expand({views.student[0].size(0)}), views, needs);
     }
-    made.pop_back();
-    variable_list origins = views.student;
-    origins.push_back(grads[0]);
-    made = without_second_derivative("dino_loss", made, origins);
     for (size_t v = 0; v < made.size(); ++v)
       if (!needs[v]) made[v] = Tensor();
     made.resize(kept.size() + 5);
-    return made;
+    variable_list origins = views.student;
+    origins.push_back(grads[0]);
+    return without_second_derivative("dino_loss", made, origins);
   }
 };
 
@@ -160,10 +158,8 @@ Tensor view_loss(at::TensorList student, at::TensorList teacher, double scale, d
       refuse_forward_mode("dino_loss", {&view});
     }
   for (const Tensor& view : student) differentiate |= view.requires_grad();
-  if (!differentiate || !at::GradMode::is_enabled())
-    return ViewLoss::forward(nullptr, student, teacher, scale, steepness, bias, pairs.vec(), mean);
-  refuse_torch_func("dino_loss");
-  return ViewLoss::apply(student, teacher, scale, steepness, bias, pairs.vec(), mean);
+  return as_node<ViewLoss>("dino_loss", differentiate, student, teacher, scale, steepness, bias, pairs.vec(),
+                           mean);
 }
 
 TORCH_LIBRARY_FRAGMENT(ssl_kernels, library) {

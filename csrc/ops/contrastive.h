@@ -8,6 +8,8 @@
 
 #include <optional>
 
+#include "operands.h"
+
 namespace ssl_kernels {
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -20,10 +22,7 @@ inline void check_contrastive(const at::Tensor& rows, const OptionalTensor& colu
                               const OptionalTensor& positives, const OptionalTensor& row_ids,
                               const OptionalTensor& column_ids) {
   const auto n = rows.size(0), m = columns ? columns->size(0) : n;
-  const auto accumulation_dtype = [](const at::Tensor& x) {
-    return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  };
-  const auto acc = accumulation_dtype(rows);
+  const auto acc = accumulation_type(rows);
   const auto on_device = [&](const at::Tensor& tensor) { return tensor.device() == rows.device(); };
   const auto are_ids = [&](const at::Tensor& ids, int64_t count) {
     return ids.scalar_type() == at::kLong && ids.dim() == 1 && ids.size(0) == count && on_device(ids);
@@ -31,7 +30,7 @@ inline void check_contrastive(const at::Tensor& rows, const OptionalTensor& colu
   TORCH_CHECK(rows.dim() == 2, "contrastive: rows must be 2-d, got ", rows.sizes());
   TORCH_CHECK(
       !columns || (columns->dim() == 2 && columns->size(1) == rows.size(1) && on_device(*columns) &&
-                   accumulation_dtype(*columns) == acc),
+                   accumulation_type(*columns) == acc),
       "contrastive: columns must have the width and device of rows, and float64 goes with float64 alone");
   TORCH_CHECK(scale.numel() == 1 && scale.scalar_type() == acc && on_device(scale),
               "contrastive: scale must be one number of dtype ", acc, " on the device of rows");

@@ -95,7 +95,7 @@ Fwd contrastive_fwd(const at::Tensor& rows, const OptionalTensor& columns, const
   args.common = common_args(rows, columns, scale, index, row_index, column_index, normalize_rows,
                             normalize_columns, keep_diagonal, both_directions);
   const int64_t n = args.common.N, m = args.common.M;
-  const auto wide = rows.options().dtype(at::kDouble), acc = rows.options().dtype(accumulation_dtype(rows));
+  const auto wide = rows.options().dtype(at::kDouble), acc = rows.options().dtype(accumulation_type(rows));
   const at::Tensor lse = at::empty({n}, wide);
   const at::Tensor column_lse = at::empty({both_directions ? m : 0}, wide);
   const at::Tensor positive_logits = index ? at::empty(index->sizes(), wide) : at::empty({0}, wide);
@@ -111,9 +111,10 @@ Fwd contrastive_fwd(const at::Tensor& rows, const OptionalTensor& columns, const
   args.expectation = pointer(kept);
   args.common.additions = additions.pointers();
   if (additions.any()) {
-    launch(args, rows, contrastive_additions_fwd_workspace, contrastive_additions_fwd);
+    launch_with_workspace(args, args.common.workspace, rows, contrastive_additions_fwd_workspace,
+                          contrastive_additions_fwd);
   } else {
-    launch(args, rows, contrastive_fwd_workspace, ::contrastive_fwd);
+    launch_with_workspace(args, args.common.workspace, rows, contrastive_fwd_workspace, ::contrastive_fwd);
   }
   return {lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept};
 }
@@ -137,7 +138,7 @@ Bwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_c
               "contrastive: lse must be what contrastive_fwd returned");
   const bool expectation = holds_expectation(kept);
   TORCH_CHECK(!expectation || (kept.sizes() == rows.sizes() &&
-                               kept.scalar_type() == accumulation_dtype(rows) && !columns_need_grad &&
+                               kept.scalar_type() == accumulation_type(rows) && !columns_need_grad &&
                                !column_bias_needs_grad && !row_bias_needs_grad && (columns || !positives)),
               "contrastive: kept must be what contrastive_fwd returned");
   const c10::cuda::CUDAGuard guard(rows.device());
@@ -155,7 +156,7 @@ Bwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_c
       at::empty(rows_need_grad ? rows.sizes() : at::IntArrayRef({0}), rows.options());
   const at::Tensor grad_columns =
       at::empty(columns_too ? columns->sizes() : at::IntArrayRef({0}), rows.options());
-  const at::Tensor grad_scale = at::empty({}, rows.options().dtype(accumulation_dtype(rows)));
+  const at::Tensor grad_scale = at::empty({}, rows.options().dtype(accumulation_type(rows)));
   args.grad_lse = pointer<double>(g);
   args.grad_column_lse = both_directions ? pointer<double>(h) : nullptr;
   args.grad_positive_logits = pointer<double>(q);
@@ -174,9 +175,10 @@ Bwd contrastive_bwd(const OptionalTensor& grad_lse, const OptionalTensor& grad_c
   args.grad_column_bias = pointer(grad_column_bias);
   args.grad_row_bias = pointer(grad_row_bias);
   if (additions.any() && !expectation) {
-    launch(args, rows, contrastive_additions_bwd_workspace, contrastive_additions_bwd);
+    launch_with_workspace(args, args.common.workspace, rows, contrastive_additions_bwd_workspace,
+                          contrastive_additions_bwd);
   } else {
-    launch(args, rows, contrastive_bwd_workspace, ::contrastive_bwd);
+    launch_with_workspace(args, args.common.workspace, rows, contrastive_bwd_workspace, ::contrastive_bwd);
   }
   return {grad_rows, grad_columns, grad_scale, grad_column_bias, grad_row_bias};
 }

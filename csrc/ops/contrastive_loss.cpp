@@ -44,16 +44,13 @@
 #include "autograd.h"
 #include "contrastive_operators.h"
 #include "contrastive_loss.h"
-#include "readable.h"
+#include "operands.h"
 #include "row_rules.h"
 
 namespace ssl_kernels {
 namespace {
 
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
+using cpu::number;
 
 constexpr const char* kName = "contrastive";
 
@@ -176,10 +173,6 @@ Tensor filled(int64_t n, double value, const at::TensorOptions& options) {
 double number_in(const Tensor& scalar) {
   return scalar.scalar_type() == at::kDouble ? *scalar.const_data_ptr<double>()
                                              : *scalar.const_data_ptr<float>();
-}
-
-Tensor number(double value, at::ScalarType dtype) {
-  return dtype == at::kDouble ? cpu::number<double>(value) : cpu::number<float>(value);
 }
 
 // Rows begin .. begin + count - 1 of a contiguous gradient.
@@ -387,7 +380,7 @@ std::pair<Tensor, int64_t> forward(const Call& call, double divisor, bool column
 
 Tensor scale_of(const OptionalTensor& scale, double constant, const Tensor& rows) {
   if (scale) return *scale;
-  const auto dtype = rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto dtype = accumulation_type(rows);
   return can_be_read(rows) && !c10::impl::dispatch_mode_enabled()
              ? number(constant, dtype)
              : at::scalar_tensor(constant, rows.options().dtype(dtype));
@@ -498,10 +491,9 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
     }
     variable_list by_input(kInputs);
     if (at::GradMode::is_enabled()) {
-      const auto or_scale = [&](const Tensor& grad) { return grad.defined() ? grad : by_scale; };
-      const variable_list refusing = without_second_derivative(
-          kName, {by_rows, or_scale(by_columns), by_scale, or_scale(by_numbers), or_scale(by_bias)},
-          {rows, saved[1], scale, saved[13], saved[15], grads[0]});
+      const variable_list refusing =
+          without_second_derivative(kName, {by_rows, by_columns, by_scale, by_numbers, by_bias},
+                                    {rows, saved[1], scale, saved[13], saved[15], grads[0]});
       by_rows = refusing[0], by_columns = refusing[1], by_scale = refusing[2], by_numbers = refusing[3],
       by_bias = refusing[4];
     }

@@ -27,10 +27,6 @@ inline Dtype kernel_dtype(const char* what, at::ScalarType dtype) {
   }
 }
 
-inline at::ScalarType accumulation_dtype(const at::Tensor& rows) {
-  return rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {
   return tensor ? std::optional<at::Tensor>(tensor->contiguous()) : std::nullopt;
 }
@@ -52,17 +48,23 @@ inline int multiply_by_aten(const MatrixProduct* product, cudaStream_t) {
   return 0;
 }
 
-// Runs a launcher with the scratch memory that it asks for, on the current stream of the device of `rows`,
-// which is the current device.
+// Runs a launcher on the current stream of the device of `operand`, which is the current device.
+template <typename Launcher, typename... Args>
+void launch(const at::Tensor& operand, Launcher* launcher, const Args&... args) {
+  const auto stream = c10::cuda::getCurrentCUDAStream(operand.get_device());
+  C10_CUDA_CHECK(static_cast<cudaError_t>(launcher(args..., stream.stream())));
+}
+
+// The same with as much scratch memory in `workspace`, a member of `args`, as workspace_bytes asks for.
 template <typename Args>
-void launch(Args& args, const at::Tensor& rows, int (*workspace_bytes)(const Args*, size_t*),
-            int (*launcher)(const Args*, cudaStream_t)) {
+void launch_with_workspace(Args& args, void*& workspace, const at::Tensor& operand,
+                           int (*workspace_bytes)(const Args*, size_t*),
+                           int (*launcher)(const Args*, cudaStream_t)) {
   size_t bytes = 0;
   C10_CUDA_CHECK(static_cast<cudaError_t>(workspace_bytes(&args, &bytes)));
-  const at::Tensor workspace = at::empty({static_cast<int64_t>(bytes)}, rows.options().dtype(at::kByte));
-  args.common.workspace = workspace.data_ptr();
-  const auto stream = c10::cuda::getCurrentCUDAStream(rows.get_device());
-  C10_CUDA_CHECK(static_cast<cudaError_t>(launcher(&args, stream.stream())));
+  const at::Tensor memory = at::empty({static_cast<int64_t>(bytes)}, operand.options().dtype(at::kByte));
+  workspace = memory.data_ptr();
+  launch(operand, launcher, &args);
 }
 
 }  // namespace ssl_kernels

@@ -58,8 +58,8 @@ at::Tensor cutmix_fwd(const at::Tensor& x, const at::Tensor& boxes, const at::Te
 }
 
 at::Tensor cutmix_bwd(const at::Tensor& grad, const at::Tensor& boxes, const at::Tensor& permutation) {
-  return into_new(grad, boxes, permutation, dtype_code("cutmix", grad.scalar_type()), cutmix_bwd_workspace,
-                  ::cutmix_bwd);
+  return into_new(grad, boxes, permutation, kernel_dtype("cutmix: the dtype", grad.scalar_type()),
+                  cutmix_bwd_workspace, ::cutmix_bwd);
 }
 
 TORCH_LIBRARY_IMPL(ssl_kernels, CUDA, library) {

@@ -8,15 +8,10 @@
 
 #include "../cpu/pool.h"
 #include "autograd.h"
-#include "readable.h"
+#include "operands.h"
 
 namespace ssl_kernels {
 namespace {
-
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
 
 struct LogSumExp : Function<LogSumExp> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, double constant, bool wide) {
@@ -29,13 +24,13 @@ struct LogSumExp : Function<LogSumExp> {
       ctx->save_for_backward(savable({x}));
       ctx->saved_data["total"] = total;
     }
-    return wide ? cpu::number<double>(total + constant) : cpu::number<float>(total + constant);
+    return cpu::number(total + constant, wide ? at::kDouble : at::kFloat);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor& x = saved[0];
-    variable_list made(1);
+    variable_list made(3);
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       const double grad = grads[0].item<double>(), total = ctx->saved_data["total"].toDouble();
@@ -44,7 +39,7 @@ struct LogSumExp : Function<LogSumExp> {
                      made[0].mutable_data_ptr<double>(),
                      [&](double value) { return grad * std::exp(value - total); });
     }
-    return {without_second_derivative("log_sum_exp", made, {grads[0], x})[0], Tensor(), Tensor()};
+    return without_second_derivative("log_sum_exp", made, {grads[0], x});
   }
 };
 
@@ -53,10 +48,7 @@ Tensor log_sum_exp(const Tensor& x, double constant, bool wide) {
                   x.scalar_type() == at::kDouble,
               "log_sum_exp: x must be contiguous float64 numbers (N,) on cpu, N >= 1");
   refuse_forward_mode("log_sum_exp", {&x});
-  if (!at::GradMode::is_enabled() || !x.requires_grad())
-    return LogSumExp::forward(nullptr, x, constant, wide);
-  refuse_torch_func("log_sum_exp");
-  return LogSumExp::apply(x, constant, wide);
+  return as_node<LogSumExp>("log_sum_exp", x.requires_grad(), x, constant, wide);
 }
 
 TORCH_LIBRARY_FRAGMENT(ssl_kernels, library) {

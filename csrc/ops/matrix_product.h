@@ -9,6 +9,7 @@
 
 #include "../cuda/dtype.h"
 #include "../cuda/matrix_product.h"
+#include "operands.h"
 
 namespace ssl_kernels {
 
@@ -29,7 +30,7 @@ inline at::ScalarType scalar_type_of(int32_t dtype) {
 inline void multiply_on(at::Device device, const MatrixProduct& product) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const at::ScalarType dtype = scalar_type_of(product.dtype);
-  const at::ScalarType acc = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  const at::ScalarType acc = accumulation_type(dtype);
   const auto matrix = [&](const void* data, int64_t rows, int64_t columns, int64_t stride,
                           at::ScalarType type) {
     return at::for_blob(const_cast<void*>(data), {rows, columns})

@@ -7,6 +7,8 @@
 
 #include <optional>
 
+#include "operands.h"
+
 namespace ssl_kernels {
 
 inline void check_index(const char* op, const char* name, const at::Tensor& index, at::IntArrayRef shape,
@@ -22,7 +24,7 @@ inline void check_batch(const char* op, const at::Tensor& x, int64_t least_dims)
 }
 
 inline void check_lam(const char* op, const at::Tensor& lam, const at::Tensor& x) {
-  const auto acc = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto acc = accumulation_type(x);
   TORCH_CHECK(
       lam.scalar_type() == acc && lam.dim() == 1 && lam.size(0) == x.size(0) && lam.device() == x.device(),
       op, ": lam must be ", acc, " of shape (", x.size(0), ",) on ", x.device(), ", got ", lam.scalar_type(),

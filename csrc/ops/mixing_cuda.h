@@ -1,27 +1,13 @@
-// What the CUDA glue of the mixing operations shares: samples as the kernels take them, scratch memory, the
-// stream.
+// What the CUDA glue of the mixing operations shares: samples as the kernels take them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 
-#include "../cuda/dtype.h"
+#include "cuda_launch.h"
 
 namespace ssl_kernels {
-
-inline int32_t dtype_code(const char* op, at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kDouble: return ::kFloat64;
-    case at::kFloat: return ::kFloat32;
-    case at::kHalf: return ::kFloat16;
-    case at::kBFloat16: return ::kBFloat16;
-    default: TORCH_CHECK(false, op, ": the dtype must be float64, float32, float16 or bfloat16, got ", dtype);
-  }
-}
 
 inline int64_t sample_size(const at::Tensor& x) {
   return x.numel() / x.size(0);
@@ -47,19 +33,6 @@ inline at::Tensor dense_result(const at::Tensor& result) {
 
 inline void copy_back(const at::Tensor& result, const at::Tensor& dense) {
   if (!result.is_same(dense)) result.copy_(dense);
-}
-
-// Calls launcher(args, stream) with as much scratch memory in `workspace` as workspace_bytes asks for.
-template <typename Args>
-void launch_with_workspace(Args& args, void*& workspace, const at::Tensor& x,
-                           int (*workspace_bytes)(const Args*, size_t*),
-                           int (*launcher)(const Args*, cudaStream_t)) {
-  size_t bytes = 0;
-  C10_CUDA_CHECK(static_cast<cudaError_t>(workspace_bytes(&args, &bytes)));
-  const at::Tensor memory = at::empty({static_cast<int64_t>(bytes)}, x.options().dtype(at::kByte));
-  workspace = memory.data_ptr();
-  C10_CUDA_CHECK(
-      static_cast<cudaError_t>(launcher(&args, c10::cuda::getCurrentCUDAStream(x.get_device()).stream())));
 }
 
 }  // namespace ssl_kernels

@@ -16,10 +16,6 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-at::Tensor with_unit_columns(const at::Tensor& logits) {
-  return logits.stride(1) == 1 || logits.size(1) == 1 ? logits : logits.contiguous();
-}
-
 // The operands as the kernels take them, with what had to be made for it.
 struct Operands {
   at::Tensor logits, target, partner, lam, weight, weight_sum;
@@ -28,10 +24,10 @@ struct Operands {
   Operands(const at::Tensor& logits_, const at::Tensor& target_, const at::Tensor& partner_,
            const at::Tensor& lam_, const OptionalTensor& weight_, double label_smoothing,
            int64_t ignore_index, bool partner_is_class)
-      : logits(with_unit_columns(logits_)), target(target_.contiguous()), partner(partner_), lam(lam_) {
+      : logits(with_neighbours(logits_)), target(target_.contiguous()), partner(partner_), lam(lam_) {
     if (weight_) weight = weight_->contiguous();
     if (weight_ && label_smoothing != 0) weight_sum = at::sum(weight, at::kDouble);
-    args.dtype = dtype_code("mixup_cross_entropy", logits.scalar_type());
+    args.dtype = kernel_dtype("mixup_cross_entropy: the dtype", logits.scalar_type());
     args.N = logits.size(0);
     args.C = logits.size(1);
     args.label_smoothing = label_smoothing;
@@ -49,10 +45,6 @@ struct Operands {
   }
 };
 
-cudaStream_t stream_of(const at::Tensor& logits) {
-  return c10::cuda::getCurrentCUDAStream(logits.get_device()).stream();
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> mixup_cross_entropy_fwd(
     const at::Tensor& logits, const at::Tensor& target, const at::Tensor& partner, const at::Tensor& lam,
     const OptionalTensor& weight, double label_smoothing, int64_t ignore_index, bool partner_is_class,
@@ -65,7 +57,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mixup_cross_entropy_fwd(
   const at::Tensor lse = at::empty_like(rows), counted = at::empty_like(rows);
   const MixupCrossEntropyFwdArgs args = {operands.args, rows.data_ptr<double>(), lse.data_ptr<double>(),
                                          counted.data_ptr<double>()};
-  C10_CUDA_CHECK(static_cast<cudaError_t>(::mixup_cross_entropy_fwd(&args, stream_of(logits))));
+  launch(logits, ::mixup_cross_entropy_fwd, &args);
   const auto acc = lam.scalar_type();
   if (reduction == "mean") {
     const at::Tensor total = at::sum(counted, acc);
@@ -87,7 +79,7 @@ at::Tensor mixup_cross_entropy_bwd(const at::Tensor& grad_loss, const at::Tensor
   const at::Tensor row_lse = lse.contiguous(), grad_logits = at::empty(logits.sizes(), logits.options());
   const MixupCrossEntropyBwdArgs args = {operands.args, grad_loss.data_ptr<double>(), grad_loss.stride(0),
                                          row_lse.data_ptr<double>(), grad_logits.data_ptr()};
-  C10_CUDA_CHECK(static_cast<cudaError_t>(::mixup_cross_entropy_bwd(&args, stream_of(logits))));
+  launch(logits, ::mixup_cross_entropy_bwd, &args);
   return grad_logits;
 }
 

@@ -16,7 +16,7 @@ namespace {
 MixupArgs arguments(const at::Tensor& x, const at::Tensor& out, const at::Tensor& lam,
                     const at::Tensor& permutation) {
   MixupArgs args = {};
-  args.dtype = dtype_code("mixup", x.scalar_type());
+  args.dtype = kernel_dtype("mixup: the dtype", x.scalar_type());
   args.B = x.size(0);
   args.F = sample_size(x);
   args.x = x.data_ptr();

@@ -16,7 +16,7 @@ at::Tensor mixup_normalize(const at::Tensor& x, const at::Tensor& lam, const at:
   const at::Tensor out = at::empty_like(x, x.options().dtype(dtype)), dense = dense_result(out);
   const at::Tensor bytes = samples_like(x, dense);
   MixupNormalizeArgs args = {};
-  args.dtype = dtype_code("mixup_normalize", dtype);
+  args.dtype = kernel_dtype("mixup_normalize: the dtype", dtype);
   args.B = x.size(0);
   args.F = sample_size(x);
   args.C = x.size(1);

@@ -25,10 +25,8 @@ void momentum_update_(at::TensorList masters, at::TensorList shadows, at::Tensor
                        kernel_dtype("momentum_update_: shadows", shadows[i].scalar_type()),
                        kernel_dtype("momentum_update_: sources", sources[i].scalar_type())});
   }
-  const auto stream = c10::cuda::getCurrentCUDAStream(masters[0].get_device());
-  C10_CUDA_CHECK(
-      static_cast<cudaError_t>(::momentum_update(triples.data(), static_cast<int64_t>(triples.size()),
-                                                 weight.const_data_ptr<float>(), stream.stream())));
+  launch(masters[0], ::momentum_update, triples.data(), static_cast<int64_t>(triples.size()),
+         weight.const_data_ptr<float>());
 }
 
 TORCH_LIBRARY_IMPL(ssl_kernels, CUDA, library) { library.impl("momentum_update_.native", &momentum_update_); }

@@ -6,7 +6,6 @@
 //   dx̂_i = Σ_j w_ij y_ij,  <x̂_i, dx̂_i> = Σ_j c_ij;  dy_ij = w_ij x̂_i − c_ij / ‖y_ij‖² y_ij;
 //   dscale = Σ_ij g_ij <x̂_i, ŷ_ij>
 #include <ATen/ops/bmm.h>
-#include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
@@ -39,19 +38,19 @@ struct PairedLogits : Function<PairedLogits> {
     const Tensor &grad = grads[0], &x = saved[0], &y = saved[1], &scale = saved[2], &unit = saved[3];
     const Tensor &products = saved[4], &x_rnorm = saved[5], &y_rnorm = saved[6];
     const bool normalize = x_rnorm.defined();
-    variable_list results(3, at::empty({0}, scale.options()));  // where not wanted
+    variable_list by_input(4);
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
       const Tensor weighted = grad.mul(products);
-      if (ctx->needs_input_grad(2)) results[2] = weighted.sum().to(scale.scalar_type());
+      if (ctx->needs_input_grad(2)) by_input[2] = weighted.sum().to(scale.scalar_type());
       const Tensor turn = weighted.mul_(scale).to(unit.scalar_type());  // c
       Tensor weight = grad.mul(scale).to(unit.scalar_type());
       if (normalize) weight.mul_(y_rnorm);
       if (ctx->needs_input_grad(0)) {
         Tensor grad_x = at::bmm(weight.unsqueeze(1), y.to(unit.scalar_type())).squeeze(1);
         if (normalize) grad_x = through_normalization_(grad_x, unit, x_rnorm, turn.sum(1));
-        results[0] = grad_x.to(x.scalar_type());
+        by_input[0] = grad_x.to(x.scalar_type());
       }
       if (ctx->needs_input_grad(1)) {
         Tensor grad_y = weight.unsqueeze(2).mul(unit.unsqueeze(1));
@@ -59,14 +58,10 @@ struct PairedLogits : Function<PairedLogits> {
           const Tensor factor = without_short_rows_(turn.mul(y_rnorm).mul_(y_rnorm), y_rnorm);
           grad_y.addcmul_(y.to(unit.scalar_type()), factor.unsqueeze(2), -1);
         }
-        results[1] = grad_y.to(y.scalar_type());
+        by_input[1] = grad_y.to(y.scalar_type());
       }
     }
-    results = without_second_derivative("paired_logits", results, {grad, x, y, scale});
-    variable_list by_input(4);
-    for (int k = 0; k < 3; ++k)
-      if (ctx->needs_input_grad(k)) by_input[k] = results[k];
-    return by_input;
+    return without_second_derivative("paired_logits", by_input, {grad, x, y, scale});
   }
 };
 

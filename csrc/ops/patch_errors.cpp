@@ -13,14 +13,10 @@
 #include <tuple>
 
 #include "autograd.h"
-#include "readable.h"
+#include "operands.h"
 
 namespace ssl_kernels {
 namespace {
-
-at::ScalarType accumulation_type(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 void check_patches(const Tensor& prediction, const Tensor& target) {
   TORCH_CHECK(prediction.dim() == 2 && prediction.size(0) > 0 && prediction.size(1) > 0 &&
@@ -96,16 +92,15 @@ struct MAELoss : Function<MAELoss> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &prediction = saved[0], &share = saved[4];
-    variable_list made;
+    variable_list made(6);
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       const Tensor rows = as_rows(prediction);
       const Tensor by_patch = share.mul(grads[0]).expand({rows.size(0)});
       const Tensor by_rows = patch_errors_bwd(by_patch, rows, as_rows(saved[1]), saved[2], saved[3]);
-      made = {by_rows.view(prediction.sizes())};
+      made[0] = by_rows.view(prediction.sizes());
     }
-    made = without_second_derivative("mae_loss", made, {grads[0], prediction});
-    return {made[0], Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+    return without_second_derivative("mae_loss", made, {grads[0], prediction});
   }
 };
 
@@ -117,10 +112,8 @@ Tensor mae_loss(const Tensor& prediction, const Tensor& target, const OptionalTe
   TORCH_CHECK(!mask || (can_be_read(*mask) && mask->numel() == prediction.numel() / prediction.size(-1)),
               "mae_loss: mask must be on cpu with a number for each patch");
   refuse_forward_mode("mae_loss", {&prediction, &target});
-  if (!prediction.requires_grad() || !at::GradMode::is_enabled())
-    return MAELoss::forward(nullptr, prediction, target, mask, eps, normalize, mean);
-  refuse_torch_func("mae_loss");
-  return MAELoss::apply(prediction, target, mask, eps, normalize, mean);
+  return as_node<MAELoss>("mae_loss", prediction.requires_grad(), prediction, target, mask, eps, normalize,
+                          mean);
 }
 
 TORCH_LIBRARY_FRAGMENT(ssl_kernels, library) {

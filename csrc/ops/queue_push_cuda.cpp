@@ -26,8 +26,7 @@ void queue_push_(const at::Tensor& storage, const at::Tensor& keys, const at::Te
   args.keys = keys.data_ptr();
   args.position = position.data_ptr<int64_t>();
   args.filled = filled.data_ptr<int64_t>();
-  const auto stream = c10::cuda::getCurrentCUDAStream(storage.get_device());
-  C10_CUDA_CHECK(static_cast<cudaError_t>(::queue_push(&args, stream.stream())));
+  launch(storage, ::queue_push, &args);
 }
 
 TORCH_LIBRARY_IMPL(ssl_kernels, CUDA, library) { library.impl("queue_push_.native", &queue_push_); }

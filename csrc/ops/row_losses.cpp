@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "autograd.h"
-#include "readable.h"
+#include "operands.h"
 #include "row_rules.h"
 
 namespace ssl_kernels {

@@ -8,6 +8,8 @@
 #include <optional>
 #include <string_view>
 
+#include "operands.h"
+
 namespace ssl_kernels {
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -27,7 +29,7 @@ inline void check_row_pairs(const at::Tensor& x, const at::Tensor& y, const Opti
 
 inline void check_row_pairs_grad(const at::Tensor& grad_values, const at::Tensor& saved, const at::Tensor& x,
                                  const OptionalTensor& z) {
-  const auto acc = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto acc = accumulation_type(x);
   TORCH_CHECK(grad_values.dim() == 1 && grad_values.size(0) == x.size(0) &&
                   grad_values.scalar_type() == at::kDouble && grad_values.device() == x.device(),
               "row_pairs: grad_values must be float64 of shape (N,) on the device of x");

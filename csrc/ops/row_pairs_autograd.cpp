@@ -10,11 +10,6 @@
 namespace ssl_kernels {
 namespace {
 
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
-
 const auto& forward_op() {
   using Op = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& y, const OptionalTensor& z,
                                         bool normalize, std::string_view measure);

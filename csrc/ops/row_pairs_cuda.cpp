@@ -38,11 +38,10 @@ std::tuple<Tensor, Tensor> row_pairs_fwd(const Tensor& x, const Tensor& y, const
   check_row_pairs(x, y, z, measure);
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor values = at::empty({x.size(0)}, x.options().dtype(at::kDouble));
-  const Tensor saved = at::empty({x.size(0), z ? 2 : 1, 4}, x.options().dtype(accumulation_dtype(x)));
+  const Tensor saved = at::empty({x.size(0), z ? 2 : 1, 4}, x.options().dtype(accumulation_type(x)));
   const RowPairsFwdArgs args = {operands_of(x, y, z, normalize, measure), values.data_ptr<double>(),
                                 saved.data_ptr()};
-  const auto stream = c10::cuda::getCurrentCUDAStream(x.get_device());
-  C10_CUDA_CHECK(static_cast<cudaError_t>(::row_pairs_fwd(&args, stream.stream())));
+  launch(x, ::row_pairs_fwd, &args);
   return {values, saved};
 }
 
@@ -62,8 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> row_pairs_bwd(const Tensor& grad_values, cons
     grads[k] = at::empty(needed[k] ? x.sizes() : at::IntArrayRef({0}), x.options());
     args.grads[k] = pointer(grads[k]);
   }
-  const auto stream = c10::cuda::getCurrentCUDAStream(x.get_device());
-  C10_CUDA_CHECK(static_cast<cudaError_t>(::row_pairs_bwd(&args, stream.stream())));
+  launch(x, ::row_pairs_bwd, &args);
   return {grads[0], grads[1], grads[2]};
 }
 

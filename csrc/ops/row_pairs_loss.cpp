@@ -14,16 +14,11 @@
 #include "../cpu/pool.h"
 #include "../cpu/row_pairs.h"
 #include "autograd.h"
-#include "readable.h"
+#include "operands.h"
 #include "row_pairs_loss.h"
 
 namespace ssl_kernels {
 namespace {
-
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
 
 cpu::PairRule rule_of(std::string_view name, double factor, double constant) {
   using Rule = cpu::PairRule;
@@ -35,10 +30,6 @@ cpu::PairRule rule_of(std::string_view name, double factor, double constant) {
 }
 
 bool is_wide(const Tensor& x) { return x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble; }
-
-Tensor number_of(double value, const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? cpu::number<double>(value) : cpu::number<float>(value);
-}
 
 // slopes (N,) float64, times the gradient of each row's loss or of their sum.
 template <class T>
@@ -66,7 +57,7 @@ struct RowPairsLoss : Function<RowPairsLoss> {
                               {ctx && x.requires_grad(), ctx && y.requires_grad(),
                                ctx && z && z->requires_grad()});
       if (ctx) ctx->save_for_backward(savable({x, y, or_undefined(z), grads[0], grads[1], grads[2]}));
-      return number_of(sum, x);
+      return cpu::number(sum, accumulation_type(x));
     }
     // The losses in the place of the values, and the slopes.
     const auto [losses, saved] = cpu::row_pairs_fwd(x, y, z, normalize, measure);
@@ -82,7 +73,7 @@ struct RowPairsLoss : Function<RowPairsLoss> {
       ctx->saved_data["normalize"] = normalize;
       ctx->saved_data["measure"] = measure;
     }
-    if (reduction != "none") return number_of(sum * share, x);
+    if (reduction != "none") return cpu::number(sum * share, accumulation_type(x));
     if (x.scalar_type() == at::kDouble) return losses;
     const Tensor narrow = cpu::pooled({n}, losses.options().dtype(at::kFloat));
     std::copy_n(loss, n, narrow.mutable_data_ptr<float>());
@@ -133,10 +124,8 @@ Tensor row_pairs_loss(const Tensor& x, const Tensor& y, const OptionalTensor& z,
   const std::string name(caller), of(measure), how(reduction);
   refuse_forward_mode(name.c_str(), {&x, &y, z ? &*z : nullptr});
   const auto by = rule_of(rule, factor, constant);
-  if (!at::GradMode::is_enabled() || !(x.requires_grad() || y.requires_grad() || (z && z->requires_grad())))
-    return RowPairsLoss::forward(nullptr, x, y, z, normalize, of, by, how, name);
-  refuse_torch_func(name.c_str());
-  return RowPairsLoss::apply(x, y, z, normalize, of, by, how, name);
+  const bool differentiate = x.requires_grad() || y.requires_grad() || (z && z->requires_grad());
+  return as_node<RowPairsLoss>(name.c_str(), differentiate, x, y, z, normalize, of, by, how, name);
 }
 
 namespace {

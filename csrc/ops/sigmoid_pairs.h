@@ -7,6 +7,8 @@
 
 #include <optional>
 
+#include "operands.h"
+
 namespace ssl_kernels {
 
 // Ids of rows and columns, or none of them.
@@ -18,7 +20,7 @@ struct PairIds {
 
 inline void check_sigmoid_pairs(const at::Tensor& rows, const at::Tensor& columns, const at::Tensor& scale,
                                 const at::Tensor& bias, const PairIds& ids) {
-  const auto acc = rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto acc = accumulation_type(rows);
   const auto on_device = [&](const at::Tensor& tensor) { return tensor.device() == rows.device(); };
   const auto is_number = [&](const at::Tensor& tensor) {
     return tensor.numel() == 1 && tensor.scalar_type() == acc && on_device(tensor);

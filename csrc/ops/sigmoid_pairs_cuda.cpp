@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_pairs_fwd(
   check_sigmoid_pairs(rows, columns, scale, bias, ids);
   const c10::cuda::CUDAGuard guard(rows.device());
   const bool with_gradients = total && keep;
-  const auto acc = accumulation_dtype(rows);
+  const auto acc = accumulation_type(rows);
   SigmoidPairsFwdArgs args = {};
   args.common = common_args(rows, columns, scale, bias, diagonal, normalize_rows, normalize_columns, ids);
   args.total = total;
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_pairs_fwd(
   args.grad_columns = pointer(grad_columns);
   args.grad_scale = pointer(grad_scale);
   args.grad_bias = pointer(grad_bias);
-  launch(args, rows, sigmoid_pairs_fwd_workspace, ::sigmoid_pairs_fwd);
+  launch_with_workspace(args, args.common.workspace, rows, sigmoid_pairs_fwd_workspace, ::sigmoid_pairs_fwd);
   return {losses, grad_rows, grad_columns, grad_scale, grad_bias};
 }
 
@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sigmoid_pairs_bwd(const Tensor& grad_
   args.grad_columns = pointer(grad_columns);
   args.grad_scale = pointer(grad_scale);
   args.grad_bias = pointer(grad_bias);
-  launch(args, rows, sigmoid_pairs_bwd_workspace, ::sigmoid_pairs_bwd);
+  launch_with_workspace(args, args.common.workspace, rows, sigmoid_pairs_bwd_workspace, ::sigmoid_pairs_bwd);
   return {grad_rows, grad_columns, grad_scale, grad_bias};
 }
 

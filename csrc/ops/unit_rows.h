@@ -5,14 +5,11 @@
 #include <ATen/ops/linalg_vector_norm.h>
 
 #include "../cpu/rows.h"
+#include "operands.h"
 
 namespace ssl_kernels {
 
 using cpu::kNormEpsilon;
-
-inline at::ScalarType accumulation_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 // 1 / max(‖x‖, eps) along the last dimension.
 inline at::Tensor reciprocal_norms(const at::Tensor& x) {
