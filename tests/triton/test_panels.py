@@ -134,9 +134,10 @@ BOTH = [
     ("panels", "scale, bound, other_grad", "scale, None, other_grad"),
     ("panels", "dtype != torch.float16", "True"),
     ("panels", "dtype != torch.float16", "False"),
-    ("panels", "max(1, SCRATCH_BYTES // bytes_per_block) * tile.block_n", "max(1, SCRATCH_BYTES // bytes_per_block)"),
 ]  # fmt: skip
 CONTRASTIVE = [
+    # The coefficients of siglip_loss are right in panels of any number of rows, only slow.
+    ("panels", "max(1, SCRATCH_BYTES // bytes_per_block) * tile.block_n", "max(1, SCRATCH_BYTES // bytes_per_block)"),
     ("contrastive_bwd", "n0 = first_row + panel_row", "n0 = panel_row"),
     ("contrastive_bwd", "(tl.program_id(0) // row_blocks) * BLOCK_M", "(tl.program_id(0) % row_blocks) * BLOCK_M"),
     ("contrastive_bwd", "coefficients *= x_rnorm[:, None]", "coefficients *= 1.0"),
