@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ssl_kernels
+from ssl_kernels import arguments
 from ssl_kernels.ops.contrastive import contrastive
 from tests.helpers import BACKENDS, DTYPES, OPERATORS, same_bits
 from tests.support.contrastive import (
@@ -272,3 +273,22 @@ def test_a_backend_that_cannot_run_is_named_with_the_reason():
     with pytest.raises(ValueError, match=r"^contrastive: backend must be .* or None, got 'cuda'$"):
         contrastive(call.rows, None, call.scale, backend="cuda")
     assert ssl_kernels.backends_for("contrastive", call.rows)["triton"] == "it runs on cuda, not on cpu"
+
+
+@pytest.mark.parametrize(
+    "operator, named",
+    [
+        ("contrastive_fwd", arguments.ContrastiveForward),
+        ("contrastive_bwd", arguments.ContrastiveBackward),
+        ("sigmoid_pairs_fwd", arguments.SigmoidPairsForward),
+        ("sigmoid_pairs_bwd", arguments.SigmoidPairsBackward),
+    ],
+)
+def test_named_arguments_are_those_of_the_schema(operator, named):
+    """Backends in Python name by place what the dispatcher hands them."""
+    overloads = getattr(torch.ops.ssl_kernels, operator)
+    for overload in overloads.overloads():
+        schema = getattr(overloads, overload)._schema.arguments
+        assert [argument.name for argument in schema] == list(named._fields)
+        defaults = {each.name: each.default_value for each in schema if each.has_default_value()}
+        assert defaults == named._field_defaults
