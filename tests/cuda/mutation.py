@@ -86,10 +86,12 @@ def build(operation, mutation=None):
 
 
 def noticed_by(checks, library):
-    """What the first complaint of `checks(library)` says, or None."""
+    """What the first complaint of `checks(library)` says, or None. The library is closed."""
     try:
         with check("parity"):
             checks(library)
     except Noticed as noticed:
         return str(noticed)
+    finally:
+        library.close()
     return None

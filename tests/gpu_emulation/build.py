@@ -27,7 +27,10 @@ RUNTIME_SOURCE = EMULATOR / "cudart.cpp"
 CXX_FLAGS = (
     "-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=off -fno-strict-aliasing".split()
 )
-NVCC_FLAGS = ["-std=c++17", "-O2", "-Xcompiler", "-fPIC"]
+NVCC_FLAGS = ["-std=c++17", "-O2"]
+# g++ makes statics of inline functions one to a process, and a library that has such a static is never unloaded.
+# clang++ does neither and does not know the flag.
+UNIQUE_FLAG = "-fno-gnu-unique"
 
 
 class BuildError(RuntimeError):
@@ -71,7 +74,8 @@ def emulated_cuda_library(sources, arch, include_dirs=(), defines=()):
 
     def build(folder):
         objects = _cuda_objects(sources, flags, include_dirs)
-        runtime = _cached("cudart", [*_emulator_sources(), _nvcc_version()], _build_runtime) / "cudart.o"
+        key = [*_emulator_sources(), *_host_flags(), _nvcc_version()]
+        runtime = _cached("cudart", key, _build_runtime) / "cudart.o"
         # Hidden symbols, resolved here: torch's own libcudart in the process is never reached.
         inputs = [*objects, runtime, *_emulator_objects()]
         _run([_cxx(), "-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic", *inputs, "-o", folder / "libkernels.so"])
@@ -127,16 +131,18 @@ def _emulator_objects():
 
 
 def _build_runtime(folder):
-    flags = ["-std=c++17", "-O2", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
-    _run([nvcc_path(), *flags, "-c", RUNTIME_SOURCE, "-o", folder / "cudart.o"])
+    host = _host_flags("-fPIC", "-fvisibility=hidden", "-Wall")
+    _run([nvcc_path(), *NVCC_FLAGS, *host, "-c", RUNTIME_SOURCE, "-o", folder / "cudart.o"])
 
 
 def _cuda_objects(sources, flags, include_dirs):
+    host = _host_flags("-fPIC")
+
     def compile_unit(path):
         def build(folder):
-            _run([nvcc_path(), *NVCC_FLAGS, *flags, "-c", path, "-o", folder / "unit.o"])
+            _run([nvcc_path(), *NVCC_FLAGS, *host, *flags, "-c", path, "-o", folder / "unit.o"])
 
-        key = [*_with_includes([path], include_dirs), *flags, _nvcc_version()]
+        key = [*_with_includes([path], include_dirs), *host, *flags, _nvcc_version()]
         return _cached(f"cuda_{Path(path).stem}", key, build) / "unit.o"
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -151,6 +157,17 @@ def _cxx():
     return os.environ.get("CXX", "g++")
 
 
+def _host_flags(*flags):
+    """For nvcc, which hands them to its host compiler."""
+    return ["-Xcompiler", ",".join([*flags, *_unique_flags("g++")])]
+
+
+@functools.lru_cache
+def _unique_flags(compiler):
+    tried = [compiler, UNIQUE_FLAG, "-E", "-x", "c++", "/dev/null"]
+    return [UNIQUE_FLAG] if subprocess.run(tried, capture_output=True).returncode == 0 else []
+
+
 @functools.lru_cache
 def _cxx_flags():
     """Adds AVX2, FMA and half conversions where this machine has them: the cache never leaves it."""
@@ -160,7 +177,8 @@ def _cxx_flags():
     except OSError:
         cpu = ""
     supported = all(f" {name}" in cpu for name in wanted)
-    return tuple(CXX_FLAGS + ([f"-m{name}" for name in wanted] if supported else []))
+    native = [f"-m{name}" for name in wanted] if supported else []
+    return (*CXX_FLAGS, *native, *_unique_flags(_cxx()))
 
 
 @functools.lru_cache

@@ -1,5 +1,6 @@
 """CUDA launchers on CPU tensors: the library nvcc built, with the emulator in the place of libcudart."""
 
+import _ctypes
 import ctypes
 
 from . import build, ptx
@@ -116,6 +117,11 @@ class EmulatedCudaLibrary:
         if code:
             raise CudaError(function, code, ctypes.string_at(self._error_string(code)).decode())
         return [self._launch(i) for i in range(self._library.emulated_launch_count())]
+
+    def close(self):
+        """Unloads the library, whose decoded kernels take up to 100 MB. Nothing may be called after it."""
+        _ctypes.dlclose(self._library._handle)
+        del self._library
 
     def shared_limits(self):
         """[(kernel, device, bytes)]: each setting of a kernel's most dynamic shared memory by the last call."""

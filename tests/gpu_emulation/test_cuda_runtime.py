@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu_emulation import STREAM, BuildError, CudaError, EmulatedCudaLibrary, PtxError
+from tests.gpu_emulation import STREAM, BuildError, CudaError, EmulatedCudaLibrary, PtxError, build
 
 KERNELS = Path(__file__).parent / "kernels"
 M, N, K = 100, 77, 72
@@ -184,3 +184,23 @@ def test_unknown_runtime_call_fails_the_link(nvcc, tmp_path):
     source.write_text('#include <cuda_runtime.h>\nextern "C" int reset() { return cudaDeviceReset(); }\n')
     with pytest.raises(BuildError, match="cudaDeviceReset"):
         EmulatedCudaLibrary([source], 80)
+
+
+def test_a_closed_library_is_unloaded(nvcc, tmp_path):
+    """Hundreds of mutated kernels come and go in one process. The static keeps a library where g++ makes it unique."""
+    source = tmp_path / "closed.cu"
+    source.write_text(
+        "inline int &calls() { static int count = 0; return count; }\n"
+        'extern "C" int closed_launch() { return calls()++; }\n'
+    )
+
+    def is_loaded():
+        return str(path) in Path("/proc/self/maps").read_text()
+
+    path = build.emulated_cuda_library([source], 80)
+    for _ in range(2):  # the second library does not see the first one's static
+        library = EmulatedCudaLibrary([source], 80)
+        assert is_loaded()
+        assert library.call("closed_launch") == []
+        library.close()
+        assert not is_loaded()
