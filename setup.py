@@ -12,6 +12,7 @@ import os
 import pathlib
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -133,7 +134,7 @@ def make_extension():
         "-Wall",
         f'-DSSL_KERNELS_TORCH_VERSION="{torch.__version__}"',
     ]
-    link = []
+    link, include = [], [write_fingerprint()]
     if platform.system() == "Linux":
         cxx.append("-fopenmp")  # at::parallel_for is a template: without it, it would run on one thread
     if os.environ.get("SSL_KERNELS_SANITIZE") == "1":
@@ -145,7 +146,11 @@ def make_extension():
     say(f"C++ kernels: yes. CUDA kernels: {'yes' if with_cuda else 'no'} ({why})")
     if not with_cuda:
         return cpp_extension.CppExtension(
-            "ssl_kernels._C", sources, extra_compile_args=cxx, extra_link_args=link
+            "ssl_kernels._C",
+            sources,
+            include_dirs=include,
+            extra_compile_args=cxx,
+            extra_link_args=link,
         )
 
     architectures, why = cuda_architectures()
@@ -155,12 +160,24 @@ def make_extension():
     return cpp_extension.CUDAExtension(
         "ssl_kernels._C",
         sources,
+        include_dirs=include,
         extra_compile_args={
             "cxx": cxx,
             "nvcc": ["-O3", "--threads=2", *WITH_HALF_CONVERSIONS, *code_flags(architectures)],
         },
         extra_link_args=link,
     )
+
+
+def write_fingerprint():
+    """build/sources/fingerprint.h, which tells the extension what it is built from. Returns its folder."""
+    fingerprint = runpy.run_path("ssl_kernels/_sources.py")["fingerprint"]("csrc")
+    header = pathlib.Path("build/sources/fingerprint.h").absolute()
+    text = f'#define SSL_KERNELS_SOURCES "{fingerprint}"\n'
+    if not header.exists() or header.read_text() != text:  # a file that is touched is compiled anew
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
+    return str(header.parent)
 
 
 def standard_of_torch():

@@ -15,6 +15,8 @@
 #include "ops/contrastive_loss.h"
 #include "ops/matrix_product.h"
 #include "ops/row_pairs_loss.h"
+// setup.py writes it: SSL_KERNELS_SOURCES.
+#include "fingerprint.h"
 
 #ifndef SSL_KERNELS_CUDA_ARCHITECTURES
 #define SSL_KERNELS_CUDA_ARCHITECTURES ""
@@ -30,6 +32,7 @@ PYBIND11_MODULE(_C, module) {
         pybind11::dict info;
         info["torch"] = SSL_KERNELS_TORCH_VERSION;
         info["compiler"] = __VERSION__;
+        info["sources"] = SSL_KERNELS_SOURCES;
         info["cuda_architectures"] = SSL_KERNELS_CUDA_ARCHITECTURES;
         info["cpu_instruction_set"] = name_of(ssl_kernels::cpu::isa());
         info["norm_eps"] = ssl_kernels::cpu::kNormEpsilon;

@@ -13,14 +13,17 @@ import contextvars
 import functools
 import importlib.util
 import inspect
+import pathlib
 import threading
 import types
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
+from ssl_kernels._sources import staleness
 from ssl_kernels.checks import check_choice
 from ssl_kernels.preference import architecture_of, prefer
 
@@ -38,6 +41,18 @@ except ImportError as error:
         extension_missing = "the extension ssl_kernels._C is not built (docs/start.md says how)"
     else:
         extension_missing = f"the extension ssl_kernels._C does not load ({error})"
+
+
+def _warn_if_stale():
+    try:
+        built = {} if extension is None else extension.build_info()
+    except ValueError:  # an unknown instruction set, which is an error of the first call
+        return
+    if built and (stale := staleness(built.get("sources"), pathlib.Path(__file__).resolve().parents[1])):
+        warnings.warn(stale, RuntimeWarning, stacklevel=2)
+
+
+_warn_if_stale()
 
 
 def _multiplies_bfloat16():

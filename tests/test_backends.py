@@ -3,16 +3,19 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import ssl_kernels
-from ssl_kernels import backends, backends_for, nt_xent_loss, use_backend
+from ssl_kernels import _sources, backends, backends_for, nt_xent_loss, use_backend
 from tests.helpers import random_rows, run_python
 
+ROOT = Path(__file__).resolve().parents[1]
 Z = random_rows(4, 8)
 
 
@@ -456,3 +459,38 @@ def test_extension_tells_what_was_built():
         info["cpu_instruction_set"] in info["cpu_instruction_sets"]
         and info["cpu_instruction_sets"][-1] == "portable"
     )
+
+
+def test_the_extension_is_of_the_sources_beside_it(tmp_path):
+    built = backends.extension.build_info()["sources"]
+    assert _sources.staleness(built, ROOT) is None
+    assert _sources.staleness(built, tmp_path) is None  # an installed package: no sources
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    assert _sources.staleness(built, tmp_path) is None  # another package's folder of that name
+    (tmp_path / "setup.py").touch()
+    assert _sources.staleness(built, tmp_path) is None
+    for name in ("bindings.cpp", "cpu/tiles.h", "cuda/contrastive.cuh"):
+        source = tmp_path / "csrc" / name
+        text = source.read_text()
+        source.write_text(text.replace("<", ">", 1))
+        assert "built from other sources than those in" in _sources.staleness(built, tmp_path)
+        source.write_text(text)
+    source.rename(source.with_suffix(".h"))
+    assert _sources.staleness(built, tmp_path) is not None
+
+
+STALE = """
+import pathlib
+import warnings
+import torch
+pathlib.Path.read_bytes = lambda path: b"another source"
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import ssl_kernels
+print(*{str(each.message) for each in caught if "numbers may be wrong" in str(each.message)})
+"""
+
+
+def test_an_extension_of_other_sources_is_said():
+    """As after a pull without a build: arguments would mean something else, and losses be wrong without a word."""
+    assert run_python(STALE).startswith("ssl_kernels: the extension was built from other sources")
