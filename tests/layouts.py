@@ -83,16 +83,17 @@ def _in(memory, values):
     return memory.copy_(values)
 
 
-# More than 32 bits count, as a stride and all the more as a place; a multiple of every vector.
-FAR = 2**31 + 64
+# More than 32 bits count, as a stride and all the more as a place; and a stride that 32 bits hold, but not its double.
+# Both are multiples of every vector.
+FAR, HALF_AS_FAR = 2**31 + 64, 2**30 + 64
 
 
-def far_apart(tensor, dim=0):
-    """The same values, those along `dim` `FAR` elements apart, in address space of which only their pages exist."""
+def far_apart(tensor, dim=0, gap=FAR):
+    """The same values, those along `dim` `gap` elements apart, in address space of which only their pages exist."""
     rest = [size for i, size in enumerate(tensor.shape) if i != dim]
     strides = [math.prod(rest[i + 1 :]) for i in range(len(rest))]
-    strides.insert(dim, FAR)
-    count = (tensor.shape[dim] - 1) * FAR + math.prod(rest)
+    strides.insert(dim, gap)
+    count = (tensor.shape[dim] - 1) * gap + math.prod(rest)
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     no_reserve = 0x4000  # Linux's MAP_NORESERVE
     memory = mmap.mmap(-1, count * tensor.element_size(), flags=private | no_reserve)
@@ -109,6 +110,9 @@ def variants_of(tensor, unaligned=False):
         return found
     if tensor.device.type == "cpu":
         found["far apart"] = far_apart(tensor)
+        found["half as far apart"] = far_apart(tensor, gap=HALF_AS_FAR)
+        if tensor.dim() == 2:
+            found["columns half as far apart"] = far_apart(tensor, 1, HALF_AS_FAR)
     room = _poison(tensor, (*tensor.shape[:-1], 3 * tensor.shape[-1]))
     found["every third"] = _in(room[..., 1::3], tensor)
     if tensor.dim() > 1:
@@ -170,8 +174,9 @@ def _copied(value):
     """A tensor or list of the same strides and the same place in other memory."""
     if isinstance(value, list):
         return [_copied(tensor) for tensor in value]
-    if FAR in value.stride():
-        return far_apart(value, value.stride().index(FAR))
+    for gap in (FAR, HALF_AS_FAR):
+        if gap in value.stride():
+            return far_apart(value, value.stride().index(gap), gap)
     size = value.untyped_storage().nbytes() // value.element_size()
     whole = torch.as_strided(value, (size,), (1,), 0).clone()
     return whole.as_strided(value.shape, value.stride(), value.storage_offset())

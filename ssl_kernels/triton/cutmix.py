@@ -26,6 +26,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def box_of(boxes_ptr, stride_box, stride_end, sample, H, W):
     """y0, y1, x0, x1 of a sample, clipped to the image."""
     box_ptr = boxes_ptr + sample.to(tl.int64) * stride_box
+    stride_end = stride_end.to(tl.int64)
     y0 = tl.minimum(tl.maximum(tl.load(box_ptr), 0), H).to(tl.int32)
     y1 = tl.minimum(tl.maximum(tl.load(box_ptr + stride_end), 0), H).to(tl.int32)
     x0 = tl.minimum(tl.maximum(tl.load(box_ptr + 2 * stride_end), 0), W).to(tl.int32)

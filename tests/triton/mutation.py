@@ -15,7 +15,7 @@ def load(folder, operation, file, old, new, at=""):
     """
     suffix = folder.name.replace("-", "_")
     kernels = [path.stem for path in SOURCES.glob(f"{operation}_[fb]wd.py")]
-    shared_names = ("common", "launch", "panels", *kernels)
+    shared_names = ("common", "launch", "panels", "permutation_walk", "samples", *kernels)
     for name in (*shared_names, operation):
         text = (SOURCES / f"{name}.py").read_text()
         if name == file:

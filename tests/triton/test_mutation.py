@@ -3,13 +3,14 @@
 import pytest
 
 from tests import sites
-from tests.triton import test_additions, test_edges, test_exponentials, test_panels
+from tests.triton import test_additions, test_edges, test_exponentials, test_layouts, test_panels
 from tests.triton.mutation import SOURCES
 
 TABLES = {
     "additions": test_additions.MUTATIONS,
     "edges": [mutation[1:] for mutation in test_edges.MUTATIONS],
     "exponentials": test_exponentials.MUTATIONS,
+    "layouts": [mutation[1:] for mutation in test_layouts.MUTATIONS],
     "panels": [mutation[1:] for mutation in test_panels.MUTATIONS],
 }
 
