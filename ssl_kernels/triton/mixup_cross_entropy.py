@@ -199,6 +199,8 @@ def unsupported(logits, *_):
     """Why these kernels cannot run a call, or None."""
     if logits.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float64, float32, float16 and bfloat16, not {logits.dtype}"
+    if len(logits) >= 2**31:
+        return f"{len(logits)} rows are more than a grid has programs"
     if logits.shape[1] > MOST_CLASSES:
         return f"it takes up to {MOST_CLASSES} classes, got {logits.shape[1]}"
     return None

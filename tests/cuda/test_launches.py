@@ -163,11 +163,25 @@ def test_rows_of_many_and_wide_rows(launched, rows, width, dtype):
 
 
 def _contrastive(library, d, **options):
-    call = Call(torch.ones(3, d), torch.ones(5, d), torch.tensor(1.0))
+    launches, limits = [], []
+    for dtype, expectation in itertools.product((torch.float32, torch.float16), (False, True)):
+        call = Call(torch.ones(3, d, dtype=dtype), torch.ones(5, d, dtype=dtype), torch.tensor(1.0))
+        fwd, some = contrastive_calls.contrastive_fwd(library, call, expectation=expectation, **options)
+        limits += library.shared_limits()
+        grad = torch.ones(3, dtype=torch.float64)
+        _, more = contrastive_calls.contrastive_bwd(library, call, fwd, grad, **options)
+        limits += library.shared_limits()
+        launches += some + more
+    return launches, limits
+
+
+def _contrastive_additions(library, d, **options):
+    call = Call(torch.ones(3, d), torch.ones(5, d), torch.tensor(1.0), column_bias=torch.zeros(5))
     fwd, launches = contrastive_calls.contrastive_fwd(library, call, **options)
     limits = library.shared_limits()
-    grad = torch.ones(3, dtype=torch.float64)
-    _, more = contrastive_calls.contrastive_bwd(library, call, fwd, grad, **options)
+    _, more = contrastive_calls.contrastive_bwd(
+        library, call, fwd, torch.ones(3, dtype=torch.float64), **options
+    )
     return launches + more, limits + library.shared_limits()
 
 
@@ -187,7 +201,7 @@ def _batch_hard(library, d, **options):
     return launches, library.shared_limits()
 
 
-@pytest.mark.parametrize("call", [_contrastive, _sigmoid_pairs, _batch_hard])
+@pytest.mark.parametrize("call", [_contrastive, _contrastive_additions, _sigmoid_pairs, _batch_hard])
 def test_shared_memory_is_allowed_once_for_every_width(gpu, library_of, call):
     """The limit belongs to a kernel on a device: another thread's narrower call must not lower it."""
     if not gpu.emulated:
@@ -195,7 +209,7 @@ def test_shared_memory_is_allowed_once_for_every_width(gpu, library_of, call):
     library = library_of(f"{call.__name__[1:]}.cu")
     for device in (7, 8):  # of which no other test has heard
         allowed = {}
-        for width in (8, 250, 8, 100):
+        for width in (8, 250, 8, 100, 600):
             launches, limits = call(library, width, device=device, executes=False)
             for kernel, where, size in limits:
                 assert where == device and kernel not in allowed, "set twice"

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 
+from ssl_kernels.triton.mixup_cross_entropy import MOST_CLASSES
 from ssl_kernels.triton.permutation_walk import MOST_SAMPLES
 from tests.gpu_emulation import emulated_triton
 
@@ -49,6 +50,37 @@ def test_mixing_of_many_samples_and_features(samples, features):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("samples, features", [(SAMPLES, 1), (3, 2**38)])
+def test_gradients_of_mixing_of_many_samples_and_features(samples, features):
+    lam, permutation = empty(samples, dtype=torch.float32), empty(samples, dtype=torch.int64)
+    x = empty(samples, features)
+    for with_x in (x, None):
+        with emulated_triton(80, executes=False) as launches:
+            importlib.import_module("ssl_kernels.triton.mixup").mixup_bwd(x, with_x, lam, permutation, True)
+        assert launches
+
+
+@pytest.mark.parametrize("rows, classes", [(2**31 - 1, 1), (2**31 - 1, 10**6), (3, MOST_CLASSES)])
+def test_cross_entropy_of_many_rows_and_classes(rows, classes):
+    logits, lam = empty(rows, classes), empty(rows, dtype=torch.float32)
+    operands = (logits, *[empty(rows, dtype=torch.int64)] * 2, lam, None)
+    options = (0.1, -100, False)
+    numbers = empty(rows, dtype=torch.float64)
+    launches_of("mixup_cross_entropy", "mixup_cross_entropy_fwd", *operands, *options, "none")
+    launches_of("mixup_cross_entropy", "mixup_cross_entropy_bwd", numbers, *operands, numbers, *options)
+    module = importlib.import_module("ssl_kernels.triton.mixup_cross_entropy")
+    assert str(2**31) in module.unsupported(empty(2**31, 1))
+    assert str(MOST_CLASSES) in module.unsupported(empty(1, MOST_CLASSES + 1))
+
+
+def test_averages_of_many_numbers():
+    master, shadow = empty(2**40, dtype=torch.float32), empty(2**40)
+    weight = empty(dtype=torch.float32).view(())
+    (grid,) = launches_of("momentum_update", "momentum_update_", [master], [shadow], [shadow], weight)
+    assert grid == (2**28, 1, 1)
+
+
 def test_rings_of_many_rows():
     position = torch.empty((), dtype=torch.int64, device="meta")
     for rows, keys in ((2**31 - 1, 2**31 + 5), (7, 2**33)):
@@ -81,7 +113,13 @@ def test_pairwise_losses_of_many_and_wide_rows(rows, width):
         with emulated_triton(80, executes=False) as launches:
             module.contrastive_bwd(lse, None, None, *operands, *saved, *flags, False, True, True)
         assert launches
+    # The columns' sums come panel by panel of as few rows as their scratch holds: only where there are few panels.
+    if rows < 4:
+        launches_of("contrastive", "contrastive_fwd", x, x, scale, None, None, None, *flags, True, True, True)
     if width <= 256:
-        launches_of(
-            "sigmoid_pairs", "sigmoid_pairs_fwd", x, x, scale, scale, 0, True, True, True, True, True, True
-        )
+        pairs = (x, x, scale, scale, 0, True, True)
+        launches_of("sigmoid_pairs", "sigmoid_pairs_fwd", *pairs, True, True, True, True)
+        module = importlib.import_module("ssl_kernels.triton.sigmoid_pairs")
+        with emulated_triton(80, executes=False) as launches:
+            module.sigmoid_pairs_bwd(lse, *pairs, True, True)
+        assert launches
