@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ssl_kernels.triton import contrastive, sigmoid_pairs
+from ssl_kernels.triton import batch_hard, contrastive, sigmoid_pairs
 from ssl_kernels.triton.launch import register_limit
 
 KERNELS = {
@@ -21,10 +21,11 @@ KERNELS = {
     "coefficient": contrastive.contrastive_coefficient_kernel,
     "sigmoid_pairs": sigmoid_pairs.sigmoid_pairs_kernel,
     "sigmoid_coefficient": sigmoid_pairs.sigmoid_coefficient_kernel,
+    "batch_hard": batch_hard.batch_hard_kernel,
 }
 TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 VECTORS = {"x_ptr", "y_ptr", "grad_ptr", "coefficient_ptr"}
-INT64 = {"x_ids_ptr", "y_ids_ptr", "positives_ptr"}
+INT64 = {"x_ids_ptr", "y_ids_ptr", "positives_ptr", "labels_ptr"}
 INT32 = {"x_positives_ptr", "y_positives_ptr"}
 FLOAT64 = {"lse_ptr", "positive_logits_ptr", "losses_ptr", "biases_ptr"}
 # Absent from a call as nt_xent_loss makes it, with a card full of rows.
@@ -84,6 +85,7 @@ def compile_kernel(kernel, arch, dtype, d, tile, precision="ieee", everything=Fa
         "SHARED_FACTOR": contrastive._shared_factor(dtype) if kernel in ("backward", "coefficient") else None,
         "EQUAL_ARE_POSITIVE": everything,
         "PRECISION": precision,
+        "NONE": torch.iinfo(torch.int64 if dtype == torch.float64 else torch.int32).min,  # of batch_hard
         "EVEN_D": d % tile.block_d == 0,
         "ONE_BLOCK_D": d <= tile.block_d,
         "BLOCK_N": tile.block_n,
@@ -100,7 +102,7 @@ def compile_kernel(kernel, arch, dtype, d, tile, precision="ieee", everything=Fa
         elif name.endswith("_ptr"):
             if name in VECTORS:
                 element = TRITON_NAMES[columns if columns and name == "y_ptr" else dtype]
-            elif name in INT64:
+            elif name in INT64 or (kernel, name) == ("batch_hard", "partial_ptr"):
                 element = "i64"
             elif name in INT32:
                 element = "i32"
