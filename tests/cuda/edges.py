@@ -21,6 +21,8 @@ from tests.support.queue_push import keys_of
 SIZES = (31, 32, 33, 63, 64, 65, 127, 128, 129)
 # The same of the steps of 128 bytes of halves and of the widths at which another accumulator or kernel begins.
 WIDTHS = (63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513)
+# Those in which a row can be so short; float16 ends at 6e-8.
+EVERY_DTYPE = (torch.float64, torch.float32, torch.bfloat16)
 # Norms beside 1e-12, where a row begins to be normalised rather than scaled.
 SHORT = (0.97e-12, 1.03e-12)
 
@@ -30,6 +32,14 @@ def short_rows(count, width, dtype):
     rows = torch.nn.functional.normalize(keys_of(count, width, torch.float64), dim=1)
     lengths = torch.tensor(SHORT, dtype=torch.float64)[torch.arange(count) % 2]
     return (rows * lengths[:, None]).to(dtype)
+
+
+def require_halves(found, exact):
+    """Gradients beyond float16's numbers are infinite, the others are numbers."""
+    beyond, within = exact.abs() > 66000, exact.abs() < 65000
+    require(beyond.any() and within.any(), "nothing on one side of float16's end")
+    require(torch.equal(found[beyond].double(), exact[beyond].sign() * torch.inf), "clamped")
+    require(found[within].isfinite().all(), "not finite")
 
 
 def check_contrastive(library, sizes=SIZES, widths=WIDTHS):
@@ -72,6 +82,13 @@ def check_contrastive(library, sizes=SIZES, widths=WIDTHS):
             expectation=True,
         )
     check_low_temperature(library)
+    with check("gradients beyond float16"):
+        call = support.random_call(9, 7, 24, half)
+        exact = support.exact(call)
+        factor = 65504 / exact["grad_rows"].abs().median()
+        upstream = [None if grad is None else grad * factor for grad in call.upstream()]
+        _, bwd, _ = contrastive_calls.run(library, call, upstream)
+        require_halves(bwd.grad_rows, exact["grad_rows"] * factor)
     with check("rows far apart"):
         call = support.random_call(9, 5, 24, half)
         upstream = call.upstream()
@@ -136,6 +153,12 @@ def check_sigmoid_pairs(library, sizes=SIZES, widths=WIDTHS):
         found = sigmoid_pairs_calls.total_with_gradients(library, far)[:2]
         for ours, expected in zip((found[0], *found[1]), (right[0], *right[1]), strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+    with check("gradients beyond float16"):
+        call = random_call(9, 7, 24, half)
+        exact = pairs.exact(call)["grad_rows"]
+        factor = 65504 / exact.abs().median()
+        grads, _ = sigmoid_pairs_calls.weighted_gradients(library, call, call.cotangent * factor)
+        require_halves(grads.rows, exact * factor)
     with check("long sums"):
         # Tiles that are all alike: their sum is a multiple of one's, to a double's rounding. No positive pair.
         few, tiles = 64, 67
@@ -179,7 +202,7 @@ def check_batch_hard(library, sizes=SIZES, widths=WIDTHS):
             require(all(map(torch.equal, found, right)), "other rows")
 
 
-def check_queue_push(library, dtypes=(torch.float32,)):
+def check_queue_push(library, dtypes=EVERY_DTYPE):
     for count, width in ((7, 3), (8, 4), (9, 5), (7, 127), (8, 128), (9, 129)):
         with check(f"{count} keys of {width} numbers"):
             ring = ring_on(library, 20, width, torch.float32, "cpu")
@@ -216,7 +239,7 @@ def check_queue_push(library, dtypes=(torch.float32,)):
         require(torch.equal(torch.stack([storage[place] for place in places]), keys), "other rows")
 
 
-def check_row_pairs(library, dtypes=(torch.float32,)):
+def check_row_pairs(library, dtypes=EVERY_DTYPE):
     from tests.support.row_pairs import Call
 
     for n, d in ((7, 127), (8, 128), (9, 129), (1, 511), (2, 512), (1, 513)):
@@ -229,6 +252,14 @@ def check_row_pairs(library, dtypes=(torch.float32,)):
                 x, y = short_rows(6, 8, dtype), keys_of(6, 8, dtype, seed=3)
                 for call in (Call(x, y, None, True, measure), Call(y, x, None, True, measure)):
                     _row_pairs(library, call, call)
+    with check("gradients beyond float16"):
+        x, y = (keys_of(5, 24, torch.float16, seed=k) for k in range(2))
+        _, saved = row_pairs_calls.row_pairs_fwd(library, x, y, None, False, "product")[0]
+        g = torch.full((5,), 5e4, dtype=torch.float64)
+        (grad, _, _), _ = row_pairs_calls.row_pairs_bwd(
+            library, g, x, y, None, saved, False, "product", True, True, False
+        )
+        require_halves(grad, g[:, None] * y.double())
     with check("rows far apart"):
         call = Call(*(keys_of(5, 24, torch.float32, seed=k) for k in range(3)), True, "distance")
         for dim in (0, 1):
@@ -308,6 +339,9 @@ def check_mixup(library):
         x = torch.tensor([[65504.0, -65504.0, torch.nan], [65504.0, -65504.0, 1.0]]).half()
         out, _ = mixing.mixup(library, x, torch.full((2,), 0.5), torch.tensor([1, 0]))
         require(torch.equal(out[:, :2], x[:, :2]) and out[:, 2].isnan().all(), "clamped")
+        lam, swap = torch.tensor([1.0, 0.0]), torch.tensor([1, 0])
+        grad = mixing.mixup_bwd(library, x[:, :2].contiguous(), None, lam, swap)[0]
+        require(torch.equal(grad[0], 2 * x[0, :2]) and (grad[1] == 0).all(), "a clamped gradient")
 
 
 def check_cutmix(library):
@@ -334,6 +368,11 @@ def check_cutmix(library):
         expected, _ = mixing.cutmix_bwd(library, x, boxes, permutation)
         args = (far_apart(x), boxes, permutation, torch.zeros_like(x))
         require(torch.equal(mixing.cutmix(library, *args, function="cutmix_bwd")[0], expected), "gradient")
+    with check("a gradient beyond float16"):
+        grad = torch.tensor([65504.0, -40000.0, 2.0]).half().view(1, 1, 1, 3).expand(2, 1, 1, 3).contiguous()
+        halves = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 3]])
+        found, _ = mixing.cutmix_bwd(library, grad, halves, torch.tensor([1, 0]))
+        require(torch.equal(found[0], 2 * grad[0]) and (found[1] == 0).all(), "clamped")
     with check("groups of samples"):
         many = torch.arange(40.0).view(40, 1, 1, 1).expand(40, 1, 33, 33).contiguous()
         whole, order = torch.tensor([[0, 33, 0, 33]]).expand(40, 4), torch.arange(40).roll(1)
@@ -392,6 +431,12 @@ def check_mixup_cross_entropy(library):
             for rows in (logits, far_apart(logits))
         ]
         require(torch.equal(*grads), "gradient")
+    with check("gradients beyond float16"):
+        logits, order, lam = keys_of(3, 9, torch.float16), torch.arange(3), torch.ones(3)
+        *_, lse, _, _ = mixing.mixup_cross_entropy_fwd(library, logits, order, order, lam)
+        grads = torch.full((3,), 3e5, dtype=torch.float64)
+        found, _ = mixing.mixup_cross_entropy_bwd(library, grads, logits, order, order, lam, lse)
+        require_halves(found, 3e5 * (logits.double().softmax(1) - torch.eye(3, 9)))
     with check("targets of weight 0 beside infinite logits"):
         logits = keys_of(2, 5, torch.float32)
         logits[0, 3] = logits[1, 1] = -torch.inf

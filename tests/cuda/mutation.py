@@ -16,6 +16,9 @@ SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 # float64, bfloat16, TF32 and some of cutmix's vector widths.
 UNUSED = r"case kFloat64: .*|case kBFloat16: .*|if \(allow_tf32\) .*|return widen\(__nv_bfloat16.*|case (1|8): cutmix.*"
 
+# Of these everything stays: their checks look at every dtype, and they compile in seconds.
+WHOLE = ("queue_push", "row_pairs")
+
 # Multiprocessors of the emulated card: one, so that a block of `contrastive` has several blocks of rows to walk.
 MULTIPROCESSORS = {"contrastive": 1, "contrastive_additions": 1}
 
@@ -77,7 +80,7 @@ def build(operation, mutation=None):
         if mutation is not None:
             path = copy / mutation.file
             path.write_text(sites.replaced(path.read_text(), mutation.old, mutation.new, mutation.at))
-        for name in (f"{operation}.cu", "launcher.cuh"):
+        for name in () if operation in WHOLE else (f"{operation}.cu", "launcher.cuh"):
             path = copy / name
             path.write_text(re.sub(UNUSED, "", path.read_text()))
         return EmulatedCudaLibrary(

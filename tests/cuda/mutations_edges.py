@@ -11,6 +11,10 @@ ROWS, TILE, MATH, BLOCKS = "rows.cuh", "device/tile.cuh", "device/math.cuh", "co
 EPS = "norm < Math<acc_t>::kNormEps ? Math<acc_t>::kNormEps : norm"
 
 SHORTEST_NORM = Mutation("shortest norm, 5 % longer", MATH, "kNormEps = 1e-12f", "kNormEps = 1.05e-12f")
+SHORTEST_NORM_OF_FLOAT64 = Mutation("shortest norm, 5 % longer in float64", MATH, "double kNormEps = 1e-12;",
+                                    "double kNormEps = 1.05e-12;")  # fmt: skip
+HALF_CLAMP = Mutation("half: numbers beyond it clamped", MATH, "return __float2half_rn(x);",
+                      "return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));")  # fmt: skip
 TILE_ROWS = Mutation("index: rows of a tile past 2^31", TILE, "matrix + (row0 + Share::first_row()) * row_stride",
                      "matrix + static_cast<int>((row0 + Share::first_row()) * row_stride)",
                      at="void load_tile(")  # fmt: skip
@@ -18,6 +22,7 @@ TILE_ROWS = Mutation("index: rows of a tile past 2^31", TILE, "matrix + (row0 + 
 MUTATIONS = {
     "contrastive": [
         SHORTEST_NORM,
+        HALF_CLAMP,
         TILE_ROWS,
         Mutation("excluded: from one column past the end on", CONTRASTIVE,
                  "column0 + kColumns <= other.count", "column0 + kColumns <= other.count + 1"),
@@ -43,6 +48,7 @@ MUTATIONS = {
     ],
     "sigmoid_pairs": [
         SHORTEST_NORM,
+        HALF_CLAMP,
         TILE_ROWS,
         Mutation("pairs: whole tiles but for a column", SIGMOID, "&& columns == kColumns",
                  "&& columns + 1 >= kColumns"),
@@ -52,10 +58,14 @@ MUTATIONS = {
     ],
     "batch_hard": [
         TILE_ROWS,
+        Mutation("take: of equal keys the last", HARD, "kLargest ? a > b : a < b", "kLargest ? a >= b : a <= b"),
         Mutation("the last column", HARD, "inside = column < count;", "inside = column < count - 1;"),
     ],
     "queue_push": [
         SHORTEST_NORM,
+        SHORTEST_NORM_OF_FLOAT64,
+        Mutation("half: numbers beyond it clamped", QUEUE, "else return __float2half_rn(x);",
+                 "else return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));"),
         Mutation("shortest norm instead of NaN", QUEUE, EPS, "Math<acc_t>::max(norm, Math<acc_t>::kNormEps)"),
         Mutation("index: keys past 2^31", QUEUE, "keys + b * row_stride", "keys + static_cast<int>(b * row_stride)"),
         Mutation("index: numbers of a key past 2^31", QUEUE, "to_acc(key[d * column_stride]) * factor",
@@ -65,6 +75,8 @@ MUTATIONS = {
     ],
     "row_pairs": [
         SHORTEST_NORM,
+        SHORTEST_NORM_OF_FLOAT64,
+        HALF_CLAMP,
         Mutation("index: rows past 2^31", PAIRS, "operands.data[k] + row * operands.row_stride[k]",
                  "operands.data[k] + static_cast<int>(row * operands.row_stride[k])", at="row_pairs_fwd_kernel("),
         Mutation("index: rows past 2^31, backward", PAIRS, "operands.data[k] + row * operands.row_stride[k]",
@@ -72,6 +84,7 @@ MUTATIONS = {
         Mutation("index: columns past 2^31", PAIRS, "row[d * stride]", "row[static_cast<int>(d * stride)]"),
     ],
     "momentum_update": [
+        HALF_CLAMP,
         Mutation("momentum of 0 from the average's end", MOMENTUM,
                  "factor(weight < 0.5f ? weight : weight - 1.0f), from_source(!(weight < 0.5f))",
                  "factor(weight), from_source(false)"),
@@ -79,6 +92,7 @@ MUTATIONS = {
                  "== written && written < 65504.0f ? master"),
     ],
     "mixup": [
+        HALF_CLAMP,
         Mutation("index: samples past 2^31", MIXUP, "x.data + sample * x.stride + feature",
                  "x.data + static_cast<int>(sample * x.stride) + feature", at="mixup_walk_kernel("),
         Mutation("index: samples of the gradient past 2^31", MIXUP, "batch.data + sample * batch.stride + feature",
@@ -92,6 +106,7 @@ MUTATIONS = {
                  "x + static_cast<int>(sample * x_stride) + feature"),
     ],
     "mixup_cross_entropy": [
+        HALF_CLAMP,
         Mutation("index: rows past 2^31", CROSS_ENTROPY, "problem.logits + i * problem.row_stride",
                  "problem.logits + static_cast<int>(i * problem.row_stride)",
                  at="mixup_cross_entropy_loss_kernel("),
@@ -106,6 +121,7 @@ MUTATIONS = {
         Mutation("partner's weight of 0", CROSS_ENTROPY, "if (row.partner_weight != 0) result", "result"),
     ],
     "cutmix": [
+        HALF_CLAMP,
         Mutation("index: samples past 2^31", CUTMIX, "column + sample * stride",
                  "column + static_cast<int>(sample * stride)"),
         Mutation("index: samples past 2^31, out of place", CUTMIX, "x + sample * x_stride + feature",

@@ -1,12 +1,9 @@
 """CUDA kernels at the edges of what they promise: sizes beside those of tiles, short norms, far rows, exact results."""
 
 import pytest
-import torch
 
 from tests.cuda import edges
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-IN_EVERY_DTYPE = ("queue_push", "row_pairs")
 PAIRWISE = ("contrastive", "sigmoid_pairs", "batch_hard")
 ELSEWHERE = ("contrastive_additions",)  # in test_contrastive_additions.py
 
@@ -17,14 +14,9 @@ def on_the_host(gpu):
         pytest.skip("its tensors lie in memory of the host")
 
 
-@pytest.mark.parametrize("operation", sorted({*edges.CHECKS} - {*IN_EVERY_DTYPE, *PAIRWISE, *ELSEWHERE}))
+@pytest.mark.parametrize("operation", sorted({*edges.CHECKS} - {*PAIRWISE, *ELSEWHERE}))
 def test_edges(on_the_host, library_of, operation):
     edges.CHECKS[operation](library_of(f"{operation}.cu"))
-
-
-@pytest.mark.parametrize("operation", IN_EVERY_DTYPE)
-def test_edges_in_every_dtype(on_the_host, library_of, operation):
-    edges.CHECKS[operation](library_of(f"{operation}.cu"), DTYPES)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from ssl_kernels.reference.batch_hard import batch_hard as hardest_by_definition
 from ssl_kernels.reference.contrastive import contrastive as contrastive_by_definition
 from ssl_kernels.triton.launch import tile_for
-from tests.cuda.edges import short_rows
+from tests.cuda.edges import require_halves, short_rows
 from tests.gpu_emulation import PtxError, emulated_triton
 from tests.support.queue_push import keys_of
 from tests.support.row_pairs import Call, check_results
@@ -30,7 +30,32 @@ def check_contrastive(kernels):
         )
         for ours, right in zip(results[:2], exact[:2], strict=True):
             torch.testing.assert_close(ours, right, rtol=1e-6, atol=1e-6)
+    # Ids that differ above 32 bits.
+    numbers = torch.arange(6) * 2**32
+    rows, columns = keys_of(6, 8, torch.float64), keys_of(6, 8, torch.float64, seed=1)
+    operands = (rows, columns, scale.double(), None, numbers, numbers, *FLAGS, False)
+    lse = kernels.contrastive_fwd(*operands, False, False)[0]
+    torch.testing.assert_close(lse, contrastive_by_definition(*operands)[0], rtol=1e-12, atol=1e-12)
     _low_temperature(kernels)
+    # Gradients beyond float16's numbers are infinite.
+    rows, columns = keys_of(6, 8, torch.float16), keys_of(5, 8, torch.float16, seed=1)
+    operands = (rows, columns, torch.tensor(1.0), None, None, None)
+    flags = (False, False, False, False)
+    lse, column_lse, _, *saved = kernels.contrastive_fwd(*operands, *flags, True, True)
+    grad, *_ = kernels.contrastive_bwd(
+        torch.full((6,), 1e5, dtype=torch.float64),
+        None,
+        None,
+        *operands,
+        lse,
+        column_lse,
+        *saved,
+        *flags,
+        True,
+        True,
+    )
+    exact = 1e5 * (rows.double() @ columns.double().T).softmax(1) @ columns.double()
+    require_halves(grad, exact)
     # Three positives that name one column, and norms beside 1e-12.
     rows, columns = keys_of(6, 8, torch.float64), keys_of(5, 8, torch.float64, seed=1)
     _gradients(kernels, rows, columns, torch.full((6, 3), 2))
@@ -83,7 +108,7 @@ def _low_temperature(kernels):
 
 def check_batch_hard(kernels):
     a = 1e-30  # whose square is 0, or -0
-    labels = torch.tensor([0, 0, 0, 1, 1])
+    labels = torch.tensor([0, 0, 0, 1, 1]) * 2**33
     for signs in ([1, 1, -1, -1, 1], [1, -1, 1, 1, -1]):
         x = torch.zeros(5, 32)
         x[:, -1] = a * torch.tensor(signs)
@@ -140,6 +165,11 @@ def check_row_pairs(kernels):
                     call.cotangent, call.x, call.y, None, saved, True, measure, True, True, False
                 )
                 check_results([values, *grads[:2]], call, "triton")
+    x, y = keys_of(5, 24, torch.float16), keys_of(5, 24, torch.float16, seed=1)
+    _, saved = kernels.row_pairs_fwd(x, y, None, False, "product")
+    g = torch.full((5,), 5e4, dtype=torch.float64)
+    grad, *_ = kernels.row_pairs_bwd(g, x, y, None, saved, False, "product", True, True, False)
+    require_halves(grad, g[:, None] * y.double())
 
 
 def check_momentum_update(kernels):
@@ -173,6 +203,12 @@ def check_mixup(kernels):
     x = torch.tensor([[65504.0, -65504.0, torch.nan], [65504.0, -65504.0, 1.0]]).half()
     out = kernels.mixup_fwd(x, torch.full((2,), 0.5), swap)
     assert torch.equal(out[:, :2], x[:, :2]) and out[:, 2].isnan().all()
+    grad, _ = kernels.mixup_bwd(x[:, :2].contiguous(), None, torch.tensor([1.0, 0.0]), swap, True)
+    assert torch.equal(grad[0], 2 * x[0, :2]) and (grad[1] == 0).all()
+    # Numbers that are a permutation in their low bits alone.
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    kernels.mixup_(x, torch.rand(2), torch.tensor([2**32 + 1, 0]))
+    assert x.flatten().tolist() == [1, 2, 3, 4]
 
 
 def check_mixup_cross_entropy(kernels):
@@ -185,6 +221,21 @@ def check_mixup_cross_entropy(kernels):
         grad = kernels.mixup_cross_entropy_bwd(torch.ones(3).double(), *operands, lse, *options)
         exact = logits.double().softmax(1) - torch.nn.functional.one_hot(target, classes)
         torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-6)
+    # Gradients beyond float16's numbers, of large logits whose lse is rounded, and of labels above 32 bits.
+    logits, order, ones = keys_of(3, 9, torch.float16), torch.arange(3), torch.ones(3)
+    operands, options = (order, order, ones, None), (0.0, -100, False)
+    grads = torch.full((3,), 3e5, dtype=torch.float64)
+    lse = kernels.mixup_cross_entropy_fwd(logits, *operands, *options, "none")[1]
+    grad = kernels.mixup_cross_entropy_bwd(grads, logits, *operands, lse, *options)
+    require_halves(grad, 3e5 * (logits.double().softmax(1) - torch.eye(3, 9)))
+    logits = keys_of(3, 9, torch.float32) + 2e4
+    lse = kernels.mixup_cross_entropy_fwd(logits, *operands, *options, "none")[1]
+    grad = kernels.mixup_cross_entropy_bwd(torch.ones(3).double(), logits, *operands, lse, *options)
+    torch.testing.assert_close(
+        grad.double(), logits.double().softmax(1) - torch.eye(3, 9), rtol=1e-5, atol=1e-6
+    )
+    operands = (order + 2**32, order, ones, None)
+    assert (kernels.mixup_cross_entropy_fwd(logits, *operands, *options, "none")[0] == 0).all()
     # Targets of weight 0 beside infinite logits.
     logits = keys_of(2, 5, torch.float32)
     logits[0, 3] = logits[1, 1] = -torch.inf
@@ -201,6 +252,9 @@ def check_cutmix(kernels):
         exact = pixels.clone()
         exact[:, :, 1:, :4] = pixels[order][:, :, 1:, :4]
         assert torch.equal(kernels.cutmix_fwd(pixels, inside, order), exact)
+    grad = torch.tensor([65504.0, -40000.0, 2.0]).half().view(1, 1, 1, 3).expand(2, 1, 1, 3).contiguous()
+    found = kernels.cutmix_bwd(grad, torch.tensor([[0, 0, 0, 0], [0, 1, 0, 3]]), torch.tensor([1, 0]))
+    assert torch.equal(found[0], 2 * grad[0]) and (found[1] == 0).all()
     far = torch.tensor([[2**32, 2**32 + 4, 0, 7], [-(2**32), 5, -(2**32) + 3, 7]])
     x = torch.randn(2, 1, 5, 7)
     out = kernels.cutmix_fwd(x, far, torch.tensor([1, 0]))
@@ -226,7 +280,32 @@ CHECKS = {
     if name.startswith("check_") and name != "check_results"
 }
 
+# Identities, labels and partners above 32 bits, and float16's end.
+WIDE = [
+    ("contrastive", "common", "row_ids[:, None] == column_ids[None, :]",
+     "row_ids[:, None].to(tl.int32) == column_ids[None, :].to(tl.int32)"),
+    ("contrastive", "contrastive_bwd", "(scale * gradient).to(grad_ptr.dtype.element_ty)",
+     "tl.clamp(scale * gradient, -65504.0, 65504.0).to(grad_ptr.dtype.element_ty)"),
+    ("batch_hard", "batch_hard", "row_labels[:, None] == labels[None, :]",
+     "row_labels[:, None].to(tl.int32) == labels[None, :].to(tl.int32)"),
+    ("queue_push", "queue_push", "(x * factor).to(storage_ptr.dtype.element_ty)",
+     "tl.clamp(x * factor, -65504.0, 65504.0).to(storage_ptr.dtype.element_ty)"),
+    ("row_pairs", "row_pairs", "(factor * grad).to(grad_ptr.dtype.element_ty)",
+     "tl.clamp(factor * grad, -65504.0, 65504.0).to(grad_ptr.dtype.element_ty)"),
+    ("mixup", "mixup", "next * partner.to(own.dtype), mixed).to(x.dtype)",
+     "next * partner.to(own.dtype), tl.clamp(mixed, -65504.0, 65504.0)).to(x.dtype)"),
+    ("mixup", "permutation_walk", "(partner >= 0) & (partner < B)",
+     "(partner.to(tl.int32) >= 0) & (partner.to(tl.int32) < B)"),
+    ("cutmix", "cutmix", "(own.to(ACC) + given.to(ACC)).to(own.dtype)",
+     "tl.clamp(own.to(ACC) + given.to(ACC), -65504.0, 65504.0).to(own.dtype)"),
+    ("mixup_cross_entropy", "mixup_cross_entropy", "grad.to(grad_ptr.dtype.element_ty)",
+     "tl.clamp(grad, -65504.0, 65504.0).to(grad_ptr.dtype.element_ty)"),
+    ("mixup_cross_entropy", "mixup_cross_entropy", "* (correction * mass.to(ACC))", "* mass.to(ACC)"),
+    ("mixup_cross_entropy", "mixup_cross_entropy", "(label >= 0) & (label < C)",
+     "(label.to(tl.int32) >= 0) & (label.to(tl.int32) < C)"),
+]  # fmt: skip
 MUTATIONS = [
+    *WIDE,
     ("contrastive", "common", "outside = tl.where(columns < M,", "outside = tl.where(columns < M + 1,"),
     ("contrastive", "contrastive_bwd", "factor = tl.where(empty, 1.0, exp2(",
      "factor = tl.where(empty, 1.0, exp2(0.0 * "),
@@ -261,7 +340,10 @@ def test_edges(gpu, operation):
         CHECKS[operation](importlib.import_module(f"ssl_kernels.triton.{operation}"))
 
 
-@pytest.mark.parametrize("operation, file, old, new", MUTATIONS)
+@pytest.mark.parametrize(
+    "operation, file, old, new",
+    [pytest.param(*mutation, marks=[pytest.mark.slow] * (mutation in WIDE)) for mutation in MUTATIONS],
+)
 def test_mutation_is_noticed(tmp_path, monkeypatch, operation, file, old, new):
     monkeypatch.syspath_prepend(tmp_path)
     broken = load(tmp_path, operation, file, old, new)
