@@ -78,7 +78,10 @@ def main(argv=None):
     )
     parser.add_argument("--version", action="version", version=f"ssl_kernels {ssl_kernels.__version__}")
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="its own: COMMAND --help lists them")
+    options = parser.add_argument(
+        "options", nargs=argparse.REMAINDER, help="its own: COMMAND --help lists them"
+    )
+    options.required = False  # up to Python 3.11 argparse asks for them where COMMAND is missing
     chosen = parser.parse_args(argv)
     return run_command(chosen.command, chosen.options)
 

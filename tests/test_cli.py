@@ -75,3 +75,10 @@ def test_bench_of_a_wheel_says_where_it_runs(argv, monkeypatch, capsys, tmp_path
     assert call_installed(monkeypatch, "bench", *argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ssl-kernels bench: error: ") and "clone" in line and str(tmp_path) in line
+
+
+def test_a_missing_command_is_asked_for_alone(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ssl-kernels"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([])
+    assert capsys.readouterr().err == "ssl-kernels: error: the following arguments are required: COMMAND\n"

@@ -55,16 +55,16 @@ def _adapters(libraries, asked):
     """The adapters' modules of libraries that can be patched. `asked`: who asks and for what, for error messages."""
     from ssl_kernels.adapters import LIBRARIES
 
+    known = {library: importlib.import_module(f"ssl_kernels.adapters.{library}") for library in LIBRARIES}
+    packages = ", ".join(library for library, adapter in known.items() if adapter.ORIGINALS)
     if not libraries:
-        raise ValueError(f"{asked} must name one of {', '.join(LIBRARIES)}, got none")
+        raise ValueError(f"{asked} must name one of {packages}, got none")
     for library in libraries:
-        if library not in LIBRARIES:
-            raise ValueError(f"{asked} must be among {', '.join(LIBRARIES)}, got {library!r}")
-    adapters = [importlib.import_module(f"ssl_kernels.adapters.{library}") for library in libraries]
-    for library, adapter in zip(libraries, adapters, strict=True):
-        if not adapter.ORIGINALS:
-            raise ValueError(f"{asked} must be packages, got {library!r}, a file that is copied")
-    return adapters
+        if library not in known:
+            raise ValueError(f"{asked} must be among {packages}, got {library!r}")
+        if not known[library].ORIGINALS:
+            raise ValueError(f"{asked} must be among {packages}, got {library!r}, a file that is copied")
+    return [known[library] for library in libraries]
 
 
 class Patch:

@@ -4,7 +4,7 @@ import torch
 from pytorch_metric_learning import distances, losses
 
 from ssl_kernels.adapters._classes import as_classes
-from ssl_kernels.adapters._shared import warn_once
+from ssl_kernels.adapters._shared import warn_of_fallback
 from ssl_kernels.adapters.pytorch_metric_learning import nt_xent_of_pairs, sup_con_of_rows, triplet_margins
 from ssl_kernels.checks import DTYPES
 
@@ -47,10 +47,10 @@ class _ByLabels:
         if why is None and indices_tuple is not None and not isinstance(indices_tuple, _AllPairs):
             why = "indices_tuple"
         if why is None and (labels is None or embeddings.dtype not in DTYPES):
-            why = "what it was given"
+            why = "such inputs"
         if why is not None:
             if not self.strict:
-                warn_once(f"{type(self).__name__}: with {why} the code of pytorch_metric_learning runs", 4)
+                warn_of_fallback(type(self).__name__, "pytorch_metric_learning", why)
             return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if 0 in embeddings.shape or 0 in ref_emb.shape:
             return self.zero_losses()
@@ -147,7 +147,7 @@ class TripletMarginLoss(losses.TripletMarginLoss):
             why = "so many triplets"
         if why is not None or embeddings.dtype not in DTYPES:
             if not self.strict:
-                warn_once(f"TripletMarginLoss: with {why} the code of pytorch_metric_learning runs", 4)
+                warn_of_fallback("TripletMarginLoss", "pytorch_metric_learning", why)
             return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if len(indices_tuple[0]) == 0:
             return self.zero_losses()

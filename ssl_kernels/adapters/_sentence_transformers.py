@@ -7,7 +7,7 @@ from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.util import cos_sim, dot_score
 
 from ssl_kernels.adapters._gather import world_size
-from ssl_kernels.adapters._shared import warn_once
+from ssl_kernels.adapters._shared import warn_of_fallback
 from ssl_kernels.losses import multiple_negatives_ranking_loss
 
 
@@ -24,7 +24,7 @@ class _Ranking:
         elif not all(rows.is_floating_point() and rows.dim() == 2 and rows.numel() for rows in embeddings):
             why = "such embeddings"
         if why is not None:
-            warn_once(f"{type(self).__name__}: with {why} the code of sentence_transformers runs", 4)
+            warn_of_fallback(type(self).__name__, "sentence_transformers", why)
             return None
         widest = embeddings[0].dtype
         for rows in embeddings[1:]:

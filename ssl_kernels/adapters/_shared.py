@@ -83,6 +83,11 @@ def original(module, name, why):
     return originals.get(found, found)
 
 
+def warn_of_fallback(name, library, why):
+    """Says once that a call of an adapter runs the original's code. `why`: what the kernels do not cover."""
+    warn_once(f"{name}: {library}'s own code runs, at its speed: the kernels here do not cover {why}", 5)
+
+
 def warn_once(message, stacklevel=3):
     """A warning that a process sees once."""
     if message not in _warned:

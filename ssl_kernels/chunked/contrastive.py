@@ -94,7 +94,8 @@ class Blocks:
 
 def _add_bias(logits, bias):
     """Adds to what was not left out, whatever the bias is."""
-    logits.copy_((logits + bias).where(logits != -torch.inf, logits))
+    left_out = logits == -torch.inf
+    logits.add_(bias).masked_fill_(left_out, -torch.inf)
 
 
 def finite_max(logits, dim):

@@ -60,7 +60,9 @@ ENTRIES = [
     ("half", "expectation", 64, (64, 32, 64, 4, 2), {100: 2}),
     ("half", "expectation", 128, (128, 16, 128, 8, 2), {80: 1, 86: 1}),
     ("half", "expectation", 128, (128, 32, 128, 8, 2), {90: 1, 100: 1}),
-    ("half", "expectation", 256, (64, 16, 256, 8, 2), {80: 1, 86: 1, 90: 1, 100: 1}),
+    ("half", "expectation", 256, (64, 16, 256, 8, 2), {80: 1, 86: 1, 100: 1}),
+    # With two stages ptxas makes bfloat16's wgmma instructions wait for each other.
+    ("half", "expectation", 256, (64, 16, 256, 8, 1), {90: 1}),
     ("half", "backward", 16, (64, 32, 16, 4, 2), {80: 3}),
     ("half", "backward", 16, (128, 32, 16, 8, 2), {86: 1, 90: 1}),
     ("half", "backward", 32, (128, 32, 32, 8, 2), {80: 1, 86: 1, 90: 1, 100: 1}),

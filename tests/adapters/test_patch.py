@@ -211,7 +211,7 @@ def test_libraries_that_do_not_exist(library, monkeypatch):
     with pytest.raises(ValueError, match="got none"):
         ssl_kernels.patch()
     library.ORIGINALS = {}
-    with pytest.raises(ValueError, match="must be packages"):
+    with pytest.raises(ValueError, match="a file that is copied"):
         ssl_kernels.patch("pretended")
     library.ORIGINALS = {"Thing": "not_installed_here.loss"}
     with pytest.raises(ModuleNotFoundError, match="must be installed, got no module not_installed_here"):

@@ -142,14 +142,15 @@ def term_sums(call):
     }
 
 
-def errors(found, truth, sums):
-    """In units of `sums`, and of what underflow leaves in a result's dtype and in float32's exponential."""
+def errors(found, truth, sums, scale):
+    """In units of `sums`, and of underflow in a result's dtype and, times scale, in float32's exponential."""
     info = torch.finfo(torch.float32)
+    underflow = max(1.0, abs(float(scale))) * info.tiny / info.eps
     found_errors = {}
     for name, value in truth.items():
         held = torch.finfo(found[name].dtype)
         value = torch.where(value.abs() > held.max, value.sign() * torch.inf, value)
-        error = (found[name].double() - value).abs() / (sums[name] + held.tiny + info.tiny / info.eps)
+        error = (found[name].double() - value).abs() / (sums[name] + held.tiny + underflow)
         found_errors[name] = torch.where(found[name] == value, 0, error).max().item()
     return found_errors
 
@@ -167,10 +168,10 @@ def check_results(found, call, backend, *, rounds_coefficients=False, tf32=False
     """
     found, call = {name: tensor.cpu() for name, tensor in found.items()}, call.map(torch.Tensor.cpu)
     truth, sums = exact(call), term_sums(call)
-    plain = errors(results(reference, call.in_dtype(call.acc)), truth, sums)
+    plain = errors(results(reference, call.in_dtype(call.acc)), truth, sums, call.scale)
     assert found.keys() == truth.keys()
     narrow = torch.finfo(call.rows.dtype).eps if call.rows.dtype != call.acc else 0
-    for name, error in errors(found, truth, sums).items():
+    for name, error in errors(found, truth, sums, call.scale).items():
         by_operand = name in ("grad_rows", "grad_columns")
         assert found[name].shape == truth[name].shape, name
         dtype = torch.float64 if name == "losses" else call.rows.dtype if by_operand else call.acc
