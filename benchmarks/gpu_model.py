@@ -303,6 +303,19 @@ def times_table(all_cases, measured):
     return markdown(header, lines)
 
 
+def bounds_table(all_cases):
+    """What each unit alone takes: the largest of a kernel is its part of the least time."""
+    lines = []
+    for case in all_cases:
+        for bound in BOUNDS:
+            totals = [
+                sum(work.seconds(card, case.entries)[bound] for work in case.works.values()) for card in CARDS
+            ]
+            if any(totals):
+                lines.append([f"{case.name}: {bound}, ms", *[f"{1e3 * total:.3g}" for total in totals]])
+    return markdown(["", *[card.name for card in CARDS]], lines)
+
+
 def measurements(folder=ROOT / "benchmarks" / "results"):
     """{case: {card: milliseconds}} of steps in card.json files, where the sizes are those of a case here."""
     keys = {
@@ -324,9 +337,10 @@ def measurements(folder=ROOT / "benchmarks" / "results"):
 
 
 def tables():
-    """Both tables, as docs/gpu.md has them."""
+    """The three tables, as docs/gpu.md has them."""
     all_cases = cases()
-    return f"{counts_table(all_cases)}\n\n{times_table(all_cases, measurements())}"
+    made = counts_table(all_cases), times_table(all_cases, measurements()), bounds_table(all_cases)
+    return "\n\n".join(made)
 
 
 def with_tables(page, made):

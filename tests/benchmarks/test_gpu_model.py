@@ -37,6 +37,19 @@ def test_the_times_name_what_binds():
     assert "(shared)" in table[2] and "plain PyTorch" in table[3] and "| 7 |" in table[4]
 
 
+def test_every_bound_by_hand():
+    case = Case("a loss", 1000, 1000, 64, {"forward": Work(128, 9), "rest": Work(0, special=2)}, 3, 1)
+    table = gpu_model.bounds_table([case]).splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == [
+        f"a loss: {bound}, ms" for bound in ("tensor", "shared", "special")
+    ]
+    h200 = next(card for card in gpu_model.CARDS if card.name == "H200")
+    column = [name.strip() for name in table[0].split("|")].index("H200")
+    for line, (count, rate) in zip(table[2:], ((128, 4096 * 0.63), (9, 1), (2, 16)), strict=True):
+        milliseconds = 1e3 * 1e6 * count / (rate * h200.multiprocessors * h200.clock * 1e9)
+        assert float(line.split("|")[column]) == pytest.approx(milliseconds, rel=5e-3)
+
+
 def test_what_a_card_measured_is_found(tmp_path):
     folder = tmp_path / "nvidia-h200"
     folder.mkdir()
