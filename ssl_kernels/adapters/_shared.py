@@ -38,9 +38,13 @@ def classes_of(adapter):
     package, _, name = adapter.rpartition(".")
 
     def find(attribute):
-        if attribute in sys.modules[adapter].ORIGINALS:
+        classes = sys.modules[adapter].ORIGINALS
+        if attribute in classes:
             return getattr(importlib.import_module(f"{package}._{name}"), attribute)
-        raise AttributeError(f"module {adapter!r} has no attribute {attribute!r}")
+        raise AttributeError(
+            f"module {adapter!r} has no attribute {attribute!r}: it holds {', '.join(sorted(classes))}, and what else"
+            f" {name} has is imported from there"
+        )
 
     return find
 

@@ -291,3 +291,12 @@ def test_messages_of_what_cannot_be():
         adapters.info_nce.info_nce(x, x, x[:0], 0.0)
     with pytest.raises(ValueError, match="clip_loss: text_features must have"):
         adapters.open_clip.ClipLoss()(x, rows(12), 1.0)
+
+
+def test_a_loss_without_an_adapter_is_pointed_to_its_library():
+    """As of `from ssl_kernels.adapters import pytorch_metric_learning as losses`."""
+    with pytest.raises(
+        AttributeError, match=r"it holds CrossBatchMemory, NTXentLoss, .* is imported from there$"
+    ):
+        adapters.pytorch_metric_learning.MultiSimilarityLoss  # noqa: B018
+    assert not hasattr(adapters.sentence_transformers, "__wrapped__")
