@@ -12,7 +12,8 @@ PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 # They share the cores, which OpenMP's threads would take from each other if they spun while they wait.
 test test-all test-oldest sanitize: export OMP_WAIT_POLICY = passive
 
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+# The folders too: a file that goes changes nothing else.
+SOURCES := ssl_kernels/_sources.py $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo test test-all test-peers test-oldest sanitize bench card lint docs docs-links wheel info clean
 
