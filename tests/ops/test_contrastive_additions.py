@@ -190,6 +190,16 @@ def test_nan_of_a_bias_reaches_what_it_is_added_to(backend):
     assert on_backend(backend)(*call.operands[:3], **call.options).lse.isnan().all()
 
 
+@every_backend
+@pytest.mark.parametrize("bias", [torch.inf, torch.nan])
+def test_no_bias_brings_back_what_is_left_out(backend, bias):
+    rows, columns = torch.randn(3, 8), torch.randn(4, 8)
+    ids, biases = torch.arange(4), torch.tensor([bias, 0.1, 0.2, 0.3])
+    run, scale = on_backend(backend), torch.tensor(2.0)
+    found = run(rows, columns, scale, row_ids=ids[:1].expand(3), column_ids=ids, column_bias=biases).lse
+    torch.testing.assert_close(found, run(rows, columns[1:], scale, column_bias=biases[1:]).lse)
+
+
 @every_operator
 def test_the_limit_has_no_gradient_and_the_bias_alone_may_learn(backend):
     call = call_of(12, 9, "both", "bias", "limit", None)
