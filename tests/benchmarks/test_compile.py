@@ -36,6 +36,43 @@ def test_ours_is_the_plain_formulation(loss):
     assert harness.admit(made).faults == ["other"]
 
 
+def test_operations_are_those_of_the_products():
+    """Of 12 rows: a product forward and one back for each operand with a gradient; where rows meet themselves, half a
+    product forward and one back. None where the work is no product."""
+    pairs = {
+        "nt_xent": 1.5 * 24 * 24,
+        "debiased_nt_xent": 1.5 * 24 * 24,
+        "dcl": 1.5 * 24 * 24,
+        "info_nce": 3 * 12 * 12,
+        "moco": 2 * 12 * 31,  # the queue has no gradient
+        "clip": 3 * 12 * 12,
+        "matryoshka(clip)": 3 * 12 * 12 * (32 + 64 + 128) / 128,
+        "siglip": 3 * 12 * 12,
+        "sup_con": 1.5 * 12 * 12,
+        "imix": 3 * 12 * 12,
+        "triplet, batch-hard": 0.5 * 12 * 12,  # the gradient is of the hardest alone
+        "triplet, soft margin": 0.5 * 12 * 12,
+        "similarity_cross_entropy": 3 * 12 * 12,
+        "multiple_negatives_ranking, a hard negative": 3 * 12 * 24,
+        "multiple_negatives_ranking, four directions": 1.5 * 24 * 24,
+        "sampled_softmax": 3 * 12 * 24,
+        "mil_nce": 3 * 12 * 24,
+        "distillation": (3 + 1) * 12 * 12,
+        "uniformity": 1.5 * 12 * 12,
+        "koleo": 0.5 * 12 * 12,
+        "swav, 3000 prototypes": 3 * 4 * 12 * 30,
+        "dino of features": (3 * 4 + 2) * 12 * 30,
+        "barlow_twins": 3 * 12 * 12,  # the rows' matrix, which is smaller than the features'
+        "vicreg": 2 * 2 * 12 * 12,  # as torch makes them, in full
+    }
+    for loss in bench_compile.LOSSES:
+        count = pairs.pop(loss.name, None)
+        assert workload(loss).operations == (count and int(2 * loss.dim * count)), loss.name
+        if loss.name in ("barlow_twins", "vicreg"):
+            assert loss.products(600) == (3 if loss.name == "barlow_twins" else 4) * 600 * 512
+    assert not pairs
+
+
 def test_every_loss_is_compared():
     named = {re.split(r"[ ,(]", loss.name)[0] for loss in bench_compile.LOSSES}
     assert {name.removesuffix("_loss") for name in ssl_kernels.losses.__all__} <= named

@@ -31,6 +31,14 @@ def test_plain_pytorch_by_hand():
     assert case.plain_seconds(CARD) == pytest.approx(products + 10 * 2 * 2e6 / 0.9e12)
 
 
+def test_gradients_by_a_library_by_hand():
+    """Coefficients of two bytes, written once and read for each gradient. Of the second one the float32 sums, read and
+    written with every block of rows."""
+    one, both = (gpu_model._by_library(64, gradients, 1024) for gradients in (1, 2))
+    assert one == Work(2 * 64, memory=2 * 2, rate=0.8)
+    assert both == Work(2 * 2 * 64, memory=2 * 3 + 2 * 4 * 64 / 1024, rate=0.8)
+
+
 def test_the_times_name_what_binds():
     case = Case("a loss", 1000, 1000, 64, {"forward": Work(128, 9, 0, 0), "rest": Work(0)}, 3, 1)
     table = gpu_model.times_table([case], {"a loss": {"H200": "7"}}).splitlines()

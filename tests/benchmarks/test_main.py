@@ -59,6 +59,12 @@ def test_run_stores_prints_and_draws(operation, tmp_path, capsys):
     assert (folder / "sums-quick.png").exists()
 
 
+def test_progress_is_told_in_milliseconds():
+    entry = {"step_seconds": {"median": 0.25}}
+    record = {"loss": "sums", "sizes": {"B": 4, "D": 1}, "implementations": {"plain": entry, "ours": entry}}
+    assert main.progress(record) == "sums B = 4, D = 1: ms plain 250, ours 250"
+
+
 def test_refused_implementation_is_told_by_the_exit_code(operation, tmp_path, capsys):
     clock = FakeClock()
     operation(square_sum("right", clock, 1.0, 1.0), square_sum("wrong", clock, 1.0, 1.0, factor=2.0))

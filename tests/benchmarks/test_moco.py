@@ -22,9 +22,15 @@ def workload(make=bench_moco.moco, dtype=torch.float32):
     return made
 
 
-@pytest.mark.parametrize("make", [bench_moco.moco, bench_moco.moco_bfloat16_queue])
-def test_implementations_agree(make):
-    case = harness.admit(workload(make))
+@pytest.mark.parametrize("make, dtype", [
+    *((bench_moco.moco, dtype) for dtype in bench_moco.TOLERANCES),
+    (bench_moco.moco_bfloat16_queue, torch.float32),
+], ids=lambda value: getattr(value, "__name__", str(value)))  # fmt: skip
+def test_implementations_agree(make, dtype):
+    """With what is expected in float32 at least."""
+    made = workload(make, dtype)
+    assert made.expected()[0].dtype == torch.promote_types(dtype, torch.float32)
+    case = harness.admit(made)
     assert not case.faults
     assert {"plain PyTorch", "ssl_kernels chunked"} <= {one.name for one in case.implementations}
 

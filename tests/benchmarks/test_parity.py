@@ -27,3 +27,22 @@ def test_the_page_has_what_was_measured(tmp_path):
 def test_digits_are_images():
     images, labels = parity.digits()
     assert images.shape == (len(labels), 1, 8, 8) and 0 <= images.min() < images.max() <= 1
+
+
+def test_every_training_is_on_the_page(tmp_path, monkeypatch):
+    asked = []
+
+    def curves(training, steps, seeds):
+        asked.append((training.library, steps, seeds))
+        return torch.rand(seeds, steps, dtype=torch.float64).expand(2, -1, -1)
+
+    monkeypatch.setattr(parity, "curves", curves)
+    monkeypatch.setattr(parity, "cost", lambda training: {"original": (1.0, 1), "patched": (1.0, 1)})
+    monkeypatch.setattr(parity, "draw", lambda training, original, patched, path: path.touch())
+    assert parity.main(["--steps", "5", "--seeds", "2", "--docs", str(tmp_path)]) == 0
+    libraries = ["lightly", "open_clip", "sentence_transformers"]
+    assert asked == [(library, 5, 2) for library in libraries]
+    page = (tmp_path / "parity.md").read_text()
+    for library in libraries:
+        assert f"](parity-{library}.png)" in page and (tmp_path / f"parity-{library}.png").exists()
+    assert "5 steps, 2 seeds" in page
