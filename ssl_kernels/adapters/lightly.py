@@ -198,7 +198,7 @@ def _beside_bank(out0, out1, bank, temperature, reduction):
 
 
 def _gathered_nt_xent(out0, out1, temperature, reduction):
-    views = stacked(*widest_under_autocast(out0, out1))
+    views = stacked(*checked_rows("NTXentLoss", 2, out0=out0, out1=out1))
     n = len(views)  # 2B
     own = torch.arange(n, device=views.device) + rank() * n
     lse, _, positive = contrastive(
@@ -262,7 +262,7 @@ class DCLLoss(Closed, nn.Module):
 
 
 def _gathered_dcl(out0, out1, temperature):
-    views = stacked(*widest_under_autocast(out0, out1))
+    views = stacked(*checked_rows("DCLLoss", 2, out0=out0, out1=out1))
     n, world = len(views), world_size()
     samples = torch.arange(n // 2 * world, device=views.device).view(world, 1, -1).expand(-1, 2, -1)
     lse, _, positive = contrastive(

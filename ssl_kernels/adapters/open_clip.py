@@ -11,8 +11,9 @@ from torch import nn
 
 from ssl_kernels.adapters._gather import gather_constant, gather_rows
 from ssl_kernels.adapters._shared import Closed, mean, original
+from ssl_kernels.checks import check_scalar
 from ssl_kernels.losses import clip_loss, siglip_loss
-from ssl_kernels.losses._shared import as_scalar, widest_under_autocast
+from ssl_kernels.losses._shared import as_scalar, checked_rows
 from ssl_kernels.mixing import mixup_cross_entropy
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
@@ -33,6 +34,14 @@ def _unused(loss, parameter):
     if isinstance(parameter, torch.Tensor) and parameter.requires_grad:
         return loss + 0 * parameter.sum()
     return loss
+
+
+def _checked(caller, image_features, text_features, logit_scale, logit_bias=0.0):
+    """The features, checked as with one process; in the widest dtype under autocast."""
+    features = checked_rows(caller, 2, image_features=image_features, text_features=text_features)
+    check_scalar(caller, "logit_scale", logit_scale, features[0])
+    check_scalar(caller, "logit_bias", logit_bias, features[0])
+    return features
 
 
 class ClipLoss(Closed, nn.Module):
@@ -88,7 +97,7 @@ class ClipLoss(Closed, nn.Module):
             whole = original("open_clip.loss", "ClipLoss", "ClipLoss: use_horovod")
             options = (self.local_loss, self.gather_with_grad, False, self.rank, self.world_size, True)
             return whole(*options)(image_features, text_features, logit_scale)
-        image_features, text_features = widest_under_autocast(image_features, text_features)
+        image_features, text_features = _checked("ClipLoss", image_features, text_features, logit_scale)
         images, texts = (self._gathered(rows) for rows in (image_features, text_features))
         if not self.local_loss:
             return clip_loss(images, texts, logit_scale, normalize=False)
@@ -221,7 +230,7 @@ class SigLipLoss(Closed, nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _gathered(self, image_features, text_features, logit_scale, bias):
-        images, texts = widest_under_autocast(image_features, text_features)
+        images, texts = _checked("SigLipLoss", image_features, text_features, logit_scale, bias)
         total = sigmoid_pairs(
             images,
             gather_rows(texts),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import ssl_kernels
 from benchmarks.peers import Originals
 from ssl_kernels import adapters
 from ssl_kernels.adapters import _shared
@@ -192,16 +193,45 @@ def test_lightlys_other_cross_entropies_run_lightly(bank):
     assert largest_error(*values) < 1e-5
 
 
-def test_what_only_the_library_can_do_names_it_where_it_is_missing(monkeypatch):
+class _Cross(nn.CrossEntropyLoss):
+    pass
+
+
+class _Bank(adapters.lightly.MemoryBankModule):
+    pass
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        nn.CrossEntropyLoss(weight=torch.ones(12)),
+        nn.CrossEntropyLoss(ignore_index=0),
+        _Cross(),
+        _Bank(0),
+    ],
+    ids=["label_smoothing", "weight", "ignore_index", "derived cross_entropy", "derived memory_bank"],
+)
+def test_what_only_the_library_can_do_names_it_where_it_is_missing(part, monkeypatch):
     monkeypatch.setitem(sys.modules, "lightly.loss.ntx_ent_loss", None)
     monkeypatch.setitem(sys.modules, "lightly", None)
     loss = adapters.lightly.NTXentLoss(0.2)
-    loss.cross_entropy = nn.CrossEntropyLoss(label_smoothing=0.1)
+    setattr(loss, "memory_bank" if isinstance(part, _Bank) else "cross_entropy", part)
     why = (
         "NTXentLoss: a cross_entropy or memory_bank of another kind: that is left to lightly, which cannot be"
     )
     with pytest.raises(ImportError, match=why):
         loss(rows(), rows(seed=1))
+
+
+def test_horovod_is_asked_where_there_are_several_processes(monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip.loss", None)
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    x, y = rows(), rows(seed=1)
+    alone = adapters.open_clip.ClipLoss(use_horovod=True)(x, y, 2.0)
+    assert torch.equal(alone, adapters.open_clip.ClipLoss()(x, y, 2.0))
+    with pytest.raises(ImportError, match="ClipLoss: use_horovod: that is left to open_clip"):
+        adapters.open_clip.ClipLoss(use_horovod=True, world_size=2)(x, y, 2.0)
 
 
 def test_what_the_library_does_itself_is_said_once(monkeypatch):
@@ -251,21 +281,24 @@ def test_labels_of_any_dtype(labels):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_supervised_info_nce_is_its_formula(dtype):
-    """With classes of one row, which have no positive; on the CPU the end of it is one node of autograd."""
+    """With classes of one row, which have no positive; native on the CPU, the end of it is one node of autograd."""
     x, labels = rows(9).to(dtype).requires_grad_(), torch.tensor([0, 1, 1, 2, 0, 0, 3, 1, 4])
     temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
-    found = adapters.infonce.SupervisedInfoNCE(temperature)(x, labels)
-    assert "RowLosses" in found.grad_fn.name()
     unit = nn.functional.normalize(x.double(), dim=1)
     logits, same = unit @ unit.T / temperature, labels[:, None] == labels
     negatives = logits.exp().masked_fill(same, 0).sum(1)
     positives = logits.exp().masked_fill(~same, 0).fill_diagonal_(0).sum(1)
     expected = (negatives.log1p() - positives.log1p()).mean()
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.01}[dtype]
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
     truth = torch.autograd.grad(2 * expected, (x, temperature))
-    for ours, exact in zip(torch.autograd.grad(2 * found, (x, temperature)), truth, strict=True):
-        torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.01}[dtype]
+    for backend in ("native", "chunked"):
+        with ssl_kernels.use_backend(backend):
+            found = adapters.infonce.SupervisedInfoNCE(temperature)(x, labels)
+        assert ("RowLosses" in found.grad_fn.name()) == (backend == "native")
+        assert found.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+        for ours, exact in zip(torch.autograd.grad(2 * found, (x, temperature)), truth, strict=True):
+            torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +324,31 @@ def test_messages_of_what_cannot_be():
         adapters.info_nce.info_nce(x, x, x[:0], 0.0)
     with pytest.raises(ValueError, match="clip_loss: text_features must have"):
         adapters.open_clip.ClipLoss()(x, rows(12), 1.0)
+    with pytest.raises(ValueError, match="siglip_loss: text_features must have"):
+        adapters.open_clip.SigLipLoss()(x, rows(12), 1.0, None)
+
+
+def test_pairs_are_checked_before_the_processes_meet(monkeypatch):
+    """Rows without a partner would be taken for those of another process."""
+    monkeypatch.setattr(adapters.lightly, "world_size", lambda: 2)
+    x, y = rows(), rows(12)
+    for name in ("NTXentLoss", "DCLLoss", "DCLWLoss"):
+        with pytest.raises(ValueError, match=r"Loss: out1 must have 6 rows as out0 has, got 12"):
+            getattr(adapters.lightly, name)(0.2, gather_distributed=True)(x, y)
+    clip = adapters.open_clip.ClipLoss(local_loss=True, world_size=2)
+    for loss, bias in ((clip, ()), (adapters.open_clip.SigLipLoss(world_size=2), (-1.0,))):
+        name = type(loss).__name__
+        with pytest.raises(ValueError, match=f"{name}: text_features must have 6 rows .*, got 12"):
+            loss(x, y, 2.0, *bias)
+        with pytest.raises(ValueError, match=f"{name}: logit_scale must be .* of one element, got"):
+            loss(x, x, torch.ones(2), *bias)
+
+
+def test_one_process_gathers_nothing():
+    """A sample without negatives is refused as without gather_distributed."""
+    for name in ("DCLLoss", "DCLWLoss"):
+        with pytest.raises(ValueError, match=r"^dcl_loss: .* at least 2"):
+            getattr(adapters.lightly, name)(0.2, gather_distributed=True)(rows(1), rows(1))
 
 
 def test_a_loss_without_an_adapter_is_pointed_to_its_library():
