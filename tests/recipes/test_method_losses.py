@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -323,3 +324,37 @@ def test_captions_tell_the_order_of_letters():
     text, turned = method.captions[3, 0], method.captions[3, 0].clone()
     turned[:13] = text[:13].flip(0)
     assert not torch.allclose(method.text(text[None]), method.text(turned[None]), rtol=1e-3)
+
+
+def test_the_scale_of_clip_stops_at_100_and_comes_back():
+    """A step that leads beyond ends there, where the loss still has a gradient by it."""
+    settings = engine.Settings("clip", "digits", 1, N, 1e-3, options={"logit_scale": 100.0})
+    method = experiment.build_method(DATA, settings)
+    for log_scale, expected in ((3.0, 3.0), (4.9, math.log(100))):
+        method.log_scale.data.fill_(log_scale)
+        method.after_step()
+        assert method.log_scale.item() == pytest.approx(expected)
+    batch = next(batches())
+    method(batch._replace(views=batch.views[:1])).backward()
+    assert method.log_scale.grad != 0
+
+
+def test_captions_of_more_classes_than_digits_number_them():
+    shape = SimpleNamespace(channels=1, image_size=8, classes=12)
+    method = experiment.build_method(shape, engine.Settings("clip", "folder", 1, N, 1e-3))
+    assert method.captions.shape == (12, len(TEMPLATES), 32)
+    assert method.captions[11, 1].tolist() == [*b"class 11 in a picture", *[0] * 11]
+
+
+@pytest.mark.parametrize("hidden_part, visible", [(0.001, 15), (0.35, 10), (0.6, 6), (0.65, 6), (0.999, 1)])
+def test_an_autoencoder_sees_the_rest(hidden_part, visible):
+    """Of 16 patches, to the nearest whole one; one at least, and not all."""
+    settings = engine.Settings("mae", "digits", 1, N, 1e-3, options={"hidden_part": hidden_part})
+    method = experiment.build_method(DATA, settings)
+    assert method.visible == visible
+
+
+def test_the_first_stages_of_a_resnet_are_mixed_too():
+    shape = SimpleNamespace(channels=3, image_size=32, classes=2)
+    method = experiment.build_method(shape, engine.Settings("manifold-mixup", "cifar10", 1, N, 1e-3))
+    assert method.mixing.layers == ("encoder.layer1", "encoder.layer2")

@@ -153,7 +153,11 @@ def test_cifar10(tmp_path, monkeypatch):
             ["--method", "mae", "--option", "hidden_part=2"],
             "hidden_part must be a number between 0 and 1, got 2.0",
         ),
-        (["--method", "clip", "--option", "logit_scale=0"], "logit_scale must be a number over 0, got 0.0"),
+        (
+            ["--method", "clip", "--option", "logit_scale=0"],
+            "logit_scale must be a number over 0, at most 100, got 0.0",
+        ),
+        (["--method", "clip", "--option", "logit_scale=100.5"], "at most 100, got 100.5"),
         (
             ["--accumulate", "900"],
             "--accumulate must leave at least 2 images in each part of --batch-size, got 900",

@@ -16,6 +16,7 @@ from ssl_kernels.recipes.methods.method import Method
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("a photo of {}", "{} in a picture", "this shows {}", "one image of {}")
 LONGEST = 32  # characters of a caption
+LARGEST_SCALE = 100
 
 
 class CLIP(Method):
@@ -25,8 +26,10 @@ class CLIP(Method):
 
     def __init__(self, encoder, data, *, logit_scale=10.0, width=64):
         super().__init__()
-        if not logit_scale > 0:
-            raise ValueError(f"--option logit_scale must be a number over 0, got {logit_scale}")
+        if not 0 < logit_scale <= LARGEST_SCALE:
+            raise ValueError(
+                f"--option logit_scale must be a number over 0, at most {LARGEST_SCALE}, got {logit_scale}"
+            )
         self.online = Embedder(encoder, mlp(encoder.out_features, width))
         self.text = TextTower(width)
         self.log_scale = nn.Parameter(torch.tensor(math.log(logit_scale)))
@@ -39,9 +42,14 @@ class CLIP(Method):
         (images,) = batch.views
         template = torch.randint(len(TEMPLATES), batch.labels.shape).to(batch.labels.device)
         texts = self.text(self.captions[batch.labels, template])
-        scale = self.log_scale.exp().clamp(max=100)
         # Equal captions are no negatives of each other.
-        return self.criterion(self.online(images), texts, scale, ids=batch.labels)
+        return self.criterion(self.online(images), texts, self.log_scale.exp(), ids=batch.labels)
+
+    @torch.no_grad()
+    def after_step(self):
+        super().after_step()
+        # Here and not in the loss, where a scale at its bound would have no gradient that leads back.
+        self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
 
 
 class TextTower(nn.Module):
