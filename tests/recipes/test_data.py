@@ -135,6 +135,12 @@ def test_crops_of_photographs_are_small_parts(tmp_path):
     )
     assert (list(crop.size), list(view.size)) == ([112, 112], [224, 224])
     assert (tuple(crop.scale), tuple(view.scale)) == ((0.05, 0.2), (0.2, 1.0))
+    sometimes = [each for made in augmentation.view.transforms for each in getattr(made, "transforms", [])]
+    jitter, blur = (next(each for each in sometimes if hasattr(each, name)) for name in ("hue", "sigma"))
+    for name in ("brightness", "contrast", "saturation"):
+        assert tuple(getattr(jitter, name)) == pytest.approx((0.6, 1.4))
+    assert tuple(jitter.hue) == pytest.approx((-0.1, 0.1)) and tuple(blur.sigma) == (0.1, 2.0)
+    assert set(blur.kernel_size) == {23}  # a tenth of the side
 
 
 def test_plain_images_are_the_middle_of_them(tmp_path):

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import math
 import os
 import signal
 
@@ -46,6 +47,14 @@ def test_loss_falls(trained):
     assert 0 < sum(history.loss_seconds) < history.seconds
 
 
+def test_the_schedule_is_over_all_steps(trained):
+    _, history = trained
+    falls = [3e-3 * math.cos(math.pi * step / 12) ** 2 for step in range(6)]
+    assert history.rates == pytest.approx([falls[0] / 1.3, *falls[1:]])
+    images = two_steps(SETTINGS)
+    assert experiment.prepare_trainings(images, {"run": None}, SETTINGS)["run"].steps == 6
+
+
 def test_plain_loss_trains_the_same(trained):
     _, ours = trained
     _, plain = train(loss=plain_nt_xent_loss)
@@ -65,6 +74,28 @@ def test_same_seed_gives_the_same_run(trained):
 def test_another_seed_gives_another_run(trained):
     settings = dataclasses.replace(SETTINGS, seed=1, epochs=1)
     assert train(settings)[1].losses[0] != trained[1].losses[0]
+
+
+def test_what_steps_draw_depends_on_the_seed():
+    images, drawn = two_steps(SETTINGS), []
+    for seed in (0, 0, 1):
+        settings = dataclasses.replace(SETTINGS, seed=seed)
+        training = experiment.prepare_trainings(images, {"run": None}, settings)["run"]
+        with training._own_random_numbers():
+            drawn.append(torch.rand(3))
+    assert torch.equal(*drawn[:2]) and not torch.equal(*drawn[1:])
+
+
+def test_the_average_follows_what_the_optimizer_has_changed():
+    settings = dataclasses.replace(SETTINGS, method="byol", options={"momentum": 0.75})
+    images = two_steps(settings)
+    training = experiment.prepare_trainings(images, {"run": None}, settings)["run"]
+    online, average = training.method.online, training.method.average.module
+    before = [parameter.clone() for parameter in average.parameters()]
+    training.step(next(images.views.epoch(0)), 2)
+    for old, new, found in zip(before, online.parameters(), average.parameters(), strict=True):
+        assert not torch.equal(old, new)
+        torch.testing.assert_close(found, 0.75 * old + 0.25 * new)
 
 
 def test_resumed_run_ends_as_the_unbroken_one(trained, tmp_path):

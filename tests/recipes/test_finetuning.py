@@ -116,8 +116,9 @@ def test_linear_probe_is_the_logistic_regression(classes):
     features = 5 + torch.tensor([1.0, 20.0, 0.1, 0.0]) * torch.randn(60, 4, generator=random)
     features[:, 0] += labels
     rows = torch.arange(0, 60, 2) if classes == 3 else torch.arange(30)
-    weight, bias = linear_probe(features[rows], labels[rows], features)
-    standard = StandardScaler().fit(features.numpy())
+    unlabelled = torch.cat([features, torch.tensor([4.0, 0.5, 2.0, 1.0]) * features])
+    weight, bias = linear_probe(features[rows], labels[rows], unlabelled)
+    standard = StandardScaler().fit(unlabelled.numpy())
     expected = LogisticRegression(max_iter=1000).fit(
         standard.transform(features[rows].numpy()), labels[rows].numpy()
     )

@@ -119,6 +119,17 @@ def test_every_parameter_of_a_method_is_trained(name):
         assert (parameter.grad is None) == is_average, parameter_name
 
 
+@pytest.mark.parametrize("name", ["simclr", "swav", "dino"])
+def test_collapse_is_looked_for_in_the_views(name):
+    """Not in the crops, of which there are as many."""
+    training, views = make(name, None, accumulate=2)
+    batch = next(views.epoch(0))
+    with torch.no_grad():
+        expected = [training.method.online(torch.cat(part.views)) for part in batch.parts(2)]
+    training.step(batch, 3)
+    torch.testing.assert_close(training._watch.embeddings(), torch.cat(expected))
+
+
 def test_methods_use_the_backend_that_is_asked_for():
     """Each criterion that is a loss of this library takes a backend."""
     for name in METHODS:

@@ -64,3 +64,16 @@ def test_learning_rate_rises_and_falls():
     assert rates[50] == pytest.approx(1.5e-3)
     assert rates[75] == pytest.approx(3e-3 * 0.5 * (1 + math.cos(0.75 * math.pi)))
     assert 0 < rates[-1] < 1e-5
+
+
+@pytest.mark.parametrize("warmup, steps", [(0.0, 5), (0.05, 100), (0.3, 20), (1.0, 4)])
+def test_every_rate_is_that_of_the_definition(warmup, steps):
+    """A rise from one part to all of warmup · steps + 1, times half a cosine."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-3)
+    schedule = make_schedule(optimizer, warmup, steps)
+    for step in range(steps):
+        rise = 1.0 if warmup == 0 else min(1.0, (step + 1) / (warmup * steps + 1))
+        expected = 3e-3 * rise * math.cos(math.pi * step / steps / 2) ** 2
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+        optimizer.step()
+        schedule.step()
