@@ -70,6 +70,9 @@ def test_features_of_patches_are_their_mean():
     tokens = encoder(images, torch.arange(16).expand(3, -1))
     assert tokens.std(1).min() > 0
     torch.testing.assert_close(encoder(images), tokens.mean(1))
+    torch.testing.assert_close(
+        encoder(images[:1]), tokens[:1].mean(1)
+    )  # which the other images do not change
 
 
 @pytest.mark.parametrize("name, projector, predictor", [

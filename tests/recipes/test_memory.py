@@ -1,6 +1,6 @@
 import torch
 
-from ssl_kernels.recipes import data
+from ssl_kernels.recipes import data, experiment
 from ssl_kernels.recipes.baseline import plain_nt_xent_loss
 from ssl_kernels.recipes.engine import Settings
 from ssl_kernels.recipes.experiment import measure_loss_memory, prepare_trainings
@@ -41,3 +41,11 @@ def test_plain_loss_holds_several_matrices_of_logits():
     assert 2 * matrix < peak < 6 * matrix
     for name, value in training.method.state_dict().items():
         assert torch.equal(value, before[name])  # the training has not moved
+
+
+def test_of_a_loss_that_is_called_twice_the_larger_peak_counts(monkeypatch):
+    settings = Settings("mixco", "digits", epochs=1, batch_size=8, learning_rate=1.0)
+    images, peaks = data.load_data("digits", 8, 0), [3, 5]
+    training = prepare_trainings(images, {"ours": None}, settings)["ours"]
+    monkeypatch.setattr(experiment, "peak_memory", lambda function, device: (function(), peaks.pop())[1])
+    assert measure_loss_memory(training, next(images.views.epoch(0))) == 5 and not peaks

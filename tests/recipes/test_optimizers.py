@@ -45,6 +45,8 @@ def test_settings_name_the_optimizer(name, kind):
     optimizer = make_optimizer([torch.zeros(1, requires_grad=True)], settings)
     assert type(optimizer) is kind
     assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.25, 0.125)
+    own = {"adamw": {}, "sgd": {"momentum": 0.9}, "lars": {"momentum": 0.9, "trust": 1e-3}}[name]
+    assert optimizer.defaults == kind([torch.zeros(1)], lr=0.25, weight_decay=0.125, **own).defaults
 
 
 def test_learning_rate_rises_and_falls():

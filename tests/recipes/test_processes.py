@@ -9,7 +9,7 @@ from torch import distributed as dist
 from ssl_kernels import swav_loss, triplet_loss
 from ssl_kernels.cli import main
 from ssl_kernels.recipes import data, engine, experiment, processes
-from ssl_kernels.recipes.ranks import over_ranks
+from ssl_kernels.recipes.ranks import over_ranks, with_global_batch_norm
 from tests.helpers import random_rows
 
 
@@ -40,6 +40,19 @@ def test_a_loss_over_a_group_can_be_copied():
         assert mined == triplet_loss(rows, labels, mining="semi_hard") != triplet_loss(rows, labels)
     finally:
         dist.destroy_process_group()
+
+
+def test_in_evaluation_the_statistics_are_the_running_ones():
+    """As of torch's, without a word to the other ranks."""
+    ordinary = torch.nn.BatchNorm2d(3).eval()
+    with torch.no_grad():
+        for tensor in (*ordinary.parameters(), *ordinary.buffers()):
+            tensor.copy_(torch.rand(tensor.shape) + 0.5)
+    images = random_rows(4, 12).view(4, 3, 2, 2)
+    expected = ordinary(images)
+    before = copy.deepcopy(ordinary.state_dict())
+    torch.testing.assert_close(with_global_batch_norm(ordinary)(images), expected, rtol=0, atol=0)
+    torch.testing.assert_close(ordinary.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.slow  # two more processes that import torch
