@@ -1,11 +1,13 @@
 """`patch`: adapters in the place of other libraries' classes, in code that cannot be edited."""
 
+import collections
 import functools
 import gc
 import importlib
 import importlib.util
 import logging
 import sys
+import threading
 import types
 
 from ssl_kernels.adapters import _shared
@@ -13,6 +15,8 @@ from ssl_kernels.adapters import _shared
 ENVIRONMENT = "SSL_KERNELS_PATCH"
 log = logging.getLogger("ssl_kernels.patch")
 _active = []  # patches that were not undone
+_running = collections.Counter()  # by library: its modules whose code is being run
+_lock = threading.RLock()  # of these and of all modules' names; nothing is imported under it
 
 
 def patch(*libraries: str) -> "Patch":
@@ -43,7 +47,7 @@ def patch(*libraries: str) -> "Patch":
     """
     adapters = _adapters(libraries, "patch: libraries")
     for library, adapter in zip(libraries, adapters, strict=True):
-        for root in {module.partition(".")[0] for module in adapter.ORIGINALS.values()}:
+        for root in {_root(module) for module in adapter.ORIGINALS.values()}:
             if root not in sys.modules and importlib.util.find_spec(root) is None:
                 raise ModuleNotFoundError(
                     f"patch: {library} must be installed, got no module {root}", name=root
@@ -76,14 +80,17 @@ class Patch:
         self._pending = {}  # (module, name) of an original: its adapter module
         for adapter in adapters:
             self._pending |= {(module, name): adapter for name, module in adapter.ORIGINALS.items()}
-        self._roots = {module.partition(".")[0] for module, _ in self._pending}
+        self._roots = {_root(module) for module, _ in self._pending}
         self._held = set()  # places that held an adapter before
         self._shared = set()  # adapters that another patch had put there already
-        self._depth = 0
-        _active.append(self)
-        self.swap()
-        if self._pending:
+        with _lock:
+            _active.append(self)
             sys.meta_path.insert(0, self)
+        try:
+            self.swap()
+        except BaseException:
+            self.undo()
+            raise
 
     def __enter__(self):
         if self not in _active:
@@ -96,50 +103,62 @@ class Patch:
     # The import hook: sees the modules of libraries that are not wholly there yet.
 
     def find_spec(self, name, path=None, target=None):
-        if not self._pending or name.partition(".")[0] not in self._roots:
+        if not self._pending or _root(name) not in self._roots:
             return None
         for finder in sys.meta_path:
-            if finder is not self and hasattr(finder, "find_spec"):
+            if not isinstance(finder, Patch) and hasattr(finder, "find_spec"):
                 spec = finder.find_spec(name, path, target)
                 if spec is not None:
                     if hasattr(spec.loader, "exec_module"):
-                        spec.loader = _Loader(spec.loader, self)
+                        spec.loader = _Loader(spec.loader)
                     return spec
         return None
-
-    def imported(self, module, run):
-        """Run a module's code, and swap when no other module of the libraries is being run."""
-        self._depth += 1
-        try:
-            run(module)
-        finally:
-            self._depth -= 1
-        if self._depth == 0:
-            self.swap()
 
     # What is swapped.
 
     def swap(self):
-        """Replace what is imported by now."""
-        ready = {key: adapter for key, adapter in self._pending.items() if key[0] in sys.modules}
+        """Replace what is imported by now, of libraries of which no module is being run."""
+        while True:
+            with _lock:
+                if self not in _active:
+                    return
+                ready = {
+                    key: adapter
+                    for key, adapter in self._pending.items()
+                    if key[0] in sys.modules and not _running[_root(key[0])]
+                }
+                roots = {_root(module) for module, _ in ready}
+                _running.update(roots)
+            if not ready:
+                return
+            try:  # the adapters may import their libraries
+                found = {
+                    (module, name): getattr(adapter, name) if hasattr(sys.modules[module], name) else None
+                    for (module, name), adapter in ready.items()
+                }
+            finally:
+                with _lock:
+                    _running.subtract(roots)
+            with _lock:
+                if self in _active and self._replace(found):
+                    self._say_what_has_no_adapter(set(ready.values()))
+
+    def _replace(self, adapters):
+        """Put `adapters`, by (module, name) of their originals, in the place of these; whether there was one to put."""
         pairs = []
-        self._depth += 1  # adapters may import their libraries
-        try:
-            for (module, name), adapter in ready.items():
-                original = getattr(sys.modules[module], name, None)
-                del self._pending[module, name]
-                if original is None:
-                    self._say(self.left, f"{module} has no {name} in this version")
-                elif getattr(adapter, name) in _shared.originals:
-                    self._shared.add(getattr(adapter, name))
-                else:
-                    pairs.append((original, getattr(adapter, name)))
-        finally:
-            self._depth -= 1
+        for (module, name), adapter in adapters.items():
+            original = getattr(sys.modules[module], name, None)
+            self._pending.pop((module, name), None)
+            if original is None:
+                self._say(self.left, f"{module} has no {name} in this version")
+            elif adapter in _shared.originals:
+                self._shared.add(adapter)
+            else:
+                pairs.append((original, adapter))
         if not self._pending and self in sys.meta_path:
             sys.meta_path.remove(self)
         if not pairs:
-            return
+            return False
         replacements = {id(original): adapter for original, adapter in pairs}
         self._held |= {(id(space), key) for space, key, _ in _names({id(a) for _, a in pairs})}
         where, own = {}, {(id(space), key) for pair in pairs for space, key in _own_uses(pair[0])}
@@ -156,7 +175,10 @@ class Patch:
             name = f"{original.__module__}.{original.__qualname__}"
             self._say(self.changed, f"{name} is {adapter.__module__}.{adapter.__qualname__} in {places}")
         self._say_what_is_left(pairs)
-        for adapter in {sys.modules[ready_adapter.__name__] for ready_adapter in ready.values()}:
+        return True
+
+    def _say_what_has_no_adapter(self, adapters):
+        for adapter in adapters:
             others = _others(adapter)
             if others:
                 self._say(self.left, f"{adapter.HOME}: no adapter of {', '.join(others)}")
@@ -193,13 +215,17 @@ class Patch:
 
     def undo(self):
         """Put the originals back everywhere, also where an adapter came by an import while it stood for them."""
-        if self not in _active:
-            return
+        with _lock:
+            if self in _active:
+                self._undo()
+
+    def _undo(self):
         _active.remove(self)
         if self in sys.meta_path:
             sys.meta_path.remove(self)
         self._pending = {}
-        heirs = {adapter: other for other in _active for adapter in other._shared}
+        own = {adapter for *_, adapter in self._places}
+        heirs = {adapter: other for other in _active for adapter in other._shared & own}
         originals = {
             id(adapter): original for _, _, original, adapter in self._places if adapter not in heirs
         }
@@ -217,17 +243,17 @@ class Patch:
                 "ssl_kernels."
             ):
                 space[key] = originals[id(value)]
-        for _, _, _, adapter in self._places:
+        for adapter in own:
             if adapter not in heirs:
                 _shared.originals.pop(adapter, None)
         self._places = []
 
 
 class _Loader:
-    """A module's loader, which tells a patch when the module has run, and is gone then."""
+    """A module's loader, which tells the patches when the module has run, and is gone then."""
 
-    def __init__(self, loader, owner):
-        self._loader, self._owner = loader, owner
+    def __init__(self, loader):
+        self._loader = loader
 
     def __getattr__(self, name):
         return getattr(self._loader, name)
@@ -236,8 +262,23 @@ class _Loader:
         return self._loader.create_module(spec)
 
     def exec_module(self, module):
+        """Run a module's code, and swap when no other module of its library is being run."""
         module.__spec__.loader = module.__loader__ = self._loader
-        self._owner.imported(module, self._loader.exec_module)
+        root = _root(module.__name__)
+        with _lock:
+            _running[root] += 1
+        try:
+            self._loader.exec_module(module)
+        finally:
+            with _lock:
+                _running[root] -= 1
+                waiting = [] if _running[root] else list(_active)
+        for patch in waiting:
+            patch.swap()
+
+
+def _root(module):
+    return module.partition(".")[0]
 
 
 def _names(wanted):

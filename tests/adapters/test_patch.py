@@ -4,6 +4,7 @@ import functools
 import importlib
 import sys
 import textwrap
+import threading
 import types
 
 import pytest
@@ -154,6 +155,61 @@ def test_an_attribute_of_an_object_is_said(library):
     with ssl_kernels.patch("pretended") as patch:
         assert "the original Thing is still held by: Trainer" in patch.left
     assert holder.kind is sys.modules["pretended.loss"].Thing
+
+
+def other_adapter(library, monkeypatch, module="pretended.loss.one"):
+    """A second adapter, `other`, of a function in a module."""
+    adapter = types.ModuleType("ssl_kernels.adapters.other")
+    adapter.ORIGINALS = {"function": module}
+    adapter.function = adapter_function
+    monkeypatch.setitem(sys.modules, adapter.__name__, adapter)
+    monkeypatch.setattr(ssl_kernels.adapters, "LIBRARIES", ("other", "pretended"))
+    library.ORIGINALS = {"Thing": "pretended.loss.one"}
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_patches_of_several_libraries_that_overlap(library, monkeypatch, imported):
+    """Undone in another order than made; one of another library than the one that is undone stands."""
+    other_adapter(library, monkeypatch)
+    if imported:
+        importlib.import_module("user")
+    first, both, last = (
+        ssl_kernels.patch(*names) for names in (("pretended",), ("pretended", "other"), ("other",))
+    )
+    user = importlib.import_module("user")
+    assert user.Mine is Adapter and user.function is adapter_function
+    first.undo()
+    assert user.Mine is Adapter and user.function is adapter_function
+    both.undo()
+    assert user.Mine.__module__ == "pretended.loss.one" and user.function is adapter_function
+    last.undo()
+    assert user.function() == "original" and not _shared.originals
+
+
+def test_an_adapter_that_cannot_be_had_leaves_no_patch(library):
+    importlib.import_module("user")
+    del library.Thing
+    with pytest.raises(AttributeError, match="Thing"):
+        ssl_kernels.patch("pretended")
+    assert not _patching._active and not any(isinstance(one, _patching.Patch) for one in sys.meta_path)
+
+
+def test_threads_may_patch_at_the_same_time(library):
+    user = importlib.import_module("user")
+    original, failures = user.Mine, []
+
+    def work():
+        for _ in range(2):
+            with ssl_kernels.patch("pretended"):
+                if user.Mine is not Adapter:
+                    failures.append(user.Mine)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and user.Mine is original and not _shared.originals
 
 
 @pytest.mark.parametrize("first", [0, 1])
