@@ -11,6 +11,12 @@ def as_classes(*labels):
     return list(ranks.split([len(part) for part in labels]))
 
 
+def has_mate(labels):
+    """Whether another row has each label, (N,) bool of (N,)."""
+    _, place, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
+    return sizes[place] > 1
+
+
 def class_mates(labels, memory_labels=None):
     """For each label the indices of the rows of `memory_labels` that have it too, padded to the largest number.
 

@@ -15,6 +15,8 @@ class RandomMixUpV2(MixUp):
     """
 
     def apply_transform(self, input, params, maybe_flags=None):
+        if not input.numel():
+            return super().apply_transform(input, params, maybe_flags)
         lam = params["mixup_lambdas"].to(input.device).to(input.dtype)
         return blend(input, params["mixup_pairs"].to(input.device), lam)
 
@@ -27,6 +29,8 @@ class RandomCutMixV2(CutMix):
     """
 
     def apply_transform(self, input, params, maybe_flags=None):
+        if not input.numel():
+            return super().apply_transform(input, params, maybe_flags)
         if len(params["mix_pairs"]) == 1:
             corners = params["crop_src"][0].to(input.device)
             return paste(input, params["mix_pairs"][0].to(input.device), corners)

@@ -145,7 +145,9 @@ class TripletMarginLoss(losses.TripletMarginLoss):
             why = "all triplets or pairs"
         elif len(indices_tuple[0]) * embeddings.shape[1] > 4 * len(embeddings) * len(ref_emb) + 2**22:
             why = "so many triplets"
-        if why is not None or embeddings.dtype not in DTYPES:
+        if why is None and embeddings.dtype not in DTYPES:
+            why = "such inputs"
+        if why is not None:
             if not self.strict:
                 warn_of_fallback("TripletMarginLoss", "pytorch_metric_learning", why)
             return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)

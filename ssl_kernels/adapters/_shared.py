@@ -5,6 +5,7 @@ import sys
 import warnings
 
 import torch
+from torch import nn
 
 from ssl_kernels.checks import check_scalar
 from ssl_kernels.losses._rows import row_pairs_loss
@@ -15,19 +16,42 @@ originals = {}  # from a replaced class or function, as `patch` left it in its l
 _warned = set()
 
 
-class Closed:
-    """A base of adapters: a subclass that replaces methods which only the original calls is refused, not ignored."""
+class LibraryMethod:
+    """A method that an adapter never calls. A program that does, as a subclass's own forward, gets the original's."""
 
-    never_called = ()
+    def __set_name__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __get__(self, instance, kind=None):
+        if instance is None:
+            return self
+        name = self.owner.__name__
+        whole = original(sys.modules[self.owner.__module__].ORIGINALS[name], name, f"{name}.{self.name}")
+        return getattr(whole, self.name).__get__(instance)
+
+
+class Closed:
+    """A base of adapters: a subclass that replaces a `LibraryMethod` is refused, not ignored."""
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
-        for name in cls.never_called:
-            if name in vars(cls):
+        for name in vars(cls):
+            if any(isinstance(vars(base).get(name), LibraryMethod) for base in cls.__mro__[1:]):
                 raise TypeError(
                     f"{cls.__name__}: a subclass of this adapter must leave {name} alone, which it never calls:"
                     " derive it from the original"
                 )
+
+
+def is_plain_cross_entropy(module):
+    """Whether it is `nn.CrossEntropyLoss` itself, to which nobody listens."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return type(module) is nn.CrossEntropyLoss and not any(hooks)
 
 
 def classes_of(adapter):

@@ -9,11 +9,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssl_kernels.adapters._gather import gather_constant, gather_rows, rank, world_size
-from ssl_kernels.adapters._shared import Closed, mean, minus_mean_cosine, original, scale_of
+from ssl_kernels.adapters._shared import (
+    Closed,
+    LibraryMethod,
+    is_plain_cross_entropy,
+    mean,
+    minus_mean_cosine,
+    original,
+    scale_of,
+)
 from ssl_kernels.backends import choose_backend
 from ssl_kernels.checks import DTYPES
 from ssl_kernels.losses import dcl_loss, nt_xent_loss
 from ssl_kernels.losses._shared import (
+    as_operand,
     checked_rows,
     loss_beside,
     reduce,
@@ -182,7 +191,7 @@ class NTXentLoss(nn.Module):
 
 
 def _only_reduces(cross_entropy):
-    plain = type(cross_entropy) is nn.CrossEntropyLoss and cross_entropy.ignore_index < 0
+    plain = is_plain_cross_entropy(cross_entropy) and cross_entropy.ignore_index < 0
     return plain and cross_entropy.weight is None and cross_entropy.label_smoothing == 0
 
 
@@ -230,7 +239,7 @@ class DCLLoss(Closed, nn.Module):
         gather_distributed: The views of all processes are the negatives.
     """
 
-    never_called = ("_loss",)
+    _loss = LibraryMethod()
 
     def __init__(
         self,
@@ -255,7 +264,7 @@ class DCLLoss(Closed, nn.Module):
         acc = accumulation_dtype(out0)
         out0, out1 = (F.normalize(out.to(acc), dim=1) for out in (out0, out1))
         share = 2 - self._weights(out0, out1) - self._weights(out1, out0)
-        return loss + ((out0 * out1).sum(1) * share).mean() / (2 * self.temperature)
+        return loss + ((out0 * out1).sum(1) * share).mean() / (2 * as_operand(self.temperature, out0))
 
     def _weights(self, out0, out1):
         return self.weight_fn(out0, out1)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ssl_kernels.adapters._gather import gather_constant, gather_rows
-from ssl_kernels.adapters._shared import Closed, mean, original
+from ssl_kernels.adapters._gather import gather_constant, gather_rows, world_size
+from ssl_kernels.adapters._shared import Closed, LibraryMethod, is_plain_cross_entropy, mean, original
 from ssl_kernels.checks import check_scalar
 from ssl_kernels.losses import clip_loss, siglip_loss
 from ssl_kernels.losses._shared import as_scalar, checked_rows
@@ -23,17 +23,30 @@ __all__ = ["ClipLoss", "CoCaLoss", "SigLipLoss"]
 ORIGINALS = {"ClipLoss": "open_clip.loss", "CoCaLoss": "open_clip.loss", "SigLipLoss": "open_clip.loss"}
 HOME = "open_clip.loss"  # where `patch` looks for losses without an adapter
 DIFFERENCES = {
-    "ClipLoss": "the gradient of logit_bias is 0 (open_clip: rounding); use_horovod runs open_clip's own",
+    "ClipLoss": "the gradient of logit_bias is 0 (open_clip: rounding), and a bias of several elements raises;"
+    " use_horovod runs open_clip's own",
     "CoCaLoss": "as ClipLoss",
     "SigLipLoss": "texts of other processes are gathered in any `dist_impl`",
 }
 
 
-def _unused(loss, parameter):
-    """loss, of which a parameter that changes nothing has a gradient of 0: one without a gradient stops DDP."""
-    if isinstance(parameter, torch.Tensor) and parameter.requires_grad:
-        return loss + 0 * parameter.sum()
-    return loss
+def _with_bias(loss, bias):
+    """loss, which a bias of all logits leaves as it is; a learned one has a gradient of 0: without one DDP stops."""
+    if bias is None:
+        return loss
+    if isinstance(bias, torch.Tensor):
+        if bias.numel() != 1:
+            shape = tuple(bias.shape)
+            raise ValueError(f"ClipLoss: logit_bias must be a number or have one element, got shape {shape}")
+        return loss + (0 * bias).reshape(()).to(loss)
+    return loss + 0 * bias  # NaN of an infinite one, as its logits are
+
+
+def _check_processes(name, processes):
+    if processes != world_size():
+        raise ValueError(
+            f"{name}: world_size must be the number of processes, {world_size()}, got {processes}"
+        )
 
 
 def _checked(caller, image_features, text_features, logit_scale, logit_bias=0.0):
@@ -47,8 +60,8 @@ def _checked(caller, image_features, text_features, logit_scale, logit_bias=0.0)
 class ClipLoss(Closed, nn.Module):
     """`open_clip.loss.ClipLoss`: `clip_loss` of features as they are.
 
-    logit_bias changes nothing and has a gradient of 0; open_clip's is 0 up to rounding. use_horovod with several
-    processes runs open_clip's own.
+    logit_bias, which is one number, changes nothing and has a gradient of 0; open_clip's is 0 up to rounding.
+    use_horovod with several processes runs open_clip's own, and so do calls of get_logits and get_ground_truth.
 
     Args:
         local_loss, gather_with_grad: With several processes: only the rows of this one; gradients through the
@@ -59,7 +72,7 @@ class ClipLoss(Closed, nn.Module):
         use_horovod: Gather with Horovod.
     """
 
-    never_called = ("get_ground_truth", "get_logits")
+    get_ground_truth, get_logits = LibraryMethod(), LibraryMethod()
 
     def __init__(
         self,
@@ -77,6 +90,7 @@ class ClipLoss(Closed, nn.Module):
         self.rank = rank
         self.world_size = world_size
         self.use_horovod = use_horovod
+        self.prev_num_logits, self.labels = 0, {}  # of get_ground_truth
 
     def forward(
         self,
@@ -86,8 +100,12 @@ class ClipLoss(Closed, nn.Module):
         logit_bias: float | torch.Tensor | None = None,
         output_dict: bool = False,
     ) -> Any:
-        """(N, D) features of pairs; logit_scale and logit_bias a number or a tensor of one element."""
-        loss = _unused(self._contrastive(image_features, text_features, logit_scale), logit_bias)
+        """(N, D) features of pairs; logit_scale and logit_bias a number or a tensor of one element.
+
+        Raises:
+            ValueError: logit_bias has several elements, or torch.distributed has not world_size processes.
+        """
+        loss = _with_bias(self._contrastive(image_features, text_features, logit_scale), logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _contrastive(self, image_features, text_features, logit_scale):
@@ -98,6 +116,7 @@ class ClipLoss(Closed, nn.Module):
             options = (self.local_loss, self.gather_with_grad, False, self.rank, self.world_size, True)
             return whole(*options)(image_features, text_features, logit_scale)
         image_features, text_features = _checked("ClipLoss", image_features, text_features, logit_scale)
+        _check_processes("ClipLoss", self.world_size)
         images, texts = (self._gathered(rows) for rows in (image_features, text_features))
         if not self.local_loss:
             return clip_loss(images, texts, logit_scale, normalize=False)
@@ -127,19 +146,25 @@ class ClipLoss(Closed, nn.Module):
 
 
 def _cross_entropy(module, logits, labels):
-    """What a module says, without a copy of the logits where it is `nn.CrossEntropyLoss`: λ = 1 of a mixed batch."""
-    if type(module) is not nn.CrossEntropyLoss or not logits.numel():
-        return module(logits, labels)
-    return mixup_cross_entropy(
-        logits,
-        labels,
+    """What a module says of (N, L, C) logits and (N, L) labels.
+
+    Where it is `nn.CrossEntropyLoss`, without a copy of the logits: λ = 1 of a mixed batch.
+    """
+    paired = logits.dim() == 3 and labels.shape == logits.shape[:2] and logits.numel()
+    if not paired or not is_plain_cross_entropy(module):
+        return module(logits.permute(0, 2, 1), labels)
+    classes = labels.flatten()
+    loss = mixup_cross_entropy(
+        logits.flatten(0, 1),
+        classes,
         lam=1.0,
-        partner_target=labels,
+        partner_target=classes,
         weight=module.weight,
         ignore_index=module.ignore_index,
         label_smoothing=module.label_smoothing,
         reduction=module.reduction,
     )
+    return loss.view(labels.shape) if module.reduction == "none" else loss
 
 
 class CoCaLoss(ClipLoss):
@@ -182,7 +207,7 @@ class CoCaLoss(ClipLoss):
             clip = self.clip_loss_weight * self._contrastive(image_features, text_features, logit_scale)
         else:
             clip = torch.tensor(0, device=logits.device)
-        caption = _cross_entropy(self.caption_loss, logits.flatten(0, 1), labels.flatten())
+        caption = _cross_entropy(self.caption_loss, logits, labels)
         caption = caption * self.caption_loss_weight
         return {"contrastive_loss": clip, "caption_loss": caption} if output_dict else (clip, caption)
 
@@ -199,7 +224,7 @@ class SigLipLoss(Closed, nn.Module):
         dist_impl: "bidir", "shift", "reduce" or "gather".
     """
 
-    never_called = ("get_ground_truth", "get_logits", "_loss")
+    get_ground_truth, get_logits, _loss = LibraryMethod(), LibraryMethod(), LibraryMethod()
 
     def __init__(
         self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None
@@ -209,6 +234,7 @@ class SigLipLoss(Closed, nn.Module):
         self.rank = rank
         self.world_size = world_size
         self.dist_impl = dist_impl or "bidir"
+        self.prev_num_logits, self.labels = 0, {}
         if self.dist_impl not in ("bidir", "shift", "reduce", "gather"):
             names = '"bidir", "shift", "reduce" or "gather"'
             raise AssertionError(f"SigLipLoss: dist_impl must be {names}, got {dist_impl!r}")
@@ -231,6 +257,7 @@ class SigLipLoss(Closed, nn.Module):
 
     def _gathered(self, image_features, text_features, logit_scale, bias):
         images, texts = _checked("SigLipLoss", image_features, text_features, logit_scale, bias)
+        _check_processes("SigLipLoss", self.world_size)
         total = sigmoid_pairs(
             images,
             gather_rows(texts),

@@ -7,12 +7,12 @@ work with them. The functions here are what they compute, and need no such libra
 import torch
 import torch.nn.functional as F
 
-from ssl_kernels.adapters._classes import class_mates
+from ssl_kernels.adapters._classes import class_mates, has_mate
 from ssl_kernels.adapters._shared import classes_of, scale_of
 from ssl_kernels.checks import values_are_readable
 from ssl_kernels.losses import sup_con_loss
 from ssl_kernels.losses._rows import row_pairs_loss
-from ssl_kernels.losses._shared import as_scalar, minus_log_sigmoid, takes_row_losses
+from ssl_kernels.losses._shared import as_scalar, minus_log_sigmoid, not_below_zero, takes_row_losses
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
 from ssl_kernels.ops.row_pairs import row_pairs
@@ -29,7 +29,8 @@ HOME = _LOSSES  # where `patch` looks for losses without an adapter
 __all__ = sorted(ORIGINALS)
 _OWN = "runs the library's own code, with a warning"
 DIFFERENCES = {
-    "NTXentLoss": "does not saturate at 87.34 with gradient 0, nor give 0 for a single pair (`strict=True` does);"
+    "NTXentLoss": "does not saturate at 87.34 with gradient 0, give 0 for a single pair, nor lose pairs whose loss"
+    " underflows from the mean of an AvgNonZeroReducer (`strict=True` does);"
     f" indices_tuple, or a distance other than cosine and dot product, {_OWN}",
     "SupConLoss": "rows whose loss underflows stay in the mean, and rows of one label alone have a loss, not 0"
     f" (`strict=True`: as the library); the rest as NTXentLoss {_OWN}",
@@ -73,9 +74,14 @@ def nt_xent_of_pairs(rows, labels, columns, column_labels, temperature, own=None
 
 
 def sup_con_of_rows(rows, labels, columns, column_labels, temperature, own=None, normalize=True):
-    """SupCon's loss of each row, (N,), against columns; 0 for a row without a positive. Arguments as above."""
+    """SupCon's loss of each row, (N,), against columns, arguments as above; 0 for a row without a positive alone.
+
+    The library's reducer takes the mean of what is > 0. A loss that is so small that rounding leaves nothing of it
+    is `finfo.tiny`.
+    """
     if columns is None:
-        return sup_con_loss(rows, labels, temperature, normalize=normalize, reduction="none")
+        losses = sup_con_loss(rows, labels, temperature, normalize=normalize, reduction="none")
+        return _above_zero(losses, has_mate(labels) if len(rows) > 2 else None)
     mates, is_mate = class_mates(labels, column_labels)
     slots = None if own is None else torch.arange(len(columns), device=rows.device)
     if own is not None:
@@ -93,7 +99,14 @@ def sup_con_of_rows(rows, labels, columns, column_labels, temperature, own=None,
     )
     count = is_mate.sum(1)
     means = logits.masked_fill(~is_mate, 0).sum(1) / count.clamp_min(1)
-    return (lse - means).where(count > 0, 0).to(accumulation_dtype(rows))
+    losses = (lse - means).where(count > 0, 0).to(accumulation_dtype(rows))
+    return _above_zero(losses, count > 0 if len(columns) > (1 if own is None else 2) else None)
+
+
+def _above_zero(losses, counts):
+    """`losses`, not below 0, and where `counts` above it; the gradients are theirs. None: nowhere."""
+    losses = not_below_zero(losses)
+    return losses if counts is None else losses + counts.to(losses.dtype) * torch.finfo(losses.dtype).tiny
 
 
 def _rows_at(rows, index):

@@ -13,7 +13,8 @@ __all__ = sorted(ORIGINALS)
 _OTHER = "a similarity_fct other than cos_sim and dot_score runs the library's own code, with a warning"
 DIFFERENCES = {
     "MultipleNegativesRankingLoss": f"float32 under autocast (the library: bfloat16); {_OTHER}, and so do several"
-    " processes with gather_across_devices",
+    " processes with gather_across_devices; the gradient of a learned scale with query_to_query or doc_to_doc is"
+    " finite (the library: NaN)",
     "CachedMultipleNegativesRankingLoss": f"the loss of all rows at once, in O(N · D); {_OTHER}",
     "MultipleNegativesSymmetricRankingLoss": "as MultipleNegativesRankingLoss",
     "CachedMultipleNegativesSymmetricRankingLoss": "as CachedMultipleNegativesRankingLoss",

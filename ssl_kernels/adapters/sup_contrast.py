@@ -6,6 +6,7 @@ from torch import nn
 from ssl_kernels.adapters._classes import as_classes
 from ssl_kernels.adapters._shared import mean, scale_of
 from ssl_kernels.checks import shape_error
+from ssl_kernels.losses._shared import as_operand
 from ssl_kernels.losses.sup_con import sup_con_sum
 from ssl_kernels.ops.contrastive import contrastive
 
@@ -58,7 +59,7 @@ class SupConLoss(nn.Module):
                 raise ValueError(f"SupConLoss: labels must have length {batch}, got {len(labels)}")
         elif ((mask != 0) & (mask != 1)).any():
             raise ValueError("SupConLoss: mask must hold nothing but 0 and 1, got other numbers")
-        factor = self.temperature / self.base_temperature
+        factor = as_operand(self.temperature, features) / self.base_temperature
         if self.contrast_mode == "one":
             same = (labels[:, None] == labels) if mask is None else mask.bool()
             rows = features.flatten(2).transpose(0, 1).flatten(0, 1)  # view by view

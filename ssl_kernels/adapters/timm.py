@@ -1,12 +1,11 @@
 """`timm.data.Mixup` (timm 1.0)."""
 
-import math
 from typing import Any
 
 import numpy as np
 import torch
 
-from ssl_kernels.adapters._shared import Closed
+from ssl_kernels.adapters._shared import Closed, LibraryMethod
 from ssl_kernels.checks import shape_error
 from ssl_kernels.mixing import cutmix, cutmix_, mixup, mixup_
 
@@ -38,7 +37,8 @@ class Mixup(Closed):
         strict: Refuse an odd batch.
     """
 
-    never_called = ("_params_per_batch", "_params_per_elem")
+    _params_per_batch = LibraryMethod()
+    _params_per_elem = LibraryMethod()
     strict = False  # of an object that was pickled as timm's
 
     def __init__(
@@ -191,7 +191,7 @@ class Mixup(Closed):
                 raise shape_error("Mixup", "target", f"(B, {self.num_classes}) with multi_label", target)
             dense = target.float() * (1.0 - smoothing) + 0.5 * smoothing
             return dense * lam + dense.flip(0) * (1.0 - lam)
-        if math.prod(target.shape) != len(target):
+        if target.numel() != max(target.shape, default=1):
             raise ValueError(
                 f"Mixup: target must hold one class per sample without multi_label, got {tuple(target.shape)}"
             )
@@ -210,6 +210,8 @@ def _ends(x):
 def _blend(x, lam):
     """x · λ + its mirror image · (1 − λ), in place; where autograd records it, by way of a copy."""
     _check_floating(x)
+    if not x.numel():
+        return
     if x.requires_grad and torch.is_grad_enabled():
         x.copy_(mixup(x, lam, _ends(x)))
     else:
@@ -218,6 +220,8 @@ def _blend(x, lam):
 
 def _paste(x, boxes, partners):
     """The boxes of the partners in x, likewise."""
+    if not x.numel():
+        return
     if x.requires_grad and torch.is_grad_enabled():
         x.copy_(cutmix(x, boxes, partners))
     else:

@@ -142,6 +142,92 @@ def test_a_method_that_is_never_called_is_refused(kind, method):
     assert issubclass(type("Derived", (kind,), {"other": None}), kind)
 
 
+def test_a_method_that_is_never_called_is_the_librarys(monkeypatch):
+    """Of which a subclass with a forward of its own makes its loss."""
+    module, package = types.ModuleType("open_clip.loss"), types.ModuleType("open_clip")
+
+    class ClipLoss:
+        def get_logits(self, x):
+            return (self.rank, x)
+
+    module.ClipLoss, package.loss = ClipLoss, module
+    monkeypatch.setitem(sys.modules, "open_clip", package)
+    monkeypatch.setitem(sys.modules, "open_clip.loss", module)
+    monkeypatch.setattr(_shared, "_warned", set())
+
+    class Mine(adapters.open_clip.ClipLoss):
+        def forward(self, x):
+            return self.get_logits(x)
+
+    with pytest.warns(UserWarning, match="^ClipLoss.get_logits: open_clip.loss.ClipLoss itself runs$"):
+        assert Mine(rank=3)(5) == (3, 5)
+    assert adapters.open_clip.CoCaLoss(1.0, 1.0, rank=2).get_logits(7) == (2, 7)
+    monkeypatch.setitem(sys.modules, "open_clip.loss", None)
+    with pytest.raises(
+        ImportError, match=r"ClipLoss\.get_logits: that is left to open_clip, which cannot be"
+    ):
+        Mine()(5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_temperature_of_one_element_leaves_a_number(dtype):
+    labels, unit = torch.arange(6) % 3, nn.functional.normalize(rows(12), dim=1).view(6, 2, 8)
+
+    def losses(temperature):
+        weighted = adapters.lightly.DCLLoss(temperature, lambda x, y: (x - y).square().sum(1))
+        yield weighted(rows(), rows(seed=1))
+        yield adapters.lightly.DCLWLoss(temperature)(rows(), rows(seed=1))
+        for mode in ("all", "one"):
+            yield adapters.sup_contrast.SupConLoss(temperature, mode)(unit, labels)
+
+    learned = torch.tensor([0.4], dtype=dtype, requires_grad=True)
+    for found, expected in zip(losses(learned), losses(0.4), strict=True):
+        torch.testing.assert_close(found, expected)
+        assert torch.autograd.grad(found, learned)[0].shape == (1,)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_info_nce_without_a_negative_reaches_all_its_inputs(paired, reduction):
+    empty = torch.empty((6, 0, 8) if paired else (0, 8), requires_grad=True)
+    temperature = torch.tensor([0.2], requires_grad=True)
+    x, y = rows().requires_grad_(), rows(seed=1).requires_grad_()
+    loss = adapters.info_nce.InfoNCE(temperature, reduction, "paired" if paired else "unpaired")(x, y, empty)
+    assert torch.equal(loss, torch.zeros(6) if reduction == "none" else torch.tensor(0.0))
+    for gradient in torch.autograd.grad(loss.sum(), (x, y, empty, temperature)):
+        assert not gradient.any()
+    with pytest.raises(ValueError, match=r"negative_keys must have shape \(.*0, 8\), got \(0, 7\)"):
+        adapters.info_nce.info_nce(
+            rows(), rows(), torch.empty(0, 7), negative_mode="paired" if paired else "unpaired"
+        )
+
+
+def test_a_captioners_cross_entropy_is_called_as_the_librarys():
+    """Another module than `nn.CrossEntropyLoss` sees (N, C, L) logits; a list of losses has the labels' shape."""
+    logits, labels = rows(12, 5).view(6, 2, 5), torch.arange(12).view(6, 2) % 5
+    loss, seen = adapters.open_clip.CoCaLoss(3.0, 0.0), []
+
+    def caption(module):
+        loss.caption_loss = module
+        return loss(rows(), rows(seed=1), logits, labels, 2.0)[1]
+
+    for options in ({"reduction": "none"}, {"reduction": "sum"}, {}, {"weight": torch.arange(5.0)}):
+        module = nn.CrossEntropyLoss(ignore_index=0, **options)
+        torch.testing.assert_close(caption(module), 3 * module(logits.mT, labels))
+    module.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    caption(module)
+
+    class Own(nn.CrossEntropyLoss):
+        def forward(self, logits, labels):
+            seen.append(logits.shape)
+            return super().forward(logits, labels)
+
+    caption(Own())
+    assert seen == [(6, 5, 2), (6, 5, 2)]
+    with pytest.raises(ValueError, match="batch_size"):
+        loss(rows(), rows(seed=1), logits, labels.flatten(), 2.0)
+
+
 def test_a_subclass_of_a_library_class_is_heard():
     library_or_skip("pytorch_metric_learning")
     from ssl_kernels.adapters.pytorch_metric_learning import NTXentLoss
@@ -177,6 +263,15 @@ def test_lightlys_bank_is_taken_as_it_is():
     x, y = (nn.functional.normalize(rows(seed=seed), dim=1) for seed in (0, 1))
     logits = torch.cat(((x * y).sum(1, keepdim=True), x @ loss.memory_bank.bank.T), 1) / 0.2
     torch.testing.assert_close(loss(x, y), nn.functional.cross_entropy(logits, torch.zeros(6).long()))
+
+
+def test_lightlys_cross_entropy_is_listened_to():
+    library_or_skip("lightly")
+    loss, seen = adapters.lightly.NTXentLoss(0.2), []
+    expected = loss(rows(), rows(seed=1))
+    loss.cross_entropy.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    torch.testing.assert_close(loss(rows(), rows(seed=1)), expected)
+    assert seen == [(12, 11)]
 
 
 @pytest.mark.parametrize("bank", [0, (12, 8)])
@@ -322,6 +417,13 @@ def test_messages_of_what_cannot_be():
         adapters.pytorch_metric_learning.nt_xent_of_pairs(x, labels, None, None, 0.0)
     with pytest.raises(ValueError, match=r"info_nce: temperature must be finite and > 0, got 0"):
         adapters.info_nce.info_nce(x, x, x[:0], 0.0)
+    with pytest.raises(
+        ValueError, match=r"logit_bias must be a number or have one element, got shape \(6,\)"
+    ):
+        adapters.open_clip.ClipLoss()(x, x, 1.0, torch.zeros(6))
+    for processes in (adapters.open_clip.ClipLoss(world_size=2), adapters.open_clip.SigLipLoss(world_size=2)):
+        with pytest.raises(ValueError, match="Loss: world_size must be the number of processes, 1, got 2"):
+            processes(x, x, 1.0, 0.0)
     with pytest.raises(ValueError, match="clip_loss: text_features must have"):
         adapters.open_clip.ClipLoss()(x, rows(12), 1.0)
     with pytest.raises(ValueError, match="siglip_loss: text_features must have"):
@@ -349,6 +451,14 @@ def test_one_process_gathers_nothing():
     for name in ("DCLLoss", "DCLWLoss"):
         with pytest.raises(ValueError, match=r"^dcl_loss: .* at least 2"):
             getattr(adapters.lightly, name)(0.2, gather_distributed=True)(rows(1), rows(1))
+
+
+@pytest.mark.parametrize("bias", [2.0, torch.tensor(2), torch.tensor([2.0]), torch.tensor(2.0).double()])
+def test_clips_bias_changes_nothing(bias):
+    loss = adapters.open_clip.ClipLoss()
+    found = loss(rows(), rows(seed=1), 2.0, bias)
+    assert torch.equal(found, loss(rows(), rows(seed=1), 2.0)) and found.dtype == torch.float32
+    assert loss(rows(), rows(seed=1), 2.0, bias * float("inf")).isnan()
 
 
 def test_a_loss_without_an_adapter_is_pointed_to_its_library():

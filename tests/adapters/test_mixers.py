@@ -93,6 +93,24 @@ def test_timm_keeps_lambda_for_uint8_images():
         timm.Mixup(mode="elem")(x, torch.arange(6))
 
 
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("shape", [(0, 3, 5, 5), (4, 0, 5, 5)])
+def test_timm_mixes_nothing(mode, shape):
+    for options in ({}, {"mixup_alpha": 0.0, "cutmix_alpha": 1.0}):
+        mix = timm.Mixup(mode=mode, num_classes=4, **options)
+        x, target = mix(torch.rand(shape), torch.arange(shape[0]))
+        assert x.shape == shape and target.shape == (shape[0], 4)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (1, 4)])
+def test_timm_takes_one_class_a_sample(shape):
+    np.random.seed(0)
+    _, target = timm.Mixup(prob=0.0, num_classes=4, label_smoothing=0.0)(
+        torch.rand(4, 3, 5, 5), torch.arange(4).view(shape)
+    )
+    assert torch.equal(target, torch.eye(4))
+
+
 def test_timm_refuses_dense_targets_without_multi_label():
     with pytest.raises(ValueError, match="one class per sample"):
         timm.Mixup(num_classes=3)(torch.rand(4, 3, 5, 5), torch.rand(4, 3))

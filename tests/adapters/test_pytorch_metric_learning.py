@@ -45,6 +45,32 @@ def test_rows_without_a_negative_have_loss_zero():
     assert not torch.autograd.grad(losses.sum(), x)[0].any()
 
 
+def rows_of_pairs():
+    """Of two classes of two rows, whose losses underflow in float32, and a row of its own; their labels."""
+    near = torch.tensor([[1.0, 0.0], [1.0, 1e-3], [-1.0, 0.0], [-1.0, 1e-3], [0.0, 1.0]])
+    return near, torch.tensor([0, 0, 1, 1, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("with_columns", [False, True])
+def test_a_row_with_a_positive_has_a_loss_above_zero(with_columns, dtype):
+    """However small: the library's reducer takes the mean of the losses above 0."""
+    x, labels = rows_of_pairs()
+    x = x.to(dtype).requires_grad_()
+    columns = (x.detach().clone(), labels, 0.01, torch.arange(5)) if with_columns else (None, None, 0.01)
+    losses = ours.sup_con_of_rows(x, labels, *columns)
+    assert (losses[:4] > 0).all() and losses.max() < 1e-6 and losses[4] == 0
+    assert torch.autograd.grad(losses.sum(), x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("with_columns", [False, True])
+def test_a_row_against_its_positive_alone_has_loss_zero(with_columns):
+    x, labels = rows_of_pairs()[0][:2], torch.zeros(2, dtype=torch.long)
+    columns = (x, labels, 0.01, torch.arange(2)) if with_columns else (None, None, 0.01)
+    assert not ours.sup_con_of_rows(x, labels, *columns).any()
+    assert not ours.sup_con_of_rows(x, labels, x[:1], labels[:1], 0.01).any()
+
+
 @pytest.fixture
 def library():
     return pytest.importorskip(
@@ -62,6 +88,17 @@ def test_strict_is_the_library(library):
     assert torch.equal(strict, library.NTXentLoss(0.01)(x, labels))
     assert strict.item() == pytest.approx((87.34 + 0.69) / 2, abs=0.01)
     assert ours.NTXentLoss(0.01)(x, labels).item() == pytest.approx((200 + 0.69) / 2, abs=0.01)
+
+
+def test_rows_whose_loss_underflows_stay_in_the_mean(library):
+    x, labels = rows_of_pairs()
+    x, labels = torch.cat((x, torch.tensor([[1.0, 0.5]]))), torch.tensor([0, 0, 1, 1, 2, 2])
+    exact = ours.sup_con_of_rows(x.double(), labels, None, None, 0.01).mean()
+    for dtype in (torch.float64, torch.float32):
+        found = ours.SupConLoss(0.01)(x.to(dtype), labels)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+        for theirs in (library.SupConLoss(0.01), ours.SupConLoss(0.01, strict=True)):
+            assert theirs(x.to(dtype), labels) > 1.9 * exact
 
 
 @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss", "TripletMarginLoss"])
