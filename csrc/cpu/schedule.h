@@ -57,19 +57,24 @@ void for_each_pair(int64_t count, int64_t groups, const Visit& visit) {
 }
 
 // The same pairs in one round: part k of `parts` visits visit(i, j, k), a run of the triangle row by row, and
-// the runs take about equally long where a pair on the diagonal takes 2 and any other 3. Parts share blocks:
-// what a visit adds up must be a sum of its part's own.
+// the runs take about equally long where an entry of a block with itself takes 2 and any other 3. Four equal
+// blocks become two runs of three pairs and two blocks with themselves. Parts share blocks: what a visit adds
+// up must be a sum of its part's own.
 template <class Visit>
-void for_each_pair_in_parts(int64_t count, int64_t parts, const Visit& visit) {
-  const int64_t cost = 2 * count + 3 * (count * (count - 1) / 2);
+void for_each_pair_in_parts(const Blocks& blocks, int64_t parts, const Visit& visit) {
+  const int64_t count = blocks.count();
+  const auto cost = [&](int64_t i, int64_t j) { return (i == j ? 2 : 3) * blocks[i].size * blocks[j].size; };
+  int64_t all = 0;
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = i; j < count; ++j) all += cost(i, j);
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       int64_t spent = 0;
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t k = i; k < count; ++k) {
-          const int64_t j = i % 2 == 0 ? k : i + count - 1 - k;  // to and fro, as above
-          if (spent * parts / cost == part) visit(i, j, static_cast<int>(part));
-          spent += i == j ? 2 : 3;
+        for (int64_t j = i; j < count; ++j) {
+          const int64_t own = cost(i, j);
+          if ((2 * spent + own) * parts / (2 * all) == part) visit(i, j, static_cast<int>(part));
+          spent += own;
         }
     }
   });

@@ -277,7 +277,7 @@ class Tiles {
     if (parts == 1)
       for_each(owned, [&](int64_t i, int64_t j, int thread) { visit(i, j, thread, 0); });
     else if (square)
-      for_each_pair_in_parts(row_blocks.count(), parts, visit_part);
+      for_each_pair_in_parts(row_blocks, parts, visit_part);
     else
       for_each_tile_in_parts(row_blocks.count(), column_blocks.count(), parts, visit_part);
   }
