@@ -21,8 +21,7 @@ class _Hardest(torch.autograd.Function):
         index = torch.full((2, x.shape[0]), -1, dtype=torch.int64, device=x.device)
         rows = x.expand(2, *x.shape).clone()
 
-        def visit(block, part, first):
-            y, their_labels, theirs = block
+        def meet(y, their_labels, theirs):
             if not x.shape[0] or not y.shape[0]:
                 return
             half = y.square().sum(1) / 2 if distance == "euclidean" else y.new_zeros(y.shape[0])
@@ -37,11 +36,20 @@ class _Hardest(torch.autograd.Function):
                     best, at = key.masked_fill(~allowed, torch.inf).min(1)
                     found = theirs.index_select(0, at)
                     known = index[which, span]
-                    earlier = (best == keys[which, span]) & ((found < known) | (known < 0))
+                    earlier = (best == keys[which, span]) & (found < known)
                     better = ((best < keys[which, span]) | earlier) & allowed.any(1)
                     keys[which, span] = best.where(better, keys[which, span])
                     index[which, span] = found.where(better, known)
                     rows[which, span] = y.index_select(0, at).where(better[:, None], rows[which, span])
+
+        others, behind = sum(sizes) - sizes[setting.rank], sum(sizes[setting.rank + 1 :])
+
+        def visit(block, part, first):
+            # `min` finds the first of equals, which is that of the least number where numbers grow: all others at once
+            # begin with those behind this rank.
+            cut = behind if not first and block[0].shape[0] == others else 0
+            for span in (slice(0, cut), slice(cut, None)):
+                meet(*(each[span] for each in block))
 
         with torch.autocast(x.device.type, enabled=False):
             transport.walk(held, visit)

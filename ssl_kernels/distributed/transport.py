@@ -28,10 +28,14 @@ class Sum:
             ours += theirs
 
     @staticmethod
+    def on_the_way(part):
+        """Whether parts are added as they travel, by a reduce-scatter."""
+        return part.is_cuda  # gloo's is an all-reduce, which moves twice as much (findings/)
+
+    @staticmethod
     def send(parts, sizes, rank, name):
         """Begin to deliver `parts` of the other ranks' rows, in rank order."""
-        if not parts[0].is_cuda:
-            # gloo's reduce-scatter is an all-reduce, which moves twice as much (findings/).
+        if not Sum.on_the_way(parts[0]):
             return [groups.start_exchange(part, sizes, rank, name) for part in parts]
         before = sum(sizes[:rank])
         started = []
@@ -45,7 +49,7 @@ class Sum:
     def receive(started, own, sizes, rank):
         """The parts of all ranks for this rank's rows; `own` are its own, or None, and are written over."""
         found = [groups.wait(part) for part in started]
-        if found[0].is_cuda:
+        if Sum.on_the_way(found[0]):
             found = [part[: sizes[rank]] for part in found]
         else:
             found = [_by_rank(part, sizes, rank).sum(0) if len(sizes) > 2 else part for part in found]

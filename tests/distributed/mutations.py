@@ -155,6 +155,7 @@ MUTATIONS = [
     Mutation(
         "rank: owner of a block", TRANSPORT, "owner = (rank + step) % world", "owner = (rank - step) % world"
     ),
+    Mutation("offset: own rows of a reduce-scatter", TRANSPORT, "before = sum(sizes[:rank])", "before = 0"),
     Mutation("rank: home", TRANSPORT, "(rank + last) % world, (rank - last) % world", "left, right"),
     Mutation(
         "step: how far a half ring goes",

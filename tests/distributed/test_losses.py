@@ -1,12 +1,14 @@
 """Losses and gradients of 2, 3 and 4 processes over gloo are those of one on the joined batch."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import distributed as dist
 
 import ssl_kernels
 from ssl_kernels import distributed
-from ssl_kernels.distributed import groups, operators
+from ssl_kernels.distributed import groups, operators, transport
 from tests.distributed import cases, processes
 from tests.distributed.cases import CASES
 from tests.helpers import random_rows
@@ -100,6 +102,42 @@ def symmetric_moco(rank, sizes, strategy, with_queue, with_ids):
         torch.testing.assert_close(found / world, right, **TIGHT)
 
 
+def other_negatives(rank, sizes, strategy):
+    """InfoNCE of ranks with other numbers of negatives than of queries, and with ids of paired negatives."""
+    world, counts, total = len(sizes), sizes[::-1], sum(sizes)
+    own, theirs = (slice(sum(each[:rank]), sum(each[: rank + 1])) for each in (sizes, counts))
+    ids, other_ids = torch.arange(total) % 3, torch.arange(3 * total).view(total, 3) % 4
+    rows = [random_rows(total, 4, seed=seed).double() for seed in (0, 1)]
+    for mode, negatives, key_ids, part in (
+        ("unpaired", random_rows(total, 4, seed=2), other_ids[:, 0], theirs),
+        ("paired", random_rows(3 * total, 4, seed=2).view(total, 3, 4), other_ids, own),
+    ):
+        options = {"temperature": 0.3, "negative_mode": mode}
+        leaves = [leaf.requires_grad_() for leaf in (*rows, negatives.double())]
+        expected = ssl_kernels.info_nce_loss(*leaves, query_ids=ids, key_ids=key_ids, **options)
+        wanted = torch.autograd.grad(expected, leaves)
+        mine = [x.detach()[rows].requires_grad_() for x, rows in zip(leaves, (own, own, part), strict=True)]
+        marks = {"query_ids": ids[own], "key_ids": key_ids[part]}
+        for known in ({}, {"check": False, "rows_per_rank": sizes}):
+            loss = distributed.info_nce_loss(*mine, **marks, **options, strategy=strategy, **known)
+            for found, right, place in zip(
+                torch.autograd.grad(loss, mine), wanted, (own, own, part), strict=True
+            ):
+                torch.testing.assert_close(found / world, right[place], **TIGHT)
+            loss = loss.detach()
+            dist.all_reduce(loss)
+            torch.testing.assert_close(loss / world, expected.detach(), **TIGHT)
+
+
+def on_the_way(rank, world):
+    """Gradients that are added as they travel, as on GPUs."""
+    with mock.patch.object(transport.Sum, "on_the_way", lambda part: True):
+        for case in CASES:
+            if str(case) in ("nt_xent_loss", "info_nce_loss", "siglip_loss"):
+                for sizes in SPLITS[world]:
+                    check(case, rank, sizes, "mean", cases.plain(case, sum(sizes)), strategy="gather")
+
+
 def at_the_edges(rank, world):
     """Weights that are all 0, and rows that are the same on all ranks."""
     x, y = (random_rows(3, 4, seed=seed + rank).double().requires_grad_() for seed in (0, 9))
@@ -115,6 +153,17 @@ def at_the_edges(rank, world):
             )
             torch.testing.assert_close(loss, expected)
             assert torch.autograd.grad(loss, same)[0].isfinite().all()
+    # Of equally far rows the first in the global batch.
+    labels, rows = torch.tensor([0, 0, 1]), torch.diag(torch.tensor([1.0, 2, 1], dtype=torch.float64))
+    everyones = rows.repeat(world, 1).requires_grad_()
+    for distance in ("euclidean", "cosine"):
+        options = {"margin": 5.0, "distance": distance, "normalize": False}
+        expected = ssl_kernels.triplet_loss(everyones, labels.repeat(world), **options)
+        wanted = torch.autograd.grad(expected, everyones)[0].chunk(world)[rank]
+        for strategy in ("gather", "ring"):
+            own = rows.clone().requires_grad_()
+            loss = distributed.triplet_loss(own, labels, strategy=strategy, **options)
+            torch.testing.assert_close(torch.autograd.grad(loss, own)[0] / world, wanted)
 
 
 def reduced(rank, world):
@@ -132,9 +181,11 @@ def reduced(rank, world):
 
 def every_case(rank, world):
     reduced(rank, world)
+    on_the_way(rank, world)
     at_the_edges(rank, world)
     failures = []
     for strategy in ("gather", "ring"):
+        other_negatives(rank, SPLITS[world][1], strategy)
         for with_queue, with_ids in ((False, False), (False, True), (True, False), (True, True)):
             symmetric_moco(rank, SPLITS[world][1], strategy, with_queue, with_ids)
         for loss, scalars, options in (

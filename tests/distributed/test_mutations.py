@@ -9,7 +9,7 @@ import torch
 from ssl_kernels import distributed
 from tests.distributed import cases, mutations, processes, test_queue, test_traffic
 from tests.distributed.cases import Case
-from tests.distributed.test_losses import check, reduced
+from tests.distributed.test_losses import check, on_the_way, reduced
 from tests.helpers import random_rows, same_bits
 
 CASES = [
@@ -69,6 +69,7 @@ NOTICED_BY = {
     mutations.KEYS: {3: [keys_gathered]},
     mutations.CHECKS: {3: [compiled]},
     mutations.OVER: {1: [ring_of_one]},
+    mutations.TRANSPORT: {3: [on_the_way, compared], 4: [compared]},
     mutations.GROUPS: {3: [reduced, compared, divided, test_queue.shuffled], 4: [compared]},
     mutations.PAIRS: {3: [compared, divided], 4: [compared]},
 }
