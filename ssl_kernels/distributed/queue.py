@@ -161,9 +161,7 @@ class ShardedMoCoQueue(MoCoQueue):
         if was_meta and not self.shard.is_meta:
             self.shard.zero_()
         if self.has_ids:
-            self.shard_ids = fn(self.shard_ids)
-            if was_meta and not self.shard_ids.is_meta:
-                self.shard_ids.zero_()
+            self.shard_ids = after_apply(self.shard_ids, fn(self.shard_ids))
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

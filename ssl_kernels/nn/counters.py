@@ -1,10 +1,10 @@
-"""Counters of modules: integers in buffers, whatever is done to the module, and what the host knows of them."""
+"""Counters and ids of modules: integers in buffers, whatever is done to the module; what the host knows of counters."""
 
 import torch
 
 
 def after_apply(before, after):
-    """The counter after `Module._apply` made `after` of `before`: an integer, and 0 where it was given new memory."""
+    """Integers that `Module._apply` made of `before`: of their dtype, and 0 where they were given new memory."""
     if before.is_meta and not after.is_meta:
         return torch.zeros_like(after, dtype=before.dtype)
     return after if after.dtype == before.dtype else before.to(after.device)

@@ -185,10 +185,8 @@ class MoCoQueue(nn.Module):
     def _apply(self, fn, recurse=True):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name in ("position", "filled"):
+        for name in self._buffers.keys() - {"storage"}:
             self._buffers[name] = after_apply(before[name], self._buffers[name])
-        if self.has_ids and before["ids"].is_meta and not self.ids.is_meta:
-            self.ids.zero_()
         if before["storage"].is_meta and not self.storage.is_meta:
             self.storage.zero_()
         return self

@@ -99,13 +99,15 @@ def test_a_module_is_its_function(name, monkeypatch):
     given = {"temperature": 0.3, "margin": 0.4, "normalize": False, "reduction": "sum", "backend": "chunked"}
     options = {key: given[key] for key in inspect.signature(plain).parameters.keys() & given.keys()}
     assert options
-    made, seen = module(**options, **over), []
-    monkeypatch.setattr(module, "function", staticmethod(lambda **named: seen.append(named)))
+    made = module(**options, **over)
+    monkeypatch.setattr(module, "function", staticmethod(lambda **named: named))
     tensors = [each for each in made._arguments if each not in learned]
-    made(*range(len(tensors)))
+    seen = made(*range(len(tensors)))
     expected = dict(zip(tensors, range(len(tensors)), strict=True)) | options | over
-    assert {key: seen[0][key] for key in expected} == expected
-    assert all(seen[0][key] is getattr(made, key) for key in learned)
+    assert {key: seen[key] for key in expected} == expected
+    assert all(seen[key] is getattr(made, key) for key in learned)
+    others = {key: object() for key in learned}  # given at the call
+    assert made(*range(len(tensors)), **others) == seen | others
     with pytest.raises(TypeError, match=f"{name}: at most {len(made._arguments)} tensors .* got 9"):
         made(*range(9))
     assert re.search("strategy='ring'", repr(made)) and "strategy" not in repr(module(**options))
@@ -113,6 +115,21 @@ def test_a_module_is_its_function(name, monkeypatch):
 
 def test_a_queue_of_a_group_of_one_is_the_plain_one(alone):
     assert queue.class_for(None) is nn.MoCoQueue and type(nn.MoCoQueue(4, 3, group=alone)) is nn.MoCoQueue
+
+
+def test_a_divided_queue_moves_with_its_module(alone):
+    made = ShardedMoCoQueue(5, 3, ids=True, group=alone).push_(random_rows(2, 3), torch.tensor([7, 8]))
+    rows = made.shard.clone()
+    for dtype, move in (
+        (torch.float64, lambda: made.double()),
+        (torch.float32, lambda: made.type(torch.float32)),
+    ):
+        move()
+        assert made.shard.dtype == dtype and torch.equal(made.shard, rows.to(dtype))
+        assert made.shard_ids.dtype == torch.int64 and made.ids.tolist() == [7, 8, 0, 0, 0]
+        assert (len(made), int(made.position)) == (2, 2)
+    made.to("meta").to_empty(device="cpu")
+    assert not made.shard.any() and not made.ids.any() and (len(made), int(made.position)) == (0, 0)
 
 
 def test_a_divided_queue_says_what_a_checkpoint_lacks(alone):

@@ -45,6 +45,7 @@ def disagreeing(rank, world):
         message_of(moco, x, y, queue),
         message_of(loss, x[:0], y[:0]),
         message_of(loss, x, y, rows_per_rank=[3, 3, 4]),
+        message_of(moco, x, y, MoCoQueue(3, 4).push_(y[3 * (rank == 1) :])),
     ]
     if rank == 1:  # the others are told
         found.append(message_of(loss, x, y, temperature=-1.0))
@@ -85,10 +86,14 @@ def test_ranks_that_disagree_are_named_on_every_rank():
             "nt_xent_loss: at least one rank must have rows, got none on any",
         )
         assert "rows_per_rank must be what the ranks have, [3, 3, 3], got [3, 3, 4]" in found[rank][10][1]
+        assert found[rank][11] == (
+            "ValueError",
+            "moco_loss: queue fill count must be the same on every rank, got 3 on ranks 0, 2, 0 on rank 1",
+        )
     refused = "temperature must be finite and > 0, got -1.0"
-    assert found[1][11] == ("ValueError", begin + refused)
+    assert found[1][12] == ("ValueError", begin + refused)
     for rank in (0, 2):
-        assert found[rank][11] == ("ValueError", f"{begin}rank 1 refused its input: {begin}{refused}")
+        assert found[rank][12] == ("ValueError", f"{begin}rank 1 refused its input: {begin}{refused}")
 
 
 SECONDS = 1
@@ -158,6 +163,12 @@ def refusing(rank, world):
         message_of(loss, x, x, strategy="tree" if rank else "ring"),
         too_long(rank, world),
         message_of(loss, x, x, backend="reference" if rank else None),
+        message_of(loss, x, x, rows_per_rank=[2], check=False),
+        message_of(loss, x, x, rows_per_rank=[2, 2, 2], check=False),
+        message_of(distributed.moco_loss, x[:1], x[:1], symmetric=True),
+        message_of(distributed.clip_loss, x, x, 5.0, ids=torch.arange(2), label_smoothing=0.1),
+        message_of(distributed.info_nce_loss, x, x, x, symmetric=True),
+        message_of(distributed.info_nce_loss, x[:0], x[:0], x, negative_mode="others"),
     ]
 
 
@@ -200,3 +211,9 @@ def test_bad_arguments_in_words():
         assert "strategy must be" in found[14][1]
         assert "backend must be" in found[16][1]
         assert found[15] == ([0, 1], "f: input must be the same on every rank, got ")
+        assert found[17][1].endswith("the numbers of rows of 2 ranks, each at least 0, got [2]")
+        assert found[18][1].endswith("the numbers of rows of 2 ranks, each at least 0, got [2, 2, 2]")
+        assert found[19][1] == "moco_loss: query must have an even number of rows with symmetric, got 1"
+        assert found[20][1] == "clip_loss: label_smoothing must be 0 with ids, got 0.1"
+        assert found[21][1] == "info_nce_loss: symmetric must be False with negative_keys, got True"
+        assert found[22][1].startswith('info_nce_loss: negative_mode must be "unpaired" or "paired"')

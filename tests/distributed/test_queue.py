@@ -88,6 +88,7 @@ def refused(rank, world):
     queue.push_(random_rows(2, DIM), torch.arange(2))
     x = random_rows(2, DIM)
     before = queue.shard.clone()
+    others = dist.new_group([0, 1])
     messages = []
     for attempt in (
         lambda: queue.push_(random_rows(2, DIM + rank), torch.arange(2)),
@@ -98,6 +99,7 @@ def refused(rank, world):
         lambda: queue.load_state_dict(MoCoQueue(SIZE + 1, DIM, ids=True).state_dict()),
         lambda: distributed.unshuffle_rows(x, distributed.shuffle_rows(x[:1], 0)[1]),
         lambda: distributed.shuffle_rows(x, seed=rank),
+        lambda: distributed.moco_loss(x, x, queue, group=others),
     ):
         with pytest.raises((ValueError, RuntimeError)) as raised:
             attempt()
@@ -125,6 +127,7 @@ def test_what_does_not_fit_is_refused_on_every_rank():
         assert (
             messages[7] == "shuffle_rows: seed must be the same on every rank, got 0 on rank 0, 1 on rank 1"
         )
+        assert messages[8] == "moco_loss: group must be the one that divides the queue, got another"
 
 
 def shuffled(rank, world):

@@ -158,16 +158,29 @@ def in_other_ways(rank, world):
     assert same_bits(same, distributed.nt_xent_loss(x, y, 0.2, strategy="ring", check=False).detach())
     known = distributed.nt_xent_loss(x, y, 0.2, strategy="ring", check=False, rows_per_rank=[3, 3])
     assert same_bits(same, known.detach())
+    some = [rows[: 3 - 3 * rank] for rows in (x, y)]
+    known = distributed.nt_xent_loss(*some, 0.2, check=False, rows_per_rank=[3, 0])
+    assert same_bits(known.detach(), distributed.nt_xent_loss(*some, 0.2).detach())
     weights = torch.ones(2 * len(x))
     assert same_bits(
         distributed.NTXentLoss(0.2)(x, y, row_weights=weights).detach(),
         distributed.nt_xent_loss(x, y, 0.2, row_weights=weights).detach(),
     )
-    for strategy in ("gather", "ring"):
-        loss = distributed.nt_xent_loss(x, y, strategy=strategy)
-        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    for case in CASES:
+        loss, model = cases.on_rank(case, rank, sizes, dtype=torch.float32)
+        learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        wanted = torch.autograd.grad(loss, learned, create_graph=True)
         with pytest.raises(RuntimeError, match="no second derivative"):
-            (gradient.sum() + x.sum()).backward()
+            torch.autograd.grad(sum(each.square().sum() for each in wanted), learned, allow_unused=True)
+
+        def embed(inputs, model=model):
+            with torch.autocast("cpu", enabled=False):
+                return model(inputs)
+
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # of float32 rows a loss is as without
+            again, _ = cases.on_rank(case, rank, sizes, embed, torch.float32)
+        assert same_bits(again.detach(), loss.detach()), str(case)
+        assert all(map(same_bits, torch.autograd.grad(again, learned), wanted)), str(case)
 
     plain = distributed.nt_xent_loss(x, y, 0.2, strategy="gather")
     (wanted,) = torch.autograd.grad(plain, x)
