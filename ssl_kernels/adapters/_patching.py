@@ -5,6 +5,7 @@ import functools
 import gc
 import importlib
 import importlib.util
+import inspect
 import logging
 import sys
 import threading
@@ -29,8 +30,8 @@ def patch(*libraries: str) -> "Patch":
     afterwards; a library that is imported later is patched when it is. The logger "ssl_kernels.patch" says as a
     warning what was changed and what was left: objects and subclasses that exist already, modules whose classes
     look the original up while they work, references in containers, attributes, closures, default arguments and
-    partials, and losses of the library for which there is no adapter. Of patches that overlap the last one to be
-    undone puts the originals back.
+    partials, losses of the library for which there is no adapter, and those whose arguments are others in the
+    installed version. Of patches that overlap the last one to be undone puts the originals back.
 
     The environment variable SSL_KERNELS_PATCH="lightly,open_clip" does the same where ssl_kernels is imported, and
     where it is installed from a wheel in every Python process.
@@ -153,6 +154,9 @@ class Patch:
                 self._say(self.left, f"{module} has no {name} in this version")
             elif adapter in _shared.originals:
                 self._shared.add(adapter)
+            elif not _takes_the_same(original, adapter):
+                arguments = inspect.signature(original)
+                self._say(self.left, f"{module}.{name} takes other arguments in this version: {arguments}")
             else:
                 pairs.append((original, adapter))
         if not self._pending and self in sys.meta_path:
@@ -279,6 +283,22 @@ class _Loader:
 
 def _root(module):
     return module.partition(".")[0]
+
+
+def _takes_the_same(original, adapter):
+    """Whether an adapter has the original's arguments, which may be others in another version, and perhaps more."""
+    for method in (None, "forward"):
+        found = [getattr(one, method, None) if method else one for one in (original, adapter)]
+        if None not in found:
+            theirs, mine = map(_arguments, found)
+            if mine[: len(theirs)] != theirs:
+                return False
+    return True
+
+
+def _arguments(function):
+    parameters = inspect.signature(function).parameters.values()
+    return [(one.name, one.kind, one.default) for one in parameters if one.name != "strict"]
 
 
 def _names(wanted):

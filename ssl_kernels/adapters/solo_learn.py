@@ -1,4 +1,4 @@
-"""solo-learn's losses (1.0) for which there are kernels. They come back as float32 (float64 for float64)."""
+"""solo-learn's losses (1.0.2) for which there are kernels. They come back as float32 (float64 for float64)."""
 
 import torch
 
@@ -16,10 +16,12 @@ ORIGINALS = {
 }
 HOME = "solo.losses"  # where `patch` looks for losses without an adapter
 DIFFERENCES = {
-    "simclr_loss_func": "the diagonal of extra_pos_mask is not read (solo-learn: a row may be its own positive)",
+    "simclr_loss_func": "the arguments of release 1.0.2, not the repository's (z, indexes), which raise; the diagonal"
+    " of extra_pos_mask is not read (solo-learn: a row may be its own positive)",
     "moco_loss_func": "the key gets no gradient, as solo-learn's momentum encoder has none",
     "byol_loss_func": "rows shorter than 1e-8 keep their direction",
     "simsiam_loss_func": "rows shorter than 1e-8 keep their direction",
+    "nnclr_loss_func": "of this process's rows, as release 1.0.2 (the repository: p of all processes)",
 }
 
 

@@ -261,6 +261,32 @@ def test_a_missing_name_is_said(library):
         assert "pretended.loss.one has no Gone in this version" in patch.left
 
 
+@pytest.mark.parametrize(
+    ("mine", "swapped"),
+    [
+        (lambda x, scale=1.0: 0, True),
+        (lambda x, scale=1.0, added=None: 0, True),
+        (lambda x, scale=1.0, *, strict=False: 0, True),
+        (lambda x: 0, False),
+        (lambda x, scale=2.0: 0, False),
+        (lambda x, added=None, scale=1.0: 0, False),
+        (lambda x, *, scale=1.0: 0, False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["function", "forward"])
+def test_an_original_of_other_arguments_is_left(library, tmp_path, mine, swapped, kind):
+    """In another version of its library."""
+    text = "def function(x, scale=1.0): return 'original'\nclass Thing:\n    forward = function\n"
+    (tmp_path / "pretended" / "loss" / "one.py").write_text(text)
+    library.function, library.Thing = mine, type("Thing", (), {"forward": mine})
+    library.ORIGINALS = {"function" if kind == "function" else "Thing": "pretended.loss.one"}
+    user = importlib.import_module("user")
+    with ssl_kernels.patch("pretended") as patch:
+        assert (user.function is mine or user.Mine is library.Thing) == swapped
+        said = [line for line in patch.left if "takes other arguments in this version: (" in line]
+        assert len(said) == (not swapped)
+
+
 def test_libraries_that_do_not_exist(library, monkeypatch):
     with pytest.raises(ValueError, match=r"^patch: libraries must be among pretended, got 'lightli'$"):
         ssl_kernels.patch("lightli")
