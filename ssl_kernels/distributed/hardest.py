@@ -33,11 +33,11 @@ class _Hardest(torch.autograd.Function):
                 same = labels[span, None] == their_labels[None, :]
                 positive = same & (own[span, None] != theirs[None, :])
                 for which, key, allowed in ((0, -similar, positive), (1, similar, ~same)):
-                    best, at = key.masked_fill(~allowed, torch.inf).min(1)
+                    best, at = key.masked_fill(~allowed, torch.inf).min(1)  # inf: none is allowed
+                    best = best.masked_fill(best.isnan(), -torch.inf)  # NaN is found before every number
                     found = theirs.index_select(0, at)
                     known = index[which, span]
-                    earlier = (best == keys[which, span]) & (found < known)
-                    better = ((best < keys[which, span]) | earlier) & allowed.any(1)
+                    better = (best < keys[which, span]) | ((best == keys[which, span]) & (found < known))
                     keys[which, span] = best.where(better, keys[which, span])
                     index[which, span] = found.where(better, known)
                     rows[which, span] = y.index_select(0, at).where(better[:, None], rows[which, span])

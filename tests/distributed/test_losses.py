@@ -8,7 +8,7 @@ from torch import distributed as dist
 
 import ssl_kernels
 from ssl_kernels import distributed
-from ssl_kernels.distributed import groups, operators, transport
+from ssl_kernels.distributed import groups, operators, pairs, transport
 from tests.distributed import cases, processes
 from tests.distributed.cases import CASES
 from tests.helpers import random_rows
@@ -129,6 +129,33 @@ def other_negatives(rank, sizes, strategy):
             torch.testing.assert_close(loss / world, expected.detach(), **TIGHT)
 
 
+def with_nan(rank, sizes, strategy):
+    """A row of NaN on one rank: losses are NaN where those of one process are, and so are gradients of triplets."""
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    for case in CASES:
+        inputs, values = cases.inputs_of(case, sum(sizes), torch.float64)
+        features, scalars = cases.Model(case, torch.float64)(inputs)
+        whole = [each.detach().clone() for each in features]
+        whole[0][0] = torch.nan
+        mine = [each[own].clone() for each in whole]
+        for rows in (whole, mine):
+            for place, each in enumerate(rows):
+                each.requires_grad_(place not in case.frozen)
+        plain, over_ranks = getattr(ssl_kernels, case.loss), getattr(distributed, case.loss)
+        expected = cases.call(plain, case, lambda _, given=(whole, scalars): given, None, values)
+        of_rank = cases.part(values, own)
+        loss = cases.call(
+            over_ranks, case, lambda _, given=(mine, scalars): given, None, of_rank, strategy=strategy
+        )
+        options = {**TIGHT, "equal_nan": True, "msg": str(case)}
+        if case.loss == "triplet_loss":
+            (found,), (wanted,) = torch.autograd.grad(loss, mine), torch.autograd.grad(expected, whole)
+            torch.testing.assert_close(found / len(sizes), wanted[own], **options)
+        loss = loss.detach()
+        dist.all_reduce(loss)
+        torch.testing.assert_close(loss / len(sizes), expected.detach(), **options)
+
+
 def on_the_way(rank, world):
     """Gradients that are added as they travel, as on GPUs."""
     with mock.patch.object(transport.Sum, "on_the_way", lambda part: True):
@@ -186,6 +213,7 @@ def every_case(rank, world):
     failures = []
     for strategy in ("gather", "ring"):
         other_negatives(rank, SPLITS[world][1], strategy)
+        with_nan(rank, SPLITS[world][1], strategy)
         for with_queue, with_ids in ((False, False), (False, True), (True, False), (True, True)):
             symmetric_moco(rank, SPLITS[world][1], strategy, with_queue, with_ids)
         for loss, scalars, options in (
@@ -212,6 +240,16 @@ def every_case(rank, world):
 def test_every_loss_is_that_of_one_process_on_the_joined_batch(world):
     for failures in processes.run(world, every_case):
         assert not failures, "\n".join(failures[:5])
+
+
+def test_a_log_sum_exp_that_was_made_elsewhere_has_one_derivative():
+    rows, expectation = random_rows(3, 4).requires_grad_(), random_rows(3, 4, seed=1)
+    made = torch.arange(3.0, dtype=torch.float64)
+    lse = pairs.log_sums_with_expectation(rows, made, expectation)
+    (gradient,) = torch.autograd.grad(lse.square().sum() / 2, rows, create_graph=True)
+    assert torch.equal(lse, made) and torch.equal(gradient, made[:, None].float() * expectation)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

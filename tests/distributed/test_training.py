@@ -14,6 +14,8 @@ from torch.distributed.fsdp import fully_shard
 
 import ssl_kernels
 from ssl_kernels import distributed
+from ssl_kernels.distributed.marked_mean import marked_mean
+from ssl_kernels.distributed.pairs import Setting
 from tests.distributed import cases, processes
 from tests.distributed.cases import CASES
 from tests.distributed.test_losses import TIGHT
@@ -181,6 +183,18 @@ def in_other_ways(rank, world):
             again, _ = cases.on_rank(case, rank, sizes, embed, torch.float32)
         assert same_bits(again.detach(), loss.detach()), str(case)
         assert all(map(same_bits, torch.autograd.grad(again, learned), wanted)), str(case)
+    # Negatives that bfloat16 cannot tell apart.
+    near, labels = torch.tensor([[1.0, 1.0], [1.0, 0.001], [1.0, 0.003]]), torch.tensor([0, 1, 1])
+    options = {"margin": 3.0, "distance": "cosine", "normalize": False}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = distributed.triplet_loss(near, labels, **options)
+    assert same_bits(found, distributed.triplet_loss(near, labels, **options))
+    # In `sup_con_loss` it comes with sums that raise.
+    setting = Setting("native", True, "gather", rank, world, dist.group.WORLD.group_name)
+    mean, _ = marked_mean(x, torch.ones(3, 6, dtype=torch.bool), setting, (3, 3))
+    (gradient,) = torch.autograd.grad(mean.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.sum().backward()
 
     plain = distributed.nt_xent_loss(x, y, 0.2, strategy="gather")
     (wanted,) = torch.autograd.grad(plain, x)

@@ -111,16 +111,17 @@ def test_a_refused_state_changes_nothing(strict):
     lambda queue: copy.deepcopy(queue),
     lambda queue: pickle.loads(pickle.dumps(queue)),
     lambda queue: queue.to("meta").to_empty(device="cpu"),
-    lambda queue: MoCoQueue(5, 4, device="meta").to_empty(device="cpu"),
+    lambda queue: MoCoQueue(5, 4, ids=True, device="meta").to_empty(device="cpu"),
 ], ids=[*"half double to type layout share deepcopy pickle emptied meta".split()])  # fmt: skip
 def test_any_move_keeps_the_pointers_or_empties_the_queue(change, request):
-    queue = MoCoQueue(5, 4).push_(random_rows(7, 4))
+    queue = MoCoQueue(5, 4, ids=True).push_(random_rows(7, 4), torch.arange(7))
     kept = request.node.callspec.id not in ("emptied", "meta")
     changed = change(queue)
-    assert changed.position.dtype == changed.filled.dtype == torch.int64
+    assert changed.position.dtype == changed.filled.dtype == changed.ids.dtype == torch.int64
     assert (int(changed.position), len(changed)) == ((2, 5) if kept else (0, 0))
     assert changed.storage.isfinite().all()
-    changed.push_(random_rows(1, 4, seed=9))
+    changed.push_(random_rows(1, 4, seed=9), torch.tensor([9]))
+    assert changed.ids.tolist() == ([5, 6, 9, 3, 4] if kept else [9, 0, 0, 0, 0])
     expected = torch.zeros(5, 4)
     expected[2 if kept else 0] = F.normalize(random_rows(1, 4, seed=9))[0]
     written = changed.storage[2 if kept else 0].float()
