@@ -14,7 +14,7 @@ from tests.helpers import random_rows
 from tests.layouts import far_apart
 from tests.support import contrastive as support
 from tests.support import sigmoid_pairs as pairs
-from tests.support.batch_hard import labels_of
+from tests.support.batch_hard import labels_of, small_integers
 from tests.support.queue_push import keys_of
 
 # One below, at and one above the blocks of rows and tiles of columns of every engine: 32, 64 and 128.
@@ -32,6 +32,25 @@ def short_rows(count, width, dtype):
     rows = torch.nn.functional.normalize(keys_of(count, width, torch.float64), dim=1)
     lengths = torch.tensor(SHORT, dtype=torch.float64)[torch.arange(count) % 2]
     return (rows * lengths[:, None]).to(dtype)
+
+
+def odd_address(tensor):
+    """The same values one element into their memory."""
+    memory = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)
+    return memory[1:].view(tensor.shape).copy_(tensor)
+
+
+def awkward_rows(rows):
+    """The same rows where 16 bytes cannot be read at a time: for the address alone, the stride of columns alone."""
+    n, d = rows.shape
+    at_an_odd_address = torch.zeros(n, d + 8, dtype=rows.dtype)[:, 1 : d + 1].copy_(rows)
+    return at_an_odd_address, torch.zeros(n, 2 * d, dtype=rows.dtype)[:, ::2].copy_(rows)
+
+
+def in_padded_rows(rows):
+    """The same rows, of an odd width, a multiple of 16 bytes apart and NaN between them."""
+    n, d = rows.shape
+    return torch.full((n, -(-d // 8) * 8), torch.nan, dtype=rows.dtype)[:, :d].copy_(rows)
 
 
 def require_halves(found, exact):
@@ -195,11 +214,18 @@ def check_batch_hard(library, sizes=SIZES, widths=WIDTHS):
             require(positive.tolist() == [1, 0, 0, 4, 3], "the lowest positive")
             require(negative.tolist() == [3, 3, 3, 0, 0], "the lowest negative")
     with check("rows far apart"):
-        x, labels = random_rows(9, 24, torch.float16), torch.arange(9) % 3
+        x, labels = random_rows(35, 24, torch.float16), torch.arange(35) % 3
         right, _ = batch_hard_calls.batch_hard(library, x, labels, True, "euclidean")
-        for dim in (0, 1):
-            found, _ = batch_hard_calls.batch_hard(library, far_apart(x, dim), labels, True, "euclidean")
+        for other in (far_apart(x), far_apart(x, 1), *awkward_rows(x)):
+            found, _ = batch_hard_calls.batch_hard(library, other, labels, True, "euclidean")
             require(all(map(torch.equal, found, right)), "other rows")
+        x = in_padded_rows(x[:, :17])
+        batch_hard_calls.check_choice(library, x, labels, True, "euclidean")
+    with check("the first of two NaN keys that one lane sees"):
+        x, labels = small_integers(64, 6, single), torch.arange(64) % 2
+        x[[37, 45], 3] = torch.nan
+        (positive, negative), _ = batch_hard_calls.batch_hard(library, x, labels, False, "euclidean")
+        require(positive[1] == 37 and negative[0] == 37, "not the first NaN")
 
 
 def check_queue_push(library, dtypes=EVERY_DTYPE):
@@ -224,6 +250,11 @@ def check_queue_push(library, dtypes=EVERY_DTYPE):
         ring = ring_on(library, 2, 4, torch.float16, "cpu")
         ring.push(keys, False)
         require(torch.equal(ring.storage[0], keys[0].half()), "clamped")
+    with check("a ring at an odd address"):
+        ring = ring_on(library, 9, 8, torch.float32, "cpu", position=7)
+        ring.storage = odd_address(ring.storage)
+        ring.push(keys_of(6, 8, torch.float32), True)
+        ring.check()
     with check("keys far apart"):
         for dim in (0, 1):
             ring = ring_on(library, 9, 8, torch.float32, "cpu", position=7)
@@ -264,6 +295,13 @@ def check_row_pairs(library, dtypes=EVERY_DTYPE):
         call = Call(*(keys_of(5, 24, torch.float32, seed=k) for k in range(3)), True, "distance")
         for dim in (0, 1):
             _row_pairs(library, call.with_operands(lambda rows, dim=dim: far_apart(rows, dim)), call)
+    with check("one operand at an odd address"):
+        x, y, z = (keys_of(5, 24, torch.float32, seed=k) for k in range(3))
+        for call in (
+            Call(x, odd_address(y), None, True, "distance"),
+            Call(x, y, odd_address(z), True, "distance"),
+        ):
+            _row_pairs(library, call, call)
 
 
 def _row_pairs(library, call, judged):
@@ -322,12 +360,18 @@ def check_mixup(library):
         right, _ = mixing.mixup(library, x, lam, permutation)
         found, _ = mixing.mixup(library, far_apart(x), lam, permutation, torch.full_like(x, torch.nan))
         require(torch.equal(found, right), "out of place")
-        far = far_apart(x)
-        mixing.mixup(library, far, lam, permutation, far)
-        require(torch.equal(far.contiguous(), right), "in place")
+        for parts in (1, 2):
+            far = far_apart(x)
+            mixing.mixup(library, far, lam, permutation, far, parts=parts)
+            require(torch.equal(far.contiguous(), right), "in place")
         expected = mixing.mixup_bwd(library, right, x, lam, permutation)[:2]
-        found = mixing.mixup_bwd(library, far_apart(right), far_apart(x), lam, permutation)[:2]
+        found = mixing.mixup_bwd(
+            library, far_apart(right), far_apart(x), lam, permutation, grad_x=far_apart(torch.zeros_like(x))
+        )[:2]
         require(all(map(torch.equal, found, expected)), "gradient")
+    with check("one operand at an odd address"):
+        found = mixing.mixup_bwd(library, right, odd_address(x), lam, permutation)[:2]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     with check("weights of 0 beside infinite numbers"):
         x = torch.tensor([[1.0, torch.inf, -torch.inf], [2.0, 3.0, 4.0]])
         out, _ = mixing.mixup(library, x, torch.tensor([0.0, 1.0]), torch.tensor([1, 0]))
@@ -368,6 +412,18 @@ def check_cutmix(library):
         expected, _ = mixing.cutmix_bwd(library, x, boxes, permutation)
         args = (far_apart(x), boxes, permutation, torch.zeros_like(x))
         require(torch.equal(mixing.cutmix(library, *args, function="cutmix_bwd")[0], expected), "gradient")
+        found, _ = mixing.cutmix(library, x, boxes, permutation, far_apart(torch.zeros_like(x)))
+        require(torch.equal(found, right), "into samples far apart")
+    with check("images at an odd address"):
+        images = keys_of(5, 24, torch.float32).view(5, 1, 4, 6)
+        for function in ("cutmix_fwd", "cutmix_bwd"):
+            found, right = (
+                mixing.cutmix(library, each, boxes, permutation, torch.zeros(5, 1, 4, 6), function=function)[
+                    0
+                ]
+                for each in (odd_address(images), images)
+            )
+            require(torch.equal(found, right), "other images")
     with check("a gradient beyond float16"):
         grad = torch.tensor([65504.0, -40000.0, 2.0]).half().view(1, 1, 1, 3).expand(2, 1, 1, 3).contiguous()
         halves = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 3]])
@@ -401,6 +457,21 @@ def check_mixup_normalize(library):
         operands = (lam, permutation, mean, std, torch.float32)
         right, found = (mixing.mixup_normalize(library, images, *operands)[0] for images in (x, far_apart(x)))
         require(torch.equal(found, right), "other samples")
+        x, lam, permutation = x[:120].reshape(5, 1, 4, 6), lam[:5], torch.tensor([3, 4, 1, 2, 0])
+        operands = (lam, permutation, mean, std, torch.float32)
+        right, _ = mixing.mixup_normalize(library, x, *operands)
+        results = far_apart(torch.zeros_like(right))
+        require(
+            torch.equal(mixing.mixup_normalize(library, x, *operands, out=results)[0], right), "far results"
+        )
+    with check("images that are no vectors"):
+        wider = torch.zeros(5, 27, dtype=torch.uint8)[:, :24].copy_(x.view(5, 24)).unflatten(1, (1, 4, 6))
+        for images in (odd_address(x), wider):
+            out = torch.zeros_like(right)
+            require(
+                torch.equal(mixing.mixup_normalize(library, images, *operands, out=out)[0], right),
+                "other samples",
+            )
 
 
 def check_mixup_cross_entropy(library):
@@ -431,6 +502,10 @@ def check_mixup_cross_entropy(library):
             for rows in (logits, far_apart(logits))
         ]
         require(torch.equal(*grads), "gradient")
+    with check("rows of two classes count 1"):
+        share = torch.full((3,), 0.1)
+        _, _, counted, _ = mixing.mixup_cross_entropy_fwd(library, logits, target, same, share)
+        require((counted == 1).all(), "shares that add up to nearly 1")
     with check("gradients beyond float16"):
         logits, order, lam = keys_of(3, 9, torch.float16), torch.arange(3), torch.ones(3)
         *_, lse, _, _ = mixing.mixup_cross_entropy_fwd(library, logits, order, order, lam)

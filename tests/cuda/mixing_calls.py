@@ -78,9 +78,10 @@ def mixup(library, x, lam, permutation, out=None, *, parts=0, **options):
     return out, run(library, "mixup_fwd", args, args, reads, {"out": out}, options)
 
 
-def mixup_bwd(library, grad, x, lam, permutation, *, x_needs_grad=True, parts=0, **options):
+def mixup_bwd(library, grad, x, lam, permutation, *, x_needs_grad=True, grad_x=None, parts=0, **options):
     """grad_x or None, grad_lam or None where x is, launches."""
-    grad_x = torch.full_like(grad, torch.nan) if x_needs_grad else None
+    if x_needs_grad and grad_x is None:
+        grad_x = torch.full_like(grad, torch.nan)
     grad_lam = None if x is None else torch.full((len(grad),), torch.nan, dtype=lam.dtype, device=lam.device)
     args = MixupBwdArgs(
         common=_mixup_args(grad, grad_x, lam, permutation, parts),

@@ -8,6 +8,7 @@ BACKWARD, EXPECTATION = "contrastive_bwd.cuh", "contrastive_expectation.cuh"
 MOMENTUM, PAIRS, MIXUP, CUTMIX = "momentum_update.cuh", "row_pairs.cuh", "mixup.cuh", "cutmix.cuh"
 NORMALIZE, CROSS_ENTROPY, WALK = "mixup_normalize.cuh", "mixup_cross_entropy.cuh", "permutation_walk.cuh"
 ROWS, TILE, MATH, BLOCKS = "rows.cuh", "device/tile.cuh", "device/math.cuh", "coefficient_blocks.cuh"
+LAUNCHER = "launcher.cuh"
 EPS = "norm < Math<acc_t>::kNormEps ? Math<acc_t>::kNormEps : norm"
 
 SHORTEST_NORM = Mutation("shortest norm, 5 % longer", MATH, "kNormEps = 1e-12f", "kNormEps = 1.05e-12f")
@@ -18,6 +19,18 @@ HALF_CLAMP = Mutation("half: numbers beyond it clamped", MATH, "return __float2h
 TILE_ROWS = Mutation("index: rows of a tile past 2^31", TILE, "matrix + (row0 + Share::first_row()) * row_stride",
                      "matrix + static_cast<int>((row0 + Share::first_row()) * row_stride)",
                      at="void load_tile(")  # fmt: skip
+TILE_STEP = Mutation("index: next rows of a tile past 2^31", TILE, "step = Share::kRowsAtOnce * row_stride;",
+                     "step = static_cast<int>(Share::kRowsAtOnce * row_stride);", at="void load_tile(")  # fmt: skip
+NO_VECTORS = [
+    Mutation(
+        "vectors: address of the rows",
+        LAUNCHER,
+        "return reinterpret_cast<uintptr_t>(data) % 16 == 0 &&",
+        "return",
+    ),
+    Mutation("vectors: stride of the columns", LAUNCHER, "strides[1] == 1 &&"),
+    Mutation("vectors: width of the rows", LAUNCHER, "D % kVector == 0 &&"),
+]
 
 MUTATIONS = {
     "contrastive": [
@@ -58,6 +71,10 @@ MUTATIONS = {
     ],
     "batch_hard": [
         TILE_ROWS,
+        TILE_STEP,
+        *NO_VECTORS,
+        Mutation("take: of NaN keys the last", HARD, "(candidate != candidate) & (key == key)",
+                 "candidate != candidate"),
         Mutation("take: of equal keys the last", HARD, "kLargest ? a > b : a < b", "kLargest ? a >= b : a <= b"),
         Mutation("the last column", HARD, "inside = column < count;", "inside = column < count - 1;"),
     ],
@@ -67,6 +84,8 @@ MUTATIONS = {
         Mutation("half: numbers beyond it clamped", QUEUE, "else return __float2half_rn(x);",
                  "else return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));"),
         Mutation("shortest norm instead of NaN", QUEUE, EPS, "Math<acc_t>::max(norm, Math<acc_t>::kNormEps)"),
+        Mutation("groups: address of the ring", "queue_push.cu", "in_groups<storage_t>(args.storage, args.D)",
+                 "args.D % kGroup == 0"),
         Mutation("index: keys past 2^31", QUEUE, "keys + b * row_stride", "keys + static_cast<int>(b * row_stride)"),
         Mutation("index: numbers of a key past 2^31", QUEUE, "to_acc(key[d * column_stride]) * factor",
                  "to_acc(key[static_cast<int>(d * column_stride)]) * factor"),
@@ -82,6 +101,8 @@ MUTATIONS = {
         Mutation("index: rows past 2^31, backward", PAIRS, "operands.data[k] + row * operands.row_stride[k]",
                  "operands.data[k] + static_cast<int>(row * operands.row_stride[k])", at="row_pairs_bwd_kernel("),
         Mutation("index: columns past 2^31", PAIRS, "row[d * stride]", "row[static_cast<int>(d * stride)]"),
+        Mutation("vectors: the last operand", "row_pairs.cu", "k <= args.pairs", "k < args.pairs",
+                 at="bool aligned = args.D % kSize == 0;"),
     ],
     "momentum_update": [
         HALF_CLAMP,
@@ -97,6 +118,14 @@ MUTATIONS = {
                  "x.data + static_cast<int>(sample * x.stride) + feature", at="mixup_walk_kernel("),
         Mutation("index: samples of the gradient past 2^31", MIXUP, "batch.data + sample * batch.stride + feature",
                  "batch.data + static_cast<int>(sample * batch.stride) + feature"),
+        Mutation("index: samples at the edges past 2^31", MIXUP, "x.data + sample * x.stride + feature",
+                 "x.data + static_cast<int>(sample * x.stride) + feature", at="mixup_edges_kernel("),
+        Mutation("index: results past 2^31", MIXUP, "out.data + step.sample() * out.stride",
+                 "out.data + static_cast<int>(step.sample() * out.stride)"),
+        Mutation("index: gradients past 2^31", MIXUP, "grad_x.data + step.sample() * grad_x.stride",
+                 "grad_x.data + static_cast<int>(step.sample() * grad_x.stride)"),
+        Mutation("gradient: address of the samples", "mixup.cu",
+                 "aligned<scalar_t>(args.x, args.x_stride, common.B) &&"),
         Mutation("index: partners above 32 bits", WALK, "const int64_t partner = permutation[j];",
                  "const int partner = static_cast<int>(permutation[j]);"),
         Mutation("mixup: partner's weight of 0", MIXUP, "if (next == acc_t(0)) return own == acc_t(1) ? x : own * x;"),
@@ -104,6 +133,11 @@ MUTATIONS = {
     "mixup_normalize": [
         Mutation("index: samples past 2^31", NORMALIZE, "x + sample * x_stride + feature",
                  "x + static_cast<int>(sample * x_stride) + feature"),
+        Mutation("index: results past 2^31", NORMALIZE, "out + step.sample() * out_stride",
+                 "out + static_cast<int>(step.sample() * out_stride)"),
+        Mutation("vectors: address of the images", "mixup_normalize.cu",
+                 "reinterpret_cast<uintptr_t>(args.x) % kVec == 0 &&"),
+        Mutation("vectors: stride of the images", "mixup_normalize.cu", "args.x_stride % kVec == 0 &&"),
     ],
     "mixup_cross_entropy": [
         HALF_CLAMP,
@@ -117,6 +151,7 @@ MUTATIONS = {
                  "static_cast<int>(label) >= 0 && static_cast<int>(label) < C"),
         Mutation("index: partners above 32 bits", CROSS_ENTROPY, "return other >= 0 && other < N ?",
                  "other = static_cast<int>(other); return other >= 0 && other < N ?"),
+        Mutation("both classes count 1", CROSS_ENTROPY, "own && other ? 1.0 : of_own + of_other", "of_own + of_other"),
         Mutation("own weight of 0", CROSS_ENTROPY, "if (row.own_weight != 0) result", "result"),
         Mutation("partner's weight of 0", CROSS_ENTROPY, "if (row.partner_weight != 0) result", "result"),
     ],
@@ -126,6 +161,9 @@ MUTATIONS = {
                  "column + static_cast<int>(sample * stride)"),
         Mutation("index: samples past 2^31, out of place", CUTMIX, "x + sample * x_stride + feature",
                  "x + static_cast<int>(sample * x_stride) + feature"),
+        Mutation("index: results past 2^31, out of place", CUTMIX, "out + (first + i) * out_stride",
+                 "out + static_cast<int>((first + i) * out_stride)"),
+        Mutation("vectors: address of the images", "cutmix.cu", "aligned(args_.x, args_.x_stride) &&"),
         Mutation("index: partners above 32 bits", CUTMIX, "const int64_t partner = permutation[i];",
                  "const int partner = static_cast<int>(permutation[i]);"),
         Mutation("index: groups of samples", CUTMIX, "int64_t{blockIdx.x / blocks}", "int64_t{blockIdx.x % blocks}"),

@@ -56,7 +56,7 @@ def test_rows_without_a_candidate(library, gpu, labels):
 def test_nan_goes_before_every_key(library, gpu, distance, dtype):
     x = random_rows(140, 8, dtype)
     labels = torch.arange(140) % 2
-    for i in (37, 80, 81, 139):
+    for i in (37, 45, 80, 81, 139):
         x[i, 3] = torch.nan
     got = check_indices(library, x.to(gpu.device), labels.to(gpu.device), distance, splits=2)
     assert got[0][0] == 80 and got[1][0] == 37
