@@ -1,5 +1,6 @@
 """Triton kernels at the edges of what they promise, and copies of them, broken at one place, that must be noticed."""
 
+import contextlib
 import importlib
 
 import pytest
@@ -10,7 +11,8 @@ from ssl_kernels.reference.contrastive import contrastive as contrastive_by_defi
 from ssl_kernels.triton.launch import tile_for
 from tests.cuda.edges import require_halves, short_rows
 from tests.gpu_emulation import PtxError, emulated_triton
-from tests.support.queue_push import keys_of
+from tests.layouts import far_apart
+from tests.support.queue_push import Ring, keys_of
 from tests.support.row_pairs import Call, check_results
 from tests.triton.mutation import load
 
@@ -56,6 +58,23 @@ def check_contrastive(kernels):
     )
     exact = 1e5 * (rows.double() @ columns.double().T).softmax(1) @ columns.double()
     require_halves(grad, exact)
+    # Gradients of nothing but zeros, of which the largest is 0.
+    zero = torch.zeros(6, dtype=torch.float64)
+    grad, *_ = kernels.contrastive_bwd(
+        zero, None, None, *operands, lse, column_lse, *saved, *flags, True, True
+    )  # fmt: skip
+    assert (grad == 0).all()
+    # Positives that name the first column of a tile alone, and the last; no row past the end names column 0.
+    rows, columns = keys_of(block_n, 8, torch.float32), keys_of(2 * block_m, 8, torch.float32, seed=1)
+    for column in (0, block_m - 1, block_m):
+        named = torch.full((block_n, 1), column)
+        logits = kernels.contrastive_fwd(
+            rows, columns, scale, named, None, None, *FLAGS, False, False, False
+        )[2]
+        exact = contrastive_by_definition(
+            rows.double(), columns.double(), scale.double(), named, None, None, *FLAGS, False
+        )[2]
+        torch.testing.assert_close(logits, exact, rtol=1e-5, atol=1e-7)
     # Three positives that name one column, and norms beside 1e-12.
     rows, columns = keys_of(6, 8, torch.float64), keys_of(5, 8, torch.float64, seed=1)
     _gradients(kernels, rows, columns, torch.full((6, 3), 2))
@@ -107,6 +126,7 @@ def _low_temperature(kernels):
 
 
 def check_batch_hard(kernels):
+    _doubles_in_order(kernels)
     a = 1e-30  # whose square is 0, or -0
     labels = torch.tensor([0, 0, 0, 1, 1]) * 2**33
     for signs in ([1, 1, -1, -1, 1], [1, -1, 1, 1, -1]):
@@ -133,7 +153,24 @@ def check_batch_hard(kernels):
         assert torch.equal(ours, right)
 
 
+def _doubles_in_order(kernels):
+    """The hardest of float64, of keys below 0 too, and the first of those that are NaN."""
+    x = torch.randint(-2, 3, (20, 16), generator=torch.Generator().manual_seed(2)).double()
+    labels = torch.arange(20) % 2
+    for distance in ("euclidean", "cosine"):
+        got = kernels.batch_hard(x, labels, False, distance)
+        for ours, right in zip(got, hardest_by_definition(x, labels, False, distance), strict=True):
+            assert torch.equal(ours, right)
+    x[[7, 11], 3] = torch.nan
+    positive, negative = kernels.batch_hard(x, labels, False, "euclidean")
+    assert positive[1] == 7 and negative[0] == 7
+
+
 def check_queue_push(kernels):
+    for start in (-3, 2**62):
+        ring = Ring(kernels.queue_push_, 4, 8, position=start, filled=-5)
+        ring.push(keys_of(3, 8, torch.float32), False)
+        ring.check()
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         keys = short_rows(6, 8, dtype)
         ring, position, filled = torch.zeros(9, 8, dtype=dtype), torch.tensor(0), torch.tensor(0)
@@ -187,6 +224,24 @@ def check_momentum_update(kernels):
     assert torch.equal(master, exact) and torch.equal(shadow, exact.half())
 
 
+@contextlib.contextmanager
+def far_results(kernels):
+    """Kernels write each sample more than 2^31 elements behind the one before."""
+    own, kernels.dense_result = kernels.dense_result, lambda result: far_apart(torch.zeros_like(result))
+    try:
+        yield
+    finally:
+        kernels.dense_result = own
+
+
+def check_mixup_normalize(kernels):
+    x = torch.randint(0, 256, (5, 2, 3, 4), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    operands = (torch.linspace(0.1, 0.9, 5), torch.arange(5).roll(1), torch.rand(2), torch.rand(2) + 0.1)
+    right = kernels.mixup_normalize(x, *operands, torch.float32)
+    with far_results(kernels):
+        assert torch.equal(kernels.mixup_normalize(x, *operands, torch.float32), right)
+
+
 def check_mixup(kernels):
     for count, features in ((3, 1023), (4, 1024), (5, 1025), (1025, 1)):
         x, lam = keys_of(count, features, torch.float32), torch.linspace(0, 1, count)
@@ -200,6 +255,16 @@ def check_mixup(kernels):
     assert torch.equal(kernels.mixup_fwd(x, torch.tensor([0.0, 1.0]), swap), x[[1, 1]])
     grad, _ = kernels.mixup_bwd(x.flip(0), None, torch.tensor([0.5, 1.0]), swap, True)
     assert torch.equal(grad[0], x[1] / 2)
+    grad, _ = kernels.mixup_bwd(x, None, torch.tensor([0.0, 0.5]), swap, True)
+    assert torch.equal(grad[0], x[1] / 2)
+    # Results far apart, and samples that are no whole vectors apart.
+    x, lam, permutation = keys_of(5, 24, torch.float32), torch.linspace(0.1, 0.9, 5), torch.arange(5).roll(1)
+    right, expected = kernels.mixup_fwd(x, lam, permutation), kernels.mixup_bwd(x, x, lam, permutation, True)
+    wider = torch.full((5, 30), torch.nan)[:, :24].copy_(x)
+    assert torch.equal(kernels.mixup_fwd(wider, lam, permutation), right)
+    with far_results(kernels):
+        assert torch.equal(kernels.mixup_fwd(x, lam, permutation), right)
+        assert all(map(torch.equal, kernels.mixup_bwd(x, x, lam, permutation, True), expected))
     x = torch.tensor([[65504.0, -65504.0, torch.nan], [65504.0, -65504.0, 1.0]]).half()
     out = kernels.mixup_fwd(x, torch.full((2,), 0.5), swap)
     assert torch.equal(out[:, :2], x[:, :2]) and out[:, 2].isnan().all()
@@ -212,6 +277,17 @@ def check_mixup(kernels):
 
 
 def check_mixup_cross_entropy(kernels):
+    # A first block of classes that are left out.
+    logits, same = keys_of(3, 75, torch.float32), torch.arange(3) + 40
+    logits[0, :32] = -torch.inf
+    longest, kernels.LONGEST_BLOCK = kernels.LONGEST_BLOCK, 32
+    try:
+        operands = (logits, same, torch.arange(3), torch.ones(3), None, 0.0, -100, False, "none")
+        loss = kernels.mixup_cross_entropy_fwd(*operands)[0]
+    finally:
+        kernels.LONGEST_BLOCK = longest
+    exact = torch.nn.functional.cross_entropy(logits.double(), same, reduction="none")
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-6)
     for classes in (31, 33, 4095, 4096, 4097):
         logits, target = keys_of(3, classes, torch.float32), torch.tensor([0, classes - 1, classes // 2])
         operands, options = (logits, target, torch.arange(3), torch.ones(3), None), (0.0, -100, False)
@@ -259,6 +335,18 @@ def check_cutmix(kernels):
     x = torch.randn(2, 1, 5, 7)
     out = kernels.cutmix_fwd(x, far, torch.tensor([1, 0]))
     assert torch.equal(out, torch.stack([x[0], x[0]]))
+    ends = torch.tensor([[1, 2**32, 0, 7], [0, 5, 2, 2**32]])
+    exact = x.clone()
+    exact[0, :, 1:], exact[1, ..., 2:] = x[1, :, 1:], x[0, ..., 2:]
+    assert torch.equal(kernels.cutmix_fwd(x, ends, torch.tensor([1, 0])), exact)
+    x, boxes, order = (
+        torch.randn(3, 1, 4, 6),
+        torch.tensor([[1, 3, 2, 5]]).expand(3, 4),
+        torch.arange(3).roll(1),
+    )
+    right = kernels.cutmix_fwd(x, boxes, order)
+    with far_results(kernels):
+        assert torch.equal(kernels.cutmix_fwd(x, boxes, order), right)
 
 
 def check_sigmoid_pairs(kernels):
@@ -272,6 +360,22 @@ def check_sigmoid_pairs(kernels):
         kernels.sigmoid_pairs_fwd(rows, some, *numbers, *flags)[0] for some in (columns[:32], columns)
     )
     torch.testing.assert_close(many, tiles * one, rtol=1e-13, atol=0)
+    # Gradients of nothing but zeros, of which the largest is 0.
+    rows, columns = keys_of(9, 17, torch.float16), keys_of(7, 17, torch.float16, seed=1)
+    grads = kernels.sigmoid_pairs_bwd(
+        torch.zeros(9, dtype=torch.float64),
+        rows,
+        columns,
+        *numbers,
+        True,
+        True,
+        True,
+        True,
+        None,
+        None,
+        False,
+    )
+    assert all((grad == 0).all() for grad in grads)
 
 
 CHECKS = {
@@ -304,8 +408,28 @@ WIDE = [
     ("mixup_cross_entropy", "mixup_cross_entropy", "(label >= 0) & (label < C)",
      "(label.to(tl.int32) >= 0) & (label.to(tl.int32) < C)"),
 ]  # fmt: skip
+# Rows, results and positives of one kind alone, which slow tests try.
+RARE = [
+    ("mixup", "mixup", "tl.where(own == 0.0, next * partner.to(own.dtype), mixed)", "mixed"),
+    ("mixup", "mixup", "stride_grad_x = stride_grad_x.to(tl.int64) * VECTOR", "stride_grad_x = stride_grad_x * VECTOR"),
+    ("mixup", "samples", "*(batch.stride(0) for batch in batches)", ""),
+    ("mixup_normalize", "mixup_normalize", "stride_out.to(tl.int64) * VECTOR_OUT", "stride_out * VECTOR_OUT"),
+    ("mixup_cross_entropy", "mixup_cross_entropy", "shift = finite_shift(larger)", "shift = larger"),
+    ("cutmix", "cutmix", "tl.load(box_ptr + stride_end)", "tl.load(box_ptr + stride_end).to(tl.int32)"),
+    ("cutmix", "cutmix", "tl.load(box_ptr + 3 * stride_end)", "tl.load(box_ptr + 3 * stride_end).to(tl.int32)"),
+    ("cutmix", "cutmix", "stride_out = stride_out.to(tl.int64) * VECTOR", "stride_out = stride_out * VECTOR"),
+    ("contrastive", "contrastive_fwd", "(highest >= m0)", "(highest > m0)"),
+    ("contrastive", "contrastive_fwd", "(lowest < m0 + BLOCK_M)", "(lowest + 1 < m0 + BLOCK_M)"),
+    ("contrastive", "contrastive", ".clamp_min(1e-30)", ""),
+    ("sigmoid_pairs", "sigmoid_pairs", ".clamp_min(1e-30)", ""),
+    ("batch_hard", "batch_hard", "order = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)", "order = bits"),
+    ("batch_hard", "batch_hard", "order = tl.where(key != key, 0x7FFFFFFFFFFFFFFF, order)", "order = order"),
+    ("queue_push", "queue_push", "tl.where(index < 0, index + size, index)", "index"),
+    ("queue_push", "queue_push", "tl.where(filled < 0, 0, filled)", "filled"),
+]  # fmt: skip
 MUTATIONS = [
     *WIDE,
+    *RARE,
     ("contrastive", "common", "outside = tl.where(columns < M,", "outside = tl.where(columns < M + 1,"),
     ("contrastive", "contrastive_bwd", "factor = tl.where(empty, 1.0, exp2(",
      "factor = tl.where(empty, 1.0, exp2(0.0 * "),
@@ -342,7 +466,10 @@ def test_edges(gpu, operation):
 
 @pytest.mark.parametrize(
     "operation, file, old, new",
-    [pytest.param(*mutation, marks=[pytest.mark.slow] * (mutation in WIDE)) for mutation in MUTATIONS],
+    [
+        pytest.param(*mutation, marks=[pytest.mark.slow] * (mutation in (*WIDE, *RARE)))
+        for mutation in MUTATIONS
+    ],
 )
 def test_mutation_is_noticed(tmp_path, monkeypatch, operation, file, old, new):
     monkeypatch.syspath_prepend(tmp_path)

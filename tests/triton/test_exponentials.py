@@ -145,6 +145,12 @@ def test_one_and_two_exponentials_are_as_accurate(gpu, temperature, m, d):
 
 
 @pytest.mark.parametrize("m", [None, 33], ids=["square", "both directions"])
+def test_a_large_negative_scale_takes_two_exponentials(gpu, m):
+    with gpu.triton():
+        check(near_the_bound(-0.001, m, 24, torch.bfloat16, device=gpu.device))
+
+
+@pytest.mark.parametrize("m", [None, 33], ids=["square", "both directions"])
 def test_small_gradients_keep_their_digits(gpu, m):
     kernels = importlib.import_module("ssl_kernels.triton.contrastive")
     with gpu.triton():
