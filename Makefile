@@ -51,7 +51,7 @@ OLDEST_BUILD ?= build --build-base build/oldest
 test-oldest: $(OLDEST)/built
 	@mkdir -p $(OLDEST)/build build/gpu_emulation && ln -sfn ../../../gpu_emulation $(OLDEST)/build/gpu_emulation
 	cd $(OLDEST) && rm -rf tests benchmarks csrc docs examples
-	cp -r tests benchmarks csrc docs examples README.md CHANGELOG.md Makefile setup.py pyproject.toml $(OLDEST)
+	cp -r tests benchmarks csrc docs examples README.md CHANGELOG.md MANIFEST.in Makefile setup.py pyproject.toml $(OLDEST)
 	cd $(OLDEST) && $(CURDIR)/.venv-oldest/bin/python -m pytest $(PARALLEL) $(TEST_ARGS)
 
 $(OLDEST)/built: .venv-oldest/installed setup.py $(SOURCES) $(wildcard ssl_kernels/*.py ssl_kernels/*/*.py)

@@ -18,6 +18,7 @@ from ssl_kernels.losses._shared import (
     logarithm,
     minus_log_sigmoid,
     not_below_zero,
+    number_operand,
     stacked,
     unit_rows,
     widest_under_autocast,
@@ -105,14 +106,12 @@ def debiased_nt_xent_loss(
     views, scale = _two_views(call, z0, z1, temperature, reduction, row_weights, backend, **options)
     lse, positive = map(infinite_as_nan, _negatives_and_positive(call, views, scale, normalize))
     # debiased.py explains it.
-    negatives = 2 * call.total - 2
+    negatives, prior = 2 * call.total - 2, number_operand(positive_prior, views)
     least = logarithm(negatives, views) - scale.double()
-    excess = logarithm(negatives * positive_prior, views) + positive - lse
+    excess = logarithm(negatives * prior, views) + positive - lse
     no_correction = excess >= 0
     corrected = (
-        lse
-        + torch.log(-torch.expm1(excess.masked_fill(no_correction, -1)))
-        - logarithm(1 - positive_prior, views)
+        lse + torch.log(-torch.expm1(excess.masked_fill(no_correction, -1))) - logarithm(1 - prior, views)
     )
     log_negatives = torch.maximum(corrected, least).where(~no_correction, least)
     return call.reduce(minus_log_sigmoid(positive - log_negatives), reduction, 2, row_weights)
@@ -271,12 +270,13 @@ def clip_loss(
         column_ids=ids,
         both=True,
     )
-    loss = (lse + column_lse[of_row]) / 2 - (1 - label_smoothing) * positive
+    smoothing = number_operand(label_smoothing, rows)
+    loss = (lse + column_lse[of_row]) / 2 - (1 - smoothing) * positive
     if label_smoothing:
         rows, columns = unit_rows(rows, normalize), unit_rows(columns, normalize)
         sums = groups.all_reduce(torch.stack((rows.sum(0), columns.sum(0))), call.ranks.name)
         means = row_dots(rows, sums[1] / sum(sizes)) + row_dots(columns, sums[0] / call.total)[of_row]
-        loss = not_below_zero(loss - label_smoothing / 2 * scale * means)
+        loss = not_below_zero(loss - smoothing / 2 * scale * means)
     return call.reduce(loss, reduction, row_weights=row_weights)
 
 

@@ -107,6 +107,16 @@ def as_operand(value, like):
     return as_scalar(value, like) if isinstance(value, torch.Tensor) else value
 
 
+def number_operand(number, like):
+    """What stands for a number, or a tensor, in arithmetic: while it is traced, of a number a 0-d float64 tensor.
+
+    torch.compile of torch 2.11 makes a constant of a number that meets another in Python, and a graph for each.
+    """
+    if isinstance(number, torch.Tensor) or not torch.compiler.is_compiling():
+        return number
+    return _traced(number, like)
+
+
 def inverse(temperature, like):
     """1 / temperature as a 0-d tensor in the accumulation dtype of `like`."""
     if isinstance(temperature, torch.Tensor):

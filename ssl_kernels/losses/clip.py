@@ -11,6 +11,7 @@ from ssl_kernels.losses._shared import (
     as_scalar,
     checked_rows,
     not_below_zero,
+    number_operand,
     reduce,
     rows_for_several,
     unit_rows,
@@ -121,10 +122,11 @@ def clip_loss(
         backend=backend,
         caller=OP,
     )
-    loss = (lse + text_lse) / 2 - (1 - label_smoothing) * positive
+    smoothing = number_operand(label_smoothing, image_features)
+    loss = (lse + text_lse) / 2 - (1 - smoothing) * positive
     images, texts = unit_rows(image_features, normalize), unit_rows(text_features, normalize)
     means = row_dots(images, texts.mean(0)) + row_dots(texts, images.mean(0))
-    loss = not_below_zero(loss - label_smoothing / 2 * scale * means)
+    loss = not_below_zero(loss - smoothing / 2 * scale * means)
     return reduce(loss, reduction, image_features, row_weights)
 
 
@@ -147,12 +149,13 @@ def _with_several_texts(
         caller=OP,
     )
     image_index = savable(image_index)
-    loss = (lse + image_lse[image_index]) / 2 - (1 - label_smoothing) * positive
+    smoothing = number_operand(label_smoothing, image_features)
+    loss = (lse + image_lse[image_index]) / 2 - (1 - smoothing) * positive
     if not label_smoothing:
         return loss
     images, texts = unit_rows(image_features, normalize), unit_rows(text_features, normalize)
     means = row_dots(texts, images.mean(0)) + row_dots(images, texts.mean(0))[image_index]
-    return not_below_zero(loss - label_smoothing / 2 * scale * means)
+    return not_below_zero(loss - smoothing / 2 * scale * means)
 
 
 class CLIPLoss(Loss):

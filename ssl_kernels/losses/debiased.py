@@ -12,6 +12,7 @@ from ssl_kernels.losses._shared import (
     logarithm,
     minus_log_sigmoid,
     native_row_losses,
+    number_operand,
     reduce,
     stacked,
     takes_row_losses,
@@ -78,9 +79,8 @@ def debiased_nt_xent_loss(
 
     # log G, all in logarithms: Σ − K τ exp(s) = Σ (1 − exp(excess)), which must be positive to have one.
     negatives = views.shape[0] - 2
-    constants = [
-        logarithm(number, views) for number in (negatives, negatives * positive_prior, 1 - positive_prior)
-    ]
+    prior = number_operand(positive_prior, views)
+    constants = [logarithm(number, views) for number in (negatives, negatives * prior, 1 - prior)]
     if takes_row_losses(backend, OP, views, lse):
         inputs = (lse, positive, scale)
         return native_row_losses("debiased", inputs, reduction, views, row_weights, constants)

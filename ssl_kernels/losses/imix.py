@@ -19,6 +19,7 @@ from ssl_kernels.losses._shared import (
     inverse,
     inverse_operand,
     native_row_losses,
+    number_operand,
     reduce,
     rows_for_several,
     takes_row_losses,
@@ -115,7 +116,7 @@ def imix_loss(
         share = by_tensor or (torch.scalar_tensor(float(lam), dtype=torch.float64, device=lse.device),)
         return native_row_losses("mixed", (lse, logits, *share), reduction, query, row_weights)
     own, partner = (lse - logit for logit in logits.unbind(1))  # neither is below 0
-    loss = lam * own + (1 - lam) * partner
+    loss = lam * own + (1 - number_operand(lam, query)) * partner
     return reduce(loss, reduction, query, row_weights)
 
 

@@ -14,6 +14,7 @@ from ssl_kernels.losses._shared import (
     checked_rows,
     infinite_as_nan,
     native_row_losses,
+    number_operand,
     reduce,
     rows_for_several,
     stacked,
@@ -118,7 +119,7 @@ def multiple_negatives_ranking_loss(
     groups = own if ids is None else as_ids(OP, "ids", ids, (n,), anchor)
     if "doc_to_doc" in directions or hardness or ids is not None:
         check_same_rows(OP, anchor=anchor, **names)
-    apart = bool(hardness) or ids is not None  # own pairs are added to the sums by themselves
+    apart = hardness is not None or ids is not None  # own pairs are added to the sums by themselves
     both = len(directions) == 2 and partition_mode == "per_direction"
     if not apart and margin is None and (len(directions) == 1 or (both and not hard_negatives)):
         options = {"both_directions": both, "normalize": normalize, "backend": backend, "caller": OP}
@@ -173,7 +174,9 @@ class _Call:
     def limit_by(self, margin, mode):
         with torch.no_grad():
             cosine = self.cosine(self.queries.detach(), self.positives.detach())
-            self.limit = cosine - margin if mode == "absolute" else cosine * (1 - margin)
+            self.limit = (
+                cosine - margin if mode == "absolute" else cosine * (1 - number_operand(margin, cosine))
+            )
         count = sum(rows.shape[0] for rows in (self.positives, *self.hard_negatives))
         self.curated = torch.arange(count, device=self.queries.device) >= self.own.shape[0]
 

@@ -22,6 +22,7 @@ from ssl_kernels.losses._shared import (
     checked_rows,
     native_row_losses,
     not_below_zero,
+    number_operand,
     reduce,
     rows_for_several,
     takes_row_losses,
@@ -139,7 +140,7 @@ def similarity_cross_entropy(
     if label_smoothing:
         smooth = _mean_loss_of_columns(lse, query, keys, scale, weight, column_bias, normalize)
         smooth = not_below_zero(smooth).masked_fill(empty | ~any_target, 0)
-        loss = (1 - label_smoothing) * loss + label_smoothing * smooth
+        loss = (1 - number_operand(label_smoothing, query)) * loss + label_smoothing * smooth
     if reduction == "mean":
         total = any_target.sum() if several else coefficients.sum()
         return (loss.sum() / total).to(accumulation_dtype(query))

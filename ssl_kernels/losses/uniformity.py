@@ -4,7 +4,7 @@ import torch
 
 from ssl_kernels.checks import check_embeddings, check_least_rows, check_scalar
 from ssl_kernels.losses._module import Loss
-from ssl_kernels.losses._shared import as_scalar, logarithm, takes_row_losses
+from ssl_kernels.losses._shared import as_scalar, logarithm, number_operand, takes_row_losses
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
 
@@ -46,7 +46,7 @@ def uniformity_loss(
     check_least_rows(OP, "embeddings", embeddings, 2, "so that there is a pair")
     check_scalar(OP, "t", t, embeddings, positive=True)
     is_number = not (isinstance(t, torch.Tensor) or torch.compiler.is_compiling())
-    scale = as_scalar(2 * t, embeddings)
+    scale = as_scalar(2 * number_operand(t, embeddings), embeddings)
     own = -2 * t if is_number else -scale  # of the squared lengths of both rows of a pair
     if normalize:
         lse = contrastive(embeddings, None, scale, backend=backend, caller=OP).lse
