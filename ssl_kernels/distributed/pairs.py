@@ -152,7 +152,7 @@ class _LogSums(torch.autograd.Function):
         else:
             travelling = (column_lse, _or_zeros(grad_column_lse, column_lse)) if both else ()
         if travelling:
-            held = held + transport.collect(torch.stack(travelling, 1))
+            held = [*held, *transport.collect(torch.stack(travelling, 1))]
         rows_need_grad, columns_need_grad = ctx.needs_input_grad[:2]
         columns_need_grad = rows_need_grad if square else columns_need_grad
         grad_rows, grad_scale = None, torch.zeros_like(scale)

@@ -199,7 +199,9 @@ def in_other_ways(rank, world):
 
     plain = distributed.nt_xent_loss(x, y, 0.2, strategy="gather")
     (wanted,) = torch.autograd.grad(plain, x)
-    compiled = torch.compile(distributed.nt_xent_loss, fullgraph=True, backend="aot_eager")
+    # Dynamo of torch 2.11 stops at an autograd.Function whose rows became a symbol and a constant again.
+    dynamic = False if torch.__version__ < torch.torch_version.TorchVersion("2.12") else None
+    compiled = torch.compile(distributed.nt_xent_loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     loss = compiled(x, y, 0.2, strategy="gather")
     assert same_bits(loss.detach(), plain.detach())
     assert same_bits(torch.autograd.grad(loss, x)[0], wanted)

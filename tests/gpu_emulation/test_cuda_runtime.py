@@ -195,7 +195,7 @@ def test_a_closed_library_is_unloaded(nvcc, tmp_path):
     )
 
     def is_loaded():
-        return str(path) in Path("/proc/self/maps").read_text()
+        return str(path.resolve()) in Path("/proc/self/maps").read_text()
 
     path = build.emulated_cuda_library([source], 80)
     for _ in range(2):  # the second library does not see the first one's static

@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 import torch
+import triton
 
 from ssl_kernels.reference.batch_hard import batch_hard as hardest_by_definition
 from ssl_kernels.reference.contrastive import contrastive as contrastive_by_definition
@@ -132,8 +133,10 @@ def check_batch_hard(kernels):
     for signs in ([1, 1, -1, -1, 1], [1, -1, 1, 1, -1]):
         x = torch.zeros(5, 32)
         x[:, -1] = a * torch.tensor(signs)
-        positive, negative = kernels.batch_hard(x, labels, False, "cosine")
-        assert positive.tolist() == [1, 0, 0, 4, 3] and negative.tolist() == [3, 3, 3, 0, 0]
+        apart = 1e11 * x + 1e15 * torch.eye(5, 32)  # whose products are, once normalised
+        for rows, normalize in ((x, False), (apart, True)):
+            positive, negative = kernels.batch_hard(rows, labels, normalize, "cosine")
+            assert positive.tolist() == [1, 0, 0, 4, 3] and negative.tolist() == [3, 3, 3, 0, 0]
     # A last column that counts, beside the ends of blocks and tiles.
     for size in {beside + block for block in tile_for("forward", x)[:2] for beside in (-1, 0, 1)}:
         x = torch.randint(-1, 2, (size, 32), generator=torch.Generator().manual_seed(size)).float()
@@ -408,6 +411,8 @@ WIDE = [
     ("mixup_cross_entropy", "mixup_cross_entropy", "(label >= 0) & (label < C)",
      "(label.to(tl.int32) >= 0) & (label.to(tl.int32) < C)"),
 ]  # fmt: skip
+# Triton 3.6 compiles -x of a NaN to a positive NaN, which is above all as its bits are.
+NOT_IN_3_6 = "order = tl.where(key != key, 0x7FFFFFFFFFFFFFFF, order)"
 # Rows, results and positives of one kind alone, which slow tests try.
 RARE = [
     ("mixup", "mixup", "tl.where(own == 0.0, next * partner.to(own.dtype), mixed)", "mixed"),
@@ -423,7 +428,7 @@ RARE = [
     ("contrastive", "contrastive", ".clamp_min(1e-30)", ""),
     ("sigmoid_pairs", "sigmoid_pairs", ".clamp_min(1e-30)", ""),
     ("batch_hard", "batch_hard", "order = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)", "order = bits"),
-    ("batch_hard", "batch_hard", "order = tl.where(key != key, 0x7FFFFFFFFFFFFFFF, order)", "order = order"),
+    ("batch_hard", "batch_hard", NOT_IN_3_6, "order = order"),
     ("queue_push", "queue_push", "tl.where(index < 0, index + size, index)", "index"),
     ("queue_push", "queue_push", "tl.where(filled < 0, 0, filled)", "filled"),
 ]  # fmt: skip
@@ -472,6 +477,8 @@ def test_edges(gpu, operation):
     ],
 )
 def test_mutation_is_noticed(tmp_path, monkeypatch, operation, file, old, new):
+    if old == NOT_IN_3_6 and triton.__version__.startswith("3.6."):
+        pytest.skip("changes nothing with this Triton")
     monkeypatch.syspath_prepend(tmp_path)
     broken = load(tmp_path, operation, file, old, new)
     with emulated_triton(80), pytest.raises((AssertionError, PtxError)):
