@@ -23,6 +23,8 @@ SIZES = (31, 32, 33, 63, 64, 65, 127, 128, 129)
 WIDTHS = (63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513)
 # Those in which a row can be so short; float16 ends at 6e-8.
 EVERY_DTYPE = (torch.float64, torch.float32, torch.bfloat16)
+# Rows whose 128th lies past 2^31.
+BLOCKS_APART = 2**24 + 64
 # Norms beside 1e-12, where a row begins to be normalised rather than scaled.
 SHORT = (0.97e-12, 1.03e-12)
 
@@ -101,6 +103,17 @@ def check_contrastive(library, sizes=SIZES, widths=WIDTHS):
             expectation=True,
         )
     check_low_temperature(library)
+    with check("a large negative scale"):
+        for m in (None, 7):
+            call = support.random_call(6, m, 8, single, both_directions=m is not None)
+            contrastive_calls.check_parity(library, call.replace(scale=torch.tensor(-1000.0)))
+    with check("rows that are no vectors"):
+        call = support.random_call(9, 7, 24, half)
+        (rows, _), (_, columns) = awkward_rows(call.rows), awkward_rows(call.columns)
+        contrastive_calls.check_parity(library, call.replace(rows=rows, columns=columns))
+        call = support.random_call(9, 7, 17, half)
+        rows, columns = in_padded_rows(call.rows), in_padded_rows(call.columns)
+        contrastive_calls.check_parity(library, call.replace(rows=rows, columns=columns))
     with check("gradients beyond float16"):
         call = support.random_call(9, 7, 24, half)
         exact = support.exact(call)
@@ -109,7 +122,7 @@ def check_contrastive(library, sizes=SIZES, widths=WIDTHS):
         _, bwd, _ = contrastive_calls.run(library, call, upstream)
         require_halves(bwd.grad_rows, exact["grad_rows"] * factor)
     with check("rows far apart"):
-        call = support.random_call(9, 5, 24, half)
+        call = support.random_call(35, 5, 24, half)
         upstream = call.upstream()
         far = call.replace(rows=far_apart(call.rows), columns=far_apart(call.columns))
         across = call.replace(rows=far_apart(call.rows, 1), columns=far_apart(call.columns, 1))
@@ -120,6 +133,24 @@ def check_contrastive(library, sizes=SIZES, widths=WIDTHS):
                 for ours, right in zip((*again, *others[0]), (*near, *grads[0]), strict=True):
                     if ours is not None:
                         torch.testing.assert_close(ours, right, rtol=1e-3, atol=1e-3)
+    with check("narrow columns far apart"):
+        call = support.random_call(3, 35, 24, single, column_dtype=half)
+        far = call.replace(columns=far_apart(call.columns))
+        (near, _), (again, _) = (contrastive_calls.contrastive_fwd(library, each) for each in (call, far))
+        require(torch.equal(again.lse, near.lse), "other columns")
+    with check("blocks of rows far apart"):
+        call = support.random_call(
+            130, 130, 264, half, both_directions=True, normalize=False, temperature=10.0
+        )
+        upstream = call.upstream()
+        # The second block begins past 2^31; 2^32 before that lies memory that is there, of other numbers.
+        other = torch.zeros_like(call.rows)
+        _, rows, columns = far_apart(torch.cat([other, call.rows, call.columns]), gap=BLOCKS_APART).chunk(3)
+        far = call.replace(rows=rows, columns=columns)
+        _, near, _ = contrastive_calls.run(library, call, upstream, blocks=(1, 1))
+        _, again, _ = contrastive_calls.run(library, far, upstream, blocks=(1, 1))
+        for name in ("grad_rows", "grad_columns", "grad_scale"):
+            require(torch.equal(getattr(again, name), getattr(near, name)), name)
 
 
 def check_contrastive_additions(library, sizes=SIZES, widths=WIDTHS):
