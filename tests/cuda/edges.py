@@ -197,12 +197,19 @@ def check_sigmoid_pairs(library, sizes=SIZES, widths=WIDTHS):
         call = call.replace(rows=short_rows(6, 8, single), columns=short_rows(5, 8, single))
         sigmoid_pairs_calls.check_parity(library, call)
     with check("rows far apart"):
-        call = random_call(9, 5, 24, half)
+        call = random_call(35, 5, 24, half)
         right = sigmoid_pairs_calls.total_with_gradients(library, call)[:2]
         far = call.replace(rows=far_apart(call.rows), columns=far_apart(call.columns))
         found = sigmoid_pairs_calls.total_with_gradients(library, far)[:2]
         for ours, expected in zip((found[0], *found[1]), (right[0], *right[1]), strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+    with check("rows that are no vectors"):
+        call = random_call(9, 7, 24, half)
+        (rows, _), (_, columns) = awkward_rows(call.rows), awkward_rows(call.columns)
+        sigmoid_pairs_calls.check_parity(library, call.replace(rows=rows, columns=columns))
+        call = random_call(9, 7, 17, half)
+        rows, columns = in_padded_rows(call.rows), in_padded_rows(call.columns)
+        sigmoid_pairs_calls.check_parity(library, call.replace(rows=rows, columns=columns))
     with check("gradients beyond float16"):
         call = random_call(9, 7, 24, half)
         exact = pairs.exact(call)["grad_rows"]

@@ -78,6 +78,8 @@ MUTATIONS = {
         SHORTEST_NORM,
         HALF_CLAMP,
         TILE_ROWS,
+        TILE_STEP,
+        *NO_VECTORS,
         Mutation("pairs: whole tiles but for a column", SIGMOID, "&& columns == kColumns",
                  "&& columns + 1 >= kColumns"),
         Mutation("forward: sums of tiles in float", SIGMOID, "double sum[4] = {};", "acc_t sum[4] = {};"),
