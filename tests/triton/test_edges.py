@@ -10,7 +10,7 @@ import triton
 from ssl_kernels.reference.batch_hard import batch_hard as hardest_by_definition
 from ssl_kernels.reference.contrastive import contrastive as contrastive_by_definition
 from ssl_kernels.triton.launch import tile_for
-from tests.cuda.edges import require_halves, short_rows
+from tests.cuda.edge_rows import require_halves, short_rows
 from tests.gpu_emulation import PtxError, emulated_triton
 from tests.layouts import far_apart
 from tests.support.queue_push import Ring, keys_of
