@@ -3,7 +3,8 @@
 // sub, div and mean cost more than the kernels. ssl_kernels/losses/_softmax.py has the same algebra composed
 // of torch's operators.
 //
-//   views    rows are `rows` above `others`, row i's positive p(i) is its other view:   lse_i - s_i,p(i)
+//   views    rows are `rows` above `others`, or `rows` alone, both views; row i's positive p(i) is its other
+//            view:   lse_i - s_i,p(i)
 //   pairs    `others` are the columns, p(i) = i, and there may be more of them than rows; or p(i) is
 //            positives_i:   lse_i - s_i,p(i) - column_bias_p(i),   or where there are as many columns with
 //            both_directions (lse_i + column_lse_i) / 2 - s_ii
@@ -86,7 +87,8 @@ struct Call {
 
   bool is_mixed() const { return numbers && positives; }
   bool is_beside() const { return numbers && !positives; }
-  int64_t row_count() const { return rows.size(0) * (options.are_views ? 2 : 1); }
+  int64_t row_count() const { return rows.size(0) * (options.are_views && others ? 2 : 1); }
+  int64_t sample_count() const { return row_count() / 2; }  // of views
 
   // Whether the CPU kernels can be called without the dispatcher, which has nobody to tell.
   bool runs_directly() const {
@@ -140,11 +142,11 @@ struct Call {
                               options.both_directions,
                               keep,
                               columns_need_grad,
-                              options.are_views ? &*others : nullptr};
+                              options.are_views && others ? &*others : nullptr};
     args.equal_weights = weighs_equally();
     args.additions.column_bias = column_bias ? &*column_bias : nullptr;
     if (listed) return args;
-    args.partner = options.are_views ? rows.size(0) : is_beside() ? -1 : 0;
+    args.partner = options.are_views ? sample_count() : is_beside() ? -1 : 0;
     args.leaves_partner_out = options.leaves_partner_out;
     return args;
   }
@@ -158,9 +160,11 @@ struct Call {
       if (!listed && !numbers) listed = at::arange(n, whole);
       return {rows, others, listed, row_ids, column_ids};
     }
+    const int64_t samples = sample_count();
     OptionalTensor ids;
-    if (options.leaves_partner_out) ids = at::arange(n, whole).repeat(2);
-    return {at::cat({rows, *others}), std::nullopt, at::arange(-n, n, whole), ids, std::nullopt};
+    if (options.leaves_partner_out) ids = at::arange(samples, whole).repeat(2);
+    return {others ? at::cat({rows, *others}) : rows, std::nullopt, at::arange(-samples, samples, whole), ids,
+            std::nullopt};
   }
 };
 
@@ -497,7 +501,7 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
       by_rows = refusing[0], by_columns = refusing[1], by_scale = refusing[2], by_numbers = refusing[3],
       by_bias = refusing[4];
     }
-    if (!options.are_views) {
+    if (!options.are_views || !others) {
       if (rows_need_grad) by_input[0] = by_rows;
       if (columns_need_grad) by_input[1] = by_columns;
     } else {
@@ -534,7 +538,8 @@ std::tuple<Tensor, int64_t> contrastive_loss(
     std::optional<double> positive_prior, bool are_views, bool leaves_partner_out, bool both_directions,
     bool joint, bool normalize, bool normalize_others, double divisor) {
   RECORD_FUNCTION("ssl_kernels::contrastive_loss", std::vector<c10::IValue>());
-  TORCH_CHECK(others.has_value() != classes.has_value(), "contrastive_loss: others or classes must be given");
+  TORCH_CHECK(classes ? !others && !are_views : others || are_views,
+              "contrastive_loss: others or classes must be given, or rows that are views");
   TORCH_CHECK(rows.dim() == 2 && (!others || (others->dim() == 2 && others->size(1) == rows.size(1) &&
                                               others->device() == rows.device())),
               "contrastive_loss: rows and others must be 2-d and alike");
@@ -544,8 +549,9 @@ std::tuple<Tensor, int64_t> contrastive_loss(
   const bool more = m >= n || positives || numbers;
   TORCH_CHECK(n > 0 && (alike ? m == n : bags_too ? m % n == 0 : more),
               "contrastive_loss: others must have as many rows, or more where they are no pairs");
-  TORCH_CHECK(!are_views || others->scalar_type() == rows.scalar_type(),
-              "contrastive_loss: views must have one dtype");
+  TORCH_CHECK(!are_views || ((others ? others->scalar_type() == rows.scalar_type() : n % 2 == 0) &&
+                             !both_directions),
+              "contrastive_loss: views must have one dtype, be equally many and go one way");
   if (positives || numbers || column_bias || joint || positive_prior) {
     const auto readable = [&](const OptionalTensor& tensor) { return !tensor || can_be_read(*tensor); };
     TORCH_CHECK(others && can_be_read(rows) && can_be_read(*others) && readable(scale) &&

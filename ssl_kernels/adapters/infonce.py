@@ -5,9 +5,9 @@ from torch import nn
 
 from ssl_kernels.adapters._classes import as_classes
 from ssl_kernels.adapters._shared import mean, scale_of
-from ssl_kernels.checks import check_embeddings, shape_error
-from ssl_kernels.losses import nt_xent_loss
-from ssl_kernels.losses._shared import minus_log_sigmoid, native_row_losses, takes_row_losses
+from ssl_kernels.checks import check_embeddings, check_scalar, shape_error
+from ssl_kernels.losses._shared import inverse_operand, minus_log_sigmoid, native_row_losses, takes_row_losses
+from ssl_kernels.losses._softmax import views_loss
 from ssl_kernels.ops.contrastive import contrastive
 
 __all__ = ["InfoNCE", "SupervisedInfoNCE"]
@@ -27,9 +27,12 @@ class InfoNCE(nn.Module):
         self.temperature = temperature
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        check_embeddings("InfoNCE", features=features)
         if len(features) % 2:
             raise ValueError(f"InfoNCE: features must have an even number of rows, got {len(features)}")
-        return nt_xent_loss(*features.chunk(2), self.temperature)
+        check_scalar("InfoNCE", "temperature", self.temperature, features, positive=True)
+        scale = inverse_operand(self.temperature, features)
+        return views_loss(features, None, scale, "mean", None, normalize=True, backend=None, caller="InfoNCE")
 
 
 class SupervisedInfoNCE(nn.Module):

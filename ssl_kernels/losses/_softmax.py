@@ -22,15 +22,16 @@ def views_loss(
     """Reduced losses of the rows of z0 above z1, each among the others: p(i) is the other view of i.
 
     Args:
+        z0, z1: (B, D) each, or z1 None and z0 (2B, D) both views.
         scale: A number, or a tensor as `contrastive` takes it.
         leaves_partner_out: Whether p(i) is left out of the sum.
         caller: The loss, named in errors.
     """
     is_total = row_weights is None and reduction != "none"
-    if is_total and runs_natively(backend, caller, z0, views=2):
+    if is_total and runs_natively(backend, caller, z0, views=1 if z1 is None else 2):
         flags = {"are_views": True, "leaves_partner_out": leaves_partner_out, "normalize": normalize}
         return one_node(z0, z1, scale, reduction=reduction, **flags)[0]
-    views = stacked(z0, z1)
+    views = z0 if z1 is None else stacked(z0, z1)
     lse, positive = sums_of_views(
         views,
         as_scalar(scale, z0),

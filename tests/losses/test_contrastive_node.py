@@ -2,14 +2,17 @@
 against their definitions in float64: positives by index, two with their shares, more columns than rows, biases,
 positives beside the sums, and sums of a sample that are one."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssl_kernels
 from ssl_kernels import losses
+from ssl_kernels.losses._softmax import views_loss
 from ssl_kernels.losses.sup_con import sup_con_sum
-from tests.helpers import BACKENDS, random_rows
+from tests.helpers import BACKENDS, random_rows, same_bits
 from tests.losses import definitions
 from tests.losses.test_one_node import agree, every_reduction
 
@@ -377,6 +380,34 @@ def test_positives_out_of_range_are_told_before_the_kernel(backend):
         losses.similarity_cross_entropy(**inputs, backend=backend)
 
 
+@pytest.mark.parametrize("n, d", [(2, 3), (6, 5), (130, 64), (514, 33)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("leaves_partner_out", [False, True])
+@every_reduction
+def test_rows_that_hold_both_views_are_as_two_tensors(n, d, dtype, leaves_partner_out, reduction):
+    """Bit for bit, with their gradients, and through the dispatcher too."""
+    if leaves_partner_out and n == 2:
+        pytest.skip("no row is left")
+    inputs = rows(n, 2 * d, dtype=dtype)[:, ::2]
+    found = []
+    for split, mode in ((False, None), (True, None), (False, Passing()), (True, Passing())):
+        x, temperature = inputs.clone().requires_grad_(), torch.tensor(0.3, requires_grad=True)
+        options = {"leaves_partner_out": leaves_partner_out, "normalize": True, "backend": "native"}
+        views = x.chunk(2) if split else (x, None)
+        scale = (1 / temperature).to(torch.float64 if dtype == torch.float64 else torch.float32)
+        with mode or contextlib.nullcontext():
+            loss = views_loss(*views, scale, reduction, None, caller="loss", **options)
+            assert NODE in loss.grad_fn.name()
+            loss.backward()
+        found.append((loss.detach(), x.grad, temperature.grad))
+        with torch.no_grad():
+            assert same_bits(views_loss(*views, scale, reduction, None, caller="loss", **options), loss)
+    for joined, apart in zip(found[::2], found[1::2], strict=True):
+        assert all(map(same_bits, joined, apart))
+    for one, other in zip(found[0], found[2], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 WRONG = {
     "as many rows": {"others": rows(2)},
     "go with others on cpu": {"others": None, "classes": torch.zeros(3, dtype=torch.int64), "joint": True},
@@ -387,6 +418,14 @@ WRONG = {
     "column_bias must have shape": {"column_bias": numbers(4, 1)},
     "positive_prior must be": {"positive_prior": 0.5},
     "others or classes must be given": {"classes": torch.zeros(3, dtype=torch.int64)},
+    "or rows that are views": {
+        "others": None,
+        "are_views": True,
+        "classes": torch.zeros(3, dtype=torch.int64),
+    },
+    "be equally many": {"others": None, "are_views": True},
+    "go one way": {"rows": rows(4), "others": None, "are_views": True, "both_directions": True},
+    "with others": {"rows": rows(4), "others": None, "are_views": True, "joint": True},
 }
 
 
