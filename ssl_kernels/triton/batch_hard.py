@@ -9,6 +9,7 @@ from ssl_kernels.triton.launch import (
     aligned,
     launch_options,
     precision,
+    register_limit,
     row_rnorm_of,
     split_walk,
     tile_for,
@@ -18,7 +19,7 @@ from ssl_kernels.triton.launch import (
 
 @triton.jit
 def ordered(key):
-    """Integers in the order of `key`, NaN above all, above the smallest of their type; zeros of both signs alike."""
+    """Integers as wide as `key` in its order, NaN above all, all above the smallest; zeros of both signs alike."""
     key = tl.where(key == 0.0, 0.0, key)
     if key.dtype == tl.float64:
         bits = key.to(tl.int64, bitcast=True)
@@ -26,7 +27,7 @@ def ordered(key):
         order = tl.where(key != key, 0x7FFFFFFFFFFFFFFF, order)
     else:
         bits = key.to(tl.int32, bitcast=True)
-        order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+        order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         order = tl.where(key != key, 0x7FFFFFFF, order)
     return order
 
@@ -71,6 +72,7 @@ def batch_hard_kernel(
     #   without ONE_BLOCK_D, ceil(N / BLOCK_M) times. Writes 32·N·splits bytes.
     # Work: 1 unit = 2·N·N·D flops, in whole blocks. Numerics: products of stored x accumulated in ACC.
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    ORDER: tl.constexpr = tl.int64 if ACC == tl.float64 else tl.int32
     split = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if ONE_BLOCK_D:
@@ -79,8 +81,8 @@ def batch_hard_kernel(
         x = None
     row_rnorm = load_vector(rnorm_ptr, rows, N, 0.0)
     row_labels = tl.load(labels_ptr + rows, mask=rows < N, other=0)
-    positive = tl.full([BLOCK_N], NONE, tl.int64)
-    negative = tl.full([BLOCK_N], NONE, tl.int64)
+    positive = tl.full([BLOCK_N], NONE, ORDER)
+    negative = tl.full([BLOCK_N], NONE, ORDER)
     positive_index = tl.full([BLOCK_N], -1, tl.int32)
     negative_index = tl.full([BLOCK_N], -1, tl.int32)
     start = split * tiles_per_split * BLOCK_M
@@ -109,9 +111,9 @@ def batch_hard_kernel(
 
     pointers = partial_ptr + split.to(tl.int64) * N + rows
     plane = tl.num_programs(1).to(tl.int64) * N
-    tl.store(pointers, positive, mask=rows < N)
+    tl.store(pointers, positive.to(tl.int64), mask=rows < N)
     tl.store(pointers + plane, positive_index.to(tl.int64), mask=rows < N)
-    tl.store(pointers + 2 * plane, negative, mask=rows < N)
+    tl.store(pointers + 2 * plane, negative.to(tl.int64), mask=rows < N)
     tl.store(pointers + 3 * plane, negative_index.to(tl.int64), mask=rows < N)
 
 
@@ -135,6 +137,11 @@ def batch_hard(embeddings, labels, normalize, distance):
     tile = tile_for("forward", embeddings)
     blocks, tiles = triton.cdiv(n, tile.block_n), triton.cdiv(n, tile.block_m)
     splits, tiles_per_split = split_walk(blocks, tiles)
+    options = launch_options(tile)
+    if (
+        precision(embeddings) == "tf32"
+    ):  # left to itself, the compiler spills 8 bytes for a third block on 8.6
+        options["maxnreg"] = register_limit(tile)
     partial = labels.new_empty(4, splits, n)
     batch_hard_kernel[blocks, splits](
         embeddings,
@@ -150,7 +157,7 @@ def batch_hard(embeddings, labels, normalize, distance):
         PRECISION=precision(embeddings),
         EVEN_D=d % tile.block_d == 0,
         ONE_BLOCK_D=d <= tile.block_d,
-        **launch_options(tile),
+        **options,
     )
     return _merged(*partial[:2]), _merged(*partial[2:])
 

@@ -64,7 +64,9 @@ def contrastive_fwd(*args, **options):
     square = columns is None
     n, width = rows.shape
     m = n if square else columns.shape[0]
-    rows, columns = aligned(rows, n * m), None if square else aligned(columns, n * m)
+    has_expectation = call.wants_expectation and keeps_expectation(rows)
+    rows = aligned(rows, n * m, has_expectation)
+    columns = None if square else aligned(columns, n * m, has_expectation)
     d = rows.shape[1]
     row_rnorm = row_rnorm_of(rows, scale) if call.normalize_rows else None
     if square:
@@ -79,10 +81,8 @@ def contrastive_fwd(*args, **options):
     else:
         positive_logits = _empty_float64(scale, 0)
 
-    expectation = None
-    if call.wants_expectation and keeps_expectation(rows):
-        expectation = scale.new_empty(n, d)
-    tile = tile_for("forward" if expectation is None else "expectation", rows)
+    expectation = scale.new_empty(n, d) if has_expectation else None
+    tile = tile_for("expectation" if has_expectation else "forward", rows)
     blocks, tiles = triton.cdiv(n, tile.block_n), triton.cdiv(m, tile.block_m)
     splits, tiles_per_split = split_walk(blocks, tiles)
     lse = _empty_float64(scale, n)

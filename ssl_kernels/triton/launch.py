@@ -132,13 +132,14 @@ def finish_rows(partial, vectors, rnorm, scale, bound, grad, row_dots, has_rnorm
     )
 
 
-def aligned(x, entries):
+def aligned(x, entries, whole=False):
     """x (N, D), or its copy in rows padded with zeros to a multiple of 16, for kernels that make `entries` logits.
 
     Triton reads 16 bytes at a time, and asynchronously, where widths, strides and addresses are multiples of 16; else
-    an element at a time.
+    an element at a time. A kernel on tiles of `whole` rows beside the expectation has no registers for that: it would
+    spill up to 552 bytes.
     """
-    if entries < ALIGNED_FROM:
+    if entries < ALIGNED_FROM and not whole:
         return x
     if x.shape[1] % 16:
         return F.pad(x, (0, -x.shape[1] % 16))

@@ -10,6 +10,9 @@ from ssl_kernels.triton.samples import vector_of
 
 # Most classes that a program takes at once.
 LONGEST_BLOCK = 4096
+# Registers of a thread of the loss in float64: left to itself, the compiler spills 8 bytes for one block more per
+# multiprocessor.
+FLOAT64_REGISTERS = 128
 MOST_CLASSES = 65535 * LONGEST_BLOCK  # a grid's second dimension has as many blocks
 
 
@@ -239,6 +242,8 @@ def mixup_cross_entropy_fwd(
     rows, *operands = _operands(logits, target, partner, lam, weight, label_smoothing)
     n, classes = logits.shape
     options = _options(rows, weight, label_smoothing, partner_is_class)
+    if logits.dtype == torch.float64:
+        options["maxnreg"] = FLOAT64_REGISTERS
     loss, lse, counted = torch.empty(3, n, dtype=torch.float64, device=logits.device)
     mixup_cross_entropy_loss_kernel[n,](
         rows,

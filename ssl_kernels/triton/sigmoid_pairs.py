@@ -419,12 +419,12 @@ def _by_panels(own, other, scale, bias, diagonals, sense, bound, losses, grad, o
 
 def _sides(call, weight=None):
     """The rows and columns of a call as (vectors, rnorm, weight, ids), what the walks take besides, and the width."""
-    entries = len(call.rows) * len(call.columns)
+    entries, whole = len(call.rows) * len(call.columns), tile_for("backward", call.rows) is not None
     x, y = (
         (vectors, row_rnorm_of(vectors, call.scale) if normalize else None, of_rows, contiguous(ids))
         for vectors, normalize, of_rows, ids in (
-            (aligned(call.rows, entries), call.normalize_rows, weight, call.row_ids),
-            (aligned(call.columns, entries), call.normalize_columns, None, call.column_ids),
+            (aligned(call.rows, entries, whole), call.normalize_rows, weight, call.row_ids),
+            (aligned(call.columns, entries, whole), call.normalize_columns, None, call.column_ids),
         )
     )
     return (x, y, call.scale, call.bias, call.diagonal, call.equal_ids_are_positive), call.rows.shape[1]

@@ -51,6 +51,21 @@ class Resources:
     threads: int
     instructions: str
 
+    def spills_of_the_walk(self):
+        """Loads and stores of local memory between the target of the longest jump back and that jump."""
+        addressed = [
+            (int(match[1], 16), match[2])
+            for match in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", self.instructions)
+        ]
+        jumps = [
+            (int(match[1], 16), address)
+            for address, text in addressed
+            if (match := re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text))
+        ]
+        first, last = max((jump for jump in jumps if jump[0] < jump[1]), key=lambda jump: jump[1] - jump[0])
+        spills = [address for address, text in addressed if re.search(r"\b(LDL|STL)\b", text)]
+        return sum(first <= address <= last for address in spills)
+
     def blocks_per_processor(self, registers_per_processor, shared_per_processor, threads_per_processor):
         """Blocks that fit a multiprocessor at once. Registers are handed out to warps 256 at a time."""
         per_warp = -(-self.registers * 32 // 256) * 256
@@ -118,7 +133,7 @@ def compile_kernel(kernel, arch, dtype, d, tile, precision="ieee", everything=Fa
                 attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constexprs, attributes)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if kernel == "coefficient":
+    if kernel == "coefficient" or (kernel, precision) == ("batch_hard", "tf32"):
         options["maxnreg"] = register_limit(tile)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssl_kernels.triton import batch_hard, contrastive, launch
+from ssl_kernels.triton import batch_hard, contrastive, launch, sigmoid_pairs
 from tests.support.batch_hard import check_choice, labels_of
 from tests.support.contrastive import random_call
 from tests.support.sigmoid_pairs import random_call as random_pairs
@@ -82,7 +82,7 @@ def test_which_rows_are_copied():
     ):
         assert launch.aligned(rows, launch.ALIGNED_FROM - 1) is rows
         found = launch.aligned(rows, launch.ALIGNED_FROM)
-        assert (found is not rows) == is_copied
+        assert (found is not rows) == is_copied == (launch.aligned(rows, 1, whole=True) is not rows)
         d = rows.shape[1]
         assert torch.equal(found[:, :d], rows) and (found[:, d:] == 0).all()
         assert found.shape[1] % 16 == 0 and found.stride(0) % 16 == 0 and found.data_ptr() % 16 == 0
@@ -90,9 +90,29 @@ def test_which_rows_are_copied():
         assert torch.equal(gradient, rows) and (gradient.is_contiguous() or d == found.shape[1])
 
 
-def test_the_size_of_a_call_is_that_of_its_logits(monkeypatch):
+def test_the_size_of_a_call_is_that_of_its_logits(gpu, monkeypatch):
+    """Where a kernel holds the expectation beside whole rows, they are copied whatever it is."""
     seen = []
-    monkeypatch.setattr(contrastive, "aligned", lambda x, entries: seen.append((x.shape, entries)) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        forward(random_call(5, 7, 3))
-    assert seen == [((5, 3), 35)]
+
+    def stop(x, *entries):
+        seen.append((x.shape, *entries))
+        raise ZeroDivisionError
+
+    for module in (contrastive, sigmoid_pairs):
+        monkeypatch.setattr(module, "aligned", stop)
+    for d in (3, 257):
+        for options in ({}, {"expectation": True}):
+            with pytest.raises(ZeroDivisionError):
+                forward(random_call(5, 7, d), **options)
+    for d in (3, 129):
+        call = random_pairs(5, 7, d, torch.bfloat16, device=gpu.device)
+        with gpu.triton(), pytest.raises(ZeroDivisionError):
+            sigmoid_pairs.sigmoid_pairs_fwd(*call.operands, False, True, True, True, *call.marks)
+    assert seen == [
+        ((5, 3), 35, False),
+        ((5, 3), 35, True),
+        ((5, 257), 35, False),
+        ((5, 257), 35, False),
+        ((5, 3), 35, True),
+        ((5, 129), 35, False),
+    ]
