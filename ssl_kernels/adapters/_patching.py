@@ -17,7 +17,9 @@ ENVIRONMENT = "SSL_KERNELS_PATCH"
 log = logging.getLogger("ssl_kernels.patch")
 _active = []  # patches that were not undone
 _running = collections.Counter()  # by library: its modules whose code is being run
+_preparing = {}  # by library: the thread that gets its adapters, for which it may be imported
 _lock = threading.RLock()  # of these and of all modules' names; nothing is imported under it
+_prepared = threading.Condition(_lock)
 
 
 def patch(*libraries: str) -> "Patch":
@@ -88,7 +90,7 @@ class Patch:
             _active.append(self)
             sys.meta_path.insert(0, self)
         try:
-            self.swap()
+            self.swap(waits=True)
         except BaseException:
             self.undo()
             raise
@@ -117,10 +119,16 @@ class Patch:
 
     # What is swapped.
 
-    def swap(self):
-        """Replace what is imported by now, of libraries of which no module is being run."""
+    def swap(self, waits=False):
+        """Replace what is imported by now, of libraries of which no module is being run.
+
+        waits: Whether to wait where another thread prepares the same for its patch; an import must not, which that
+            thread may need.
+        """
         while True:
             with _lock:
+                while waits and self._is_prepared_elsewhere():
+                    _prepared.wait()
                 if self not in _active:
                     return
                 ready = {
@@ -130,6 +138,7 @@ class Patch:
                 }
                 roots = {_root(module) for module, _ in ready}
                 _running.update(roots)
+                _preparing.update(dict.fromkeys(roots, threading.get_ident()))
             if not ready:
                 return
             try:  # the adapters may import their libraries
@@ -140,9 +149,19 @@ class Patch:
             finally:
                 with _lock:
                     _running.subtract(roots)
+                    for root in roots:
+                        del _preparing[root]
+                    _prepared.notify_all()
             with _lock:
                 if self in _active and self._replace(found):
                     self._say_what_has_no_adapter(set(ready.values()))
+                waiting = [patch for patch in _active if patch is not self]
+            for patch in waiting:
+                patch.swap()
+
+    def _is_prepared_elsewhere(self):
+        elsewhere = {root for root, thread in _preparing.items() if thread != threading.get_ident()}
+        return any(_root(module) in elsewhere for module, _ in self._pending)
 
     def _replace(self, adapters):
         """Put `adapters`, by (module, name) of their originals, in the place of these; whether there was one to put."""

@@ -212,6 +212,60 @@ def test_threads_may_patch_at_the_same_time(library):
     assert not failures and user.Mine is original and not _shared.originals
 
 
+@pytest.fixture
+def first(library):
+    """A thread that makes a patch, `patches[0]`, and stands still while it gets the adapter until `may_go_on`."""
+    asked, may_go_on, patches = threading.Event(), threading.Event(), []
+
+    class Slow(types.ModuleType):
+        def __getattribute__(self, name):
+            if name == "Thing" and threading.current_thread() is thread:
+                asked.set()
+                assert may_go_on.wait(60)
+            return super().__getattribute__(name)
+
+    thread = threading.Thread(target=lambda: patches.append(ssl_kernels.patch("pretended")))
+    thread.patches, thread.may_go_on = patches, may_go_on
+    library.__class__ = Slow
+    importlib.import_module("user")
+    thread.start()
+    assert asked.wait(60)
+    yield thread
+    may_go_on.set()
+    thread.join(60)
+
+
+def test_a_patch_waits_while_another_thread_gets_the_adapters(first):
+    user, found = importlib.import_module("user"), []
+
+    def work():
+        with ssl_kernels.patch("pretended"):
+            found.append(user.Mine)
+
+    second = threading.Thread(target=work)
+    second.start()
+    second.join(0.3)
+    assert second.is_alive() and not found
+    first.may_go_on.set()
+    second.join(60)
+    assert found == [Adapter]
+
+
+def test_a_patch_that_cannot_wait_is_made_by_the_thread_that_was_at_it(first, monkeypatch):
+    """As one is that an import would make."""
+    user = importlib.import_module("user")
+    original = user.Mine
+    monkeypatch.setattr(_patching.Patch, "_is_prepared_elsewhere", lambda self: False)
+    second = ssl_kernels.patch("pretended")
+    assert user.Mine is original
+    first.may_go_on.set()
+    first.join(60)
+    first.patches[0].undo()
+    assert user.Mine is Adapter
+    second.undo()
+    assert user.Mine is original and not _shared.originals
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_patches_that_overlap_stand_until_the_last_is_undone(library, first):
     user = importlib.import_module("user")
