@@ -137,7 +137,7 @@ def aligned(x, entries, whole=False):
 
     Triton reads 16 bytes at a time, and asynchronously, where widths, strides and addresses are multiples of 16; else
     an element at a time. A kernel on tiles of `whole` rows beside the expectation has no registers for that: it would
-    spill up to 552 bytes.
+    spill up to 280 bytes.
     """
     if entries < ALIGNED_FROM and not whole:
         return x
