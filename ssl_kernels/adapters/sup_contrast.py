@@ -54,9 +54,7 @@ class SupConLoss(nn.Module):
         if mask is None:
             if labels is None:
                 labels = torch.arange(batch, device=features.device)
-            labels = labels if labels.dim() == 1 else labels.reshape(-1)
-            if labels.is_floating_point():
-                (labels,) = as_classes(labels)
+            (labels,) = as_classes(labels.reshape(-1))
             if len(labels) != batch:
                 raise ValueError(f"SupConLoss: labels must have length {batch}, got {len(labels)}")
         elif ((mask != 0) & (mask != 1)).any():

@@ -138,9 +138,8 @@ def batch_hard(embeddings, labels, normalize, distance):
     blocks, tiles = triton.cdiv(n, tile.block_n), triton.cdiv(n, tile.block_m)
     splits, tiles_per_split = split_walk(blocks, tiles)
     options = launch_options(tile)
-    if (
-        precision(embeddings) == "tf32"
-    ):  # left to itself, the compiler spills 8 bytes for a third block on 8.6
+    if precision(embeddings) == "tf32":
+        # Left to itself, the compiler spills 8 bytes for a third block per multiprocessor on 8.6.
         options["maxnreg"] = register_limit(tile)
     partial = labels.new_empty(4, splits, n)
     batch_hard_kernel[blocks, splits](
