@@ -28,35 +28,37 @@ class Classes {
                 "class_contrastive: positives must be (N,) or (N, W) int64 or (N, N) bool");
     if (kind_ != Kind::kLabels) return;
     const int64_t* label = values_.const_data_ptr<int64_t>();
-    narrow_.assign(label, label + n);
-    if (!std::equal(narrow_.begin(), narrow_.end(), label)) narrow_.clear();
+    labels_.assign(label, label + n);
+    if (std::equal(labels_.begin(), labels_.end(), label)) return;
+    std::vector<int64_t> known(label, label + n);
+    std::sort(known.begin(), known.end());
+    for (int64_t i = 0; i < n; ++i)
+      labels_[i] =
+          static_cast<int32_t>(std::lower_bound(known.begin(), known.end(), label[i]) - known.begin());
   }
 
   bool symmetric() const { return kind_ != Kind::kMask; }
 
-  // A number of each row, if equal numbers are all that makes positives and these fit, else null.
-  const int32_t* labels() const { return narrow_.empty() ? nullptr : narrow_.data(); }
+  // A number of each row, where equal numbers are all that makes positives, else null.
+  const int32_t* labels() const { return labels_.empty() ? nullptr : labels_.data(); }
 
-  // match[k] = 1 where row j.begin + k is a positive of `row`, else 0; match_back[k] the other way round.
-  // False where it is known that all are 0: then neither is to be read.
+  // The labels as given.
+  const int64_t* ids() const { return values_.const_data_ptr<int64_t>(); }
+
+  // Without labels: match[k] = 1 where row j.begin + k is a positive of `row`, else 0; match_back[k] the
+  // other way round.
   template <class acc_t>
-  bool match(int64_t row, Block j, acc_t* match, acc_t* match_back) const {
-    const auto& math = tile_math<acc_t>();
-    bool some = true;
+  void match(int64_t row, Block j, acc_t* match, acc_t* match_back) const {
     if (kind_ == Kind::kMask) {
       const bool* mask = values_.const_data_ptr<bool>();
       for (int64_t k = 0; k < j.size; ++k) match[k] = mask[row * n_ + j.begin + k];
       for (int64_t k = 0; k < j.size; ++k) match_back[k] = mask[(j.begin + k) * n_ + row];
     } else {
-      const int64_t words = kind_ == Kind::kLabels ? 1 : values_.size(1);
+      const int64_t words = values_.size(1);
       const int64_t* sets = values_.const_data_ptr<int64_t>();
-      if (kind_ == Kind::kLabels)
-        some = math.match_ids(match, sets + j.begin, j.size, sets[row]);
-      else
-        math.match_bits(match, sets + j.begin * words, words, j.size, sets + row * words);
+      tile_math<acc_t>().match_bits(match, sets + j.begin * words, words, j.size, sets + row * words);
     }
     if (row >= j.begin && row < j.begin + j.size) match[row - j.begin] = match_back[row - j.begin] = 0;
-    return some;
   }
 
  private:
@@ -64,7 +66,7 @@ class Classes {
   at::Tensor values_;
   int64_t n_;
   Kind kind_;
-  std::vector<int32_t> narrow_;  // labels of 32 bits: twice as many fit in a vector
+  std::vector<int32_t> labels_;  // or their ranks: of 32 bits, twice as many fit in a vector
 };
 
 // For each row the sum of the logits of its positives, and how many they are.

@@ -91,7 +91,7 @@ class Problem : public Tiles<acc_t> {
         factor(fixed_shift && scale > 0 ? static_cast<acc_t>(scale * kLog2E) : acc_t(1)),
         additions(args, factor * kLn2),
         pairs_(args) {
-    if (additions.two_sided())
+    if (additions.two_sided() || (args.classes_apart && !fixed_shift))
       second_ = pooled({threads, row_blocks.size, Base::ld()}, rows.values.options());
   }
 
@@ -187,14 +187,24 @@ class Problem : public Tiles<acc_t> {
 
   // Where two_sided: a copy of the tile, as it enters the sums of its columns. Before `settle_entries`.
   Tile second(const Tile& tile, int thread) const {
-    const Tile copy{tile.i, tile.j, second_.template mutable_data_ptr<acc_t>() + thread * second_.stride(0),
-                    second_.stride(1)};
-    for (int64_t row = 0; row < tile.i.size; ++row)
-      std::copy_n(tile.s + row * tile.ld, tile.j.size, copy.s + row * copy.ld);
+    const Tile copy = copied(tile, thread);
     additions.limit(pairs_, copy.s, copy.ld, copy.i, copy.j, /*of_columns=*/true);
     pairs_.mask(copy.s, copy.ld, copy.i, copy.j);
     additions.add(copy.s, copy.ld, copy.i, copy.j, /*of_columns=*/true);
     return copy;
+  }
+
+  // A copy of the tile without the pairs of other classes (own), or of equal ones; and -inf in place of them.
+  Tile of_classes(bool own, const Classes& classes, const Tile& tile, int thread) const {
+    const Tile copy = copied(tile, thread);
+    leave_out(!own, classes, copy);
+    return copy;
+  }
+  void leave_out(bool own, const Classes& classes, const Tile& tile) const {
+    const auto& math = tile_math<acc_t>();
+    (own ? math.mask_equal_ids : math.mask_unequal_ids)(tile.s, tile.ld, tile.i.size, tile.j.size,
+                                                        classes.ids() + tile.i.begin,
+                                                        classes.ids() + tile.j.begin);
   }
 
   bool allowed(int64_t row, int64_t column) const { return pairs_.allowed(row, column); }
@@ -241,6 +251,14 @@ class Problem : public Tiles<acc_t> {
   const Additions<acc_t> additions;
 
  private:
+  Tile copied(const Tile& tile, int thread) const {
+    const Tile copy{tile.i, tile.j, second_.template mutable_data_ptr<acc_t>() + thread * second_.stride(0),
+                    second_.stride(1)};
+    for (int64_t row = 0; row < tile.i.size; ++row)
+      std::copy_n(tile.s + row * tile.ld, tile.j.size, copy.s + row * copy.ld);
+    return copy;
+  }
+
   // Where the tile of rows i and columns j begins if all are kept: row blocks one after the other, of the
   // triangle without what lies below the diagonal.
   int64_t kept_offset(Block i, Block j) const {
@@ -257,7 +275,7 @@ class Problem : public Tiles<acc_t> {
   }
 
   Pairs pairs_;
-  at::Tensor second_;  // scratch of `second`
+  at::Tensor second_;  // scratch of `copied`
 };
 
 // Running sum of 2^(s - shift) for each row (or column).
@@ -358,7 +376,7 @@ void add_class_sums(ClassSums& sums, const Classes& classes, const Tile<acc_t>& 
     acc_t forth[kLargestTile], back[kLargestTile];
     acc_t* const match_back = classes.symmetric() ? forth : back;
     for (int64_t k = 0; k < tile.i.size; ++k) {
-      if (!classes.match(tile.i.begin + k, tile.j, forth, match_back)) continue;
+      classes.match(tile.i.begin + k, tile.j, forth, match_back);
       tile_math<acc_t>().matched_sums(tile.s + k * tile.ld, tile.j.size, forth, match_back, row_sum + k,
                                       row_count + k, of_columns, column_count);
     }
@@ -380,35 +398,68 @@ void subtract_class_weights(const Tile<acc_t>& tile, const Classes& classes, con
   acc_t forth[kLargestTile], back[kLargestTile];
   acc_t* const match_back = classes.symmetric() ? forth : back;
   for (int64_t k = 0; k < tile.i.size; ++k) {
-    if (!classes.match(tile.i.begin + k, tile.j, forth, match_back)) continue;
+    classes.match(tile.i.begin + k, tile.j, forth, match_back);
     tile_math<acc_t>().subtract_matched(tile.s + k * tile.ld, tile.j.size, forth, match_back,
                                         weight[tile.i.begin + k], weight + tile.j.begin);
   }
 }
 
-// Sums of the columns of a tile that has logits of its own for them, each with its maximum as its shift.
+// Sums over a tile, of its rows or its columns: `sum` relative to 2^shift, which a fixed shift leaves unset.
+template <class acc_t>
+struct TileSums {
+  acc_t shift[kLargestTile], sum[kLargestTile];
+};
+
+// The sums of a tile's rows and, unless null, of its columns. With `keep`, under a fixed shift exponentials
+// take the place of its logits.
 template <class Problem, class acc_t>
-void add_up_columns(const Problem& problem, const Tile<acc_t>& tile, acc_t* column_shift, acc_t* column_sum) {
+void add_up(const Problem& problem, const Tile<acc_t>& tile, TileSums<acc_t>& of_rows,
+            TileSums<acc_t>* of_columns, bool keep) {
+  constexpr acc_t infinity = std::numeric_limits<acc_t>::infinity();
   const auto& math = tile_math<acc_t>();
-  const int64_t rows = tile.i.size, columns = tile.j.size;
-  acc_t row_shift[kLargestTile], row_sum[kLargestTile];
-  std::fill_n(column_sum, columns, acc_t(0));
+  const int64_t rows = tile.i.size, columns = of_columns ? tile.j.size : 0;
+  acc_t* const column_sum = of_columns ? of_columns->sum : nullptr;
+  acc_t* const column_shift = of_columns ? of_columns->shift : nullptr;
+  if (of_columns) std::fill_n(column_sum, columns, acc_t(0));
   if (problem.fixed_shift) {
-    math.exp_sums(tile.s, tile.ld, rows, columns, problem.factor, static_cast<acc_t>(problem.bound), row_sum,
-                  column_sum,
-                  /*keep=*/false);
+    math.exp_sums(tile.s, tile.ld, rows, tile.j.size, problem.factor, static_cast<acc_t>(problem.bound),
+                  of_rows.sum, column_sum, keep);
     return;
   }
-  std::fill_n(column_shift, columns, -std::numeric_limits<acc_t>::infinity());
-  math.maxima(tile.s, tile.ld, rows, columns, row_shift, column_shift);
-  for (int64_t k = 0; k < rows; ++k) row_shift[k] = problem.factor * finite_or_zero_if_nothing(row_shift[k]);
+  if (of_columns) std::fill_n(column_shift, columns, -infinity);
+  math.maxima(tile.s, tile.ld, rows, tile.j.size, of_rows.shift, column_shift);
+  for (int64_t k = 0; k < rows; ++k)
+    of_rows.shift[k] = problem.factor * finite_or_zero_if_nothing(of_rows.shift[k]);
   for (int64_t k = 0; k < columns; ++k)
     column_shift[k] = problem.factor * finite_or_zero_if_nothing(column_shift[k]);
-  math.exp_sums_shifted(tile.s, tile.ld, rows, columns, problem.factor, row_shift, column_shift, row_sum,
-                        column_sum);
+  math.exp_sums_shifted(tile.s, tile.ld, rows, tile.j.size, problem.factor, of_rows.shift, column_shift,
+                        of_rows.sum, column_sum);
+  for (int64_t k = 0; k < rows; ++k)
+    if (of_rows.shift[k] == infinity) of_rows.sum[k] = sum_at_infinity(tile.s + k * tile.ld, 1, tile.j.size);
   for (int64_t k = 0; k < columns; ++k)
-    if (column_shift[k] == std::numeric_limits<acc_t>::infinity())
-      column_sum[k] = sum_at_infinity(tile.s + k, tile.ld, rows);
+    if (column_shift[k] == infinity) column_sum[k] = sum_at_infinity(tile.s + k, tile.ld, rows);
+}
+
+// The same for pairs of other classes (sums[0]) and of the row's own (sums[1]).
+template <class Problem, class acc_t>
+void add_up_apart(const Problem& problem, const Classes& classes, const Tile<acc_t>& tile, int thread,
+                  TileSums<acc_t> (&of_rows)[2], TileSums<acc_t> (*of_columns)[2]) {
+  if (!problem.fixed_shift) {
+    for (const bool own : {false, true})
+      add_up(problem, problem.of_classes(own, classes, tile, thread), of_rows[own],
+             of_columns ? *of_columns + own : nullptr, /*keep=*/false);
+    return;
+  }
+  TileSums<acc_t> of_all;
+  add_up(problem, tile, of_all, static_cast<TileSums<acc_t>*>(nullptr), /*keep=*/true);
+  ByClass<acc_t> by_columns{nullptr, nullptr};
+  if (of_columns) {
+    by_columns = {(*of_columns)[0].sum, (*of_columns)[1].sum};
+    for (acc_t* sum : {by_columns.other, by_columns.own}) std::fill_n(sum, tile.j.size, acc_t(0));
+  }
+  class_math<acc_t>().sums_apart(tile.s, tile.ld, tile.i.size, tile.j.size, classes.labels() + tile.i.begin,
+                                 classes.labels() + tile.j.begin, {of_rows[0].sum, of_rows[1].sum},
+                                 by_columns);
 }
 
 template <class scalar_t, class acc_t>
@@ -422,6 +473,8 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   // For each row.
   std::vector<LogSumExp> over_columns(problem.parts, {problem.n, problem.fixed_shift, problem.bound});
   LogSumExp over_rows(args.both_directions ? problem.m : 0, problem.fixed_shift, problem.bound);
+  std::vector<LogSumExp> over_own;
+  if (args.classes_apart) over_own = over_columns;
   const int64_t one_each[] = {args.partner >= 0 ? problem.n : 0};
   const at::Tensor positive_logits = pooled(
       args.positives ? args.positives->sizes() : at::IntArrayRef(one_each), options.dtype(at::kDouble));
@@ -429,14 +482,14 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
   const at::Tensor kept_logits = args.keep ? problem.keep(options) : pooled({0}, options);
 
   std::vector<ClassSums> class_sums;
-  if (args.classes) class_sums.assign(problem.parts, ClassSums(problem.n));
+  if (args.class_sums) class_sums.assign(problem.parts, ClassSums(problem.n));
 
   const auto visit = [&](int64_t block_i, int64_t block_j, int thread, int part) {
     const auto kept = problem.kept(block_i, block_j, kept_logits);
     const auto tile = kept ? *kept : problem.scratch(block_i, block_j, thread);
     problem.multiply(tile);
     const bool mirrored = problem.square && block_i != block_j;
-    if (args.classes) add_class_sums(class_sums[part], *args.classes, tile, mirrored);
+    if (args.class_sums) add_class_sums(class_sums[part], *args.classes, tile, mirrored);
     problem.for_each_positive(tile.i, tile.j, [&](int64_t k, int64_t row, int64_t column) {
       positive[k] = kLn2 * factor * tile.at(row, column);
     });
@@ -449,40 +502,37 @@ ContrastiveFwd forward(const ContrastiveArgs& args) {
     if (columns_too && problem.additions.two_sided()) apart = problem.second(tile, thread);
     problem.settle_entries(tile);
 
-    const int64_t rows = tile.i.size, columns = tile.j.size;
-    acc_t row_sum[kLargestTile], column_sum[kLargestTile] = {};
-    acc_t row_shift[kLargestTile], column_shift[kLargestTile];
-    if (problem.fixed_shift) {
-      math.exp_sums(tile.s, tile.ld, rows, columns, factor, static_cast<acc_t>(problem.bound), row_sum,
-                    columns_too && !apart ? column_sum : nullptr, kept.has_value());
-    } else {
-      std::fill_n(column_shift, columns, -std::numeric_limits<acc_t>::infinity());
-      math.maxima(tile.s, tile.ld, rows, columns, row_shift, columns_too ? column_shift : nullptr);
-      for (int64_t k = 0; k < rows; ++k) row_shift[k] = factor * finite_or_zero_if_nothing(row_shift[k]);
-      for (int64_t k = 0; k < columns; ++k)
-        column_shift[k] = factor * finite_or_zero_if_nothing(column_shift[k]);
-      math.exp_sums_shifted(tile.s, tile.ld, rows, columns, factor, row_shift, column_shift, row_sum,
-                            columns_too ? column_sum : nullptr);
-      constexpr acc_t infinity = std::numeric_limits<acc_t>::infinity();
-      for (int64_t k = 0; k < rows; ++k)
-        if (row_shift[k] == infinity) row_sum[k] = sum_at_infinity(tile.s + k * tile.ld, 1, columns);
-      for (int64_t k = 0; columns_too && k < columns; ++k)
-        if (column_shift[k] == infinity) column_sum[k] = sum_at_infinity(tile.s + k, tile.ld, rows);
+    if (args.classes_apart) {
+      TileSums<acc_t> of_rows[2], of_columns[2];
+      add_up_apart(problem, *args.classes, tile, thread, of_rows, columns_too ? &of_columns : nullptr);
+      for (const bool own : {false, true}) {
+        LogSumExp& total = (own ? over_own : over_columns)[part];
+        total.add(tile.i, of_rows[own].shift, of_rows[own].sum);
+        if (columns_too) total.add(tile.j, of_columns[own].shift, of_columns[own].sum);
+      }
+      return;
     }
-    over_columns[part].add(tile.i, row_shift, row_sum);
-    if (apart) add_up_columns(problem, *apart, column_shift, column_sum);
-    if (columns_too) (problem.square ? over_columns[part] : over_rows).add(tile.j, column_shift, column_sum);
+    TileSums<acc_t> of_rows, of_columns;
+    add_up(problem, tile, of_rows, columns_too && !apart ? &of_columns : nullptr, kept.has_value());
+    over_columns[part].add(tile.i, of_rows.shift, of_rows.sum);
+    if (!columns_too) return;
+    TileSums<acc_t> unused;
+    if (apart) add_up(problem, *apart, unused, &of_columns, /*keep=*/false);
+    (problem.square ? over_columns[part] : over_rows).add(tile.j, of_columns.shift, of_columns.sum);
   };
   problem.for_each_in_parts(by_columns ? Owned::kBoth : Owned::kRows, visit);
 
   for (int64_t part = 1; part < problem.parts; ++part) over_columns[0].add(over_columns[part]);
+  for (size_t part = 1; part < over_own.size(); ++part) over_own[0].add(over_own[part]);
   for (const ClassSums& sums : class_sums) args.class_sums->add(sums);
-  if (args.classes)
+  if (args.class_sums)
     for (double& sum : args.class_sums->logits) sum *= kLn2 * factor;
   const at::Tensor none = pooled({0}, options);
-  const at::Tensor lse = over_columns[0].result(options), column_lse = over_rows.result(options);
-  problem.settle(lse.mutable_data_ptr<double>(),
-                 args.both_directions ? column_lse.mutable_data_ptr<double>() : nullptr, positive);
+  const at::Tensor lse = over_columns[0].result(options),
+                   column_lse = (args.classes_apart ? over_own[0] : over_rows).result(options);
+  const bool both = args.both_directions || args.classes_apart;
+  problem.settle(lse.mutable_data_ptr<double>(), both ? column_lse.mutable_data_ptr<double>() : nullptr,
+                 positive);
   return {lse, column_lse, positive_logits, problem.rows.rnorm,
           problem.square ? none : problem.columns.rnorm, kept_logits};
 }
@@ -498,14 +548,15 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
   const SoftmaxWeights<acc_t> of_rows(saved.grad_lse, saved.lse, problem.fixed_shift, bound);
   const SoftmaxWeights<acc_t> of_columns(saved.grad_column_lse, saved.column_lse, problem.fixed_shift, bound);
   const SoftmaxWeights<acc_t>& transposed = problem.square ? of_rows : of_columns;
-  const bool positives_alone = of_rows.all_zero() && (!both_terms || transposed.all_zero());
+  const bool positives_alone =
+      of_rows.all_zero() && (!both_terms || transposed.all_zero()) && !args.classes_apart;
   at::Tensor grad_positive;
   if (args.has_positives() && saved.grad_positive_logits)
     grad_positive = saved.grad_positive_logits->contiguous();
   const at::Tensor kept_logits = problem.has_tiles_of(saved.kept) ? saved.kept : pooled({0}, options);
   const double* q = grad_positive.defined() ? grad_positive.const_data_ptr<double>() : nullptr;
   std::vector<acc_t> class_weight;
-  if (args.classes) class_weight.assign(saved.class_weight, saved.class_weight + problem.n);
+  if (saved.class_weight) class_weight.assign(saved.class_weight, saved.class_weight + problem.n);
 
   // The gradient of scale comes out of the row dots of either side, so one side is always made.
   const bool columns_wanted = saved.columns_need_grad && !problem.square;
@@ -530,6 +581,35 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
     for (int64_t k = 0; of_rows && k < c.i.size; ++k) (*of_rows)[c.i.begin + k] += row_sum[k];
     for (int64_t k = 0; of_columns && k < c.j.size; ++k) (*of_columns)[c.j.begin + k] += column_sum[k];
   };
+  // With `classes_apart` those of a row's own class are `of_columns`.
+  const auto coefficients_apart = [&](const Tile<acc_t>& logits, const Tile<acc_t>& tile, int thread) {
+    const auto of = [&](Block block) {
+      return ByClass<const acc_t>{of_rows.weight.data() + block.begin,
+                                  of_columns.weight.data() + block.begin};
+    };
+    const Classes& classes = *args.classes;
+    if (problem.fixed_shift) {
+      class_math<acc_t>().coefficients_apart(logits.s, logits.ld, tile.s, tile.ld, tile.i.size, tile.j.size,
+                                             classes.labels() + tile.i.begin, classes.labels() + tile.j.begin,
+                                             of(tile.i), of(tile.j));
+      return;
+    }
+    const auto shifted = [&](const Tile<acc_t>& t, const SoftmaxWeights<acc_t>& weights) {
+      const acc_t *shift = weights.shift.data(), *weight = weights.weight.data();
+      const int64_t i = t.i.begin, j = t.j.begin;
+      math.coefficients_shifted(t.s, t.ld, t.s, t.ld, t.i.size, t.j.size, factor, shift + i, weight + i,
+                                shift + j, weight + j);
+    };
+    const auto own = problem.of_classes(/*own=*/true, classes, logits, thread);
+    if (tile.s != logits.s)
+      for (int64_t k = 0; k < tile.i.size; ++k)
+        std::copy_n(logits.s + k * logits.ld, tile.j.size, tile.s + k * tile.ld);
+    problem.leave_out(/*own=*/true, classes, tile);
+    shifted(tile, of_rows);
+    shifted(own, of_columns);
+    for (int64_t k = 0; k < tile.i.size; ++k)
+      math.add_scaled(tile.s + k * tile.ld, own.s + k * own.ld, acc_t(1), tile.j.size);
+  };
   // Weights of 0 with exponentials of 0, however large the logits are.
   const std::vector<acc_t> no_weight(two_sided ? problem.row_blocks.size : 0, acc_t(0));
   const std::vector<acc_t> no_exponential(no_weight.size(), std::numeric_limits<acc_t>::infinity());
@@ -546,7 +626,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
       problem.settle_entries(recomputed);
     }
     const auto& logits = kept ? *kept : recomputed;
-    const bool exponentials = problem.fixed_shift && (kept || problem.in_bfloat16);
+    const bool exponentials = problem.fixed_shift && (kept || problem.in_bfloat16 || args.classes_apart);
     acc_t row_sum[kLargestTile];
     if (exponentials && recomputes)
       math.exp_sums(logits.s, logits.ld, tile.i.size, tile.j.size, factor, bound, row_sum, nullptr,
@@ -557,6 +637,8 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
     const acc_t* row_weight = of_rows.weight.data() + i0;
     if (positives_alone)
       for (int64_t k = 0; k < tile.i.size; ++k) std::fill_n(tile.s + k * tile.ld, tile.j.size, acc_t(0));
+    else if (args.classes_apart)
+      coefficients_apart(logits, tile, thread);
     else if (exponentials)
       math.coefficients_of_kept(logits.s, logits.ld, tile.s, tile.ld, tile.i.size, tile.j.size, row_weight,
                                 column_weight);
@@ -597,7 +679,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
         problem.for_each_positive(
             tile.j, tile.i, [&](int64_t k, int64_t row, int64_t column) { add_positive(k, column, row); });
     }
-    if (args.classes) subtract_class_weights(tile, *args.classes, class_weight.data());
+    if (saved.class_weight) subtract_class_weights(tile, *args.classes, class_weight.data());
     const bool columns_too = columns_wanted || (problem.square && block_i != block_j);
     problem.add(rows_wanted ? &grad_rows : nullptr,
                 !columns_too     ? nullptr
@@ -669,15 +751,35 @@ ContrastiveBwd contrastive_bwd(const ContrastiveArgs& args, const ContrastiveSav
   });
 }
 
+namespace {
+
+const std::optional<at::Tensor> kNone;
+
+ContrastiveArgs square(const at::Tensor& rows, const at::Tensor& scale, const Classes& classes,
+                       bool normalize, bool keep) {
+  ContrastiveArgs args{rows,
+                       kNone,
+                       scale,
+                       kNone,
+                       kNone,
+                       kNone,
+                       normalize,
+                       normalize,
+                       /*keep_diagonal=*/false,
+                       /*both_directions=*/false,
+                       keep};
+  args.classes = &classes;
+  return args;
+}
+
+}  // namespace
+
 ClassContrastiveFwd class_contrastive_fwd(const at::Tensor& rows, const at::Tensor& scale,
                                           const at::Tensor& positives, bool normalize, bool keep) {
   const int64_t n = rows.size(0);
   const Classes classes(positives, n);
   ClassSums sums(n);
-  const std::optional<at::Tensor> none;
-  ContrastiveArgs args{rows, none, scale, none, none, none, normalize, normalize, /*keep_diagonal=*/false,
-                       /*both_directions=*/false, keep};
-  args.classes = &classes;
+  ContrastiveArgs args = square(rows, scale, classes, normalize, keep);
   args.class_sums = &sums;
   const auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept] = contrastive_fwd(args);
   const at::Tensor losses = pooled({n}, lse.options()), counts = pooled({n}, lse.options());
@@ -709,14 +811,34 @@ std::tuple<at::Tensor, at::Tensor> class_contrastive_bwd(const at::Tensor& grad_
     weight[i] = count[i] == 0 ? 0 : g[i];
     class_weight[i] = count[i] == 0 ? 0 : g[i] / count[i];
   }
-  const std::optional<at::Tensor> none, grad_lse = of_lse;
-  ContrastiveArgs args{rows, none, scale, none, none, none, normalize, normalize, /*keep_diagonal=*/false,
-                       /*both_directions=*/false};
-  args.classes = &classes;
+  const std::optional<at::Tensor> grad_lse = of_lse;
+  const at::Tensor empty = pooled({0}, lse.options());
+  const auto [grad_rows, grad_columns, grad_scale, grad_column_bias, grad_row_bias] =
+      contrastive_bwd(square(rows, scale, classes, normalize, /*keep=*/false),
+                      {grad_lse, kNone, kNone, lse, empty, row_rnorm, empty, kept, rows_need_grad, false,
+                       class_weight.data()});
+  return {grad_rows, grad_scale};
+}
+
+ContrastiveFwd contrastive_apart_fwd(const at::Tensor& rows, const at::Tensor& scale,
+                                     const at::Tensor& classes, bool normalize, bool keep) {
+  const Classes labels(classes, rows.size(0));
+  ContrastiveArgs args = square(rows, scale, labels, normalize, keep);
+  args.classes_apart = true;
+  return contrastive_fwd(args);
+}
+
+std::tuple<at::Tensor, at::Tensor> contrastive_apart_bwd(
+    const at::Tensor& grad_lse, const at::Tensor& grad_column_lse, const at::Tensor& rows,
+    const at::Tensor& scale, const at::Tensor& classes, const at::Tensor& lse, const at::Tensor& column_lse,
+    const at::Tensor& row_rnorm, const at::Tensor& kept, bool normalize, bool rows_need_grad) {
+  const Classes labels(classes, rows.size(0));
+  ContrastiveArgs args = square(rows, scale, labels, normalize, /*keep=*/false);
+  args.classes_apart = true;
+  const std::optional<at::Tensor> by_lse = grad_lse, by_column_lse = grad_column_lse;
   const at::Tensor empty = pooled({0}, lse.options());
   const auto [grad_rows, grad_columns, grad_scale, grad_column_bias, grad_row_bias] = contrastive_bwd(
-      args,
-      {grad_lse, none, none, lse, empty, row_rnorm, empty, kept, rows_need_grad, false, class_weight.data()});
+      args, {by_lse, by_column_lse, kNone, lse, column_lse, row_rnorm, empty, kept, rows_need_grad, false});
   return {grad_rows, grad_scale};
 }
 

@@ -42,6 +42,8 @@ struct ContrastiveArgs {
   // Of the square case: which pairs `class_sums` and `class_weight` are about.
   const Classes* classes = nullptr;
   ClassSums* class_sums = nullptr;        // forward adds up the positives' logits here
+  // Of classes that are labels: lse is over rows of other classes, column_lse over the others of a row's own.
+  bool classes_apart = false;
   ContrastiveAdditions additions = {};
   // In place of `positives`: the positive of row i is column (i + partner) mod M, in the square case with i
   // its partner's own; where it is left out, it is in no sum.
@@ -91,5 +93,15 @@ std::tuple<at::Tensor, at::Tensor> class_contrastive_bwd(const at::Tensor& grad_
                                                          const at::Tensor& counts, const at::Tensor& lse,
                                                          const at::Tensor& row_rnorm, const at::Tensor& kept,
                                                          bool normalize, bool rows_need_grad);
+
+// `contrastive` of the square case with two sums of each row: lse is over the rows of other classes, and
+// column_lse over the others of its own; -inf where there are none. `classes` are labels, (N,) int64.
+ContrastiveFwd contrastive_apart_fwd(const at::Tensor& rows, const at::Tensor& scale,
+                                     const at::Tensor& classes, bool normalize, bool keep);
+// grad_rows, grad_scale
+std::tuple<at::Tensor, at::Tensor> contrastive_apart_bwd(
+    const at::Tensor& grad_lse, const at::Tensor& grad_column_lse, const at::Tensor& rows,
+    const at::Tensor& scale, const at::Tensor& classes, const at::Tensor& lse, const at::Tensor& column_lse,
+    const at::Tensor& row_rnorm, const at::Tensor& kept, bool normalize, bool rows_need_grad);
 
 }  // namespace ssl_kernels::cpu

@@ -113,9 +113,6 @@ struct TileMath {
   // row_sum[i] = sum_j v_ij and col_sum[j] = sum_i v_ij, each unless it is null.
   void (*sums)(const T* v, int64_t ld, int64_t m, int64_t n, T* row_sum, T* col_sum);
 
-  // match[j] = 1 where ids[j] == id, else 0; whether any is.
-  bool (*match_ids)(T* match, const int64_t* ids, int64_t n, int64_t id);
-
   // match[j] = 1 where the bits sets[j * words ...] have one in common with those of `set`, else 0.
   void (*match_bits)(T* match, const int64_t* sets, int64_t words, int64_t n, const int64_t* set);
 

@@ -19,7 +19,9 @@
 //            log(1 + exp(a - s)),  a = log(exp(lse_i) + sum_p exp(column_lse_ip)),  s = log sum_p exp(s_i,ip)
 //            with the second term of a where both_directions.
 //   classes  `classes` are the positives of class_contrastive:   its loss, where the mean is over the rows
-//            that have a positive
+//            that have a positive. Or with classes_apart, lse being over rows of other classes (labels), and
+//            column_lse over the others of a row's own:   log(1 + exp(lse_i)) - log(1 + exp(column_lse_i))
+//            `rows` may be (B, V, D), V views of each sample, whose rows are B V.
 // One file, although a long one: the losses of the rows are what its one node differentiates.
 #include <ATen/ops/arange.h>
 #include <ATen/ops/as_strided_native.h>
@@ -56,15 +58,15 @@ using cpu::number;
 constexpr const char* kName = "contrastive";
 
 struct Options {
-  bool are_views, leaves_partner_out, both_directions, joint, normalize, normalize_others;
+  bool are_views, leaves_partner_out, both_directions, joint, normalize, normalize_others, classes_apart;
 
   int64_t packed() const {
     return are_views + 2 * leaves_partner_out + 4 * both_directions + 8 * joint + 16 * normalize +
-           32 * normalize_others;
+           32 * normalize_others + 64 * classes_apart;
   }
   static Options unpacked(int64_t bits) {
-    return {bool(bits & 1), bool(bits & 2),  bool(bits & 4),
-            bool(bits & 8), bool(bits & 16), bool(bits & 32)};
+    return {bool(bits & 1),  bool(bits & 2),  bool(bits & 4), bool(bits & 8),
+            bool(bits & 16), bool(bits & 32), bool(bits & 64)};
   }
 };
 
@@ -105,7 +107,9 @@ struct Call {
   bool keeps_diagonal() const { return !options.are_views && !options.joint && !is_beside(); }
 
   // Whether losses are more than a difference, by the numbers in its terms.
-  bool has_rule() const { return numbers || positives || column_bias || positive_prior || options.joint; }
+  bool has_rule() const {
+    return numbers || positives || column_bias || positive_prior || options.joint || options.classes_apart;
+  }
 
   // (N, 2) of the mixed loss. The kernel that streams columns looks its own up in a tensor too.
   OptionalTensor listed_positives(bool keep, bool columns_need_grad) const {
@@ -186,6 +190,15 @@ Tensor some_rows(const Tensor& grad, int64_t begin, int64_t count) {
   return at::native::as_strided_tensorimpl(grad, {count, d}, {d, 1}, begin * d);
 }
 
+// (B, V, D) as (B V, D), without a node of autograd.
+Tensor as_matrix(const Tensor& rows) {
+  if (rows.dim() == 2) return rows;
+  const int64_t n = rows.size(0) * rows.size(1), d = rows.size(2);
+  if (can_be_read(rows) && rows.is_contiguous())
+    return at::native::as_strided_tensorimpl(rows, {n, d}, {d, 1}, rows.storage_offset());
+  return rows.detach().reshape({n, d});
+}
+
 // What forward leaves for backward.
 struct Saved {
   Tensor lse, column_lse, row_rnorm, column_rnorm, kept, counts, positive_logits;
@@ -250,6 +263,7 @@ class Losses {
     };
     by.lse = zeros({n_}, by_lse_);
     if (options_.both_directions) by.column_lse = zeros({call_.others->size(0)}, by_column_lse_);
+    if (options_.classes_apart) by.column_lse = zeros({n_}, by_column_lse_);
     if (width_ == 1) by.positive_logits = zeros({n_}, by_logit_);
     if (width_ > 1) by.positive_logits = zeros({n_, width_}, by_logit_);
     if (call_.numbers) by.numbers = zeros(call_.numbers->sizes(), by_number_);
@@ -266,7 +280,11 @@ class Losses {
     row_rules::Values partial;
     row_rules::Values* const wanted = by_ ? &partial : nullptr;
     double result;
-    if (call_.is_mixed()) {
+    if (options_.classes_apart) {
+      result = row_rules::difference({lse_[i], column_lse_[i], 0, 0}, nullptr, wanted);
+      if (!by_) return result;
+      by_column_lse_[i] = each_ * partial[1];
+    } else if (call_.is_mixed()) {
       result = row_rules::mixed({lse_[i], logit_[2 * i], logit_[2 * i + 1], numbers_[i]}, nullptr, wanted);
       if (!by_) return result;
       by_logit_[2 * i] = each_ * partial[1], by_logit_[2 * i + 1] = each_ * partial[2];
@@ -343,12 +361,12 @@ std::pair<Tensor, int64_t> forward(const Call& call, double divisor, bool column
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   // cat refuses other dtypes.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto [are_views, leaves_partner_out, both_directions, joint, normalize, normalize_others] =
-      call.options;
+  const auto [are_views, leaves_partner_out, both_directions, joint, normalize, normalize_others,
+              classes_apart] = call.options;
   const bool keep = saved != nullptr, direct = call.runs_directly();
   const int64_t n = call.row_count();
-  if (call.classes) {
-    TORCH_CHECK(direct, kName, ": classes must be given with rows on cpu that can be read");
+  TORCH_CHECK(direct || !call.classes, kName, ": classes must be given with rows on cpu that can be read");
+  if (call.classes && !classes_apart) {
     const auto [losses, counts, lse, row_rnorm, kept] =
         cpu::class_contrastive_fwd(call.rows, call.scale, *call.classes, normalize, keep);
     if (saved) *saved = {lse, {}, row_rnorm, {}, kept, counts};
@@ -365,9 +383,13 @@ std::pair<Tensor, int64_t> forward(const Call& call, double divisor, bool column
         call.keeps_diagonal(), both_directions, keep, columns_need_grad, call.column_bias, std::nullopt,
         std::nullopt, std::nullopt, /*only_equal_ids=*/false, call.weighs_equally());
   };
-  const OptionalTensor positives = call.listed_positives(keep, columns_need_grad);
+  const OptionalTensor positives =
+      classes_apart ? std::nullopt : call.listed_positives(keep, columns_need_grad);
   const auto [lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept] =
-      direct ? cpu::contrastive_fwd(call.arguments(positives, keep, columns_need_grad)) : through_operator();
+      classes_apart
+          ? cpu::contrastive_apart_fwd(call.rows, call.scale, *call.classes, normalize, keep)
+      : direct ? cpu::contrastive_fwd(call.arguments(positives, keep, columns_need_grad))
+               : through_operator();
   if (saved) *saved = {lse, column_lse, row_rnorm, column_rnorm, kept, {}, positive_logits};
   if (!can_be_read(lse)) {
     const Tensor losses = (both_directions ? lse.add(column_lse).div(2) : lse).sub(positive_logits);
@@ -393,13 +415,13 @@ Tensor scale_of(const OptionalTensor& scale, double constant, const Tensor& rows
 struct ContrastiveLoss : Function<ContrastiveLoss> {
   static constexpr size_t kInputs = 14;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& rows, const OptionalTensor& others,
+  static Tensor forward(AutogradContext* ctx, const Tensor& given, const OptionalTensor& others,
                         const OptionalTensor& learned_scale, double constant, const OptionalTensor& classes,
                         const OptionalTensor& row_ids, const OptionalTensor& column_ids,
                         const OptionalTensor& positives, const OptionalTensor& numbers,
                         const OptionalTensor& column_bias, std::optional<double> positive_prior,
                         Options options, double divisor, int64_t* counted) {
-    const Tensor scale = scale_of(learned_scale, constant, rows);
+    const Tensor rows = as_matrix(given), scale = scale_of(learned_scale, constant, rows);
     Saved saved;
     const Call call{rows,      others, scale,       classes,        row_ids, column_ids,
                     positives, numbers, column_bias, positive_prior, options};
@@ -413,7 +435,7 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
     };
     // The views rather than their concatenation: they are likely kept alive by others as well.
     ctx->save_for_backward(savable(
-        {rows, read_again(others), scale, or_undefined(classes), read_again(row_ids),
+        {given, read_again(others), scale, or_undefined(classes), read_again(row_ids),
          read_again(column_ids), saved.lse, saved.column_lse, saved.row_rnorm, saved.column_rnorm,
          saved.kept, saved.counts, or_undefined(positives), or_undefined(numbers), saved.positive_logits,
          read_again(column_bias)}));
@@ -433,7 +455,8 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &rows = saved[0], &scale = saved[2], &lse = saved[6], &column_lse = saved[7],
+    const Tensor rows = as_matrix(saved[0]);
+    const Tensor &scale = saved[2], &lse = saved[6], &column_lse = saved[7],
                  &row_rnorm = saved[8], &column_rnorm = saved[9], &kept = saved[10], &counts = saved[11];
     const OptionalTensor others = if_defined(saved[1]), classes = if_defined(saved[3]),
                          row_ids = if_defined(saved[4]), column_ids = if_defined(saved[5]),
@@ -459,7 +482,7 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
       ByTerms by;
       if (can_be_read(grads[0]) && can_be_read(lse)) {
         const double each = number_in(grads[0]) / divisor;
-        if (classes)
+        if (classes && !options.classes_apart)
           by.lse = filled(n, each, lse.options());
         else
           by = Losses(call, lse, column_lse, positive_logits).differentiate(each);
@@ -471,7 +494,11 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
         by.positive_logits = total.div(-divisor).expand({n});
       }
       by_numbers = by.numbers;
-      if (classes) {
+      if (options.classes_apart) {
+        std::tie(by_rows, by_scale) =
+            cpu::contrastive_apart_bwd(*by.lse, *by.column_lse, rows, scale, *classes, lse, column_lse,
+                                       row_rnorm, kept, options.normalize, rows_need_grad);
+      } else if (classes) {
         std::tie(by_rows, by_scale) = cpu::class_contrastive_bwd(
             *by.lse, rows, scale, *classes, counts, lse, row_rnorm, kept, options.normalize, rows_need_grad);
       } else if (call.runs_directly()) {
@@ -497,12 +524,12 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
     if (at::GradMode::is_enabled()) {
       const variable_list refusing =
           without_second_derivative(kName, {by_rows, by_columns, by_scale, by_numbers, by_bias},
-                                    {rows, saved[1], scale, saved[13], saved[15], grads[0]});
+                                    {saved[0], saved[1], scale, saved[13], saved[15], grads[0]});
       by_rows = refusing[0], by_columns = refusing[1], by_scale = refusing[2], by_numbers = refusing[3],
       by_bias = refusing[4];
     }
     if (!options.are_views || !others) {
-      if (rows_need_grad) by_input[0] = by_rows;
+      if (rows_need_grad) by_input[0] = saved[0].dim() == 2 ? by_rows : by_rows.view(saved[0].sizes());
       if (columns_need_grad) by_input[1] = by_columns;
     } else {
       const int64_t b = rows.size(0);
@@ -532,17 +559,20 @@ std::array<Tensor, 3> bags(int64_t n, int64_t columns) {
 }  // namespace
 
 std::tuple<Tensor, int64_t> contrastive_loss(
-    const Tensor& rows, const OptionalTensor& others, const OptionalTensor& scale, double constant,
+    const Tensor& given, const OptionalTensor& others, const OptionalTensor& scale, double constant,
     const OptionalTensor& classes, const OptionalTensor& row_ids, const OptionalTensor& column_ids,
     const OptionalTensor& positives, const OptionalTensor& numbers, const OptionalTensor& column_bias,
     std::optional<double> positive_prior, bool are_views, bool leaves_partner_out, bool both_directions,
-    bool joint, bool normalize, bool normalize_others, double divisor) {
+    bool joint, bool classes_apart, bool normalize, bool normalize_others, double divisor) {
   RECORD_FUNCTION("ssl_kernels::contrastive_loss", std::vector<c10::IValue>());
   TORCH_CHECK(classes ? !others && !are_views : others || are_views,
               "contrastive_loss: others or classes must be given, or rows that are views");
+  const Tensor rows = classes && given.dim() == 3 ? as_matrix(given) : given;
   TORCH_CHECK(rows.dim() == 2 && (!others || (others->dim() == 2 && others->size(1) == rows.size(1) &&
                                               others->device() == rows.device())),
               "contrastive_loss: rows and others must be 2-d and alike");
+  TORCH_CHECK(!classes_apart || (classes && classes->dim() == 1 && classes->scalar_type() == at::kLong),
+              "contrastive_loss: classes_apart goes with classes that are int64 (N,)");
   const int64_t n = rows.size(0), m = others ? others->size(0) : n;
   const bool bags_too = joint && !are_views, is_mixed = positives && numbers, is_pairs = !are_views && !joint;
   const bool alike = are_views || is_mixed || (is_pairs && both_directions);
@@ -583,17 +613,18 @@ std::tuple<Tensor, int64_t> contrastive_loss(
   if (column_bias)
     check_additions(rows, columns, used, row_ids, both_directions, column_bias, none, none, none,
                     /*only_equal_ids=*/false);
-  refuse_forward_mode(kName, {&rows, others ? &*others : nullptr, &used, numbers ? &*numbers : nullptr,
+  refuse_forward_mode(kName, {&given, others ? &*others : nullptr, &used, numbers ? &*numbers : nullptr,
                               column_bias ? &*column_bias : nullptr});
   OptionalTensor of_bags[3] = {positives, row_ids, column_ids};
   if (bags_too) {
     const auto made = bags(n, m);
     std::copy(made.begin(), made.end(), of_bags);
   }
-  const Options options{are_views, leaves_partner_out, both_directions, joint, normalize, normalize_others};
+  const Options options{are_views, leaves_partner_out, both_directions, joint,
+                        normalize, normalize_others,   classes_apart};
   const auto learns = [](const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); };
   const bool differentiate =
-      at::GradMode::is_enabled() && (rows.requires_grad() || used.requires_grad() || learns(others) ||
+      at::GradMode::is_enabled() && (given.requires_grad() || used.requires_grad() || learns(others) ||
                                      learns(numbers) || learns(column_bias));
   if (!differentiate)
     return forward({rows, others, used, classes, of_bags[1], of_bags[2], of_bags[0], numbers, column_bias,
@@ -602,7 +633,7 @@ std::tuple<Tensor, int64_t> contrastive_loss(
   refuse_torch_func(kName);
   int64_t counted = 0;
   const Tensor loss =
-      ContrastiveLoss::apply(rows, others, scale, constant, classes, of_bags[1], of_bags[2], of_bags[0],
+      ContrastiveLoss::apply(given, others, scale, constant, classes, of_bags[1], of_bags[2], of_bags[0],
                              numbers, column_bias, positive_prior, options, divisor, &counted);
   return {loss, counted};
 }
@@ -616,7 +647,7 @@ TORCH_LIBRARY_FRAGMENT(ssl_kernels, library) {
       "contrastive_loss.native(Tensor rows, Tensor? others, Tensor? scale, float constant, Tensor? classes, "
       "Tensor? row_ids, Tensor? column_ids, Tensor? positives, Tensor? numbers, Tensor? column_bias, "
       "float? positive_prior, bool are_views, bool leaves_partner_out, bool both_directions, bool joint, "
-      "bool normalize, bool normalize_others, float divisor) -> (Tensor, int)",
+      "bool classes_apart, bool normalize, bool normalize_others, float divisor) -> (Tensor, int)",
       &contrastive_loss);
 }
 

@@ -15,6 +15,6 @@ std::tuple<at::Tensor, int64_t> contrastive_loss(
     const std::optional<at::Tensor>& column_ids, const std::optional<at::Tensor>& positives,
     const std::optional<at::Tensor>& numbers, const std::optional<at::Tensor>& column_bias,
     std::optional<double> positive_prior, bool are_views, bool leaves_partner_out, bool both_directions,
-    bool joint, bool normalize, bool normalize_others, double divisor);
+    bool joint, bool classes_apart, bool normalize, bool normalize_others, double divisor);
 
 }  // namespace ssl_kernels

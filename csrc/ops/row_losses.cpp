@@ -22,7 +22,6 @@ using namespace row_rules;
 Rule rule_of(const c10::string_view name) {
   if (name == "beside") return beside;
   if (name == "debiased") return debiased;
-  if (name == "difference") return difference;
   if (name == "softmax") return softmax;
   TORCH_CHECK(name == "mixed", "row_losses: unknown rule ", name);
   return mixed;
@@ -157,8 +156,7 @@ Tensor row_losses(c10::string_view name, at::TensorList inputs, at::ArrayRef<dou
     values += input.dim() > 1 ? static_cast<int>(input.size(1)) : 1;
     refuse_forward_mode("row_losses", {&input});
   }
-  const bool fits = name == "softmax" ? values == 2 || values == 3
-                                      : values == (name == "mixed" ? 4 : name == "difference" ? 2 : 3);
+  const bool fits = name == "softmax" ? values == 2 || values == 3 : values == (name == "mixed" ? 4 : 3);
   TORCH_CHECK(fits && constants.size() == (name == "debiased" ? 3 : 0),
               "row_losses: rule ", name, " does not take ", values, " values and ", constants.size(),
               " constants");

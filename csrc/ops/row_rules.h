@@ -1,4 +1,4 @@
-// What the losses of `row_losses.native`, and one of `contrastive_loss.native`, make of the sums and logits
+// What the losses of `row_losses.native`, and some of `contrastive_loss.native`, make of the sums and logits
 // of a row.
 //
 //   rule        values of a row          loss, with softplus(t) = log(1 + e^t)

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 
 from ssl_kernels.adapters._classes import as_classes
-from ssl_kernels.adapters._shared import mean, scale_of
+from ssl_kernels.adapters._shared import mean
 from ssl_kernels.checks import check_embeddings, check_scalar, shape_error
-from ssl_kernels.losses._shared import inverse_operand, minus_log_sigmoid, native_row_losses, takes_row_losses
-from ssl_kernels.losses._softmax import views_loss
+from ssl_kernels.losses._shared import inverse, inverse_operand, minus_log_sigmoid
+from ssl_kernels.losses._softmax import is_one_node, one_node, views_loss
 from ssl_kernels.ops.contrastive import contrastive
 
 __all__ = ["InfoNCE", "SupervisedInfoNCE"]
@@ -57,10 +57,13 @@ class SupervisedInfoNCE(nn.Module):
         if target.shape != features.shape[:1]:
             raise shape_error("SupervisedInfoNCE", "target", (len(features),), target)
         (classes,) = as_classes(target)
-        scale = scale_of("SupervisedInfoNCE", self.temperature, features)
+        check_scalar("SupervisedInfoNCE", "temperature", self.temperature, features, positive=True)
+        if is_one_node(None, "SupervisedInfoNCE", "mean", None, features, classes, self.temperature):
+            scale = inverse_operand(self.temperature, features)
+            options = {"classes": classes, "classes_apart": True, "normalize": True, "reduction": "mean"}
+            return one_node(features, None, scale, **options)[0]
+        scale = inverse(self.temperature, features)
         options = {"row_ids": classes, "caller": "SupervisedInfoNCE"}
         negatives = contrastive(features, None, scale, **options).lse
         positives = contrastive(features, None, scale, only_equal_ids=True, **options).lse
-        if takes_row_losses(None, "SupervisedInfoNCE", features, negatives, positives):
-            return native_row_losses("difference", (negatives, positives), "mean", features)
         return mean(minus_log_sigmoid(-negatives) - minus_log_sigmoid(-positives), features)

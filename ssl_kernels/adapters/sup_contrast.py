@@ -5,7 +5,7 @@ from torch import nn
 
 from ssl_kernels.adapters._classes import as_classes
 from ssl_kernels.adapters._shared import mean, scale_of
-from ssl_kernels.checks import shape_error
+from ssl_kernels.checks import check_dtype, shape_error
 from ssl_kernels.losses._shared import as_operand
 from ssl_kernels.losses.sup_con import sup_con_sum
 from ssl_kernels.ops.contrastive import contrastive
@@ -44,8 +44,9 @@ class SupConLoss(nn.Module):
         self, features: torch.Tensor, labels: torch.Tensor | None = None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """features (B, V, ...); labels (B,), or mask (B, B) of 0 and 1 with mask[i, j] where j is a positive of i."""
-        if features.dim() < 3:
-            raise shape_error("SupConLoss", "features", "(B, V, ...)", features)
+        check_dtype("SupConLoss", "features", features)
+        if features.dim() < 3 or 0 in features.shape:
+            raise shape_error("SupConLoss", "features", "(B, V, ...), each at least 1", features)
         if labels is not None and mask is not None:
             raise ValueError("SupConLoss: one of labels and mask must be None, got both")
         if self.contrast_mode not in ("all", "one"):
@@ -54,7 +55,7 @@ class SupConLoss(nn.Module):
         if mask is None:
             if labels is None:
                 labels = torch.arange(batch, device=features.device)
-            (labels,) = as_classes(labels.reshape(-1))
+            (labels,) = as_classes(labels if labels.dim() == 1 else labels.reshape(-1))
             if len(labels) != batch:
                 raise ValueError(f"SupConLoss: labels must have length {batch}, got {len(labels)}")
         elif ((mask != 0) & (mask != 1)).any():
@@ -64,7 +65,7 @@ class SupConLoss(nn.Module):
             same = (labels[:, None] == labels) if mask is None else mask.bool()
             rows = features.flatten(2).transpose(0, 1).flatten(0, 1)  # view by view
             return self._of_first_views(rows, same.repeat(1, views).to(rows.dtype), batch) * factor
-        rows = (features if features.dim() == 3 else features.flatten(2)).flatten(0, 1)
+        rows = features if features.dim() == 3 else features.flatten(2)
         if mask is not None:
             mask = mask.bool().repeat_interleave(views, 0).repeat_interleave(views, 1)
         elif views > 1:

@@ -17,7 +17,7 @@ from ssl_kernels.losses._labels import as_ids, bit_sets, check_unlabelled, ranks
 from ssl_kernels.losses._module import Loss
 from ssl_kernels.losses._rows import Groups, less_class_means
 from ssl_kernels.losses._shared import inverse, inverse_operand, not_below_zero, reduce, weighted_mean
-from ssl_kernels.losses._softmax import one_node
+from ssl_kernels.losses._softmax import is_one_node, one_node
 from ssl_kernels.ops.class_contrastive import class_contrastive, takes_classes
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
@@ -93,10 +93,19 @@ def sup_con_loss(
 sup_con_loss.operation = "contrastive"
 
 
-def sup_con_sum(features, labels, temperature, divisor, *, positives=None, normalize):
-    """The losses of `sup_con_loss`, added up and divided by a number."""
+def sup_con_sum(views, labels, temperature, divisor, *, positives=None, normalize):
+    """The losses of `sup_con_loss` over all views, added up and divided by a number.
+
+    Args:
+        views: (B, V, D), none of them 0.
+        labels: (B · V,) int64; None with positives.
+    """
+    if positives is None and is_one_node(None, OP, "sum", None, views, labels, temperature):
+        check_scalar(OP, "temperature", temperature, views, positive=True)
+        scale = inverse_operand(temperature, views)
+        return _class_node(views, labels, scale, normalize=normalize, reduction="sum", divisor=divisor)
     options = {"normalize": normalize, "reduction": "sum", "divisor": divisor}
-    return _sup_con_loss(features, labels, temperature, positives=positives, **options)
+    return _sup_con_loss(views.flatten(0, 1), labels, temperature, positives=positives, **options)
 
 
 def _sup_con_loss(
@@ -127,18 +136,9 @@ def _sup_con_loss(
         and values_are_readable(positives)
     ):
         scale = inverse_operand(temperature, features)
-        loss, counted = one_node(
-            features,
-            None,
-            scale,
-            classes=positives,
-            normalize=normalize,
-            reduction=reduction,
-            divisor=divisor,
+        return _class_node(
+            features, positives, scale, normalize=normalize, reduction=reduction, divisor=divisor
         )
-        if counted == 0:
-            _warn_of_no_positive()
-        return loss
     scale = inverse(temperature, features)
     if not takes_classes(chosen, features) and positives.dim() > 1:
         if backend is not None:
@@ -164,12 +164,19 @@ def _sup_con_loss(
     return weighted_mean(loss, counted).to(accumulation_dtype(features))
 
 
+def _class_node(features, classes, scale, **options):
+    loss, counted = one_node(features, None, scale, classes=classes, **options)
+    if counted == 0:
+        _warn_of_no_positive(5)
+    return loss
+
+
 def _over(divisor, loss):
     return loss if divisor is None else loss / divisor
 
 
-def _warn_of_no_positive():
-    warnings.warn(f"{OP}: no row has another of its label, so the loss is 0", stacklevel=4)
+def _warn_of_no_positive(stacklevel=4):
+    warnings.warn(f"{OP}: no row has another of its label, so the loss is 0", stacklevel=stacklevel)
 
 
 def _positives(features, labels, positives, unlabelled):

@@ -376,7 +376,7 @@ def test_labels_of_any_dtype(labels):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_supervised_info_nce_is_its_formula(dtype):
-    """With classes of one row, which have no positive; native on the CPU, the end of it is one node of autograd."""
+    """With classes of one row, which have no positive; native on the CPU, it is one node of autograd."""
     x, labels = rows(9).to(dtype).requires_grad_(), torch.tensor([0, 1, 1, 2, 0, 0, 3, 1, 4])
     temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     unit = nn.functional.normalize(x.double(), dim=1)
@@ -389,7 +389,7 @@ def test_supervised_info_nce_is_its_formula(dtype):
     for backend in ("native", "chunked"):
         with ssl_kernels.use_backend(backend):
             found = adapters.infonce.SupervisedInfoNCE(temperature)(x, labels)
-        assert ("RowLosses" in found.grad_fn.name()) == (backend == "native")
+        assert ("ContrastiveLoss" in found.grad_fn.name()) == (backend == "native")
         assert found.dtype == torch.promote_types(dtype, torch.float32)
         torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
         for ours, exact in zip(torch.autograd.grad(2 * found, (x, temperature)), truth, strict=True):

@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import ssl_kernels
 from ssl_kernels import losses
 from ssl_kernels.losses._softmax import views_loss
-from ssl_kernels.losses.sup_con import sup_con_sum
 from tests.helpers import BACKENDS, random_rows, same_bits
 from tests.losses import definitions
 from tests.losses.test_one_node import agree, every_reduction
@@ -426,6 +424,13 @@ WRONG = {
     "be equally many": {"others": None, "are_views": True},
     "go one way": {"rows": rows(4), "others": None, "are_views": True, "both_directions": True},
     "with others": {"rows": rows(4), "others": None, "are_views": True, "joint": True},
+    "classes_apart goes with classes": {"classes_apart": True},
+    "that are int64": {
+        "others": None,
+        "classes": torch.zeros(3, 2, dtype=torch.int64),
+        "classes_apart": True,
+    },
+    "2-d and alike": {"rows": rows(4)[None], "others": None, "are_views": True},
 }
 
 
@@ -434,39 +439,10 @@ def test_the_operator_refuses_what_it_would_read_out_of_bounds(message):
     call = {
         "rows": rows(3), "others": rows(3, seed=1), "scale": None, "constant": 1.0, "classes": None, "row_ids": None,
         "column_ids": None, "positives": None, "numbers": None, "column_bias": None, "positive_prior": None,
-        "are_views": False, "leaves_partner_out": False, "both_directions": False, "joint": False, "normalize": True,
-        "normalize_others": True, "divisor": 0.0,
+        "are_views": False, "leaves_partner_out": False, "both_directions": False, "joint": False,
+        "classes_apart": False, "normalize": True, "normalize_others": True, "divisor": 0.0,
     }  # fmt: skip
     run = torch.ops.ssl_kernels.contrastive_loss.native
     assert run(**call)[1] == 3
     with pytest.raises(RuntimeError, match=message):
         run(**call | WRONG[message])
-
-
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 0.05}
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("n", [15, 17, 65, 130, 300])
-@pytest.mark.parametrize("unit", [1, 2**33], ids=["narrow", "wide"])
-def test_classes_in_tiles_on_and_off_the_diagonal(unit, n, dtype, threads, set_threads):
-    """No row is its own positive; labels of more than 32 bits are compared otherwise."""
-    set_threads(threads)
-    labels = torch.randint(n // 4, (n,), generator=torch.Generator().manual_seed(n)) * unit
-    x = rows(n, 21, dtype=dtype).requires_grad_()
-    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    found = losses.sup_con_loss(x, labels, temperature, reduction="sum")
-    assert NODE in found.grad_fn.name()
-    expected = definitions.sup_con_loss(x.double(), labels, temperature).sum().to(found.dtype)
-    agree(found, expected, (x, temperature), TOLERANCES[dtype])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_sum_over_a_divisor(backend):
-    x, labels = rows(7), torch.tensor([0, 1, 0, 2, 2, 2, 5])
-    x.requires_grad_()
-    with ssl_kernels.use_backend(backend):
-        found = sup_con_sum(x, labels, 0.3, 11.0, normalize=True)
-        expected = losses.sup_con_loss(x, labels, 0.3, reduction="sum") / 11
-    agree(found, expected, (x,), 1e-12)
