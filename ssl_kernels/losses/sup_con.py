@@ -103,7 +103,7 @@ def sup_con_sum(views, labels, temperature, divisor, *, positives=None, normaliz
     if positives is None and is_one_node(None, OP, "sum", None, views, labels, temperature):
         check_scalar(OP, "temperature", temperature, views, positive=True)
         scale = inverse_operand(temperature, views)
-        return _class_node(views, labels, scale, normalize=normalize, reduction="sum", divisor=divisor)
+        return _class_node(views, labels, scale, normalize, "sum", divisor)
     options = {"normalize": normalize, "reduction": "sum", "divisor": divisor}
     return _sup_con_loss(views.flatten(0, 1), labels, temperature, positives=positives, **options)
 
@@ -136,9 +136,7 @@ def _sup_con_loss(
         and values_are_readable(positives)
     ):
         scale = inverse_operand(temperature, features)
-        return _class_node(
-            features, positives, scale, normalize=normalize, reduction=reduction, divisor=divisor
-        )
+        return _class_node(features, positives, scale, normalize, reduction, divisor)
     scale = inverse(temperature, features)
     if not takes_classes(chosen, features) and positives.dim() > 1:
         if backend is not None:
@@ -164,8 +162,16 @@ def _sup_con_loss(
     return weighted_mean(loss, counted).to(accumulation_dtype(features))
 
 
-def _class_node(features, classes, scale, **options):
-    loss, counted = one_node(features, None, scale, classes=classes, **options)
+def _class_node(features, classes, scale, normalize, reduction, divisor):
+    loss, counted = one_node(
+        features,
+        None,
+        scale,
+        classes=classes,
+        normalize=normalize,
+        reduction=reduction,
+        divisor=divisor,
+    )
     if counted == 0:
         _warn_of_no_positive(5)
     return loss
