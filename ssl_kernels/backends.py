@@ -16,7 +16,6 @@ import inspect
 import pathlib
 import threading
 import types
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -26,6 +25,7 @@ import torch
 from ssl_kernels._sources import staleness
 from ssl_kernels.checks import check_choice
 from ssl_kernels.preference import architecture_of, prefer
+from ssl_kernels.warning import warn
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -49,7 +49,7 @@ def _warn_if_stale():
     except ValueError:  # an unknown instruction set, which is an error of the first call
         return
     if built and (stale := staleness(built.get("sources"), pathlib.Path(__file__).resolve().parents[1])):
-        warnings.warn(stale, RuntimeWarning, stacklevel=2)
+        warn(stale, RuntimeWarning)
 
 
 _warn_if_stale()

@@ -1,11 +1,10 @@
 """kornia's own classes, whose images are mixed by kernels."""
 
-import warnings
-
 from kornia.augmentation import RandomCutMixV2 as CutMix
 from kornia.augmentation import RandomMixUpV2 as MixUp
 
 from ssl_kernels.adapters.kornia import blend, paste
+from ssl_kernels.warning import warn
 
 
 class RandomMixUpV2(MixUp):
@@ -34,5 +33,5 @@ class RandomCutMixV2(CutMix):
         if len(params["mix_pairs"]) == 1:
             corners = params["crop_src"][0].to(input.device)
             return paste(input, params["mix_pairs"][0].to(input.device), corners)
-        warnings.warn("RandomCutMixV2: num_mix > 1 runs kornia's own code", stacklevel=2)
+        warn("RandomCutMixV2: num_mix > 1 runs kornia's own code", beyond=("kornia",))
         return super().apply_transform(input, params, maybe_flags)

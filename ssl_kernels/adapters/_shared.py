@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-import warnings
 
 import torch
 from torch import nn
@@ -11,6 +10,7 @@ from ssl_kernels.checks import check_scalar
 from ssl_kernels.losses._rows import row_pairs_loss
 from ssl_kernels.losses._shared import inverse
 from ssl_kernels.ops.library import accumulation_dtype
+from ssl_kernels.warning import warn
 
 originals = {}  # from a replaced class or function, as `patch` left it in its library, to the library's own
 _warned = set()
@@ -107,17 +107,19 @@ def original(module, name, why):
         found = getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise ImportError(f"{why}: that is left to {library}, which cannot be imported ({error})") from error
-    warn_once(f"{why}: {module}.{name} itself runs", 4)
+    warn_once(f"{why}: {module}.{name} itself runs", library)
     return originals.get(found, found)
 
 
 def warn_of_fallback(name, library, why):
     """Says once that a call of an adapter runs the original's code. `why`: what the kernels do not cover."""
-    warn_once(f"{name}: {library}'s own code runs, at its speed: the kernels here do not cover {why}", 5)
+    warn_once(
+        f"{name}: {library}'s own code runs, at its speed: the kernels here do not cover {why}", library
+    )
 
 
-def warn_once(message, stacklevel=3):
-    """A warning that a process sees once."""
+def warn_once(message, library):
+    """A warning that a process sees once, of the line that called the adapter or its library."""
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, stacklevel=stacklevel)
+        warn(message, beyond=(library,))

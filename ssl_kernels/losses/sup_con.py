@@ -1,7 +1,5 @@
 """SupCon: all rows of a label attract each other."""
 
-import warnings
-
 import torch
 
 from ssl_kernels import backends
@@ -21,6 +19,7 @@ from ssl_kernels.losses._softmax import is_one_node, one_node
 from ssl_kernels.ops.class_contrastive import class_contrastive, takes_classes
 from ssl_kernels.ops.contrastive import contrastive
 from ssl_kernels.ops.library import accumulation_dtype
+from ssl_kernels.warning import warn
 
 OP = "sup_con_loss"
 
@@ -173,7 +172,7 @@ def _class_node(features, classes, scale, normalize, reduction, divisor):
         divisor=divisor,
     )
     if counted == 0:
-        _warn_of_no_positive(5)
+        _warn_of_no_positive()
     return loss
 
 
@@ -181,8 +180,8 @@ def _over(divisor, loss):
     return loss if divisor is None else loss / divisor
 
 
-def _warn_of_no_positive(stacklevel=4):
-    warnings.warn(f"{OP}: no row has another of its label, so the loss is 0", stacklevel=stacklevel)
+def _warn_of_no_positive():
+    warn(f"{OP}: no row has another of its label, so the loss is 0")
 
 
 def _positives(features, labels, positives, unlabelled):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 import warnings
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from ssl_kernels import losses
+import ssl_kernels
+from ssl_kernels import adapters, losses
+from ssl_kernels.warning import warn
 from tests.helpers import BACKENDS, random_rows, same_bits
 from tests.losses.cases import value_and_gradients
 from tests.losses.test_losses import case_named, every_case_and_operator, every_loss_and_operator
@@ -140,6 +143,25 @@ def test_sup_con_without_any_positive_is_zero_where_no_value_is_looked_at(monkey
 def test_sup_con_of_a_single_row_is_zero():
     with pytest.warns(UserWarning, match="sup_con_loss: "):
         assert losses.sup_con_loss(torch.ones(1, 3), torch.tensor([4])).item() == 0
+
+
+def test_a_warning_names_the_line_that_called():
+    """Of a function, of modules, which torch calls, and of a library that calls an adapter."""
+    x, labels = torch.ones(2, 3), torch.arange(2)
+    library = types.ModuleType("pretended_library")
+    exec("def call(function): return function()", vars(library))
+    calls = (
+        lambda: losses.sup_con_loss(x, labels),
+        lambda: losses.sup_con_loss(x, labels, backend="chunked"),
+        lambda: ssl_kernels.nn.SupConLoss()(x, labels),
+        lambda: adapters.sup_contrast.SupConLoss()(x[:, None], labels),
+        lambda: library.call(functools.partial(warn, "sup_con_loss", beyond=("pretended_library",))),
+    )
+    for call in calls:
+        with pytest.warns(UserWarning, match="sup_con_loss") as found:
+            call()
+        line = call.__code__.co_firstlineno
+        assert (found[0].filename, found[0].lineno) == (__file__, line)
 
 
 def test_sup_con_does_not_warn_when_there_is_a_positive():
