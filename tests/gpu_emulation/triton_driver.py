@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 
 import torch
@@ -66,12 +67,25 @@ def emulated_triton(arch=80, executes=True, **options):
     try:
         yield emulated.launches
     finally:
+        _forget_kernels()  # while the driver is there that they are unloaded by
         driver._active = previous
         hooks.remove(_keep_ptx)
         knobs.cache.dir = cache
 
 
 _loading = {}
+_loaded = []  # the function of each kernel that Triton holds
+MOST_LOADED = 200
+
+
+def _forget_kernels():
+    """Where Triton holds many kernels, it loads them again from its files: each has all texts of its compilation, and a
+    program here, some megabytes, and a run of all tests has thousands."""
+    if len(_loaded) > MOST_LOADED:
+        for function in _loaded:
+            function.device_caches.clear()
+        _loaded.clear()
+        gc.collect()
 
 
 def _keep_ptx(module, function, name, metadata_group, hash):
@@ -107,6 +121,7 @@ class _Utils:
 
 class _Launcher:
     def __init__(self, source, metadata):
+        _loaded.append(source.fn)
         self.signature = dict(source.signature)
         self.metadata = metadata
 
