@@ -5,7 +5,7 @@ from torch import nn
 
 from ssl_kernels.adapters._classes import as_classes
 from ssl_kernels.adapters._shared import mean
-from ssl_kernels.checks import check_embeddings, check_scalar, shape_error
+from ssl_kernels.checks import check_embeddings, check_scalar, check_shape
 from ssl_kernels.losses._shared import inverse, inverse_operand, minus_log_sigmoid
 from ssl_kernels.losses._softmax import is_one_node, one_node, views_loss
 from ssl_kernels.ops.contrastive import contrastive
@@ -54,8 +54,7 @@ class SupervisedInfoNCE(nn.Module):
     def forward(self, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """features (N, D), target (N,)."""
         check_embeddings("SupervisedInfoNCE", features=features)
-        if target.shape != features.shape[:1]:
-            raise shape_error("SupervisedInfoNCE", "target", (len(features),), target)
+        check_shape("SupervisedInfoNCE", "target", target, features.shape[:1], features)
         (classes,) = as_classes(target)
         check_scalar("SupervisedInfoNCE", "temperature", self.temperature, features, positive=True)
         if is_one_node(None, "SupervisedInfoNCE", "mean", None, features, classes, self.temperature):

@@ -98,9 +98,9 @@ def sup_con_sum(views, labels, temperature, divisor, *, positives=None, normaliz
     Args:
         views: (B, V, D), none of them 0.
         labels: (B · V,) int64; None with positives.
+        temperature: As `sup_con_loss` takes it, and checked.
     """
     if positives is None and is_one_node(None, OP, "sum", None, views, labels, temperature):
-        check_scalar(OP, "temperature", temperature, views, positive=True)
         scale = inverse_operand(temperature, views)
         return _class_node(views, labels, scale, normalize, "sum", divisor)
     options = {"normalize": normalize, "reduction": "sum", "divisor": divisor}
