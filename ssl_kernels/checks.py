@@ -282,9 +282,10 @@ def check_target(op, target, classes, ignore_index=None, name="target"):
 
 
 def values_are_readable(*tensors):
-    """Whether looking at values waits for no device: tensors on the CPU that are no stand-ins in a trace."""
+    """Whether values lie in memory and looking at them waits for no device: tensors on the CPU that are no stand-ins in
+    a trace, nor what is to be read with its sign turned (`c.conj().imag` of complex c)."""
     for tensor in tensors:
-        if not tensor.is_cpu:
+        if not tensor.is_cpu or tensor.is_neg():
             return False
     return hold_values(*tensors)
 

@@ -9,7 +9,7 @@ namespace ssl_kernels {
 // numbers is cheaper than the operators that it replaces.
 inline bool can_be_read(const at::Tensor& tensor) {
   return tensor.is_cpu() && !tensor.key_set().has_any(c10::python_ks) && tensor.has_storage() &&
-         !tensor.is_meta();
+         !tensor.is_meta() && !tensor.is_neg();
 }
 
 // What numbers of `storage` are computed in.

@@ -70,12 +70,12 @@ def runs_natively(backend, caller, *call, views=1):
 
 def may_be_one_node(*values):
     """Whether a node of autograd in C++ may stand for several operators: eagerly, without torch.func and dual tensors,
-    for which it has no rule, and where it can read `values`, which plain tensors on the CPU let it."""
+    for which it has no rule, and where it can read `values`: plain tensors on the CPU that lie there as they are."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active() or fwAD._current_level >= 0:
         return False
-    return all(type(value) in _PLAIN and value.is_cpu for value in values)
+    return all(type(value) in _PLAIN and value.is_cpu and not value.is_neg() for value in values)
 
 
 def takes_row_losses(backend, caller, x, *values):

@@ -109,6 +109,22 @@ def test_sup_con_without_any_positive_is_zero_and_warns(backend):
         assert (features == 0).all() and temperature == 0
 
 
+@every_case_and_operator
+def test_values_that_are_read_with_their_sign_turned(case, backend):
+    """As `c.conj().imag` of complex c are. Only torch's dispatcher turns the sign, and kernels may be called past it."""
+    for dtype in (torch.float64, torch.float32):
+        plain = case.arguments(6, 5, dtype)
+        turned = {
+            name: torch._neg_view(value.detach().neg().requires_grad_(value.requires_grad))
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+            else value
+            for name, value in plain.items()
+        }
+        expected, found = (value_and_gradients(case.ours(backend), case, given) for given in (plain, turned))
+        for truth, ours in zip(expected, found, strict=True):
+            torch.testing.assert_close(ours.resolve_neg(), truth)
+
+
 def test_numbers_of_numpy_are_numbers():
     z0, z1 = random_rows(6, 4), random_rows(6, 4, seed=1)
     half = np.float32(0.5)
