@@ -111,7 +111,7 @@ def test_sup_con_without_any_positive_is_zero_and_warns(backend):
 
 @every_case_and_operator
 def test_values_that_are_read_with_their_sign_turned(case, backend):
-    """As `c.conj().imag` of complex c are. Only torch's dispatcher turns the sign, and kernels may be called past it."""
+    """As `c.conj().imag` of complex c are. Only torch's dispatcher turns it, and kernels may be called past that."""
     for dtype in (torch.float64, torch.float32):
         plain = case.arguments(6, 5, dtype)
         turned = {
