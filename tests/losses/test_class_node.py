@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import ssl_kernels
-from ssl_kernels import _C, losses
+from ssl_kernels import backends, losses
 from ssl_kernels.adapters.infonce import SupervisedInfoNCE
 from ssl_kernels.losses.sup_con import sup_con_sum
 from ssl_kernels.memory import kept_at_most
@@ -155,7 +155,7 @@ torch.save(instruction_set_results(), sys.argv[1])
 
 
 def test_instruction_sets_agree(tmp_path):
-    for name in _C.build_info()["cpu_instruction_sets"]:
+    for name in backends.extension.build_info()["cpu_instruction_sets"]:
         run_python(SAVE_RESULTS, str(tmp_path / name), SSL_KERNELS_CPU=name)
         for found, here in zip(torch.load(tmp_path / name), instruction_set_results(), strict=True):
             tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.02}[here.dtype]
