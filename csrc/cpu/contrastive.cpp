@@ -21,6 +21,8 @@
 //   kFixedShift, that bound is the shift of every row and column: tiles hold dot products v, scale enters
 //   with the exponent, 2^(factor * v - shift), and of kept tiles these exponentials are kept. Above it tiles
 //   hold s * log2 e, and rows and columns get running maxima, whose entries then count exactly 1.
+// Sums over other classes and over a row's own (classes_apart) are of one walk: of the same exponentials
+//   under a fixed shift, else of two copies of the tile, which takes twice the exponentials.
 // Calls in one direction whose rows weigh alike are made otherwise where that pays: contrastive_gradients.h.
 // One file, although a long one: forward and backward are walks over the tiles of one `Problem`, and what one
 //   keeps the other reads.
@@ -66,6 +68,12 @@ constexpr double kFixedShift = 43;
 constexpr int64_t kKeptBytes = 24 << 20, kNarrow = 32, kWide = 256;
 // More threads than this share too little memory bandwidth to keep more than kKeptBytes (an estimate).
 constexpr int64_t kFewThreads = 8;
+
+template <class acc_t>
+void copy_entries(const Tile<acc_t>& from, const Tile<acc_t>& to) {
+  for (int64_t row = 0; row < from.i.size; ++row)
+    std::copy_n(from.s + row * from.ld, from.j.size, to.s + row * to.ld);
+}
 
 // One call: its tiles of logits in units of log 2, and what is masked and looked up in them.
 template <class scalar_t, class acc_t>
@@ -254,8 +262,7 @@ class Problem : public Tiles<acc_t> {
   Tile copied(const Tile& tile, int thread) const {
     const Tile copy{tile.i, tile.j, second_.template mutable_data_ptr<acc_t>() + thread * second_.stride(0),
                     second_.stride(1)};
-    for (int64_t row = 0; row < tile.i.size; ++row)
-      std::copy_n(tile.s + row * tile.ld, tile.j.size, copy.s + row * copy.ld);
+    copy_entries(tile, copy);
     return copy;
   }
 
@@ -601,9 +608,7 @@ ContrastiveBwd backward(const ContrastiveArgs& args, const ContrastiveSaved& sav
                                 shift + j, weight + j);
     };
     const auto own = problem.of_classes(/*own=*/true, classes, logits, thread);
-    if (tile.s != logits.s)
-      for (int64_t k = 0; k < tile.i.size; ++k)
-        std::copy_n(logits.s + k * logits.ld, tile.j.size, tile.s + k * tile.ld);
+    if (tile.s != logits.s) copy_entries(logits, tile);
     problem.leave_out(/*own=*/true, classes, tile);
     shifted(tile, of_rows);
     shifted(own, of_columns);

@@ -455,7 +455,7 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor rows = as_matrix(saved[0]);
+    const Tensor rows = as_matrix(saved[0]), grad = without_negation(grads[0]);
     const Tensor &scale = saved[2], &lse = saved[6], &column_lse = saved[7],
                  &row_rnorm = saved[8], &column_rnorm = saved[9], &kept = saved[10], &counts = saved[11];
     const OptionalTensor others = if_defined(saved[1]), classes = if_defined(saved[3]),
@@ -480,15 +480,15 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       const int64_t n = call.row_count();
       ByTerms by;
-      if (can_be_read(grads[0]) && can_be_read(lse)) {
-        const double each = number_in(grads[0]) / divisor;
+      if (can_be_read(grad) && can_be_read(lse)) {
+        const double each = number_in(grad) / divisor;
         if (classes && !options.classes_apart)
           by.lse = filled(n, each, lse.options());
         else
           by = Losses(call, lse, column_lse, positive_logits).differentiate(each);
       } else {
         TORCH_CHECK(!call.has_rule(), kName, ": the gradient of the loss must be readable on the cpu");
-        const Tensor total = grads[0].to(at::kDouble);
+        const Tensor total = grad.to(at::kDouble);
         by.lse = total.div(options.both_directions ? 2 * divisor : divisor).expand({n});
         if (options.both_directions) by.column_lse = by.lse;
         by.positive_logits = total.div(-divisor).expand({n});

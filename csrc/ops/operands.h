@@ -12,6 +12,11 @@ inline bool can_be_read(const at::Tensor& tensor) {
          !tensor.is_meta() && !tensor.is_neg();
 }
 
+// With its numbers as they lie in memory: torch may hold a tensor that is to be read with its sign turned.
+inline at::Tensor without_negation(const at::Tensor& tensor) {
+  return tensor.is_neg() ? tensor.resolve_neg() : tensor;
+}
+
 // What numbers of `storage` are computed in.
 inline at::ScalarType accumulation_type(at::ScalarType storage) {
   return storage == at::kDouble ? at::kDouble : at::kFloat;

@@ -105,7 +105,8 @@ struct RowLosses : Function<RowLosses> {
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       results = gradients(inputs, rule_of(ctx->saved_data["name"].toStringRef()),
-                          ctx->saved_data["constants"].toDoubleVector(), grads[0], reduction == "mean");
+                          ctx->saved_data["constants"].toDoubleVector(), without_negation(grads[0]),
+                          reduction == "mean");
     }
     variable_list origins = inputs;
     origins.push_back(grads[0]);

@@ -82,7 +82,8 @@ struct RowPairsLoss : Function<RowPairsLoss> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list kept = ctx->get_saved_variables();
-    const Tensor &grad = grads[0], &x = kept[0];
+    const Tensor grad = without_negation(grads[0]);
+    const Tensor& x = kept[0];
     TORCH_CHECK(can_be_read(grad), "row_pairs_loss: the loss's gradient must be readable on the cpu");
     auto& data = ctx->saved_data;
     const OptionalTensor z = if_defined(kept[2]);

@@ -80,7 +80,7 @@ MOST_LOADED = 200
 
 def _forget_kernels():
     """Where Triton holds many kernels, it loads them again from its files: each has all texts of its compilation, and a
-    program here, some megabytes, and a run of all tests has thousands."""
+    program here, about two megabytes."""
     if len(_loaded) > MOST_LOADED:
         for function in _loaded:
             function.device_caches.clear()
