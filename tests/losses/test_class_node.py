@@ -50,9 +50,10 @@ def test_classes_in_tiles_on_and_off_the_diagonal(unit, n, dtype, threads, set_t
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_sum_over_a_divisor(backend):
-    """Of views, whose rows lie apart in memory too; labels are those of the rows."""
+    """Of views, also of those that begin later in memory or lie apart there; labels are those of the rows."""
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 5, 3])
-    for x in (rows(12).view(6, 2, 5), rows(12, 10).view(2, 6, 10).transpose(0, 1)[..., ::2]):
+    later, spread = rows(14).view(7, 2, 5)[1:], rows(12, 10).view(2, 6, 10).transpose(0, 1)[..., ::2]
+    for x in (rows(12).view(6, 2, 5), later, spread):
         x.requires_grad_()
         with ssl_kernels.use_backend(backend):
             found = sup_con_sum(x, labels, 0.3, 11.0, normalize=True)

@@ -121,11 +121,12 @@ def test_values_that_are_read_with_their_sign_turned(case, backend):
             for name, value in plain.items()
         }
         expected = value_and_gradients(case.ours(backend), case, plain, torch.tensor(-2, dtype=dtype))
-        value = case.ours(backend)(**turned)
-        weight = torch._neg_view(torch.full_like(value, 2))
-        found = torch.autograd.grad(value, list(case.leaves(turned).values()), weight)
-        for truth, ours in zip(expected, (value, *found), strict=True):
-            torch.testing.assert_close(ours.resolve_neg(), truth)
+        for given in (plain, turned):
+            value = case.ours(backend)(**given)
+            weight = torch._neg_view(torch.full_like(value, 2))
+            found = torch.autograd.grad(value, list(case.leaves(given).values()), weight)
+            for truth, ours in zip(expected, (value, *found), strict=True):
+                torch.testing.assert_close(ours.resolve_neg(), truth)
 
 
 def test_numbers_of_numpy_are_numbers():
