@@ -1,6 +1,7 @@
-"""Settings of every test: uninitialised memory is poisoned, and property tests repeat themselves in CI."""
+"""Settings of all tests: uninitialised memory is poisoned, property tests repeat themselves in CI, Ctrl-C stops."""
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -11,6 +12,10 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("short", deadline=None, max_examples=5, derandomize=True)
 hypothesis.settings.load_profile("default")
+
+# A shell lets what it runs in the background ignore Ctrl-C, which the tests of interrupted trainings press.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

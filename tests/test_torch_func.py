@@ -1,4 +1,5 @@
-"""torch.func over every public function: right in the reference, an error that names it on the other backends."""
+"""torch.func over every public function: right in the reference, an error that names it on the other backends.
+And batches of gradients, which reach a backward under vmap: right on every backend."""
 
 import pytest
 import torch
@@ -31,15 +32,15 @@ def calls():
         arguments = case.arguments(6, 4, requires_grad=False)
         leaves = case.leaves(arguments)
 
-        def loss(leaves, backend, case=case, arguments=arguments):
-            return case.ours(backend)(**arguments | leaves)
+        def loss(leaves, backend, case=case, arguments=arguments, **options):
+            return case.ours(backend, **options)(**arguments | leaves)
 
         made[case.name] = (loss, leaves)
     for name, (x, options) in mixing_calls().items():
 
-        def mixed(leaves, backend, name=name, options=options):
+        def mixed(leaves, backend, name=name, options=options, reduction="mean"):
             result = getattr(ssl_kernels, name)(leaves["x"], **options, backend=backend)
-            return result.square().sum()
+            return result if reduction == "none" else result.square().mean()
 
         made[name] = (mixed, {"x": x})
     return made
@@ -68,8 +69,12 @@ def test_every_function_with_a_derivative_is_called():
     assert called == {name for name in ssl_kernels.__all__ if name not in without}
 
 
+def trained(leaves):
+    return {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+
+
 def gradients(call, leaves):
-    leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+    leaves = trained(leaves)
     return torch.autograd.grad(call(leaves, "reference"), list(leaves.values()))
 
 
@@ -95,6 +100,63 @@ def test_other_backends_name_the_reference(name, backend):
     for transform, operands in ((grad, leaves), (lambda f: vmap(grad(f)), both)):
         with pytest.raises(NotImplementedError, match=r'inside torch\.func; backend="reference" '):
             transform(lambda leaves: call(leaves, backend))(operands)
+
+
+@every_call
+@pytest.mark.parametrize("backend", ["reference", *OPERATORS])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_may_come_as_a_batch(name, backend, reduction):
+    """As from jacobian(vectorize=True), and from methods that combine the gradients of several tasks."""
+    call, leaves = CALLS[name]
+    leaves = trained(leaves)
+    loss, operands = call(leaves, backend, reduction=reduction), list(leaves.values())
+    grads = torch.randn(3, *loss.shape, dtype=loss.dtype, generator=torch.Generator().manual_seed(1))
+    expected = [torch.autograd.grad(loss, operands, each, retain_graph=True) for each in grads]
+    found = torch.autograd.grad(loss, operands, grads, is_grads_batched=True)
+    for ours, *truth in zip(found, *expected, strict=True):
+        torch.testing.assert_close(ours, torch.stack(truth))
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "sup_con", "clip", "siglip", "byol", "swav", "vicreg", "mae"])
+@pytest.mark.parametrize("backend", OPERATORS)
+def test_a_batch_of_gradients_is_not_differentiated_again(name, backend):
+    call, leaves = CALLS[name]
+    leaves = trained(leaves)
+    loss, operands = call(leaves, backend), list(leaves.values())
+    slope = torch.autograd.grad(loss, operands[0], create_graph=True)[0]
+    found = torch.autograd.grad(
+        loss, operands[0], torch.ones(2, dtype=loss.dtype), is_grads_batched=True, create_graph=True
+    )[0]
+    torch.testing.assert_close(found, torch.stack((slope, slope)))
+    with pytest.raises(
+        RuntimeError, match=f'"{backend}" has no second derivative; backend="reference" has one'
+    ):
+        torch.autograd.grad(found.square().sum(), operands[0])
+
+
+@pytest.mark.parametrize("backend", OPERATORS)
+def test_a_batch_of_no_gradients_is_refused(backend):
+    call, leaves = CALLS["nt_xent"]
+    leaves = trained(leaves)
+    loss, operands = call(leaves, backend), list(leaves.values())
+    with pytest.raises(RuntimeError, match="a batch of gradients must hold at least one"):
+        vmap(lambda grad: torch.autograd.grad(loss, operands, grad))(loss.new_empty(0))
+
+
+@pytest.mark.parametrize("backend", ["reference", *OPERATORS])
+@pytest.mark.parametrize("name", ["nt_xent", "swav", "vicreg"])
+def test_batches_of_gradients_may_be_nested(name, backend):
+    call, leaves = CALLS[name]
+    leaves = trained(leaves)
+    loss, operands = call(leaves, backend, reduction="none"), list(leaves.values())
+
+    def slope(grad):
+        return torch.autograd.grad(loss, operands[0], grad, retain_graph=True)[0]
+
+    grads = torch.randn(2, 3, *loss.shape, dtype=loss.dtype, generator=torch.Generator().manual_seed(1))
+    expected = torch.stack([torch.stack([slope(grad) for grad in row]) for row in grads])
+    torch.testing.assert_close(vmap(vmap(slope))(grads), expected)
+    torch.testing.assert_close(vmap(vmap(slope), in_dims=1, out_dims=1)(grads), expected)
 
 
 def test_labels_may_be_mapped_over_too():

@@ -288,7 +288,7 @@ Made mine(const Tensor& embeddings, const Tensor& labels, double margin, const O
   return made;
 }
 
-struct SemiHard : Function<SemiHard> {
+struct SemiHard : Node<SemiHard> {
   static Made run(const Tensor& embeddings, const Tensor& labels, const Tensor& margin,
                   const Options& options, bool differentiate) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -307,7 +307,7 @@ struct SemiHard : Function<SemiHard> {
     return number(made.loss, accumulation_type(embeddings));
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list differentiate(AutogradContext* ctx, const variable_list& grads) {
     const variable_list kept = ctx->get_saved_variables();
     const Tensor &embeddings = kept[0], &margin = kept[1], &made = kept[2];
     variable_list by_input(4);

@@ -192,7 +192,7 @@ Tensor composed(const Tensor& embeddings, const Triplets& triplets, const Tensor
   return (options.reduction == "mean" ? sum.div(complete.sum().clamp_min(1)) : sum).to(acc);
 }
 
-struct TripletLoss : Function<TripletLoss> {
+struct TripletLoss : Node<TripletLoss> {
   static Tensor forward(AutogradContext* ctx, const Tensor& embeddings, const Tensor& margin,
                         const Triplets& triplets, Options options) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -215,7 +215,7 @@ struct TripletLoss : Function<TripletLoss> {
     });
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list differentiate(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &embeddings = saved[0], &margin = saved[1];
     const Triplets triplets{saved[2], saved[3], saved[4]};

@@ -14,6 +14,10 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
+
+#include "batches.h"
 
 namespace ssl_kernels {
 
@@ -49,6 +53,39 @@ inline variable_list savable(variable_list tensors) {
   return tensors;
 }
 
+using Backward = variable_list (*)(AutogradContext*, const variable_list&);
+
+// Whether the backward that runs here is one of several that share what the forward made.
+inline thread_local bool is_one_of_several = false;
+
+// `backward` of the gradients, or where they come as a batch, of each in turn.
+inline variable_list in_turn(Backward backward, AutogradContext* ctx, const variable_list& grads) {
+  const Batches batches(grads);
+  if (batches.size() == 0) return backward(ctx, grads);
+  struct Shared {
+    const bool before = std::exchange(is_one_of_several, true);
+    ~Shared() { is_one_of_several = before; }
+  } const shared;
+  std::vector<variable_list> made;
+  for (int64_t i = 0; i < batches.size(); ++i) made.push_back(in_turn(backward, ctx, batches[i]));
+  variable_list result = made[0];
+  for (size_t k = 0; k < result.size(); ++k) {
+    if (!result[k].defined()) continue;
+    variable_list parts;
+    for (const variable_list& one : made) parts.push_back(one[k]);
+    result[k] = batches.together(parts);
+  }
+  return result;
+}
+
+// A node of autograd: its class has `forward`, and as its backward `differentiate`.
+template <class Class>
+struct Node : Function<Class> {
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    return in_turn(&Class::differentiate, ctx, grads);
+  }
+};
+
 // Operators that are differentiated once must not be differentiated again as if their gradients were
 // constants.
 struct NoSecondDerivative : Function<NoSecondDerivative> {
@@ -67,7 +104,7 @@ struct NoSecondDerivative : Function<NoSecondDerivative> {
 
 // A gradient that the forward made of a loss, times that of the loss: in place if nobody asks for it again.
 inline Tensor made_weighted(const Tensor& made, double grad) {
-  if (torch::autograd::get_current_graph_task_keep_graph()) return made.mul(grad);
+  if (is_one_of_several || torch::autograd::get_current_graph_task_keep_graph()) return made.mul(grad);
   return grad == 1 ? made : made.mul_(grad);
 }
 
@@ -112,11 +149,11 @@ inline void refuse_torch_func(const char* op) {
 
 // What a node makes of `args`: by its forward alone, without a context, where there is nothing to
 // differentiate by. `op` stands in errors.
-template <class Node, class... Args>
+template <class Class, class... Args>
 Tensor as_node(const char* op, bool needs_grad, const Args&... args) {
-  if (!needs_grad || !at::GradMode::is_enabled()) return Node::forward(nullptr, args...);
+  if (!needs_grad || !at::GradMode::is_enabled()) return Class::forward(nullptr, args...);
   refuse_torch_func(op);
-  return Node::apply(args...);
+  return Class::apply(args...);
 }
 
 }  // namespace ssl_kernels

@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_losses, const Tensor& row
                                     kept, normalize, rows_need_grad);
 }
 
-struct ClassContrastive : Function<ClassContrastive> {
+struct ClassContrastive : Node<ClassContrastive> {
   static variable_list forward(AutogradContext* ctx, const Tensor& rows, const Tensor& scale,
                                const Tensor& positives, bool normalize) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -58,7 +58,7 @@ struct ClassContrastive : Function<ClassContrastive> {
     return {losses, counts, lse, row_rnorm, kept};
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list differentiate(AutogradContext* ctx, const variable_list& grads) {
     variable_list by_input(4);
     if (!grads[0].defined()) return by_input;
     const variable_list saved = ctx->get_saved_variables();

@@ -41,7 +41,7 @@ struct Options {
   Tensor bias;
 };
 
-struct ClusterLoss : Function<ClusterLoss> {
+struct ClusterLoss : Node<ClusterLoss> {
   static Tensor forward(AutogradContext* ctx, at::TensorList features, const Tensor& prototypes,
                         const Tensor& scale, const Tensor& weights, const Options& options) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -82,7 +82,7 @@ struct ClusterLoss : Function<ClusterLoss> {
     return made.losses.mul(weights).sum().to(acc);
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list differentiate(AutogradContext* ctx, const variable_list& grads) {
     const variable_list kept = ctx->get_saved_variables();
     const size_t count = kept.size() - 5;
     const Tensor &prototypes = kept[count], &scale = kept[count + 1], &by_rows = kept[count + 2],

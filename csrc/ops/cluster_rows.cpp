@@ -94,7 +94,7 @@ std::vector<Tensor> view_cross_entropy_bwd(const Tensor& weights, at::TensorList
   return cpu::view_cross_entropy_bwd(weights, views, std::vector<bool>(needs.begin(), needs.end()));
 }
 
-struct ViewLoss : Function<ViewLoss> {
+struct ViewLoss : Node<ViewLoss> {
   static Tensor forward(AutogradContext* ctx, at::TensorList student, at::TensorList teacher, double scale,
                         double steepness, const OptionalTensor& bias, std::vector<int64_t> pairs, bool mean) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -120,7 +120,7 @@ struct ViewLoss : Function<ViewLoss> {
     return at::scalar_tensor(sum * share, losses.options().dtype(acc));
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list differentiate(AutogradContext* ctx, const variable_list& grads) {
     variable_list kept = ctx->get_saved_variables();
     const Tensor bias = kept.back();
     kept.pop_back();

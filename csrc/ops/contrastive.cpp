@@ -66,7 +66,7 @@ cpu::ContrastiveBwd backward_on_cpu(
 
 constexpr size_t kSaved = 11;  // tensors that every call saves; the additions follow
 
-struct Contrastive : Function<Contrastive> {
+struct Contrastive : Node<Contrastive> {
   static variable_list forward(AutogradContext* ctx, const Tensor& rows, const OptionalTensor& columns,
                                const Tensor& scale, const OptionalTensor& positives,
                                const OptionalTensor& row_ids, const OptionalTensor& column_ids,
@@ -107,7 +107,7 @@ struct Contrastive : Function<Contrastive> {
     return {lse, column_lse, positive_logits, row_rnorm, column_rnorm, kept};
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list differentiate(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const auto flags = ctx->saved_data["flags"].toBoolList();
     const bool both_directions = flags[3];

@@ -412,7 +412,7 @@ Tensor scale_of(const OptionalTensor& scale, double constant, const Tensor& rows
              : at::scalar_tensor(constant, rows.options().dtype(dtype));
 }
 
-struct ContrastiveLoss : Function<ContrastiveLoss> {
+struct ContrastiveLoss : Node<ContrastiveLoss> {
   static constexpr size_t kInputs = 14;
 
   static Tensor forward(AutogradContext* ctx, const Tensor& given, const OptionalTensor& others,
@@ -453,7 +453,7 @@ struct ContrastiveLoss : Function<ContrastiveLoss> {
     return loss;
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list differentiate(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor rows = as_matrix(saved[0]), grad = without_negation(grads[0]);
     const Tensor &scale = saved[2], &lse = saved[6], &column_lse = saved[7],

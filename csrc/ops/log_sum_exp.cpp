@@ -13,7 +13,7 @@
 namespace ssl_kernels {
 namespace {
 
-struct LogSumExp : Function<LogSumExp> {
+struct LogSumExp : Node<LogSumExp> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, double constant, bool wide) {
     const double *values = x.const_data_ptr<double>(), *end = values + x.numel();
     double top = *std::max_element(values, end), sum = 0;
@@ -27,7 +27,7 @@ struct LogSumExp : Function<LogSumExp> {
     return cpu::number(total + constant, wide ? at::kDouble : at::kFloat);
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list differentiate(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor& x = saved[0];
     variable_list made(3);

@@ -15,7 +15,7 @@
 namespace ssl_kernels {
 namespace {
 
-struct PairedLogits : Function<PairedLogits> {
+struct PairedLogits : Node<PairedLogits> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const Tensor& scale,
                         bool normalize) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -33,7 +33,7 @@ struct PairedLogits : Function<PairedLogits> {
     return products.mul(scale);
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list differentiate(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &grad = grads[0], &x = saved[0], &y = saved[1], &scale = saved[2], &unit = saved[3];
     const Tensor &products = saved[4], &x_rnorm = saved[5], &y_rnorm = saved[6];

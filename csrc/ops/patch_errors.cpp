@@ -75,7 +75,7 @@ double weighted_sum(const Tensor& losses, const Tensor& share) {
   return several ? sum : w[0] == 0 ? 0 : sum * static_cast<double>(w[0]);
 }
 
-struct MAELoss : Function<MAELoss> {
+struct MAELoss : Node<MAELoss> {
   static Tensor forward(AutogradContext* ctx, const Tensor& prediction, const Tensor& target,
                         const OptionalTensor& mask, double eps, bool normalize, bool mean) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -89,7 +89,7 @@ struct MAELoss : Function<MAELoss> {
     return at::scalar_tensor(sum, losses.options());
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list differentiate(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &prediction = saved[0], &share = saved[4];
     variable_list made(6);

@@ -85,7 +85,7 @@ Tensor forward(const variable_list& inputs, Rule rule, const std::vector<double>
                            options.dtype(wide ? at::kDouble : at::kFloat));
 }
 
-struct RowLosses : Function<RowLosses> {
+struct RowLosses : Node<RowLosses> {
   static Tensor forward(AutogradContext* ctx, at::TensorList inputs, std::string name,
                         std::vector<double> constants, std::string reduction, bool wide) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -98,7 +98,7 @@ struct RowLosses : Function<RowLosses> {
     return loss;
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list differentiate(AutogradContext* ctx, const variable_list& grads) {
     const variable_list inputs = ctx->get_saved_variables();
     const std::string reduction = ctx->saved_data["reduction"].toStringRef();
     variable_list results;

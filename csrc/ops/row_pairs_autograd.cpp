@@ -26,7 +26,7 @@ const auto& backward_op() {
   return op;
 }
 
-struct RowPairs : Function<RowPairs> {
+struct RowPairs : Node<RowPairs> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& y,
                                const OptionalTensor& z, bool normalize, std::string_view measure) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -39,7 +39,7 @@ struct RowPairs : Function<RowPairs> {
     return {values, saved};
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list differentiate(AutogradContext* ctx, const variable_list& grads) {
     variable_list by_input(5);
     if (!grads[0].defined()) return by_input;
     const variable_list saved = ctx->get_saved_variables();

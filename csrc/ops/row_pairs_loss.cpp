@@ -43,7 +43,7 @@ Tensor weighted(const Tensor& slopes, const Tensor& grad) {
   return result;
 }
 
-struct RowPairsLoss : Function<RowPairsLoss> {
+struct RowPairsLoss : Node<RowPairsLoss> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const OptionalTensor& z,
                         bool normalize, const std::string& measure, const cpu::PairRule& rule,
                         const std::string& reduction, const std::string& caller) {
@@ -80,7 +80,7 @@ struct RowPairsLoss : Function<RowPairsLoss> {
     return narrow;
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list differentiate(AutogradContext* ctx, const variable_list& grads) {
     const variable_list kept = ctx->get_saved_variables();
     const Tensor grad = without_negation(grads[0]);
     const Tensor& x = kept[0];

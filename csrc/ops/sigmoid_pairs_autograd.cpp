@@ -29,7 +29,7 @@ const auto& backward_op() {
   return op;
 }
 
-struct SigmoidPairs : Function<SigmoidPairs> {
+struct SigmoidPairs : Node<SigmoidPairs> {
   static variable_list forward(AutogradContext* ctx, const Tensor& rows, const Tensor& columns,
                                const Tensor& scale, const Tensor& bias, int64_t diagonal, bool normalize_rows,
                                bool normalize_columns, bool total, bool rows_need_grad,
@@ -50,7 +50,7 @@ struct SigmoidPairs : Function<SigmoidPairs> {
     return {losses, grad_rows, grad_columns, grad_scale, grad_bias};
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list differentiate(AutogradContext* ctx, const variable_list& grads) {
     variable_list by_input(13);
     if (!grads[0].defined()) return by_input;
     const variable_list saved = ctx->get_saved_variables();

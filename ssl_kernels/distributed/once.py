@@ -4,6 +4,8 @@ import functools
 
 import torch
 
+from ssl_kernels.ops.library import in_turn
+
 
 class _Once(torch.autograd.Function):
     """Gradients in a graph of their own, so that differentiating them is an error."""
@@ -22,6 +24,9 @@ def once(backward):
 
     @functools.wraps(backward)
     def run(ctx, *grads):
+        return in_turn(functools.partial(run_once, ctx), *grads)
+
+    def run_once(ctx, *grads):
         with torch.no_grad():
             results = backward(ctx, *grads)
         if not torch.is_grad_enabled():

@@ -125,7 +125,7 @@ class _Correlation(torch.autograd.Function):
         x, y, mean, other_mean, *scale, correlation, count = ctx.saved_tensors
         needs = ctx.needs_input_grad[4:6]
 
-        def make():
+        def make(grad_on, grad_off):
             with torch.autocast(x.device.type, enabled=False):
                 on_diagonal = correlation.diagonal()
                 by_correlation = (2 * grad_off)[:, None] * correlation
@@ -147,7 +147,7 @@ class _Correlation(torch.autograd.Function):
 
                 return _joined(of_block, x, needs)
 
-        made = once(ctx.op, ctx.chosen, needs, make, grad_on, grad_off, x, y)
+        made = once(ctx.op, ctx.chosen, needs, make, (grad_on, grad_off), x, y)
         return None, None, None, None, *made, None
 
 
@@ -178,7 +178,7 @@ class _CorrelationSums(torch.autograd.Function):
         x, y, on_diagonal, mean, scale, other_mean, other_scale, gram, other_gram = ctx.saved_tensors
         needs, n = ctx.needs_input_grad[2:4], x.shape[0]
 
-        def make():
+        def make(grad_on, grad_off):
             with torch.autocast(x.device.type, enabled=False):
                 acc = mean.dtype
                 twice = (2 * grad_off).to(acc)
@@ -198,7 +198,7 @@ class _CorrelationSums(torch.autograd.Function):
                     grads.append(made.mul_(shrink).to(x.dtype))
             return tuple(grads)
 
-        return None, None, *once(ctx.op, ctx.chosen, needs, make, grad_on, grad_off, x, y), None
+        return None, None, *once(ctx.op, ctx.chosen, needs, make, (grad_on, grad_off), x, y), None
 
 
 class _Covariance(torch.autograd.Function):
@@ -219,14 +219,14 @@ class _Covariance(torch.autograd.Function):
     def backward(ctx, grad_variance, grad_off):
         x, mean, covariance, count = ctx.saved_tensors
 
-        def make():
+        def make(grad_variance, grad_off):
             with torch.autocast(x.device.type, enabled=False):
                 by_covariance = 2 * (grad_off[:, None] + grad_off) * covariance
                 by_covariance.diagonal().copy_(2 * grad_variance)
                 centred = x.to(mean.dtype) - mean
                 return ((centred @ by_covariance).mul_(ctx.world / (count - 1)).to(x.dtype),)
 
-        return None, None, None, None, *once(ctx.op, ctx.chosen, (True,), make, grad_variance, grad_off, x)
+        return None, None, None, None, *once(ctx.op, ctx.chosen, (True,), make, (grad_variance, grad_off), x)
 
 
 class _CovarianceSums(torch.autograd.Function):
@@ -255,7 +255,7 @@ class _CovarianceSums(torch.autograd.Function):
     def backward(ctx, grad_variance, grad_off):
         x, mean, variance, gram = ctx.saved_tensors
 
-        def make():
+        def make(grad_variance, grad_off):
             with torch.autocast(x.device.type, enabled=False):
                 last = x.shape[0] - 1
                 factor = (4 * grad_off).to(mean.dtype) / last
@@ -268,7 +268,7 @@ class _CovarianceSums(torch.autograd.Function):
                     made = centred @ product
                 return (made.addcmul_(centred, own).to(x.dtype),)
 
-        return None, None, *once(ctx.op, ctx.chosen, (True,), make, grad_variance, grad_off, x)
+        return None, None, *once(ctx.op, ctx.chosen, (True,), make, (grad_variance, grad_off), x)
 
 
 class _MeanSquares(torch.autograd.Function):
@@ -287,11 +287,11 @@ class _MeanSquares(torch.autograd.Function):
         x, y, count = ctx.saved_tensors
         needs = ctx.needs_input_grad[4:6]
 
-        def make():
+        def make(grad):
             by_x = (x.to(grad.dtype) - y.to(grad.dtype)).mul_(2 * ctx.world / count * grad).to(x.dtype)
             return by_x, -by_x
 
-        return None, None, None, None, *once(ctx.op, ctx.chosen, needs, make, grad, x, y)
+        return None, None, None, None, *once(ctx.op, ctx.chosen, needs, make, (grad,), x, y)
 
 
 def few_rows(x):

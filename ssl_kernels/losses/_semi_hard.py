@@ -62,7 +62,7 @@ class _SemiHard(torch.autograd.Function):
     def backward(ctx, grad, _):
         embeddings, labels, margin, *of_sum = ctx.saved_tensors
 
-        def make():
+        def make(grad):
             if of_sum:
                 by_x, by_margin = (each * grad for each in of_sum)
             else:
@@ -72,7 +72,7 @@ class _SemiHard(torch.autograd.Function):
             return by_x.to(embeddings.dtype), by_margin.to(margin.dtype).reshape(margin.shape)
 
         needs = True, not ctx.options[0]
-        by_x, by_margin = once("triplet_loss", ctx.chosen, needs, make, grad, embeddings, margin)
+        by_x, by_margin = once("triplet_loss", ctx.chosen, needs, make, (grad,), embeddings, margin)
         return by_x, None, by_margin, *[None] * 5
 
 

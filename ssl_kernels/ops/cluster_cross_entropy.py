@@ -70,12 +70,12 @@ class _Rows(torch.autograd.Function):
     def backward(ctx, grad):
         operands, needs = ctx.saved_tensors, ctx.needs_input_grad[3:6]
 
-        def make():
+        def make(grad):
             return _run[overload_of(ctx.chosen, grad, _HAS_KERNEL)](
                 *operands, grad, *ctx.options, *needs[:2]
             )[1:]
 
-        grads = once(ctx.caller, ctx.chosen, needs, make, grad, *operands[:3])
+        grads = once(ctx.caller, ctx.chosen, needs, make, (grad,), *operands[:3])
         return None, None, None, *grads, None, None, None
 
 
@@ -99,11 +99,11 @@ class _Weighted(torch.autograd.Function):
         *operands, losses, by_rows, by_prototypes, by_scale = ctx.saved_tensors
         needs = (*ctx.needs_input_grad[3:6], ctx.needs_input_grad[9])
 
-        def make():
+        def make(grad):
             by_operands = (grad.to(by_scale.dtype) * each for each in (by_rows, by_prototypes, by_scale))
             return *(each.to(x.dtype) for each, x in zip(by_operands, operands, strict=True)), grad * losses
 
-        *grads, by_weights = once(ctx.caller, ctx.chosen, needs, make, grad, *operands)
+        *grads, by_weights = once(ctx.caller, ctx.chosen, needs, make, (grad,), *operands)
         return None, None, None, *grads, None, None, None, by_weights
 
 

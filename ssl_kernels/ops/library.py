@@ -38,6 +38,58 @@ def distinct(*operands):
     return made
 
 
+def in_turn(make, *grads):
+    """make(*grads), where gradients that come as a batch (`torch.autograd.grad` with `is_grads_batched`) reach `make`
+    one at a time: a batch is a stand-in that no kernel can read. Some of the results may be None."""
+    if torch.compiler.is_compiling():
+        return make(*grads)
+    if torch._C._are_functorch_transforms_active():
+        return _InTurn.apply(make, *grads)
+    # `is_grads_batched` is older than torch.func, and has no public rules.
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    if level == 0:
+        return make(*grads)
+    batches = [None if grad is None else torch._remove_batch_dim(grad, level, 1, 0) for grad in grads]
+    size = max(len(batch) for batch in batches if batch is not None)
+    made = [
+        make(*(None if batch is None else batch[i % len(batch)] for batch in batches)) for i in range(size)
+    ]
+    return tuple(None if of is None else torch._add_batch_dim(of, 0, level) for of in _stacked(made))
+
+
+def _stacked(made):
+    if not made:
+        raise RuntimeError("a batch of gradients must hold at least one")
+    return tuple(None if of[0] is None else torch.stack(of) for of in zip(*made, strict=True))
+
+
+class _InTurn(torch.autograd.Function):
+    @staticmethod
+    def forward(make, *grads):
+        return make(*grads)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("a gradient that is made inside a batch has no second derivative")
+
+    @staticmethod
+    def vmap(info, in_dims, make, *grads):
+        made = [
+            in_turn(
+                make,
+                *(x if dim is None else x.select(dim, i) for x, dim in zip(grads, in_dims[1:], strict=True)),
+            )
+            for i in range(info.batch_size)
+        ]
+        together = _stacked(made)
+        return together, tuple(None if result is None else 0 for result in together)
+
+
 def refuse_torch_func(op, backend):
     """Called before an autograd.Function without `setup_context`, which torch.func cannot differentiate."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():

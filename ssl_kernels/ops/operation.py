@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from ssl_kernels import backends
-from ssl_kernels.ops.library import all_savable, distinct, library, refuse_torch_func
+from ssl_kernels.ops.library import all_savable, distinct, in_turn, library, refuse_torch_func
 
 OVERLOADS = ("native", "triton", "chunked")
 
@@ -96,10 +96,10 @@ class _Node(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * (3 + len(needs))
 
-        def make():
+        def make(*grads):
             return _operations[ctx.name].backward(ctx.backend, needs, grads, saved, *ctx.options)
 
-        made = once(ctx.name, ctx.backend, needs, make, *grads, *saved)
+        made = once(ctx.name, ctx.backend, needs, make, grads, *saved)
         return None, None, None, *made, *[None] * (len(needs) - len(made))
 
 
@@ -113,12 +113,18 @@ def overload_of(backend, like, has_kernel):
     return "native" if backend == "native" and has_kernel and like.device.type == "cpu" else "chunked"
 
 
-def once(op, backend, needs, make, *dependencies):
-    """make(), gradients by kernels on `backend`, None in the place of those that nobody needs.
+def once(op, backend, needs, make, grads, *dependencies):
+    """make(*grads), gradients by kernels on `backend`, None in the place of those that nobody needs.
 
-    Differentiating them again by their dependencies is refused.
+    Differentiating them again by `grads` and the other dependencies is refused.
     """
-    made = _Once.apply(op, backend, make, *dependencies) if torch.is_grad_enabled() else make()
+
+    def run(*grads):
+        if not torch.is_grad_enabled():
+            return make(*grads)
+        return _Once.apply(op, backend, partial(make, *grads), *grads, *dependencies)
+
+    made = in_turn(run, *grads)
     return [grad if need else None for grad, need in zip(made, needs, strict=False)]
 
 

@@ -54,10 +54,10 @@ class _PatchErrors(torch.autograd.Function):
     def backward(ctx, grad):
         saved = ctx.saved_tensors
 
-        def make():
+        def make(grad):
             return (_bwd[ctx.overload](grad, *saved),)
 
-        return None, None, *once(ctx.caller, ctx.chosen, (True,), make, grad, saved[0]), None, None, None
+        return None, None, *once(ctx.caller, ctx.chosen, (True,), make, (grad,), saved[0]), None, None, None
 
 
 def patch_errors(prediction, target, eps, normalize, *, caller, chosen):

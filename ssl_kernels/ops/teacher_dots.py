@@ -39,7 +39,7 @@ class TeacherDots(torch.autograd.Function):
         x, t, u, lse, expectation = ctx.saved_tensors
         needs = x_needs_grad, y_needs_grad = ctx.needs_input_grad[1:3]
 
-        def make():
+        def make(grad_dots):
             grad_x = grad_dots.to(x.dtype)[:, None] * expectation if x_needs_grad else x.new_empty(0)
             if not y_needs_grad:
                 return grad_x, x.new_empty(0)
@@ -50,7 +50,7 @@ class TeacherDots(torch.autograd.Function):
             )[1]
             return grad_x, grad_columns[:, t.shape[1] :].contiguous()
 
-        return None, *once("teacher_dots", ctx.backend, needs, make, grad_dots, x), None, None
+        return None, *once("teacher_dots", ctx.backend, needs, make, (grad_dots,), x), None, None
 
 
 def teacher_dots(backend, x, y, t, u):

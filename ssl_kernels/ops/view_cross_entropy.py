@@ -49,11 +49,11 @@ class _ViewCrossEntropy(torch.autograd.Function):
         student, teacher = views[: ctx.students], views[ctx.students :]
         needs = (*ctx.needs_input_grad[7 : 7 + ctx.students], ctx.needs_input_grad[4])
 
-        def make():
+        def make(grad):
             given = (grad, student, teacher, scale, steepness, bias, ctx.pairs, [int(need) for need in needs])
             return tuple(_bwd[ctx.overload](*given))
 
-        *grads, by_scale = once(ctx.caller, ctx.chosen, needs, make, grad, scale, *views)
+        *grads, by_scale = once(ctx.caller, ctx.chosen, needs, make, (grad,), scale, *views)
         return None, None, None, None, by_scale, None, None, *grads, *[None] * len(teacher)
 
 
