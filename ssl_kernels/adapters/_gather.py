@@ -3,6 +3,8 @@
 import torch
 from torch import distributed as dist
 
+from ssl_kernels.ops.library import in_turn
+
 
 def world_size():
     """Number of processes, 1 where torch.distributed is not in use."""
@@ -24,9 +26,13 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)  # it may be another tensor's gradient too
-        dist.all_reduce(grad)
-        return grad.chunk(world_size())[rank()]
+        return in_turn(_own_part, grad)[0]
+
+
+def _own_part(grad):
+    grad = grad.clone(memory_format=torch.contiguous_format)  # it may be another tensor's gradient too
+    dist.all_reduce(grad)
+    return (grad.chunk(world_size())[rank()],)
 
 
 def gather_rows(rows):

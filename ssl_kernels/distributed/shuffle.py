@@ -6,6 +6,7 @@ import torch
 
 from ssl_kernels.checks import is_whole, short
 from ssl_kernels.distributed import checks, groups
+from ssl_kernels.ops.library import in_turn
 
 
 def shuffle_rows(
@@ -112,4 +113,5 @@ class _Moved(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _Moved.apply(grad, ctx.shuffle, not ctx.back), None, None
+        (made,) = in_turn(lambda grad: (_Moved.apply(grad, ctx.shuffle, not ctx.back),), grad)
+        return made, None, None

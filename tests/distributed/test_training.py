@@ -172,6 +172,10 @@ def in_other_ways(rank, world):
         loss, model = cases.on_rank(case, rank, sizes, dtype=torch.float32)
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         wanted = torch.autograd.grad(loss, learned, create_graph=True)
+        several = torch.tensor([1.0, -2.0], dtype=loss.dtype)
+        batch = torch.autograd.grad(loss, learned, several, retain_graph=True, is_grads_batched=True)
+        for ours, one in zip(batch, wanted, strict=True):
+            torch.testing.assert_close(ours, torch.stack((one, -2 * one)), msg=str(case))
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(sum(each.square().sum() for each in wanted), learned, allow_unused=True)
 
