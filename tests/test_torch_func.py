@@ -1,11 +1,14 @@
 """torch.func over every public function: right in the reference, an error that names it on the other backends.
 And batches of gradients, which reach a backward under vmap: right on every backend."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.func import grad, vmap
 
 import ssl_kernels
+from ssl_kernels.ops.library import in_turn
 from tests.helpers import OPERATORS, random_rows
 from tests.losses.cases import CASES, OTHER_CASES
 
@@ -132,6 +135,26 @@ def test_a_batch_of_gradients_is_not_differentiated_again(name, backend):
         RuntimeError, match=f'"{backend}" has no second derivative; backend="reference" has one'
     ):
         torch.autograd.grad(found.square().sum(), operands[0])
+
+
+def test_a_batch_is_known_in_a_thread_of_its_own():
+    """In which the backward of a GPU runs."""
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(
+                    in_turn, lambda grad: (torch.from_numpy(2 * grad.numpy()),), grad
+                ).result()[0]
+
+    x = torch.ones(3, requires_grad=True)
+    (found,) = torch.autograd.grad(Doubled.apply(x), x, torch.eye(3), is_grads_batched=True)
+    torch.testing.assert_close(found, 2 * torch.eye(3))
 
 
 @pytest.mark.parametrize("backend", OPERATORS)

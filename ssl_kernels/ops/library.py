@@ -38,6 +38,11 @@ def distinct(*operands):
     return made
 
 
+# `is_grads_batched` is older than torch.func, has no public rules, and one level. A batch is known by itself: in the
+# thread in which a GPU's backward runs, torch tells of no level.
+_BATCHED, _LEVEL = torch._C._dispatch_key_parse("Batched"), 1
+
+
 def in_turn(make, *grads):
     """make(*grads), where gradients that come as a batch (`torch.autograd.grad` with `is_grads_batched`) reach `make`
     one at a time: a batch is a stand-in that no kernel can read. Some of the results may be None."""
@@ -45,17 +50,18 @@ def in_turn(make, *grads):
         return make(*grads)
     if torch._C._are_functorch_transforms_active():
         return _InTurn.apply(make, *grads)
-    # `is_grads_batched` is older than torch.func, and has no public rules.
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    if level == 0:
+    batched = [grad is not None and torch._C._dispatch_keys(grad).has(_BATCHED) for grad in grads]
+    if not any(batched):
         return make(*grads)
-    batches = [None if grad is None else torch._remove_batch_dim(grad, level, 1, 0) for grad in grads]
-    size = max(len(batch) for batch in batches if batch is not None)
-    made = [
-        make(*(None if batch is None else batch[i % len(batch)] for batch in batches)) for i in range(size)
+    values = [
+        torch._remove_batch_dim(x, _LEVEL, 1, 0) if is_one else x
+        for x, is_one in zip(grads, batched, strict=True)
     ]
-    return tuple(None if of is None else torch._add_batch_dim(of, 0, level) for of in _stacked(made))
+    made = [
+        make(*(x[i] if is_one else x for x, is_one in zip(values, batched, strict=True)))
+        for i in range(len(values[batched.index(True)]))
+    ]
+    return tuple(None if of is None else torch._add_batch_dim(of, 0, _LEVEL) for of in _stacked(made))
 
 
 def _stacked(made):
